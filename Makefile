@@ -1,0 +1,50 @@
+# Every target does the set-up it needs, once. What a fresh machine must have: python3.11, git, make.
+# With uv at hand the same is `uv lock && uv sync --frozen`, then the commands below behind `uv run`.
+
+PYTHON     ?= python3.11
+UV_VERSION := 0.13.9
+UV         ?= .tools/bin/uv
+RUN        := .venv/bin
+SETUP      := .venv/.set-up
+
+.PHONY: help setup quickstart test bench lint format lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(SETUP)  ## install everything, pinned, into .venv
+
+.tools/bin/uv:
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+
+# uv.lock names the index it was made from, so it is generated here and not committed; requirements.lock is its
+# committed, hashed view without any address, and the two must agree.
+$(SETUP): pyproject.toml requirements.lock | $(UV)
+	$(UV) lock --quiet
+	@$(UV) export --quiet --frozen --all-groups --no-emit-project --no-header | diff -q - requirements.lock >/dev/null \
+	  || { echo "error: requirements.lock is not what pyproject.toml resolves to; run 'make lock' and review the change" >&2; exit 1; }
+	$(UV) sync --quiet --frozen
+	@touch $@
+
+lock: $(UV)  ## resolve the dependencies anew and rewrite requirements.lock
+	$(UV) lock
+	$(UV) export --quiet --frozen --all-groups --no-emit-project --no-header --output-file requirements.lock
+
+quickstart: $(SETUP)  ## fine-tune the real SmolLM2-135M as a token-weighted MTP model (about 8 minutes on 2 cores)
+	@PATH="$(CURDIR)/$(RUN):$$PATH" bash benchmarks/quickstart.sh
+
+test: $(SETUP)  ## all tests
+	$(RUN)/pytest
+
+bench: $(SETUP)  ## the fused loss beside its alternatives, one JSON line per figure
+	$(RUN)/python benchmarks/fused_loss.py
+
+lint: $(SETUP)  ## ruff, as CI runs it
+	$(RUN)/ruff check . && $(RUN)/ruff format --check .
+
+format: $(SETUP)  ## let ruff rewrite what it can
+	$(RUN)/ruff check --fix . ; $(RUN)/ruff format .
+
+clean:  ## remove what set-up made; runs and checkpoints stay
+	rm -rf .venv .tools uv.lock

@@ -1,0 +1,156 @@
+"""Sharded models in real processes (gloo): what every rank loads, computes and exports equals the unsharded model."""
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+
+from wmtp.models import checkpoint_formats, export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
+
+# Dimensions of 5 and 7 and 1 leave some ranks of 2, 3 or 4 with less, or with nothing.
+UNEVEN = {
+    "vocab_size": 13,
+    "num_layers": 2,
+    "num_heads": 5,
+    "num_kv_heads": 1,
+    "embed_dim": 5,
+    "intermediate_dim": 7,
+    "max_seq_len": 16,
+    "head_dim": 2,
+}
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def run(worker, world_size, folder, *args):
+    """Run worker(rank, mesh_shape..., folder) in processes forked from a server that has imported everything once."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["wmtp.models", "transformers.models.llama"])
+    mp.start_processes(
+        _enter, (worker, world_size, str(folder), *args), nprocs=world_size, start_method="forkserver"
+    )  # fmt: skip
+
+
+def _enter(rank, worker, world_size, folder, *args):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    worker(Path(folder), *args)
+    dist.destroy_process_group()
+
+
+def load_sharded(folder, mesh, param_dtype=torch.float32, **changes):
+    with torch.device("meta"):
+        model = from_checkpoint(folder, **changes)
+    shard_model(model, mesh, param_dtype=param_dtype)
+    load_checkpoint(model, folder)
+    return model
+
+
+def load_plain(folder, **changes):
+    model = from_checkpoint(folder, **changes)
+    load_checkpoint(model, folder)
+    return model
+
+
+def same_as_unsharded(folder, mesh_shape):
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
+    source = folder / "source"
+    model, plain = load_sharded(source, mesh, num_future_tokens=4), load_plain(source, num_future_tokens=4)
+    assert any(parameter.to_local().numel() == 0 for parameter in model.parameters()) or mesh_shape[-1] < 3
+    for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(sharded.full_tensor(), full), name
+    torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=1e-6, rtol=1e-5)
+    export_hf(model, folder / "sharded", max_shard_bytes=300)
+    assert (folder / "sharded").is_dir()  # on whichever rank
+    if dist.get_rank() == 0:
+        export_hf(plain, folder / "plain", max_shard_bytes=300)
+        ours, theirs = ({f.name: f.read_bytes() for f in (folder / n).iterdir()} for n in ("sharded", "plain"))
+        assert len(ours) > 5 and ours == theirs
+        assert torch.equal(load_plain(folder / "sharded")(TOKENS), plain(TOKENS))
+    dist.barrier()
+
+
+@pytest.mark.parametrize("mesh_shape", [(2,), (3,), (2, 2)], ids=str)
+def test_loading_and_export_equal_the_unsharded_models(tmp_path, mesh_shape):
+    torch.manual_seed(0)
+    export_hf(llama_mtp(**UNEVEN, num_future_tokens=3, tie_word_embeddings=len(mesh_shape) == 2), tmp_path / "source")
+    world_size = torch.Size(mesh_shape).numel()
+    run(same_as_unsharded, world_size, tmp_path, mesh_shape)
+
+
+def float32_stays(folder):
+    """Mixed precision: weights gathered as bfloat16, the loss's inputs as they were, the shards float32 afterwards."""
+    mesh = init_device_mesh("cpu", (2,))
+    model = load_sharded(folder / "source", mesh, param_dtype=torch.bfloat16, num_future_tokens=2)
+    seen = {}
+
+    def loss_fn(hidden, unembedding, *, weights, document_ids):
+        seen.update(hidden=hidden.dtype, unembedding=unembedding.dtype, weights=weights, ids=document_ids)
+        seen["shape"] = tuple(unembedding.shape)
+        return (hidden.float() * weights[None, :, :, None]).sum()
+
+    weights = torch.full((2, 6), 1 + 2**-20)  # not a bfloat16
+    ids = torch.tensor([[0, 0, 1, 1, 1, -1]] * 2)
+    with torch.no_grad():
+        model(TOKENS, document_ids=ids, loss_fn=loss_fn, weights=weights)
+    assert (seen["hidden"], seen["unembedding"], seen["shape"]) == (torch.bfloat16, torch.bfloat16, (13, 5))
+    assert torch.equal(seen["weights"], weights) and seen["weights"].dtype == torch.float32
+    assert torch.equal(seen["ids"], ids)
+    plain = load_plain(folder / "source", num_future_tokens=2)  # after a forward pass without a backward
+    for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert sharded.dtype == torch.float32 and torch.equal(sharded.full_tensor(), full), name
+    model(TOKENS, document_ids=ids, loss_fn=loss_fn, weights=weights).backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.layers.parameters())
+
+
+def test_mixed_precision_rounds_neither_loss_inputs_nor_weights(tmp_path):
+    torch.manual_seed(0)
+    export_hf(llama_mtp(**UNEVEN), tmp_path / "source")
+    run(float32_stays, 2, tmp_path)
+
+
+def live_bytes():
+    gc.collect()
+    tensors = {
+        t.data_ptr(): t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta
+    }
+    return sum(t.untyped_storage().nbytes() for t in tensors.values())
+
+
+def only_its_shard(folder):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    before, peak, full, largest = live_bytes(), 0, 0, 0
+    read, alive = checkpoint_formats.Checkpoint.read, []
+
+    def counted(self, name):
+        """Each full tensor as it is read: how many earlier ones are still there, and how much is held in all."""
+        nonlocal peak, full, largest
+        tensor = read(self, name)
+        alive[:] = [ref for ref in alive if ref() is not None]
+        assert not alive, f"{len(alive)} full tensors still held when {name} is read"
+        alive.append(weakref.ref(tensor))
+        peak, full = max(peak, live_bytes()), full + tensor.nbytes
+        largest = max(largest, tensor.nbytes)
+        return tensor
+
+    checkpoint_formats.Checkpoint.read = counted
+    model = load_sharded(folder / "source", mesh)
+    checkpoint_formats.Checkpoint.read = read
+    shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    rope = model.rope.cache.nbytes + model.rope.theta.nbytes
+    assert shard <= full / dist.get_world_size() * 1.01
+    slack = 20_000
+    assert live_bytes() - before <= shard + rope + slack
+    assert peak - before <= shard + rope + 2 * largest + slack < full / 2  # the tensor and its permuted copy
+
+
+def test_no_rank_ever_holds_more_than_its_shard_and_one_tensor(tmp_path):
+    sizes = {"vocab_size": 256, "num_layers": 12, "num_heads": 4, "num_kv_heads": 4, "embed_dim": 64}
+    model = llama_mtp(**sizes, intermediate_dim=128, max_seq_len=16)
+    export_hf(model, tmp_path / "source")
+    run(only_its_shard, 3, tmp_path)

@@ -1,0 +1,219 @@
+"""Checkpoints of a run: sharded, asynchronous, visible only when complete.
+
+    <output_dir>/checkpoints/step_00000040/    model and optimizer shards (torch.distributed.checkpoint),
+                                               trainer.pt (step, data position, scheduler, RNG of every rank),
+                                               manifest.json (size and SHA-256 of every file)
+    <output_dir>/checkpoints/latest            the name of the newest complete one
+
+A checkpoint is written to `step_N.tmp`; once every rank's shards are on disk, rank 0 hashes the files, writes the
+manifest, syncs, and renames. Whatever is killed at whatever moment leaves complete checkpoints and a `.tmp` folder that
+the next run removes.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from wmtp.distributed import gather_objects
+
+MANIFEST = "manifest.json"
+TRAINER = "trainer.pt"
+
+
+class Checkpointer:
+    """Saves and restores a run's state under ``<output_dir>/checkpoints``.
+
+    Args:
+        output_dir: the run's folder, on a file system that all ranks share.
+        keep_last: how many complete checkpoints stay; older ones are removed after a newer one is complete.
+    """
+
+    def __init__(self, output_dir: Path, *, keep_last: int = 2) -> None:
+        self.folder = output_dir / "checkpoints"
+        self._keep_last = keep_last
+        self._is_main = dist.get_rank() == 0
+        # async_save's collectives run in a thread: on the default group they would meet those of the training loop.
+        self._group = dist.new_group(backend="gloo")
+        self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        self._publishing: Future | None = None
+
+    def remove_torn(self) -> None:
+        """Remove what an earlier run that was killed left half-written. Rank 0 only, before training."""
+        for torn in self.folder.glob("step_*.tmp"):
+            shutil.rmtree(torn)
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict) -> None:
+        """Start saving; returns once the state is copied. Every rank calls it with the same step.
+
+        Args:
+            step: optimizer steps done.
+            model, optimizer: as trained, FSDP2-sharded.
+            trainer: small state of the loop; the RNG states of all ranks are added.
+        """
+        self.wait()  # at most one save under way: memory holds one copy
+        target = self.folder / f"step_{step:08d}"
+        torn = target.with_name(target.name + ".tmp")
+        rng = gather_objects(_rng_state())
+        if self._is_main:
+            shutil.rmtree(torn, ignore_errors=True)
+            torn.mkdir(parents=True)
+            torch.save({**trainer, "step": step, "rng": rng}, torn / TRAINER)
+        dist.barrier(group=self._group)
+        state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        if not any(tensor.is_cuda for tensor in state["model"].values()):
+            state = _clone(state)  # CPU tensors are shared with the optimizer, which goes on updating them in place
+        self._writing = dcp.async_save(state, checkpoint_id=str(torn), process_group=self._group)
+        if self._is_main:
+            self._publishing = self._publisher.submit(self._publish, self._writing, torn, target)
+
+    def wait(self) -> None:
+        """Wait until the save under way, if any, is complete and visible; raises what went wrong in it."""
+        for future in (self._writing, self._publishing):
+            if future is not None:
+                future.result()
+        self._writing = self._publishing = None
+
+    def close(self) -> None:
+        self.wait()
+        self._publisher.shutdown()
+
+    def _publish(self, writing: Future, torn: Path, target: Path) -> None:
+        # Rank 0's future ends after the metadata is written, which happens only when every rank's shards are on disk.
+        writing.result()
+        write_manifest(torn)
+        shutil.rmtree(target, ignore_errors=True)
+        torn.rename(target)
+        pointer = self.folder / "latest.tmp"
+        pointer.write_text(target.name)
+        _sync(pointer)
+        pointer.rename(self.folder / "latest")
+        _sync(self.folder)
+        for old in complete_checkpoints(self.folder)[: -self._keep_last]:
+            shutil.rmtree(old)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).exists())
+
+
+def latest_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None where it has none.
+
+    Read off the folder rather than off `latest`, which is for people and scripts: it lags by one where a run was killed
+    between the two renames.
+    """
+    complete = complete_checkpoints(output_dir / "checkpoints")
+    return complete[-1] if complete else None
+
+
+def load_trainer(checkpoint: Path) -> dict:
+    """The loop's state, after every file of the checkpoint was held against its manifest."""
+    verify_manifest(checkpoint)
+    return torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
+
+
+def load_sharded(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read model and optimizer in place, each rank its shards, saved at whatever world size.
+
+    Raises:
+        ValueError: the checkpoint's parameters are not this model's.
+    """
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    saved = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
+    for name, tensor in state["model"].items():
+        found = getattr(saved.get(f"model.{name}"), "size", None)
+        if found is None or tuple(found) != tuple(tensor.shape):
+            raise ValueError(
+                f"checkpoint {checkpoint} holds {name} as {tuple(found) if found else 'nothing'}, the model has "
+                f"{tuple(tensor.shape)}; resume with the model section the run was started with"
+            )
+    dcp.load(state, checkpoint_id=str(checkpoint))
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+
+def restore_rng(states: list[dict], rank: int) -> None:
+    """Continue this rank's random streams; a rank that did not exist then keeps its seeded ones."""
+    if rank >= len(states):
+        return
+    state = states[rank]
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file with its size and SHA-256, all of it on disk when this returns."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _sync(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def verify_manifest(folder: Path) -> None:
+    """Hold every file against the manifest.
+
+    Raises:
+        ValueError: no manifest, or a file that is missing, of another size, or of other content.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it is not a complete checkpoint of a run")
+    for name, expected in json.loads(manifest.read_text()).items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != expected["bytes"]:
+            raise ValueError(
+                f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
+                f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
+            )
+        if _sha256(path) != expected["sha256"]:
+            raise ValueError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")
+
+
+def _rng_state() -> dict:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _clone(value):
+    if isinstance(value, dict):
+        return {key: _clone(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_clone(child) for child in value]
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,162 @@
+"""Reading a recipe's config strictly: every value is checked where it is read, and a key nobody read is an error."""
+
+import difflib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config as torchtune_config
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: one line saying which key, its value, and what is allowed."""
+
+
+class StopTraining(RuntimeError):
+    """Training cannot go on: one line saying at which step, why, and what to look at."""
+
+
+_REQUIRED = object()
+
+
+class ConfigReader:
+    """Typed access to a config's keys. Call :meth:`done` when all are read: what nobody read is a misspelt key.
+
+    A recipe that reads a new key allows it; there is no schema to keep beside the code.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value of a (dotted) key; `default` where it is absent or null, an error if there is none."""
+        self._read.add(key.split(".")[0])
+        value = OmegaConf.select(self._cfg, key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ConfigError(f"config key {key!r} is missing; add it (configs/ has commented examples)")
+        return default
+
+    def number(
+        self, key: str, default: Any = _REQUIRED, *, above: float = -math.inf, minimum: float = -math.inf,
+        maximum: float = math.inf,
+    ) -> float | None:  # fmt: skip
+        """A finite real number in the given range; None only if that is the default."""
+        value = self.get(key, default)
+        if value is None:
+            return None
+        bounds = [f"> {above}"] * (above > -math.inf) + [f">= {minimum}"] * (minimum > -math.inf)
+        allowed = " and ".join(["a number", *bounds, *([f"<= {maximum}"] * (maximum < math.inf))])
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or not above < value or not minimum <= value <= maximum:
+            raise ConfigError(f"{key} must be {allowed}, got {value!r}")
+        return float(value)
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 0) -> int | None:
+        """A whole number >= minimum; None only if that is the default."""
+        value = self.get(key, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ConfigError(f"{key} must be a whole number >= {minimum}, got {value!r}")
+        return value
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> bool:
+        """true or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key} must be true or false, got {value!r}")
+        return value
+
+    def choice(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
+        """The option the value names."""
+        value = self.get(key, default)
+        if value not in options:
+            raise ConfigError(f"{key} must be one of {', '.join(map(str, options))}, got {value!r}")
+        return options[value]
+
+    def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
+        """A nested part of the config, to be given to :func:`build`."""
+        value = self.get(key, None if optional else _REQUIRED)
+        if value is not None and not OmegaConf.is_dict(value):
+            raise ConfigError(f"{key} must be a section with a _component_, got {value!r}")
+        return value
+
+    def done(self) -> None:
+        """Refuse keys that nobody read."""
+        unread = [str(key) for key in self._cfg if key not in self._read]
+        if unread:
+            raise ConfigError("; ".join(_unknown(key, self._read, "config") for key in unread))
+
+
+def build(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> Any:
+    """Instantiate a section's `_component_` with its keys, through torchtune, after checking them by name.
+
+    Args:
+        section: config with a `_component_` dot path; its other keys are keyword arguments.
+        where: the section's name, for messages.
+        *args, **kwargs: what the recipe itself passes.
+
+    Raises:
+        ConfigError: component not found, key unknown or missing, or the component refused a value.
+    """
+    path = section.get("_component_")
+    if path is None:
+        raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
+    try:
+        component = _get_component_from_path(path)
+    except (InstantiationError, ImportError, AttributeError) as error:
+        raise ConfigError(f"{where}._component_ {path!r} cannot be found: {_one_line(error)}") from error
+    parameters = inspect.signature(component).parameters
+    by_name = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    allowed = by_name - set(kwargs) - set(list(parameters)[: len(args)])
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in section:
+        if key != "_component_" and key not in allowed and not takes_any:
+            raise ConfigError(_unknown(str(key), allowed, where))
+    missing = [n for n in allowed if parameters[n].default is inspect.Parameter.empty and n not in section]
+    if missing:
+        raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
+    try:
+        return torchtune_config.instantiate(section, *args, **kwargs)
+    except (TypeError, InstantiationError) as error:
+        raise ConfigError(f"{where} ({path}): {_one_line(error)}") from error
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn what a user can mend into one line on stderr and exit status 1; other errors keep their traceback.
+
+    ValueError (of which ConfigError is one), OSError and StopTraining are for the user. WMTP_TRACEBACK=1 shows where
+    they were raised.
+    """
+    try:
+        yield
+    except (ValueError, OSError, StopTraining) as error:
+        if os.environ.get("WMTP_TRACEBACK") == "1":
+            raise
+        rank = os.environ.get("RANK")
+        prefix = f"error [rank {rank}]" if rank not in (None, "0") else "error"
+        print(f"{prefix}: {_one_line(error)}", file=sys.stderr, flush=True)
+        # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def _unknown(key: str, known: set[str], where: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown key {key!r} in {where}; {hint}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

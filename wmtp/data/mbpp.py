@@ -1,0 +1,96 @@
+"""MBPP (Austin et al. 2021, arXiv 2108.07732): short Python tasks with a text, three tests and a program.
+
+Prompt formats, each followed by the program as target:
+
+    docstring   a docstring of the text and all tests
+    bigcode     a docstring of the text and the first test (the BigCode harness's 0-shot prompt)
+    3shot       the paper's: tasks 2, 3, 4 with their programs, then the task; the program ends with [DONE]
+"""
+
+from collections.abc import Iterable
+
+from wmtp.data.documents import Documents, document_from_text
+from wmtp.data.rows import read_rows, take
+
+PROMPTS = ("docstring", "bigcode", "3shot")
+SPLIT_IDS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
+_FEW_SHOT_IDS = (2, 3, 4)
+_TASK = (
+    "You are an expert Python programmer, and here is your task: {} Your code should pass these tests:\n\n{}\n[BEGIN]\n"
+)
+
+
+def mbpp(
+    tokenizer,
+    *,
+    source: str = "google-research-datasets/mbpp",
+    split: str = "train",
+    subset: str | None = None,
+    prompt: str = "docstring",
+) -> Documents:
+    """MBPP for fine-tuning: the task is the prompt, the program (with LF line ends) the target.
+
+    Args:
+        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
+        split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
+            file that holds them all; ``all`` takes every row of a file.
+        subset: the hub's ``full`` or ``sanitized``; both schemas are read from files as they are.
+        prompt: one of the formats above; ``3shot`` also reads tasks 2, 3, 4 from the split ``prompt`` of source.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a row that lacks a field; the message names file and row.
+    """
+    if split not in (*SPLIT_IDS, "all"):
+        raise ValueError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
+    if prompt not in PROMPTS:
+        raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
+    examples = few_shot_tasks(source, subset) if prompt == "3shot" else ()
+    documents, skipped = [], {"tasks of other splits": 0}
+    for where, row in read_rows(source, split, subset):
+        task = mbpp_task(row, where)
+        if split != "all" and task["task_id"] not in SPLIT_IDS[split]:
+            skipped["tasks of other splits"] += 1
+            continue
+        completion = f"{task['code']}\n[DONE]" if prompt == "3shot" else task["code"]
+        text = mbpp_prompt(task, prompt, examples)
+        documents.append(document_from_text(tokenizer, text, completion, f"mbpp/{task['task_id']}"))
+    return Documents(f"mbpp {split} of {source}", tuple(documents), skipped)
+
+
+def mbpp_task(row: dict, where: str) -> dict:
+    """The fields task_id, text, code, test_list of a row of either schema, checked, with LF line ends in the code."""
+    tests = take(row, where, "test_list", list)
+    if not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"{where}: field 'test_list' must be a list of assert statements, got {tests!r:.60}")
+    return {
+        "task_id": take(row, where, "task_id", int),
+        "text": take(row, where, "prompt" if "text" not in row and "prompt" in row else "text", str),
+        "code": take(row, where, "code", str).replace("\r\n", "\n").replace("\r", "\n"),
+        "test_list": tests,
+    }
+
+
+def mbpp_prompt(task: dict, prompt: str = "docstring", examples: Iterable[dict] = ()) -> str:
+    """The text a model continues with the program; `examples` are solved tasks, for ``3shot``."""
+    if prompt == "3shot":
+        solved = "".join(f"{_paper_task(example)}{example['code']}\n[DONE]\n\n" for example in examples)
+        return solved + _paper_task(task)
+    tests = task["test_list"] if prompt == "docstring" else task["test_list"][:1]
+    return "\n".join(['"""', task["text"], *tests, '"""', ""])
+
+
+def few_shot_tasks(source: str, subset: str | None = None) -> list[dict]:
+    """Tasks 2, 3 and 4, which the paper shows before every task.
+
+    Raises:
+        FileNotFoundError, ValueError: source has no split `prompt`, or it lacks one of them.
+    """
+    tasks = {t["task_id"]: t for t in (mbpp_task(row, where) for where, row in read_rows(source, "prompt", subset))}
+    absent = [i for i in _FEW_SHOT_IDS if i not in tasks]
+    if absent:
+        raise ValueError(f"prompt=3shot shows MBPP tasks 2, 3, 4, but the split 'prompt' of {source} lacks {absent}")
+    return [tasks[i] for i in _FEW_SHOT_IDS]
+
+
+def _paper_task(task: dict) -> str:
+    return _TASK.format(task["text"], "\n".join(task["test_list"]))

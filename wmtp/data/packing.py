@@ -1,0 +1,253 @@
+"""Documents to fixed-length rows, and rows to batches: an endless stream for training, one pass for evaluation."""
+
+import bisect
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wmtp.data.documents import IGNORE, Documents
+
+
+@dataclass(frozen=True)
+class PackedDataset:
+    """Rows of S tokens, each holding whole documents and padding at the end.
+
+    Attributes:
+        tokens: [R, S] int32, pad_id where there is no document.
+        labels: [R, S] int32, unshifted, -100 where the token is no target.
+        document_ids: [R, S] int32, 0, 1, ... within a row, -1 for padding.
+        reference_ce: [R, S] float32, 0 for padding; or None.
+        ids: the names of each row's documents.
+        pad_id: token id of padding.
+        num_cut: documents cut to S tokens.
+        num_dropped: documents left out because no target was left within S tokens.
+        fingerprint: SHA-256 of the documents and of how they were packed.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    document_ids: Tensor
+    reference_ce: Tensor | None
+    ids: tuple[tuple[str, ...], ...]
+    pad_id: int
+    num_cut: int
+    num_dropped: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def seq_len(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def has_reference_ce(self) -> bool:
+        return self.reference_ce is not None
+
+    @property
+    def num_targets(self) -> int:
+        """Targets of head 1: a document's first token has nothing before it to predict it from."""
+        same_document = self.document_ids[:, 1:] == self.document_ids[:, :-1]
+        return int(((self.labels[:, 1:] != IGNORE) & same_document).sum())
+
+    @property
+    def max_token_id(self) -> int:
+        return int(self.tokens.max())
+
+    @property
+    def fill_rate(self) -> float:
+        """Share of the rows' positions that hold a document's token."""
+        return float((self.document_ids >= 0).double().mean())
+
+    def row_ids(self, row: int) -> tuple[str, ...]:
+        """The names of the documents of a row, in order."""
+        return self.ids[row]
+
+    def summary(self) -> str:
+        """One line: rows, documents, targets, fill rate, and what was cut or left out."""
+        documents = sum(len(ids) for ids in self.ids)
+        line = f"{len(self)} rows of {self.seq_len} tokens, {documents} documents, {self.num_targets} targets, "
+        line += f"{self.fill_rate:.1%} full"
+        if self.num_cut:
+            line += f", {self.num_cut} cut to {self.seq_len} tokens"
+        return line + (f", {self.num_dropped} left out (no target within {self.seq_len})" if self.num_dropped else "")
+
+    def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Tensor | list[int]]:
+        """The rows as int64 tensors [B, S], reference_ce (float32) where there is one, and the list `rows`.
+
+        With `size`, the batch is filled up to so many rows with padding that holds no document and no target.
+        """
+        empty = (size or len(rows)) - len(rows)
+        pads = {"tokens": self.pad_id, "labels": IGNORE, "document_ids": -1, "reference_ce": 0.0}
+        batch: dict[str, Tensor | list[int]] = {"rows": list(rows)}
+        for name, pad in pads.items():
+            column = getattr(self, name)
+            if column is not None:
+                taken = column[rows] if name == "reference_ce" else column[rows].long()
+                batch[name] = torch.cat([taken, taken.new_full((empty, self.seq_len), pad)]) if empty else taken
+        return batch
+
+
+def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int) -> PackedDataset:
+    """Lay documents into rows of seq_len tokens; no document spans two rows.
+
+    Longest first, each document goes where it leaves the least room (best-fit decreasing). A longer document is cut
+    to seq_len. Within a row documents keep their order, and so do rows by their first document: the result depends on
+    the documents alone.
+
+    Args:
+        packed: False gives each document a row of its own.
+        pad_id: token id that fills the rest of a row.
+
+    Raises:
+        ValueError: no document has a target within seq_len tokens.
+    """
+    if seq_len < 2:
+        raise ValueError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
+    kept = [i for i, d in enumerate(documents) if (d.labels[1:seq_len] != IGNORE).any()]
+    if not kept:
+        raise ValueError(f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len")
+    lengths = {i: min(len(documents[i]), seq_len) for i in kept}
+    rows = _best_fit(lengths, seq_len) if packed else [[i] for i in kept]
+
+    shape = (len(rows), seq_len)
+    tokens, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE, np.int32)
+    document_ids = np.full(shape, -1, np.int32)
+    reference_ce = None if documents[0].reference_ce is None else np.zeros(shape, np.float32)
+    for row, members in enumerate(rows):
+        start = 0
+        for number, i in enumerate(members):
+            document, length = documents[i], lengths[i]
+            place = (row, slice(start, start + length)); number = 0
+            tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
+            document_ids[place] = number
+            if reference_ce is not None:
+                reference_ce[place] = document.reference_ce[:length]
+            start += length
+
+    how = f"{documents.fingerprint} seq_len={seq_len} packed={bool(packed)}"
+    return PackedDataset(
+        tokens=torch.from_numpy(tokens),
+        labels=torch.from_numpy(labels),
+        document_ids=torch.from_numpy(document_ids),
+        reference_ce=None if reference_ce is None else torch.from_numpy(reference_ce),
+        ids=tuple(tuple(documents[i].id for i in members) for members in rows),
+        pad_id=pad_id,
+        num_cut=sum(len(documents[i]) > seq_len for i in kept),
+        num_dropped=len(documents) - len(kept),
+        fingerprint=hashlib.sha256(how.encode()).hexdigest(),
+    )
+
+
+def _best_fit(lengths: dict[int, int], seq_len: int) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        at = bisect.bisect_left(room, (lengths[i], -1))
+        free, row = room.pop(at) if at < len(room) else (seq_len, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        if free > lengths[i]:
+            bisect.insort(room, (free - lengths[i], row))
+    return sorted(sorted(members) for members in rows)
+
+
+class BatchStream:
+    """An endless stream of batches whose whole state is one number: the rows all ranks have consumed together.
+
+    Row p of the stream is ``permutation(seed, epoch = p // R)[p % R]`` of the R rows. A call takes the rows
+    [p, p + batch_size * world_size), of which rank r gets its contiguous block: the same global batch comes out at any
+    world size and any split into micro-batches, and a run resumes at another world size.
+
+    Args:
+        dataset: what to draw from.
+        batch_size: rows of one rank's batch.
+        rank, world_size: this process among all.
+        seed: of the permutations, >= 0.
+        shuffle: False keeps the dataset's order in every epoch.
+
+    Raises:
+        ValueError: the dataset has fewer rows than one batch of all ranks.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool = True
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size or seed < 0:
+            raise ValueError(
+                "batch_size must be >= 1, rank in [0, world_size) and seed >= 0, "
+                f"got batch_size {batch_size}, rank {rank}, world_size {world_size}, seed {seed}"
+            )
+        if len(dataset) < batch_size * world_size:
+            raise ValueError(
+                f"the dataset has {len(dataset)} rows of {dataset.seq_len} tokens, fewer than "
+                f"batch_size {batch_size} x world size {world_size} = {batch_size * world_size}; lower batch_size or "
+                "seq_len, set packed=false, use fewer processes, or give more data"
+            )
+        self.position = 0
+        self._dataset, self._batch_size, self._rank, self._world_size = dataset, batch_size, rank, world_size
+        self._seed, self._shuffle = seed, shuffle
+        self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
+
+    @property
+    def epoch(self) -> float:
+        """How often the dataset has been seen."""
+        return self.position / len(self._dataset)
+
+    def next_batch(self) -> dict[str, Tensor | list[int]]:
+        """This rank's tokens, labels, document_ids and reference_ce (if any) [B, S], and its `rows` of the dataset."""
+        start = self.position + self._rank * self._batch_size
+        self.position += self._batch_size * self._world_size
+        return self._dataset.batch([self._row(p) for p in range(start, start + self._batch_size)])
+
+    def state_dict(self) -> dict:
+        """The position, and what it is a position in."""
+        return {
+            "position": self.position,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "fingerprint": self._dataset.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where the state was taken.
+
+        Raises:
+            ValueError: the state belongs to other data, another packing, seed or shuffle.
+        """
+        for key, value in self.state_dict().items():
+            if key != "position" and state[key] != value:
+                what = "the data or its packing (dataset, tokenizer, seq_len, packed)" if key == "fingerprint" else key
+                raise ValueError(
+                    f"cannot resume: {what} changed since the checkpoint, {key} was {state[key]!s:.16}, now "
+                    f"{value!s:.16}; restore it, or start a new run from the checkpoint's weights"
+                )
+        self.position = state["position"]
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, len(self._dataset))
+        if not self._shuffle:
+            return index
+        if self._order is None or self._order[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
+            self._order = (epoch, generator.permutation(len(self._dataset)))
+        return int(self._order[1][index])
+
+
+def held_out_batches(
+    dataset: PackedDataset, batch_size: int, rank: int, world_size: int
+) -> Iterator[dict[str, Tensor | list[int]]]:
+    """One pass over the dataset: every row once over all ranks, and equally many full batches on each rank.
+
+    Ranks that run out get rows without document and target, so collectives inside the model stay in step.
+    """
+    per_step = batch_size * world_size
+    for start in range(rank * batch_size, -(-len(dataset) // per_step) * per_step, per_step):
+        rows = list(range(min(start, len(dataset)), min(start + batch_size, len(dataset))))
+        yield dataset.batch(rows, size=batch_size)

@@ -1,0 +1,163 @@
+"""Documented functions of a Python source tree: the signature and docstring are the prompt, the body is the target."""
+
+import ast
+import functools
+import hashlib
+import sysconfig
+import tokenize
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from wmtp.data.documents import Documents, document_from_text
+
+SPLITS = ("train", "reference", "heldout")
+EXCLUDED = (
+    "test", "tests", "idlelib", "lib2to3", "turtledemo", "pydoc_data", "ensurepip",
+    "site-packages", "dist-packages", "__pycache__",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function cut in two; `prompt + body` is valid Python.
+
+    `prompt` holds decorators, signature and docstring and ends with a newline. `body` starts with its own indentation
+    (or with the comments and blank lines that follow the docstring) and ends with a newline. Both are the source text,
+    moved left by the function's indentation.
+    """
+
+    module: str  # path below the root
+    id: str  # module:line:qualified name
+    prompt: str
+    body: str
+
+
+def python_functions(
+    tokenizer,
+    *,
+    root: str | None = None,
+    split: str = "train",
+    fractions: Sequence[float] = (0.7, 0.2, 0.1),
+    max_functions: int | None = None,
+    min_body_lines: int = 1,
+    max_body_lines: int | None = None,
+    exclude: Sequence[str] = EXCLUDED,
+) -> Documents:
+    """Functions and methods with a docstring, out of every module below a folder.
+
+    A module belongs to one split, by a hash of its path: the same on every machine, and no function of a module is seen
+    both in training and held out. Of functions with equal text the first in path order is kept, whatever its split.
+
+    Args:
+        root: folder of Python files; None is the standard library of this interpreter.
+        split: ``train``, ``reference`` (for a reference model on data of its own), ``heldout``, or ``all``.
+        fractions: shares of the modules for train, reference and heldout; each >= 0, together at most 1.
+        max_functions: keep so many, a sample that depends on nothing but their ids.
+        min_body_lines, max_body_lines: bounds on the lines of the body.
+        exclude: names of folders that are not entered.
+
+    Raises:
+        FileNotFoundError: root is no folder.
+        ValueError: an argument out of range, or no function found.
+    """
+    folder = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"root {folder} is no folder of Python files")
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, all, got {split!r}")
+    if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
+        raise ValueError(f"fractions must be three numbers >= 0 that sum to at most 1, got {list(fractions)}")
+    if max_functions is not None and max_functions < 1:
+        raise ValueError(f"max_functions must be >= 1, got {max_functions}")
+
+    found, unparsed, repeated = _distinct_functions(folder, tuple(exclude))
+    of_split = [f for f in found if split in ("all", split_of(f.module, fractions))]
+    longest = float("inf") if max_body_lines is None else max_body_lines
+    functions = [f for f in of_split if min_body_lines <= f.body.count("\n") <= longest]
+    skipped = {
+        "modules that do not parse": unparsed,
+        "repeated functions": repeated,
+        "bodies too short or too long": len(of_split) - len(functions),
+    }
+    if max_functions is not None and len(functions) > max_functions:
+        chosen = {f.id for f in sorted(functions, key=lambda f: _hash(f.id))[:max_functions]}
+        functions = [f for f in functions if f.id in chosen]
+    documents = tuple(document_from_text(tokenizer, f.prompt, f.body, f.id) for f in functions)
+    return Documents(f"python_functions {split} of {folder}", documents, skipped)
+
+
+@functools.lru_cache(maxsize=2)  # a recipe asks for train and heldout of one tree
+def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Function], int, int]:
+    """The functions of all modules, each text once; the modules that do not parse, and the repeated functions."""
+    functions: dict[str, Function] = {}
+    unparsed = repeated = 0
+    for path in module_paths(folder, exclude):
+        try:
+            found = list(functions_of(read_source(path), path.relative_to(folder).as_posix()))
+        except (SyntaxError, ValueError):  # ValueError: null bytes, or bytes outside the declared encoding
+            unparsed += 1
+            continue
+        for function in found:
+            if functions.setdefault(function.prompt + function.body, function) is not function:
+                repeated += 1
+    return list(functions.values()), unparsed, repeated
+
+
+def module_paths(root: Path, exclude: Sequence[str] = EXCLUDED) -> list[Path]:
+    """Python files below root, sorted by path; folders whose name is excluded are not entered."""
+    kept = (p for p in root.rglob("*.py") if not set(p.relative_to(root).parts[:-1]) & set(exclude))
+    return sorted((p for p in kept if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+
+
+def split_of(module: str, fractions: Sequence[float]) -> str | None:
+    """The split of a module, from the hash of its relative path; None for the share that no split claims."""
+    share = _hash(module) / 2**64
+    for split, fraction in zip(SPLITS, fractions, strict=True):
+        if share < fraction:
+            return split
+        share -= fraction
+    return None
+
+
+def read_source(path: Path) -> str:
+    """A module's text by its declared encoding, with LF line ends."""
+    with tokenize.open(path) as file:
+        return file.read()
+
+
+def functions_of(source: str, module: str) -> Iterator[Function]:
+    """The documented functions of a module in source order: of the module and its classes, not those inside functions.
+
+    Left out: functions without a body after the docstring, and bodies that start on the docstring's line.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # old escapes in other people's strings
+        tree = ast.parse(source)
+    lines = source.split("\n")  # not splitlines: Python does not end a line at a form feed
+    for name, node in _walk(tree, ""):
+        if ast.get_docstring(node, clean=False) is None or len(node.body) < 2:
+            continue
+        first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        docstring_end, following = node.body[0].end_lineno, node.body[1]
+        if min([following.lineno, *(d.lineno for d in getattr(following, "decorator_list", ()))]) <= docstring_end:
+            continue
+        indent = lines[node.lineno - 1][: node.col_offset]
+        text = [line.removeprefix(indent) + "\n" for line in lines[first - 1 : node.end_lineno]]
+        cut = docstring_end - first + 1
+        yield Function(module, f"{module}:{node.lineno}:{name}", "".join(text[:cut]), "".join(text[cut:]))
+
+
+def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + child.name, child
+        elif isinstance(child, ast.ClassDef):
+            yield from _walk(child, f"{prefix}{child.name}.")
+        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield from _walk(child, prefix)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

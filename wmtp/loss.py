@@ -1,0 +1,254 @@
+"""The fused token-weighted multi-token loss: linear + softmax cross-entropy, without [B, S, V] logits.
+
+One pass over the tokens, a chunk at a time. A chunk's logits live in one reused buffer, and its gradients are taken
+while they are there, so a training step costs three GEMMs a token (logits, d_hidden, d_unembedding) and never the
+fourth that recomputing the logits in the backward pass would.
+
+Notation (used throughout the library): B batch, S sequence, D embed_dim, V vocab_size, H future tokens (heads).
+Head k in 1..H at position t predicts the token at t + k of the same document. Everything per token, `labels`,
+`weights` and the returned `ce`, is indexed by the *target* position j = t + k.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
+
+# Bytes of float32 logits alive at a time. On CPU small enough to leave the peak to the [V, D] gradient accumulator,
+# on CUDA large enough to fill the device with one GEMM.
+_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+
+
+class MTPLoss(NamedTuple):
+    """What one call of :func:`weighted_mtp_cross_entropy` computed; only ``loss_sum`` carries a gradient.
+
+    A tuple, because FSDP2 hooks the backward pass onto the tensors it finds in the root module's output.
+
+    Divide sums of ``loss_sum`` by sums of ``num_targets``, once per optimizer step, over all ranks and micro-steps:
+    the result depends neither on the world size nor on how the step is cut into micro-batches.
+    """
+
+    loss_sum: Tensor  # scalar, float32: sum_k b_k * sum_j w_j * CE_k(j)
+    num_targets: Tensor  # scalar, float32: sum_k b_k * N_k
+    ce: Tensor  # [H, B, S] float32: cross-entropy of head k for target j, 0 where it predicts none
+    valid: Tensor  # [H, B, S] bool: where head k predicts target j
+    weights: Tensor | None  # [B, S] or [H, B, S] as given, None for all ones
+
+
+def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = None) -> Tensor:
+    """Where each head has a target to predict: [H, B, S] bool, indexed by the target's position.
+
+    ``valid[k - 1, b, j]`` says that token j is a target (``labels[b, j] != -100``) and that position j - k exists and
+    lies in the same document.
+
+    Args:
+        labels: [B, S] token ids, -100 where a token is no target.
+        num_heads: H.
+        document_ids: [B, S], equal for tokens of one document; None where each row is one document.
+    """
+    valid = labels.new_zeros((num_heads, *labels.shape), dtype=torch.bool)
+    for k in range(1, min(num_heads, labels.shape[1] - 1) + 1):
+        valid[k - 1, :, k:] = labels[:, k:] != IGNORE_INDEX
+        if document_ids is not None:
+            valid[k - 1, :, k:] &= document_ids[:, k:] == document_ids[:, :-k]
+    return valid
+
+
+def weighted_mtp_cross_entropy(
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    weights: Tensor | None = None,
+    *,
+    document_ids: Tensor | None = None,
+    head_weights: Tensor | None = None,
+    known_ce: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> MTPLoss:
+    """Sum of weighted cross-entropies of all heads, its gradients taken in the forward pass.
+
+        loss_sum = sum_k b_k * sum_{(t, k) valid} w_{t+k} * CE_k(t)        (DESIGN: S_k)
+
+    with CE_k(t) = logsumexp(z) - z[label_{t+k}], z = unembedding @ hidden[k, t]. Rows without a target are left out of
+    every GEMM, rows of weight zero out of the two gradient GEMMs, and an input that needs no gradient (a frozen
+    unembedding) saves its GEMM. CE is computed in float32, the gradient of the unembedding is accumulated in float32.
+
+    Args:
+        hidden: [H, B, S, D] normed hidden states, float32 or bfloat16.
+        unembedding: [V, D], same dtype and device.
+        labels: [B, S] token ids, -100 where a token is no target.
+        weights: [B, S], a weight per target token, or [H, B, S], one per head and target; carries no gradient. None is
+            plain multi-token prediction. Values where no head has a target are never read.
+        document_ids: [B, S]; a head never predicts across a document's edge.
+        head_weights: [H] b_k >= 0; None is all ones.
+        known_ce: [B, S] or [H', B, S] CE of the first heads, if already computed: rows of weight zero are then not
+            computed again.
+        chunk_tokens: rows per chunk; by default chosen by device and V.
+
+    Raises:
+        ValueError: for shapes that do not fit together, or weights that require a gradient.
+    """
+    num_heads, batch, seq, _ = hidden.shape
+    weights_shape = None if weights is None else tuple(weights.shape)
+    if labels.shape != (batch, seq):
+        raise ValueError(f"labels must be [B, S] = {(batch, seq)} like hidden [H, B, S, D], got {tuple(labels.shape)}")
+    if weights is not None and weights_shape not in ((batch, seq), (num_heads, batch, seq)):
+        raise ValueError(f"weights must be {(batch, seq)} or {(num_heads, batch, seq)}, got {weights_shape}")
+    if weights is not None and weights.requires_grad:
+        raise ValueError("weights must carry no gradient: detach them")
+    if head_weights is not None and head_weights.shape != (num_heads,):
+        raise ValueError(f"head_weights must have one value per head, {num_heads}, got {tuple(head_weights.shape)}")
+    if hidden.shape[-1] != unembedding.shape[-1] or hidden.dtype != unembedding.dtype:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} {hidden.dtype} and unembedding {tuple(unembedding.shape)} "
+            f"{unembedding.dtype} must share D and dtype"
+        )
+
+    if not torch.is_grad_enabled():  # an autograd.Function is told of requires_grad even under no_grad
+        hidden, unembedding = hidden.detach(), unembedding.detach()
+    valid = valid_targets(labels, num_heads, document_ids)
+    b = torch.ones(num_heads, device=hidden.device) if head_weights is None else head_weights.float()
+    num_targets = (b * valid.sum(dim=(1, 2))).sum()
+
+    # Compact the valid (head, target) pairs into rows; those with a gradient first, so that chunks are of one kind.
+    head, row, target = valid.nonzero(as_tuple=True)  # [N] each
+    row_weight = b[head] if weights is None else b[head] * weights.expand(valid.shape)[head, row, target].float()
+    has_gradient = row_weight != 0
+    order = torch.argsort(has_gradient, descending=True, stable=True)
+    head, row, target, row_weight = head[order], row[order], target[order], row_weight[order]
+    source = (head * batch + row) * seq + target - head - 1  # flat index of position t = j - k in hidden
+    num_gradient_rows = int(has_gradient.sum())
+
+    ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
+    num_rows = head.numel()
+    if known_ce is not None:
+        known = known_ce.detach().float().reshape(-1, batch, seq)
+        ce[: known.shape[0]] = known * valid[: known.shape[0]]
+        tail = torch.arange(num_rows, device=head.device) < num_gradient_rows
+        keep = tail | (head >= known.shape[0])
+        head, row, target, row_weight, source = (x[keep] for x in (head, row, target, row_weight, source))
+
+    if chunk_tokens is None:
+        chunk_tokens = max(16, _CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * unembedding.shape[0]))
+    loss_sum, row_ce = _FusedLinearCrossEntropy.apply(
+        hidden, unembedding, source, labels[row, target], row_weight, num_gradient_rows, chunk_tokens
+    )
+    ce[head, row, target] = row_ce
+    return MTPLoss(loss_sum, num_targets, ce, valid, weights)
+
+
+def mtp_loss(
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    weighting: "Callable[..., Tensor | None]",
+    *,
+    document_ids: Tensor | None = None,
+    reference_ce: Tensor | None = None,
+    head_weights: Tensor | None = None,
+) -> MTPLoss:
+    """The loss with its weights: asks ``weighting`` (see wmtp.weighting) for them and gives it the CE it needs.
+
+    Weights that depend on the policy's own CE cost one more GEMM a token for each head they read: 3H + 1 in all for
+    head 1, whose CE is then not computed again for tokens of weight zero.
+    """
+    ce = None
+    if weighting.needs_policy_ce is not None:
+        heads = hidden if weighting.needs_policy_ce == "all" else hidden[:1]
+        ce = token_cross_entropy(heads, unembedding, labels, document_ids=document_ids)
+    with torch.no_grad():
+        valid = valid_targets(labels, hidden.shape[0], document_ids)
+        weights = weighting(labels, valid, document_ids, ce, reference_ce)
+    return weighted_mtp_cross_entropy(
+        hidden, unembedding, labels, weights, document_ids=document_ids, head_weights=head_weights, known_ce=ce
+    )
+
+
+@torch.no_grad()
+def token_cross_entropy(
+    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
+) -> Tensor:
+    """CE of every head for every target, without a gradient (one GEMM a token): [H, B, S] float32, 0 where no target.
+
+    Arguments as in :func:`weighted_mtp_cross_entropy`; ``hidden`` may hold only the first heads.
+    """
+    return weighted_mtp_cross_entropy(hidden, unembedding, labels, document_ids=document_ids).ce
+
+
+class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """(hidden, unembedding, rows) -> (weighted sum of CE, CE per row), gradients computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden, unembedding, source, label, weight, num_gradient_rows, chunk_tokens):
+        flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [H*B*S, D]
+        needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
+        d_hidden = torch.zeros_like(flat_hidden) if needs_hidden else None
+        d_unembedding = torch.zeros_like(unembedding, dtype=torch.float32) if needs_unembedding else None
+        # The first rows take gradients, the others only their CE.
+        split = num_gradient_rows if needs_hidden or needs_unembedding else 0
+        row_ce = torch.empty(source.numel(), dtype=torch.float32, device=hidden.device)
+        buffer = hidden.new_empty(min(chunk_tokens, source.numel()), unembedding.shape[0])  # logits of one chunk
+
+        for start, end in _chunks(split, source.numel(), chunk_tokens):
+            h = flat_hidden[source[start:end]]  # [C, D]
+            logits = torch.mm(h, unembedding.T, out=buffer[: end - start]).float()  # [C, V]
+            picked = label[start:end, None]
+            target_logit = logits.gather(1, picked)  # [C, 1]
+            top = logits.amax(dim=1, keepdim=True)
+            exp = logits.sub_(top).exp_()
+            exp_sum = exp.sum(dim=1, keepdim=True)
+            row_ce[start:end] = (exp_sum.log() + top - target_logit).squeeze(1)
+            if start >= split:
+                continue
+            # d loss / d logits = w * (softmax - onehot), in float32; then rounded once for the GEMMs.
+            w = weight[start:end, None]
+            d_logits = exp.mul_(w / exp_sum)
+            d_logits.scatter_add_(1, picked, -w)
+            d_logits = d_logits.to(h.dtype)
+            if needs_hidden:
+                d_hidden[source[start:end]] = d_logits @ unembedding
+            if needs_unembedding:
+                _accumulate_(d_unembedding, d_logits, h)
+
+        ctx.gradients = (
+            None if d_hidden is None else d_hidden.view(hidden.shape),
+            d_unembedding,
+            unembedding.dtype,
+        )
+        ctx.mark_non_differentiable(row_ce)
+        return (row_ce[:num_gradient_rows] * weight[:num_gradient_rows]).sum(), row_ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        if ctx.gradients is None:
+            raise RuntimeError("the fused loss gives its gradients once: call backward() once, without retain_graph")
+        d_hidden, d_unembedding, dtype = ctx.gradients
+        ctx.gradients = None
+        # In place: the buffers belong to this node alone, and a second [V, D] would double the peak.
+        d_hidden = None if d_hidden is None else d_hidden.mul_(grad_loss)
+        d_unembedding = None if d_unembedding is None else d_unembedding.mul_(grad_loss).to(dtype)
+        return d_hidden, d_unembedding, None, None, None, None, None
+
+
+def _chunks(split: int, total: int, size: int):
+    """Chunks (start, end) of 0..total that do not cross ``split``."""
+    for begin, stop in ((0, split), (split, total)):
+        for start in range(begin, stop, size):
+            yield start, min(start + size, stop)
+
+
+def _accumulate_(total: Tensor, d_logits: Tensor, h: Tensor) -> None:
+    """total [V, D] float32 += d_logits.T @ h."""
+    if h.dtype == torch.float32:
+        total.addmm_(d_logits.T, h)
+    elif h.is_cuda:
+        total += torch.mm(d_logits.T, h, out_dtype=torch.float32)  # the tensor cores' own float32 accumulator
+    else:
+        total += d_logits.T @ h  # rounded to bfloat16 once a chunk, summed in float32

@@ -1,0 +1,31 @@
+"""Decoder with multi-token-prediction heads, its builders, sharding, and checkpoint formats."""
+
+from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, smollm2_135m
+from wmtp.models.checkpoint_formats import CheckpointError, read_shape
+from wmtp.models.decoder import MTPDecoder, positions_in_documents
+from wmtp.models.export import export_hf
+from wmtp.models.load import load_checkpoint
+from wmtp.models.parallel import checkpoint_activations, shard_model
+from wmtp.models.resolve import resolve_checkpoint
+from wmtp.models.shape import LlamaShape
+from wmtp.models.teacher_forced import TeacherForced, teacher_forced
+
+__all__ = [
+    "CheckpointError",
+    "LlamaShape",
+    "MTPDecoder",
+    "TeacherForced",
+    "checkpoint_activations",
+    "codellama_7b",
+    "export_hf",
+    "from_checkpoint",
+    "llama_mtp",
+    "load_checkpoint",
+    "meta_mtp_7b",
+    "positions_in_documents",
+    "read_shape",
+    "resolve_checkpoint",
+    "shard_model",
+    "smollm2_135m",
+    "teacher_forced",
+]

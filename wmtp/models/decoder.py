@@ -1,0 +1,281 @@
+"""A Llama decoder with parallel multi-token-prediction heads, in Meta's layout, on torchtune's modules.
+
+    tok_embeddings -> layers[0] .. layers[-2] -+-> layers[-1]      -> norm -> unembedding    head 1, the next token
+                                               +-> extra_heads[0]  -> norm -> unembedding    head 2
+                                               +-> extra_heads[j]  -> norm -> unembedding    head j + 2
+
+Every head is one full transformer block on the same trunk state; norm and unembedding are shared (Gloeckle et al. 2024,
+arXiv 2404.19737, section 2). With H = 1 this is an ordinary Llama.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerSelfAttentionLayer,
+)
+
+from wmtp.models.shape import LlamaShape
+
+
+class MTPDecoder(nn.Module):
+    """Trunk, H heads beside each other, shared norm and unembedding.
+
+    Args:
+        config: the model's sizes; kept as ``model.config`` and written by the export.
+        attention: ``sdpa``, or ``flex``: flex attention (CUDA only) skips the blocks that no document needs.
+    """
+
+    def __init__(self, config: LlamaShape, *, attention: str = "sdpa") -> None:
+        super().__init__()
+        if attention not in ("sdpa", "flex"):
+            raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
+        self.config = config
+        self.attention = attention
+        self.rope = _rope(config)  # one module for all blocks, so its cache exists once
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.layers = nn.ModuleList(_block(config, self.rope) for _ in range(config.num_layers))
+        self.extra_heads = nn.ModuleList(_block(config, self.rope) for _ in range(config.num_future_tokens - 1))
+        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        if not config.tie_word_embeddings:
+            self.output = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+        self.init_weights()
+
+    @property
+    def num_future_tokens(self) -> int:
+        """H, the number of heads."""
+        return self.config.num_future_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def embed_dim(self) -> int:
+        return self.config.embed_dim
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.config.max_seq_len
+
+    @property
+    def unembedding(self) -> Tensor:
+        """[V, D]; of a tied model, the embedding. Under FSDP2 it is whole only inside the forward pass."""
+        return self.tok_embeddings.weight if self.config.tie_word_embeddings else self.output.weight
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Random weights: normal with standard deviation 0.02, norms at one. Call it before sharding."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.scale"):
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=0.02)
+
+    def reset_rope(self, device: torch.device | str | None = None) -> None:
+        """Compute the RoPE cache anew, in float32, on ``device`` (by default where it is)."""
+        if device is None:
+            device = getattr(self.rope, "cache", self.norm.scale).device
+        if torch.device(device).type != "meta":
+            with torch.device(device):
+                self.rope.rope_init()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "MTPDecoder":
+        # to_empty() would leave the rotation angles undefined and to(bfloat16) would round them; both pass here.
+        super()._apply(fn, recurse)
+        self.reset_rope()
+        return self
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Forward
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        mask: Any = None,
+        num_heads: int | None = None,
+        loss_fn: Callable | None = None,
+        **loss_inputs: Any,
+    ) -> Any:
+        """Logits of every head, or whatever ``loss_fn`` makes of the hidden states.
+
+        Args:
+            tokens: [B, S] token ids.
+            document_ids: [B, S] integers that differ between the documents of a row, -1 for padding; attention and
+                positions stop at a document's edge. None where each row is one document.
+            input_pos: [B, S] positions; by default counted from each document's start.
+            mask: [B, S, S] bool or BlockMask, True where a query may look; by default causal within documents. With
+                KV caches enabled both mask ([B, S, cache length]) and input_pos must be given, as in torchtune.
+            num_heads: compute only the first heads; by default all H.
+            loss_fn: called as ``loss_fn(hidden, unembedding, document_ids=document_ids, **loss_inputs)``.
+
+        Returns:
+            logits [H, B, S, V], or the result of ``loss_fn``.
+        """
+        hidden = self.hidden_states(
+            tokens, document_ids=document_ids, input_pos=input_pos, mask=mask, num_heads=num_heads
+        )
+        if loss_fn is None:
+            return F.linear(hidden, self.unembedding)
+        # The loss runs here, and not on the forward's result, because here FSDP2 has the unembedding unsharded: it
+        # belongs to the root's parameter group (with the embedding it may be tied to), which is resharded when this
+        # method returns. The fused loss multiplies by it chunk by chunk and hands its gradient back whole.
+        return loss_fn(hidden, self.unembedding, document_ids=document_ids, **loss_inputs)
+
+    def hidden_states(
+        self,
+        tokens: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        mask: Any = None,
+        num_heads: int | None = None,
+    ) -> Tensor:
+        """Normed states of the heads, [H, B, S, D]; arguments as in :meth:`forward`.
+
+        Of a model sharded with FSDP2, call forward with a ``loss_fn`` that returns them: only forward gathers weights.
+        """
+        if num_heads is not None and not 1 <= num_heads <= self.num_future_tokens:
+            raise ValueError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
+        mask, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
+        *trunk, head = self.layers
+        h = self.tok_embeddings(tokens)  # [B, S, D]
+        for block in trunk:
+            h = block(h, mask=mask, input_pos=input_pos)
+        heads = [head, *self.extra_heads][:num_heads]
+        return torch.stack([self.norm(block(h, mask=mask, input_pos=input_pos)) for block in heads])
+
+    def _attention_inputs(
+        self, tokens: Tensor, document_ids: Tensor | None, input_pos: Tensor | None, mask: Any
+    ) -> tuple[Any, Tensor | None]:
+        """The mask and positions that every block gets; (None, None) is plain causal attention."""
+        if tokens.shape[1] > self.max_seq_len:
+            raise ValueError(f"the sequence length must be <= max_seq_len {self.max_seq_len}, got {tokens.shape[1]}")
+        if self.caches_are_enabled() and (mask is None or input_pos is None):
+            raise ValueError("with KV caches enabled, give mask [B, S, cache length] and input_pos [B, S]")
+        if mask is not None:
+            return mask, input_pos
+        # Rows of one document take the causal path, with no mask. To see that on CUDA would wait for the device.
+        plain = document_ids is None or (
+            document_ids.device.type == "cpu" and bool((document_ids == document_ids[:, :1]).all())
+        )
+        # torchtune's attention is no longer causal by itself once it holds a cache, even a disabled one.
+        if plain and self.attention == "sdpa" and not self.caches_are_setup():
+            return None, input_pos
+        if document_ids is None:
+            document_ids = torch.zeros_like(tokens)
+        if input_pos is None:
+            input_pos = positions_in_documents(document_ids)
+        return (block_mask if self.attention == "flex" else dense_mask)(document_ids), input_pos
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # KV caches: one per block, extra heads included
+
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, max_seq_len: int | None = None) -> None:
+        """Give every block an enabled KV cache of ``max_seq_len`` positions (by default the model's)."""
+        max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
+        if not 1 <= max_seq_len <= self.max_seq_len:
+            raise ValueError(
+                f"a cache's max_seq_len must be between 1 and the model's {self.max_seq_len}, got {max_seq_len}"
+            )
+        if self.caches_are_setup():
+            raise ValueError("KV caches are there already; call reset_caches(), or delete_caches() for another size")
+        with self.rope.cache.device:
+            for block in (*self.layers, *self.extra_heads):
+                block.setup_caches(batch_size, dtype, encoder_max_seq_len=None, decoder_max_seq_len=max_seq_len)
+
+    def reset_caches(self) -> None:
+        """Empty the KV caches."""
+        for block in (*self.layers, *self.extra_heads):
+            block.reset_cache()
+
+    def delete_caches(self) -> None:
+        """Free the KV caches: the model trains again."""
+        for block in (*self.layers, *self.extra_heads):
+            block.attn.kv_cache = None
+            block.attn.cache_enabled = False
+
+    def caches_are_setup(self) -> bool:
+        return self.layers[0].caches_are_setup()
+
+    def caches_are_enabled(self) -> bool:
+        return self.layers[0].caches_are_enabled()
+
+
+def positions_in_documents(document_ids: Tensor) -> Tensor:
+    """Each token's distance from the start of its document, [B, S]; a document is a run of equal ids."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
+    starts = torch.zeros_like(index)
+    starts[:, 1:] = index[:, 1:] * (document_ids[:, 1:] != document_ids[:, :-1])
+    return index - starts.cummax(dim=1).values
+
+
+def dense_mask(document_ids: Tensor) -> Tensor:
+    """[B, S, S] bool: query i sees key j <= i of its own document (padding, -1, sees padding: no row is empty)."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril_()
+
+
+def block_mask(document_ids: Tensor) -> Any:
+    """The mask of :func:`dense_mask` as flex attention's BlockMask."""
+    if not document_ids.is_cuda:
+        raise ValueError(f"attention 'flex' needs CUDA, got tokens on {document_ids.device}; use attention 'sdpa'")
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (document_ids[batch, query] == document_ids[batch, key])
+
+    batch, seq = document_ids.shape
+    return create_block_mask(visible, batch, None, seq, seq, device=document_ids.device)
+
+
+def _rope(config: LlamaShape) -> nn.Module:
+    if config.rope_scaling is None:
+        return RotaryPositionalEmbeddings(config.head_dim, max_seq_len=config.max_seq_len, base=config.rope_base)
+    return Llama3ScaledRoPE(
+        config.head_dim,
+        max_seq_len=config.max_seq_len,
+        base=config.rope_base,
+        scale_factor=config.rope_scaling["factor"],
+        low_freq_factor=config.rope_scaling["low_freq_factor"],
+        high_freq_factor=config.rope_scaling["high_freq_factor"],
+        old_context_len=config.rope_scaling["original_max_position_embeddings"],
+    )
+
+
+def _block(config: LlamaShape, rope: nn.Module) -> TransformerSelfAttentionLayer:
+    dim, head_dim = config.embed_dim, config.head_dim
+    attention = MultiHeadAttention(
+        embed_dim=dim,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=head_dim,
+        q_proj=nn.Linear(dim, config.num_heads * head_dim, bias=False),
+        k_proj=nn.Linear(dim, config.num_kv_heads * head_dim, bias=False),
+        v_proj=nn.Linear(dim, config.num_kv_heads * head_dim, bias=False),
+        output_proj=nn.Linear(config.num_heads * head_dim, dim, bias=False),
+        pos_embeddings=rope,
+        max_seq_len=config.max_seq_len,
+    )
+    mlp = FeedForward(
+        gate_proj=nn.Linear(dim, config.intermediate_dim, bias=False),
+        down_proj=nn.Linear(config.intermediate_dim, dim, bias=False),
+        up_proj=nn.Linear(dim, config.intermediate_dim, bias=False),
+    )
+    return TransformerSelfAttentionLayer(
+        attention,
+        mlp,
+        sa_norm=RMSNorm(dim, eps=config.norm_eps),
+        mlp_norm=RMSNorm(dim, eps=config.norm_eps),
+    )

@@ -1,0 +1,190 @@
+"""Writing a model as an HF Llama folder: head 1 for `transformers`, the other heads in files beside it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from wmtp.models.checkpoint_formats import (
+    HF_INDEX,
+    HF_WEIGHTS,
+    MTP_CONFIG,
+    MTP_WEIGHTS,
+    is_rotated,
+    key_of,
+    to_half_split,
+)
+from wmtp.models.load import compute_device, named_parameters, reshard
+from wmtp.models.shape import LlamaShape
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@torch.no_grad()
+def export_hf(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer_source: Any = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Write ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
+
+    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not look at. The folder
+    appears whole or not at all: it is written beside its place and renamed.
+
+    Every rank of a sharded model calls this; parameters are gathered one at a time and rank 0 writes, holding at most
+    ``max_shard_bytes`` (or the additional heads, if they are larger).
+
+    Args:
+        model: an :class:`~wmtp.models.MTPDecoder`.
+        folder: must not exist.
+        tokenizer_source: a folder with tokenizer files, or a tokenizer with ``save`` or ``save_pretrained``. Without it
+            the folder has no tokenizer, and config.json no bos and eos ids.
+        dtype: of the stored weights; by default each parameter's own.
+        max_shard_bytes: largest size of one file.
+
+    Raises:
+        FileExistsError: the folder is there already.
+        ValueError: the model has parameters that are no part of a Llama, or tokenizer_source holds no tokenizer.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"export folder {folder} already exists; give another, or remove it")
+    reshard(model)
+    parameters = dict(named_parameters(model))
+    strangers = [name for name in parameters if key_of(name, "hf") is None]
+    if strangers:
+        raise ValueError(
+            f"parameter {strangers[0]} has no place in an HF Llama folder; merge adapters before the export"
+        )
+    if tokenizer_source is not None:
+        _check_tokenizer(tokenizer_source)
+
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    writing = folder.with_name(f"{folder.name}.writing")
+    if is_main:
+        shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
+        writing.mkdir(parents=True)
+    files, pending, heads, weight_map, total = 0, {}, {}, {}, 0
+    for name, parameter in parameters.items():
+        tensor = _full(parameter)  # a collective: every rank takes part
+        if not is_main:
+            continue
+        # A copy, in a layout of its own: safetensors writes only what does not share memory.
+        tensor = tensor.to("cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        key = key_of(name, "hf")
+        if is_rotated(name):
+            tensor = to_half_split(tensor, model.config.head_dim).contiguous()
+        if key.startswith("extra_heads."):
+            heads[key] = tensor
+            continue
+        if pending and sum(map(_num_bytes, pending.values())) + _num_bytes(tensor) > max_shard_bytes:
+            files += 1
+            weight_map |= _write(writing, files, pending)
+            pending = {}
+        pending[key] = tensor
+        total += _num_bytes(tensor)
+    if is_main:
+        weight_map |= _write(writing, files + 1, pending)
+        _name_files(writing, files + 1, weight_map, total)
+        if heads:
+            save_file(heads, writing / MTP_WEIGHTS, metadata={"format": "pt"})
+            (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
+        stored_dtype = dtype or parameters["norm.scale"].dtype
+        _write_config(writing, model.config, stored_dtype, tokenizer_source)
+        writing.rename(folder)
+    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        dist.barrier()  # when it returns, on any rank, the folder is there
+
+
+def _full(parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    return parameter.detach().to(compute_device(parameter)).full_tensor()
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
+    save_file(tensors, folder / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
+    return dict.fromkeys(tensors, number)
+
+
+def _name_files(folder: Path, files: int, weight_map: dict[str, int], total: int) -> None:
+    """HF's file names, which say how many there are: known only now."""
+    names = (
+        {1: HF_WEIGHTS} if files == 1 else {n: f"model-{n:05d}-of-{files:05d}.safetensors" for n in range(1, files + 1)}
+    )
+    for number, name in names.items():
+        (folder / f"model-{number:05d}.safetensors").rename(folder / name)
+    if files > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": {key: names[n] for key, n in weight_map.items()}}
+        (folder / HF_INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(folder: Path, shape: LlamaShape, dtype: torch.dtype, tokenizer_source: Any) -> None:
+    from transformers import AutoTokenizer, LlamaConfig
+
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.embed_dim,
+        intermediate_size=shape.intermediate_dim,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_seq_len,
+        rms_norm_eps=shape.norm_eps,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", **(shape.rope_scaling or {}), "rope_theta": shape.rope_base},
+        dtype=str(dtype).removeprefix("torch."),
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config.save_pretrained(folder)
+    if tokenizer_source is None:
+        return
+    _write_tokenizer(folder, tokenizer_source)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, key, getattr(tokenizer, key))
+    config.save_pretrained(folder)
+
+
+def _check_tokenizer(source: Any) -> None:
+    if isinstance(source, str | Path):
+        if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise ValueError(f"tokenizer_source {source} holds no tokenizer.json or tokenizer.model")
+    elif not hasattr(source, "save") and not hasattr(source, "save_pretrained"):
+        raise ValueError(f"tokenizer_source must be a folder or a tokenizer, got {type(source).__name__}")
+
+
+def _write_tokenizer(folder: Path, source: Any) -> None:
+    if isinstance(source, str | Path):
+        for name in _TOKENIZER_FILES:
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, folder / name)
+    elif hasattr(source, "save_pretrained"):
+        source.save_pretrained(str(folder))
+    else:
+        source.save(folder)

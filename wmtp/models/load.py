@@ -1,0 +1,157 @@
+"""Reading a checkpoint into a model, sharded or not: each rank reads what it keeps."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError, key_of, open_checkpoint
+from wmtp.models.shape import LlamaShape
+
+# Constants of the computation that no tensor's shape gives away.
+_CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps")
+
+
+@torch.no_grad()
+def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+    """Fill an :class:`~wmtp.models.MTPDecoder` from an HF or Meta checkpoint.
+
+    The model may be on the meta device, where it is materialised on ``device``, and it may be sharded with FSDP2: then
+    each rank cuts its own shard out of one tensor after another, with no collective, and holds at no time more than its
+    shards and one full tensor. Values are cast to the parameters' dtype.
+
+    Heads that the checkpoint lacks start as copies of head 1, its last block; heads that the model lacks are left out.
+    An untied model takes a tied checkpoint's embedding as its unembedding too.
+
+    Args:
+        model: an MTPDecoder, wrapped for activation checkpointing or compiled or not.
+        path: a folder, see :func:`~wmtp.models.resolve_checkpoint`.
+        device: where the parameters of a model on the meta device go. RoPE's cache goes to the device of the
+            computation, so with CPU-offloaded shards give ``cpu``.
+
+    Raises:
+        CheckpointError: one line, before anything is changed: a file missing or truncated, a parameter missing, unknown
+            or of another shape, or constants (RoPE base, norm epsilon, ...) other than the model's.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    parameters = dict(named_parameters(model))
+    sources = _sources(model.config, checkpoint, parameters)
+
+    if isinstance(model, FSDPModule):
+        reshard(model)
+    if any(parameter.is_meta for parameter in parameters.values()):
+        model.to_empty(device=device)
+        parameters = dict(named_parameters(model))
+    for name, parameter in parameters.items():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local.copy_(local_part(checkpoint.read(sources[name]), parameter))
+    model.reset_rope(compute_device(parameters["norm.scale"]))
+
+
+def named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Parameters by their own names, whatever wraps the blocks (activation checkpointing, torch.compile)."""
+    for name, parameter in model.named_parameters():
+        yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Make sure that the registered parameters are the shards, not what a forward pass gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def compute_device(parameter: Tensor) -> torch.device:
+    """Where a parameter's computation runs; a CPU-offloaded shard's own device is not it."""
+    if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != parameter.device.type:
+        kind = parameter.device_mesh.device_type
+        return torch.device(kind, torch.get_device_module(kind).current_device())
+    return parameter.device
+
+
+def local_part(full: Tensor, parameter: Tensor) -> Tensor:
+    """The part of a full tensor that this rank holds of ``parameter``: a view, cut as torch.chunk cuts."""
+    if not isinstance(parameter, DTensor):
+        return full
+    for mesh_dim, placement in enumerate(parameter.placements):
+        if type(placement) is Shard:
+            size, rank = parameter.device_mesh.size(mesh_dim), parameter.device_mesh.get_local_rank(mesh_dim)
+            rows = full.shape[placement.dim]
+            chunk = -(-rows // size)  # the last ranks may hold less, or nothing
+            start = min(rank * chunk, rows)
+            full = full.narrow(placement.dim, start, min(chunk, rows - start))
+        elif not isinstance(placement, Replicate):
+            raise NotImplementedError(f"parameters placed as {placement} cannot be cut; shard them with FSDP2 alone")
+    return full
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which stored tensor fills which parameter
+
+
+def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
+    """For each parameter, the name under which the checkpoint has its values; everything is checked here."""
+    stored = checkpoint.shape
+    if model.tie_word_embeddings and not stored.tie_word_embeddings:
+        raise CheckpointError(
+            f"{checkpoint.path} has an unembedding of its own, the model's is tied to the embedding; "
+            "build the model with tie_word_embeddings=False, or with from_checkpoint"
+        )
+    sources = {name: _source(name, model, stored) for name in parameters}
+    used = set()
+    for name, source in sources.items():
+        key = key_of(source, checkpoint.form)
+        if key is None:
+            raise CheckpointError(f"the model's parameter {name} has no place in a checkpoint; load before adding it")
+        if key not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.path} lacks {key} (the model's {name}); its config says {stored.num_layers} layers and "
+                f"{stored.num_future_tokens} heads, the model has {model.num_layers} and {model.num_future_tokens}: "
+                "copy it again, or build the model with from_checkpoint"
+            )
+        tensor, shape = checkpoint.tensors[key], tuple(parameters[name].shape)
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{tensor.file}: {key} is {list(tensor.shape)}, the model's {name} is {list(shape)}; "
+                "build the model with from_checkpoint, or mend its sizes"
+            )
+        used.add(key)
+    unknown = [key for key in checkpoint.tensors if key not in used and not _may_be_left_out(key, model, stored)]
+    if unknown:
+        raise CheckpointError(
+            f"{checkpoint.tensors[unknown[0]].file}: {unknown[0]} has no place in the model "
+            f"({len(unknown)} such keys); build the model with from_checkpoint"
+        )
+    for constant in _CONSTANTS:
+        ours, theirs = getattr(model, constant), getattr(stored, constant)
+        # Files that went through float32 say 9.9999997e-06 where others say 1e-05.
+        if not (math.isclose(ours, theirs, rel_tol=1e-6) if isinstance(ours, float) else ours == theirs):
+            raise CheckpointError(
+                f"{checkpoint.path} has {constant} {theirs}, the model {ours}; "
+                f"build the model with from_checkpoint, or set its {constant}"
+            )
+    return sources
+
+
+def _source(name: str, model: LlamaShape, stored: LlamaShape) -> str:
+    place, _, rest = name.partition(".")
+    index, _, inside = rest.partition(".")
+    if place == "extra_heads" and int(index) >= stored.num_future_tokens - 1:
+        return f"layers.{model.num_layers - 1}.{inside}"
+    if name == "output.weight" and stored.tie_word_embeddings:
+        return "tok_embeddings.weight"
+    return name
+
+
+def _may_be_left_out(key: str, model: LlamaShape, stored: LlamaShape) -> bool:
+    """Heads beyond the model's, RoPE frequencies that older files carry, a tied unembedding stored twice."""
+    place, _, rest = key.partition(".")
+    if place == "extra_heads":
+        return model.num_future_tokens - 1 <= int(rest.partition(".")[0]) < stored.num_future_tokens - 1
+    return key.endswith("rotary_emb.inv_freq") or key == "rope.freqs" or (
+        key == "lm_head.weight" and stored.tie_word_embeddings
+    )  # fmt: skip

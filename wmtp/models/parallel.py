@@ -1,0 +1,49 @@
+"""Sharding with FSDP2, and activation checkpointing."""
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torchtune.modules import TransformerSelfAttentionLayer
+
+
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype = torch.float32,
+    cpu_offload: bool = False,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Shard every block of ``layers`` and ``extra_heads``, then the root (embedding, norm, unembedding), in place.
+
+    Args:
+        model: an :class:`~wmtp.models.MTPDecoder`, on the meta device or not; its parameters keep their dtype.
+        mesh: one dimension (FSDP), or two: replicate, shard (HSDP).
+        param_dtype: of the gathered weights and so of the computation.
+        reduce_dtype: of the gradients' reduction.
+        cpu_offload: keep the shards in host memory; load with ``device="cpu"``.
+        reshard_after_forward: free gathered weights after the forward pass and gather them again for the backward.
+    """
+    # Not cast_forward_inputs: FSDP2 would round every float input, and the root's inputs include the loss's float32
+    # weights. Activations need no cast: they take param_dtype from the gathered embedding.
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        # For the root too: left to its default, an evaluation would leave whole, rounded weights registered.
+        "reshard_after_forward": reshard_after_forward,
+    }
+    for block in (*model.layers, *model.extra_heads):
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def checkpoint_activations(model: nn.Module) -> nn.Module:
+    """Keep only each block's input in the forward pass and recompute the rest in the backward. Before sharding."""
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, TransformerSelfAttentionLayer))
+    return model

@@ -1,0 +1,74 @@
+"""The numbers that define a Llama-family model with multi-token-prediction heads."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
+class LlamaShape:
+    """Sizes and constants of a model; everything a checkpoint's config file says about the computation.
+
+    Raises:
+        ValueError: for a value that no model can have, one line each.
+    """
+
+    vocab_size: int
+    num_layers: int  # blocks on head 1's path; Meta's n_layers is num_layers + num_future_tokens - 1
+    num_heads: int  # attention heads
+    num_kv_heads: int
+    embed_dim: int
+    intermediate_dim: int
+    max_seq_len: int
+    num_future_tokens: int = 1
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    rope_scaling: dict | None = None  # Llama 3's, in HF's words: rope_type "llama3" and ROPE_SCALING_KEYS
+    head_dim: int | None = None  # embed_dim / num_heads if not given
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "embed_dim",
+            "intermediate_dim",
+            "max_seq_len",
+            "num_future_tokens",
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        for name in ("rope_base", "norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number > 0, got {value!r}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads must be a multiple of num_kv_heads {self.num_kv_heads}, got {self.num_heads}")
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim}")
+        object.__setattr__(self, "rope_base", float(self.rope_base))
+        object.__setattr__(self, "rope_scaling", _checked_scaling(self.rope_scaling))
+
+
+def _checked_scaling(scaling: Mapping | None) -> dict | None:
+    """HF's rope_scaling as a plain dict with the keys of Llama 3, or None for plain RoPE."""
+    if scaling is None:
+        return None
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise ValueError(f"rope_scaling type must be 'llama3', got {kind!r}; leave it out for plain RoPE")
+    missing = [key for key in ROPE_SCALING_KEYS if key not in scaling]
+    if missing:
+        raise ValueError(f"rope_scaling of type 'llama3' lacks {', '.join(missing)}")
+    return {"rope_type": "llama3", **{key: scaling[key] for key in ROPE_SCALING_KEYS}}
