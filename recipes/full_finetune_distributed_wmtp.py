@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
-from torchtune.training import scale_grads_
+from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp.checkpoint import Checkpointer, latest_checkpoint, load_sharded, load_trainer, restore_rng
@@ -157,12 +157,11 @@ class FullFinetuneRecipeWMTP:
         return math.ceil(self._epochs * len(self._data) / rows_per_step)
 
     def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, *, frozen: bool = False):
-        """A sharded model; from a checkpoint it is built on the meta device and each rank reads only its own shard."""
+        """A sharded model. From a checkpoint it is built on the meta device and each rank reads only its own shard;
+        without one it starts random, from one seed on every rank: the same full model, then cut."""
         path = None if checkpoint is None else resolve_checkpoint(checkpoint)
         with torch.device("cpu" if path is None else "meta"):
             model = build(section, where=where)
-        if path is None:
-            model.init_weights()  # one seed on every rank: the same full model, then cut
         if model.vocab_size <= self._data.max_token_id:
             raise ConfigError(
                 f"{where} has {model.vocab_size} token ids, the dataset uses id {self._data.max_token_id}; "
@@ -287,7 +286,7 @@ class FullFinetuneRecipeWMTP:
             if totals["num_targets"] == 0:
                 raise StopTraining(f"step {self._step + 1}: the batch has no target token; {self._names(window)}")
             loss = totals["loss_sum"] / totals["num_targets"]
-            scale_grads_(model, torch.tensor(1.0 / totals["num_targets"], device=self._world.device))
+            scale_grads(model, torch.tensor(1.0 / totals["num_targets"], device=self._world.device))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
             grad_norm = float(grad_norm.full_tensor())
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):

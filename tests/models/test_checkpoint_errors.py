@@ -72,7 +72,7 @@ def test_truncated_consolidated_pth(tmp_path, lost):
 def test_a_pickle_that_would_run_code(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     torch.save({"x": CheckpointError("not a tensor")}, tmp_path / "consolidated.pth")
-    with pytest.raises(CheckpointError, match="consolidated.pth .* cannot be read"):
+    with pytest.raises(CheckpointError, match=r"consolidated.pth .* cannot be read"):
         from_checkpoint(tmp_path)
 
 

@@ -124,6 +124,7 @@ def live_bytes():
 
 def only_its_shard(folder):
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    gc.freeze()  # what the imports made, out of the count
     before, peak, full, largest = live_bytes(), 0, 0, 0
     read, alive = checkpoint_formats.Checkpoint.read, []
 
@@ -143,8 +144,9 @@ def only_its_shard(folder):
     checkpoint_formats.Checkpoint.read = read
     shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
     rope = model.rope.cache.nbytes + model.rope.theta.nbytes
-    assert shard <= full / dist.get_world_size() * 1.01
+    assert shard <= full / dist.get_world_size() * 1.04  # 22 rows of 64, where a third is 21.3
     slack = 20_000
+    print('LIVE', live_bytes() - before, shard, rope, peak-before, largest, full, flush=True)
     assert live_bytes() - before <= shard + rope + slack
     assert peak - before <= shard + rope + 2 * largest + slack < full / 2  # the tensor and its permuted copy
 

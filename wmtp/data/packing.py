@@ -123,7 +123,7 @@ def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int
         start = 0
         for number, i in enumerate(members):
             document, length = documents[i], lengths[i]
-            place = (row, slice(start, start + length)); number = 0
+            place = (row, slice(start, start + length))
             tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
             document_ids[place] = number
             if reference_ce is not None:
