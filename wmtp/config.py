@@ -55,7 +55,8 @@ class ConfigReader:
         if value is None:
             return None
         bounds = [f"> {above}"] * (above > -math.inf) + [f">= {minimum}"] * (minimum > -math.inf)
-        allowed = " and ".join(["a number", *bounds, *([f"<= {maximum}"] * (maximum < math.inf))])
+        bounds += [f"<= {maximum}"] * (maximum < math.inf)
+        allowed = f"a number {' and '.join(bounds)}".strip()
         real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not real or not above < value or not minimum <= value <= maximum:
             raise ConfigError(f"{key} must be {allowed}, got {value!r}")

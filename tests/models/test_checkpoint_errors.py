@@ -43,6 +43,8 @@ def test_missing_files(tiny_hf, tmp_path):
     gone = sorted(folder.glob("model-*.safetensors"))[3]
     gone.unlink()
     refused(model, folder, str(gone), "is missing; copy the checkpoint again")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(model, folder, "model.safetensors.index.json lacks weight_map")
     (folder / "model.safetensors.index.json").unlink()
     refused(model, folder, "holds neither model.safetensors nor model.safetensors.index.json")
     (tmp_path / "empty").mkdir()

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 
 from wmtp.loss import weighted_mtp_cross_entropy
 from wmtp.models import checkpoint_activations, positions_in_documents
+from wmtp.models.decoder import block_mask, dense_mask
 
 HEADS = 3
 
@@ -50,6 +51,12 @@ def test_rows_of_one_document_take_the_causal_path(tiny):
     assert torch.equal(model(tokens, document_ids=ids), model(tokens))
     masked = model(tokens, mask=torch.ones(2, 9, 9, dtype=torch.bool).tril())
     torch.testing.assert_close(masked, model(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_flex_attention_gets_the_same_mask():
+    ids = torch.tensor([[0] * 4 + [1] * 5 + [-1] * 3, [7] * 12])
+    batch, query, key = torch.meshgrid(torch.arange(2), torch.arange(12), torch.arange(12), indexing="ij")
+    assert torch.equal(block_mask(ids).mask_mod(batch, 0, query, key), dense_mask(ids))
 
 
 def test_only_the_asked_heads_are_computed(tiny):

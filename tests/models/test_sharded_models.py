@@ -61,7 +61,8 @@ def same_as_unsharded(folder, mesh_shape):
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard")[-len(mesh_shape) :])
     source = folder / "source"
     model, plain = load_sharded(source, mesh, num_future_tokens=4), load_plain(source, num_future_tokens=4)
-    assert any(parameter.to_local().numel() == 0 for parameter in model.parameters()) or mesh_shape[-1] < 3
+    if mesh_shape == (3,) and dist.get_rank() == 2:
+        assert model.layers[0].attn.k_proj.weight.to_local().shape == (0, 5)
     for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert torch.equal(sharded.full_tensor(), full), name
     torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=1e-6, rtol=1e-5)
@@ -142,13 +143,10 @@ def only_its_shard(folder):
     checkpoint_formats.Checkpoint.read = counted
     model = load_sharded(folder / "source", mesh)
     checkpoint_formats.Checkpoint.read = read
-    shard = sum(parameter.to_local().nbytes for parameter in model.parameters())
     rope = model.rope.cache.nbytes + model.rope.theta.nbytes
-    assert shard <= full / dist.get_world_size() * 1.04  # 22 rows of 64, where a third is 21.3
-    slack = 20_000
-    print('LIVE', live_bytes() - before, shard, rope, peak-before, largest, full, flush=True)
-    assert live_bytes() - before <= shard + rope + slack
-    assert peak - before <= shard + rope + 2 * largest + slack < full / 2  # the tensor and its permuted copy
+    shard = 1.04 * full / dist.get_world_size()  # 22 rows of 64, where a third is 21.3
+    assert 0.9 * shard < live_bytes() - before <= shard + rope
+    assert peak - before <= shard + rope + largest < full / 2
 
 
 def test_no_rank_ever_holds_more_than_its_shard_and_one_tensor(tmp_path):

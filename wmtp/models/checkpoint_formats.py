@@ -135,7 +135,7 @@ def _hf_files(path: Path, shape: LlamaShape) -> list[Path]:
     index = path / HF_INDEX
     names = [HF_WEIGHTS]
     if index.is_file():
-        names = sorted(set(_read_json(index)["weight_map"].values()))
+        names = sorted(set(_read_json(index, "weight_map")["weight_map"].values()))
     elif not (path / HF_WEIGHTS).is_file():
         raise CheckpointError(
             f"{path} holds neither {HF_WEIGHTS} nor {HF_INDEX}; save it with transformers' save_pretrained, "
@@ -172,11 +172,15 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, *required: str) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; copy it again") from error
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; it is not what its name says, copy it again")
+    return content
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,7 +211,9 @@ def _hf_shape(path: Path) -> LlamaShape:
     from transformers import LlamaConfig  # knows the defaults and spellings of every version's config.json
 
     hf = LlamaConfig.from_dict(raw)
-    heads = _read_json(path / MTP_CONFIG)["num_future_tokens"] if (path / MTP_CONFIG).is_file() else 1
+    heads = (
+        _read_json(path / MTP_CONFIG, "num_future_tokens")["num_future_tokens"] if (path / MTP_CONFIG).is_file() else 1
+    )
     return _shape(
         file,
         vocab_size=hf.vocab_size,
@@ -229,13 +235,10 @@ def _hf_shape(path: Path) -> LlamaShape:
 def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> LlamaShape:
     """params.json, and from the tensors what it gives only by formula (MLP width) or not at all (vocab_size: -1)."""
     file = path / META_CONFIG
-    params = _read_json(file)
+    params = _read_json(file, "dim", "n_layers", "n_heads")
     for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if key not in tensors:
             raise CheckpointError(f"{path / META_WEIGHTS} lacks {key}; expected the keys of Meta's Llama")
-    for key in ("dim", "n_layers", "n_heads"):
-        if key not in params:
-            raise CheckpointError(f"{file} lacks {key}; expected the params.json of Meta's Llama")
     heads = params.get("n_future_tokens", 1)
     return _shape(
         file,

@@ -173,6 +173,8 @@ class MTPDecoder(nn.Module):
         # torchtune's attention is no longer causal by itself once it holds a cache, even a disabled one.
         if plain and self.attention == "sdpa" and not self.caches_are_setup():
             return None, input_pos
+        if self.attention == "flex" and not tokens.is_cuda:
+            raise ValueError(f"attention 'flex' needs CUDA, got tokens on {tokens.device}; use attention 'sdpa'")
         if document_ids is None:
             document_ids = torch.zeros_like(tokens)
         if input_pos is None:
@@ -229,8 +231,6 @@ def dense_mask(document_ids: Tensor) -> Tensor:
 
 def block_mask(document_ids: Tensor) -> Any:
     """The mask of :func:`dense_mask` as flex attention's BlockMask."""
-    if not document_ids.is_cuda:
-        raise ValueError(f"attention 'flex' needs CUDA, got tokens on {document_ids.device}; use attention 'sdpa'")
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -65,9 +65,13 @@ def export_hf(
         ValueError: the model has parameters that are no part of a Llama, or tokenizer_source holds no tokenizer.
     """
     folder = Path(folder)
+    reshard(model)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if not sharded and not is_main:
+        return
     if folder.exists():
         raise FileExistsError(f"export folder {folder} already exists; give another, or remove it")
-    reshard(model)
     parameters = dict(named_parameters(model))
     strangers = [name for name in parameters if key_of(name, "hf") is None]
     if strangers:
@@ -76,8 +80,10 @@ def export_hf(
         )
     if tokenizer_source is not None:
         _check_tokenizer(tokenizer_source)
+    if sharded:
+        # Every rank has looked before rank 0 writes. Gathering does not order them all: it stays inside a replica.
+        dist.barrier()
 
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
     writing = folder.with_name(f"{folder.name}.writing")
     if is_main:
         shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
@@ -110,7 +116,7 @@ def export_hf(
         stored_dtype = dtype or parameters["norm.scale"].dtype
         _write_config(writing, model.config, stored_dtype, tokenizer_source)
         writing.rename(folder)
-    if any(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if sharded:
         dist.barrier()  # when it returns, on any rank, the folder is there
 
 

@@ -38,11 +38,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
             or of another shape, or constants (RoPE base, norm epsilon, ...) other than the model's.
     """
     checkpoint = open_checkpoint(Path(path))
+    reshard(model)
     parameters = dict(named_parameters(model))
     sources = _sources(model.config, checkpoint, parameters)
 
-    if isinstance(model, FSDPModule):
-        reshard(model)
     if any(parameter.is_meta for parameter in parameters.values()):
         model.to_empty(device=device)
         parameters = dict(named_parameters(model))

@@ -1,0 +1,67 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def tiny_config(tmp_path, monkeypatch):
+    """The shipped tiny configs, writing below tmp_path, with overrides by dotted key."""
+    monkeypatch.chdir(tmp_path)
+
+    def config(job="uniform", **overrides):
+        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{job}.yaml")
+        cfg.output_dir = str(tmp_path / job)
+        cfg.tracking = None
+        for key, value in overrides.items():
+            OmegaConf.update(cfg, key.replace("__", "."), value)
+        return cfg
+
+    return config
+
+
+@pytest.fixture
+def run_recipe():
+    """Run the full fine-tuning recipe in this process and return its metrics."""
+    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+
+    def run(cfg):
+        recipe = FullFinetuneRecipeWMTP(cfg)
+        recipe.setup()
+        recipe.train()
+        recipe.export()
+        return read_metrics(cfg.output_dir)
+
+    return run
+
+
+@pytest.fixture
+def run_distributed(tmp_path):
+    """Run several configs, one after the other, in one torchrun of so many processes."""
+
+    def run(processes, *configs):
+        folder = tmp_path / f"world{processes}"
+        folder.mkdir(exist_ok=True)
+        paths = []
+        for number, cfg in enumerate(configs):
+            paths.append(folder / f"{number}.yaml")
+            OmegaConf.save(cfg, paths[-1])
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+        command += [str(ROOT / "tests" / "recipes" / "run_configs.py"), *map(str, paths)]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [read_metrics(cfg.output_dir) for cfg in configs]
+
+    return run
+
+
+def read_metrics(output_dir):
+    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]

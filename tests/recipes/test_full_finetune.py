@@ -1,0 +1,217 @@
+"""The full fine-tuning recipe on the tiny config: golden losses, resuming, world sizes, splits, the NaN guard."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, read_metrics
+from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM
+
+from wmtp.checkpoint import complete_checkpoints, latest_checkpoint, verify_manifest
+from wmtp.config import StopTraining
+from wmtp.data import hf_tokenizer
+from wmtp.models import from_checkpoint, load_checkpoint
+
+
+def losses(metrics):
+    return [line["train/loss"] for line in metrics if "train/loss" in line]
+
+
+def series(metrics):
+    """All that must go on bit for bit: every metric but the speed."""
+    return [{key: v for key, v in line.items() if "tokens_per_second" not in key} for line in metrics]
+
+
+@pytest.fixture
+def reference_export(tiny_config, run_recipe):
+    cfg = tiny_config("reference", save_every=None, eval_every=None, max_steps=4)
+    run_recipe(cfg)
+    return str(Path(cfg.output_dir) / "export")
+
+
+def test_training_lowers_held_out_ce_and_exports_what_transformers_loads(tiny_config, run_recipe):
+    cfg = tiny_config(max_steps=20)
+    metrics = run_recipe(cfg)
+    held_out = [line for line in metrics if "eval/ce_head1" in line]
+    assert [line["step"] for line in held_out] == [0, 5, 10, 15, 20]
+    for head in (1, 2):
+        assert held_out[-1][f"eval/ce_head{head}"] < 0.8 * held_out[0][f"eval/ce_head{head}"]
+    # A random model's CE is that of guessing among 259 ids; one trained on text is far below.
+    assert held_out[0]["eval/ce_head1"] == pytest.approx(5.5, abs=0.2)
+
+    export = Path(cfg.output_dir) / "export"
+    tokens = torch.tensor([hf_tokenizer(export).encode("def add(a, b):\n    return a + b\n")])
+    ours = from_checkpoint(export)
+    load_checkpoint(ours, export)
+    theirs = AutoModelForCausalLM.from_pretrained(export)
+    with torch.no_grad():
+        logits = ours(tokens)
+        assert logits.shape[0] == 2
+        torch.testing.assert_close(logits[0], theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_rho1_logs_its_weights_and_keeps_their_share(tiny_config, run_recipe, reference_export):
+    cfg = tiny_config("rho1", reference_checkpoint=reference_export, max_steps=3, save_every=None)
+    last = [line for line in run_recipe(cfg) if "train/loss" in line][-1]
+    assert last["weights/kept_share"] == pytest.approx(0.6, abs=0.02)
+    assert last["weights/effective_sample_size"] == pytest.approx(0.6, abs=0.02)
+    assert last["weights/p25"] == 0 and last["weights/max"] == pytest.approx(1 / 0.6, abs=0.3)
+
+
+def test_lambda_zero_trains_as_uniform_bit_for_bit(tiny_config, run_recipe):
+    plain = losses(run_recipe(tiny_config(max_steps=4, save_every=None)))
+    zero = tiny_config("rho1", weighting__strength=0.0, max_steps=4, save_every=None)
+    assert losses(run_recipe(zero)) == plain
+
+
+def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tiny_config, run_recipe):
+    whole = series(run_recipe(tiny_config(max_steps=8, save_every=3, output_dir="whole")))
+    run_recipe(tiny_config(max_steps=8, save_every=3, output_dir="cut"))
+    shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])  # as if killed after step 6
+    with open("cut/metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "torn')  # and in the middle of a line
+    resumed = series(run_recipe(tiny_config(max_steps=8, save_every=3, output_dir="cut", resume=True)))
+    assert resumed == whole
+
+
+@pytest.mark.slow
+def test_world_size_and_accumulation_split_change_nothing(tiny_config, run_distributed):
+    """The same global batch of 8 rows per step, cut 4 x 2, 2 x 4 and so on; and resuming at another world size."""
+    common = {"max_steps": 4, "save_every": 2, "eval_every": None, "export_dtype": "none"}
+
+    def cut(name, rows, micro_steps, **more):
+        return tiny_config(output_dir=name, batch_size=rows, gradient_accumulation_steps=micro_steps, **common, **more)
+
+    here = Path.cwd()
+    names = [str(here / name) for name in ("1x8", "1x2", "2x4", "2x1", "4x2", "4x1", "again")]
+    one = run_distributed(1, cut(names[0], 8, 1), cut(names[1], 2, 4))
+    two = run_distributed(2, cut(names[2], 4, 1), cut(names[3], 1, 4))
+    shutil.copytree(names[3], names[6])
+    shutil.rmtree(latest_checkpoint(Path(names[6])))  # at step 2, saved by two processes
+    four = run_distributed(4, cut(names[4], 2, 1), cut(names[5], 1, 2), cut(names[6], 2, 1, resume=True))
+    for metrics in (*one[1:], *two, *four):
+        assert losses(metrics) == pytest.approx(losses(one[0]), rel=2e-5)
+        norms = [[line["train/grad_norm"] for line in m if "train/loss" in line] for m in (metrics, one[0])]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_resumes_bit_for_bit(tiny_config, tmp_path):
+    """kill -9 while steps and saves are under way, three times; the series is that of a run left alone."""
+
+    def start(cfg):
+        path = tmp_path / "config.yaml"
+        OmegaConf.save(cfg, path)
+        recipe = ROOT / "recipes" / "full_finetune_distributed_wmtp.py"
+        return subprocess.Popen(
+            [sys.executable, str(recipe), "--config", str(path)],
+            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    options = {"max_steps": 40, "save_every": 1, "eval_every": None, "export_dtype": "none", "resume": "auto"}
+    alone = tiny_config(output_dir=str(tmp_path / "alone"), **options)
+    assert start(alone).wait(timeout=200) == 0
+    killed = tiny_config(output_dir=str(tmp_path / "killed"), **options)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for lines in (4, 11):
+        process = start(killed)
+        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        for checkpoint in complete_checkpoints(tmp_path / "killed" / "checkpoints"):
+            verify_manifest(checkpoint)
+    assert start(killed).wait(timeout=200) == 0
+    assert series(read_metrics(killed.output_dir)) == series(read_metrics(alone.output_dir))
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(tiny_config, run_recipe):
+    """Steps 4 to 6 run while step 3 is written; going back to step 3 gives the same steps again."""
+    run_recipe(tiny_config(max_steps=6, save_every=3, output_dir="six", lr_scheduler=None))
+    shutil.rmtree(complete_checkpoints(Path("six/checkpoints"))[-1])
+    before = losses(read_metrics("six"))
+    assert (
+        losses(run_recipe(tiny_config(max_steps=6, save_every=3, output_dir="six", lr_scheduler=None, resume=True)))
+        == before
+    )
+
+
+def test_non_finite_stops_before_the_weights_are_touched_and_names_the_batch(tiny_config):
+    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+
+    cfg = tiny_config(eval_every=None, save_every=None)
+    recipe = FullFinetuneRecipeWMTP(cfg)
+    recipe.setup()
+    recipe._eval_data = None
+    with torch.no_grad():
+        next(recipe._model.layers[0].parameters()).to_local().view(-1)[0] = float("nan")
+    before = [p.to_local().clone() for p in recipe._model.parameters()]
+    with pytest.raises(
+        StopTraining, match=r"step 1: loss nan.*weights were not touched.*Documents of the batch: .*\.py"
+    ):
+        recipe.train()
+    after = [p.to_local() for p in recipe._model.parameters()]
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(after, before, strict=True))
+
+
+def test_accumulation_by_tokens_fills_each_step(tiny_config, run_recipe):
+    cfg = tiny_config(
+        gradient_accumulation_steps=None, tokens_per_step=1000, max_steps=2, save_every=None, batch_size=1
+    )
+    recipe_metrics = run_recipe(cfg)
+    assert len(losses(recipe_metrics)) == 2
+
+
+@pytest.mark.slow
+def test_memory_and_speed_options_change_nothing_but_memory_and_speed(tiny_config, run_recipe):
+    plain = losses(run_recipe(tiny_config(max_steps=3, save_every=None, output_dir="a")))
+    recomputed = tiny_config(max_steps=3, save_every=None, output_dir="b", activation_checkpointing=True)
+    assert losses(run_recipe(recomputed)) == pytest.approx(plain, rel=1e-6)
+    compiled = tiny_config(max_steps=3, save_every=None, output_dir="c", compile=True)
+    assert losses(run_recipe(compiled)) == pytest.approx(plain, rel=1e-4)
+    rounded = tiny_config(max_steps=3, save_every=None, output_dir="d", dtype="bf16")
+    assert losses(run_recipe(rounded)) == pytest.approx(plain, rel=1e-2)
+
+
+def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(tiny_config, run_recipe, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
+    tracking["artifact_location"] = str(tmp_path / "artifacts")
+    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+
+    for steps, resume in ((4, False), (6, True)):
+        recipe = FullFinetuneRecipeWMTP(
+            tiny_config(max_steps=steps, save_every=2, tracking=tracking, resume=resume, lr_scheduler=None)
+        )
+        recipe.setup()
+        recipe.train()
+        recipe._tracker.close()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["model.num_future_tokens"] == "2"
+    assert {"git_commit", "data_hash", "packages", "hardware", "world_size"} <= set(run.data.tags)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    logged = {m.step: m.value for m in history}
+    assert logged == {
+        line["step"]: line["train/loss"] for line in read_metrics(recipe._output_dir) if "train/loss" in line
+    }
+    assert sorted(logged) == [1, 2, 3, 4, 5, 6]
+    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+
+
+def test_metrics_are_json_lines(tiny_config, run_recipe):
+    cfg = tiny_config(max_steps=2, save_every=None)
+    run_recipe(cfg)
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    keys = set().union(*(json.loads(line) for line in lines))
+    assert {"train/loss", "train/ce_head1", "train/ce_head2", "train/grad_norm", "train/lr", "weights/p95"} <= keys

@@ -1,0 +1,35 @@
+"""What a run's metrics.jsonl says, for people:  python -m wmtp.report runs/tiny/rho1"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+
+def run_summary(output_dir: Path) -> str:
+    """Held-out CE of each head before and after, and the median speed, of a run of the full fine-tuning recipe.
+
+    Raises:
+        ValueError: the folder holds no metrics of a run.
+    """
+    file = output_dir / "metrics.jsonl"
+    if not file.exists():
+        raise ValueError(f"{output_dir} holds no metrics.jsonl: give the output_dir of a run")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    held_out = [line for line in lines if "eval/ce_head1" in line]
+    speeds = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]
+    text = [f"{output_dir}: {lines[-1]['step']} steps, {statistics.median(speeds):.0f} tokens/s"] if speeds else []
+    if held_out:
+        first, last = held_out[0], held_out[-1]
+        text.append(f"{'held-out CE, nats per token':30}{'step ' + str(first['step']):>10}{'step ' + str(last['step']):>10}")
+        for name in sorted(key for key in first if key.startswith("eval/ce_head")):
+            text.append(f"  {name.removeprefix('eval/ce_'):28}{first[name]:>10.4f}{last[name]:>10.4f}")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        try:
+            print(run_summary(Path(argument)))
+        except ValueError as error:
+            sys.exit(f"error: {error}")
