@@ -21,7 +21,8 @@ def run_summary(output_dir: Path) -> str:
     text = [f"{output_dir}: {lines[-1]['step']} steps, {statistics.median(speeds):.0f} tokens/s"] if speeds else []
     if held_out:
         first, last = held_out[0], held_out[-1]
-        text.append(f"{'held-out CE, nats per token':30}{'step ' + str(first['step']):>10}{'step ' + str(last['step']):>10}")
+        steps = [f"step {line['step']}" for line in (first, last)]
+        text.append(f"{'held-out CE, nats per token':30}{steps[0]:>10}{steps[1]:>10}")
         for name in sorted(key for key in first if key.startswith("eval/ce_head")):
             text.append(f"  {name.removeprefix('eval/ce_'):28}{first[name]:>10.4f}{last[name]:>10.4f}")
     return "\n".join(text)

@@ -27,7 +27,7 @@ TOKENS = torch.arange(12).view(2, 6)
 
 
 def run(worker, world_size, folder, *args):
-    """Run worker(rank, mesh_shape..., folder) in processes forked from a server that has imported everything once."""
+    """Run worker(folder, *args) in processes forked from a server that has imported everything once."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["wmtp.models", "transformers.models.llama"])
     mp.start_processes(

@@ -6,6 +6,7 @@ add one, write such a function; `document_from_text` makes a document out of a p
 
 from wmtp.data.documents import IGNORE, Document, Documents, document_from_text
 from wmtp.data.mbpp import few_shot_tasks, mbpp, mbpp_prompt, mbpp_task
+from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.packing import BatchStream, PackedDataset, held_out_batches, pack
 from wmtp.data.prompt_completion import prompt_completion, save_tokenized, tokenized
 from wmtp.data.python_source import python_functions
@@ -28,6 +29,8 @@ __all__ = [
     "mbpp_prompt",
     "mbpp_task",
     "pack",
+    "packaged_functions",
+    "packaged_programs",
     "prompt_completion",
     "python_functions",
     "read_rows",
