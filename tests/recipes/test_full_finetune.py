@@ -92,12 +92,18 @@ def test_world_size_and_accumulation_split_change_nothing(tiny_config, run_distr
         return tiny_config(output_dir=name, batch_size=rows, gradient_accumulation_steps=micro_steps, **common, **more)
 
     here = Path.cwd()
-    names = [str(here / name) for name in ("1x8", "1x2", "2x4", "2x1", "4x2", "4x1", "again")]
+    names = [str(here / name) for name in ("1x8", "1x2", "2x4", "2x1", "4x2", "4x1", "again", "hsdp")]
     one = run_distributed(1, cut(names[0], 8, 1), cut(names[1], 2, 4))
     two = run_distributed(2, cut(names[2], 4, 1), cut(names[3], 1, 4))
     shutil.copytree(names[3], names[6])
     shutil.rmtree(latest_checkpoint(Path(names[6])))  # at step 2, saved by two processes
-    four = run_distributed(4, cut(names[4], 2, 1), cut(names[5], 1, 2), cut(names[6], 2, 1, resume=True))
+    four = run_distributed(
+        4,
+        cut(names[4], 2, 1),
+        cut(names[5], 1, 2),
+        cut(names[6], 2, 1, resume=True),
+        cut(names[7], 2, 1, hsdp_replicas=2),
+    )
     for metrics in (*one[1:], *two, *four):
         assert losses(metrics) == pytest.approx(losses(one[0]), rel=2e-5)
         norms = [[line["train/grad_norm"] for line in m if "train/loss" in line] for m in (metrics, one[0])]
