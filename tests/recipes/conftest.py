@@ -1,13 +1,11 @@
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parents[2]
+from runs import ROOT, read_metrics
 
 
 @pytest.fixture
@@ -61,7 +59,3 @@ def run_distributed(tmp_path):
         return [read_metrics(cfg.output_dir) for cfg in configs]
 
     return run
-
-
-def read_metrics(output_dir):
-    return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from omegaconf import OmegaConf
 
+from runs import ROOT
 from wmtp.data import byte_tokenizer
 
 

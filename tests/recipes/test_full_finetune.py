@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, read_metrics
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from runs import ROOT, read_metrics
 from wmtp.checkpoint import complete_checkpoints, latest_checkpoint, verify_manifest
 from wmtp.config import StopTraining
 from wmtp.data import hf_tokenizer
