@@ -90,6 +90,10 @@ class ConfigReader:
         value = self.get(key, None if optional else _REQUIRED)
         if value is not None and not OmegaConf.is_dict(value):
             raise ConfigError(f"{key} must be a section with a _component_, got {value!r}")
+        # On the command line `tracking=null` reaches us as tracking._component_=null: torchtune's parser reads a value
+        # given to a section as its component.
+        if optional and value is not None and "_component_" in value and value._component_ is None:
+            return None
         return value
 
     def done(self) -> None:
