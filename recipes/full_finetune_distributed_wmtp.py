@@ -130,8 +130,12 @@ class FullFinetuneRecipeWMTP:
         self._start_tracking(run_id)
 
     def _check_output_dir(self) -> Path | None:
-        """The checkpoint to resume from, or None; refuses to write over a run."""
+        """The checkpoint to resume from, or None; refuses to write over a run, or into a folder that is none."""
         holds_run = (self._output_dir / "config.yaml").exists()
+        if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
+            raise ConfigError(
+                f"output_dir {self._output_dir} holds files that are no run's; give a new or empty folder"
+            )
         checkpoint = latest_checkpoint(self._output_dir)
         if self._resume == "yes" and checkpoint is None:
             raise ConfigError(f"resume=true, but {self._output_dir}/checkpoints holds no complete checkpoint")
@@ -224,13 +228,19 @@ class FullFinetuneRecipeWMTP:
         return state["run_id"]
 
     def _start_tracking(self, run_id: str | None) -> None:
-        """From here on the run exists on disk: everything before this line could fail without a trace."""
+        """From here on the run exists on disk: everything before could fail without a trace."""
         self._tracker = None
         self._metrics_file = self._output_dir / "metrics.jsonl"
         gather_objects(None)  # every rank has checked the folder before rank 0 changes it
         if not self._world.is_main:
             return
-        if self._start_step == 0 and self._output_dir.exists():
+        if self._tracking_cfg is not None:
+            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
+            self._tracker.log_config(self._cfg)
+            data = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
+            self._tracker.log_tags({**environment_tags(), **data})
+            self._say(f"tracking in {self._tracker.where}")
+        if self._start_step == 0:  # a new run, or one that overwrite=true replaces
             for name in ("checkpoints", "export"):
                 shutil.rmtree(self._output_dir / name, ignore_errors=True)
             self._metrics_file.unlink(missing_ok=True)
@@ -241,13 +251,6 @@ class FullFinetuneRecipeWMTP:
             lines = self._metrics_file.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._start_step]
             self._metrics_file.write_text("".join(kept))
-        if self._tracking_cfg is not None:
-            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
-            self._tracker.log_config(self._cfg)
-            self._tracker.log_tags(
-                {**environment_tags(), "data_hash": self._data.fingerprint, "world_size": self._world.size}
-            )
-            self._say(f"tracking in {self._tracker.where}")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training

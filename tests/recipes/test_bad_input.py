@@ -79,6 +79,16 @@ def test_a_run_is_never_overwritten_unless_told(tiny_config, run_recipe):
     assert max(line["step"] for line in run_recipe(cfg)) == 1
 
 
+def test_a_folder_of_other_files_is_no_place_for_a_run(tiny_config, run_recipe, tmp_path):
+    weights = tmp_path / "mine" / "checkpoints" / "weights.pth"
+    weights.parent.mkdir(parents=True)
+    weights.write_text("precious")
+    for overwrite in (False, True):
+        with pytest.raises(ValueError, match="holds files that are no run's"):
+            run_recipe(tiny_config(output_dir=str(tmp_path / "mine"), overwrite=overwrite))
+    assert weights.read_text() == "precious"
+
+
 def test_a_corrupt_checkpoint_is_named_and_left_alone(tiny_config, run_recipe):
     cfg = tiny_config(max_steps=2, save_every=2)
     run_recipe(cfg)
