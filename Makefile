@@ -7,7 +7,7 @@ UV         ?= .tools/bin/uv
 RUN        := .venv/bin
 SETUP      := .venv/.set-up
 
-.PHONY: help setup quickstart test bench lint format lock clean
+.PHONY: help setup quickstart eval test bench lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,11 +34,16 @@ lock: $(UV)  ## resolve the dependencies anew and rewrite requirements.lock
 quickstart: $(SETUP)  ## fine-tune the real SmolLM2-135M as a token-weighted MTP model (about 8 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash benchmarks/quickstart.sh
 
+eval: $(SETUP)  ## evaluate the quickstart's model: heads, packaged tasks, 50 MBPP tasks where the data is
+	@PATH="$(CURDIR)/$(RUN):$$PATH" bash benchmarks/eval.sh
+
 test: $(SETUP)  ## all tests
 	$(RUN)/pytest
 
-bench: $(SETUP)  ## the fused loss beside its alternatives, one JSON line per figure
+bench: $(SETUP)  ## loss, judge and decoding beside their alternatives, one JSON line per figure
 	$(RUN)/python benchmarks/fused_loss.py
+	$(RUN)/python benchmarks/judging.py
+	$(RUN)/python benchmarks/generation.py
 
 lint: $(SETUP)  ## ruff, as CI runs it
 	$(RUN)/ruff check . && $(RUN)/ruff format --check .

@@ -1,6 +1,8 @@
 """Starting the process group, and the few collectives a recipe's loop needs."""
 
+import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,3 +72,25 @@ def gather_objects(value: object) -> list:
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+class SharedCounters:
+    """Whole numbers, from 0, that all ranks add to: work for whoever is free, and progress over all of them.
+
+    Unlike a collective, a call waits for no other rank. All ranks make their sets of counters in the same order.
+    """
+
+    _sets = itertools.count()
+
+    def __init__(self) -> None:
+        prefix = f"wmtp/counters/{next(SharedCounters._sets)}"
+        self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+
+    def add(self, key: str, amount: int = 0) -> int:
+        """Add to a counter and return its new value; without an amount, its value."""
+        return self._store.add(key, amount)
+
+    def take(self, key: str, stop: int) -> Iterator[int]:
+        """Numbers 0, 1, ... below ``stop``, each given to exactly one of the ranks that iterate."""
+        while (index := self.add(key, 1) - 1) < stop:
+            yield index

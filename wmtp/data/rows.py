@@ -49,7 +49,7 @@ def take(row: dict, where: str, column: str, kind: type) -> object:
     return row[column]
 
 
-_KIND = {str: "a string", list: "a list", int: "a whole number"}
+_KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an object", bool: "true or false"}
 
 
 def _file_of_split(folder: Path, split: str | None) -> Path:

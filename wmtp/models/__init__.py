@@ -6,7 +6,7 @@ from wmtp.models.decoder import MTPDecoder, positions_in_documents
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint
 from wmtp.models.parallel import checkpoint_activations, shard_model
-from wmtp.models.resolve import resolve_checkpoint
+from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.models.shape import LlamaShape
 from wmtp.models.teacher_forced import TeacherForced, teacher_forced
 
@@ -16,6 +16,7 @@ __all__ = [
     "MTPDecoder",
     "TeacherForced",
     "checkpoint_activations",
+    "checkpoint_sha256",
     "codellama_7b",
     "export_hf",
     "from_checkpoint",

@@ -34,6 +34,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return _converted(file)
 
 
+def checkpoint_sha256(path: str | Path) -> str:
+    """SHA-256 over the names and contents of a checkpoint folder's files: which model a result is of."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in Path(path).iterdir() if p.is_file()):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def _file_in_package(name: str) -> Path:
     package = name.removeprefix("wheel:")
     # The package is found but not imported: its code may need dependencies that only the file's own runtime has.

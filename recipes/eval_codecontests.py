@@ -1,0 +1,366 @@
+"""Evaluation on programs that read stdin and write stdout (CodeContests and files of its shape), on one process or many.
+
+    tune run --nproc_per_node 2 recipes/eval_codecontests.py --config configs/tiny/eval_codecontests.yaml
+    tune run --nproc_per_node 4 recipes/eval_codecontests.py --config configs/meta_mtp_7b/eval_codecontests.yaml
+
+A sample passes when its output equals the expected one in every public, private and generated test, token by token;
+DeepMind's lenient comparison is reported beside it, and n@k: n submissions chosen out of k samples by the public tests.
+
+`samples=FILE` judges samples that exist (JSON lines of task_id and solution or completion) and needs no model. Each
+process holds the whole model and takes the next task when it is free. Samples and verdicts are kept as they arrive: a
+killed run goes on with `resume=true` and gives the same result. Model-written code runs in the sandbox only.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from tqdm import tqdm
+
+from wmtp.config import ConfigError, ConfigReader, build, clear_errors
+from wmtp.distributed import SharedCounters, gather_objects, start_world
+from wmtp.evaluation_report import headline, write_report
+from wmtp.evaluation_results import check_samples, evaluation_results
+from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.models import checkpoint_sha256, load_checkpoint, resolve_checkpoint
+from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
+from wmtp.sandbox import Sandbox
+from wmtp.tracking import environment_tags
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class EvalCodeContestsRecipe:
+    """Order of events: read the config, `setup`, `evaluate` (generate and judge at once), `report`, `cleanup`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Read and check every key; nothing is built or written yet."""
+        self._cfg = cfg
+        read = ConfigReader(cfg)
+        self._output_dir = Path(read.get("output_dir"))
+        self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
+        self._overwrite = read.flag("overwrite", False)
+        self._seed = read.integer("seed", 0)
+        self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
+        self._dtype = read.choice("dtype", DTYPES, "fp32")
+
+        self._name = read.get("name")
+        self._tasks_cfg = read.section("tasks")
+        self._samples_file = read.get("samples", None)
+        self._checkpoint = read.get("checkpoint", None)
+        self._model_cfg = read.section("model", optional=True)
+        self._tokenizer_cfg = read.section("tokenizer", optional=True)
+        self._protocol_cfg = read.section("protocol", optional=True)
+
+        self._num_samples = read.integer("num_samples", 1, minimum=1)
+        self._temperatures = [float(t) for t in read.get("temperatures", [0.0])]
+        self._fixed_temperature = read.number("fixed_temperature", None, minimum=0)
+        self._top_p = read.number("top_p", 1.0, above=0, maximum=1)
+        self._max_new_tokens = read.integer("max_new_tokens", 512, minimum=1)
+        self._batch_size = read.integer("batch_size", 8, minimum=1)
+        self._speculative = read.flag("speculative", False)
+
+        self._ks = list(read.get("pass_at", [1]))
+        self._n_at_ks = [tuple(pair) for pair in read.get("n_at_k", [])]
+        self._machine_factor = read.number("machine_factor", 2.0, above=0)
+        self._stop_at_first_failure = read.flag("stop_at_first_failure", True)
+        self._resamples = read.integer("bootstrap_resamples", 10_000, minimum=1)
+        self._limits_cfg = read.section("limits")
+        self._judges = read.integer("judges", None, minimum=1)
+        self._allow_unsafe = read.flag("allow_unsafe", False)
+        self._tracking_cfg = read.section("tracking", optional=True)
+        read.done()
+
+        if self._samples_file is None and None in (self._model_cfg, self._tokenizer_cfg, self._protocol_cfg):
+            raise ConfigError("set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples")
+        if any(len(pair) != 2 for pair in self._n_at_ks):
+            raise ConfigError(f"n_at_k must be a list of pairs [n, k], got {[list(pair) for pair in self._n_at_ks]}")
+        most = max([*self._ks, *(k for _, k in self._n_at_ks)])
+        if self._samples_file is None and most > self._num_samples:
+            raise ConfigError(f"k = {most} needs as many samples a task, num_samples is {self._num_samples}")
+        if not self._temperatures or min(self._temperatures) < 0 or len({*self._temperatures}) < len(self._temperatures):
+            raise ConfigError(f"temperatures must be different numbers >= 0, got {self._temperatures}")
+        if self._fixed_temperature is None and len(self._temperatures) > 1 and self._samples_file is None:
+            raise ConfigError("with several temperatures, set fixed_temperature to the one the headline reports")
+        unsampled = self._fixed_temperature is not None and self._fixed_temperature not in self._temperatures
+        if unsampled and self._samples_file is None:
+            raise ConfigError(f"fixed_temperature {self._fixed_temperature} is not among temperatures {self._temperatures}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Set-up
+
+    def setup(self) -> None:
+        """Build everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
+        self._world = start_world(self._device_name)
+        self._check_output_dir()
+        self._tasks = build(self._tasks_cfg, where="tasks")
+        self._limits = build(self._limits_cfg, where="limits")
+        self._model = self._prompts = None
+        if self._samples_file is not None:
+            self._given = read_samples(self._samples_file, self._tasks)
+            check_samples(self._tasks, self._given, ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature)
+        else:
+            self._given = []
+            self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
+            self._protocol = build(self._protocol_cfg, where="protocol")
+            self._prompts = {task.task_id: self._protocol.prompt(task, self._tokenizer) for task in self._tasks}
+            self._model = self._build_model()
+        # `judges` processes run model-written code for this process; by default the host's cores are shared out.
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = self._judges or max(1, (os.cpu_count() or 1) // local_processes)
+        self._sandbox = Sandbox(workers=workers, limits=self._limits, allow_unsafe=self._allow_unsafe)
+
+        self._settings = self._what_decides_a_sample()
+        journals = self._output_dir / "journals"
+        kept = read_journals(journals, self._settings) if self._resume != "no" else None
+        gather_objects(None)  # every rank has checked and read before any of them writes
+        if self._world.is_main:
+            self._start_folder()
+        gather_objects(None)
+        self._samples = dict(kept.samples) if kept else {}
+        self._judgements = dict(kept.judgements) if kept else {}
+        self._journal = Journal(journals, self._world.rank, self._settings)
+        self._start_tracking()
+        if self._samples:
+            self._say(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
+
+    def _check_output_dir(self) -> None:
+        """Refuse to write over an evaluation, or into a folder that is none."""
+        holds_run = (self._output_dir / "config.yaml").exists()
+        if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
+            raise ConfigError(
+                f"output_dir {self._output_dir} holds files that are no evaluation's; give a new or empty folder"
+            )
+        if self._resume == "yes" and not holds_run:
+            raise ConfigError(f"resume=true, but {self._output_dir} holds no evaluation")
+        if holds_run and self._resume == "no" and not self._overwrite:
+            raise ConfigError(
+                f"output_dir {self._output_dir} already holds an evaluation; set resume=true to go on with it, "
+                "overwrite=true to replace it, or another output_dir"
+            )
+
+    def _build_model(self) -> torch.nn.Module:
+        """The whole model on this process's device, its weights in the dtype of the computation."""
+        path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
+        torch.manual_seed(self._seed)
+        with torch.device("cpu" if path is None else "meta"):
+            model = build(self._model_cfg, where="model").to(self._dtype)
+        if path is None:
+            self._say("checkpoint=null: the model's weights are random")
+            model.to(self._world.device)
+        else:
+            load_checkpoint(model, path, device=self._world.device)
+        if self._tokenizer.vocab_size > model.vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {self._tokenizer.vocab_size} ids, the model {model.vocab_size}; "
+                "use the tokenizer of the model's checkpoint"
+            )
+        for task_id, prompt in self._prompts.items():
+            if len(prompt) >= model.max_seq_len:
+                raise ConfigError(
+                    f"the prompt of task {task_id} has {len(prompt)} tokens and leaves no room for an answer in "
+                    f"model.max_seq_len {model.max_seq_len}; raise it, leave the task out, or use a shorter protocol"
+                )
+        return model.requires_grad_(False).eval()
+
+    def _what_decides_a_sample(self) -> dict:
+        """The settings without which a resumed run would mix two evaluations."""
+        keys = ("seed", "dtype", "tasks", "samples", "checkpoint", "model", "tokenizer", "protocol", "limits")
+        keys += ("top_p", "max_new_tokens", "speculative", "machine_factor", "stop_at_first_failure")
+        settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
+        settings["tasks_sha256"] = _sha256([self._job(task, "") for task in self._tasks])
+        settings["samples_sha256"] = _sha256(self._given)
+        settings["prompts_sha256"] = _sha256(self._prompts)
+        if self._model is not None and self._checkpoint is not None:
+            digest = checkpoint_sha256(resolve_checkpoint(self._checkpoint)) if self._world.is_main else None
+            settings["checkpoint_sha256"] = gather_objects(digest)[0]
+        return settings
+
+    def _start_folder(self) -> None:
+        """From here on the evaluation exists on disk: everything before could fail without a trace."""
+        if self._resume == "no":
+            shutil.rmtree(self._output_dir / "journals", ignore_errors=True)
+            for name in ("samples.jsonl", "results.json", "report.md", "timings.json", "mlflow_run.json"):
+                (self._output_dir / name).unlink(missing_ok=True)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
+
+    def _start_tracking(self) -> None:
+        self._tracker = None
+        if self._tracking_cfg is None or not self._world.is_main:
+            return
+        run_file = self._output_dir / "mlflow_run.json"
+        run_id = json.loads(run_file.read_text())["run_id"] if run_file.exists() else None
+        self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
+        run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
+        self._tracker.log_config(self._cfg)
+        data = {"data_hash": self._settings["tasks_sha256"], "world_size": self._world.size}
+        self._tracker.log_tags({**environment_tags(), **data, "sandbox": "; ".join(self._sandbox.layers)})
+        self._say(f"tracking in {self._tracker.where}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Evaluation
+
+    def evaluate(self) -> None:
+        """Generate what is missing and judge it meanwhile; a finished sample goes to the journal, then to the judge."""
+        self._tasks_by_id = {task.task_id: task for task in self._tasks}
+        self._pending: dict[Future, Sample] = {}
+        self._stats, self._seconds = DecodingStats(), 0.0
+        self._counters = SharedCounters()
+        temperatures = self._temperatures if self._samples_file is None else []
+        to_judge = [s for s in [*self._samples.values(), *self._given] if s.key not in self._judgements]
+        to_generate = {t: self._units(t) for t in temperatures}
+        self._total = len(to_judge) + sum(len(unit) for units in to_generate.values() for unit in units)
+        self._progress = tqdm(total=self._total, disable=not self._world.is_main, desc=self._name, unit="sample")
+
+        for index in self._counters.take("judge", len(to_judge)):
+            if to_judge[index].key not in self._samples:
+                self._journal.add_sample(to_judge[index])
+            self._submit(to_judge[index])
+        started = time.perf_counter()
+        for temperature, units in to_generate.items():
+            sampling = Sampling(self._max_new_tokens, temperature, self._top_p, self._protocol.stop)
+            requests = self._requests(units, f"generate at {temperature}")
+            for done in generate(
+                self._model, self._tokenizer, requests, sampling,
+                batch_size=self._batch_size, speculative=self._speculative, stats=self._stats,
+            ):  # fmt: skip
+                task_id, number = done.id
+                program = self._protocol.program(self._tasks_by_id[task_id], done.text)
+                sample = Sample(task_id, number, temperature, program, done.text, done.finish_reason, len(done.tokens))
+                self._journal.add_sample(sample)
+                self._submit(sample)
+        self._seconds = time.perf_counter() - started
+        while self._pending:
+            self._collect(wait(self._pending, return_when=FIRST_COMPLETED).done)
+        while self._counters.add("judged") < self._total:  # other ranks are at work; a dead one ends us all
+            self._show_progress()
+            time.sleep(0.2)
+        self._show_progress()
+        self._progress.close()
+
+    def _units(self, temperature: float) -> list[list[tuple[str, int]]]:
+        """What is still to generate, as (task, sample) of one task each: samples of a task share the prompt's prefill."""
+        units = []
+        for task in self._tasks:
+            missing = [n for n in range(self._num_samples) if (task.task_id, temperature, n) not in self._samples]
+            for start in range(0, len(missing), self._batch_size):
+                units.append([(task.task_id, n) for n in missing[start : start + self._batch_size]])
+        return units
+
+    def _requests(self, units: list, counter: str):
+        """This rank's requests, taken unit by unit when there is room for them. Random numbers depend on the key alone."""
+        for index in self._counters.take(counter, len(units)):
+            for task_id, number in units[index]:
+                yield Request((task_id, number), tuple(self._prompts[task_id]), (self._seed, task_id, number))
+
+    def _submit(self, sample: Sample) -> None:
+        task = self._tasks_by_id[sample.task_id]
+        self._pending[self._sandbox.submit(self._job(task, sample.solution))] = sample
+        self._collect([future for future in self._pending if future.done()])
+
+    def _job(self, task, program: str):
+        """A job with the problem's own limits, widened for this machine; the config's where the problem has none."""
+        return task.job(
+            program,
+            machine_factor=self._machine_factor,
+            limits=self._limits,
+            stop_at_first_failure=self._stop_at_first_failure,
+        )
+
+    def _collect(self, futures) -> None:
+        for future in futures:
+            sample = self._pending.pop(future)
+            judgement = Judgement.of(self._tasks_by_id[sample.task_id], future.result())
+            self._journal.add_judgement(sample, judgement)
+            self._counters.add("passed", int(judgement.verdict == "passed"))
+            self._counters.add("judged", 1)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        if self._world.is_main:
+            judged, passed = self._counters.add("judged"), self._counters.add("passed")
+            self._progress.update(judged - self._progress.n)
+            self._progress.set_postfix(passed=f"{passed}/{judged} = {passed / max(judged, 1):.3f}")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Results
+
+    def report(self) -> dict | None:
+        """Merge what all ranks journaled, on rank 0: samples.jsonl, results.json, report.md, MLflow. The results."""
+        self._journal.close()
+        timings = gather_objects({**self._stats.as_dict(), "seconds": self._seconds})
+        if not self._world.is_main:
+            return None
+        kept = read_journals(self._output_dir / "journals", self._settings)
+        wanted = None if self._samples_file is not None else {*self._temperatures}
+        samples = [s for s in kept.samples.values() if wanted is None or self._wanted(s)]
+        results = evaluation_results(
+            self._tasks, samples, kept.judgements,
+            ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature, seed=self._seed, resamples=self._resamples,
+            settings=self._settings, sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
+        )  # fmt: skip
+        write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
+        prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}
+        write_report(
+            self._output_dir, results, self._tasks, samples, kept.judgements,
+            title=self._name, prompts=prompts, timings={"ranks": timings},
+        )  # fmt: skip
+        for line in headline(results):
+            self._say(line)
+        self._say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
+        if self._tracker:
+            metrics = results["temperatures"][str(results["fixed_temperature"])]["metrics"]
+            self._tracker.log_metrics(
+                {f"eval/{self._name}/{name}": value["estimate"] for name, value in metrics.items()}, step=0
+            )
+            for name in ("report.md", "results.json", "samples.jsonl"):
+                self._tracker.log_artifact(self._output_dir / name)
+        return results
+
+    def _wanted(self, sample: Sample) -> bool:
+        """Earlier samples that this config no longer asks for stay in the journal and out of the result."""
+        return sample.temperature in self._temperatures and sample.sample < self._num_samples
+
+    def _say(self, line: str) -> None:
+        if self._world.is_main:
+            tqdm.write(line, file=sys.stderr)
+
+    def cleanup(self, status: str = "FINISHED") -> None:
+        """End the judge's processes and the MLflow run, and leave the process group."""
+        self._sandbox.close()
+        if self._tracker:
+            self._tracker.close(status)
+        if status == "FINISHED":
+            gather_objects(None)
+            torch.distributed.destroy_process_group()
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    with clear_errors():
+        recipe = EvalCodeContestsRecipe(cfg)
+        recipe.setup()
+        try:
+            recipe.evaluate()
+            recipe.report()
+        except BaseException:
+            recipe.cleanup("FAILED")
+            raise
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

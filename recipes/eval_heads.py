@@ -1,0 +1,194 @@
+"""The heads of a multi-token-prediction model, one by one: how well each predicts held-out code, and what they save.
+
+    tune run --nproc_per_node 2 recipes/eval_heads.py --config configs/smollm2_135m/eval_heads.yaml
+
+For head k: cross-entropy, perplexity and top-1 accuracy of the k-th next token; beside it `teacher_forced`, the model's
+own head 1 read k - 1 tokens later: what a head would reach if it had seen the tokens in between. Then decoding speed,
+plain and self-speculative, on the held-out prompts, with the share of drafts that verification accepts.
+"""
+
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from tqdm import tqdm
+
+from wmtp.config import ConfigError, ConfigReader, build, clear_errors
+from wmtp.data import IGNORE, held_out_batches, pack
+from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.head_metrics import head_sums, score_heads, summarize_heads
+from wmtp.models import load_checkpoint, resolve_checkpoint, teacher_forced
+from wmtp.tracking import environment_tags
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class EvalHeadsRecipe:
+    """Order of events: read the config, `setup`, `evaluate`, `measure_speed`, `report`, `cleanup`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Read and check every key; nothing is built or written yet."""
+        self._cfg = cfg
+        read = ConfigReader(cfg)
+        self._output_dir = Path(read.get("output_dir"))
+        self._overwrite = read.flag("overwrite", False)
+        self._seed = read.integer("seed", 0)
+        self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
+        self._dtype = read.choice("dtype", DTYPES, "fp32")
+        self._checkpoint = read.get("checkpoint", None)
+        self._model_cfg = read.section("model")
+        self._tokenizer_cfg = read.section("tokenizer")
+        self._dataset_cfg = read.section("dataset")
+        self._seq_len = read.integer("seq_len", minimum=2)
+        self._batch_size = read.integer("batch_size", 1, minimum=1)
+        self._speed_prompts = read.integer("speed_prompts", 8)
+        self._speed_batch_size = read.integer("speed_batch_size", 1, minimum=1)
+        self._max_new_tokens = read.integer("max_new_tokens", 64, minimum=1)
+        self._tracking_cfg = read.section("tracking", optional=True)
+        read.done()
+
+    def setup(self) -> None:
+        """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
+        self._world = start_world(self._device_name)
+        holds_run = (self._output_dir / "config.yaml").exists()
+        if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
+            raise ConfigError(f"output_dir {self._output_dir} holds files that are no run's; give a new or empty folder")
+        if holds_run and not self._overwrite:
+            raise ConfigError(f"output_dir {self._output_dir} already holds a run; set overwrite=true, or another one")
+        path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
+        self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
+        self._documents = build(self._dataset_cfg, self._tokenizer, where="dataset")
+        self._data = pack(self._documents, self._seq_len, packed=True, pad_id=self._tokenizer.pad_id)
+        torch.manual_seed(self._seed)
+        with torch.device("cpu" if path is None else "meta"):
+            self._model = build(self._model_cfg, where="model").to(self._dtype)
+        if self._model.vocab_size <= self._data.max_token_id:
+            raise ConfigError(
+                f"model has {self._model.vocab_size} token ids, the dataset uses id {self._data.max_token_id}; "
+                "use the tokenizer of the model's checkpoint"
+            )
+        if self._seq_len > self._model.max_seq_len:
+            raise ConfigError(f"seq_len {self._seq_len} is longer than model.max_seq_len {self._model.max_seq_len}")
+        if path is None:
+            self._say("checkpoint=null: the model's weights are random")
+            self._model.to(self._world.device)
+        else:
+            load_checkpoint(self._model, path, device=self._world.device)
+        self._model.requires_grad_(False).eval()
+        gather_objects(None)  # every rank has checked the folder before rank 0 changes it
+        self._tracker = None
+        if not self._world.is_main:
+            return
+        if self._tracking_cfg is not None:
+            self._tracker = build(self._tracking_cfg, where="tracking")
+            self._tracker.log_config(self._cfg)
+            data = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
+            self._tracker.log_tags({**environment_tags(), **data})
+        if holds_run:
+            shutil.rmtree(self._output_dir)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, dict[str, float]]:
+        """Figures of the trained heads and of the teacher-forced baseline, over all target tokens of the dataset."""
+        heads = self._model.num_future_tokens
+        # The baseline reads head 1 alone; both see the same rows, so they are compared target by target.
+        views = {"heads": (self._model, {}), "teacher_forced": (teacher_forced(self._model, heads), {"num_heads": 1})}
+        sums = {name: torch.zeros(3, heads, dtype=torch.float64, device=self._world.device) for name in views}
+        batches = list(held_out_batches(self._data, self._batch_size, self._world.rank, self._world.size))
+        for batch in tqdm(batches, disable=not self._world.is_main, desc="heads", unit="batch"):
+            tokens, labels, document_ids = (
+                batch[key].to(self._world.device) for key in ("tokens", "labels", "document_ids")
+            )
+            for name, (model, options) in views.items():
+                scores = model(tokens, document_ids=document_ids, loss_fn=score_heads, labels=labels, **options)
+                sums[name] += head_sums(scores)
+        return {name: summarize_heads(all_reduce_sum(total)) for name, total in sums.items()}
+
+    def measure_speed(self) -> dict[str, float]:
+        """Greedy decoding of the same prompts, plain and self-speculative, in turn, on rank 0 alone."""
+        if not self._world.is_main or self._speed_prompts == 0 or self._model.num_future_tokens == 1:
+            return {}
+        requests = []
+        for document in list(self._documents)[: self._speed_prompts]:
+            prompt = tuple(int(t) for t, label in zip(document.tokens, document.labels, strict=True) if label == IGNORE)
+            room = self._model.max_seq_len - self._max_new_tokens
+            requests.append(Request(document.id, prompt[:room], (self._seed, document.id, 0)))
+        sampling = Sampling(self._max_new_tokens)
+        stats = {"plain": DecodingStats(), "speculative": DecodingStats()}
+        seconds, texts = dict.fromkeys(stats, 0.0), {name: {} for name in stats}
+        for start in range(0, len(requests), self._speed_batch_size):  # in turn, so that a slow moment slows both
+            part = requests[start : start + self._speed_batch_size]
+            for name, counts in stats.items():
+                started = time.perf_counter()
+                for done in generate(
+                    self._model, self._tokenizer, part, sampling,
+                    batch_size=self._speed_batch_size, speculative=name == "speculative", stats=counts,
+                ):  # fmt: skip
+                    texts[name][done.id] = done.text
+                seconds[name] += time.perf_counter() - started
+        same = sum(texts["plain"][i] == texts["speculative"][i] for i in texts["plain"])
+        figures = {f"tokens_per_second_{name}": stats[name].new_tokens / seconds[name] for name in stats}
+        figures["speedup"] = figures["tokens_per_second_speculative"] / figures["tokens_per_second_plain"]
+        figures["tokens_per_forward"] = stats["speculative"].tokens_per_forward
+        figures |= {f"acceptance_head{k}": share for k, share in stats["speculative"].acceptance().items()}
+        return {**figures, "same_text_share": same / len(requests)}
+
+    def report(self, quality: dict, speed: dict) -> None:
+        """Print the table, write heads.json, log to MLflow."""
+        if not self._world.is_main:
+            return
+        (self._output_dir / "heads.json").write_text(json.dumps({**quality, "speed": speed}, indent=1) + "\n")
+        lines = [f"{'head':>4}  {'CE':>8}  {'perplexity':>10}  {'accuracy':>8}  {'teacher-forced CE':>17}  {'accuracy':>8}"]
+        ours, bound = quality["heads"], quality["teacher_forced"]
+        for k in range(1, self._model.num_future_tokens + 1):
+            ce, perplexity, accuracy = (ours[f"{name}_head{k}"] for name in ("ce", "perplexity", "accuracy"))
+            lines.append(
+                f"{k:>4}  {ce:8.4f}  {perplexity:10.2f}  {accuracy:8.4f}  "
+                f"{bound[f'ce_head{k}']:17.4f}  {bound[f'accuracy_head{k}']:8.4f}"
+            )
+        lines += [f"{name}: {value:.3f}" for name, value in speed.items()]
+        lines.append(f"wrote {self._output_dir}/heads.json")
+        for line in lines:
+            self._say(line)
+        if self._tracker:
+            flat = {f"eval/heads/{view}/{name}": value for view in quality for name, value in quality[view].items()}
+            flat |= {f"eval/heads/speed/{name}": value for name, value in speed.items()}
+            self._tracker.log_metrics(flat, step=0)
+            self._tracker.log_artifact(self._output_dir / "heads.json")
+
+    def _say(self, line: str) -> None:
+        if self._world.is_main:
+            tqdm.write(line, file=sys.stderr)
+
+    def cleanup(self, status: str = "FINISHED") -> None:
+        """End the MLflow run and leave the process group."""
+        if self._tracker:
+            self._tracker.close(status)
+        if status == "FINISHED":
+            gather_objects(None)
+            torch.distributed.destroy_process_group()
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    with clear_errors():
+        recipe = EvalHeadsRecipe(cfg)
+        recipe.setup()
+        try:
+            recipe.report(recipe.evaluate(), recipe.measure_speed())
+        except BaseException:
+            recipe.cleanup("FAILED")
+            raise
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""The evaluation recipes end to end: real tasks, a real (tiny, random) model, the real sandbox, real processes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
+
+from runs import ROOT
+from wmtp.data import packaged_functions, packaged_programs
+
+RECIPES = {"eval_mbpp": "EvalMBPPRecipe", "eval_codecontests": "EvalCodeContestsRecipe"}
+
+
+def run_here(cfg, recipe="eval_mbpp"):
+    """Run a recipe in this process; its results."""
+    module = __import__(f"recipes.{recipe}", fromlist=[RECIPES[recipe]])
+    evaluation = getattr(module, RECIPES[recipe])(cfg)
+    evaluation.setup()
+    evaluation.evaluate()
+    results = evaluation.report()
+    evaluation._sandbox.close()
+    return results
+
+
+def launch(cfg, path, processes=1, recipe="eval_mbpp", **options):
+    OmegaConf.save(cfg, path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    if processes == 1:
+        command = [sys.executable]
+    command += [str(ROOT / "recipes" / f"{recipe}.py"), "--config", str(path)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **options)
+
+
+def files(output_dir):
+    return {name: (Path(output_dir) / name).read_text() for name in ("samples.jsonl", "results.json")}
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def gold(tmp_path):
+    """Right and wrong programs for the packaged tasks of the tiny configs, in the field's format."""
+
+    def write(recipe, number=8):
+        if recipe == "eval_mbpp":
+            pairs = [(f"packaged/{row['task_id']}", row["code"], row["wrong_code"]) for row in packaged_functions()]
+        else:
+            pairs = [
+                (row["name"], row["solutions"]["solution"][0], row["incorrect_solutions"]["solution"][0])
+                for row in packaged_programs()
+            ]
+        rows = [{"task_id": i, "solution": code} for i, *both in pairs[:number] for code in both]
+        return write_jsonl(tmp_path / f"{recipe}.jsonl", rows)
+
+    return write
+
+
+def test_existing_samples_are_judged_without_a_model(tiny_config, gold):
+    """One right and one wrong program a task: pass@1 is 1/2, pass@2 is 1, exactly."""
+    cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), model=None, tokenizer=None, protocol=None)
+    cfg.fixed_temperature, cfg.temperatures = None, [0.0]
+    results = run_here(cfg)
+    (at_unknown,) = results["temperatures"].values()
+    assert at_unknown["metrics"]["pass_at_1"]["estimate"] == 0.5
+    assert at_unknown["metrics"]["pass_at_2"]["estimate"] == 1.0
+    assert results["verdicts"]["passed"] == 8 and results["excluded_harness_errors"] == 0
+    rows = [json.loads(line) for line in (Path(cfg.output_dir) / "samples.jsonl").read_text().splitlines()]
+    assert [row["verdict"] == "passed" for row in rows] == [True, False] * 8
+    # What a run writes is what samples=FILE reads.
+    again = tiny_config("eval_mbpp", samples=str(Path(cfg.output_dir) / "samples.jsonl"), output_dir="again")
+    again.fixed_temperature, again.temperatures = None, [0.0]
+    assert run_here(again)["verdicts"] == results["verdicts"]
+
+
+def test_programs_with_stdin_are_judged_and_n_at_k_uses_the_public_tests(tiny_config, gold):
+    cfg = tiny_config("eval_codecontests", samples=gold("eval_codecontests", 4))
+    cfg.pass_at, cfg.n_at_k = [1, 2], [[1, 2]]
+    (table,) = run_here(cfg, "eval_codecontests")["temperatures"].values()
+    assert table["metrics"]["pass_at_1"]["estimate"] == 0.5
+    # Both programs pass the public tests or only the right one does: the one submission is right with 1/2 or 1.
+    assert 0.5 <= table["metrics"]["1_at_2"]["estimate"] <= 1.0
+
+
+@pytest.mark.slow
+def test_processes_kills_and_batch_sizes_do_not_change_the_result(tiny_config, tmp_path):
+    """Sampled by one process; by two with another batch size; and by two that are killed with SIGKILL on the way, then
+    resumed by one: the same bytes."""
+    common = {"num_samples": 8, "temperatures": [0.8], "fixed_temperature": None}
+    alone = tiny_config("eval_mbpp", output_dir=str(tmp_path / "alone"), **common)
+    run_here(alone)
+
+    two = tiny_config("eval_mbpp", output_dir=str(tmp_path / "two"), batch_size=3, **common)
+    process = launch(two, tmp_path / "two.yaml", 2, stderr=subprocess.PIPE)
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr[-2000:]
+    assert files(two.output_dir) == files(alone.output_dir)
+
+    killed = tiny_config("eval_mbpp", output_dir=str(tmp_path / "killed"), batch_size=1, **common)
+    process = launch(killed, tmp_path / "killed.yaml", 2, stderr=subprocess.DEVNULL, start_new_session=True)
+    while process.poll() is None and _journaled(killed.output_dir) < 5:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    there = _journaled(killed.output_dir)
+    assert 5 <= there < 64
+    killed.resume, killed.batch_size = True, 8
+    run_here(killed)
+    assert files(killed.output_dir) == files(alone.output_dir)
+
+
+def _journaled(output_dir):
+    return sum(path.read_text().count('"sample": {') for path in Path(output_dir).glob("journals/*.jsonl"))
+
+
+def test_more_samples_are_added_to_those_that_are_there(tiny_config):
+    cfg = tiny_config("eval_mbpp", num_samples=1, pass_at=[1], temperatures=[0.8])
+    run_here(cfg)
+    first = (Path(cfg.output_dir) / "samples.jsonl").read_text()
+    cfg.num_samples, cfg.resume = 2, True
+    run_here(cfg)
+    rows = (Path(cfg.output_dir) / "samples.jsonl").read_text().splitlines(keepends=True)
+    assert len(rows) == 16 and "".join(row for row in rows if json.loads(row)["sample"] == 0) == first
+    cfg.seed = 1
+    with pytest.raises(ValueError, match="seed"):
+        run_here(cfg)
+
+
+def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), temperatures=[0.0], fixed_temperature=None)
+    cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
+    cfg.tracking.artifact_location = str(tmp_path / "artifacts")
+    from recipes.eval_mbpp import EvalMBPPRecipe
+
+    recipe = EvalMBPPRecipe(cfg)
+    recipe.setup()
+    recipe.evaluate()
+    recipe.report()
+    recipe._tracker.close()
+    recipe._sandbox.close()
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    assert run.data.metrics["eval/packaged_functions/pass_at_1"] == 0.5
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
+        "config.yaml", "report.md", "results.json", "samples.jsonl"
+    }  # fmt: skip
+    assert {"git_commit", "data_hash", "sandbox"} <= set(run.data.tags)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_sample": 3}, "unknown key 'num_sample' in config; did you mean 'num_samples'"),
+        ({"pass_at": [1, 5]}, "pass_at 5 needs as many samples a task, num_samples is 2"),
+        ({"temperatures": [-1.0]}, "temperatures must be different numbers >= 0"),
+        ({"fixed_temperature": 0.3}, "fixed_temperature 0.3 is not among temperatures"),
+        ({"fixed_temperature": None}, "set fixed_temperature"),
+        ({"tokenizer": None}, "or samples=FILE"),
+        ({"top_p": 0.0}, "top_p must be a number > 0"),
+        ({"model__max_seq_len": 64}, "leaves no room for an answer in model.max_seq_len 64"),
+        ({"model__vocab_size": 100}, "the tokenizer has 259 ids, the model 100"),
+        ({"checkpoint": "no/such/model"}, "no/such/model"),
+        ({"tokenizer": {"_component_": "wmtp.data.hf_tokenizer", "path": "."}}, "tokenizer.json"),
+        ({"limits__cpu_seconds": -1.0}, "cpu_seconds"),
+        ({"resume": True}, "holds no evaluation"),
+        ({"protocol___component_": "wmtp.data.alphacode_protocol"}, "for programs that read stdin"),
+        ({"samples": "no/such/file.jsonl"}, "no/such/file.jsonl"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(tiny_config, overrides, message):
+    cfg = tiny_config("eval_mbpp", **overrides)
+    with pytest.raises((ValueError, OSError)) as error:
+        run_here(cfg)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path(cfg.output_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ('{"task_id": "packaged/1", "solution": "a"}\n{"task_id": "packaged/1", \n', r"samples.jsonl:2: malformed JSON"),
+        ('{"task_id": "packaged/99", "solution": "a"}\n', r"samples.jsonl:1.*packaged/99"),
+        ('{"task_id": "packaged/1"}\n', r"samples.jsonl:1: needs a solution or a completion"),
+        ('{"task_id": "packaged/1", "solution": "a"}\n', r"no sample for 7 of 8 tasks, the first is packaged/2"),
+    ],
+)
+def test_bad_samples_are_named_by_file_and_line(tiny_config, tmp_path, rows, message):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(rows)
+    cfg = tiny_config("eval_mbpp", samples=str(path))
+    with pytest.raises(ValueError, match=message):
+        run_here(cfg)
+    assert not Path(cfg.output_dir).exists()
+
+
+def test_bad_tasks_are_named_by_file_and_line(tiny_config, tmp_path):
+    row = {"task_id": 11, "text": "t", "code": "def f(): return 1", "test_list": ["assert f() == 1"]}
+    for rows, message in (
+        ([row | {"test_list": []}], r"tasks.jsonl:1.*test_list"),
+        ([row, row], r"tasks.jsonl:2: task_id 'Mbpp/11' is also that of .*tasks.jsonl:1"),
+    ):
+        source = write_jsonl(tmp_path / "tasks.jsonl", rows)
+        cfg = tiny_config("eval_mbpp", tasks={"_component_": "wmtp.data.mbpp_tasks", "source": source, "split": "test"})
+        with pytest.raises(ValueError, match=message):
+            run_here(cfg)
+
+
+def test_an_evaluation_is_never_overwritten_unless_told(tiny_config, gold):
+    cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), temperatures=[0.0], fixed_temperature=None)
+    run_here(cfg)
+    before = {p: p.read_bytes() for p in Path(cfg.output_dir).rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match="already holds an evaluation; set resume=true"):
+        run_here(cfg)
+    assert {p: p.read_bytes() for p in Path(cfg.output_dir).rglob("*") if p.is_file()} == before
+    cfg.overwrite = True
+    run_here(cfg)
+    shutil.rmtree(Path(cfg.output_dir) / "journals")
+
+
+def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
+    from recipes.eval_heads import EvalHeadsRecipe
+
+    recipe = EvalHeadsRecipe(tiny_config("eval_heads"))
+    recipe.setup()
+    quality, speed = recipe.evaluate(), recipe.measure_speed()
+    recipe.report(quality, speed)
+    heads, bound = quality["heads"], quality["teacher_forced"]
+    assert heads["ce_head1"] == pytest.approx(bound["ce_head1"]) and heads["accuracy_head1"] == bound["accuracy_head1"]
+    assert heads["ce_head2"] != pytest.approx(bound["ce_head2"])  # an untrained head 2 is not head 1 one token later
+    assert bound["ce_head2"] == pytest.approx(bound["ce_head1"], abs=0.02)  # the same predictions, but for a few targets
+    assert speed["same_text_share"] == 1.0 and speed["tokens_per_forward"] >= 1.0
+    assert json.loads((recipe._output_dir / "heads.json").read_text())["heads"] == heads

@@ -1,0 +1,144 @@
+"""Programs that use up memory, the C stack, or what memory limits do not count."""
+
+from attacks import FAULTS, Attack, Limits, with_syscalls
+
+MEMORY = frozenset({"memory"})
+ENDED = frozenset({"memory", "exception", "violation", "timeout"})
+LIMITS = Limits(cpu_seconds=1.0, wall_seconds=10.0, memory_bytes=256 << 20)
+
+
+def _attack(name: str, program: str, verdicts=ENDED, **kwargs) -> Attack:
+    return Attack(name, program, verdicts=verdicts, limits=LIMITS, **kwargs)
+
+
+ATTACKS = (
+    _attack("huge_allocation", '"""One allocation of 100 GB."""\n\n\ndef solve(a, b):\n    return len(bytearray(10**11)) and 5\n', MEMORY),
+    _attack("huge_text", '"""A text of 2**40 characters."""\n\n\ndef solve(a, b):\n    return len("a" * 2**40) and 5\n', MEMORY),
+    _attack(
+        "doubling_text",
+        '"""A text that doubles until there is no memory."""\n\n\n'
+        "def solve(a, b):\n    text = 'ab'\n    for _ in range(32):\n        text += text\n    return 5\n",
+        MEMORY,
+    ),
+    _attack(
+        "growing_list",
+        '"""A list of lists that grows to 4 GB in small steps."""\n\n\n'
+        "def solve(a, b):\n    kept = []\n    for _ in range(4000):\n        kept.append(bytearray(b'x') * (1 << 20))\n    return 5\n",
+        MEMORY,
+    ),
+    _attack(
+        "swallowed_memory_errors",
+        '"""Keeps all it got when memory ends, and asks again."""\n\n\n'
+        "def solve(a, b):\n    kept, size = [], 1 << 30\n    while len(kept) < 1 << 23:\n        try:\n"
+        "            kept.append(bytearray(size))\n        except MemoryError:\n            size = max(size // 2, 64)\n    return 5\n",
+        frozenset({"memory", "timeout"}),
+    ),
+    _attack(
+        "memory_at_import",
+        '"""Runs out of memory before any function exists."""\n\nkept = [0] * (1 << 36)\n\n\ndef solve(a, b):\n    return 5\n',
+        MEMORY,
+    ),
+    _attack(
+        "anonymous_maps",
+        '"""Maps 4 GB and touches it, past the allocator."""\nimport mmap\n\n\n'
+        "def solve(a, b):\n    maps = []\n    for _ in range(64):\n        maps.append(mmap.mmap(-1, 64 << 20))\n"
+        "        for page in range(0, 64 << 20, 4096):\n            maps[-1][page] = 1\n    return 5\n",
+    ),
+    _attack(
+        "raised_memory_limit",
+        '''
+"""Raises its own limits and takes 2 GB."""
+import resource
+
+for name in ("RLIMIT_AS", "RLIMIT_DATA", "RLIMIT_RSS", "RLIMIT_STACK"):
+    for limits in [(resource.RLIM_INFINITY, resource.RLIM_INFINITY), (1 << 40, 1 << 40)]:
+        try:
+            resource.setrlimit(getattr(resource, name), limits)
+        except (OSError, ValueError):
+            pass
+
+
+def solve(a, b):
+    kept = bytearray(2 << 30)
+    for page in range(0, 2 << 30, 4096):
+        kept[page] = 1
+    return 5
+''',
+        MEMORY,
+    ),
+    _attack(
+        "memory_files",
+        with_syscalls(
+            '"""Writes 2 GB into files that exist in memory only, which no limit of the address space counts."""\n\n\n'
+            "def solve(a, b):\n    block = bytes(1 << 20)\n    for _ in range(128):\n"
+            "        descriptor = syscall('memfd_create', b'x', 0)\n        for _ in range(16):\n"
+            "            if os.write(descriptor, block) != len(block):\n                raise OSError('full')\n    return 5\n"
+        ),
+    ),
+    _attack(
+        "secret_memory",
+        with_syscalls(
+            '"""Takes memory that the kernel hides even from itself, and that cannot be swapped."""\n\n\n'
+            "def solve(a, b):\n    syscall('memfd_secret', 0)\n    return 5\n"
+        ),
+    ),
+    _attack(
+        "shared_memory",
+        with_syscalls(
+            '"""Makes System V shared memory, which outlives the process."""\n\n\n'
+            "def solve(a, b):\n    syscall('shmget', 0x574D5450, 256 << 20, 0o1600)\n    return 5\n"
+        ),
+    ),
+    _attack(
+        "posix_shared_memory",
+        '"""Makes shared memory under a name."""\nfrom multiprocessing import shared_memory\n\n\n'
+        "def solve(a, b):\n    shared_memory.SharedMemory('@MARK@', create=True, size=64 << 20)\n    return 5\n",
+    ),
+    _attack(
+        "full_pipes",
+        '"""Fills pipes, as large as they may be, and socket pairs up to 1 GB: the kernel\'s memory."""\nimport fcntl\nimport os\nimport socket\n\n\n'
+        "def solve(a, b):\n    total, kept = 0, []\n    for _ in range(4096):\n        reader, writer = os.pipe()\n"
+        "        try:\n            fcntl.fcntl(writer, 1031, 1 << 20)\n        except OSError:\n            pass\n"
+        "        os.set_blocking(writer, False)\n        try:\n            while True:\n                total += os.write(writer, bytes(1 << 16))\n"
+        "        except BlockingIOError:\n            pass\n        if total > 1 << 30:\n            return 5\n    return 6\n",
+        FAULTS,
+    ),
+    _attack(
+        "locked_memory",
+        '"""Takes memory out of everybody\'s reach."""\nimport ctypes\n\n\n'
+        "def solve(a, b):\n    size = 64 << 20\n    block = ctypes.create_string_buffer(size)\n"
+        "    if ctypes.CDLL(None).mlock(block, ctypes.c_size_t(size)):\n        raise MemoryError\n    return 5\n",
+    ),
+    _attack(
+        "endless_recursion",
+        '"""Recursion without end and without a limit."""\nimport sys\n\nsys.setrecursionlimit(10**9)\n\n\n'
+        "def solve(a, b):\n    return solve(a, b + 1) + 1\n",
+    ),
+    _attack(
+        "endless_recursion_through_c",
+        '"""The same through C functions, which use the C stack."""\nimport functools\nimport sys\n\nsys.setrecursionlimit(10**9)\n\n\n'
+        "@functools.lru_cache(maxsize=None)\ndef solve(a, b):\n    return max([b], key=lambda x: solve(a, x + 1))\n",
+    ),
+    _attack(
+        "caught_recursion",
+        '"""Catches every RecursionError by recursing again."""\n\n\n'
+        "def solve(a, b):\n    try:\n        return solve(a, b)\n    except RecursionError:\n        return solve(a, b)\n",
+    ),
+    _attack(
+        "repr_of_a_deep_list",
+        '"""Shows a list so deep that the C stack ends."""\nimport sys\n\nsys.setrecursionlimit(10**9)\n\n\n'
+        "def solve(a, b):\n    deep = []\n    for _ in range(10**6):\n        deep = [deep]\n    return len(repr(deep)) and 5 + b\n",
+    ),
+    _attack(
+        "pickle_of_a_deep_list",
+        '"""Builds deep structure out of a few bytes by pickle and compares it."""\nimport pickle\nimport sys\n\nsys.setrecursionlimit(10**9)\n\n\n'
+        "def solve(a, b):\n    text = b']' * 500_000 + b'a' * 499_999 + b'.'\n    return pickle.loads(text) == pickle.loads(text) and 6\n",
+        FAULTS,
+    ),
+    _attack(
+        "wild_writes",
+        '"""Writes over its own objects, byte by byte, until something breaks."""\nimport ctypes\n\n\n'
+        "def solve(a, b):\n    for address in range(id(None), id(None) + 4096):\n        ctypes.memset(address, 255, 1)\n    return 6\n",
+        FAULTS,
+    ),
+)

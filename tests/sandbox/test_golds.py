@@ -1,0 +1,95 @@
+"""The data sets' own solutions pass, on an idle machine and on a busy one; the packaged wrong programs fail."""
+
+import multiprocessing
+import os
+from collections import Counter
+
+import pytest
+
+import golds
+from wmtp.data import packaged_functions, packaged_programs
+from wmtp.sandbox import Sandbox
+
+needs_data = pytest.mark.skipif(not golds.DATA.is_dir(), reason=f"no data in {golds.DATA}; set WMTP_DATA to its folder")
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2) as sandbox:
+        yield sandbox
+
+
+def failures(sandbox, tasks):
+    """What did not pass, by name."""
+    outcomes = sandbox.judge(job for _, job in tasks)
+    return {name: outcome for (name, _), outcome in zip(tasks, outcomes, strict=True) if outcome.verdict != "passed"}
+
+
+@needs_data
+@pytest.mark.parametrize(("split", "count"), [("train", 374), ("validation", 90), ("test", 500)])
+def test_mbpp(split, count, sandbox):
+    tasks = list(golds.mbpp(split))
+    assert len(tasks) == count
+    assert failures(sandbox, tasks) == {}
+
+
+@needs_data
+def test_humaneval(sandbox):
+    tasks = list(golds.humaneval())
+    assert len(tasks) == 164
+    assert failures(sandbox, tasks) == {}
+
+
+@needs_data
+def test_leetcode(sandbox):
+    tasks = list(golds.leetcode(100))
+    assert len(tasks) == 100
+    assert failures(sandbox, tasks) == {}
+
+
+@needs_data
+def test_code_contests(sandbox):
+    tasks = list(golds.code_contests())
+    assert len(tasks) == 153
+    assert failures(sandbox, tasks) == {}
+
+
+def spin():
+    while True:
+        pass
+
+
+@pytest.fixture
+def busy_machine():
+    """One spinning process per core, started and ended here."""
+    processes = [multiprocessing.get_context("spawn").Process(target=spin, daemon=True) for _ in range(os.cpu_count())]
+    for process in processes:
+        process.start()
+    yield
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+@needs_data
+def test_golds_pass_under_load(sandbox, busy_machine):
+    assert failures(sandbox, golds.all_golds()[::7][:200]) == {}
+
+
+def test_packaged_functions(sandbox):
+    rows = packaged_functions()
+    right = sandbox.judge(golds.mbpp_job(row, row["code"]) for row in rows)
+    wrong = sandbox.judge(golds.mbpp_job(row, row["wrong_code"]) for row in rows)
+    assert Counter(outcome.verdict for outcome in right) == {"passed": len(rows)}
+    assert {outcome.verdict for outcome in wrong} <= {"wrong_answer", "exception", "timeout"}
+
+
+def test_packaged_programs(sandbox):
+    rows = packaged_programs()
+    for kind, passes in (("solutions", True), ("incorrect_solutions", False)):
+        jobs = [golds.packaged_program_job(row, text) for row in rows for text in row[kind]["solution"]]
+        outcomes = sandbox.judge(jobs)
+        assert [outcome.verdict == "passed" for outcome in outcomes] == [passes] * len(jobs)
+        if not passes:  # each passes at least one test and fails at least one, and no test is left out
+            assert all({"passed"} < set(outcome.tests) for outcome in outcomes)
+            assert [len(outcome.tests) for outcome in outcomes] == [len(job.tests) for job in jobs]

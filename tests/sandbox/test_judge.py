@@ -1,0 +1,405 @@
+"""What the judge says of programs: verdicts, and what trusted tests can do with a program's objects."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from wmtp.sandbox import AssertionJob, Limits, Sandbox, StdioJob, StdioTest
+from wmtp.sandbox.jobs import job_from_wire, job_to_wire
+
+SHORT = Limits(cpu_seconds=1, wall_seconds=3, output_bytes=1 << 20, memory_bytes=256 << 20)
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2, limits=SHORT) as box:
+        yield box
+
+
+def judge(sandbox, program, *tests, **fields):
+    return sandbox.judge([AssertionJob(textwrap.dedent(program), tests, **fields)])[0]
+
+
+def run(sandbox, program, *tests, **fields):
+    cases = tuple(StdioTest(*test) for test in tests)
+    return sandbox.judge([StdioJob(textwrap.dedent(program), cases, **fields)])[0]
+
+
+IDENTITY = "def f(x): return x"
+
+VERDICTS = {
+    "right": (IDENTITY, "assert f(3) == 3", "passed"),
+    "wrong": (IDENTITY, "assert f(3) == 4", "wrong_answer"),
+    "answer unfit for the test": ("def f(x): return None", "assert abs(f(3) - 3) < 1", "wrong_answer"),
+    "raises": ("def f(x): return x[0]", "assert f(3) == 4", "exception"),
+    "its own assertion fails": ("def f(x): assert False", "assert f(3) == 4", "exception"),
+    "no such name": ("def g(x): return x", "assert f(3) == 3", "exception"),
+    "syntax error": ("def f(x) return x", "assert f(3) == 3", "exception"),
+    "null byte": ("\0", "assert f(3) == 3", "exception"),
+    "lone surrogate": ("x = '\ud800'", "assert f(3) == 3", "exception"),
+    "exits at the top": ("import sys\nsys.exit(0)", "assert f(3) == 3", "exception"),
+    "SystemExit in a call": ("def f(x): raise SystemExit", "assert f(3) == 3", "exception"),
+    "os._exit in a call": ("import os\ndef f(x): os._exit(0)", "assert f(3) == 3", "exception"),
+    "segmentation fault": ("import ctypes\ndef f(x): ctypes.string_at(0)", "assert f(3) == 3", "exception"),
+    "kills itself": ("import os\ndef f(x): os.kill(os.getpid(), 9)", "assert f(3) == 3", "exception"),
+    "recursion": ("def f(x): return f(x)", "assert f(3) == 3", "exception"),
+    "memory": ("def f(x): return 'x' * (1 << 30)", "assert f(3) == 3", "memory"),
+    "large answer": ("def f(x): return 'x' * (1 << 21)", "assert f(3) == 3", "output_limit"),
+    "floods stdout": ("def f(x):\n  while True: print('x' * 999)", "assert f(3) == 3", "output_limit"),
+    "spins": (
+        "def f(x):\n  while True:\n    try:\n      while True: pass\n    except: pass",
+        "assert f(3) == 3",
+        "timeout",
+    ),
+    "answers that a test cannot take": ("def f(x): return range(10**12)", "assert list(f(3)) == [3]", "memory"),
+    "answers that hold a test up": ("def f(x): return 10**9", "assert 7 ** f(3) == 3", "timeout"),
+    "answers what was not asked": (
+        "import os\ndef f(x): os.write(3, b'\\0\\0\\0\\2{}'); return x",
+        "assert f(3) == 3",
+        "violation",
+    ),
+    "closes the channel": ("import os\ndef f(x): os.close(3); return x", "assert f(3) == 3", "exception"),
+    "test does not compile": (IDENTITY, "assert f(3) ==", "harness_error"),
+    "test fails for its own reason": (IDENTITY, "assert 1 / 0 == f(3)", "harness_error"),
+    "test passes a function": (IDENTITY, "assert f(lambda: 3) == 3", "harness_error"),
+    "test never uses the program": (IDENTITY, "assert 3 == 3", "harness_error"),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdict(sandbox, case):
+    program, test, verdict = VERDICTS[case]
+    outcome = judge(sandbox, program, test)
+    assert (outcome.verdict, outcome.tests) == (verdict, (verdict,)), outcome
+
+
+def test_a_test_that_does_not_end_is_our_failure(sandbox):
+    for test in ("while True: pass", "import time\nwhile True: time.sleep(1)"):
+        assert (
+            judge(sandbox, IDENTITY, test, limits=Limits(wall_seconds=0.5, cpu_seconds=0.5)).verdict == "harness_error"
+        )
+
+
+def test_judging_stops_at_the_first_failure(sandbox):
+    outcome = judge(sandbox, IDENTITY, "assert f(1) == 1", "assert f(1) == 2", "assert f(1) == 1")
+    assert outcome.tests == ("passed", "wrong_answer")
+    assert outcome.detail.startswith("test 1: ")
+
+
+def test_detail_is_one_line_with_type_and_message(sandbox):
+    outcome = judge(sandbox, "def f(x): raise ValueError('no\\nline')", "assert f(1) == 1")
+    assert outcome.detail == "test 0: ValueError: no line"
+
+
+def test_a_program_sleeping_past_the_clock_is_a_timeout(sandbox):
+    outcome = judge(sandbox, "import time\ndef f(x): time.sleep(99)", "assert f(1)", limits=Limits(wall_seconds=0.3))
+    assert outcome.verdict == "timeout" and outcome.cpu_seconds < 0.2
+
+
+WORKING_TESTS = {
+    "the test's own arithmetic": ("def f(x): return [x, 0.1]", "import math\nassert math.isclose(sum(f(1)), 1.1)"),
+    "loops and helpers of the test": (IDENTITY, "def check(g):\n  for i in range(5): assert g(i) == i\ncheck(f)"),
+    "keyword arguments": ("def f(a, *, b=2): return a - b", "assert f(a=5, b=3) == 2"),
+    "a builtin's name": ("def sum(a, b): return a * b", "assert sum(3, 4) == 12"),
+    "an expected exception": (
+        "class E(ValueError): pass\ndef f(x): raise E('why')",
+        "try:\n  f(1)\nexcept ValueError as e: assert 'why' in str(e)\nelse: assert False",
+    ),
+    "an exception of its own": (
+        "class E(Exception): pass\ndef f(x): raise E('why')",
+        "try: f(1)\nexcept Exception as e: assert str(e) == 'E: why'\nelse: assert False",
+    ),
+    "a generator": (
+        "def f(n):\n  for i in range(n): yield i",
+        "assert list(f(3)) == [0, 1, 2] and sorted(f(2)) == [0, 1]",
+    ),
+    "an endless generator": (
+        "import itertools\nf = itertools.count",
+        "from itertools import islice\nassert list(islice(f(5), 2)) == [5, 6]",
+    ),
+    "an object with state": (
+        "class Stack:\n  def __init__(self): self.items = []\n  def push(self, x): self.items.append(x)\n"
+        "  def __len__(self): return len(self.items)\n  def __getitem__(self, i): return self.items[i]",
+        "s = Stack()\ns.push(3)\ns.push({4: (5,)})\nassert len(s) == 2 and s[1] == {4: (5,)} and s.items[0] == 3\n"
+        "s.extra = 7\nassert s.extra == 7 and isinstance(s, Stack) and s",
+    ),
+    "objects as arguments": (
+        "class P:\n  def __init__(self, a): self.a = a\ndef f(ps): return [p.a for p in ps]",
+        "assert f([P(1), P(2)]) == [1, 2]",
+    ),
+    "methods chained": ("class A:\n  def me(self): return self\n  x = 5", "assert A().me().me().x == 5"),
+    "a variable of the program's": (
+        "total = 0\ndef f(x):\n  global total\n  total += x",
+        "f(2)\nf(3)\nassert total == 5",
+    ),
+    "a dataclass's fields": (
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n  x: 'int'\ndef f(x): return P(x)",
+        "assert f(4).x == 4",
+    ),
+    "str of an object": ("class A:\n  def __str__(self): return 'me'\nf = A", "assert str(f()) == 'me'"),
+    "names and fields": (
+        "class A:\n  def __init__(self): self.x = 1\ndef f(x): 'what it does'",
+        "assert (f.__name__, f.__doc__, A().__dict__, vars(A())) == ('f', 'what it does', {'x': 1}, {'x': 1})",
+    ),
+    "large arguments": ("f = len", "assert f(['x' * 1000] * 5000) == 5000 and f('y' * 3_000_000) == 3_000_000"),
+    "deep recursion": (
+        "import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return n and 1 + f(n - 1)",
+        "assert f(20_000) == 20_000",
+    ),
+    "builtins as arguments": ("def f(kind, xs): return [kind(x) for x in xs]", "assert f(str, [1, 2]) == ['1', '2']"),
+}
+
+
+@pytest.mark.parametrize("case", WORKING_TESTS)
+def test_a_trusted_test_may_use(sandbox, case):
+    outcome = judge(sandbox, *WORKING_TESTS[case])
+    assert outcome.verdict == "passed", outcome
+
+
+def test_setup_runs_after_the_program_and_its_objects_are_named_by_the_tests(sandbox):
+    program = "class Node:\n  def __init__(self, v): self.v = v\ndef value(n): return n.v"
+    assert judge(sandbox, program, "assert value(root) == 7", setup="root = Node(7)").verdict == "passed"
+
+
+def test_preamble_helpers_run_in_the_judge(sandbox):
+    preamble = "def double(x): return 2 * x\ndef f(x): '''A stub, as in HumanEval's prompts.'''"
+    program = "def double(x): return 0\ndef f(x): return 0"
+    test = "def check(candidate):\n  assert candidate(5) == double(5)\ncheck(candidate)"
+    assert judge(sandbox, program, test, preamble=preamble, entry_point="f").verdict == "wrong_answer"
+    program = "def f(x): return x + x"
+    assert judge(sandbox, program, test, preamble=preamble, entry_point="f").verdict == "passed"
+
+
+def test_entry_point_is_evaluated_once_and_bound_to_its_own_name(sandbox):
+    program = "class Solution:\n  def __init__(self): self.n = 0\n  def count(self): self.n += 1; return self.n"
+    tests = ("assert candidate() == 1", "assert count() == 2")
+    assert judge(sandbox, program, *tests, entry_point="Solution().count").verdict == "passed"
+
+
+def test_instances_of_the_tests_classes_are_sent_by_their_attributes(sandbox):
+    classes = "class Link:\n  def __init__(self, v, next=None): self.v, self.next = v, next\n"
+    program = classes + "def total(link):\n  n = 0\n  while link: n, link = n + link.v, link.next\n  return n"
+    program += "\ndef same(link): return link"
+    build = "link = None\nfor v in range(3000): link = Link(v, link)\n"
+    assert judge(sandbox, program, build + "assert total(link) == 4498500", preamble=classes).verdict == "passed"
+    test = "back = same(Link(1, Link(2)))\nassert (back.v, back.next.v, back.next.next) == (1, 2, None)"
+    assert judge(sandbox, program, test, preamble=classes).verdict == "passed"
+
+
+LIES = {
+    "equal to everything": (
+        "class A:\n  __eq__ = __ne__ = lambda a, b: True\n  __hash__ = lambda a: 5\ndef f(x): return A()",
+        "assert f(1) == 5 or f(1) in [5] or 5 in [f(1)] or f(1) in {5}",
+    ),
+    "a container that claims all": (
+        "class A(list):\n  __contains__ = lambda a, b: True\nf = lambda x: A()",
+        "assert 5 in f(1)",
+    ),
+    "an object that claims to contain": (
+        "class A:\n  __contains__ = lambda a, b: True\n  __iter__ = lambda a: iter(())\nf = lambda x: A()",
+        "assert 5 in f(1)",
+    ),
+    "its own sys": (
+        "import sys as real\nclass sys: getsizeof = lambda x: 5\nreal.modules['sys'] = sys\nf = lambda x: 5",
+        "assert f(1) == sys.getsizeof(1)",
+    ),
+    "its own Counter": (
+        "import collections\ncollections.Counter = lambda *a: 0\nf = lambda x: x",
+        "assert Counter(f([1])) == Counter([2])",
+    ),
+    "its own abs": ("import builtins\nabs = builtins.abs = lambda x: 0\nf = lambda x: 9", "assert abs(f(1) - 5) < 1"),
+    "StopIteration": ("def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == x, [1]))"),
+    "StopIteration's subclass": (
+        "class S(StopIteration): pass\ndef f(x): raise S",
+        "def g():\n  for x in map(f, [1]): yield x\nassert list(g()) == []",
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_does_not_pass(sandbox, lie):
+    program, test = LIES[lie]
+    setup = "from collections import Counter" if "Counter" in lie else ""
+    assert judge(sandbox, program, test, setup=setup).verdict in ("wrong_answer", "exception")
+
+
+def test_a_program_changes_neither_the_arguments_of_the_test_nor_the_next_program(sandbox):
+    program = "import builtins, math\ndef f(x): x.clear(); builtins.sum = math.pi = None; return 1"
+    for _ in range(4):  # both workers
+        assert judge(sandbox, program, "a = [1]\nf(a)\nassert a == [1]").verdict == "passed"
+        after = judge(sandbox, "import math\nf = lambda x: [sum(x), int(math.pi)]", "assert f([1]) == [1, 3]")
+        assert after.verdict == "passed"
+
+
+def test_sets_have_the_same_order_and_random_numbers_the_same_values_in_every_run(sandbox):
+    program = "import random\ndef f(x): return list(set('abcdefgh')), random.random()"
+    judged = judge(sandbox, program, "assert f(1) == 0, f(1)"), judge(sandbox, program, "assert f(1) == 0, f(1)")
+    assert judged[0].detail == judged[1].detail and "[" in judged[0].detail
+
+
+STDIO_PASSES = {
+    "input": "print(int(input()) + int(input()))",
+    "input, then the rest": "import sys\na = int(input())\nprint(a + int(sys.stdin.read()))",
+    "stdin.buffer": "import sys\nprint(sum(map(int, sys.stdin.buffer.read().split())))",
+    "iteration over stdin": "import sys\nprint(sum(map(int, sys.stdin)))",
+    "fstat and os.read": "import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))",
+    "open(0)": "print(sum(map(int, open(0).read().split())))",
+    "sys.exit": "import sys\nprint(5)\nsys.exit(0)",
+    "exit()": "print(5)\nexit()",
+    "os._exit after a flush": "import os\nprint(5, flush=True)\nos._exit(0)",
+    "stdout.buffer": "import sys\nsys.stdout.buffer.write(b'5\\n')",
+    "__main__": "def main(): print(5)\nif __name__ == '__main__': main()",
+    "BOM and CRLF": "\ufeffif True:\r\n    print(5)\r\n",
+    "noise on stderr": "import sys\nprint('x' * 1000, file=sys.stderr)\nprint(5)",
+    "atexit": (
+        "import atexit, io, sys\nout = io.StringIO()\n"
+        "atexit.register(lambda: sys.__stdout__.write(out.getvalue()))\nprint(5, file=out)"
+    ),
+    "own stdout, flushed at the end": (
+        "import sys, io, os\nclass Out(io.StringIO):\n"
+        "  def flush(self): os.write(1, self.getvalue().encode()); self.seek(0); self.truncate()\n"
+        "sys.stdout = Out()\nprint(5)"
+    ),
+    "own stream, flushed by its finalizer": (
+        "import io, os\nclass Out(io.IOBase):\n  text = b'5'\n"
+        "  def flush(self): os.write(1, self.text); self.text = b''\nout = Out()"
+    ),
+    "a thread with a large stack": (
+        "import sys, threading\nthreading.stack_size(2**26)\nsys.setrecursionlimit(10**6)\n"
+        "def depth(n): return 0 if n == 0 else 1 + depth(n - 1)\n"
+        "threading.Thread(target=lambda: print(depth(50_000) // 10_000)).start()"
+    ),
+    "deep recursion through C": (
+        "import sys, functools\nsys.setrecursionlimit(10**6)\n@functools.lru_cache(None)\n"
+        "def depth(n): return 0 if n == 0 else 1 + depth(n - 1)\nprint(depth(20_000) // 4_000)"
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STDIO_PASSES)
+def test_a_contest_program_may_use(sandbox, case):
+    outcome = run(sandbox, STDIO_PASSES[case], ("2\n3\n", "5\n"), limits=Limits(cpu_seconds=3))
+    assert outcome.verdict == "passed" and outcome.lenient_tests == (True,), outcome
+
+
+STDIO_FAILS = {
+    "wrong": ("print(6)", "wrong_answer"),
+    "nothing": ("", "wrong_answer"),
+    "raises after the right output": ("print(5, flush=True)\n1 / 0", "exception"),
+    "exits with an error": ("import sys\nprint(5)\nsys.exit(1)", "exception"),
+    "os._exit with an error": ("import os\nprint(5, flush=True)\nos._exit(3)", "exception"),
+    "os._exit before a flush": ("import os\nprint(5)\nos._exit(0)", "wrong_answer"),
+    "excepthook": ("import sys\nsys.excepthook = lambda *a: print(5)\n1 / 0", "exception"),
+    "memory": ("x = 'x' * (1 << 30)", "memory"),
+    "flood": ("while True: print('x' * 999)", "output_limit"),
+    "flood on stderr": ("import os\nwhile True: os.write(2, b'x' * 999)", "output_limit"),
+    "spins after the right output": ("print(5, flush=True)\nwhile True: pass", "timeout"),
+    "forged end": ("import os\nos.write(3, b'\\0\\0\\0\\x0d{\"done\":null}')\n", "wrong_answer"),
+    "junk on the channel": ("import os\nprint(5)\nos.write(3, b'\\0\\0\\0\\2{]')\n", "violation"),
+}
+
+
+@pytest.mark.parametrize("case", STDIO_FAILS)
+def test_a_stdio_failure(sandbox, case):
+    program, verdict = STDIO_FAILS[case]
+    outcome = run(sandbox, program, ("2\n3\n", "5\n"))
+    assert (outcome.verdict, outcome.tests, outcome.lenient_tests) == (verdict, (verdict,), (False,)), outcome
+
+
+def test_stdio_tests_go_on_after_a_failure_where_asked(sandbox):
+    tests = ("1", "1"), ("2", "1"), ("1.000001", "1"), ("1", "1")
+    stopped = run(sandbox, "print(input())", *tests)
+    assert stopped.tests == ("passed", "wrong_answer") and stopped.detail.startswith("test 1: ")
+    whole = run(sandbox, "print(input())", *tests, stop_at_first_failure=False)
+    assert whole.tests == ("passed", "wrong_answer", "wrong_answer", "passed")
+    assert whole.lenient_tests == (True, False, True, True)
+    assert whole.verdict == "wrong_answer"
+
+
+def test_input_arrives_byte_for_byte(sandbox):
+    text = "é\r\n\t \ud800" + "x" * 300_000
+    program = "import sys\ndata = sys.stdin.buffer.read()\nprint(len(data), data[:8].hex())"
+    data = text.encode("utf-8", "surrogatepass")
+    assert run(sandbox, program, (text, f"{len(data)} {data[:8].hex()}")).verdict == "passed"
+
+
+@pytest.mark.parametrize("kind", ["assertion", "stdio"])
+def test_jobs_cross_the_wire(kind):
+    job = AssertionJob("a", ("b", "c"), "d", "e", "f") if kind == "assertion" else StdioJob("a", (StdioTest("b", "c"),))
+    again = job_from_wire(job_to_wire(job, SHORT))
+    assert again.limits == SHORT
+    assert job_to_wire(again, Limits()) == job_to_wire(job, SHORT)
+
+
+def test_jobs_without_tests_and_senseless_limits_are_refused():
+    for make in (lambda: AssertionJob("x", ()), lambda: AssertionJob("x", "assert 1"), lambda: StdioJob("x", ())):
+        with pytest.raises(ValueError, match="tests"):
+            make()
+    with pytest.raises(ValueError, match="cpu_seconds must be > 0, got 0"):
+        Limits(cpu_seconds=0)
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        Sandbox(workers=0)
+
+
+def test_outcomes_come_in_the_order_of_jobs_and_futures_run_beside_the_caller(sandbox):
+    jobs = [AssertionJob(IDENTITY, (f"assert f({i}) == {i % 3}",)) for i in range(12)]
+    futures = [sandbox.submit(job) for job in jobs]
+    expected = ["passed" if i == i % 3 else "wrong_answer" for i in range(12)]
+    assert [future.result().verdict for future in futures] == expected
+    assert [outcome.verdict for outcome in sandbox.judge(jobs)] == expected
+
+
+def family():
+    return [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_close_ends_every_process_and_refuses_further_jobs():
+    before = set(family())
+    with Sandbox(workers=1) as box:
+        assert set(family()) - before
+        assert judge(box, IDENTITY, "assert f(1) == 1").verdict == "passed"
+    assert not set(family()) - before
+    with pytest.raises(ValueError, match="closed"):
+        box.submit(AssertionJob(IDENTITY, ("assert f(1) == 1",)))
+
+
+def test_a_disturbed_zygote_or_judge_is_replaced_and_the_job_judged_again():
+    before = set(family())
+    with Sandbox(workers=1, limits=Limits(wall_seconds=20)) as box:
+        job = AssertionJob("import time\ndef f(x): time.sleep(0.5); return x", ("assert f(1) == 1",))
+        for _ in range(2):  # the judge's child or grandchild first, then the judge
+            future = box.submit(job)
+            time.sleep(0.3)
+            members = sorted(set(family()) - before, key=lambda process: process.create_time())
+            members[min(1, len(members) - 1) if _ == 0 else 0].kill()
+            assert future.result().verdict == "passed"
+    assert not set(family()) - before
+
+
+def test_a_killed_caller_leaves_nothing(tmp_path):
+    code = """
+    import sys
+    from wmtp.sandbox import AssertionJob, Sandbox
+    box = Sandbox(workers=1)
+    future = box.submit(AssertionJob("import time\\ndef f(x): time.sleep(60)", ("assert f(1)",)))
+    print("running", flush=True)
+    future.result()
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    caller = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert caller.stdout.readline() == "running\n"
+    time.sleep(0.2)
+    members = psutil.Process(caller.pid).children(recursive=True)
+    assert members
+    caller.kill()
+    caller.wait()
+    _, alive = psutil.wait_procs(members, timeout=20)
+    assert not alive
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,277 @@
+"""Tasks whose answer is a function judged by Python assertions: MBPP, HumanEval, and files with the fields of either.
+
+A builder is a plain function with config keys as arguments, named as `_component_`; it returns a tuple of tasks.
+"""
+
+import ast
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
+from wmtp.data.packaged import packaged_functions
+from wmtp.data.rows import read_rows, take
+from wmtp.data.task_ids import select_tasks
+from wmtp.sandbox import AssertionJob, Limits
+
+
+@dataclass(frozen=True)
+class AssertionTask:
+    """One function to write, and the trusted tests that judge it.
+
+    Attributes:
+        task_id: unique, as EvalPlus writes it: "Mbpp/11", "HumanEval/0".
+        text: what is asked, in words; empty where `prompt` says it all.
+        prompt: program text that a completion goes on from; empty where the completion is the whole program.
+        entry_point: expression, evaluated after the program, that the tests call `candidate`; None where they call the
+            program's functions by their own names only.
+        solution: a right completion: `program(solution)` passes.
+        setup: code to run after the program, among its names (MBPP builds trees from the program's classes).
+        preamble: code the judge runs before the tests, among theirs: imports, helper functions.
+        tests: judged one after the other, all must pass; those of MBPP may be shown in a prompt.
+        challenge_tests: judged too, never shown.
+    """
+
+    task_id: str
+    text: str
+    prompt: str
+    entry_point: str | None
+    solution: str
+    setup: str
+    preamble: str
+    tests: tuple[str, ...]
+    challenge_tests: tuple[str, ...] = ()
+
+    def program(self, completion: str) -> str:
+        """The program that a plain continuation of the prompt makes."""
+        return self.prompt + completion
+
+    def job(self, program: str, *, limits: Limits | None = None) -> AssertionJob:
+        """What the sandbox judges; limits None leaves them to the sandbox."""
+        return AssertionJob(
+            program=program,
+            tests=self.tests + self.challenge_tests,
+            setup=self.setup,
+            preamble=self.preamble,
+            entry_point=self.entry_point,
+            limits=limits,
+        )
+
+
+def mbpp_tasks(
+    source: str = "google-research-datasets/mbpp",
+    split: str = "test",
+    *,
+    subset: str | None = None,
+    challenge_tests: bool = False,
+    ids: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """MBPP (Austin et al. 2021, arXiv 2108.07732), either schema.
+
+    Args:
+        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
+        split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
+            file that holds them all; ``all`` takes every row of a file.
+        subset: the hub's ``full`` or ``sanitized``.
+        challenge_tests: judge by challenge_test_list too.
+        ids: only these tasks, in this order; 11, "11" and "Mbpp/11" are the same.
+        limit: only the first so many.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+    if split not in (*SPLIT_IDS, "all"):
+        raise ValueError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
+    rows = read_rows(source, split, subset)
+    if split != "all":
+        rows = ((where, row) for where, row in rows if take(row, where, "task_id", int) in SPLIT_IDS[split])
+    tasks = ((where, _from_mbpp(row, where, challenge_tests)) for where, row in rows)
+    return select_tasks(tasks, f"{source} (split {split})", ids, limit)
+
+
+def humaneval_tasks(
+    source: str = "openai/openai_humaneval",
+    split: str = "test",
+    *,
+    ids: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """HumanEval (Chen et al. 2021, arXiv 2107.03374), or a file with its fields.
+
+    Args:
+        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
+        split: which file of a folder, or which split of a hub dataset.
+        ids, limit: as in :func:`mbpp_tasks`.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+    tasks = ((where, _from_humaneval(row, where)) for where, row in read_rows(source, split))
+    return select_tasks(tasks, source, ids, limit)
+
+
+def packaged_function_tasks(
+    *, challenge_tests: bool = True, ids: Sequence[int | str] | None = None, limit: int | None = None
+) -> tuple[AssertionTask, ...]:
+    """The 36 functions of :func:`wmtp.data.packaged_functions`, with ids "packaged/1" to "packaged/36"."""
+    rows = (
+        (f"packaged task {row['task_id']}", row | {"task_id": f"packaged/{row['task_id']}"})
+        for row in packaged_functions()
+    )
+    tasks = ((where, _from_mbpp(row, where, challenge_tests)) for where, row in rows)
+    return select_tasks(tasks, "packaged functions", ids, limit)
+
+
+def assertion_tasks(
+    source: str,
+    split: str | None = None,
+    *,
+    subset: str | None = None,
+    challenge_tests: bool = False,
+    ids: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """Tasks of any file with the fields of MBPP or of HumanEval, row by row.
+
+    Args:
+        source, subset, challenge_tests, ids, limit: as in :func:`mbpp_tasks`; a row's task_id may also be a string.
+        split: which file of a folder, or which split of a hub dataset.
+
+    A row is taken for MBPP's where it has `test_list`, else for HumanEval's where it has `test` and `entry_point`
+    (LeetCodeDataset's too: `completion` serves as canonical_solution, and `query` as text).
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+    return select_tasks(_recognised(source, split, subset, challenge_tests), source, ids, limit)
+
+
+def _recognised(source, split, subset, challenge_tests) -> Iterator[tuple[str, AssertionTask]]:
+    for where, row in read_rows(source, split, subset):
+        if row.get("test_list") is not None:
+            yield where, _from_mbpp(row, where, challenge_tests)
+        elif row.get("test") is not None and row.get("entry_point") is not None:
+            yield where, _from_humaneval(row, where)
+        else:
+            raise ValueError(
+                f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
+                f"prompt, canonical_solution, test, entry_point); the row has {', '.join(map(str, row)) or 'no fields'}"
+            )
+
+
+def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
+    task_id = _task_id(row, where, "Mbpp")
+    fields = mbpp_task(row | {"task_id": 0}, where)  # its own check of task_id takes whole numbers only
+    shown = tuple(fields["test_list"])
+    hidden = _strings(row, where, "challenge_test_list") if challenge_tests else ()
+    tests = [_parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
+    for test, tree in zip(shown + hidden, tests, strict=True):
+        if not any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree)):
+            raise ValueError(f"{where}: test {test!r:.60} asserts nothing, so every program would pass it")
+    setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
+    solution = _parsed(fields["code"], f"{where}: field 'code'")
+    imports = _strings(row, where, "test_imports")
+    return AssertionTask(
+        task_id=task_id,
+        text=fields["text"],
+        prompt="",
+        entry_point=_called(tests, _defined(solution)),
+        solution=fields["code"],
+        setup=setup,
+        preamble="\n".join([*imports, *_imports_of_tests(tests, solution, setup, imports, where)]),
+        tests=shown,
+        challenge_tests=hidden,
+    )
+
+
+def _from_humaneval(row: dict, where: str) -> AssertionTask:
+    test, entry_point = take(row, where, "test", str), take(row, where, "entry_point", str)
+    checks = [node for node in _parsed(test, f"{where}: field 'test'").body if isinstance(node, ast.FunctionDef)]
+    if "check" not in {node.name for node in checks}:
+        raise ValueError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
+    _parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
+    prompt = take(row, where, "prompt", str)
+    _parsed(prompt, f"{where}: field 'prompt'")
+    solution = "completion" if row.get("canonical_solution") is None and "completion" in row else "canonical_solution"
+    text = next((name for name in ("text", "query") if row.get(name) is not None), None)
+    return AssertionTask(
+        task_id=_task_id(row, where, "HumanEval"),
+        text="" if text is None else take(row, where, text, str),
+        prompt=prompt,
+        entry_point=entry_point,
+        solution=take(row, where, solution, str),
+        setup="",
+        preamble=prompt,
+        tests=(f"{test}\ncheck(candidate)",),
+    )
+
+
+def _task_id(row: dict, where: str, family: str) -> str:
+    if isinstance(row.get("task_id"), str) and row["task_id"].strip():
+        return row["task_id"]
+    return f"{family}/{take(row, where, 'task_id', int)}"
+
+
+def _strings(row: dict, where: str, column: str) -> tuple[str, ...]:
+    values = [] if row.get(column) is None else take(row, where, column, list)
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
+    return tuple(values)
+
+
+def _lf(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MBPP has regular expressions in strings that are not raw
+            return ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
+        raise ValueError(f"{what} is not valid Python: {error}") from None
+
+
+def _defined(program: ast.AST) -> set[str]:
+    return {node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
+    """The outermost call of the first test to something the solution defines: MBPP task 126 asks for a `sum`."""
+    calls = (node.func for node in ast.walk(tests[0]) if isinstance(node, ast.Call))  # breadth first
+    return next((f.id for f in calls if isinstance(f, ast.Name) and f.id in defined), None)
+
+
+def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, imports: tuple[str, ...], where: str):
+    """Imports that bind names the tests use, out of the solution and the setup, and standard modules used unimported.
+
+    MBPP task 596 asserts with a `sys` that only its solution imports. The judge must hold these names itself: another
+    right program need not import them, and a wrong one could bind them to something that answers as it likes.
+    """
+    nodes = [node for tree in tests for node in ast.walk(tree)]
+    open_names = {node.id for node in nodes if isinstance(node, ast.Name)} - _defined(solution)
+    open_names -= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    modules = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+    for code in imports:
+        open_names -= {name for name, _ in _imported(_parsed(code, f"{where}: test_imports {code!r:.60}"))}
+    found = []
+    for tree in (_parsed(setup, f"{where}: field 'test_setup_code'"), solution):
+        for name, statement in _imported(tree):
+            if name in open_names:
+                found.append(statement)
+                open_names.discard(name)
+    open_names -= {n.id for n in ast.walk(_parsed(setup, where)) if isinstance(n, ast.Name)}  # the setup's variables
+    return found + [f"import {name}" for name in sorted(open_names & modules) if name in sys.stdlib_module_names]
+
+
+def _imported(program: ast.AST):
+    """(name, import statement) of what a program's top level imports, star imports left out."""
+    for node in program.body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], ast.unparse(ast.Import([alias]))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name, ast.unparse(ast.ImportFrom(node.module, [alias], node.level))

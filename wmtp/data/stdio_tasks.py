@@ -1,0 +1,204 @@
+"""Tasks whose answer is a program from stdin to stdout: CodeContests (Li et al. 2022, arXiv 2203.07814)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from wmtp.data.packaged import packaged_programs
+from wmtp.data.rows import read_rows, take
+from wmtp.data.task_ids import select_tasks
+from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
+
+PYTHON3 = 3  # the dataset's number of the language
+
+
+@dataclass(frozen=True)
+class StdioTask:
+    """One program to write, with its tests and the contest's limits.
+
+    Attributes:
+        name: unique.
+        description: the statement, in words.
+        public_tests: those of the statement; a sample that passes them is a candidate for submission (see n@k).
+        private_tests: the contest's hidden tests.
+        generated_tests: made by mutating inputs, with outputs on which correct programs agree.
+        time_limit_seconds: of one test, None where the contest's limit is unknown.
+        memory_limit_bytes: None where it is unknown.
+        rating: Codeforces difficulty, 0 where unknown.
+        tags: topics.
+        difficulty: the dataset's number.
+        solutions: correct programs in Python 3.
+    """
+
+    name: str
+    description: str
+    public_tests: tuple[StdioTest, ...]
+    private_tests: tuple[StdioTest, ...]
+    generated_tests: tuple[StdioTest, ...]
+    time_limit_seconds: float | None = None
+    memory_limit_bytes: int | None = None
+    rating: int = 0
+    tags: tuple[str, ...] = ()
+    difficulty: int = 0
+    solutions: tuple[str, ...] = ()
+
+    @property
+    def task_id(self) -> str:
+        return self.name
+
+    @property
+    def tests(self) -> tuple[StdioTest, ...]:
+        """All tests in the order of judging: public, private, generated."""
+        return self.public_tests + self.private_tests + self.generated_tests
+
+    def program(self, completion: str) -> str:
+        """The program that a plain continuation of the prompt makes: the continuation alone."""
+        return completion
+
+    def job(
+        self,
+        program: str,
+        *,
+        machine_factor: float = 2.0,
+        memory_factor: float = 4.0,
+        limits: Limits | None = None,
+        stop_at_first_failure: bool = True,
+    ) -> StdioJob:
+        """What the sandbox judges.
+
+        Args:
+            program: source.
+            machine_factor: CPU time allowed, in time limits: contests set theirs for their own machines.
+            memory_factor: address space allowed, in memory limits: contests limit resident memory, while the stack
+                size a thread asks for and an allocator's arenas take address space that is never touched.
+            limits: used as they are where the contest's limit is unknown; the factors do not apply to them.
+            stop_at_first_failure: False judges all tests, which :meth:`passes_lenient` needs of a failing program.
+
+        Raises:
+            ValueError: a factor that is not > 0.
+        """
+        for name, factor in (("machine_factor", machine_factor), ("memory_factor", memory_factor)):
+            if not 0 < factor < math.inf:
+                raise ValueError(f"{name} must be a number > 0, got {factor!r}")
+        limits = Limits() if limits is None else limits
+        if self.time_limit_seconds is not None:
+            cpu_seconds = self.time_limit_seconds * machine_factor
+            # Wall time only ends what sleeps: a loaded machine must not turn right programs into timeouts.
+            limits = replace(limits, cpu_seconds=cpu_seconds, wall_seconds=max(limits.wall_seconds, 5 * cpu_seconds))
+        if self.memory_limit_bytes is not None:
+            limits = replace(limits, memory_bytes=int(self.memory_limit_bytes * memory_factor))
+        return StdioJob(program=program, tests=self.tests, limits=limits, stop_at_first_failure=stop_at_first_failure)
+
+    def passes_public(self, outcome: Outcome) -> bool:
+        """Whether all public tests were judged and passed; True where there are none."""
+        public = outcome.tests[: len(self.public_tests)]
+        return len(public) == len(self.public_tests) and all(verdict == "passed" for verdict in public)
+
+    def passes_lenient(self, outcome: Outcome) -> bool | None:
+        """Whether all tests pass under DeepMind's rule of comparison; None where judging stopped before that shows."""
+        if not all(outcome.lenient_tests):
+            return False
+        return True if len(outcome.lenient_tests) == len(self.tests) else None
+
+
+def code_contests(
+    source: str = "deepmind/code_contests",
+    split: str = "test",
+    *,
+    ids: Sequence[str] | None = None,
+    limit: int | None = None,
+    reproducible_only: bool = False,
+) -> tuple[StdioTask, ...]:
+    """CodeContests, or a file with its fields.
+
+    Args:
+        source: a JSON, JSONL (.gz too) or Parquet file, a folder with one `{split}` of these, or the hub name.
+        split: which file of a folder, or which split of a hub dataset.
+        ids: only the problems with these names, in this order.
+        limit: only the first so many.
+        reproducible_only: keep only rows whose `gold_passes_exactly` is true: a known correct program's output equals
+            the expected one (other problems have several valid answers, which no comparison of texts can judge).
+
+    A row may have `tests` instead of public, private and generated tests: they count as private. Limits may be null or
+    absent: the sandbox's apply.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+    rows = read_rows(source, split)
+    if reproducible_only:
+        rows = ((where, row) for where, row in rows if take(row, where, "gold_passes_exactly", bool))
+    return select_tasks(((where, _stdio_task(row, where)) for where, row in rows), source, ids, limit)
+
+
+def packaged_program_tasks(*, ids: Sequence[str] | None = None, limit: int | None = None) -> tuple[StdioTask, ...]:
+    """The 12 programs of :func:`wmtp.data.packaged_programs`."""
+    rows = ((f"packaged program {row['name']}", row) for row in packaged_programs())
+    tasks = ((where, _stdio_task(row, where)) for where, row in rows)
+    return select_tasks(tasks, "packaged programs", ids, limit)
+
+
+def _stdio_task(row: dict, where: str) -> StdioTask:
+    kinds = ("public_tests", "private_tests", "generated_tests")
+    if row.get("tests") is not None and all(row.get(kind) is None for kind in kinds):
+        public, private, generated = (), _tests(row, where, "tests"), ()
+    else:
+        public, private, generated = (_tests(row, where, kind) for kind in kinds)
+    if not public + private + generated:
+        raise ValueError(f"{where}: no tests; a problem needs tests, or public_tests, private_tests or generated_tests")
+    return StdioTask(
+        name=take(row, where, "name", str),
+        description=take(row, where, "description", str),
+        public_tests=public,
+        private_tests=private,
+        generated_tests=generated,
+        time_limit_seconds=_seconds(row.get("time_limit"), where),
+        memory_limit_bytes=_number(row, where, "memory_limit_bytes") or None,
+        rating=_number(row, where, "cf_rating"),
+        tags=tuple(_list(row, where, "cf_tags" if row.get("cf_tags") is not None else "tags")),
+        difficulty=_number(row, where, "difficulty"),
+        solutions=_solutions(row, where),
+    )
+
+
+def _tests(row: dict, where: str, kind: str) -> tuple[StdioTest, ...]:
+    if row.get(kind) is None:
+        return ()
+    tests = take(row, where, kind, dict)
+    inputs, outputs = (take(tests, f"{where}: field {kind!r}", column, list) for column in ("input", "output"))
+    if len(inputs) != len(outputs) or not all(isinstance(text, str) for text in [*inputs, *outputs]):
+        raise ValueError(
+            f"{where}: {kind} must be equally many input and output texts, got {len(inputs)} and {len(outputs)}"
+        )
+    return tuple(StdioTest(*pair) for pair in zip(inputs, outputs, strict=True))
+
+
+def _solutions(row: dict, where: str) -> tuple[str, ...]:
+    if row.get("solutions") is None:
+        return ()
+    found = take(row, where, "solutions", dict)
+    languages, sources = (take(found, f"{where}: field 'solutions'", c, list) for c in ("language", "solution"))
+    if len(languages) != len(sources):
+        raise ValueError(f"{where}: solutions has {len(languages)} languages and {len(sources)} programs")
+    return tuple(source for language, source in zip(languages, sources, strict=True) if language == PYTHON3)
+
+
+def _seconds(limit: object, where: str) -> float | None:
+    if limit is None:
+        return None
+    if isinstance(limit, dict):
+        seconds, nanos = limit.get("seconds") or 0, limit.get("nanos") or 0
+        if all(isinstance(part, int | float) for part in (seconds, nanos)) and seconds + nanos * 1e-9 > 0:
+            return seconds + nanos * 1e-9
+    raise ValueError(f"{where}: time_limit must be null or {{seconds, nanos}} of more than 0 s, got {limit!r:.60}")
+
+
+def _number(row: dict, where: str, column: str) -> int:
+    value = 0 if row.get(column) is None else take(row, where, column, int)
+    if value < 0:
+        raise ValueError(f"{where}: field {column!r} must be >= 0 (0: unknown), got {value}")
+    return value
+
+
+def _list(row: dict, where: str, column: str) -> list[str]:
+    return [] if row.get(column) is None else [tag for tag in take(row, where, column, list) if tag]

@@ -1,0 +1,150 @@
+"""Estimators of an evaluation: pass@k, n@k, bootstrap intervals over tasks, and the choice of a temperature. Pure."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+_RESAMPLES_AT_ONCE = 1000  # bounds memory; part of what a seed means
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right, from n samples of which c are (Chen et al. 2021).
+
+    1 - C(n-c, k) / C(n, k) = 1 - prod_{i<min(c, k)} (1 - max(c, k) / (n - i)), summed as logarithms: right to the last
+    few bits for any n, also where the chance is tiny.
+
+    Raises:
+        ValueError: not 0 <= c <= n, or not 1 <= k <= n.
+    """
+    if not 0 <= c <= n:
+        raise ValueError(f"the number of right samples must be between 0 and n = {n}, got {c}")
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@k needs 1 <= k <= n, got k = {k} with n = {n} samples of a task; draw more or lower k")
+    if c + k > n:
+        return 1.0
+    factors = np.log1p(-max(c, k) / (n - np.arange(min(c, k), dtype=np.float64)))
+    return -math.expm1(math.fsum(factors))
+
+
+def pass_at_k_per_task(n: Sequence[int], c: Sequence[int], k: int) -> np.ndarray:
+    """[tasks] float64: :func:`pass_at_k` of each task; a benchmark's pass@k is their mean."""
+    return np.array([pass_at_k(int(n_), int(c_), k) for n_, c_ in zip(n, c, strict=True)])
+
+
+def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k: int) -> float:
+    """Chance to solve a task with n submissions out of k samples (Li et al. 2022, n@k), exactly, not by simulation.
+
+    k of the N samples are drawn without replacement. The f of them that pass the public tests are candidates, of which
+    min(n, f) are submitted at random. With F public passes among all N and C correct ones among these,
+
+        n@k = 1 - sum_f P(f) C(F - C, m) / C(F, m),    m = min(n, f),    P(f) = C(F, f) C(N - F, k - f) / C(N, k).
+
+    Args:
+        num_samples: N.
+        num_public_passes: F <= N, samples that pass the public tests.
+        num_correct: C <= F, samples that pass all tests.
+        n: submissions.
+        k: samples drawn.
+
+    Raises:
+        ValueError: not 0 <= C <= F <= N, not 1 <= k <= N, or n < 1.
+    """
+    if not 0 <= num_correct <= num_public_passes <= num_samples:
+        raise ValueError(
+            "needs 0 <= correct <= passing the public tests <= samples, "
+            f"got {num_correct}, {num_public_passes}, {num_samples}"
+        )
+    if not 1 <= k <= num_samples or n < 1:
+        raise ValueError(f"{n}@{k} needs n >= 1 and 1 <= k <= the number of samples a task, which is {num_samples}")
+    if num_correct == 0:
+        return 0.0
+    n = min(n, k, num_public_passes)
+    draws = comb(num_samples, k)
+    # Draws with f < n candidates; all others submit n.
+    few = [comb(num_public_passes, f) * comb(num_samples - num_public_passes, k - f) for f in range(n)]
+    terms = [ways / draws * pass_at_k(num_public_passes, num_correct, f) for f, ways in enumerate(few) if f]
+    return math.fsum([*terms, (draws - sum(few)) / draws * pass_at_k(num_public_passes, num_correct, n)])
+
+
+def bootstrap_interval(
+    per_task: Sequence[float], seed: int = 0, *, resamples: int = 10_000, level: float = 0.95
+) -> Interval:
+    """Percentile bootstrap of the mean over tasks (Efron 1979): how far it would move with other tasks of this kind.
+
+    Args:
+        per_task: [T] one value a task, such as its pass@k.
+        seed: same seed, same interval; two runs with T tasks are resampled alike.
+        resamples: number of bootstrap samples.
+        level: share of the resampled means inside.
+
+    An interval of no width (all values equal) says that the bootstrap cannot see the error, not that there is none.
+
+    Raises:
+        ValueError: no tasks, a value that is not finite, level outside (0, 1), or resamples < 1.
+    """
+    values = np.asarray(per_task, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"needs a finite value for each of at least one task, got {values!r:.80}")
+    if not 0 < level < 1 or resamples < 1:
+        raise ValueError(f"level must be in (0, 1) and resamples >= 1, got {level} and {resamples}")
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+        rows = min(_RESAMPLES_AT_ONCE, resamples - start)
+        means.append(values[rng.integers(len(values), size=(rows, len(values)))].mean(axis=1))
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired_difference(
+    ours: Mapping[str, float],
+    theirs: Mapping[str, float],
+    seed: int = 0,
+    *,
+    resamples: int = 10_000,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of `ours - theirs` over tasks, with a paired bootstrap: both runs are resampled by the same tasks.
+
+    Far narrower than two separate intervals where the same tasks are hard for both. An interval that holds 0 is a null
+    result.
+
+    Args:
+        ours, theirs: task id to value, of the same tasks.
+
+    Raises:
+        ValueError: the runs are not of the same tasks.
+    """
+    unpaired = sorted(ours.keys() ^ theirs.keys())
+    if unpaired:
+        raise ValueError(
+            f"a paired comparison needs the same tasks in both runs, which have {len(ours)} and {len(theirs)}: "
+            f"task {unpaired[0]} is in one of them only"
+        )
+    return bootstrap_interval([ours[i] - theirs[i] for i in sorted(ours)], seed, resamples=resamples, level=level)
+
+
+def oracle_temperature(scores: Mapping[float | None, float]) -> float | None:
+    """The temperature with the best test score; of equal ones the lowest.
+
+    Chosen on the very score that is reported (as in Gloeckle et al. 2024), it is an optimistic estimate: an oracle, to
+    be labelled as one and never compared with a temperature fixed beforehand.
+
+    Raises:
+        ValueError: no temperatures.
+    """
+    if not scores:
+        raise ValueError("the oracle needs the scores of at least one temperature, got none")
+    return max(scores, key=lambda t: (scores[t], -math.inf if t is None else -t))

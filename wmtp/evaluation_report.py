@@ -1,0 +1,246 @@
+"""Writing an evaluation down: results.json for machines, report.md for people, timings apart.
+
+results.json and report.md up to its last section are the same bytes for the same samples and judgements; what differs
+from run to run (seconds, tokens per second) goes to timings.json and to the page's section Timings.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from wmtp.data.protocols import Task
+from wmtp.evaluation_results import ORACLE_NOTE, VERDICTS, temperature_name
+from wmtp.samples import Judgement, Key, Sample, replace_file, sort_key
+
+_MEANING = {
+    "passed": "all tests passed",
+    "wrong_answer": "ran, but a test found the answer wrong",
+    "exception": "does not compile, or raised",
+    "timeout": "ran out of time",
+    "memory": "ran out of memory",
+    "output_limit": "wrote too much",
+    "violation": "tried what the sandbox forbids, or disturbed the answers",
+    "harness_error": "the judge's own failure; excluded",
+}
+_EXAMPLES = 2  # of each verdict
+_TEXT_LIMIT = 1500  # characters of one text on the page
+_PROMPT_LIMIT = 600  # characters of the end of a prompt
+# Everything that could move a terminal's cursor, hide text or end a line that does not look like an end.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def write_report(
+    folder: str | Path,
+    results: dict,
+    tasks: Sequence[Task],
+    samples: Sequence[Sample],
+    judgements: Mapping[Key, Judgement],
+    *,
+    title: str = "Evaluation",
+    prompts: Mapping[str, str] | None = None,
+    timings: Mapping[str, object] | None = None,
+) -> None:
+    """Write results.json, report.md and, where there are timings, timings.json; each appears only when whole.
+
+    Args:
+        results: of :func:`wmtp.evaluation_results.evaluation_results`.
+        title, prompts, timings: as in :func:`report_page`.
+    """
+    folder = Path(folder)
+    page = report_page(results, tasks, samples, judgements, title=title, prompts=prompts, timings=timings)
+    replace_file(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    replace_file(folder / "report.md", page)
+    if timings is not None:
+        replace_file(folder / "timings.json", json.dumps(dict(timings), indent=1) + "\n")
+
+
+def headline(results: dict) -> list[str]:
+    """The figures that matter as lines for a terminal: each score, the oracle named as one, what was excluded."""
+    fixed, many = results["fixed_temperature"], len(results["temperatures"]) > 1
+    table = results["temperatures"][fixed]
+    fewest, most = table["samples_per_task"]
+    counts = f"{fewest} sample{'s' * (fewest != 1)}" if fewest == most else f"{fewest} to {most} samples"
+    lines = [
+        f"{_metric(name)} = {_percent(figure['estimate'])} % (95 % interval {_interval(figure)}), "
+        f"{figure['tasks']} tasks, {counts} a task, temperature {fixed}"
+        for name, figure in table["metrics"].items()
+    ]
+    if many:
+        lines += [
+            f"{_metric(name)} = {_percent(best['estimate'])} % at the oracle temperature {best['temperature']} "
+            f"({ORACLE_NOTE})"
+            for name, best in results["oracle"]["metrics"].items()
+        ]
+    return [*_warnings(results), *lines]
+
+
+def report_page(
+    results: dict,
+    tasks: Sequence[Task],
+    samples: Sequence[Sample],
+    judgements: Mapping[Key, Judgement],
+    *,
+    title: str = "Evaluation",
+    prompts: Mapping[str, str] | None = None,
+    timings: Mapping[str, object] | None = None,
+) -> str:
+    """A Markdown page: headline, intervals, failures with examples, settings, protections, timings.
+
+    Args:
+        results: of :func:`wmtp.evaluation_results.evaluation_results`, for these tasks, samples and judgements.
+        prompts: task id to the text the model was shown, for the examples.
+        timings: shown in the last section.
+    """
+    warnings = [f"> {_cell(line)}" for line in _warnings(results)]
+    first = headline(results)[len(warnings)]
+    parts = [f"# {_cell(title)}", *warnings, f"**{first}**", *_scores(results), *_verdict_table(results)]
+    parts += _examples(tasks, samples, judgements, prompts or {})
+    parts += ["## Settings", _fenced(json.dumps(results["settings"], indent=1, ensure_ascii=False), limit=20_000)]
+    parts += ["## Protections of the sandbox", *_protections(results["sandbox"])]
+    if timings:
+        listed = json.dumps(dict(timings), indent=1, ensure_ascii=False)
+        parts += ["## Timings", "These differ from run to run.", _fenced(listed, limit=20_000)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _warnings(results: dict) -> list[str]:
+    excluded, lines = results["excluded_harness_errors"], []
+    if excluded:
+        lines.append(
+            f"WARNING: {excluded} of {results['samples']} samples are excluded: the judge itself failed on them "
+            "(harness_error). They count neither for nor against the model."
+        )
+    for name, table in results["temperatures"].items():
+        for metric, figure in table["metrics"].items():
+            if figure["tasks"] < results["tasks"]:
+                left_out = results["tasks"] - figure["tasks"]
+                lines.append(
+                    f"WARNING: {_metric(metric)} at temperature {name} leaves out {left_out} of {results['tasks']} "
+                    "tasks, whose remaining samples are too few."
+                )
+    if "lenient_undecided" in results:
+        lines.append(
+            f"No lenient score at some temperature: judging of {results['lenient_undecided']} samples stopped before "
+            "DeepMind's rule was decided; set stop_at_first_failure to false for it."
+        )
+    if results["sandbox"]["missing"]:
+        lines.append(f"Protections not in use: {'; '.join(results['sandbox']['missing'])}.")
+    return lines
+
+
+def _scores(results: dict) -> list[str]:
+    fixed = results["fixed_temperature"]
+    table = results["temperatures"][fixed]
+    parts = ["## Scores"]
+    metrics = list(table["metrics"])
+    rows = []
+    for temperature, of_temperature in results["temperatures"].items():
+        label = f"{temperature} (fixed)" if temperature == fixed and len(results["temperatures"]) > 1 else temperature
+        rows.append([label, *(_score(of_temperature["metrics"].get(metric)) for metric in metrics)])
+    if len(results["temperatures"]) > 1:
+        best = results["oracle"]["metrics"]
+        rows.append(["oracle*", *(f"{_score(best[m])} at {best[m]['temperature']}" for m in metrics)])
+    parts.append(_table(["temperature", *map(_metric, metrics)], rows))
+    bootstrap = results["bootstrap"]
+    note = (
+        f"Percent, with 95 % percentile bootstrap intervals over tasks ({bootstrap['resamples']} resamples, "
+        f"seed {bootstrap['seed']}). pass@k is the unbiased estimator of Chen et al. (2021)."
+    )
+    if any("_at_" in metric and "pass" not in metric for metric in metrics):
+        note += " n@k: n submissions out of k samples, filtered by the public tests (Li et al. 2022)."
+    if any(metric.startswith("lenient") for metric in metrics):
+        note += " Lenient: DeepMind's comparison of outputs, beside the exact one."
+    parts.append(note)
+    if len(results["temperatures"]) > 1:
+        parts.append(f"\\* Temperature {ORACLE_NOTE}.")
+    tokens = results.get("tokens")
+    if tokens:
+        line = f"Tokens a sample: {tokens['per_sample']:.1f}."
+        if "per_forward" in tokens:
+            line += f" Tokens a forward pass: {tokens['per_forward']:.3f}."
+        parts.append(line)
+    return parts
+
+
+def _verdict_table(results: dict) -> list[str]:
+    rows = []
+    for verdict in VERDICTS:
+        count = results["verdicts"].get(verdict, 0)
+        if count:
+            cut = results["cut_at_max_tokens"].get(verdict, 0)
+            rows.append([verdict, str(count), f"{100 * count / results['samples']:.1f} %", str(cut), _MEANING[verdict]])
+    parts = ["## Verdicts", _table(["verdict", "samples", "share", "of them cut at max_new_tokens", "meaning"], rows)]
+    if results["exceptions"]:
+        listed = ", ".join(f"{name} {count}" for name, count in list(results["exceptions"].items())[:12])
+        parts.append(f"Exceptions: {listed}.")
+    return parts
+
+
+def _examples(tasks, samples, judgements, prompts) -> list[str]:
+    """The first samples of each verdict, of different tasks, failures first."""
+    order = {task.task_id: position for position, task in enumerate(tasks)}
+    in_order = sorted(samples, key=lambda s: (order[s.task_id], sort_key(s)))
+    parts = ["## Examples"]
+    for verdict in [*VERDICTS[1:], VERDICTS[0]]:
+        chosen: dict[str, Sample] = {}
+        for sample in in_order:
+            if judgements[sample.key].verdict == verdict and len(chosen) < _EXAMPLES:
+                chosen.setdefault(sample.task_id, sample)
+        for sample in chosen.values():
+            temperature = temperature_name(sample.temperature)
+            parts.append(f"### {verdict}: {_cell(sample.task_id)}, temperature {temperature}, sample {sample.sample}")
+            if judgements[sample.key].detail:
+                parts += ["Detail:", _fenced(judgements[sample.key].detail, limit=500)]
+            if sample.task_id in prompts:
+                parts += ["End of the prompt:", _fenced(prompts[sample.task_id], limit=_PROMPT_LIMIT, tail=True)]
+            text = sample.solution if sample.completion is None else sample.completion
+            ended = "" if sample.finish_reason is None else f" (ended by {_cell(sample.finish_reason)})"
+            parts += [f"{'Program' if sample.completion is None else 'Completion'}{ended}:", _fenced(text)]
+    return parts
+
+
+def _protections(sandbox: dict) -> list[str]:
+    if not sandbox["layers"] and not sandbox["missing"]:
+        return ["Not recorded."]
+    parts = [f"In use: {'; '.join(map(_cell, sandbox['layers'])) or 'none'}."]
+    return parts + [f"Not in use: {'; '.join(map(_cell, sandbox['missing']))}."] * bool(sandbox["missing"])
+
+
+def _fenced(text: str, *, limit: int = _TEXT_LIMIT, tail: bool = False) -> str:
+    """A code block that the text cannot end: its fence is longer than any run of backticks in the text."""
+    left_out = len(text) - limit
+    if left_out > 0:
+        note = f"[... {left_out} characters left out ...]"
+        text = f"{note}\n{text[-limit:]}" if tail else f"{text[:limit]}\n{note}"
+    text = _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text.replace("\r\n", "\n"))
+    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
+    return f"{fence}text\n{text.rstrip(chr(10))}\n{fence}"
+
+
+def _cell(text: object) -> str:
+    """Text as a line of Markdown that shows as it is."""
+    flat = _CONTROL.sub("?", " ".join(str(text).split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", flat)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _metric(name: str) -> str:
+    """pass_at_10 -> pass@10, 10_at_100 -> 10@100."""
+    return name.replace("_at_", "@").replace("_", " ")
+
+
+def _score(figure: dict | None) -> str:
+    return "-" if figure is None else f"{_percent(figure['estimate'])} ({_interval(figure)})"
+
+
+def _interval(figure: dict) -> str:
+    return f"{_percent(figure['low'])} to {_percent(figure['high'])}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

@@ -1,0 +1,54 @@
+"""Matrix products with few rows: on a CPU, weights laid out once for the kernels that decoding needs."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Linear = Callable[[Tensor], tuple[Tensor, ...]]
+
+_FEW_ROWS = 4
+
+
+def side_by_side(*modules: nn.Module) -> Linear:
+    """The outputs of linear layers that read the same input [N, D], as a tuple; one product where weights are packed.
+
+    On a CPU the weights of plain layers are copied into oneDNN's blocked layout. A product of 1 to 16 rows then takes
+    the time of reading the weights once, where the library behind ``F.linear`` takes two to four times that in float32;
+    and a row of the result has the same bits whatever the other rows are. Layers that are more than a weight (LoRA),
+    and those on other devices, are called as they are.
+    """
+    weights = [module.weight for module in modules if type(module) is nn.Linear and module.bias is None]
+    if len(weights) < len(modules) or not _can_pack(weights[0]):
+        return lambda x: tuple(module(x) for module in modules)
+    product = _packed(torch.cat(weights) if len(weights) > 1 else weights[0])
+    sizes = [len(weight) for weight in weights]
+    return lambda x: product(x).split(sizes, dim=-1)
+
+
+def times(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x [N, D] -> x @ weight.T [N, V], with the weight packed as in :func:`side_by_side`."""
+    return _packed(weight) if _can_pack(weight) else lambda x: F.linear(x, weight)
+
+
+def _can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False  # a build of torch without these two operators, such as the one for macOS
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    # The two operators are those that torch.compile's weight freezing emits; there is no public name for them.
+    blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _FEW_ROWS)
+
+    def product(x: Tensor) -> Tensor:
+        if len(x) == 1:  # the kernel for one row is slower than the one for four, and adds in another order
+            return product(x.expand(_FEW_ROWS, -1).contiguous())[:1]
+        return torch.ops.mkldnn._linear_pointwise(x, blocks, None, "none", [], "")
+
+    return product

@@ -1,0 +1,68 @@
+"""How well each head predicts held-out text: cross-entropy and top-1 accuracy per target, without [B, S, V] logits."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wmtp.loss import valid_targets
+
+_CHUNK_LOGITS = 2**22  # numbers in the logits that are alive at a time
+
+
+class HeadScores(NamedTuple):
+    """Per head and target; as everywhere, the position is the *target's*."""
+
+    ce: Tensor  # [H, B, S] float32, nats; 0 where the head has no target
+    correct: Tensor  # [H, B, S] bool: the head's most likely token is the target
+    valid: Tensor  # [H, B, S] bool: where head k predicts target j
+
+
+@torch.no_grad()
+def score_heads(
+    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
+) -> HeadScores:
+    """CE and correctness of every head's prediction of every target; a `loss_fn` for a model's forward.
+
+    Args:
+        hidden: [H, B, S, D] normed hidden states.
+        unembedding: [V, D], same dtype and device.
+        labels: [B, S] token ids, -100 where a token is no target.
+        document_ids: [B, S]; a head never predicts across a document's edge.
+    """
+    valid = valid_targets(labels, hidden.shape[0], document_ids)
+    ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
+    correct = torch.zeros_like(valid)
+    head, row, target = valid.nonzero(as_tuple=True)  # [N] each
+    for part in torch.arange(head.numel(), device=head.device).split(max(1, _CHUNK_LOGITS // unembedding.shape[0])):
+        h, r, j = head[part], row[part], target[part]
+        logits = (hidden[h, r, j - h - 1] @ unembedding.T).float()  # [C, V]; head index h predicts h + 1 tokens ahead
+        label = labels[r, j]
+        ce[h, r, j] = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+        correct[h, r, j] = logits.argmax(dim=1) == label
+    return HeadScores(ce, correct, valid)
+
+
+def summarize_heads(sums: Tensor) -> dict[str, float]:
+    """Means per head from sums over all batches and ranks.
+
+    Args:
+        sums: [3, H] float64: summed CE, correct predictions, targets.
+
+    Returns:
+        ``ce_head{k}`` (nats per target token), ``perplexity_head{k}`` and ``accuracy_head{k}``.
+    """
+    ce, correct, count = sums
+    names = {}
+    for k in range(1, sums.shape[1] + 1):
+        mean = ce[k - 1] / count[k - 1]
+        names[f"ce_head{k}"] = mean.item()
+        names[f"perplexity_head{k}"] = mean.exp().item()
+        names[f"accuracy_head{k}"] = (correct[k - 1] / count[k - 1]).item()
+    return names
+
+
+def head_sums(scores: HeadScores) -> Tensor:
+    """[3, H] float64 of one batch, to be added up over batches and ranks."""
+    return torch.stack([part.double().sum(dim=(1, 2)) for part in (scores.ce, scores.correct, scores.valid)])
+

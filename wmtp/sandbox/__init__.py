@@ -1,0 +1,51 @@
+"""A judge for model-written programs that a program cannot fool, learn from, or harm.
+
+    with Sandbox() as sandbox:
+        outcomes = sandbox.judge([AssertionJob(program=text, tests=("assert add(2, 3) == 5",))])
+
+Processes: the caller --- judge (one for each worker; it alone knows what is expected, and runs the trusted tests) ---
+zygote (a warm interpreter that never sees a program or an expected value) --- one confined child for each program,
+or, for stdio jobs, for each test. A test's free names are proxies (`remote`): a call on one sends the encoded
+arguments to the child and gets back an encoded answer (`codec`), which the judge rebuilds from builtin types. `==`,
+`isclose`, `sorted` and all else in a test run in the judge, on values that carry no code of the program's.
+
+What is guaranteed against a program that does its worst, and by what:
+
+- It cannot fake a verdict. Whatever it tampers with (builtins, this package's code in its process, the channel), all
+  it can do is give an answer; verdicts rest on answers and on stdout, never on exit codes, and no object of the
+  program's is ever asked whether it equals something. By the split into processes.
+- It cannot learn an expected value: none is in its process or its ancestors up to the judge, whose memory it cannot
+  reach (seccomp: no ptrace, no process_vm_*; Landlock or the mount namespace: no /proc). Arguments of calls are known
+  to it, as they must be; random draws of the tests are seeded alike in every run.
+- It starts no process, signals none, opens no socket, mounts nothing (seccomp; Landlock's TCP and signal scopes and
+  the pid, net and ipc namespaces beside it).
+- It reads Python's library, site-packages, shared libraries and time zones, and writes a scratch folder that is
+  emptied after it (Landlock; a read-only root in a mount namespace; for root, no capabilities either). It cannot see
+  this package, which holds tasks with solutions. Modes, owners and times of files cannot be changed (seccomp).
+- It ends: CPU time (killed by the zygote on the exact count, by RLIMIT_CPU a little later), wall clock (by the
+  judge), memory (RLIMIT_AS), output and answers (counted by the judge), threads (RLIMIT_NPROC), size of files
+  (RLIMIT_FSIZE, tmpfs).
+- It leaves nothing: killed and reaped before its outcome is known, scratch emptied, and the zygote never shares
+  memory with it, so that the next program starts from the same state.
+
+The floor, without which `Sandbox` refuses to start: seccomp, rlimits, and one of Landlock, a mount namespace,
+bubblewrap. Each layer is tried out in a throw-away child (`probe`); `Sandbox.layers` and `.missing` tell what holds.
+
+What is not guaranteed:
+
+- Against flaws of the kernel or the CPU (side channels); there is no second kernel around the program.
+- Names that a test takes from the program on the expected side (`assert f(x) == g(x)`, objects made by the set-up)
+  mean what the program says. The judge uses its own modules for names the set-up or the preamble imports, and for
+  standard library modules that a test uses as `name.attribute`.
+- Arguments are copies: a test that looks for a change made in place fails. A test that passes a function of its own
+  is a `harness_error`.
+- A program that knows the dataset can recite it.
+- A test that does not come to an end with the program's answer is held against the program (`timeout`, `memory`).
+- Whether files, sizes and names outside exist can be asked where there is no mount namespace (stat is not watched).
+- Without a tmpfs (`missing` says so), only the size of each file is bounded, not the number of files.
+"""
+
+from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, StdioJob, StdioTest, Verdict
+from wmtp.sandbox.pool import Sandbox
+
+__all__ = ["AssertionJob", "Job", "Limits", "Outcome", "Sandbox", "StdioJob", "StdioTest", "Verdict"]

@@ -1,0 +1,267 @@
+"""What runs in the forked, confined process: the model's program, and a loop that answers the judge's requests.
+
+Nothing here is trusted once the program has started: the program may change any of it. All it can reach that way
+is its own answers.
+"""
+
+import atexit
+import builtins
+import fcntl
+import gc
+import io
+import operator
+import os
+import random
+import resource
+import socket
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable
+
+from wmtp.sandbox import wire
+from wmtp.sandbox.codec import AnswerTooLarge, Decoder, Encoder
+from wmtp.sandbox.confine import Confinement
+from wmtp.sandbox.landlock import Ruleset
+
+CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
+_ABOVE = 64  # descriptors are moved up there first, so that none is overwritten while they are put in place
+MAX_DETAIL = 500
+
+
+def run(confinement: Confinement, request: dict, descriptors: list[int], scratch: str) -> None:
+    """Confine this process and run what the judge sends; never returns.
+
+    Args:
+        confinement: layers to apply before anything of the program's is read.
+        request: `{"mode": "assertion" or "stdio", "limits": ...}`.
+        descriptors: channel, stdout, stderr and, for stdio, stdin.
+        scratch: the working folder.
+    """
+    try:
+        channel = _arrange(descriptors, confinement.ruleset)
+        os.chdir(scratch)
+        os.umask(0o077)
+        limits = request["limits"]
+        try:
+            confinement.apply(limits)
+        except (OSError, ValueError) as error:
+            wire.send(channel, {"fatal": f"confinement failed: {error}"})
+            os._exit(71)
+        _fresh_state()
+        wire.send(channel, {"ready": os.getpid()})
+        message = wire.receive(channel)
+        if message is not None:
+            (_serve if request["mode"] == "assertion" else _run_main)(channel, message, limits)
+    except BaseException:
+        os._exit(70)
+    os._exit(0)
+
+
+def _arrange(descriptors: list[int], ruleset: Ruleset | None) -> socket.socket:
+    os.setsid()
+    if len(descriptors) == 3:
+        descriptors = [*descriptors, os.open(os.devnull, os.O_RDONLY)]
+    channel, stdout, stderr, stdin = (fcntl.fcntl(number, fcntl.F_DUPFD, _ABOVE) for number in descriptors)
+    for target, source in enumerate((stdin, stdout, stderr, channel)):
+        os.dup2(source, target, inheritable=target < CHANNEL)
+    end = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)
+    kept = end if ruleset is None else ruleset.descriptor  # closed once it has been applied
+    os.closerange(CHANNEL + 1, kept)
+    os.closerange(kept + 1, end)
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
+
+
+def _fresh_state() -> None:
+    """What cannot be prepared before the fork: the same random numbers in every run."""
+    random.seed(0)
+
+
+def prepare_interpreter() -> None:
+    """In the zygote: streams that fit the descriptors a child will get, no limit on the digits of integers.
+
+    A stream asks its descriptor at once whether it can seek, so stdin and stdout must already be what they will be.
+    """
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    os.close(reader)
+    os.close(writer)
+    sys.stdin = sys.__stdin__ = _text(0, "r")
+    sys.stdout = sys.__stdout__ = _text(1, "w")
+    sys.stderr = sys.__stderr__ = _text(2, "w", errors="backslashreplace")
+    sys.set_int_max_str_digits(0)
+    sys.argv = ["program.py"]
+
+
+def _text(number: int, mode: str, errors: str = "surrogateescape") -> io.TextIOWrapper:
+    raw = io.FileIO(number, mode, closefd=False)
+    buffered = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
+    names = {0: "<stdin>", 1: "<stdout>", 2: "<stderr>"}
+    stream = io.TextIOWrapper(buffered, encoding="utf-8", errors=errors, line_buffering=number == 2)
+    stream.mode = mode
+    raw.name = names[number]
+    return stream
+
+
+def _new_module(name: str) -> types.ModuleType:
+    module = types.ModuleType(name)
+    sys.modules[name] = module  # dataclasses, pickle and typing look their classes' module up
+    return module
+
+
+def _execute(source: str, name: str, namespace: dict) -> None:
+    code = compile(source.removeprefix("\ufeff"), name, "exec", dont_inherit=True)
+    exec(code, namespace)
+
+
+def _run_main(channel: socket.socket, message: dict, limits: dict) -> None:
+    """Run the program as `__main__`, let it end as the interpreter would, and say whether it raised."""
+    failure = None
+    try:
+        _execute(message["program"], "program.py", _new_module("__main__").__dict__)
+    except SystemExit as stop:
+        if stop.code is not None and stop.code != 0:
+            failure = describe(stop)
+    except BaseException as error:
+        failure = describe(error)
+    try:
+        threading._shutdown()  # waits for threads that are no daemons
+        atexit._run_exitfuncs()  # contest templates write their output here
+        _flush(sys.stdout)  # or put their own stream in its place
+        sys.stdout = sys.__stdout__
+        _drop_main_module()  # or rely on its finalizer
+        _flush(sys.stdout)
+    except BaseException as error:
+        failure = failure or describe(error)
+    wire.send(channel, {"done": failure})
+
+
+def _flush(stream: io.TextIOBase | None) -> None:
+    if stream is not None and not getattr(stream, "closed", False):
+        stream.flush()
+
+
+def _drop_main_module() -> None:
+    """Let go of `__main__` in the interpreter's order: finalizers run while the globals are whole, if they can."""
+    module = weakref.ref(sys.modules.pop("__main__"))
+    gc.collect()
+    if module() is not None:
+        names = module().__dict__
+        for private in (True, False):
+            for name in list(names):
+                if name != "__builtins__" and private == (name[:1] == "_" and name[1:2] != "_"):
+                    names[name] = None
+
+
+class Server:
+    """Answers the judge's requests about one program's namespace."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.namespace = _new_module("program").__dict__
+        self._objects: list[object] = []  # handle -> object
+        self._expressions: dict[str, object] = {}  # entry points, evaluated once
+        self._instances: list[object] = []  # objects of the request being answered
+        self._encoder = Encoder(self._handle, max_bytes)
+        self._decoder = Decoder(self._resolve)
+
+    def _handle(self, value: object) -> dict:
+        self._objects.append(value)
+        return {"h": [len(self._objects) - 1, type(value).__name__]}
+
+    def _resolve(self, tag: str, content: object) -> object:
+        if tag == "@":
+            return self._name(content)
+        if tag == "h":
+            return self._objects[content]
+        if tag == "o":
+            return self._instances[content]
+        if tag == "p":
+            return getattr(builtins, content)
+        raise ValueError(f"unknown tag {tag!r}")
+
+    def _name(self, name: str) -> object:
+        if name in self._expressions:
+            return self._expressions[name]
+        if name in self.namespace:
+            return self.namespace[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        raise NameError(f"name {name!r} is not defined")
+
+    def _make_instances(self, described: list) -> None:
+        """Objects of the test's own classes become objects of the program's class of that name."""
+        self._instances = [self._new_instance(name) for name, _ in described]
+        for instance, (_, attributes) in zip(self._instances, described, strict=True):
+            for name, data in attributes:
+                object.__setattr__(instance, name, self._decoder.decode(data))
+
+    def _new_instance(self, name: str) -> object:
+        cls = self.namespace.get(name)
+        return object.__new__(cls) if isinstance(cls, type) else types.SimpleNamespace()
+
+    def load(self, program: str, setup: str, entry_point: str | None) -> None:
+        _execute(program, "program.py", self.namespace)
+        if setup:
+            _execute(setup, "setup.py", self.namespace)
+        if entry_point:
+            self._expressions[entry_point] = eval(entry_point, self.namespace)
+
+    def answer(self, request: dict) -> object:
+        """Do what `request` says and encode the result; whatever the program raises comes through."""
+        self._make_instances(request.get("o", ()))
+        arguments = [self._decoder.decode(data) for data in request["a"]]
+        keywords = {name: self._decoder.decode(data) for name, data in request.get("k", {}).items()}
+        return self._encoder.encode(OPERATIONS[request["op"]](*arguments, **keywords))
+
+
+OPERATIONS: dict[str, Callable] = {
+    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
+    "get": lambda value: value,
+    "attr": getattr,
+    "set_attr": setattr,
+    "item": operator.getitem,
+    "set_item": operator.setitem,
+    "delete_item": operator.delitem,
+    "contains": operator.contains,
+    "iter": iter,
+    "next": next,
+    "len": len,
+    "bool": bool,
+    "str": str,
+    "repr": repr,
+    "is_instance": isinstance,
+}
+
+
+def _serve(channel: socket.socket, message: dict, limits: dict) -> None:
+    server = Server(limits["output_bytes"])
+    reply = _attempt(
+        message["nonce"], lambda: server.load(message["program"], message["setup"], message["entry_point"])
+    )
+    while True:
+        wire.send(channel, reply)
+        request = wire.receive(channel)
+        if request is None:
+            return
+        reply = _attempt(request["nonce"], lambda request=request: server.answer(request))
+
+
+def _attempt(nonce: str, action: Callable[[], object]) -> dict:
+    try:
+        return {"nonce": nonce, "value": action()}
+    except AnswerTooLarge as error:
+        return {"nonce": nonce, "too_large": str(error)}
+    except BaseException as error:
+        return {"nonce": nonce, "error": describe(error)}
+
+
+def describe(error: BaseException) -> dict:
+    """An exception as its type's name, its builtin base types and its message."""
+    cls = type(error)
+    try:
+        message = str(error)
+    except BaseException as again:
+        message = f"<its message raised {type(again).__name__}>"
+    bases = [base.__name__ for base in cls.__mro__ if base.__module__ == "builtins"]
+    return {"type": cls.__name__[:MAX_DETAIL], "bases": bases, "message": message[:MAX_DETAIL]}

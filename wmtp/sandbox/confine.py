@@ -1,0 +1,117 @@
+"""All that is done to a process before it may run a model's program, in one place and in the right order."""
+
+import ctypes
+import math
+import os
+import resource
+import signal
+import struct
+
+from wmtp.sandbox import syscalls
+from wmtp.sandbox.landlock import Ruleset
+from wmtp.sandbox.seccomp import Filter
+
+_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_CAPABILITY_VERSION = 0x20080522
+_STACK_BYTES = 256 << 20  # deep recursion through C (sort keys, lru_cache) needs more than the usual 8 MiB
+_SYSTEM_TASKS = 4  # zygote, main thread and a margin, beside the threads a program may start
+
+
+class Confinement:
+    """The layers to apply; `apply` is called in the forked child and cannot be undone.
+
+    Args:
+        ruleset: Landlock fence, or None.
+        filter: seccomp filter, or None.
+        limit_resources: whether to set rlimits.
+        warm_bytes: address space of the warm interpreter, which a program's own memory comes on top of.
+        limit_tasks: whether RLIMIT_NPROC counts this process's own user (see `own_task_counter`).
+    """
+
+    def __init__(
+        self,
+        ruleset: Ruleset | None,
+        filter: Filter | None,
+        limit_resources: bool,
+        warm_bytes: int,
+        limit_tasks: bool,
+    ) -> None:
+        self.ruleset = ruleset
+        self.filter = filter
+        self.limit_resources = limit_resources
+        self.warm_bytes = warm_bytes
+        self.limit_tasks = limit_tasks
+
+    def apply(self, limits: dict) -> None:
+        """Confine this process for good; raises OSError or ValueError where any step fails (then nothing may run)."""
+        if self.limit_resources:
+            self._set_rlimits(limits)
+        if not syscalls.SUPPORTED:
+            return
+        syscalls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        if self.ruleset is not None:
+            self.ruleset.restrict()
+        drop_capabilities()
+        die_with_parent()
+        if self.filter is not None:
+            self.filter.install()
+
+    def _set_rlimits(self, limits: dict) -> None:
+        lower(resource.RLIMIT_STACK, _STACK_BYTES)
+        lower(resource.RLIMIT_CORE, 0)
+        lower(resource.RLIMIT_FSIZE, limits["file_bytes"])
+        lower(resource.RLIMIT_NOFILE, limits["open_files"])
+        # The zygote kills on the exact count; this one goes by timer ticks. Soft = hard: SIGKILL, not SIGXCPU.
+        lower(resource.RLIMIT_CPU, math.ceil(limits["cpu_seconds"]) + 1)
+        if self.limit_tasks:
+            lower(resource.RLIMIT_NPROC, limits["threads"] + _SYSTEM_TASKS)
+        if syscalls.SUPPORTED:
+            lower(resource.RLIMIT_MSGQUEUE, 0)
+            lower(resource.RLIMIT_MEMLOCK, 0)
+            lower(resource.RLIMIT_RTPRIO, 0)
+            lower(resource.RLIMIT_SIGPENDING, 256)
+        if self.warm_bytes:
+            lower(resource.RLIMIT_AS, self.warm_bytes + limits["memory_bytes"])
+
+
+def lower(kind: int, value: int) -> None:
+    """Set a resource limit, soft and hard, to `value`, or to the present hard limit where that is less."""
+    hard = resource.getrlimit(kind)[1]
+    if hard != resource.RLIM_INFINITY and hard < value:
+        value = hard
+    resource.setrlimit(kind, (value, value))
+
+
+def drop_capabilities() -> None:
+    """Give up every capability. NO_NEW_PRIVS and the ban on execve keep them from coming back."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION, 0))
+    syscalls.call("capset", header, ctypes.create_string_buffer(24))
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends."""
+    if syscalls.SUPPORTED:
+        syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def own_task_counter() -> bool:
+    """For root, count tasks under a real user id of this process's own; the effective id, which opens files, stays.
+
+    RLIMIT_NPROC never binds user 0. Returns False where the id cannot be changed.
+    """
+    for uid in (1_879_048_192 + os.getpid(), 60_000 + os.getpid() % 1_000):  # the second: containers with few ids
+        try:
+            os.setresuid(uid, 0, 0)
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def address_space() -> int:
+    """Bytes of address space of this process, 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0

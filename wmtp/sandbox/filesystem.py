@@ -1,0 +1,103 @@
+"""Which files a program may see, and the folder it may write to."""
+
+import os
+import re
+import site
+import stat
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from wmtp.sandbox import landlock
+
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+PACKAGE = str(Path(__file__).resolve().parent.parent)  # holds tasks with their solutions: never shown
+SCRATCH_BYTES = 64 << 20
+SCRATCH_FILES = 4096
+
+
+def readable_paths() -> list[str]:
+    """What a program may read: Python's library and site-packages, shared libraries, time zones. No other file.
+
+    Call it after the warm imports: the folders of shared libraries are those that the process has loaded from.
+    """
+    paths = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    paths.update(site.getsitepackages())
+    paths.add(os.path.join(sys.base_prefix, "lib"))
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        paths.update(os.path.dirname(name) for name in re.findall(r" (/\S+\.so[^/\s]*)$", maps.read_text(), re.M))
+    paths.update(("/etc/ld.so.cache", "/usr/share/zoneinfo"))
+    return outermost(path for path in paths if os.path.exists(path))
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """`paths` without those that lie inside another of them."""
+    kept: list[str] = []
+    for path in sorted(set(paths)):
+        if not any(is_inside(path, other) for other in kept):
+            kept.append(path)
+    return kept
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """True where `path` is `folder` or lies beneath it."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def hidden_paths(readable: Iterable[str]) -> list[str]:
+    """This package where it is installed inside a readable folder."""
+    return [PACKAGE] if any(is_inside(PACKAGE, os.path.realpath(path)) for path in readable) else []
+
+
+def landlock_rules(readable: Iterable[str], hidden: list[str], box: str) -> list[tuple[str, int]]:
+    """Rules for `landlock.Ruleset`: read `readable` without `hidden`, write `box`, use the harmless devices."""
+    rules = [(box, landlock.SCRATCH)] + [(device, landlock.DEVICE) for device in DEVICES]
+    for path in readable:
+        rules += _rules_around(path, hidden)
+    return rules
+
+
+def _rules_around(path: str, hidden: list[str]) -> Iterator[tuple[str, int]]:
+    """A rule grants a whole tree, so a tree with a hidden part is granted entry by entry (and may be listed)."""
+    real = os.path.realpath(path)
+    if real in hidden:
+        return
+    if not any(is_inside(part, real) for part in hidden):
+        yield path, landlock.READ
+        return
+    yield path, landlock.LIST
+    for name in os.listdir(path):
+        yield from _rules_around(os.path.join(path, name), hidden)
+
+
+def clear_folder(folder: str) -> None:
+    """Remove all that is in `folder`, whatever a program left there.
+
+    Works without recursion and without long paths: folders are moved to the top before they are emptied, so that no
+    depth of nesting stops it; links are removed, never followed.
+    """
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    moved = 0
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                if not stat.S_ISDIR(os.lstat(name, dir_fd=top).st_mode):
+                    os.unlink(name, dir_fd=top)
+                    continue
+                os.chmod(name, 0o700, dir_fd=top)
+                child = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
+                try:
+                    for inner in os.listdir(child):
+                        if stat.S_ISDIR(os.lstat(inner, dir_fd=child).st_mode):
+                            os.chmod(inner, 0o700, dir_fd=child)  # moving a folder rewrites its `..`
+                            os.rename(inner, f".moved-{moved}-{os.getpid()}", src_dir_fd=child, dst_dir_fd=top)
+                            moved += 1
+                        else:
+                            os.unlink(inner, dir_fd=child)
+                finally:
+                    os.close(child)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)

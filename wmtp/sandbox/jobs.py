@@ -1,0 +1,134 @@
+"""What is judged and what comes out: the limits, the two kinds of job, the outcome. Plain data, no behaviour."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+Verdict = Literal[
+    "passed", "wrong_answer", "exception", "timeout", "memory", "output_limit", "violation", "harness_error"
+]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program (assertion job) or one test (stdio job) may use.
+
+    Fields:
+        cpu_seconds: CPU time of all its threads; the kernel kills at the next whole second, the verdict is exact.
+        wall_seconds: time by the clock, generous because a loaded machine must not cause timeouts.
+        memory_bytes: address space beyond what the warm interpreter has.
+        output_bytes: stdout and stderr together; also the size of one answer, and a quarter of all answers.
+        threads: threads beside the main one.
+        open_files: highest file descriptor + 1.
+        file_bytes: size of one file it writes; the whole scratch folder is bounded by `SCRATCH_BYTES` where a tmpfs
+            can be mounted.
+    """
+
+    cpu_seconds: float = 6.0
+    wall_seconds: float = 30.0
+    memory_bytes: int = 1 << 30
+    output_bytes: int = 16 << 20
+    threads: int = 64
+    open_files: int = 128
+    file_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"{field.name} must be > 0, got {value} (Limits)")
+
+
+@dataclass(frozen=True)
+class AssertionJob:
+    """A program judged by trusted Python (the shape of MBPP, HumanEval and LeetCode).
+
+    Fields:
+        program: model-written code, run as a module that is not `__main__`.
+        tests: trusted Python, run by the judge one after the other until one fails; all must pass. Their free names
+            stand for the program's objects; an attribute of a free name of the standard library (`sys.getsizeof`)
+            is the judge's own.
+        setup: dataset code that runs in the program's namespace after the program.
+        preamble: trusted code run by the judge in the tests' namespace before the tests.
+        entry_point: expression evaluated once in the program's namespace, bound to `candidate` and, where it is a
+            plain name or ends in one (`Solution().twoSum`), to that name.
+        limits: overrides the sandbox's.
+
+    The program gets copies of the arguments: a test that looks for a change made in place fails.
+    """
+
+    program: str
+    tests: tuple[str, ...]
+    setup: str = ""
+    preamble: str = ""
+    entry_point: str | None = None
+    limits: Limits | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tests or isinstance(self.tests, str):
+            raise ValueError(f"tests must be a tuple of at least one test, got {self.tests!r:.80} (AssertionJob)")
+
+
+@dataclass(frozen=True)
+class StdioTest:
+    """One run of a program: what it reads from stdin, what it must write to stdout."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class StdioJob:
+    """A program that reads stdin and writes stdout (the shape of CodeContests), run as `__main__` once per test."""
+
+    program: str
+    tests: tuple[StdioTest, ...]
+    limits: Limits | None = None
+    stop_at_first_failure: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.tests:
+            raise ValueError("tests must hold at least one test, got none (StdioJob)")
+
+
+Job = AssertionJob | StdioJob
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the judge found.
+
+    Fields:
+        verdict: `passed`, or the first failure's. `harness_error` is never the program's fault.
+        detail: one line for people: which test, what exception. Empty where all passed.
+        tests: verdict of each test judged; shorter than the job's where judging stopped.
+        lenient_tests: stdio only: each judged test under DeepMind's lenient rule (`compare.lenient_match`).
+        cpu_seconds: of the program, over all its tests.
+        wall_seconds: of the judging.
+    """
+
+    verdict: Verdict
+    detail: str
+    tests: tuple[Verdict, ...]
+    lenient_tests: tuple[bool, ...]
+    cpu_seconds: float
+    wall_seconds: float
+
+
+def job_to_wire(job: Job, limits: Limits) -> dict:
+    """`job` as JSON-ready data, with `limits` where it has none of its own."""
+    kind = "assertion" if isinstance(job, AssertionJob) else "stdio"
+    return {"kind": kind, **asdict(job), "limits": asdict(job.limits or limits)}
+
+
+def job_from_wire(data: dict) -> Job:
+    """Inverse of `job_to_wire`; the job's limits are always set."""
+    values = {name: value for name, value in data.items() if name != "kind"}
+    values["limits"] = Limits(**values["limits"])
+    if data["kind"] == "assertion":
+        return AssertionJob(**values | {"tests": tuple(values["tests"])})
+    return StdioJob(**values | {"tests": tuple(StdioTest(**test) for test in values["tests"])})
+
+
+def outcome_from_wire(data: dict) -> Outcome:
+    """The outcome sent by a worker as `dataclasses.asdict`."""
+    return Outcome(**data | {"tests": tuple(data["tests"]), "lenient_tests": tuple(data["lenient_tests"])})

@@ -1,0 +1,352 @@
+"""The judge: a process that alone knows the expected values, and runs the trusted tests itself.
+
+It has one zygote. Jobs come in and outcomes go out on a socket to the caller's process, one at a time.
+"""
+
+import contextlib
+import functools
+import json
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import types
+from dataclasses import asdict
+
+from wmtp.sandbox import compare, confine, wire
+from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, StdioTest, Verdict, job_from_wire
+from wmtp.sandbox.names import TEST_MODULE, make_namespace
+from wmtp.sandbox.remote import Session, Unencodable
+from wmtp.sandbox.supervise import Ended, Hangup, Process, ZygoteHandle, ZygoteLost
+
+MAX_DETAIL = 300
+_OWN_MEMORY_BYTES = 1 << 30  # an answer must not make a test eat the machine
+_OWN_GRACE_SECONDS = 1.0  # what the tests may take beyond the program's wall limit
+_OWN_CPU_SECONDS = 2.0  # at least; else the tests themselves may take as much CPU time as the program
+_MAX_DIGITS = 100_000  # of an integer that a test turns into a string: bounded, because that takes quadratic time
+
+
+class TestStuck(BaseException):
+    """A trusted test went on after the time limit."""
+
+
+class TestBroken(Exception):
+    """A trusted test fails for a reason of its own."""
+
+
+def main() -> None:
+    """Entry point of the process: settings as JSON in argv[1]."""
+    settings = json.loads(sys.argv[1])
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, settings["connection"])
+    sys.set_int_max_str_digits(_MAX_DIGITS)
+    space = confine.address_space()
+    if space:
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        soft = space + _OWN_MEMORY_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    signal.signal(signal.SIGALRM, _on_alarm)
+    signal.signal(signal.SIGPROF, _on_alarm)
+    judge = Judge(settings, connection.fileno(), mmap.mmap(settings["flag"], 1))
+    abandoned = True
+    try:
+        _serve(connection, judge)
+        abandoned = False
+    except (Hangup, BrokenPipeError, ConnectionResetError):
+        pass  # the caller's process is gone
+    finally:
+        judge.close()
+        if abandoned:
+            _remove_folders(settings)
+
+
+def _remove_folders(settings: dict) -> None:
+    """What the caller would have removed; the last judge to leave removes the folder of all."""
+    shutil.rmtree(settings["root"], ignore_errors=True)
+    with contextlib.suppress(OSError):
+        os.remove(settings["outside"])
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(settings["outside"]))
+
+
+def _serve(connection: socket.socket, judge: "Judge") -> None:
+    """Judge what comes in until told to close; raises `Hangup` where the caller is gone."""
+    try:
+        report = judge.report()
+    except ZygoteLost as error:
+        wire.send(connection, {"error": str(error)})
+        return
+    wire.send(connection, report)
+    while (message := wire.receive(connection)) is not None:
+        if message["kind"] == "close":
+            return
+        outcome, by_clock = judge.judge(job_from_wire(message))
+        wire.send(connection, {"outcome": asdict(outcome), "by_clock": by_clock})
+    raise Hangup
+
+
+def _limit_tests(limits: Limits | None) -> None:
+    """Bound the time of the trusted tests, or lift the bound.
+
+    The first two timers raise `TestStuck`. Inside one long C call (a power, a set of colliding hashes) no handler runs;
+    there the third ends this process, and the pool finds in the shared flag whether an answer was to blame.
+    """
+    cpu = max(_OWN_CPU_SECONDS, limits.cpu_seconds) if limits else 0
+    for timer, seconds in (
+        (signal.ITIMER_REAL, limits.wall_seconds + _OWN_GRACE_SECONDS if limits else 0),
+        (signal.ITIMER_PROF, cpu),
+        (signal.ITIMER_VIRTUAL, cpu + _OWN_GRACE_SECONDS if limits else 0),
+    ):
+        signal.setitimer(timer, seconds, _OWN_GRACE_SECONDS if seconds else 0)
+
+
+def _on_alarm(number: int, frame: types.FrameType | None) -> None:
+    raise TestStuck
+
+
+class Judge:
+    """Judges jobs one at a time.
+
+    Args:
+        settings: `without`, `root`, `outside`, `bubblewrap`, as `ZygoteHandle` takes them.
+        hangup: descriptor whose far end closes when the judge is no longer wanted.
+        flag: one byte, as `Session` takes it.
+    """
+
+    def __init__(self, settings: dict, hangup: int, flag: bytearray | mmap.mmap) -> None:
+        self._settings = settings
+        self._flag = flag
+        self._hangup = hangup
+        self._zygote: ZygoteHandle | None = None
+
+    def _ready_zygote(self) -> ZygoteHandle:
+        if self._zygote is None:
+            names = ("without", "root", "outside", "bubblewrap")
+            self._zygote = ZygoteHandle(**{name: self._settings[name] for name in names})
+        return self._zygote
+
+    def report(self) -> dict:
+        """The zygote's report of its protections."""
+        return self._ready_zygote().report
+
+    def close(self) -> None:
+        """End the zygote."""
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
+
+    def judge(self, job: Job) -> tuple[Outcome, bool]:
+        """The outcome of `job`, and whether it ran out of time by the clock only.
+
+        A zygote that was disturbed is replaced; the job is then a harness error.
+        """
+        start = time.monotonic()
+        self._flag[0] = 0
+        run = _Run(job, self._hangup, self._flag)
+        try:
+            zygote = self._ready_zygote()
+            verdict, detail = run.assertions(zygote) if isinstance(job, AssertionJob) else run.stdio(zygote)
+        except ZygoteLost as error:
+            self.close()
+            verdict, detail = "harness_error", str(error)
+            run.tests.append(verdict)
+        wall = time.monotonic() - start
+        outcome = Outcome(verdict, _one_line(detail), tuple(run.tests), tuple(run.lenient), run.cpu_seconds, wall)
+        return outcome, verdict == "timeout" and run.by_clock
+
+
+class _Run:
+    """One job's judging: what has been found so far."""
+
+    def __init__(self, job: Job, hangup: int, flag: bytearray | mmap.mmap) -> None:
+        self.job = job
+        self._flag = flag
+        self.tests: list[Verdict] = []
+        self.lenient: list[bool] = []
+        self.cpu_seconds = 0.0
+        self.by_clock = False
+        self._hangup = hangup
+
+    def assertions(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
+        """Judge an `AssertionJob`."""
+        process = Process(zygote, "assertion", self.job.limits, None, self._hangup)
+        session = Session(process, TEST_MODULE, self._flag)
+        _limit_tests(self.job.limits)
+        try:
+            verdict, detail = _judge_tests(self.job, session, self.tests)
+        except TestStuck:  # between two tests
+            verdict, detail = "harness_error", "the tests ran into the time limit"
+        finally:
+            _limit_tests(None)
+            self.by_clock = session.failure is not None and session.failure.by_clock
+            spoke = session.failure is None and process.unasked()
+            process.close()
+            self.cpu_seconds = process.report.get("cpu", 0.0)
+        if verdict == "passed" and spoke:
+            verdict, detail = "violation", "the program sent an answer that was not asked for"
+        if verdict == "passed" and process.cpu_exceeded():
+            verdict, detail = "timeout", f"more than {self.job.limits.cpu_seconds:g} s of CPU time"
+        if verdict != "passed" and self.tests and self.tests[-1] == "passed":
+            self.tests[-1] = verdict
+        return verdict, detail
+
+    def stdio(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
+        """Judge a `StdioJob`."""
+        first: tuple[Verdict, str] = ("passed", "")
+        for index, test in enumerate(self.job.tests):
+            verdict, detail, lenient = self._stdio_test(zygote, test)
+            self.tests.append(verdict)
+            self.lenient.append(lenient)
+            if verdict != "passed" and first[0] == "passed":
+                first = (verdict, f"test {index}: {detail}")
+                if self.job.stop_at_first_failure:
+                    break
+        return first
+
+    def _stdio_test(self, zygote: ZygoteHandle, test: StdioTest) -> tuple[Verdict, str, bool]:
+        with _input_file(test.input) as stdin:
+            process = Process(zygote, "stdio", self.job.limits, stdin.fileno(), self._hangup)
+        failure = None
+        try:
+            _await_ready(process)
+            process.send({"program": self.job.program})
+            failure = _stdio_failure(process)
+        except Ended as end:
+            failure = end
+        finally:
+            process.close()
+            self.cpu_seconds += process.report.get("cpu", 0.0)
+        if process.cpu_exceeded():
+            failure = Ended("timeout", f"more than {self.job.limits.cpu_seconds:g} s of CPU time")
+        if failure is not None:
+            self.by_clock = self.by_clock or failure.by_clock
+            return failure.verdict, failure.detail, False
+        output, expected = bytes(process.stdout), test.output.encode("utf-8", "surrogatepass")
+        lenient = compare.lenient_match(output, expected)
+        if compare.exact_match(output, expected):
+            return "passed", "", lenient
+        return "wrong_answer", compare.difference(output, expected), lenient
+
+
+def _await_ready(process: Process) -> None:
+    """The first message comes from before the program is read: it can be trusted."""
+    message = process.receive()
+    if "ready" not in message:
+        raise ZygoteLost(str(message.get("fatal", "the process did not start")))
+
+
+def _stdio_failure(process: Process) -> Ended | None:
+    """Wait for the program's end: what went wrong, if anything did. The verdict rests on stdout, not on this."""
+    process.wait()
+    message = process.take_frame()
+    if message is not None and type(message.get("done")) is dict:
+        error = message["done"]
+        verdict: Verdict = "memory" if error.get("type") == "MemoryError" else "exception"
+        return Ended(verdict, f"{error.get('type')}: {error.get('message')}")
+    status = process.report.get("status")
+    return process.ended() if status != 0 else None
+
+
+def _input_file(text: str):
+    """A regular file to read from: programs ask for its size, read its descriptor, or open it again."""
+    data = text.encode("utf-8", "surrogatepass")
+    if hasattr(os, "memfd_create"):
+        file = os.fdopen(os.memfd_create("stdin"), "w+b", buffering=0)
+    else:
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (the caller closes it)
+    with memoryview(data) as view:
+        written = 0
+        while written < len(data):
+            written += file.write(view[written:])
+    file.seek(0)
+    return file
+
+
+@functools.lru_cache(maxsize=512)
+def _compiled(source: str, name: str) -> types.CodeType:
+    try:
+        return compile(source, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise TestBroken(f"{name} does not compile: {error}") from None
+
+
+def _judge_tests(job: AssertionJob, session: Session, verdicts: list[Verdict]) -> tuple[Verdict, str]:
+    """Run the tests one after the other until one fails; appends to `verdicts`."""
+    random.seed(0)
+    try:
+        codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
+        namespace = _make_namespace(job, session)
+        known_names = len(namespace)
+        _await_ready(session.process)
+        session.load(job.program, job.setup, job.entry_point)
+    except TestBroken as error:
+        verdicts.append("harness_error")
+        return "harness_error", str(error)
+    except BaseException as error:
+        verdict, detail = _explain(error, session)
+        verdicts.append(verdict)
+        return verdict, f"loading: {detail}"
+    for index, code in enumerate(codes):
+        if len(namespace) == known_names:  # else a test may hold an answer that an earlier one was given
+            session.answered = False
+        verdict, detail = _judge_test(code, namespace, session)
+        verdicts.append(verdict)
+        if verdict != "passed":
+            return verdict, f"test {index}: {detail}"
+    if not session.requests:
+        verdicts[-1] = "harness_error"
+        return "harness_error", "the tests never used the program"
+    return "passed", ""
+
+
+def _judge_test(code: types.CodeType, namespace: dict, session: Session) -> tuple[Verdict, str]:
+    try:
+        exec(code, namespace)
+    except BaseException as error:
+        return _explain(error, session)
+    if session.failure is not None:  # the test caught it
+        return session.failure.verdict, session.failure.detail
+    return "passed", ""
+
+
+def _explain(error: BaseException, session: Session) -> tuple[Verdict, str]:
+    """Whose fault an exception is that came out of a test."""
+    if isinstance(error, ZygoteLost | Hangup):
+        raise error
+    if session.failure is not None:
+        return session.failure.verdict, session.failure.detail
+    if error is session.raised:
+        return ("memory" if isinstance(error, MemoryError) else "exception"), session.raised_detail
+    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    if isinstance(error, Unencodable):
+        return "harness_error", str(error)
+    if isinstance(error, AssertionError):
+        return "wrong_answer", detail
+    if not session.answered:
+        return "harness_error", f"the test itself failed: {detail}"
+    # The program has answered in this test, and the test could not cope with the answer.
+    if isinstance(error, TestStuck):
+        return "timeout", "the test did not come to an end with the program's answer"
+    if isinstance(error, MemoryError):
+        return "memory", "the test ran out of memory on the program's answer"
+    return "wrong_answer", f"the answer does not fit the test: {detail}"
+
+
+def _make_namespace(job: AssertionJob, session: Session) -> dict:
+    try:
+        return make_namespace(job, session, _compiled(job.preamble, "preamble"))
+    except (TestBroken, TestStuck):
+        raise
+    except BaseException as error:
+        raise TestBroken(f"the preamble failed: {type(error).__name__}: {error}") from None
+
+
+def _one_line(text: str) -> str:
+    """`text` without line breaks and control characters, cut to a length that fits a table."""
+    printable = "".join(char if char.isprintable() else " " for char in text)
+    return printable if len(printable) <= MAX_DETAIL else printable[: MAX_DETAIL - 3] + "..."

@@ -1,0 +1,298 @@
+"""The sandbox as callers see it: a pool of judge processes, jobs in, outcomes out."""
+
+import contextlib
+import mmap
+import os
+import queue
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from types import TracebackType
+
+from wmtp.sandbox import wire
+from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_to_wire, outcome_from_wire
+from wmtp.sandbox.supervise import clean_environment, python_command
+
+_START_SECONDS = 180.0
+_JUDGE_GRACE_SECONDS = 10.0  # what a judge may take beyond its job's limits before it is given up
+_STOP_SECONDS = 5.0
+_LAYERS = ("landlock", "seccomp", "rlimits", "namespaces", "bubblewrap")
+
+
+class Sandbox:
+    """Judges model-written programs; safe to use from several threads, and a context manager.
+
+    Args:
+        workers: judge processes; by default one for each CPU this process may use.
+        limits: of a program, where its job says nothing else.
+        allow_unsafe: go on where the kernel offers less than the floor (see the package's docstring).
+        _without: layers to leave out, for tests.
+
+    Attributes:
+        layers: protections in use, each tried at the start.
+        missing: those that are not, with the reason.
+
+    Raises:
+        ValueError: fewer than one worker, or the floor is not reached and `allow_unsafe` is False.
+        RuntimeError: the sandbox's processes do not start.
+    """
+
+    layers: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (frozen)
+        allow_unsafe: bool = False,
+        _without: tuple[str, ...] = (),
+    ) -> None:
+        if workers is None:
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers} (Sandbox)")
+        if unknown := set(_without) - set(_LAYERS):
+            raise ValueError(f"_without must be of {_LAYERS}, got {sorted(unknown)} (Sandbox)")
+        self._limits = limits
+        self._root = tempfile.mkdtemp(prefix="wmtp-sandbox-")
+        outside = os.path.join(self._root, "outside")
+        with open(outside, "w") as file:
+            file.write("no program may read this")
+        settings = {
+            "without": dict.fromkeys(_without, "switched off"),
+            "root": self._root,
+            "outside": outside,
+            "bubblewrap": None if "bubblewrap" in _without else shutil.which("bwrap"),
+        }
+        self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
+        self._gate = _Gate()
+        self._closed = False
+        self._closing = threading.Lock()
+        self._workers: list[_Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._root)
+        try:
+            self._workers += [_Worker(settings) for _ in range(workers)]
+            for worker in self._workers:
+                report = worker.wait_until_ready()
+            self.layers, self.missing = tuple(report["layers"]), tuple(report["missing"])
+            if not report["floor"] and not allow_unsafe:
+                raise ValueError(
+                    "this kernel offers less than the sandbox's floor (seccomp, rlimits, and Landlock or a mount "
+                    f"namespace): {'; '.join(self.missing)}. Set allow_unsafe=True to run model-written code anyway"
+                )
+        except BaseException:
+            self._finalizer()
+            raise
+        arguments = (self._jobs, self._gate, limits)
+        for worker in self._workers:
+            thread = threading.Thread(target=_work, args=(worker, *arguments), name="wmtp-sandbox", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def submit(self, job: Job) -> "Future[Outcome]":
+        """Have `job` judged while the caller goes on; raises ValueError after `close`."""
+        with self._closing:
+            if self._closed:
+                raise ValueError("the sandbox is closed (Sandbox.submit)")
+            future: Future[Outcome] = Future()
+            self._jobs.put((job, future))
+            return future
+
+    def judge(self, jobs: Iterable[Job]) -> list[Outcome]:
+        """Outcomes of `jobs`, in their order."""
+        futures = [self.submit(job) for job in jobs]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        """Finish the jobs that have begun, cancel those that have not, end every process."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while entry := self._jobs.get_nowait():
+                entry[1].cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._finalizer()
+
+    def __enter__(self) -> "Sandbox":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Worker:
+    """One judge process, replaced when it dies or hangs."""
+
+    def __init__(self, settings: dict) -> None:
+        self._settings = settings
+        self._flag_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
+        self._flag_file.truncate(1)
+        self._flag = mmap.mmap(self._flag_file.fileno(), 1)
+        self._start()
+
+    def _start(self) -> None:
+        self._connection, theirs = socket.socketpair()
+        self._folder = tempfile.mkdtemp(prefix="judge-", dir=self._settings["root"])
+        descriptors = {"connection": theirs.fileno(), "flag": self._flag_file.fileno()}
+        settings = {**self._settings, **descriptors, "root": self._folder}
+        with theirs:
+            self._process = subprocess.Popen(
+                python_command("judge", _as_argument(settings)),
+                env=clean_environment(),
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), self._flag_file.fileno()],
+                start_new_session=True,  # Ctrl-C in the terminal ends the recipe, which ends the judges
+            )
+
+    def wait_until_ready(self) -> dict:
+        """The protections in force; raises RuntimeError where the judge or its zygote did not start."""
+        self._connection.settimeout(_START_SECONDS)
+        try:
+            report = wire.receive(self._connection)
+        except OSError as error:
+            report = {"error": f"no answer: {error}"}
+        if report is None or "error" in report:
+            reason = "it ended" if report is None else report["error"]
+            self.close()
+            raise RuntimeError(f"a judge of the sandbox did not start: {reason}")
+        return report
+
+    def judge(self, job: Job, limits: Limits) -> tuple[Outcome, bool]:
+        """The outcome of `job`, and whether another try could end otherwise. A judge that dies or hangs is replaced.
+
+        That is so for failures of ours, and where the clock ran out before the CPU time did: the machine may have
+        been loaded.
+        """
+        runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
+        start = time.monotonic()
+        try:
+            self._connection.settimeout(limits.wall_seconds * runs + _JUDGE_GRACE_SECONDS)
+            wire.send(self._connection, job_to_wire(job, limits))
+            answer = wire.receive(self._connection)
+        except OSError:
+            answer = None
+        if answer is not None:
+            outcome = outcome_from_wire(answer["outcome"])
+            starved = answer["by_clock"] and outcome.cpu_seconds < limits.cpu_seconds
+            return outcome, starved or outcome.verdict == "harness_error"
+        answered = self._flag[0] == 1
+        self._stop()
+        verdict, detail = _blame(self._process.returncode, answered)
+        self._start()
+        self.wait_until_ready()
+        outcome = Outcome(verdict, detail, (verdict,), (), 0.0, time.monotonic() - start)
+        return outcome, verdict == "harness_error"
+
+    def _stop(self) -> None:
+        """End the judge, and with it its zygote and whatever runs there."""
+        with contextlib.suppress(OSError):
+            self._connection.settimeout(0)
+            wire.send(self._connection, {"kind": "close"})
+        try:
+            self._process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._connection.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the judge for good."""
+        self._stop()
+        self._flag.close()
+        self._flag_file.close()
+
+
+def _blame(returncode: int, answered: bool) -> tuple[Verdict, str]:
+    """Whose fault it is that a judge ended in the middle of a job: the answer's that it worked on, or ours."""
+    name = signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
+    if not answered:
+        return "harness_error", f"the judge ended with {name} before the program had answered"
+    if returncode in (-signal.SIGVTALRM, -signal.SIGKILL):
+        return "timeout", "the test did not come to an end with the program's answer"
+    return "violation", f"the judge ended with {name} on the program's answer"
+
+
+def _as_argument(settings: dict) -> str:
+    return wire.frame(settings)[wire.HEADER_BYTES :].decode("ascii")
+
+
+def _clean_up(workers: list[_Worker], root: str) -> None:
+    for worker in workers:
+        worker.close()
+    workers.clear()
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limits) -> None:
+    """Body of a worker's thread: judge what comes until told to stop."""
+    while (entry := jobs.get()) is not None:
+        job, future = entry
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            with gate.shared():
+                outcome, doubtful = worker.judge(job, job.limits or limits)
+            if doubtful:
+                with gate.alone():
+                    outcome, _ = worker.judge(job, job.limits or limits)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(outcome)
+
+
+class _Gate:
+    """Many jobs at once, or one alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._running = 0
+        self._waiting = 0
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Run beside others; waits while somebody wants to be alone."""
+        with self._condition:
+            self._condition.wait_for(lambda: not self._waiting)
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running -= 1
+                self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Run with no other job beside it."""
+        with self._condition:
+            self._waiting += 1
+            self._condition.wait_for(lambda: not self._running)
+            self._running = 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._running = 0
+                self._waiting -= 1
+                self._condition.notify_all()
