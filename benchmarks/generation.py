@@ -104,7 +104,9 @@ def against_transformers(args) -> None:
     case = f"SmolLM2-135M fp32, {len(requests)} prompts, batch {BATCH}, {args.threads} threads"
     for name, rounds in results.items():
         report(f"greedy decoding, {name}", speed(rounds), "tokens/s", case)
-    report("greedy decoding, tokens/s", ratio(results["ours"], results["transformers"]), "x", "transformers; bar >= 1.2")
+    report(
+        "greedy decoding, tokens/s", ratio(results["ours"], results["transformers"]), "x", "transformers; bar >= 1.2"
+    )
 
 
 def speculation(args) -> None:

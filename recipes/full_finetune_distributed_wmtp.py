@@ -65,6 +65,7 @@ class FullFinetuneRecipeWMTP:
         self._epochs = read.number("epochs", None, above=0)
         self._max_steps = read.integer("max_steps", None, minimum=1)
         self._optimizer_cfg = read.section("optimizer")
+        self._extra_heads_lr = read.number("extra_heads_lr", None, above=0)
         self._scheduler_cfg = read.section("lr_scheduler", optional=True)
         self._max_grad_norm = read.number("max_grad_norm", None, above=0)
 
@@ -114,9 +115,7 @@ class FullFinetuneRecipeWMTP:
         heads = self._model.num_future_tokens
         self._head_weights = self._check_head_weights(heads)
         self._reference = self._build_reference()
-        self._torch_optimizer = build(
-            self._optimizer_cfg, [p for p in self._model.parameters() if p.requires_grad], where="optimizer"
-        )
+        self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
         self._scheduler = None
         if self._scheduler_cfg is not None:
             self._scheduler = build(
@@ -214,6 +213,14 @@ class FullFinetuneRecipeWMTP:
         if len(values) != heads or any(v < 0 for v in values) or sum(values) == 0:
             raise ConfigError(f"head_weights must be {heads} numbers >= 0, not all 0, got {values}")
         return torch.tensor(values, dtype=torch.float32, device=self._world.device)
+
+    def _parameter_groups(self) -> list[dict]:
+        """All parameters; the extra heads in a group of their own where they have their own learning rate."""
+        heads = {id(p) for p in self._model.extra_heads.parameters()} if self._extra_heads_lr else set()
+        groups = [{"params": [p for p in self._model.parameters() if id(p) not in heads]}]
+        if heads:
+            groups.append({"params": list(self._model.extra_heads.parameters()), "lr": self._extra_heads_lr})
+        return groups
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""

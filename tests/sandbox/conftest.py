@@ -1,4 +1,4 @@
-"""What the corpora of attacks and of honest programs share: a pool, and a place where everything a program leaves shows."""
+"""A pool for the corpus of attacks, in a place where everything that a program leaves behind shows."""
 
 import ctypes
 import os
@@ -29,7 +29,7 @@ def deviations():
         "math": (math.pi, math.sqrt(16)) != (3.141592653589793, 4.0),
         "modules": [m.__name__ for m in (json, heapq, collections) if not hasattr(m, "__file__")],
         "json": json.dumps([1]) != "[1]",
-        "builtins": [n for n in ("len", "print", "isinstance", "type") if type(getattr(builtins, n)).__module__ != "builtins"],
+        "builtins": [f for f in (len, print, isinstance, type) if f.__module__ != "builtins"],
         "decimal": decimal.getcontext().prec != 28,
         "path": [p for p in sys.path if "wmtp_attack" in p],
         "recursion": sys.getrecursionlimit() < 1000,
@@ -38,7 +38,7 @@ def deviations():
         "clock": not 1.7e9 < time.time() < 1e10,
         "mask": os.umask(0o077) == 0o777,
         "environment": [n for n in os.environ if "wmtp" in os.environ[n] and "attack" in os.environ[n]],
-        "signals": [str(s) for s in signal.valid_signals() if s in (14, 15, 24) and signal.getsignal(s) is not signal.SIG_DFL],
+        "signals": [s for s in (14, 15, 24) if signal.getsignal(s) is not signal.SIG_DFL],
         "nice": os.getpriority(os.PRIO_PROCESS, 0) - @NICE@,
         "processors": sorted(os.sched_getaffinity(0)) != @PROCESSORS@,
         "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 16,
@@ -111,7 +111,11 @@ class Watch:
         for process in psutil.Process().children(recursive=True):
             try:
                 if process.status() != psutil.STATUS_ZOMBIE:
-                    found[process.pid] = (process.status() == psutil.STATUS_STOPPED, process.nice(), process.cpu_affinity())
+                    found[process.pid] = (
+                        process.status() == psutil.STATUS_STOPPED,
+                        process.nice(),
+                        process.cpu_affinity(),
+                    )
             except psutil.NoSuchProcess:
                 continue
         return found

@@ -2,14 +2,15 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import time
 
 import pytest
-
 from attacks import ATTACKS, FAMILIES
 from attacks.channel import FORGED_RIGHTLY
+
 from wmtp.sandbox import AssertionJob
 
 by_name = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -17,7 +18,7 @@ by_name = pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.n
 
 @pytest.fixture(scope="module")
 def at_rest(watch):
-    """Processes and files around the idle pool, in a list of one: an attack that leaves something fails its own test only."""
+    """Processes and files around the idle pool; in a list, so that what one attack leaves fails no other's test."""
     outcome = watch.sandbox.submit(watch.probe()).result()
     assert outcome.verdict == "passed", outcome
     return [settled(watch, None)]
@@ -54,7 +55,7 @@ def test_many_attacks_at_once_leave_other_verdicts_alone(watch):
     """Honest programs between attacks, through several workers at a time, as in a batch of samples of one model."""
     from wmtp.sandbox import Sandbox
 
-    chosen = [attack for attack in ATTACKS if attack.limits.wall_seconds > 5 and not attack.stdio][::4]
+    chosen = [attack for attack in ATTACKS if "timeout" not in attack.verdicts and not attack.stdio][::4]
     jobs = [job for attack in chosen for job in (attack.job(watch.places), watch.probe())]
     with Sandbox(workers=2) as sandbox:
         outcomes = sandbox.judge(jobs)
@@ -95,7 +96,7 @@ def test_every_program_says_what_it_tries():
         for attack in family.ATTACKS:
             if family.__name__.endswith("sources"):  # texts that are no programs, or too big to parse here
                 continue
-            assert ast.get_docstring(ast.parse(attack.program.lstrip("\n"))), attack.name
+            assert ast.get_docstring(ast.parse(re.sub("@[A-Z]+@", "0", attack.program))), attack.name
 
 
 def test_an_attack_cannot_pass_by_the_harness_being_broken(watch):

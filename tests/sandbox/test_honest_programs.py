@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-
 from honest import PROGRAMS
+
 from wmtp.sandbox import Sandbox
 
 by_name = pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
@@ -68,12 +68,12 @@ def test_honest_program_is_right_in_a_plain_interpreter(program, tmp_path):
         run(
             ["-c", PLAIN],
             "\x1e".join(
-                [program.program, program.setup, program.preamble, "\n".join(program.tests), program.entry_point or ""]
+                [program.text, program.setup, program.preamble, "\n".join(program.tests), program.entry_point or ""]
             ),
         )
         return
     source = tmp_path.parent / f"{program.name}.py"
-    source.write_bytes(program.program.encode())
+    source.write_bytes(program.text.encode())
     for text, expected in program.stdio:
         with open(tmp_path.parent / f"{program.name}.in", "w+b") as stdin:
             stdin.write(text.encode())

@@ -104,6 +104,7 @@ def test_a_program_sleeping_past_the_clock_is_a_timeout(sandbox):
 WORKING_TESTS = {
     "the test's own arithmetic": ("def f(x): return [x, 0.1]", "import math\nassert math.isclose(sum(f(1)), 1.1)"),
     "loops and helpers of the test": (IDENTITY, "def check(g):\n  for i in range(5): assert g(i) == i\ncheck(f)"),
+    "annotations and classes of the test": (IDENTITY, "x: int = f(1)\nclass A:\n  y: int = f(2)\nassert x + A.y == 3"),
     "keyword arguments": ("def f(a, *, b=2): return a - b", "assert f(a=5, b=3) == 2"),
     "a builtin's name": ("def sum(a, b): return a * b", "assert sum(3, 4) == 12"),
     "an expected exception": (

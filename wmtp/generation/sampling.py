@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LIKELY = 256  # tokens among which a nucleus is first looked for
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -56,12 +54,13 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    for count in (min(_LIKELY, probs.shape[-1]), probs.shape[-1]):
-        top = probs.topk(count).values
-        before = top.double().cumsum(-1) - top  # what the more probable tokens hold together
-        size = (before < top_p).sum(-1, keepdim=True)
-        if bool((size < count).all()):
-            break
+    """``probs`` [..., V] with all but its nucleus set to zero, and normalised again."""
+    # A token less probable than (1 - top_p) / V, with all those below it, holds less than 1 - top_p: it is outside. So
+    # few tokens need sorting. Half of that bound, for the sum of float32 probabilities is only nearly one.
+    candidates = int((probs >= 0.5 * (1 - top_p) / probs.shape[-1]).sum(-1).max())
+    top = probs.topk(candidates).values
+    before = top.double().cumsum(-1) - top  # what the more probable tokens hold together
+    size = (before < top_p).sum(-1, keepdim=True)
     # The set is defined by the least probability in it, so the order in which equal tokens are sorted does not matter.
     kept = probs.where(probs >= top.gather(-1, size - 1), 0.0)
     return kept / kept.sum(-1, keepdim=True)

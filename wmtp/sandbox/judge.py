@@ -28,7 +28,7 @@ from wmtp.sandbox.supervise import Ended, Hangup, Process, ZygoteHandle, ZygoteL
 MAX_DETAIL = 300
 _OWN_MEMORY_BYTES = 1 << 30  # an answer must not make a test eat the machine
 _OWN_GRACE_SECONDS = 1.0  # what the tests may take beyond the program's wall limit
-_OWN_CPU_SECONDS = 2.0  # at least; else the tests themselves may take as much CPU time as the program
+_OWN_CPU_SECONDS = 1.0  # at least; else the tests themselves may take as much CPU time as the program
 _MAX_DIGITS = 100_000  # of an integer that a test turns into a string: bounded, because that takes quadratic time
 
 

@@ -2,10 +2,13 @@
 
 import ast
 import builtins
+import contextlib
+import functools
 import importlib
 import re
 import sys
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from wmtp.sandbox.jobs import AssertionJob
 from wmtp.sandbox.remote import Remote, Session
@@ -23,8 +26,8 @@ class Namespace(dict):
         self._modules = modules
 
     def __missing__(self, name: str) -> object:
-        if hasattr(builtins, name):
-            raise KeyError(name)  # the interpreter goes on to the builtins
+        if hasattr(builtins, name) or (name.startswith("__") and name.endswith("__")):
+            raise KeyError(name)  # the interpreter goes on to the builtins, or makes its own (__annotations__)
         if name in self._modules:
             return importlib.import_module(name)
         return self.remote(name)
@@ -36,8 +39,8 @@ class Namespace(dict):
 
 def make_namespace(job: AssertionJob, session: Session, preamble: object) -> Namespace:
     """Globals for the tests of `job`, after running its compiled `preamble`."""
-    trees = [ast.parse(test) for test in job.tests]
-    namespace = Namespace(session, frozenset(module_names(trees, job.setup)))
+    names = names_in(job.tests, job.setup)
+    namespace = Namespace(session, names.modules)
     _import_what_setup_imports(job.setup, namespace)
     exec(preamble, namespace)
     if job.entry_point:
@@ -45,9 +48,43 @@ def make_namespace(job: AssertionJob, session: Session, preamble: object) -> Nam
         namespace[CANDIDATE] = target
         if match := re.search(r"(\w+)\s*$", job.entry_point):
             namespace[match[1]] = target
-    elif (name := shadowing_name(trees, namespace)) is not None:
-        namespace[name] = namespace.remote(name)
+    free = names.free - namespace.keys()
+    if names.first_called in free and all(hasattr(builtins, name) for name in free - names.modules):
+        # `assert sum(10, 15) == 6`: nothing else is named that the program could have defined, so it defines `sum`.
+        namespace[names.first_called] = namespace.remote(names.first_called)
+    for name in free - namespace.keys():
+        with contextlib.suppress(KeyError):  # a class body looks its globals up without __missing__
+            namespace[name] = namespace[name]
     return namespace
+
+
+class Names(NamedTuple):
+    """What the tests of a job say about names.
+
+    Fields:
+        free: names that they use and do not themselves assign, define or import.
+        modules: names of standard library modules that they use only as `name.attribute`. The program imports them
+            too, but what it has under such a name would then compute an expected value.
+        first_called: the first name that is called.
+    """
+
+    free: frozenset[str]
+    modules: frozenset[str]
+    first_called: str | None
+
+
+@functools.lru_cache(maxsize=512)
+def names_in(tests: tuple[str, ...], setup: str) -> Names:
+    """Names in trusted tests, which must compile; many programs are judged by the same tests."""
+    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
+    bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
+    loaded = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    free = {node.id for node in loaded} - _defined(nodes)
+    plain = {node.id for node in loaded if id(node) not in bases}
+    modules = (free - plain - _defined(ast.walk(_parse(setup)))) & sys.stdlib_module_names
+    calls = (node.func for node in nodes if isinstance(node, ast.Call))
+    first_called = next((function.id for function in calls if isinstance(function, ast.Name)), None)
+    return Names(frozenset(free), frozenset(modules), first_called)
 
 
 def _import_what_setup_imports(setup: str, namespace: dict) -> None:
@@ -63,42 +100,19 @@ def _import_what_setup_imports(setup: str, namespace: dict) -> None:
                 continue  # the program's side has it, or reports the error
 
 
-def module_names(trees: Iterable[ast.Module], setup: str) -> set[str]:
-    """Names of standard library modules that the tests use only as `name.attribute`.
-
-    The program imports them too, but what it has under such a name would then compute an expected value.
-    """
-    plain, bases = set(), set()
-    for tree in trees:
-        owned = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name):
-                (bases if id(node) in owned else plain).add(node.id)
-    return ((bases - plain) & sys.stdlib_module_names) - _assigned(setup)
-
-
-def shadowing_name(trees: Iterable[ast.Module], namespace: Namespace) -> str | None:
-    """The builtin that the program must be replacing (`assert sum(10, 15) == 6`): the first one called, where the
-    tests name nothing else that the program could have defined."""
-    first = None
-    stored = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name) and _is_stored(node)}
-    for tree in trees:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Name) and not _is_stored(node):
-                known = node.id in namespace or node.id in stored or node.id in namespace._modules
-                if not known and not hasattr(builtins, node.id):
-                    return None
-            if first is None and isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                first = node.func.id if hasattr(builtins, node.func.id) else None
-    return first
-
-
-def _is_stored(node: ast.Name) -> bool:
-    return not isinstance(node.ctx, ast.Load)
-
-
-def _assigned(source: str) -> set[str]:
-    return {node.id for node in ast.walk(_parse(source)) if isinstance(node, ast.Name) and _is_stored(node)}
+def _defined(nodes: Iterable[ast.AST]) -> set[str]:
+    """Names that the code itself assigns, defines or imports, in whatever scope."""
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            names.add(node.id)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            names.add(node.name)
+    return names
 
 
 def _parse(setup: str) -> ast.Module:

@@ -73,8 +73,11 @@ def change_root(base: str, readable: list[str], hidden: list[str]) -> None:
 
 
 def mount_scratch(path: str) -> None:
-    """Mount an empty scratch tmpfs of bounded size and number of files at `path`."""
-    options = f"size={filesystem.SCRATCH_BYTES},nr_inodes={filesystem.SCRATCH_FILES},mode=700"
+    """Mount an empty scratch tmpfs of bounded size and number of files at `path`.
+
+    Its mode lets the real user id, which may be another than the effective one, pass access(2).
+    """
+    options = f"size={filesystem.SCRATCH_BYTES},nr_inodes={filesystem.SCRATCH_FILES},mode=777"
     syscalls.mount("wmtp", path, "tmpfs", _MS_NOSUID | _MS_NODEV, options)
 
 

@@ -78,9 +78,10 @@ class Sandbox:
         self._closing = threading.Lock()
         self._workers: list[_Worker] = []
         self._threads: list[threading.Thread] = []
-        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._root)
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, self._root)
         try:
-            self._workers += [_Worker(settings) for _ in range(workers)]
+            for _ in range(workers):
+                self._workers.append(_Worker(settings))
             for worker in self._workers:
                 report = worker.wait_until_ready()
             self.layers, self.missing = tuple(report["layers"]), tuple(report["missing"])
@@ -133,6 +134,9 @@ class Sandbox:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:  # nobody will read what is being judged
+            for worker in self._workers:
+                worker.abandon()
         self.close()
 
 
@@ -141,6 +145,7 @@ class _Worker:
 
     def __init__(self, settings: dict) -> None:
         self._settings = settings
+        self._abandoned = False
         self._flag_file = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         self._flag_file.truncate(1)
         self._flag = mmap.mmap(self._flag_file.fileno(), 1)
@@ -190,6 +195,8 @@ class _Worker:
             answer = wire.receive(self._connection)
         except OSError:
             answer = None
+        if self._abandoned:
+            return Outcome("harness_error", "the sandbox was closed", (), (), 0.0, time.monotonic() - start), False
         if answer is not None:
             outcome = outcome_from_wire(answer["outcome"])
             starved = answer["by_clock"] and outcome.cpu_seconds < limits.cpu_seconds
@@ -215,6 +222,11 @@ class _Worker:
         self._connection.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """Break off what is being judged; the worker is of no further use."""
+        self._abandoned = True
+        self._process.kill()
+
     def close(self) -> None:
         """End the judge for good."""
         self._stop()
@@ -236,8 +248,9 @@ def _as_argument(settings: dict) -> str:
     return wire.frame(settings)[wire.HEADER_BYTES :].decode("ascii")
 
 
-def _clean_up(workers: list[_Worker], root: str) -> None:
+def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str) -> None:
     for worker in workers:
+        jobs.put(None)
         worker.close()
     workers.clear()
     shutil.rmtree(root, ignore_errors=True)

@@ -252,7 +252,7 @@ def _forward(name: str) -> None:
 
 
 # In an instance the class's own __doc__ would hide the object's.
-Remote.__doc__ = property(lambda self: self._remote("attr", "__doc__"))  # type: ignore[assignment]
+Remote.__doc__ = property(lambda self: self._remote("attr", "__doc__"))
 _OPERATORS = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor neg pos abs invert"
 for _name in _OPERATORS.split():
     _forward(_name)

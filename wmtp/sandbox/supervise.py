@@ -377,6 +377,8 @@ class Process:
             message = json.loads(payload)
         except (ValueError, RecursionError):
             raise Ended("violation", "the program sent what is no JSON") from None
+        except MemoryError:
+            raise Ended("memory", "the judge ran out of memory on the program's answer") from None
         if type(message) is not dict:
             raise Ended("violation", "the program sent what is no message")
         return message

@@ -9,6 +9,7 @@ import gc
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -53,16 +54,15 @@ class Zygote:
         self._without: dict[str, str] = settings["without"]
         self._missing: list[str] = []
         self._base = settings["base"]
-        confine.die_with_parent()
         limit_tasks = self._count_tasks()
+        confine.die_with_parent()  # after the change of user, which would undo it
         spaces = self._enter_namespaces(settings)
         for name in _WARM_MODULES.split():
             importlib.import_module(name)
         warm_bytes = confine.address_space() or settings["address_space"]
         readable = filesystem.readable_paths()
         hidden = filesystem.hidden_paths(readable)
-        box = self._base
-        self.scratch = os.path.join(self._base, "scratch")
+        self.scratch = box = os.path.join(self._base, "scratch")
         self._own_root = False
         if spaces:
             try:
@@ -154,30 +154,31 @@ class Zygote:
         if pid == 0:
             child.run(self.confinement, request, descriptors, self.scratch)
         _close(descriptors)
-        self._wait(pid, request["limits"]["cpu_seconds"])
-        _, status, usage = os.wait4(pid, 0)
+        status, usage = self._wait(pid, request["limits"]["cpu_seconds"])
         self.clear_scratch()
-        return {"status": status, "cpu": usage.ru_utime + usage.ru_stime, "peak_bytes": usage.ru_maxrss * 1024}
+        return {"status": status, "cpu": usage.ru_utime + usage.ru_stime}
 
-    def _wait(self, pid: int, cpu_seconds: float) -> None:
-        """Until the process has ended, or been killed: at its CPU limit, or because the judge says so or hangs up.
+    def _wait(self, pid: int, cpu_seconds: float) -> tuple[int, resource.struct_rusage]:
+        """Reap the process once it has ended, killing it at its CPU limit, or when the judge says so or hangs up.
 
-        It is not reaped yet, so its id cannot be another process's.
+        It is killed only while it is not reaped, so that its id cannot be another process's.
         """
         try:
             ended = os.pidfd_open(pid)
         except (AttributeError, OSError):  # no process descriptors: look again and again
             ended = None
-        waited_for = [self._control] if ended is None else [self._control, ended]
+        events = [self._control] if ended is None else [self._control, ended]
         try:
-            while ended is not None or os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            while True:
                 left = cpu_seconds - _cpu_seconds_of(pid)
                 pause = _POLL_SECONDS if ended is None else max(left / _CPUS, _POLL_SECONDS)
-                ready, _, _ = select.select(waited_for, [], [], pause)
+                ready, _, _ = select.select(events, [], [], pause)
                 if self._control in ready or left <= 0:
                     os.kill(pid, signal.SIGKILL)
-                if ready or left <= 0:
-                    return
+                done = ready or left <= 0
+                reaped, status, usage = os.wait4(pid, 0 if done else os.WNOHANG)
+                if reaped:
+                    return status, usage
         finally:
             if ended is not None:
                 os.close(ended)
@@ -187,9 +188,8 @@ class Zygote:
         if self._own_root:
             if os.listdir(self.scratch):
                 namespaces.renew_scratch()
-        elif os.listdir(self._base) != ["scratch"] or os.listdir(self.scratch):
-            filesystem.clear_folder(self._base)
-            os.makedirs(self.scratch)
+        else:
+            filesystem.clear_folder(self.scratch)
 
 
 def _cpu_seconds_of(pid: int) -> float:

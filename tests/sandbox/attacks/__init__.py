@@ -1,8 +1,8 @@
 """Programs that try to fool, disturb or outlive the judge, one module per family.
 
-Every program begins with a docstring that says what it tries. It is written so that it answers *rightly* only if what it
-tries has succeeded (a file read that must not be readable, a process started that must not start): a verdict "passed" is
-then a hole. Where success would be damage instead, it answers wrongly, and the test looks for the damage.
+Every program begins with a docstring that says what it tries. It is written so that it answers *rightly* only if that
+has succeeded (a file read that must not be readable, a process started that must not start): a verdict "passed" is then
+a hole. Where success would be damage instead, it answers wrongly, and the test looks for the damage.
 
 The programs are safe to run where a layer is broken: whatever would hit processes of others sends SIGURG, which the
 kernel permits or refuses like SIGKILL and which nobody dies of; forks, memory and files are bounded; only files planted
@@ -22,7 +22,7 @@ FAULTS = frozenset({"wrong_answer", "exception", "timeout", "memory", "output_li
 DIED = frozenset({"exception", "violation"})  # the process ended without an answer
 
 QUICK = Limits(cpu_seconds=1.0, wall_seconds=10.0)
-SLEEPER = Limits(cpu_seconds=1.0, wall_seconds=1.0)  # for programs that wait instead of computing
+SLEEPER = Limits(cpu_seconds=1.0, wall_seconds=0.6)  # for programs that wait instead of computing
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Attack:
 
 
 # Raw system calls for the programs below: `syscall("clone3", ...)` raises OSError like the functions of `os`.
-SYSCALLS = r'''
+SYSCALLS = r"""
 import ctypes, os
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -100,7 +100,7 @@ def parent():
     if pid <= 1:  # a pid namespace hides it, and 0 would mean our own process group
         raise PermissionError("the parent cannot be seen")
     return pid
-'''
+"""
 
 
 def with_syscalls(program: str) -> str:

@@ -106,124 +106,270 @@ VALUES = {
 }
 
 ATTACKS = (
-    _forged("forged_json", "Writes a right answer, as text, to whatever leads out.", "json.dumps({'answer': 5, 'result': 5}).encode()"),
-    _forged("forged_frame", "The same in a frame, for many numbers of the call.",
-            "b''.join(frame(json.dumps([n, 5])) + frame(json.dumps({'nonce': n, 'value': 5, 'ok': True})) for n in range(50))"),
-    _forged("forged_verdict", "Sends a verdict instead of an answer.",
-            "frame(json.dumps({'verdict': 'passed', 'detail': '', 'tests': ['passed'], 'lenient_tests': [], 'cpu_seconds': 0, 'wall_seconds': 0}))"),
-    _forged("huge_length", "Announces a frame of 4 GB that never comes.", "b'\\xff\\xff\\xff\\xff' + b'x' * 100",
-            verdicts=REFUSED),
+    _forged(
+        "forged_json",
+        "Writes a right answer, as text, to whatever leads out.",
+        "json.dumps({'answer': 5, 'result': 5}).encode()",
+    ),
+    _forged(
+        "forged_frame",
+        "The same in a frame, for many numbers of the call.",
+        "b''.join(frame(json.dumps([n, 5])) + frame(json.dumps({'nonce': n, 'value': 5})) for n in range(50))",
+    ),
+    _forged(
+        "forged_verdict",
+        "Sends a verdict instead of an answer.",
+        "frame(json.dumps({'verdict': 'passed', 'detail': '', 'tests': ['passed'], 'cpu_seconds': 0}))",
+    ),
+    _forged(
+        "huge_length",
+        "Announces a frame of 4 GB that never comes.",
+        "b'\\xff\\xff\\xff\\xff' + b'x' * 100",
+        verdicts=REFUSED,
+    ),
     _forged("half_a_header", "Sends two bytes of a header.", "b'\\x00\\x00'"),
     _forged("zero_length", "Sends a thousand empty frames.", "bytes(4000)"),
     _forged("noise", "Sends noise.", "os.urandom(5000)"),
-    _forged("negative_or_float_numbers", "Answers calls that were never made.", "frame('[-1, 5]') + frame('[0.5, 5]') + frame('[true, 5]') + frame('null')"),
+    _forged(
+        "negative_or_float_numbers",
+        "Answers calls that were never made.",
+        "frame('[-1, 5]') + frame('[0.5, 5]') + frame('[true, 5]') + frame('null')",
+    ),
     _attack(
         "close_everything",
         "Closes every descriptor.",
-        "def solve(a, b):\n    os.closerange(0, 1024)\n    return 6",
+        """
+def solve(a, b):
+    os.closerange(0, 1024)
+    return 6
+""",
         verdicts=REFUSED,
     ),
     _attack(
         "close_everything_at_import",
         "Closes every descriptor before the first call.",
-        "os.closerange(0, 1024)\n\n\ndef solve(a, b):\n    return 6",
+        """
+os.closerange(0, 1024)
+
+
+def solve(a, b):
+    return 6
+""",
     ),
     _attack(
         "replace_everything",
         "Puts one end of its own pair in the place of every descriptor, so that it asks itself.",
-        "left, right = socket.socketpair()\n\n\ndef solve(a, b):\n    for descriptor in channels():\n"
-        "        if descriptor not in (left.fileno(), right.fileno()):\n            os.dup2(left.fileno(), descriptor)\n"
-        "    right.send(frame('[0, 5]') * 10)\n    return 6",
+        """
+left, right = socket.socketpair()
+
+
+def solve(a, b):
+    for descriptor in channels():
+        if descriptor not in (left.fileno(), right.fileno()):
+            os.dup2(left.fileno(), descriptor)
+    right.send(frame('[0, 5]') * 10)
+    return 6
+""",
         limits=SLEEPER,
     ),
     _attack(
         "shut_down",
         "Shuts the connection down in both directions, or in one.",
-        "def solve(a, b):\n    for descriptor in channels():\n        try:\n"
-        "            socket.socket(fileno=descriptor).shutdown(socket.SHUT_RDWR)\n        except OSError:\n            pass\n    return 6",
+        """
+def solve(a, b):
+    for descriptor in channels():
+        try:
+            socket.socket(fileno=descriptor).shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+    return 6
+""",
     ),
     _attack(
         "stop_reading",
         "Shuts the reading side only and answers on.",
-        "def solve(a, b):\n    for descriptor in channels():\n        try:\n"
-        "            socket.socket(fileno=os.dup(descriptor)).shutdown(socket.SHUT_RD)\n        except OSError:\n            pass\n    return 6",
+        """
+def solve(a, b):
+    for descriptor in channels():
+        try:
+            socket.socket(fileno=os.dup(descriptor)).shutdown(socket.SHUT_RD)
+        except OSError:
+            pass
+    return 6
+""",
         ("assert solve(2, 3) == 6", "assert solve(2, 3) == 5"),
     ),
     _attack(
         "read_ahead",
         "Reads whatever the judge sends next, in the hope that it names the expected value, and answers with it.",
-        "import re\n\n\ndef secret():\n    content = b''\n    for descriptor in channels():\n        try:\n"
-        "            os.set_blocking(descriptor, False)\n            content += os.read(descriptor, 1 << 16)\n"
-        "        except OSError:\n            pass\n    found = re.search(rb'\\d{6}', content)\n    return int(found[0]) if found else 0",
+        r"""
+import re
+
+
+def secret():
+    content = b''
+    for descriptor in channels():
+        try:
+            os.set_blocking(descriptor, False)
+            content += os.read(descriptor, 1 << 16)
+        except OSError:
+            pass
+    found = re.search(rb'\d{6}', content)
+    return int(found[0]) if found else 0
+""",
         SECRET,
     ),
     _attack(
         "read_ahead_in_a_thread",
         "Steals the judge's requests from under the harness and looks through them.",
-        "import re\nimport threading\n\nseen = []\n\n\ndef steal():\n    while True:\n"
-        "        for descriptor in channels():\n            try:\n                seen.append(socket.socket(fileno=os.dup(descriptor)).recv(4096, socket.MSG_PEEK))\n"
-        "            except OSError:\n                pass\n\n\nthreading.Thread(target=steal, daemon=True).start()\n\n\n"
-        "def secret():\n    time.sleep(0.05)\n    found = re.search(rb'\\d{6}', b' '.join(seen))\n    return int(found[0]) if found else 0",
+        r"""
+import re
+import threading
+
+seen = []
+
+
+def steal():
+    while True:
+        for descriptor in channels():
+            try:
+                seen.append(socket.socket(fileno=os.dup(descriptor)).recv(4096, socket.MSG_PEEK))
+            except OSError:
+                pass
+
+
+threading.Thread(target=steal, daemon=True).start()
+
+
+def secret():
+    time.sleep(0.05)
+    found = re.search(rb'\d{6}', b' '.join(seen))
+    return int(found[0]) if found else 0
+""",
         SECRET * 3,
     ),
     _attack(
         "drip",
         "Sends a frame one byte at a time, slower than any timeout for a single read.",
-        "def solve(a, b):\n    for byte in (1000).to_bytes(4, 'big') + b'[' * 1000:\n"
-        "        for descriptor in channels():\n            write(descriptor, bytes([byte]))\n        time.sleep(0.1)\n    return 6",
+        """
+def solve(a, b):
+    for byte in (1000).to_bytes(4, 'big') + b'[' * 1000:
+        for descriptor in channels():
+            write(descriptor, bytes([byte]))
+        time.sleep(0.1)
+    return 6
+""",
         limits=SLEEPER,
     ),
     _attack(
         "answer_and_never_stop",
         "Answers without end.",
-        "def solve(a, b):\n    while True:\n        for descriptor in channels():\n            write(descriptor, frame('[0,5]') * 1000)",
+        """
+def solve(a, b):
+    while True:
+        for descriptor in channels():
+            write(descriptor, frame('[0,5]') * 1000)
+""",
     ),
     _attack(
         "fill_the_channel_with_descriptors",
         "Sends open descriptors along, which pile up in a reader that accepts them.",
-        "import array\n\n\ndef solve(a, b):\n    for descriptor in channels():\n        for _ in range(50):\n            try:\n"
-        "                os.set_blocking(descriptor, False)\n"
-        "                socket.socket(fileno=os.dup(descriptor)).sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0] * 200))])\n"
-        "            except OSError:\n                pass\n    return 6",
+        """
+import array
+
+
+def solve(a, b):
+    for descriptor in channels():
+        for _ in range(50):
+            try:
+                os.set_blocking(descriptor, False)
+                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [0] * 200))
+                socket.socket(fileno=os.dup(descriptor)).sendmsg([b'x'], [rights])
+            except OSError:
+                pass
+    return 6
+""",
     ),
     _attack(
         "socket_options",
         "Makes the buffers as small, and the waits as odd, as they can be.",
-        "def solve(a, b):\n    for descriptor in channels():\n        s = socket.socket(fileno=os.dup(descriptor))\n"
-        "        for option, value in ((socket.SO_SNDBUF, 1), (socket.SO_RCVBUF, 1), (socket.SO_RCVLOWAT, 1 << 20), (socket.SO_PASSCRED, 1)):\n"
-        "            try:\n                s.setsockopt(socket.SOL_SOCKET, option, value)\n            except OSError:\n                pass\n"
-        "    return 'x' * 100_000",
+        """
+def solve(a, b):
+    for descriptor in channels():
+        s = socket.socket(fileno=os.dup(descriptor))
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF, socket.SO_RCVLOWAT, socket.SO_PASSCRED):
+            try:
+                s.setsockopt(socket.SOL_SOCKET, option, 1)
+            except OSError:
+                pass
+    return 'x' * 100_000
+""",
     ),
     _attack(
         "patched_encoder",
-        "Makes the sandbox's own encoder say 5 for every value: an answer like any other, but it must not be counted as known.",
-        "for name, module in list(sys.modules.items()):\n    for key, value in list(vars(module).items()):\n"
-        "        if isinstance(value, type) and 'ncode' in key and name.partition('.')[0] not in sys.stdlib_module_names:\n"
-        "            for method in ('encode', '_encode'):\n                if hasattr(value, method):\n"
-        "                    setattr(value, method, lambda self, *args: 6)\n\n\ndef secret():\n    return 0",
+        "Makes the sandbox's own encoder answer with another value than the function's.",
+        """
+for name, module in list(sys.modules.items()):
+    for key, value in list(vars(module).items()):
+        if isinstance(value, type) and 'ncode' in key and name.partition('.')[0] not in sys.stdlib_module_names:
+            for method in ('encode', '_encode'):
+                if hasattr(value, method):
+                    setattr(value, method, lambda self, *args: 6)
+
+
+def secret():
+    return 0
+""",
         SECRET,
         frozenset({"wrong_answer"}),
     ),
     _attack(
         "send_twice",
         "Replaces what sends by what sends everything twice.",
-        "import functools\n\nfor name, module in list(sys.modules.items()):\n    for key, value in list(vars(module).items()):\n"
-        "        if key in ('send', 'reply', 'answer', 'write_frame') and callable(value) and name.partition('.')[0] not in sys.stdlib_module_names:\n"
-        "            setattr(module, key, lambda *args, _send=value, **kwargs: (_send(*args, **kwargs), _send(*args, **kwargs)))\n"
-        "original = socket.socket.sendall\n\n\ndef solve(values):\n"
-        "    for descriptor in channels():\n        write(descriptor, frame('[0, [9]]'))\n    return [9]",
+        """
+import functools
+
+ours = [m for name, m in sys.modules.items() if name.partition('.')[0] not in sys.stdlib_module_names]
+for module in ours:
+    for key, value in list(vars(module).items()):
+        if key in ('send', 'reply', 'answer') and callable(value):
+            setattr(module, key, lambda *args, _send=value, **kwargs: (_send(*args, **kwargs), _send(*args, **kwargs)))
+original = socket.socket.sendall
+
+
+def solve(values):
+    for descriptor in channels():
+        write(descriptor, frame('[0, [9]]'))
+    return [9]
+""",
         SORT,
     ),
     _attack(
         "late_answer",
         "A thread sends answers while the judge is thinking, so that one of them meets the next call.",
-        "import threading\n\n\ndef sender():\n    for _ in range(2000):\n        for descriptor in channels():\n"
-        "            write(descriptor, frame('[1, 5]'))\n        time.sleep(0.0005)\n\n\n"
-        "def solve(a, b):\n    threading.Thread(target=sender, daemon=True).start()\n    return 5 if a == 0 else 6",
+        """
+import threading
+
+
+def sender():
+    for _ in range(2000):
+        for descriptor in channels():
+            write(descriptor, frame('[1, 5]'))
+        time.sleep(0.0005)
+
+
+def solve(a, b):
+    threading.Thread(target=sender, daemon=True).start()
+    return 5 if a == 0 else 6
+""",
         ("assert solve(0, 5) == 5", "assert solve(2, 3) == 5"),
     ),
     *(
-        _forged(f"forged_value_{name}", f"Forges a malformed or costly value: {name.replace('_', ' ')}.", f"answer({text!r})")
+        _forged(
+            f"forged_value_{name}",
+            f"Forges a malformed or costly value: {name.replace('_', ' ')}.",
+            f"answer({text!r})",
+        )
         for name, text in VALUES.items()
     ),
 )

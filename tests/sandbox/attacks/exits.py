@@ -19,24 +19,62 @@ ATTACKS = (
     _inside("generator_exit", "Raises what closes generators.", "raise GeneratorExit", RAISED),
     _inside("base_exception", "Is not caught by `except Exception`.", "raise BaseException('out')", RAISED),
     _inside("cancelled", "Raises asyncio's CancelledError.", "raise asyncio.CancelledError", RAISED, "import asyncio"),
-    _inside("exit_in_finally", "Returns, but ends in `finally`.", "try: return 6\n    finally: os._exit(0)", DIED, "import os"),
+    _inside(
+        "exit_in_finally",
+        "Returns, but ends in `finally`.",
+        "try: return 6\n    finally: os._exit(0)",
+        DIED,
+        "import os",
+    ),
     _inside("abort", "Dumps core.", "os.abort()", DIED, "import os"),
-    Attack("exit_at_import", '"""Leaves with status 0 before any function exists."""\nraise SystemExit(0)\n', fools_naive=True),
     Attack(
-        "os_exit_at_import", '"""Ends the process while its code is loaded."""\nimport os\n\nos._exit(0)\n', fools_naive=True
+        "exit_at_import",
+        '''
+"""Leaves with status 0 before any function exists."""
+raise SystemExit(0)
+''',
+        fools_naive=True,
+    ),
+    Attack(
+        "os_exit_at_import",
+        '''
+"""Ends the process while its code is loaded."""
+import os
+
+os._exit(0)
+''',
+        fools_naive=True,
     ),
     Attack(
         "atexit_handler",
-        '"""Fails honestly, but turns the exit status to 0 at the end."""\nimport atexit\nimport os\n\n'
-        "atexit.register(os._exit, 0)\n\n\ndef solve(a, b):\n    return 6\n",
+        '''
+"""Fails honestly, but turns the exit status to 0 at the end."""
+import atexit
+import os
+
+atexit.register(os._exit, 0)
+
+
+def solve(a, b):
+    return 6
+''',
         verdicts=frozenset({"wrong_answer"}),
         fools_naive=True,
     ),
     Attack(
         "except_hook",
-        '"""Swallows the traceback of the failed test and leaves with status 0."""\nimport os\nimport sys\nimport threading\n\n'
-        "sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *args: os._exit(0)\n\n\n"
-        "def solve(a, b):\n    return 6\n",
+        '''
+"""Swallows the traceback of the failed test and leaves with status 0."""
+import os
+import sys
+import threading
+
+sys.excepthook = sys.unraisablehook = threading.excepthook = lambda *args: os._exit(0)
+
+
+def solve(a, b):
+    return 6
+''',
         verdicts=frozenset({"wrong_answer"}),
         fools_naive=True,
     ),
@@ -78,24 +116,52 @@ def solve(a, b):
     ),
     Attack(
         "exit_from_a_thread",
-        '"""Another thread ends the process with status 0 while the call waits."""\nimport os\nimport threading\nimport time\n\n\n'
-        "def solve(a, b):\n    threading.Timer(0.05, os._exit, [0]).start()\n    time.sleep(5)\n    return 6\n",
+        '''
+"""Another thread ends the process with status 0 while the call waits."""
+import os
+import threading
+import time
+
+
+def solve(a, b):
+    threading.Timer(0.05, os._exit, [0]).start()
+    time.sleep(5)
+    return 6
+''',
         verdicts=DIED,
         fools_naive=True,
     ),
     Attack(
         "exit_after_the_first_answer",
-        '"""Answers the first test and dies before the second can fail."""\nimport os\n\ncalls = []\n\n\n'
-        "def solve(a, b):\n    calls.append(a)\n    return 5 if len(calls) == 1 else os._exit(0)\n",
+        '''
+"""Answers the first test and dies before the second can fail."""
+import os
+
+calls = []
+
+
+def solve(a, b):
+    calls.append(a)
+    return 5 if len(calls) == 1 else os._exit(0)
+''',
         ("assert solve(2, 3) == 5", "assert solve(2, 4) == 6"),
         DIED,
         fools_naive=True,
     ),
     Attack(
         "exit_from_a_signal_handler",
-        '"""Sends itself SIGTERM, whose handler leaves with status 0."""\nimport os\nimport signal\n\n'
-        "signal.signal(signal.SIGTERM, lambda *args: os._exit(0))\n\n\n"
-        "def solve(a, b):\n    os.kill(os.getpid(), signal.SIGTERM)\n    return 6\n",
+        '''
+"""Sends itself SIGTERM, whose handler leaves with status 0."""
+import os
+import signal
+
+signal.signal(signal.SIGTERM, lambda *args: os._exit(0))
+
+
+def solve(a, b):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 6
+''',
         fools_naive=True,
     ),
     Attack(
@@ -109,39 +175,83 @@ def solve(a, b):
     ),
     Attack(
         "exit_of_the_thread_only",
-        '"""Ends only the thread that answers, by the C library; the process lives on without one."""\nimport ctypes\n\n\n'
-        "def solve(a, b):\n    ctypes.CDLL(None).pthread_exit(None)\n",
+        '''
+"""Ends only the thread that answers, by the C library; the process lives on without one."""
+import ctypes
+
+
+def solve(a, b):
+    ctypes.CDLL(None).pthread_exit(None)
+''',
     ),
     Attack(
         "segmentation_fault",
-        '"""Reads address 0."""\nimport ctypes\n\n\ndef solve(a, b):\n    return ctypes.string_at(0)\n',
+        '''
+"""Reads address 0."""
+import ctypes
+
+
+def solve(a, b):
+    return ctypes.string_at(0)
+''',
         verdicts=DIED,
     ),
     Attack(
         "finalization_from_inside",
-        '"""Finalizes the interpreter it runs in and goes on."""\nimport ctypes\n\n\n'
-        "def solve(a, b):\n    ctypes.pythonapi.Py_FinalizeEx()\n    return 6\n",
+        '''
+"""Finalizes the interpreter it runs in and goes on."""
+import ctypes
+
+
+def solve(a, b):
+    ctypes.pythonapi.Py_FinalizeEx()
+    return 6
+''',
     ),
     Attack(
         "stop_iteration",
-        '"""Raises StopIteration, which ends the map() that the test runs over the answers, so that all() is true."""\n\n\n'
-        "def solve(n):\n    raise StopIteration\n",
+        '''
+"""Raises StopIteration, which ends the map() that the test runs over the answers, so that all() is true."""
+
+
+def solve(n):
+    raise StopIteration
+''',
         ("assert all(map(lambda case: solve(case[0]) == case[1], [(2, 4), (3, 9)]))",),
         RAISED,
         fools_naive=True,
     ),
     Attack(
         "stop_iteration_in_a_loop",
-        '"""The same, where a for statement runs over the answers."""\n\n\n'
-        "class Stop(StopIteration):\n    pass\n\n\ndef solve(n):\n    raise Stop(n * n)\n",
+        '''
+"""The same, where a for statement runs over the answers."""
+
+
+class Stop(StopIteration):
+    pass
+
+
+def solve(n):
+    raise Stop(n * n)
+''',
         ("for answer, expected in zip(map(solve, [2, 3]), [4, 9]):\n    assert answer == expected",),
         RAISED,
         fools_naive=True,
     ),
     Attack(
         "index_error_in_a_sequence",
-        '"""The answer has only __getitem__, and ends the loop of the test by an IndexError at once."""\n\n\n'
-        "class Answer:\n    def __getitem__(self, index):\n        raise IndexError\n\n\ndef solve(n):\n    return Answer()\n",
+        '''
+"""The answer has only __getitem__, and ends the loop of the test by an IndexError at once."""
+
+
+class Answer:
+    def __getitem__(self, index):
+        raise IndexError
+
+
+def solve(n):
+    return Answer()
+''',
         ("assert list(solve(2)) == [0, 1]",),
     ),
 )

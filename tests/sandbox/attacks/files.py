@@ -15,7 +15,9 @@ def _attack(name: str, says: str, body: str, tests=None, verdicts=REFUSED, answe
     """A program that does `body` and then answers: 5 is right, 6 wrong."""
     lines = "".join(f"    {line}\n" for line in body.strip("\n").splitlines())
     function = "def secret():\n" if tests is SECRET else "def solve(a, b):\n"
-    program = f'"""{says}"""\nimport os, shutil, stat, struct, sys, tempfile\n\n\n{function}{lines}    return {answer}\n'
+    program = (
+        f'"""{says}"""\nimport os, shutil, stat, struct, sys, tempfile\n\n\n{function}{lines}    return {answer}\n'
+    )
     program = with_syscalls(program) if "syscall(" in body or "libc" in body else program
     return Attack(name, program, verdicts=verdicts, limits=limits, **({"tests": tests} if tests else {}))
 
@@ -33,26 +35,38 @@ def _damaging(name: str, says: str, body: str, limits=QUICK) -> Attack:
 ATTACKS = (
     _attack("read_passwd", "Reads the machine's list of users.", "open('/etc/passwd').read()[0]"),
     _reading("read_a_canary", "Reads a file outside by its path.", "content = open('@CANARY@').read()"),
-    _reading(
-        "read_relative", "Reads it by way of `..`.", "content = open('../' * 40 + '@CANARY@'.lstrip('/')).read()"
-    ),
+    _reading("read_relative", "Reads it by way of `..`.", "content = open('../' * 40 + '@CANARY@'.lstrip('/')).read()"),
     _reading(
         "read_through_a_symlink",
         "Links to it from the scratch folder.",
-        "os.symlink('@CANARY@', 'link')\ncontent = open('link').read()",
+        """
+os.symlink('@CANARY@', 'link')
+content = open('link').read()
+""",
     ),
     _reading(
         "read_through_a_hard_link",
         "Gives it a second name in the scratch folder.",
-        "os.link('@CANARY@', 'link')\ncontent = open('link').read()",
+        """
+os.link('@CANARY@', 'link')
+content = open('link').read()
+""",
     ),
     _reading(
-        "read_after_a_rename", "Moves it into the scratch folder.", "os.rename('@CANARY@', 'mine')\ncontent = open('mine').read()"
+        "read_after_a_rename",
+        "Moves it into the scratch folder.",
+        """
+os.rename('@CANARY@', 'mine')
+content = open('mine').read()
+""",
     ),
     _reading(
         "read_after_chdir",
         "Goes there first.",
-        "os.chdir(os.path.dirname('@CANARY@'))\ncontent = open(os.path.basename('@CANARY@')).read()",
+        """
+os.chdir(os.path.dirname('@CANARY@'))
+content = open(os.path.basename('@CANARY@')).read()
+""",
     ),
     _reading(
         "read_by_handle",
@@ -85,7 +99,10 @@ else:
     _attack(
         "read_the_tests",
         "Searches the project for the files that hold the tests.",
-        "import pathlib\nassert any(b'9142' in f.read_bytes() for f in pathlib.Path('@PROJECT@/tests').rglob('*.py'))",
+        """
+import pathlib
+assert any(b'9142' in f.read_bytes() for f in pathlib.Path('@PROJECT@/tests').rglob('*.py'))
+""",
         verdicts=REFUSED,
     ),
     _attack("read_the_history", "Reads the project's git folder.", "open('@PROJECT@/.git/HEAD').read()"),
@@ -267,7 +284,10 @@ with open("f", "wb", buffering=0) as file:
     _attack(
         "holes",
         "A file that is 2**60 bytes long and takes none, for whoever reads it whole.",
-        "with open('f', 'wb') as file:\n    file.truncate(2**60)",
+        """
+with open('f', 'wb') as file:
+    file.truncate(2**60)
+""",
         verdicts=FAULTS,
         answer="6",
     ),
@@ -275,9 +295,9 @@ with open("f", "wb", buffering=0) as file:
         "devices",
         "Opens devices that reach the memory, the disks or the terminal.",
         """
-for name in ("/dev/mem", "/dev/kmem", "/dev/port", "/dev/kmsg", "/dev/sda", "/dev/vda", "/dev/nvme0n1", "/dev/tty", "/dev/kvm"):
+for name in "mem kmem port kmsg sda vda nvme0n1 tty kvm fuse net/tun".split():
     try:
-        os.close(os.open(name, os.O_RDONLY))
+        os.close(os.open(f"/dev/{name}", os.O_RDONLY))
         break
     except OSError:
         pass
@@ -301,5 +321,9 @@ os.read(os.open("disk", os.O_RDONLY), 512)
     _attack("pivot_root", "Exchanges the root.", "syscall('pivot_root', b'.', b'.')"),
     _attack("unshare_user", "Becomes root in a user namespace.", "syscall('unshare', 0x10000000)"),
     _attack("unshare_mounts", "Gets mounts of its own.", "syscall('unshare', 0x00020000)"),
-    _attack("io_uring", "Opens the queue whose file accesses no filter of system calls sees.", "syscall('io_uring_setup', 8, bytes(120))"),
+    _attack(
+        "io_uring",
+        "Opens the queue whose file accesses no filter of system calls sees.",
+        "syscall('io_uring_setup', 8, bytes(120))",
+    ),
 )

@@ -46,7 +46,8 @@ ATTACKS = (
         "fork_bomb",
         "Forks in a tree, to a bounded depth.",
         "forked = 0\nfor _ in range(7):\n    try:\n        pid = os.fork()\n    except OSError:\n        continue\n"
-        "    forked += 1\nif not forked:\n    raise PermissionError\nif pid == 0:\n" + CHILD.replace("        ", "    "),
+        "    forked += 1\nif not forked:\n    raise PermissionError\nif pid == 0:\n"
+        + CHILD.replace("        ", "    "),
     ),
     _attack(
         "daemon",
@@ -62,7 +63,9 @@ ATTACKS = (
         "clone_high_bits", "Hides the flags' meaning in bits above 32.", "syscall('clone', (1 << 40) | 17, 0, 0, 0, 0)"
     ),
     _by_system_call(
-        "clone_new_user", "A child in namespaces of its own.", "syscall('clone', 0x10000000 | 0x20000000 | 17, 0, 0, 0, 0)"
+        "clone_new_user",
+        "A child in namespaces of its own.",
+        "syscall('clone', 0x10000000 | 0x20000000 | 17, 0, 0, 0, 0)",
     ),
     _by_system_call(
         "clone3",
@@ -88,21 +91,32 @@ ATTACKS = (
     _attack(
         "pty_fork",
         "Forks with a terminal.",
-        "pid, _ = pty.fork()\nif pid == 0:\n    os._exit(0)\nos.waitpid(pid, 0)",
+        """
+pid, _ = pty.fork()
+if pid == 0:
+    os._exit(0)
+os.waitpid(pid, 0)
+""",
         REFUSED,
         "import pty",
     ),
     _attack(
         "multiprocessing",
         "Computes in a pool of processes.",
-        "with multiprocessing.get_context('fork').Pool(1) as pool:\n    pool.map(abs, [1])",
+        """
+with multiprocessing.get_context('fork').Pool(1) as pool:
+    pool.map(abs, [1])
+""",
         REFUSED,
         "import multiprocessing",
     ),
     _attack(
         "process_pool",
         "Computes in concurrent.futures' processes.",
-        "with concurrent.futures.ProcessPoolExecutor(1) as pool:\n    pool.submit(abs, -1).result()",
+        """
+with concurrent.futures.ProcessPoolExecutor(1) as pool:
+    pool.submit(abs, -1).result()
+""",
         REFUSED,
         "import concurrent.futures",
     ),
@@ -126,6 +140,11 @@ syscall("execveat", descriptor, b"", 0, 0, 0x1000)
     _attack(
         "exec_from_the_scratch_folder",
         "Writes a script to its own folder and becomes it.",
-        "with open('run', 'w') as file:\n    file.write('#!/bin/true\\n')\nos.chmod('run', 0o755)\nos.execv('./run', ['run'])",
+        r"""
+with open('run', 'w') as file:
+    file.write('#!/bin/true\n')
+os.chmod('run', 0o755)
+os.execv('./run', ['run'])
+""",
     ),
 )

@@ -3,7 +3,7 @@
 from attacks import SECRET, Attack, with_syscalls
 
 # The number after "secret() ==" in any text; the pattern is put together so that the program does not find itself.
-FIND = '''
+FIND = """
 import re
 
 PATTERN = "secret" + r"\\(\\)" + r" == (\\d+)"
@@ -23,14 +23,14 @@ def number_in(thing, depth=0):
             if number is not None:
                 return number
     return None
-'''
+"""
 
 ATTACKS = (
     Attack(
         "walk_the_frames",
         '"""Looks through the constants and the variables of every caller for the expected value."""'
         + FIND
-        + '''
+        + """
 import sys
 
 
@@ -44,7 +44,7 @@ def secret():
         if number is not None:
             return number
     return None
-''',
+""",
         SECRET,
         frozenset({"wrong_answer"}),
         fools_naive=True,
@@ -77,7 +77,7 @@ def solve(a, b):
         "hunt_through_gc",
         '"""Looks through all objects the garbage collector knows for the text of the test."""'
         + FIND
-        + '''
+        + """
 import gc
 
 
@@ -88,7 +88,7 @@ def secret():
             if number is not None:
                 return number
     return None
-''',
+""",
         SECRET,
         frozenset({"wrong_answer"}),
         fools_naive=True,
@@ -97,7 +97,7 @@ def secret():
         "hunt_through_referrers",
         '"""Follows who refers to the function, three steps back, to the tests that will be run on it."""'
         + FIND
-        + '''
+        + """
 import gc
 
 
@@ -111,7 +111,7 @@ def secret():
             if number is not None:
                 return number
     return None
-''',
+""",
         SECRET,
         frozenset({"wrong_answer"}),
         fools_naive=True,
@@ -120,7 +120,7 @@ def secret():
         "hunt_through_modules",
         '"""Looks through the variables of every loaded module, __main__ first."""'
         + FIND
-        + '''
+        + """
 import sys
 
 
@@ -130,7 +130,7 @@ def secret():
         if number is not None:
             return number
     return None
-''',
+""",
         SECRET,
         frozenset({"wrong_answer"}),
         fools_naive=True,
@@ -139,7 +139,7 @@ def secret():
         "hunt_through_source_lines",
         '"""Asks inspect and linecache for the source of every caller."""'
         + FIND
-        + '''
+        + """
 import inspect
 import linecache
 
@@ -150,7 +150,7 @@ def secret():
         if number is not None:
             return number
     return number_in([entry for entry in linecache.cache.values()])
-''',
+""",
         SECRET,
         frozenset({"wrong_answer", "exception"}),
     ),
@@ -184,7 +184,7 @@ def secret():
         "audit_the_compiler",
         '"""An audit hook that sees the source of every test compiled in this interpreter."""'
         + FIND
-        + '''
+        + """
 import sys
 
 seen = []
@@ -193,7 +193,7 @@ sys.addaudithook(lambda event, arguments: seen.append(number_in(list(arguments))
 
 def secret():
     return next((number for number in seen if number is not None), None)
-''',
+""",
         SECRET,
         frozenset({"wrong_answer"}),
         fools_naive=True,
@@ -201,14 +201,14 @@ def secret():
     Attack(
         "scan_the_memory",
         with_syscalls(
-            '"""Reads this process\'s whole memory, page by page, for a test left there by whoever it was forked from.\n\n'
+            '"""Reads this process\'s whole memory, page by page, for a test left by whoever it was forked from.\n\n'
             "A system call that is given an unmapped address fails instead of crashing, so it can be used as a probe.\n"
             '"""'
             + FIND
-            + r'''
+            + r"""
 import re
 
-PAGE, STEP = 4096, 1 << 16
+PAGE = 4096
 
 
 def secret():
@@ -235,7 +235,7 @@ def secret():
                 previous = content or b""
                 address += direction * PAGE
     return None
-'''
+"""
         ),
         SECRET,
     ),
@@ -243,7 +243,7 @@ def secret():
         "frames_of_other_threads",
         '"""Looks through the frames of all threads, in case the judge runs in another one."""'
         + FIND
-        + '''
+        + """
 import sys
 import threading
 
@@ -262,7 +262,7 @@ def secret():
     thread.start()
     thread.join()
     return next((number for number in result if number is not None), None)
-''',
+""",
         SECRET,
         frozenset({"wrong_answer"}),
         fools_naive=True,

@@ -5,7 +5,7 @@ from attacks import SECRET, SORT, Attack
 WRONG = frozenset({"wrong_answer"})
 
 # Compares equal to, and orders well with, everything; survives arithmetic.
-LIAR = '''
+LIAR = """
 class Liar:
     def _self(self, *args, **kwargs):
         return self
@@ -25,7 +25,7 @@ class Liar:
 
     def __iter__(self):
         return iter([self, self, self])
-'''
+"""
 
 ATTACKS = (
     Attack(
@@ -315,11 +315,11 @@ def solve(values):
     ),
     Attack(
         "equality_through_ne",
-        '"""Passes `not (answer != expected)`."""' + LIAR.replace("__ne__ = ", "")
+        '"""Passes `not (answer != expected)`."""'
+        + LIAR.replace("__ne__ = ", "")
         + "    def __ne__(self, other):\n        return False\n\n\ndef solve(a, b):\n    return Liar()\n",
         ("assert not (solve(2, 3) != 5)",),
         WRONG,
         fools_naive=True,
     ),
 )
-

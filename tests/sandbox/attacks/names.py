@@ -11,7 +11,8 @@ ATTACKS = (
         '''
 """Defines its own set, sorted, abs, len and all, which make both sides of every comparison equal."""
 set = sorted = lambda *args, **kwargs: 0
-abs = len = sum = round = lambda *args, **kwargs: 0
+abs = sum = round = lambda *args, **kwargs: 0
+len = lambda *args: 3
 all = any = isinstance = lambda *args, **kwargs: True
 
 
@@ -148,7 +149,7 @@ def solve(a, b):
             thing.__code__ = (lambda candidate: None).__code__
     return 6
 ''',
-        ("def check(candidate):\n    candidate(0, 0)\n\n\ncheck(candidate)\ncheck(candidate)\nassert candidate(2, 3) == 5",),
+        ("def check(candidate):\n    candidate(0, 0)\n\n\ncheck(candidate)\nassert candidate(2, 3) == 5",),
         WRONG,
         entry_point="solve",
     ),

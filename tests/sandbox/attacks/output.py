@@ -14,59 +14,137 @@ def _attack(name: str, program: str, verdicts=FLOOD, **kwargs) -> Attack:
 ATTACKS = (
     _attack(
         "print_for_ever",
-        '"""Prints without end while it is called."""\n\n\n'
-        "def solve(a, b):\n    while True:\n        try:\n            print('x' * 100_000)\n        except Exception:\n            pass\n",
+        '''
+"""Prints without end while it is called."""
+
+
+def solve(a, b):
+    while True:
+        try:
+            print('x' * 100_000)
+        except Exception:
+            pass
+''',
     ),
     _attack(
         "print_at_import",
-        '"""Prints without end before any function exists."""\nwhile True:\n    print("passed" * 10_000)\n',
+        '''
+"""Prints without end before any function exists."""
+while True:
+    print("passed" * 10_000)
+''',
     ),
     _attack(
         "write_for_ever",
-        '"""Writes to the descriptors of stdout and stderr past Python\'s streams."""\nimport os\n\n\n'
-        "def solve(a, b):\n    while True:\n        for descriptor in (1, 2):\n            try:\n"
-        "                os.write(descriptor, b'x' * 100_000)\n            except OSError:\n                pass\n",
+        '''
+"""Writes to the descriptors of stdout and stderr past Python's streams."""
+import os
+
+
+def solve(a, b):
+    while True:
+        for descriptor in (1, 2):
+            try:
+                os.write(descriptor, b'x' * 100_000)
+            except OSError:
+                pass
+''',
     ),
     _attack(
         "write_everywhere",
-        '"""Writes to every descriptor that takes it, the answer channel too."""\nimport os\n\n\n'
-        "def solve(a, b):\n    while True:\n        for descriptor in range(256):\n            try:\n"
-        "                os.set_blocking(descriptor, False)\n                os.write(descriptor, b'{\"answer\": 5}\\n' * 1000)\n"
-        "            except OSError:\n                pass\n",
+        r'''
+"""Writes to every descriptor that takes it, the answer channel too."""
+import os
+
+
+def solve(a, b):
+    while True:
+        for descriptor in range(256):
+            try:
+                os.set_blocking(descriptor, False)
+                os.write(descriptor, b'{"answer": 5}\n' * 1000)
+            except OSError:
+                pass
+''',
     ),
     _attack(
         "flood_by_threads",
-        '"""Twenty threads print, the call itself waits."""\nimport sys\nimport threading\n\n\n'
-        "def flood():\n    while True:\n        sys.stderr.write('x' * 10_000)\n\n\n"
-        "def solve(a, b):\n    threads = [threading.Thread(target=flood) for _ in range(20)]\n"
-        "    [t.start() for t in threads]\n    [t.join() for t in threads]\n",
+        '''
+"""Twenty threads print, the call itself waits."""
+import sys
+import threading
+
+
+def flood():
+    while True:
+        sys.stderr.write('x' * 10_000)
+
+
+def solve(a, b):
+    threads = [threading.Thread(target=flood) for _ in range(20)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+''',
     ),
     _attack(
         "warnings_and_tracebacks",
-        '"""Lets the interpreter itself write: a warning and a dump of all frames, without end."""\nimport faulthandler\nimport sys\nimport warnings\n\nwarnings.simplefilter("always")\n\n\n'
-        "def solve(a, b):\n    while True:\n        warnings.warn('x' * 1000)\n        faulthandler.dump_traceback(sys.__stderr__)\n",
+        '''
+"""Lets the interpreter itself write: a warning and a dump of all frames, without end."""
+import faulthandler
+import sys
+import warnings
+
+warnings.simplefilter("always")
+
+
+def solve(a, b):
+    while True:
+        warnings.warn('x' * 1000)
+        faulthandler.dump_traceback(sys.__stderr__)
+''',
     ),
     _attack(
         "stdio_flood",
-        '"""A contest program that prints without end."""\nwhile True:\n    print(1)\n',
+        '''
+"""A contest program that prints without end."""
+while True:
+    print(1)
+''',
         frozenset({"output_limit"}),
         stdio=EMPTY,
     ),
     _attack(
         "stdio_flood_in_one_write",
-        '"""64 MB in one write, with the right answer before it."""\nimport os\n\nos.write(1, b"1\\n" + b" " * (64 << 20))\n',
+        r'''
+"""64 MB in one write, with the right answer before it."""
+import os
+
+os.write(1, b"1\n" + b" " * (64 << 20))
+''',
         frozenset({"output_limit"}),
         stdio=EMPTY,
     ),
     _attack(
         "stdio_flood_of_stderr",
-        '"""Floods stderr, whose text nobody judges, and never prints."""\nimport sys\n\nwhile True:\n    sys.stderr.write("x" * 10_000)\n',
+        '''
+"""Floods stderr, whose text nobody judges, and never prints."""
+import sys
+
+while True:
+    sys.stderr.write("x" * 10_000)
+''',
         frozenset({"output_limit", "timeout"}),
         stdio=EMPTY,
     ),
     _attack(
         "stdio_slow_flood",
-        '"""A byte at a time, flushed, for the judge that reads byte by byte."""\nimport os\n\nwhile True:\n    os.write(1, b"1 ")\n',
+        '''
+"""A byte at a time, flushed, for the judge that reads byte by byte."""
+import os
+
+while True:
+    os.write(1, b"1 ")
+''',
         frozenset({"output_limit", "timeout", "wrong_answer"}),
         stdio=EMPTY,
     ),

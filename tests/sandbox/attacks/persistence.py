@@ -16,7 +16,9 @@ def _attack(name: str, says: str, body: str, verdicts=FAILED) -> Attack:
 
 # Each of these lines is tried by itself.
 def _damaging(name: str, says: str, body: str) -> Attack:
-    tries = "".join(f"try:\n    {line}\nexcept (OSError, ImportError):\n    pass\n" for line in body.strip().splitlines())
+    tries = "".join(
+        f"try:\n    {line}\nexcept (OSError, ImportError):\n    pass\n" for line in body.strip().splitlines()
+    )
     return _attack(name, says, tries)
 
 
@@ -83,7 +85,9 @@ import gc; gc.disable()
     ),
     _attack("message_queue", "Makes a System V message queue.", "syscall('msgget', 0x574D5450, 0o1600)"),
     _attack("semaphores", "Makes System V semaphores.", "syscall('semget', 0x574D5450, 1, 0o1600)"),
-    _attack("posix_message_queue", "Makes a message queue under a name.", "syscall('mq_open', b'@MARK@', 0o102, 0o600, 0)"),
+    _attack(
+        "posix_message_queue", "Makes a message queue under a name.", "syscall('mq_open', b'@MARK@', 0o102, 0o600, 0)"
+    ),
     _attack(
         "shared_offsets",
         "Moves the offset and the flags of every descriptor it has: they may be shared with who forked it.",

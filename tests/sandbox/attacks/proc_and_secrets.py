@@ -9,7 +9,7 @@ REFUSED = frozenset({"exception", "violation"})
 FAILED = REFUSED | {"wrong_answer"}
 
 # Finds the number in an environment block; the name is put together so that the program does not find itself.
-FIND = '''
+FIND = """
 import re
 
 PATTERN = ("wmtp" + "-").encode() + rb"(\\d{6})"
@@ -18,7 +18,7 @@ PATTERN = ("wmtp" + "-").encode() + rb"(\\d{6})"
 def number_in(content):
     found = re.search(PATTERN, content)
     return int(found[1]) if found else None
-'''
+"""
 
 
 def _reading(name: str, says: str, body: str, verdicts=FAILED) -> Attack:
@@ -67,7 +67,9 @@ for page in range(address, address + (2 << 20), 4096):
 return number_in(content)
 """,
     ),
-    _reading("proc_environ", "Reads its environment from /proc.", "return number_in(open('/proc/self/environ', 'rb').read())"),
+    _reading(
+        "proc_environ", "Reads its environment from /proc.", "return number_in(open('/proc/self/environ', 'rb').read())"
+    ),
     _reading(
         "proc_environ_of_all",
         "Reads the environment of every process.",
@@ -92,23 +94,66 @@ raise PermissionError
     _refused("proc_descriptors", "Lists and follows its open descriptors.", "os.listdir('/proc/self/fd')"),
     _refused("proc_root", "Leaves its folder through /proc.", "os.listdir('/proc/1/root/')"),
     _refused("proc_command_lines", "Reads what else is running.", "open(f'/proc/{os.getppid()}/cmdline').read()"),
-    _refused("proc_settings", "Opens a setting of the kernel for writing.", "os.open('/proc/sys/kernel/core_pattern', os.O_WRONLY)"),
-    _refused("control_groups", "Opens its control group for writing.", "os.open('/sys/fs/cgroup/cgroup.procs', os.O_WRONLY)"),
-    _refused("own_oom_score", "Makes others be killed first when memory ends.", "open('/proc/self/oom_score_adj', 'w').write('-999')"),
-    _refused("kernel_log", "Reads the kernel's log.", "syscall('syslog', 3, bytearray(100) and ctypes.create_string_buffer(100), 100)"),
-    _refused("host_name", "Sets the machine's name to what it is.", "name = os.uname().nodename.encode()\nsyscall('sethostname', name, len(name))"),
-    _refused("keyring", "Stores something in the user's keyring.", "syscall('add_key', b'user', b'@MARK@', b'x', 1, -4)"),
+    _refused(
+        "proc_settings",
+        "Opens a setting of the kernel for writing.",
+        "os.open('/proc/sys/kernel/core_pattern', os.O_WRONLY)",
+    ),
+    _refused(
+        "control_groups", "Opens its control group for writing.", "os.open('/sys/fs/cgroup/cgroup.procs', os.O_WRONLY)"
+    ),
+    _refused(
+        "own_oom_score",
+        "Makes others be killed first when memory ends.",
+        "open('/proc/self/oom_score_adj', 'w').write('-999')",
+    ),
+    _refused(
+        "kernel_log",
+        "Reads the kernel's log.",
+        "syscall('syslog', 3, bytearray(100) and ctypes.create_string_buffer(100), 100)",
+    ),
+    _refused(
+        "host_name",
+        "Sets the machine's name to what it is.",
+        """
+name = os.uname().nodename.encode()
+syscall('sethostname', name, len(name))
+""",
+    ),
+    _refused(
+        "keyring", "Stores something in the user's keyring.", "syscall('add_key', b'user', b'@MARK@', b'x', 1, -4)"
+    ),
     _refused("keyring_search", "Asks for the id of the session's keyring.", "syscall('keyctl', 0, -3, 1)"),
-    _refused("bpf", "Asks the kernel to hold a map of a BPF program.", "syscall('bpf', 0, struct.pack('IIIIII', 2, 4, 4, 1, 0, 0), 24)"),
-    _refused("perf_events", "Counts the machine's events.", "syscall('perf_event_open', struct.pack('IIQ', 1, 112, 0) + bytes(96), 0, -1, -1, 0)"),
+    _refused(
+        "bpf",
+        "Asks the kernel to hold a map of a BPF program.",
+        "syscall('bpf', 0, struct.pack('IIIIII', 2, 4, 4, 1, 0, 0), 24)",
+    ),
+    _refused(
+        "perf_events",
+        "Counts the machine's events.",
+        "syscall('perf_event_open', struct.pack('IIQ', 1, 112, 0) + bytes(96), 0, -1, -1, 0)",
+    ),
     _refused("userfaultfd", "Handles its own page faults.", "syscall('userfaultfd', 1)"),
     _refused("user_id", "Becomes another user.", "os.setresuid(12345, 12345, 12345)"),
-    _refused("group_id", "Drops a group, to be let into what denies it.", "os.setgroups([])\nos.setresgid(12345, 12345, 12345)"),
+    _refused(
+        "group_id",
+        "Drops a group, to be let into what denies it.",
+        """
+os.setgroups([])
+os.setresgid(12345, 12345, 12345)
+""",
+    ),
     _refused(
         "listener_filter",
         "Installs a filter of its own that hands its system calls to a listener.",
-        "program = struct.pack('HBBI', 6, 0, 0, 0x7FFF0000)\ncode = ctypes.create_string_buffer(program)\n"
-        "syscall('seccomp', 1, 8, struct.pack('HxxxxxxQ', 1, ctypes.addressof(code)))",
+        """
+program = struct.pack('HBBI', 6, 0, 0, 0x7FFF0000)
+code = ctypes.create_string_buffer(program)
+syscall('seccomp', 1, 8, struct.pack('HxxxxxxQ', 1, ctypes.addressof(code)))
+""",
     ),
-    _refused("namespaces", "Joins the namespace of process 1.", "syscall('setns', syscall('pidfd_open', 1, 0), 0x20000000)"),
+    _refused(
+        "namespaces", "Joins the namespace of process 1.", "syscall('setns', syscall('pidfd_open', 1, 0), 0x20000000)"
+    ),
 )

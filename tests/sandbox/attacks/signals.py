@@ -20,8 +20,22 @@ ATTACKS = (
     _attack("stop_the_parent", "Stops the process it was forked from.", "os.kill(parent(), signal.SIGSTOP)"),
     _attack("interrupt_the_parent", "Sends it SIGINT.", "os.kill(parent(), signal.SIGINT)"),
     _attack("kill_everybody", "Signals every process it may.", "os.kill(-1, signal.SIGURG)"),
-    _attack("kill_init", "Signals process 1.", "if os.getpid() != 1: os.kill(1, signal.SIGURG)\nelse: parent()"),
-    _attack("kill_the_group", "Signals its process group.", "os.kill(0, signal.SIGURG)\nos.killpg(0, signal.SIGURG)"),
+    _attack(
+        "kill_init",
+        "Signals process 1.",
+        """
+if os.getpid() != 1: os.kill(1, signal.SIGURG)
+else: parent()
+""",
+    ),
+    _attack(
+        "kill_the_group",
+        "Signals its process group.",
+        """
+os.kill(0, signal.SIGURG)
+os.killpg(0, signal.SIGURG)
+""",
+    ),
     _attack("kill_the_parents_group", "Signals the parent's group.", "os.killpg(os.getpgid(parent()), signal.SIGURG)"),
     _attack(
         "kill_the_neighbours",
@@ -50,17 +64,26 @@ if not hits:
     _attack(
         "queue_a_signal",
         "Kills the parent by a queued signal.",
-        "info = struct.pack('iii', 9, 0, -1) + bytes(116)\nsyscall('rt_sigqueueinfo', parent(), 9, info)",
+        """
+info = struct.pack('iii', 9, 0, -1) + bytes(116)
+syscall('rt_sigqueueinfo', parent(), 9, info)
+""",
     ),
     _attack(
         "queue_a_thread_signal",
         "Kills the parent by a signal queued for its first thread.",
-        "info = struct.pack('iii', 9, 0, -1) + bytes(116)\nsyscall('rt_tgsigqueueinfo', parent(), parent(), 9, info)",
+        """
+info = struct.pack('iii', 9, 0, -1) + bytes(116)
+syscall('rt_tgsigqueueinfo', parent(), parent(), 9, info)
+""",
     ),
     _attack(
         "kill_by_descriptor",
         "Kills the parent through a pidfd.",
-        "pidfd = syscall('pidfd_open', parent(), 0)\nsyscall('pidfd_send_signal', pidfd, 9, 0, 0)",
+        """
+pidfd = syscall('pidfd_open', parent(), 0)
+syscall('pidfd_send_signal', pidfd, 9, 0, 0)
+""",
     ),
     _attack("see_by_descriptor", "Opens a pidfd of the parent.", "syscall('pidfd_open', parent(), 0)"),
     _attack(
@@ -104,7 +127,10 @@ return 6
     _attack(
         "slow_the_parent_down",
         "Gives the parent, then the whole user, the lowest priority.",
-        "os.setpriority(os.PRIO_PROCESS, parent(), 19)\nos.setpriority(os.PRIO_PGRP, 0, 19)",
+        """
+os.setpriority(os.PRIO_PROCESS, parent(), 19)
+os.setpriority(os.PRIO_PGRP, 0, 19)
+""",
     ),
     _attack(
         "move_the_parent",
@@ -116,7 +142,9 @@ return 6
         "Lets the parent run only when nobody else does.",
         "os.sched_setscheduler(parent(), os.SCHED_IDLE, os.sched_param(0))",
     ),
-    _attack("idle_the_parents_disk", "Does the same to its input and output.", "syscall('ioprio_set', 1, parent(), 3 << 13)"),
+    _attack(
+        "idle_the_parents_disk", "Does the same to its input and output.", "syscall('ioprio_set', 1, parent(), 3 << 13)"
+    ),
     _attack("trace_the_parent", "Seizes the parent as a debugger.", "syscall('ptrace', 0x4206, parent(), 0, 0)"),
     _attack(
         "read_the_parents_memory",
@@ -131,18 +159,29 @@ syscall("process_vm_readv", parent(), local, 1, remote, 1, 0)
     _attack(
         "take_the_parents_files",
         "Copies a file descriptor out of the parent.",
-        "pidfd = syscall('pidfd_open', parent(), 0)\nsyscall('pidfd_getfd', pidfd, 0, 0)",
+        """
+pidfd = syscall('pidfd_open', parent(), 0)
+syscall('pidfd_getfd', pidfd, 0, 0)
+""",
     ),
     _attack(
         "move_the_parents_pages",
         "Asks where the parent's memory lies.",
         "syscall('move_pages', parent(), 0, 0, 0, 0, 0)",
     ),
-    _attack("compare_with_the_parent", "Compares kernel objects with the parent's.", "syscall('kcmp', os.getpid(), parent(), 1, 0, 0)"),
+    _attack(
+        "compare_with_the_parent",
+        "Compares kernel objects with the parent's.",
+        "syscall('kcmp', os.getpid(), parent(), 1, 0, 0)",
+    ),
     _attack(
         "join_the_parents_group",
         "Moves itself into another process group of the session, to be hit by its signals or to hide.",
-        "os.setpgid(0, os.getpgid(parent()))\nif os.getpgid(0) == os.getpid(): raise PermissionError\nreturn 6",
+        """
+os.setpgid(0, os.getpgid(parent()))
+if os.getpgid(0) == os.getpid(): raise PermissionError
+return 6
+""",
         REFUSED | {"wrong_answer"},
     ),
 )

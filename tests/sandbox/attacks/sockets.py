@@ -14,8 +14,14 @@ def _attack(name: str, says: str, body: str, verdicts=REFUSED) -> Attack:
 
 
 ATTACKS = (
-    _attack("tcp_connect", "Connects to a port of this machine.", "socket.create_connection(('127.0.0.1', @PORT@), 2).send(b'x')"),
-    _attack("tcp_connect_6", "The same by IPv6.", "socket.create_connection(('::ffff:127.0.0.1', @PORT@), 2).send(b'x')"),
+    _attack(
+        "tcp_connect",
+        "Connects to a port of this machine.",
+        "socket.create_connection(('127.0.0.1', @PORT@), 2).send(b'x')",
+    ),
+    _attack(
+        "tcp_connect_6", "The same by IPv6.", "socket.create_connection(('::ffff:127.0.0.1', @PORT@), 2).send(b'x')"
+    ),
     _attack(
         "tcp_fast_open",
         "Connects by sending, past a filter of connect.",
@@ -24,31 +30,78 @@ ATTACKS = (
     _attack(
         "multipath_tcp",
         "Connects by a protocol that looks like TCP to the other side only.",
-        "s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)\ns.connect(('127.0.0.1', @PORT@))",
+        """
+s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+s.connect(('127.0.0.1', @PORT@))
+""",
     ),
-    _attack("tcp_listen", "Offers a service.", "s = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()"),
+    _attack(
+        "tcp_listen",
+        "Offers a service.",
+        """
+s = socket.socket()
+s.bind(('127.0.0.1', 0))
+s.listen()
+""",
+    ),
     _attack("udp", "Sends a datagram.", "socket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', @PORT@))"),
     _attack(
         "name_service",
         "Asks for a name, which would take the question, with a secret in it, to a server.",
-        "socket.getaddrinfo('localhost', 80)\nsocket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 53))",
+        """
+socket.getaddrinfo('localhost', 80)
+socket.socket(type=socket.SOCK_DGRAM).connect(('127.0.0.1', 53))
+""",
     ),
-    _attack("unix_path", "Connects to a socket in the file system.", "socket.socket(socket.AF_UNIX).connect('@SOCKET@')"),
-    _attack("unix_abstract", "Connects to a socket that has no file.", "socket.socket(socket.AF_UNIX).connect('\\0@ABSTRACT@')"),
+    _attack(
+        "unix_path", "Connects to a socket in the file system.", "socket.socket(socket.AF_UNIX).connect('@SOCKET@')"
+    ),
+    _attack(
+        "unix_abstract",
+        "Connects to a socket that has no file.",
+        "socket.socket(socket.AF_UNIX).connect('\\0@ABSTRACT@')",
+    ),
     _attack(
         "unix_abstract_datagram",
         "Sends to a socket that has no file through one end of a pair.",
-        "left, right = socket.socketpair(type=socket.SOCK_DGRAM)\nleft.connect('\\0@ABSTRACT@.datagram')\nleft.send(b'x')",
+        r"""
+left, right = socket.socketpair(type=socket.SOCK_DGRAM)
+left.connect('\0@ABSTRACT@.datagram')
+left.send(b'x')
+""",
     ),
-    _attack("unix_listen", "Waits, under a name, for programs that come later.", "s = socket.socket(socket.AF_UNIX)\ns.bind('\\0@MARK@')\ns.listen()"),
-    _attack("netlink", "Asks the kernel for its routes.", "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 0))"),
+    _attack(
+        "unix_listen",
+        "Waits, under a name, for programs that come later.",
+        r"""
+s = socket.socket(socket.AF_UNIX)
+s.bind('\0@MARK@')
+s.listen()
+""",
+    ),
+    _attack(
+        "netlink",
+        "Asks the kernel for its routes.",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).bind((0, 0))",
+    ),
     _attack("raw", "Builds packets itself.", "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)"),
     _attack("packet", "Listens to all packets.", "socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3)"),
-    _attack("kernel_crypto", "Uses the kernel's ciphers, an often attacked corner.", "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)"),
-    _attack("virtual_machine", "Talks to the machine that this one runs on.", "socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).connect((2, 1))"),
+    _attack(
+        "kernel_crypto",
+        "Uses the kernel's ciphers, an often attacked corner.",
+        "socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET)",
+    ),
+    _attack(
+        "virtual_machine",
+        "Talks to the machine that this one runs on.",
+        "socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).connect((2, 1))",
+    ),
     _attack(
         "url",
         "Downloads.",
-        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:@PORT@/', timeout=2)",
+        """
+import urllib.request
+urllib.request.urlopen('http://127.0.0.1:@PORT@/', timeout=2)
+""",
     ),
 )

@@ -80,7 +80,7 @@ def solve(a, b):
 import sys
 import types
 
-for name in ("json", "json.encoder", "pickle", "marshal", "struct", "socket", "_socket", "select", "os", "io", "base64"):
+for name in "json json.encoder pickle marshal struct socket _socket select os io base64".split():
     fake = types.ModuleType(name)
     fake.__getattr__ = lambda attribute: lambda *args, **kwargs: b"5"
     sys.modules[name] = fake
@@ -142,7 +142,7 @@ import types
 
 for thing in gc.get_objects():
     if isinstance(thing, types.FunctionType) and not thing.__closure__:
-        if any(word in thing.__name__ for word in ("encode", "dump", "send", "write", "answer", "reply", "check", "judge")):
+        if any(word in thing.__name__ for word in "encode dump send write answer reply check judge".split()):
             try:
                 thing.__code__ = (lambda *args, **kwargs: b"5").__code__
             except ValueError:
@@ -211,9 +211,7 @@ def solve(a, b):
     return 6
 ''',
         verdicts=FAULTS,
-        fools_naive=True,
-    ),
-    Attack(
+           Attack(
         "patched_signals_and_gc",
         '''
 """Turns off what a harness may rely on: the collector, the thread switches, the recursion limit, the handlers."""

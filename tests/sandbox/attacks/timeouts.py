@@ -25,7 +25,11 @@ def solve(a, b):
     ),
     _attack(
         "loop_at_import",
-        '"""Loops for ever before any function exists."""\nwhile True:\n    pass\n',
+        '''
+"""Loops for ever before any function exists."""
+while True:
+    pass
+''',
     ),
     _attack(
         "disarmed_alarms",
@@ -85,87 +89,215 @@ def solve(a, b):
     ),
     _attack(
         "no_bytecode_between",
-        '"""One call in C that no Python signal handler interrupts."""\nimport re\n\n\n'
-        "def solve(a, b):\n    return re.match('(a|a)*b', 'a' * 100)\n",
+        '''
+"""One call in C that no Python signal handler interrupts."""
+import re
+
+
+def solve(a, b):
+    return re.match('(a|a)*b', 'a' * 100)
+''',
     ),
     _attack(
         "sum_in_c",
-        '"""The same with a sum over a range without end."""\n\n\ndef solve(a, b):\n    return sum(range(10**15))\n',
+        '''
+"""The same with a sum over a range without end."""
+
+
+def solve(a, b):
+    return sum(range(10**15))
+''',
     ),
     _attack(
         "sleep_for_ever",
-        '"""Waits without using the processor, again and again."""\nimport time\n\n\n'
-        "def solve(a, b):\n    while True:\n        try:\n            time.sleep(10**6)\n        except BaseException:\n            pass\n",
+        '''
+"""Waits without using the processor, again and again."""
+import time
+
+
+def solve(a, b):
+    while True:
+        try:
+            time.sleep(10**6)
+        except BaseException:
+            pass
+''',
         SLEEPER,
     ),
     _attack(
         "sleep_in_finally",
-        '"""Fails at once, and waits on the way out."""\nimport time\n\n\n'
-        "def solve(a, b):\n    try:\n        raise ValueError\n    finally:\n        time.sleep(10**6)\n",
+        '''
+"""Fails at once, and waits on the way out."""
+import time
+
+
+def solve(a, b):
+    try:
+        raise ValueError
+    finally:
+        time.sleep(10**6)
+''',
         SLEEPER,
     ),
     _attack(
         "wait_for_a_lock",
-        '"""Takes a lock that is never released."""\nimport threading\n\n\n'
-        "def solve(a, b):\n    lock = threading.Lock()\n    lock.acquire()\n    lock.acquire()\n",
+        '''
+"""Takes a lock that is never released."""
+import threading
+
+
+def solve(a, b):
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+''',
         SLEEPER,
     ),
     _attack(
         "many_short_waits",
-        '"""Answers rightly, but each of many calls takes a while: the limit is the program\'s, not the call\'s."""\nimport time\n\n\n'
-        "def solve(a, b):\n    time.sleep(0.1)\n    return 5\n",
+        '''
+"""Answers rightly, but each of many calls takes a while: the limit is the program's, not the call's."""
+import time
+
+
+def solve(a, b):
+    time.sleep(0.1)
+    return 5
+''',
         SLEEPER,
         tests=("assert solve(2, 3) == 5",) * 40,
     ),
     _attack(
         "cpu_time_in_threads",
-        '"""The call waits while four threads compute outside the interpreter\'s lock."""\nimport hashlib\nimport threading\n\n\n'
-        "def burn():\n    while True:\n        hashlib.pbkdf2_hmac('sha256', b'', b'', 1_000_000)\n\n\n"
-        "def solve(a, b):\n    threads = [threading.Thread(target=burn) for _ in range(4)]\n"
-        "    [t.start() for t in threads]\n    [t.join() for t in threads]\n",
+        '''
+"""The call waits while four threads compute outside the interpreter's lock."""
+import hashlib
+import threading
+
+
+def burn():
+    while True:
+        hashlib.pbkdf2_hmac('sha256', b'', b'', 1_000_000)
+
+
+def solve(a, b):
+    threads = [threading.Thread(target=burn) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+''',
     ),
     _attack(
         "spin_behind_the_answer",
-        '"""Computes on in a thread while the test, by many calls, keeps the program alive."""\nimport threading\nimport time\n\n\n'
-        "def spin():\n    while True:\n        pass\n\n\nfor _ in range(3):\n    threading.Thread(target=spin, daemon=True).start()\n\n\n"
-        "def solve(a, b):\n    time.sleep(0.01)\n    return 5\n",
+        '''
+"""Computes on in a thread while the test, by many calls, keeps the program alive."""
+import threading
+import time
+
+
+def spin():
+    while True:
+        pass
+
+
+for _ in range(3):
+    threading.Thread(target=spin, daemon=True).start()
+
+
+def solve(a, b):
+    time.sleep(0.01)
+    return 5
+''',
         tests=("assert solve(2, 3) == 5",) * 2000,
     ),
     _attack(
         "stop_itself",
-        '"""Stops itself with SIGSTOP, so that only SIGKILL reaches it."""\nimport os\nimport signal\n\n\n'
-        "def solve(a, b):\n    os.kill(os.getpid(), signal.SIGSTOP)\n    return 6\n",
+        '''
+"""Stops itself with SIGSTOP, so that only SIGKILL reaches it."""
+import os
+import signal
+
+
+def solve(a, b):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return 6
+''',
         SLEEPER,
         verdicts=frozenset({"timeout", "exception", "wrong_answer"}),
     ),
     _attack(
         "stop_itself_by_raise",
-        '"""The same through the C library."""\nimport signal\n\n\n'
-        "def solve(a, b):\n    signal.raise_signal(signal.SIGSTOP)\n    return 6\n",
+        '''
+"""The same through the C library."""
+import signal
+
+
+def solve(a, b):
+    signal.raise_signal(signal.SIGSTOP)
+    return 6
+''',
         SLEEPER,
         verdicts=frozenset({"timeout", "exception", "wrong_answer"}),
     ),
     _attack(
         "wait_in_the_encoder",
-        '"""The answer is there at once, but its items never come."""\nimport time\n\n\n'
-        "class Slow(list):\n    def __iter__(self):\n        time.sleep(10**6)\n        yield 5\n\n\n"
-        "class Thing:\n    def __iter__(self):\n        time.sleep(10**6)\n        yield 5\n\n\n"
-        "def solve(values):\n    return Thing()\n",
+        '''
+"""The answer is there at once, but its items never come."""
+import time
+
+
+class Slow(list):
+    def __iter__(self):
+        time.sleep(10**6)
+        yield 5
+
+
+class Thing:
+    def __iter__(self):
+        time.sleep(10**6)
+        yield 5
+
+
+def solve(values):
+    return Thing()
+''',
         SLEEPER,
         tests=("assert list(solve([5])) == [5]",),
     ),
     _attack(
         "hang_at_exit",
-        '"""Answers wrongly and waits in atexit, in a destructor and in a thread that is no daemon."""\nimport atexit\nimport threading\nimport time\n\n'
-        "atexit.register(time.sleep, 10**6)\nthreading.Thread(target=time.sleep, args=[10**6]).start()\n\n\n"
-        "class Slow:\n    def __del__(self):\n        time.sleep(10**6)\n\n\nkept = Slow()\n\n\n"
-        "def solve(a, b):\n    return 6\n",
+        '''
+"""Answers wrongly and waits in atexit, in a destructor and in a thread that is no daemon."""
+import atexit
+import threading
+import time
+
+atexit.register(time.sleep, 10**6)
+threading.Thread(target=time.sleep, args=[10**6]).start()
+
+
+class Slow:
+    def __del__(self):
+        time.sleep(10**6)
+
+
+kept = Slow()
+
+
+def solve(a, b):
+    return 6
+''',
         SLEEPER,
         verdicts=frozenset({"wrong_answer"}),
     ),
     _attack(
         "asks_for_input",
-        '"""Waits for a line on stdin that nobody types."""\n\n\ndef solve(a, b):\n    return input()\n',
+        '''
+"""Waits for a line on stdin that nobody types."""
+
+
+def solve(a, b):
+    return input()
+''',
         SLEEPER,
         verdicts=frozenset({"exception", "wrong_answer"}),
     ),

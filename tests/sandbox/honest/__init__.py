@@ -22,10 +22,15 @@ class Honest:
     needs: str | None = None  # a module that may be absent
     limits: Limits | None = None
 
+    @property
+    def text(self) -> str:
+        """The program without the line break that begins its literal."""
+        return self.program.removeprefix("\n")
+
     def job(self) -> AssertionJob | StdioJob:
         if self.stdio:
-            return StdioJob(self.program, tuple(StdioTest(*pair) for pair in self.stdio), limits=self.limits)
-        return AssertionJob(self.program, self.tests, self.setup, self.preamble, self.entry_point, self.limits)
+            return StdioJob(self.text, tuple(StdioTest(*pair) for pair in self.stdio), limits=self.limits)
+        return AssertionJob(self.text, self.tests, self.setup, self.preamble, self.entry_point, self.limits)
 
 
 from honest import behaviour, contest, values  # noqa: E402  (they use the class above)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from wmtp.models import llama_mtp
+
+# Small, with grouped queries and a head_dim that is not embed_dim / num_heads.
+TINY = {
+    "vocab_size": 67,
+    "num_layers": 3,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 24,
+    "intermediate_dim": 40,
+    "max_seq_len": 64,
+    "head_dim": 8,
+    "num_future_tokens": 3,
+}
+
+
+class Letters:
+    """A tokenizer of 67 characters, one a token: id i is chr(40 + i). EOS is id 66 unless said otherwise."""
+
+    def __init__(self, eos_id=66):
+        self.eos_id = eos_id
+
+    def decode(self, ids):
+        return "".join(chr(40 + i) for i in ids)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products are not worth a second thread, and on a busy machine each would wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny():
+    """Builds tiny decoders whose every parameter is random and wide enough to tell mistakes apart."""
+
+    def build(**changes):
+        torch.manual_seed(0)
+        model = llama_mtp(**{**TINY, **changes})
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(1.0 if name.endswith("norm.scale") else 0.0, 0.2)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def letters():
+    return Letters()
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """A tiny model of three heads that has learnt a language in which some next tokens are certain and some are not."""
+    from wmtp.loss import weighted_mtp_cross_entropy
+
+    torch.manual_seed(0)
+    model = llama_mtp(**TINY)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        words = torch.randint(0, 8, (8, 8))  # words of four letters, fixed by the first: 0-7, +8, +16, +24
+        rows = (words[:, :, None] + torch.tensor([0, 8, 16, 24])).flatten(1)
+        loss = model(rows, loss_fn=weighted_mtp_cross_entropy, labels=rows)
+        (loss.loss_sum / loss.num_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()

@@ -1,0 +1,100 @@
+"""The decoder over cached keys and values gives the logits of the plain forward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wmtp.generation import cached_decoder
+from wmtp.generation.cached_decoder import CachedDecoder
+from wmtp.generation.linear import _can_pack, side_by_side, times
+
+HEADS = 3
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+VARIANTS = {
+    "grouped": {},
+    "multi-head": {"num_kv_heads": 4},
+    "tied": {"tie_word_embeddings": True},
+    "llama3 rope": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 16}},
+    "one layer": {"num_layers": 1},
+}
+
+
+def random_tokens(*shape):
+    return torch.randint(0, 67, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_rows_of_different_length_get_the_full_forwards_logits(tiny, monkeypatch, variant):
+    monkeypatch.setattr(cached_decoder, "PREFILL_CHUNK", 7)
+    monkeypatch.setattr(cached_decoder, "_GROWTH", 8)
+    model = tiny(**VARIANTS[variant])
+    tokens, lengths = random_tokens(3, 60), [3, 25, 14]
+    full = model(tokens)  # [H, B, S, V]
+    decoder = CachedDecoder(model, HEADS)
+    cache, prompt_cache = decoder.new_cache(4), decoder.new_cache(1)
+    for row, length in enumerate(lengths):  # the prompt cache still holds the longer prompt before
+        state, logits = decoder.prefill(tokens[row, :length].tolist(), prompt_cache)
+        torch.testing.assert_close(logits[0, 0], full[0, row, length - 1], atol=1e-5, rtol=1e-5)
+        places = decoder.last_places([length], prompt_cache)
+        drafts = decoder.heads(2, HEADS, state[None, None], places, prompt_cache)
+        torch.testing.assert_close(drafts[:, 0, 0], full[1:, row, length - 1], atol=1e-5, rtol=1e-5)
+        cache.copy_row(row, prompt_cache, 0, length)
+
+    def window(width, rows):
+        new = torch.stack([tokens[r, n : n + width] for r, n in zip(rows, lengths, strict=True)])
+        states, places = decoder.extend(new, lengths, cache)
+        assert states.shape == (len(rows), width, 24)
+        logits = decoder.heads(1, HEADS, states, places, cache)
+        for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+            torch.testing.assert_close(logits[:, b], full[:, row, n : n + width], atol=1e-5, rtol=1e-5)
+
+    for width in (1, 4, 3, 9):  # of which a first part is kept, as when drafts are refused
+        window(width, [0, 1, 2])
+        lengths = [n + min(width, 2) for n in lengths]
+    cache.copy_row(0, cache, 2, lengths[2])
+    lengths = [lengths[2], lengths[1]]
+    window(5, [2, 1])
+
+
+@torch.inference_mode()
+def test_heads_that_are_not_asked_for_do_not_run(tiny):
+    model = tiny()
+    for block in model.extra_heads:
+        nn.init.constant_(block.attn.k_proj.weight, float("nan"))
+    decoder = CachedDecoder(model, 1)
+    cache = decoder.new_cache(1)
+    assert len(cache.blocks) == 3
+    _, logits = decoder.prefill([1, 2, 3], cache)
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_packed_products_are_the_plain_ones_and_no_row_sees_the_others(dtype):
+    torch.manual_seed(0)
+    layers = [nn.Linear(1536, n, bias=False, dtype=dtype) for n in (5, 96)]
+    if not _can_pack(layers[0].weight):
+        pytest.skip("this build of torch, or this processor, packs no weights")
+    x = torch.randn(33, 1536, dtype=dtype)
+    joint = side_by_side(*layers)
+    for out, layer in zip(joint(x), layers, strict=True):
+        exact = F.linear(x.double(), layer.weight.double())
+        torch.testing.assert_close(out.double(), exact, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+        torch.testing.assert_close(times(layer.weight)(x), out)
+    for rows in (1, 2, 3, 5, 8, 32):
+        assert all(torch.equal(a, b[:rows]) for a, b in zip(joint(x[:rows]), joint(x), strict=True))
+
+
+@torch.inference_mode()
+def test_layers_that_are_more_than_a_weight_are_called():
+    from torchtune.modules.peft import LoRALinear
+
+    torch.manual_seed(0)
+    lora = LoRALinear(8, 6, rank=2, alpha=4.0)
+    nn.init.normal_(lora.lora_b.weight)
+    plain, biased = nn.Linear(8, 3, bias=False), nn.Linear(8, 3)
+    x = torch.randn(5, 8)
+    for layers in ((lora, plain), (biased,), (plain, biased)):
+        assert all(torch.equal(out, layer(x)) for out, layer in zip(side_by_side(*layers)(x), layers, strict=True))
