@@ -113,31 +113,25 @@ def speculation(args) -> None:
     model, tokenizer = load(args.model), hf_tokenizer(resolve_checkpoint(args.model))
     requests = prompts(tokenizer)
     for batch_size, part in ((1, requests[:3]), (BATCH, requests)):
-        stats = {name: DecodingStats() for name in ("plain", "speculative")}
-        results = in_turn(
-            {
-                name: lambda name=name, batch_size=batch_size, part=part, stats=stats: ours(
-                    model, tokenizer, part, args.new_tokens, stats[name],
-                    batch_size=batch_size, speculative=name == "speculative",
-                )
-                for name in stats
-            },
-            args.rounds,
-        )  # fmt: skip
-        case = f"{args.model}, {model.num_future_tokens} heads, fp32, {len(part)} prompts, batch {batch_size}"
-        for name, rounds in results.items():
-            report(f"{name} decoding", speed(rounds), "tokens/s", case)
-        counts = stats["speculative"]
-        seconds = {name: s.decode_seconds / s.forwards for name, s in stats.items()}
-        report("time of a forward, plain", 1e3 * seconds["plain"], "ms", case)
-        report("time of a forward with drafts", 1e3 * seconds["speculative"], "ms", case)
-        report("tokens per forward", counts.tokens_per_forward, "tokens", "plain decoding's 1")
-        break_even = seconds["speculative"] / seconds["plain"]
-        report("tokens per forward that would break even", break_even, "tokens", "the ratio of the two times above")
-        for k, share in counts.acceptance().items():
-            report(f"acceptance of head {k}", share, "share", f"{counts.verified[k]} verified drafts")
-        gain = ratio(results["speculative"], results["plain"])
-        report(f"speculative decoding, tokens/s, batch {batch_size}", gain, "x", "plain decoding")
+        stats = {num_drafts: DecodingStats() for num_drafts in range(model.num_future_tokens)}
+
+        def contender(num_drafts: int, batch_size=batch_size, part=part, stats=stats):
+            options = {"batch_size": batch_size, "num_drafts": num_drafts}
+            return lambda: ours(model, tokenizer, part, args.new_tokens, stats[num_drafts], **options)
+
+        results = in_turn({f"{num_drafts} drafts": contender(num_drafts) for num_drafts in stats}, args.rounds)
+        case = f"{args.model}, fp32, {len(part)} prompts, batch {batch_size}"
+        plain = results["0 drafts"]
+        report("plain decoding", speed(plain), "tokens/s", case)
+        seconds = {num_drafts: s.decode_seconds / s.forwards for num_drafts, s in stats.items()}
+        for num_drafts, counts in list(stats.items())[1:]:
+            case = f"{num_drafts} drafts, batch {batch_size}"
+            report("tokens per forward", counts.tokens_per_forward, "tokens", case)
+            report("time of a forward", seconds[num_drafts] / seconds[0], "x", f"plain; {case}; less is a gain")
+            for k, share in counts.acceptance().items():
+                report(f"acceptance of head {k}", share, "share", f"{counts.verified[k]} verified drafts; {case}")
+            gain = ratio(results[f"{num_drafts} drafts"], plain)
+            report("self-speculative decoding, tokens/s", gain, "x", f"plain decoding; {case}")
 
 
 def report(name: str, value: float, unit: str, against: str) -> None:

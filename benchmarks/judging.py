@@ -1,13 +1,13 @@
 """The judge: how long it takes, and whether a right program ever fails.
 
-    python benchmarks/judging.py [--programs 500] [--rounds 3]
+    python benchmarks/judging.py [--programs 500] [--rounds 2]
     python benchmarks/judging.py --golds [--repeats 5] [--load]
 
 Times are of MBPP's own solutions (the test split), first all of them on two workers, then one at a time on one worker.
 Beside them the plainest judge there is: a fresh `python -I` for each program, that runs the program, the set-up and the
 asserts in one namespace, its exit status being the verdict. That judge is fooled by `sys.exit(0)`; it is here as the
-price of an interpreter's start. The contenders take turns, program by program, so that a machine that slows down
-slows both.
+price of an interpreter's start. The contenders take turns, round after round, so that a machine that slows down slows
+both.
 
 With --golds, the solutions of MBPP, HumanEval and CodeContests are judged with all their tests, several times, with
 --load beside one spinning process per core; a flake is a right program that did not pass.
@@ -61,19 +61,20 @@ def in_the_pool(jobs: list[AssertionJob]) -> float:
     return seconds
 
 
-def one_at_a_time(jobs: list[AssertionJob]) -> dict[str, list[float]]:
-    """Milliseconds of every program, by contender."""
+def one_at_a_time(jobs: list[AssertionJob], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every program in every round, by contender.
+
+    A contender has all programs to itself before the other's turn: starting interpreters empties the caches.
+    """
     milliseconds = {"sandbox": [], "fresh interpreter": []}
     with Sandbox(workers=1) as sandbox:
-        contenders = {
-            "sandbox": lambda job: sandbox.judge([job])[0].verdict == "passed",
-            "fresh interpreter": fresh_interpreter,
-        }
-        for job in jobs:
-            for name, judge in contenders.items():
-                started = time.perf_counter()
-                require([judge(job)])
-                milliseconds[name].append(1000 * (time.perf_counter() - started))
+        judges = (lambda job: sandbox.judge([job])[0].verdict == "passed", fresh_interpreter)
+        for _ in range(rounds):
+            for name, judge in zip(milliseconds, judges, strict=True):
+                for job in jobs:
+                    started = time.perf_counter()
+                    require([judge(job)])
+                    milliseconds[name].append(1000 * (time.perf_counter() - started))
     return milliseconds
 
 
@@ -86,7 +87,7 @@ def times(args) -> None:
     jobs = [job for _, job in golds.mbpp("test")][: args.programs]
     seconds = statistics.median(in_the_pool(jobs) for _ in range(args.rounds))
     report(f"{len(jobs)} MBPP solutions on 2 workers", seconds, "s", f"bar <= {POOL_BAR_SECONDS} for 500")
-    milliseconds = one_at_a_time(jobs)
+    milliseconds = one_at_a_time(jobs, args.rounds)
     sandbox, fresh = (statistics.median(values) for values in milliseconds.values())
     report("one program, one worker, median", sandbox, "ms", f"bar <= {PROGRAM_BAR_MILLISECONDS}")
     report(
@@ -134,7 +135,7 @@ def report(name: str, value: float, unit: str, against: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=int, default=500)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--golds", action="store_true", help="judge all solutions, instead of measuring times")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--load", action="store_true", help="with --golds: keep every core busy meanwhile")

@@ -1,4 +1,4 @@
-"""Evaluation on programs that read stdin and write stdout (CodeContests and files of its shape), on one process or many.
+"""Evaluation on programs that read stdin and write stdout (CodeContests, files of its shape), on one process or many.
 
     tune run --nproc_per_node 2 recipes/eval_codecontests.py --config configs/tiny/eval_codecontests.yaml
     tune run --nproc_per_node 4 recipes/eval_codecontests.py --config configs/meta_mtp_7b/eval_codecontests.yaml
@@ -66,7 +66,7 @@ class EvalCodeContestsRecipe:
         self._top_p = read.number("top_p", 1.0, above=0, maximum=1)
         self._max_new_tokens = read.integer("max_new_tokens", 512, minimum=1)
         self._batch_size = read.integer("batch_size", 8, minimum=1)
-        self._speculative = read.flag("speculative", False)
+        self._num_drafts = read.integer("num_drafts", 0)
 
         self._ks = list(read.get("pass_at", [1]))
         self._n_at_ks = [tuple(pair) for pair in read.get("n_at_k", [])]
@@ -80,19 +80,27 @@ class EvalCodeContestsRecipe:
         read.done()
 
         if self._samples_file is None and None in (self._model_cfg, self._tokenizer_cfg, self._protocol_cfg):
-            raise ConfigError("set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples")
+            raise ConfigError(
+                "set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples"
+            )
         if any(len(pair) != 2 for pair in self._n_at_ks):
             raise ConfigError(f"n_at_k must be a list of pairs [n, k], got {[list(pair) for pair in self._n_at_ks]}")
         most = max([*self._ks, *(k for _, k in self._n_at_ks)])
         if self._samples_file is None and most > self._num_samples:
             raise ConfigError(f"k = {most} needs as many samples a task, num_samples is {self._num_samples}")
-        if not self._temperatures or min(self._temperatures) < 0 or len({*self._temperatures}) < len(self._temperatures):
+        if (
+            not self._temperatures
+            or min(self._temperatures) < 0
+            or len({*self._temperatures}) < len(self._temperatures)
+        ):
             raise ConfigError(f"temperatures must be different numbers >= 0, got {self._temperatures}")
         if self._fixed_temperature is None and len(self._temperatures) > 1 and self._samples_file is None:
             raise ConfigError("with several temperatures, set fixed_temperature to the one the headline reports")
         unsampled = self._fixed_temperature is not None and self._fixed_temperature not in self._temperatures
         if unsampled and self._samples_file is None:
-            raise ConfigError(f"fixed_temperature {self._fixed_temperature} is not among temperatures {self._temperatures}")
+            raise ConfigError(
+                f"fixed_temperature {self._fixed_temperature} is not among temperatures {self._temperatures}"
+            )
 
     # ------------------------------------------------------------------------------------------------------------------
     # Set-up
@@ -106,7 +114,9 @@ class EvalCodeContestsRecipe:
         self._model = self._prompts = None
         if self._samples_file is not None:
             self._given = read_samples(self._samples_file, self._tasks)
-            check_samples(self._tasks, self._given, ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature)
+            check_samples(
+                self._tasks, self._given, ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature
+            )
         else:
             self._given = []
             self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
@@ -174,7 +184,7 @@ class EvalCodeContestsRecipe:
     def _what_decides_a_sample(self) -> dict:
         """The settings without which a resumed run would mix two evaluations."""
         keys = ("seed", "dtype", "tasks", "samples", "checkpoint", "model", "tokenizer", "protocol", "limits")
-        keys += ("top_p", "max_new_tokens", "speculative", "machine_factor", "stop_at_first_failure")
+        keys += ("top_p", "max_new_tokens", "num_drafts", "machine_factor", "stop_at_first_failure")
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
         settings["tasks_sha256"] = _sha256([self._job(task, "") for task in self._tasks])
         settings["samples_sha256"] = _sha256(self._given)
@@ -231,11 +241,12 @@ class EvalCodeContestsRecipe:
             requests = self._requests(units, f"generate at {temperature}")
             for done in generate(
                 self._model, self._tokenizer, requests, sampling,
-                batch_size=self._batch_size, speculative=self._speculative, stats=self._stats,
+                batch_size=self._batch_size, num_drafts=self._num_drafts, stats=self._stats,
             ):  # fmt: skip
                 task_id, number = done.id
                 program = self._protocol.program(self._tasks_by_id[task_id], done.text)
-                sample = Sample(task_id, number, temperature, program, done.text, done.finish_reason, len(done.tokens))
+                cost = (len(done.tokens), done.forwards)
+                sample = Sample(task_id, number, temperature, program, done.text, done.finish_reason, *cost)
                 self._journal.add_sample(sample)
                 self._submit(sample)
         self._seconds = time.perf_counter() - started
@@ -248,7 +259,7 @@ class EvalCodeContestsRecipe:
         self._progress.close()
 
     def _units(self, temperature: float) -> list[list[tuple[str, int]]]:
-        """What is still to generate, as (task, sample) of one task each: samples of a task share the prompt's prefill."""
+        """What is still to generate, as (task, sample) of one task each: its samples share the prompt's prefill."""
         units = []
         for task in self._tasks:
             missing = [n for n in range(self._num_samples) if (task.task_id, temperature, n) not in self._samples]
@@ -257,7 +268,7 @@ class EvalCodeContestsRecipe:
         return units
 
     def _requests(self, units: list, counter: str):
-        """This rank's requests, taken unit by unit when there is room for them. Random numbers depend on the key alone."""
+        """This rank's requests, taken unit by unit when there is room. Random numbers depend on the key alone."""
         for index in self._counters.take(counter, len(units)):
             for task_id, number in units[index]:
                 yield Request((task_id, number), tuple(self._prompts[task_id]), (self._seed, task_id, number))
@@ -301,12 +312,12 @@ class EvalCodeContestsRecipe:
         if not self._world.is_main:
             return None
         kept = read_journals(self._output_dir / "journals", self._settings)
-        wanted = None if self._samples_file is not None else {*self._temperatures}
-        samples = [s for s in kept.samples.values() if wanted is None or self._wanted(s)]
+        samples = [s for s in kept.samples.values() if self._samples_file is not None or self._wanted(s)]
         results = evaluation_results(
             self._tasks, samples, kept.judgements,
-            ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature, seed=self._seed, resamples=self._resamples,
-            settings=self._settings, sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
+            ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature,
+            seed=self._seed, resamples=self._resamples, settings=self._settings,
+            sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
         prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}

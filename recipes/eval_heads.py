@@ -10,7 +10,6 @@ plain and self-speculative, on the held-out prompts, with the share of drafts th
 import json
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -58,7 +57,9 @@ class EvalHeadsRecipe:
         self._world = start_world(self._device_name)
         holds_run = (self._output_dir / "config.yaml").exists()
         if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
-            raise ConfigError(f"output_dir {self._output_dir} holds files that are no run's; give a new or empty folder")
+            raise ConfigError(
+                f"output_dir {self._output_dir} holds files that are no run's; give a new or empty folder"
+            )
         if holds_run and not self._overwrite:
             raise ConfigError(f"output_dir {self._output_dir} already holds a run; set overwrite=true, or another one")
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
@@ -112,8 +113,8 @@ class EvalHeadsRecipe:
                 sums[name] += head_sums(scores)
         return {name: summarize_heads(all_reduce_sum(total)) for name, total in sums.items()}
 
-    def measure_speed(self) -> dict[str, float]:
-        """Greedy decoding of the same prompts, plain and self-speculative, in turn, on rank 0 alone."""
+    def measure_speed(self) -> dict[str, dict[str, float]]:
+        """Greedy decoding of the same prompts with 0 (plain) to H - 1 drafts a forward, in turn, on rank 0 alone."""
         if not self._world.is_main or self._speed_prompts == 0 or self._model.num_future_tokens == 1:
             return {}
         requests = []
@@ -122,31 +123,37 @@ class EvalHeadsRecipe:
             room = self._model.max_seq_len - self._max_new_tokens
             requests.append(Request(document.id, prompt[:room], (self._seed, document.id, 0)))
         sampling = Sampling(self._max_new_tokens)
-        stats = {"plain": DecodingStats(), "speculative": DecodingStats()}
-        seconds, texts = dict.fromkeys(stats, 0.0), {name: {} for name in stats}
-        for start in range(0, len(requests), self._speed_batch_size):  # in turn, so that a slow moment slows both
+        contenders = range(self._model.num_future_tokens)
+        stats, texts = [DecodingStats() for _ in contenders], [{} for _ in contenders]
+        for start in range(0, len(requests), self._speed_batch_size):  # in turn, so that a slow moment slows all
             part = requests[start : start + self._speed_batch_size]
-            for name, counts in stats.items():
-                started = time.perf_counter()
+            for num_drafts in contenders:
                 for done in generate(
                     self._model, self._tokenizer, part, sampling,
-                    batch_size=self._speed_batch_size, speculative=name == "speculative", stats=counts,
+                    batch_size=self._speed_batch_size, num_drafts=num_drafts, stats=stats[num_drafts],
                 ):  # fmt: skip
-                    texts[name][done.id] = done.text
-                seconds[name] += time.perf_counter() - started
-        same = sum(texts["plain"][i] == texts["speculative"][i] for i in texts["plain"])
-        figures = {f"tokens_per_second_{name}": stats[name].new_tokens / seconds[name] for name in stats}
-        figures["speedup"] = figures["tokens_per_second_speculative"] / figures["tokens_per_second_plain"]
-        figures["tokens_per_forward"] = stats["speculative"].tokens_per_forward
-        figures |= {f"acceptance_head{k}": share for k, share in stats["speculative"].acceptance().items()}
-        return {**figures, "same_text_share": same / len(requests)}
+                    texts[num_drafts][done.id] = done.text
+        figures = {}
+        for num_drafts, counts in enumerate(stats):
+            seconds = [s.prefill_seconds + s.decode_seconds for s in (counts, stats[0])]
+            name = "plain" if num_drafts == 0 else f"drafts_{num_drafts}"
+            figures[name] = {
+                "tokens_per_second": counts.new_tokens / seconds[0],
+                "speedup": counts.new_tokens / seconds[0] / (stats[0].new_tokens / seconds[1]),
+                "tokens_per_forward": counts.tokens_per_forward,
+                "same_text_share": sum(texts[num_drafts][i] == t for i, t in texts[0].items()) / len(requests),
+                **{f"acceptance_head{k}": share for k, share in counts.acceptance().items()},
+            }
+        return figures
 
     def report(self, quality: dict, speed: dict) -> None:
         """Print the table, write heads.json, log to MLflow."""
         if not self._world.is_main:
             return
         (self._output_dir / "heads.json").write_text(json.dumps({**quality, "speed": speed}, indent=1) + "\n")
-        lines = [f"{'head':>4}  {'CE':>8}  {'perplexity':>10}  {'accuracy':>8}  {'teacher-forced CE':>17}  {'accuracy':>8}"]
+        lines = [
+            f"{'head':>4}  {'CE':>8}  {'perplexity':>10}  {'accuracy':>8}  {'teacher-forced CE':>17}  {'accuracy':>8}"
+        ]
         ours, bound = quality["heads"], quality["teacher_forced"]
         for k in range(1, self._model.num_future_tokens + 1):
             ce, perplexity, accuracy = (ours[f"{name}_head{k}"] for name in ("ce", "perplexity", "accuracy"))
@@ -154,13 +161,14 @@ class EvalHeadsRecipe:
                 f"{k:>4}  {ce:8.4f}  {perplexity:10.2f}  {accuracy:8.4f}  "
                 f"{bound[f'ce_head{k}']:17.4f}  {bound[f'accuracy_head{k}']:8.4f}"
             )
-        lines += [f"{name}: {value:.3f}" for name, value in speed.items()]
+        for name, figures in speed.items():
+            lines.append(f"{name:>8}  " + "  ".join(f"{figure} {value:.3f}" for figure, value in figures.items()))
         lines.append(f"wrote {self._output_dir}/heads.json")
         for line in lines:
             self._say(line)
         if self._tracker:
             flat = {f"eval/heads/{view}/{name}": value for view in quality for name, value in quality[view].items()}
-            flat |= {f"eval/heads/speed/{name}": value for name, value in speed.items()}
+            flat |= {f"eval/heads/{view}/{name}": value for view in speed for name, value in speed[view].items()}
             self._tracker.log_metrics(flat, step=0)
             self._tracker.log_artifact(self._output_dir / "heads.json")
 

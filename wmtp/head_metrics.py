@@ -65,4 +65,3 @@ def summarize_heads(sums: Tensor) -> dict[str, float]:
 def head_sums(scores: HeadScores) -> Tensor:
     """[3, H] float64 of one batch, to be added up over batches and ranks."""
     return torch.stack([part.double().sum(dim=(1, 2)) for part in (scores.ce, scores.correct, scores.valid)])
-

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from decoding import Letters
 
 from wmtp.models import llama_mtp
 
@@ -15,16 +16,6 @@ TINY = {
     "head_dim": 8,
     "num_future_tokens": 3,
 }
-
-
-class Letters:
-    """A tokenizer of 67 characters, one a token: id i is chr(40 + i). EOS is id 66 unless said otherwise."""
-
-    def __init__(self, eos_id=66):
-        self.eos_id = eos_id
-
-    def decode(self, ids):
-        return "".join(chr(40 + i) for i in ids)
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +52,8 @@ def trained():
     """A tiny model of three heads that has learnt a language in which some next tokens are certain and some are not."""
     from wmtp.loss import weighted_mtp_cross_entropy
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = llama_mtp(**TINY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -71,4 +64,5 @@ def trained():
         (loss.loss_sum / loss.num_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     return model.eval()

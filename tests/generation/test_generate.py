@@ -1,27 +1,15 @@
 """Plain generation: the same text however it is batched, and every way to end."""
 
+import itertools
+
 import pytest
 import torch
-from conftest import Letters
+from decoding import Letters, completions, requests_of
 from torch import nn
 
 from wmtp.data import byte_tokenizer
 from wmtp.generation import Completion, DecodingStats, Request, Sampling, generate
 from wmtp.models import teacher_forced
-
-
-def requests_of(count, *, vocab_size=66, longest=12):
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
-    prompts = [tuple(torch.randint(0, vocab_size, (n,), generator=generator).tolist()) for n in lengths]
-    return [Request(i, prompt, (0, "task", i)) for i, prompt in enumerate(prompts)]
-
-
-def completions(model, tokenizer, requests, sampling, **options):
-    options.setdefault("batch_size", 4)
-    done = list(generate(model, tokenizer, requests, sampling, **options))
-    assert len({c.id for c in done}) == len(done)
-    return {c.id: c for c in done}
 
 
 @torch.no_grad()
@@ -53,10 +41,10 @@ def test_greedy_tokens_are_those_of_full_forwards(tiny, letters, batch_size):
 
 
 @pytest.mark.parametrize("sampling", [Sampling(20, 1.3), Sampling(20, 0.7, 0.8)], ids=str)
-@pytest.mark.parametrize("speculative", [False, True])
-def test_a_sampled_text_depends_on_its_key_alone(tiny, letters, sampling, speculative):
+@pytest.mark.parametrize("num_drafts", [0, 1, 2])
+def test_a_sampled_text_depends_on_its_key_alone(tiny, letters, sampling, num_drafts):
     model, requests = tiny(), requests_of(12)
-    options = {"speculative": speculative}
+    options = {"num_drafts": num_drafts}
     alone = completions(model, letters, requests, sampling, batch_size=1, **options)
     assert completions(model, letters, requests, sampling, batch_size=5, **options) == alone
     assert completions(model, letters, requests[::-1], sampling, batch_size=12, **options) == alone
@@ -67,17 +55,17 @@ def test_a_sampled_text_depends_on_its_key_alone(tiny, letters, sampling, specul
     assert all(alone[i].tokens != c.tokens for i, c in completions(model, letters, other, sampling, **options).items())
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-def test_samples_of_one_prompt_share_its_prefill(tiny, letters, speculative):
+@pytest.mark.parametrize("num_drafts", [0, 1, 2])
+def test_samples_of_one_prompt_share_its_prefill(tiny, letters, num_drafts):
     model, sampling = tiny(), Sampling(15, 1.0)
     tasks = requests_of(3)
     requests = [Request((r.id, n), r.prompt, (0, r.id, n)) for r in tasks for n in range(5)]
     stats = DecodingStats()
-    shared = completions(model, letters, requests, sampling, batch_size=4, speculative=speculative, stats=stats)
+    shared = completions(model, letters, requests, sampling, batch_size=4, num_drafts=num_drafts, stats=stats)
     assert stats.prefills == 3 and stats.completions == 15
     apart = {}
     for request in requests:
-        apart |= completions(model, letters, [request], sampling, speculative=speculative)
+        apart |= completions(model, letters, [request], sampling, num_drafts=num_drafts)
     assert shared == apart
     assert len({c.tokens for c in shared.values()}) == 15
 
@@ -90,7 +78,6 @@ def test_requests_are_read_as_room_appears_and_completions_come_as_they_finish(t
             read.append(request.id)
             yield request
 
-    # Of six requests, two at a time; a context of 64 gives each a different length.
     iterator = generate(tiny(), letters, stream(), Sampling(5), batch_size=2)
     assert read == []
     first = next(iterator)
@@ -104,40 +91,32 @@ def test_requests_are_read_as_room_appears_and_completions_come_as_they_finish(t
 # Ends
 
 
-class Script(nn.Module):
-    """Stands in for the unembedding: whatever the model's state, position t's next token is ``tokens[t + 1]``."""
-
-
-def scripted(tiny, tokens, prompt_length=1):
-    """A model that says ``tokens`` after a prompt of that length: no attention, and each position's own embedding."""
-    vocab, dim = max(300, *tokens) + 1, 64
-    model = tiny(vocab_size=vocab, embed_dim=dim, num_heads=4, num_kv_heads=4, head_dim=16, max_seq_len=64)
+def scripted(tiny, tokens):
+    """A model that continues token 0 with these, all different: each token's state is a unit vector of its own."""
+    chain = [0, *tokens]
+    assert len(set(chain)) == len(chain)
+    model = tiny(vocab_size=max(chain) + 1, embed_dim=64, num_kv_heads=4, head_dim=16)
     with torch.no_grad():
         for block in (*model.layers, *model.extra_heads):
             block.attn.output_proj.weight.zero_()
             block.mlp.w2.weight.zero_()
-        # Token i's state is unit vector i of the script; the unembedding sends unit i to the script's token i + 1.
         model.norm.scale.fill_(1)
         model.tok_embeddings.weight.zero_()
         model.output.weight.zero_()
-        chain = [0, *tokens]
-        assert len(set(chain)) == len(chain), "a script is a chain: each token says the next"
-        for i, (token, following) in enumerate(zip(chain, chain[1:], strict=False)):
+        for i, (token, following) in enumerate(itertools.pairwise(chain)):
             model.tok_embeddings.weight[token, i] = 1
             model.output.weight[following, i] = 1
     return model
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-def test_a_stop_string_is_found_across_tokens_and_cut_off(tiny, letters, speculative):
-    tokens = [letters_id(c) for c in "Hello, World: stpxyz"[:5].replace("ll", "lm") + "ABC"]
+@pytest.mark.parametrize("num_drafts", [0, 1, 2])
+def test_a_stop_string_is_found_across_tokens_and_cut_off(tiny, letters, num_drafts):
+    tokens = [ord(character) - 40 for character in "HelmoABC"]
     model = scripted(tiny, tokens)
     request = [Request("r", (0,), ("r",))]
 
     def ends(*stop, count=8):
-        done = list(
-            generate(model, letters, request, Sampling(count, stop=stop), batch_size=1, speculative=speculative)
-        )
+        done = list(generate(model, letters, request, Sampling(count, stop=stop), batch_size=1, num_drafts=num_drafts))
         assert done[0].tokens == tuple(tokens[: len(done[0].tokens)])
         return done[0].text, done[0].finish_reason, len(done[0].tokens)
 
@@ -149,10 +128,6 @@ def test_a_stop_string_is_found_across_tokens_and_cut_off(tiny, letters, specula
     assert ends("C") == ("HelmoAB", "stop", 8)  # on the last token there is room for
     assert ends("moAB", count=6) == ("HelmoA", "length", 6)
     assert ends("hel") == ("HelmoABC", "length", 8)
-
-
-def letters_id(character):
-    return ord(character) - 40
 
 
 def test_characters_split_over_tokens_are_whole_in_the_text_and_in_stop_strings(tiny):
@@ -172,22 +147,22 @@ def test_characters_split_over_tokens_are_whole_in_the_text_and_in_stop_strings(
     assert ends(9, "🙂") == ("aé→b\ufffd", "length", 9)  # half a character is none
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-def test_eos_ends_a_completion_and_is_no_part_of_its_text(tiny, speculative):
+@pytest.mark.parametrize("num_drafts", [0, 1, 2])
+def test_eos_ends_a_completion_and_is_no_part_of_its_text(tiny, num_drafts):
     tokens = [10, 11, 12, 13, 14]
     model, request = scripted(tiny, tokens), [Request("r", (0,), ("r",))]
     for eos_id, length in ((10, 1), (12, 3), (14, 5)):
-        options = {"batch_size": 1, "speculative": speculative}
+        options = {"batch_size": 1, "num_drafts": num_drafts}
         (done,) = generate(model, Letters(eos_id), request, Sampling(5), **options)
         assert done.tokens == tuple(tokens[:length]) and done.finish_reason == "eos"
         assert done.text == Letters().decode(tokens[: length - 1])
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-def test_the_context_ends_a_completion(tiny, speculative):
+@pytest.mark.parametrize("num_drafts", [0, 1, 2])
+def test_the_context_ends_a_completion(tiny, num_drafts):
     model, letters = tiny(max_seq_len=20), Letters(eos_id=-1)
     requests = [Request(n, (1,) * n, (n,)) for n in (19, 5, 18, 17, 12)]
-    done = completions(model, letters, requests, Sampling(9), batch_size=2, speculative=speculative)
+    done = completions(model, letters, requests, Sampling(9), batch_size=2, num_drafts=num_drafts)
     assert {n: len(c.tokens) for n, c in done.items()} == {19: 1, 18: 2, 17: 3, 12: 8, 5: 9}
     assert {c.finish_reason for c in done.values()} == {"length"}
 
@@ -218,8 +193,8 @@ def test_prompts_that_cannot_be_continued_are_named(tiny, letters, prompt, messa
 
 def test_models_that_cannot_generate_are_refused(tiny, letters):
     request, options = [Request(0, (1,), (0,))], {"batch_size": 1}
-    with pytest.raises(ValueError, match="speculative decoding needs extra heads"):
-        generate(tiny(num_future_tokens=1), letters, request, Sampling(4), speculative=True, **options)
+    with pytest.raises(ValueError, match="num_drafts must be a whole number between 0 and"):
+        generate(tiny(num_future_tokens=1), letters, request, Sampling(4), num_drafts=2, **options)
     with pytest.raises(ValueError, match="generate needs an MTPDecoder, got TeacherForced"):
         generate(teacher_forced(tiny(), 2), letters, request, Sampling(4), **options)
     with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
@@ -232,7 +207,7 @@ def test_models_that_cannot_generate_are_refused(tiny, letters):
         list(generate(model, letters, request, Sampling(4), **options))
     model = tiny()
     model.layers[0].mlp.w1 = nn.Sequential(model.layers[0].mlp.w1, nn.Dropout(0.1))
-    with pytest.raises(ValueError, match="call model.eval"):
+    with pytest.raises(ValueError, match="without dropout"):
         generate(model.train(), letters, request, Sampling(4), **options)
     list(generate(model.eval(), letters, request, Sampling(4), **options))
 
@@ -241,11 +216,11 @@ def test_models_that_cannot_generate_are_refused(tiny, letters):
 # Dtypes and devices
 
 
-@pytest.mark.parametrize("speculative", [False, True])
-def test_bfloat16_on_a_cpu_follows_the_model(tiny, letters, speculative):
-    """Its greedy tokens are those that the bfloat16 model itself ranks first, but for what rounding cannot tell apart."""
+@pytest.mark.parametrize("num_drafts", [0, 1, 2])
+def test_bfloat16_on_a_cpu_follows_the_model(tiny, letters, num_drafts):
+    """Greedy tokens are those that the bfloat16 model itself ranks first, up to its rounding."""
     model, requests = tiny().to(torch.bfloat16), requests_of(8)
-    done = completions(model, letters, requests, Sampling(25), speculative=speculative)
+    done = completions(model, letters, requests, Sampling(25), num_drafts=num_drafts)
     agree = total = 0
     for request in requests:
         tokens = torch.tensor([[*request.prompt, *done[request.id].tokens]])
@@ -254,7 +229,7 @@ def test_bfloat16_on_a_cpu_follows_the_model(tiny, letters, speculative):
         chosen = logits.gather(1, tokens[0, len(request.prompt) :, None])[:, 0]
         agree, total = agree + (chosen >= logits.max(-1).values - 0.1).sum().item(), total + len(chosen)
     assert agree == total
-    assert completions(model, letters, requests, Sampling(25), speculative=speculative) == done
+    assert completions(model, letters, requests, Sampling(25), num_drafts=num_drafts) == done
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -264,8 +239,8 @@ def test_cuda_generates_what_the_cpu_does(tiny, letters, dtype, sampling):
     requests = requests_of(12)
     model = tiny().to(dtype)
     expected = completions(model, letters, requests, sampling)
-    for speculative in (False, True):
-        done = completions(model.cuda(), letters, requests, sampling, batch_size=5, speculative=speculative)
+    for num_drafts in (0, 2):
+        done = completions(model.cuda(), letters, requests, sampling, batch_size=5, num_drafts=num_drafts)
         assert done.keys() == expected.keys()
-        if dtype == torch.float32 and (sampling.greedy or not speculative):
+        if dtype == torch.float32 and (sampling.greedy or not num_drafts):
             assert done == expected

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from decoding import far_from
 
 from wmtp.generation.sampling import (
     Sampling,
@@ -13,16 +14,6 @@ from wmtp.generation.sampling import (
     verify_greedy,
     verify_sampled,
 )
-
-
-def far_from(counts, probs):
-    """Standard deviations by which the chi-square statistic lies above its mean; cells of probability 0 are empty."""
-    assert counts[probs == 0].sum() == 0
-    counts, probs = counts[probs > 0].double(), probs[probs > 0].double()
-    expected = counts.sum() * probs / probs.sum()
-    assert expected.min() > 5
-    degrees = len(counts) - 1
-    return (((counts - expected) ** 2 / expected).sum().item() - degrees) / (2 * degrees) ** 0.5
 
 
 def test_temperature_divides_logits_and_a_tiny_one_does_not_overflow():

@@ -1,11 +1,11 @@
 """Self-speculative decoding: the tokens of plain greedy decoding, the distribution of plain sampling."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from test_generate import completions, requests_of
-from test_sampling import far_from
+from decoding import completions, far_from, requests_of
 
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 
@@ -15,13 +15,13 @@ from wmtp.generation import DecodingStats, Request, Sampling, generate
 def test_greedy_tokens_are_those_of_plain_decoding(tiny, trained, letters, heads, batch_size):
     model = tiny() if heads == "random" else trained
     requests = requests_of(16, vocab_size=32)
-    # In trained's language every word may end in these; texts then end by stop string, EOS and length.
-    letters.eos_id = 29
-    sampling = Sampling(30, stop=(letters.decode([7, 15, 23]), letters.decode([22, 30])))
+    letters.eos_id = 30  # ends the word 6, 14, 22, 30 of trained's language; the stop strings end two others
+    sampling = Sampling(30, stop=(letters.decode([23, 31]), letters.decode([17, 25])))
     plain = completions(model, letters, requests, sampling, batch_size=batch_size)
     stats = DecodingStats()
-    drafted = completions(model, letters, requests, sampling, batch_size=batch_size, speculative=True, stats=stats)
-    assert drafted == plain
+    drafted = completions(model, letters, requests, sampling, batch_size=batch_size, num_drafts=2, stats=stats)
+    assert all(replace(drafted[i], forwards=plain[i].forwards) == plain[i] for i in plain)
+    assert all(plain[i].forwards == len(plain[i].tokens) >= drafted[i].forwards for i in plain)
     if heads == "random":
         assert 1 <= stats.tokens_per_forward < 1.3
     else:
@@ -34,7 +34,7 @@ def test_acceptance_is_counted_on_verified_drafts(trained, letters):
     """By hand, from the plain forward pass over the finished text: a draft counts if all before it were accepted."""
     model, stats, letters.eos_id = trained, DecodingStats(), -1
     requests = requests_of(6, vocab_size=32)
-    done = completions(model, letters, requests, Sampling(21), speculative=True, stats=stats)
+    done = completions(model, letters, requests, Sampling(21), num_drafts=2, stats=stats)
     verified, accepted, forwards = {2: 0, 3: 0}, {2: 0, 3: 0}, 0
     for request in requests:
         text = [*request.prompt, *done[request.id].tokens]
@@ -87,22 +87,18 @@ def test_sampled_tokens_have_the_models_distribution(tiny, letters, sampling):
     model = tiny(vocab_size=6, max_seq_len=8)
     with torch.no_grad():
         model.output.weight.mul_(1.5)  # heads that disagree
-    prompt, n = (1, 4, 2), 24_000
-    joint = joint_of_three(model, prompt, sampling)
-    for speculative in (False, True):
-        stats = DecodingStats()
+    prompt, joint = (1, 4, 2), joint_of_three(model, (1, 4, 2), sampling)
+    for num_drafts, n in ((0, 6_000), (2, 20_000)):
+        stats, counts = DecodingStats(), torch.zeros(6**3)
         requests = (Request(i, prompt, (0, i)) for i in range(n))
-        counts = torch.zeros(6**3)
-        for done in generate(model, letters, requests, sampling, batch_size=512, speculative=speculative, stats=stats):
+        for done in generate(model, letters, requests, sampling, batch_size=512, num_drafts=num_drafts, stats=stats):
             a, b, c = done.tokens
             counts[(a * 6 + b) * 6 + c] += 1
-        likely = joint > 3e-4  # cells of at least seven expected samples; the rest together are one more cell
-        grouped_counts = torch.cat([counts[likely], counts[~likely].sum()[None]])
-        grouped_joint = torch.cat([joint[likely], joint[~likely].sum()[None]])
-        assert counts[joint == 0].sum() == 0
+        assert counts.sum() == n and stats.prefills == 1 and counts[joint == 0].sum() == 0
+        likely = joint > 7 / n  # chi-square wants several expected samples in a cell; the unlikely ones share a cell
         assert likely.sum() > 20
+        grouped_counts, grouped_joint = (torch.cat([x[likely], x[~likely].sum()[None]]) for x in (counts, joint))
         assert far_from(grouped_counts, grouped_joint) < 4
-        assert stats.prefills == 1
     # The drafts matter here: a good share is refused, and a good share is not.
     assert 0.3 < stats.acceptance()[2] < 0.9
     assert stats.verified[2] == n  # of three tokens, the first is the prefill's and the last head 1's

@@ -69,40 +69,6 @@ def test_only_the_asked_heads_are_computed(tiny):
         model(tokens, num_heads=4)
 
 
-def test_cached_decoding_gives_every_head_the_full_forwards_logits(tiny):
-    model, tokens = tiny(num_future_tokens=HEADS).eval(), random_tokens(2, 12)
-    full = model(tokens)
-    model.setup_caches(batch_size=2, dtype=torch.float32, max_seq_len=20)
-    assert model.caches_are_enabled()
-
-    def decode(start, end):
-        pos = torch.arange(start, end).expand(2, -1)
-        return model(tokens[:, start:end], input_pos=pos, mask=torch.arange(20) <= pos[:, :, None])
-
-    for _ in range(2):  # a second time after a reset
-        steps = [decode(0, 4), *(decode(t, t + 1) for t in range(4, 12))]
-        torch.testing.assert_close(torch.cat(steps, dim=2), full, atol=1e-5, rtol=1e-5)
-        model.reset_caches()
-    with pytest.raises(ValueError, match="with KV caches enabled, give mask"):
-        model(tokens)
-    with pytest.raises(ValueError, match="delete_caches"):
-        model.setup_caches(batch_size=2, dtype=torch.float32)
-    model.delete_caches()
-    assert torch.equal(model(tokens), full)
-    with pytest.raises(ValueError, match="between 1 and the model's 32, got 33"):
-        model.setup_caches(batch_size=2, dtype=torch.float32, max_seq_len=33)
-
-
-def test_attention_stays_causal_with_a_disabled_cache(tiny):
-    from torchtune.modules.common_utils import disable_kv_cache  # the torchtune way to pause a cache
-
-    model, tokens = tiny(num_future_tokens=2).eval(), random_tokens(2, 12)
-    full = model(tokens)
-    model.setup_caches(batch_size=2, dtype=torch.float32, max_seq_len=12)
-    with disable_kv_cache(model):
-        torch.testing.assert_close(model(tokens), full, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_in_forward_has_the_gradients_of_full_logits(tiny, tied):
     model, tokens = tiny(num_future_tokens=2, tie_word_embeddings=tied), random_tokens(2, 10)

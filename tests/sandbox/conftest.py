@@ -1,9 +1,12 @@
 """A pool for the corpus of attacks, in a place where everything that a program leaves behind shows."""
 
+import contextlib
 import ctypes
 import os
+import re
 import socket
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MARK = f"wmtp_attack_{os.getpid()}_"  # begins the name of every file that an attack tries to leave
 TOKEN = "AWS_SECRET_ACCESS_KEY"
 NUMBER = "914273"
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 
 # Answers with all that is not as a program must find it, whoever ran before it.
 PROBE = """
@@ -67,7 +70,7 @@ class Watch:
         (self.base / "outside" / "kept").write_text("kept")
         self.tcp = self._listen(socket.socket(), ("127.0.0.1", 0))
         self.port = self.tcp.getsockname()[1]
-        self.abstract = f"{MARK}abstract"
+        self.abstract = f"{MARK}{self.base.name}"
         self.udp = self._listen(socket.socket(type=socket.SOCK_DGRAM), ("127.0.0.1", self.port))
         self.path = self._listen(socket.socket(socket.AF_UNIX), str(self.base / "outside" / "socket"))
         self.name = self._listen(socket.socket(socket.AF_UNIX), f"\0{self.abstract}")
@@ -127,7 +130,8 @@ class Watch:
             status = path.lstat()
             content = path.read_text() if path.is_file() and not path.is_relative_to(self.base / "tmp") else None
             times = (status.st_mtime_ns, status.st_ctime_ns) if path.is_relative_to(self.base / "outside") else None
-            found[str(path)] = (status.st_mode, status.st_uid, times, content)
+            name = re.sub(r"-[^-/]{8}(?=/|$)", "-*", str(path))  # a judge or zygote that was replaced has a new folder
+            found.setdefault(name, []).append((status.st_mode, status.st_uid, times, content))
         library = Path(os.__file__).parent
         site_packages = Path(psutil.__file__).parent.parent
         around = [ROOT, ROOT.parent, ROOT / "wmtp" / "sandbox" / "__pycache__", library, library / "__pycache__"]
@@ -158,32 +162,51 @@ class Watch:
 @pytest.fixture(scope="module")
 def watch(tmp_path_factory):
     """A pool of one worker, so that the next program meets the same processes, in the middle of planted places."""
-    base = tmp_path_factory.mktemp("sandbox")
+    with plant(tmp_path_factory.mktemp("sandbox")) as watch:
+        yield watch
+
+
+@pytest.fixture(scope="module", params=["namespaces", "landlock"])
+def weaker_watch(request, tmp_path_factory):
+    """The same where a layer that not every machine has is switched off."""
+    with plant(tmp_path_factory.mktemp("sandbox"), without=(request.param,)) as watch:
+        if any(layer.startswith("mount+") or "namespaces" in layer for layer in watch.sandbox.layers) or (
+            request.param == "namespaces"
+        ):
+            yield watch
+        else:
+            pytest.skip("without Landlock this machine has nothing that keeps programs from files")
+
+
+@contextlib.contextmanager
+def plant(base: Path, without: tuple[str, ...] = ()):
+    """A `Watch` with its pool, this process's folder, environment and temporary folder being the planted ones."""
     before = {name: os.environ.get(name) for name in (TOKEN, "TMPDIR", "HOME", "WMTP_ATTACK_SECRET")}
-    folder = os.getcwd()
-    adopt_orphans(True)
+    folder, chosen = os.getcwd(), tempfile.tempdir
+    adopted = adopt_orphans(True)
     watch = Watch(base)
     os.environ[TOKEN] = os.environ["WMTP_ATTACK_SECRET"] = f"wmtp-{NUMBER}"
     os.environ["TMPDIR"], os.environ["HOME"] = str(base / "tmp"), str(base / "home")
     os.chdir(base / "cwd")
-    # `tempfile` has chosen its folder long ago; the sandbox must find the new one.
-    import tempfile
-
-    chosen, tempfile.tempdir = tempfile.tempdir, None
+    tempfile.tempdir = None  # chosen anew, from TMPDIR
     try:
-        with Sandbox(workers=1) as watch.sandbox:
+        with Sandbox(workers=1, _without=without) as watch.sandbox:
             yield watch
     finally:
         tempfile.tempdir = chosen
         os.chdir(folder)
         for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
         for server in watch.listeners:
             server.close()
-        adopt_orphans(False)
+        adopt_orphans(adopted)
 
 
-def adopt_orphans(yes: bool) -> None:
-    """Become the parent of every descendant whose own parent has ended, so that none can hide."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
+def adopt_orphans(yes: bool) -> bool:
+    """Become the parent of every descendant whose own parent has ended, so that none can hide; what was so far."""
+    if sys.platform != "linux":
+        return False
+    libc, before = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(before), 0, 0, 0)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)
+    return bool(before.value)

@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wmtp.data import read_rows
-from wmtp.sandbox import AssertionJob, StdioJob, StdioTest
+from wmtp.sandbox import AssertionJob, Limits, StdioJob, StdioTest
 
 DATA = Path(os.environ.get("WMTP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
+
+# One solution needs 3 s of CPU time for a test, and CPU time too doubles where another process shares the core.
+CONTEST_LIMITS = Limits(cpu_seconds=20.0, wall_seconds=120.0)
 
 
 def mbpp(split: str) -> Iterator[tuple[str, AssertionJob]]:
@@ -65,7 +68,8 @@ def code_contests(tests_each: int | None = None) -> Iterator[tuple[str, StdioJob
     for _, row in read_rows(DATA / "code_contests" / "problems.jsonl"):
         if row["gold_passes_exactly"]:
             tests = list(zip(row["tests"]["input"], row["tests"]["output"], strict=True))[:tests_each]
-            yield row["name"], StdioJob(row["solutions"]["solution"][0], tuple(StdioTest(*test) for test in tests))
+            tests = tuple(StdioTest(*test) for test in tests)
+            yield row["name"], StdioJob(row["solutions"]["solution"][0], tests, limits=CONTEST_LIMITS)
 
 
 def packaged_program_job(row: dict, solution: str) -> StdioJob:

@@ -2,16 +2,17 @@
 
 A block's keys and values must be there for every token before the one that asks, but its query, output and MLP are
 needed only where a result is wanted. So the trunk runs on all new tokens and writes every head's keys and values from
-its own result, and a head runs on the positions that are asked of it: all of a window that is verified, one where the
-next token is drafted, none inside a prompt.
+its own result, and the heads run on the positions that are asked of them: a window that is verified, the last position
+of a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchtune.modules import RMSNorm
 
 from wmtp.generation.linear import side_by_side, times
 from wmtp.models.decoder import MTPDecoder
@@ -78,7 +79,7 @@ class CachedDecoder:
         self._angles = torch.view_as_complex(model.rope.cache)  # [max_seq_len, head_dim / 2]
         self._blocks = [_Block(block) for block in (*model.layers, *model.extra_heads[: num_heads - 1])]
         self._num_trunk = len(model.layers) - 1
-        self._unembed = times(model.unembedding)
+        self._norm, self._unembed = _norm(model.norm), times(model.unembedding)
 
     def new_cache(self, rows: int) -> KVCache:
         return KVCache(self.model, len(self._blocks), rows)
@@ -105,28 +106,23 @@ class CachedDecoder:
             self._write(i, h, places, cache)
         return h.view(*tokens.shape, -1), places
 
-    def heads(self, first: int, last: int, states: Tensor, places: _Places, cache: KVCache) -> Tensor:
-        """Logits [heads, B, W, V] in float32 of heads ``first`` to ``last`` (1 is the next token's) at trunk states.
+    def heads(self, states: Tensor, places: _Places, cache: KVCache) -> Tensor:
+        """Logits [heads, B, W, V] in float32 at trunk states; the first are head 1's, the next token's.
 
         Args:
             states: [B, W, D], at places whose keys and values are cached.
         """
         h = states.reshape(-1, self._embed_dim)
-        hidden = [self.model.norm(self._run(self._num_trunk + k - 1, h, places, cache)) for k in range(first, last + 1)]
-        return self._unembed(torch.cat(hidden)).float().view(last - first + 1, *states.shape[:2], -1)
+        hidden = [self._norm(self._run(i, h, places, cache)) for i in range(self._num_trunk, len(self._blocks))]
+        return self._unembed(torch.cat(hidden)).float().view(self.num_heads, *states.shape[:2], -1)
 
-    def last_places(self, lengths: Sequence[int], cache: KVCache) -> _Places:
-        """The places of the last cached token of each row, for :meth:`heads` on [B, 1, D]."""
-        return self._places(torch.tensor(lengths) - 1, 1, cache)
-
-    def prefill(self, prompt: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
-        """Cache a whole prompt in row 0; the trunk's state [D] and head 1's logits [1, 1, V] at its last token."""
+    def prefill(self, prompt: Sequence[int], cache: KVCache) -> Tensor:
+        """Cache a whole prompt in row 0; the logits [heads, 1, 1, V] at its last token."""
         device = self.model.tok_embeddings.weight.device
         for start in range(0, len(prompt), PREFILL_CHUNK):
             tokens = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=device)
             states, _ = self.extend(tokens, [start], cache)
-        last = states[:, -1:]
-        return last[0, 0], self.heads(1, 1, last, self.last_places([len(prompt)], cache), cache)[0]
+        return self.heads(states[:, -1:], self._places(torch.tensor([len(prompt) - 1]), 1, cache), cache)
 
     # ------------------------------------------------------------------------------------------------------------------
     # One block
@@ -178,9 +174,15 @@ class _Block:
 
     def __init__(self, block: nn.Module) -> None:
         attention, mlp = block.attn, block.mlp
-        self.attention_norm, self.mlp_norm = block.sa_norm, block.mlp_norm
+        self.attention_norm, self.mlp_norm = _norm(block.sa_norm), _norm(block.mlp_norm)
         self.queries = side_by_side(attention.q_proj)
         self.keys_values = side_by_side(attention.k_proj, attention.v_proj)
         self.attention_out = side_by_side(attention.output_proj)
         self.gate_up = side_by_side(mlp.w1, mlp.w3)
         self.down = side_by_side(mlp.w2)
+
+
+def _norm(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
+    """The module's result, with its weight cast once: F.rms_norm has a fused kernel only for one dtype."""
+    weight = norm.scale.float()
+    return lambda x: F.rms_norm(x.float(), weight.shape, weight, norm.eps).type_as(x)

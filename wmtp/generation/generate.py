@@ -48,12 +48,14 @@ class Completion:
         text: decoded up to the first stop string or EOS, both left out.
         tokens: every token generated, with EOS or those of the stop string.
         finish_reason: ``stop``, ``eos``, or ``length``: max_new_tokens or the model's context is used up.
+        forwards: passes of the model that made its tokens, the prompt's too; fewer than tokens where drafts helped.
     """
 
     id: object
     text: str
     tokens: tuple[int, ...]
     finish_reason: Literal["stop", "eos", "length"]
+    forwards: int
 
 
 @dataclass
@@ -104,18 +106,18 @@ def generate(
     sampling: Sampling,
     *,
     batch_size: int,
-    speculative: bool = False,
+    num_drafts: int = 0,
     stats: DecodingStats | None = None,
 ) -> Iterator[Completion]:
     """Continue every request's prompt; yields each completion as it finishes, in no fixed order.
 
     A row that finishes makes room for the next request at once, and ``requests`` is read only as room appears. Requests
-    with the same prompt, one after the other, share its prefill. Head 1 alone decodes, unless ``speculative``: then
-    heads 2 to H draft the tokens after the next, and one forward verifies them. Greedy tokens are those of plain
-    decoding; sampled ones have its distribution (:func:`~wmtp.generation.sampling.verify_sampled`), though not its
-    random numbers, so a single text differs.
+    with the same prompt, one after the other, share its prefill. With ``num_drafts`` > 0 decoding is self-speculative:
+    heads 2 to num_drafts + 1 draft the tokens after the next, and one forward verifies them. Greedy tokens are those of
+    plain decoding; sampled ones have its distribution (:func:`~wmtp.generation.sampling.verify_sampled`), though not
+    its random numbers, so a single text differs.
 
-    The text depends on the prompt, ``sampling``, ``speculative`` and the request's key, not on batch size, order or
+    The text depends on the prompt, ``sampling``, ``num_drafts`` and the request's key, not on batch size, order or
     number of processes, up to rounding: attention adds in an order that varies with the shape of the batch, which moves
     logits by about 1e-6 of their size in float32 and makes another token win only where two are closer than that. In
     bfloat16 on a CPU a row's products do not depend on the others at all, so what is left is rare too; on CUDA
@@ -127,28 +129,33 @@ def generate(
         tokenizer: has ``decode`` and ``eos_id``.
         requests: checked before anything runs where they are a sequence, one by one as they are read elsewhere.
         batch_size: rows decoded at once.
+        num_drafts: 0 to H - 1; 0 is plain decoding, with head 1 alone. Each draft costs a head's block and one more row
+            in the forward that verifies it, accepted or not: few are best where the heads are often wrong.
         stats: counts are added to it.
 
     Raises:
         ValueError: a prompt that is empty, leaves no room for a token, or has ids outside the vocabulary; a bad key;
-            drafts asked of a model without extra heads; a model that cannot decode as it is; non-finite logits.
+            more drafts than the model has extra heads; a model that cannot decode as it is; non-finite logits.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
-    _check_model(model, speculative)
+    _check_model(model, num_drafts)
     if isinstance(requests, Sequence):
         for request in requests:
             _check_request(request, model)
         batch_size = min(batch_size, max(len(requests), 1))
     stats = DecodingStats() if stats is None else stats
-    return _Batch(model, tokenizer, sampling, batch_size, speculative, stats).run(iter(requests))
+    return _Batch(model, tokenizer, sampling, batch_size, num_drafts, stats).run(iter(requests))
 
 
-def _check_model(model: nn.Module, speculative: bool) -> None:
+def _check_model(model: nn.Module, num_drafts: int) -> None:
     if not isinstance(model, MTPDecoder):
         raise ValueError(f"generate needs an MTPDecoder, got {type(model).__name__}")
-    if speculative and model.num_future_tokens == 1:
-        raise ValueError("speculative decoding needs extra heads to draft with, and the model has num_future_tokens 1")
+    if isinstance(num_drafts, bool) or not isinstance(num_drafts, int) or not 0 <= num_drafts < model.num_future_tokens:
+        raise ValueError(
+            f"num_drafts must be a whole number between 0 and the model's extra heads, num_future_tokens - 1 = "
+            f"{model.num_future_tokens - 1}, got {num_drafts!r}"
+        )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError(
             "generate needs whole weights on one device, got a sharded model; export it and load the export"
@@ -181,6 +188,7 @@ class _Row:
     room: int  # tokens it may still get
     length: int  # tokens in the cache: all but the newest one
     tokens: list[int] = field(default_factory=list)
+    forwards: int = 1  # the prefill
     finish_reason: Literal["stop", "eos", "length"] | None = None
 
     def numbers(self, count: int) -> list[Numbers]:
@@ -193,12 +201,11 @@ class _Prompt:
     """The prompt prefilled last, whose keys and values are in the prompt cache."""
 
     tokens: tuple[int, ...]
-    state: Tensor  # [D], the trunk's at its last token
-    logits: Tensor  # [1, 1, V], head 1's there
+    logits: Tensor  # [heads, 1, 1, V], at its last token
 
 
 class _Batch:
-    """The requests in flight: request b is entry b of ``_rows`` and ``_states``, and row b of the cache."""
+    """The requests in flight: request b is entry b of ``_rows`` and ``_draft_logits``, and row b of the cache."""
 
     def __init__(
         self,
@@ -206,12 +213,12 @@ class _Batch:
         tokenizer,
         sampling: Sampling,
         batch_size: int,
-        speculative: bool,
+        num_drafts: int,
         stats: DecodingStats,
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._stats = model, tokenizer, sampling, stats
         self._batch_size = batch_size
-        self._num_heads = model.num_future_tokens if speculative else 1
+        self._num_drafts = num_drafts
         self._stop = StopStrings(tokenizer, sampling.stop)
         self._rows: list[_Row] = []
         self._prompt: _Prompt | None = None
@@ -231,12 +238,12 @@ class _Batch:
 
     @torch.inference_mode()
     def _prepare(self) -> None:
-        self._decoder = CachedDecoder(self._model, self._num_heads)
+        self._decoder = CachedDecoder(self._model, 1 + self._num_drafts)
         self._cache, self._prompt_cache = self._decoder.new_cache(self._batch_size), self._decoder.new_cache(1)
         embedding = self._model.tok_embeddings.weight
         self._device = embedding.device
-        # Of each row, the trunk's state at its last cached token: what the next drafts are made from.
-        self._states = torch.zeros(self._batch_size, embedding.shape[1], dtype=embedding.dtype, device=self._device)
+        # Of each row, the extra heads' logits at its last cached token: what the next drafts are drawn from.
+        self._draft_logits = torch.zeros(self._batch_size, self._num_drafts, len(embedding), device=self._device)
 
     def _admit(self, requests: Iterator[Request]) -> Iterator[Completion]:
         """New requests take the places of finished rows; what they leave empty is closed up. Some finish at once."""
@@ -259,16 +266,16 @@ class _Batch:
         _check_request(request, self._model)
         prompt = tuple(request.prompt)
         if self._prompt is None or self._prompt.tokens != prompt:
-            state, logits = self._decoder.prefill(prompt, self._prompt_cache)
+            logits = self._decoder.prefill(prompt, self._prompt_cache)
             if not bool(logits.isfinite().all()):
                 raise ValueError(
                     f"the model gives request {request.id!r} logits that are not finite; check its weights"
                 )
-            self._prompt = _Prompt(prompt, state, logits)
+            self._prompt = _Prompt(prompt, logits)
             self._stats.prefills += 1
         room = min(self._sampling.max_new_tokens, self._model.max_seq_len - len(prompt))
         row = _Row(request, key_digest(request.key), room, len(prompt) - 1)
-        _, token = self._verify(self._prompt.logits, _Drafts.none(1, self._device), [0], [row.numbers(1)])
+        _, token = self._verify(self._prompt.logits[0], _Drafts.none(1, self._device), [0], [row.numbers(1)])
         self._append(row, int(token))
         self._stats.first_tokens += 1
         self._stats.prefill_seconds += time.perf_counter() - started
@@ -278,7 +285,7 @@ class _Batch:
     def _put(self, row: _Row, place: int) -> None:
         self._rows[place : place + 1] = [row]
         self._cache.copy_row(place, self._prompt_cache, 0, row.length)
-        self._states[place] = self._prompt.state
+        self._draft_logits[place] = self._prompt.logits[1:, 0, 0]
 
     @torch.inference_mode()
     def _close_gaps(self) -> None:
@@ -288,7 +295,7 @@ class _Batch:
                 if place < len(self._rows):
                     self._rows[place] = last
                     self._cache.copy_row(place, self._cache, len(self._rows), last.length)
-                    self._states[place] = self._states[len(self._rows)]
+                    self._draft_logits[place] = self._draft_logits[len(self._rows)]
 
     def _completion(self, row: _Row) -> Completion:
         self._stats.completions += 1
@@ -296,8 +303,8 @@ class _Batch:
         text = self._tokenizer.decode(shown)
         cut = self._stop.cut(text)
         if cut is not None:
-            return Completion(row.request.id, cut, tuple(row.tokens), "stop")
-        return Completion(row.request.id, text, tuple(row.tokens), row.finish_reason)
+            return Completion(row.request.id, cut, tuple(row.tokens), "stop", row.forwards)
+        return Completion(row.request.id, text, tuple(row.tokens), row.finish_reason, row.forwards)
 
     # ------------------------------------------------------------------------------------------------------------------
     # One forward of all rows
@@ -307,7 +314,7 @@ class _Batch:
         """Every row gets the drafts that the model accepts, and the token that it puts after them."""
         started = time.perf_counter()
         rows = self._rows
-        count = min(self._num_heads, max(row.room for row in rows)) - 1  # drafts in the window
+        count = min(self._num_drafts, max(row.room for row in rows) - 1)  # drafts in the window
         useful = [min(count, row.room - 1) for row in rows]
         numbers = [[] if self._sampling.greedy else row.numbers(count + 1) for row in rows]
         drafts = self._draft(count, numbers) if count else _Drafts.none(len(rows), self._device)
@@ -315,13 +322,17 @@ class _Batch:
         newest = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
         window = torch.cat([newest, drafts.tokens], dim=1)  # [B, W]
         states, places = self._decoder.extend(window, [row.length for row in rows], self._cache)
-        logits = self._decoder.heads(1, 1, states, places, self._cache)[0]  # [B, W, V]
-        accepted, token = self._verify(logits, drafts, useful, numbers)
-        if self._num_heads > 1:
-            self._states[: len(rows)] = states[torch.arange(len(rows), device=self._device), accepted]
+        # The extra heads too run on the whole window, though only the last accepted position matters: in one pass over
+        # the unembedding, whose reading is most of what a second pass for that position alone would cost.
+        logits = self._decoder.heads(states, places, self._cache)  # [heads, B, W, V]
+        accepted, token = self._verify(logits[0], drafts, useful, numbers)
+        if self._num_drafts:
+            last = logits[1:, torch.arange(len(rows), device=self._device), accepted]  # [drafts, B, V]
+            self._draft_logits[: len(rows)] = last.transpose(0, 1)
 
         results = torch.cat([accepted[:, None], drafts.tokens, token[:, None]], dim=1).tolist()  # waits for the device
         for row, num_useful, (num_accepted, *drafted, chosen) in zip(rows, useful, results, strict=True):
+            row.forwards += 1
             self._stats.count_drafts(num_useful)
             for i, new in enumerate([*drafted[:num_accepted], chosen]):
                 if i < num_useful:
@@ -334,10 +345,8 @@ class _Batch:
         self._stats.decode_seconds += time.perf_counter() - started
 
     def _draft(self, count: int, numbers: list[list[Numbers]]) -> "_Drafts":
-        """Heads 2 to count + 1 at the last cached token, which head 1 has continued with the newest token."""
-        places = self._decoder.last_places([row.length for row in self._rows], self._cache)
-        states = self._states[: len(self._rows), None]  # [B, 1, D]
-        logits = self._decoder.heads(2, count + 1, states, places, self._cache)[:, :, 0].transpose(0, 1)
+        """Of heads 2 to count + 1 at the last cached token, which head 1 has continued with the newest token."""
+        logits = self._draft_logits[: len(self._rows), :count]  # [B, count, V]
         if self._sampling.greedy:
             return _Drafts(logits.argmax(-1), None)
         q = distribution(logits, self._sampling)  # [B, count, V]

@@ -5,7 +5,8 @@
                                                +-> extra_heads[j]  -> norm -> unembedding    head j + 2
 
 Every head is one full transformer block on the same trunk state; norm and unembedding are shared (Gloeckle et al. 2024,
-arXiv 2404.19737, section 2). With H = 1 this is an ordinary Llama.
+arXiv 2404.19737, section 2). With H = 1 this is an ordinary Llama. Decoding with cached keys and values lives in
+`wmtp.generation`, over the same modules.
 """
 
 from collections.abc import Callable
@@ -115,8 +116,7 @@ class MTPDecoder(nn.Module):
             document_ids: [B, S] integers that differ between the documents of a row, -1 for padding; attention and
                 positions stop at a document's edge. None where each row is one document.
             input_pos: [B, S] positions; by default counted from each document's start.
-            mask: [B, S, S] bool or BlockMask, True where a query may look; by default causal within documents. With
-                KV caches enabled both mask ([B, S, cache length]) and input_pos must be given, as in torchtune.
+            mask: [B, S, S] bool or BlockMask, True where a query may look; by default causal within documents.
             num_heads: compute only the first heads; by default all H.
             loss_fn: called as ``loss_fn(hidden, unembedding, document_ids=document_ids, **loss_inputs)``.
 
@@ -162,16 +162,13 @@ class MTPDecoder(nn.Module):
         """The mask and positions that every block gets; (None, None) is plain causal attention."""
         if tokens.shape[1] > self.max_seq_len:
             raise ValueError(f"the sequence length must be <= max_seq_len {self.max_seq_len}, got {tokens.shape[1]}")
-        if self.caches_are_enabled() and (mask is None or input_pos is None):
-            raise ValueError("with KV caches enabled, give mask [B, S, cache length] and input_pos [B, S]")
         if mask is not None:
             return mask, input_pos
         # Rows of one document take the causal path, with no mask. To see that on CUDA would wait for the device.
         plain = document_ids is None or (
             document_ids.device.type == "cpu" and bool((document_ids == document_ids[:, :1]).all())
         )
-        # torchtune's attention is no longer causal by itself once it holds a cache, even a disabled one.
-        if plain and self.attention == "sdpa" and not self.caches_are_setup():
+        if plain and self.attention == "sdpa":
             return None, input_pos
         if self.attention == "flex" and not tokens.is_cuda:
             raise ValueError(f"attention 'flex' needs CUDA, got tokens on {tokens.device}; use attention 'sdpa'")
@@ -180,39 +177,6 @@ class MTPDecoder(nn.Module):
         if input_pos is None:
             input_pos = positions_in_documents(document_ids)
         return (block_mask if self.attention == "flex" else dense_mask)(document_ids), input_pos
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # KV caches: one per block, extra heads included
-
-    def setup_caches(self, batch_size: int, dtype: torch.dtype, max_seq_len: int | None = None) -> None:
-        """Give every block an enabled KV cache of ``max_seq_len`` positions (by default the model's)."""
-        max_seq_len = self.max_seq_len if max_seq_len is None else max_seq_len
-        if not 1 <= max_seq_len <= self.max_seq_len:
-            raise ValueError(
-                f"a cache's max_seq_len must be between 1 and the model's {self.max_seq_len}, got {max_seq_len}"
-            )
-        if self.caches_are_setup():
-            raise ValueError("KV caches are there already; call reset_caches(), or delete_caches() for another size")
-        with self.rope.cache.device:
-            for block in (*self.layers, *self.extra_heads):
-                block.setup_caches(batch_size, dtype, encoder_max_seq_len=None, decoder_max_seq_len=max_seq_len)
-
-    def reset_caches(self) -> None:
-        """Empty the KV caches."""
-        for block in (*self.layers, *self.extra_heads):
-            block.reset_cache()
-
-    def delete_caches(self) -> None:
-        """Free the KV caches: the model trains again."""
-        for block in (*self.layers, *self.extra_heads):
-            block.attn.kv_cache = None
-            block.attn.cache_enabled = False
-
-    def caches_are_setup(self) -> bool:
-        return self.layers[0].caches_are_setup()
-
-    def caches_are_enabled(self) -> bool:
-        return self.layers[0].caches_are_enabled()
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:

@@ -40,8 +40,11 @@ What is not guaranteed:
 - Arguments are copies: a test that looks for a change made in place fails. A test that passes a function of its own
   is a `harness_error`.
 - A program that knows the dataset can recite it.
+- The set-up runs in the program's process: what it defines is the program's to read and to change, so it must hold no
+  expected value.
 - A test that does not come to an end with the program's answer is held against the program (`timeout`, `memory`).
 - Whether files, sizes and names outside exist can be asked where there is no mount namespace (stat is not watched).
+- There is no /proc: `open("/dev/stdin")` fails in a contest program (`open(0)` works), and so does multiprocessing.
 - Without a tmpfs (`missing` says so), only the size of each file is bounded, not the number of files.
 """
 

@@ -113,7 +113,8 @@ class Judge:
     """Judges jobs one at a time.
 
     Args:
-        settings: `without`, `root`, `outside`, `bubblewrap`, as `ZygoteHandle` takes them.
+        settings: `floor` (whether to insist on it), and `without`, `root`, `outside` and `bubblewrap` of
+            `ZygoteHandle`.
         hangup: descriptor whose far end closes when the judge is no longer wanted.
         flag: one byte, as `Session` takes it.
     """
@@ -150,6 +151,8 @@ class Judge:
         run = _Run(job, self._hangup, self._flag)
         try:
             zygote = self._ready_zygote()
+            if self._settings["floor"] and not zygote.report["floor"]:  # a replaced zygote may have got less
+                raise ZygoteLost(f"the zygote lacks protections: {'; '.join(zygote.report['missing'])}")
             verdict, detail = run.assertions(zygote) if isinstance(job, AssertionJob) else run.stdio(zygote)
         except ZygoteLost as error:
             self.close()

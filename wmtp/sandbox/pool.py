@@ -70,6 +70,7 @@ class Sandbox:
             "without": dict.fromkeys(_without, "switched off"),
             "root": self._root,
             "outside": outside,
+            "floor": not allow_unsafe,
             "bubblewrap": None if "bubblewrap" in _without else shutil.which("bwrap"),
         }
         self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()

@@ -22,7 +22,7 @@ FAULTS = frozenset({"wrong_answer", "exception", "timeout", "memory", "output_li
 DIED = frozenset({"exception", "violation"})  # the process ended without an answer
 
 QUICK = Limits(cpu_seconds=1.0, wall_seconds=10.0)
-SLEEPER = Limits(cpu_seconds=1.0, wall_seconds=0.6)  # for programs that wait instead of computing
+SLEEPER = Limits(cpu_seconds=1.0, wall_seconds=0.4)  # for programs that wait instead of computing
 
 
 @dataclass(frozen=True)

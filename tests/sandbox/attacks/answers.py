@@ -5,6 +5,7 @@ from attacks import FAULTS, QUICK, SECRET, SORT, Attack, Limits
 WRONG = frozenset({"wrong_answer"})
 REFUSED = frozenset({"wrong_answer", "output_limit", "memory", "timeout"})
 SLOW = Limits(cpu_seconds=1.0, wall_seconds=2.0)
+ENDLESS = Limits(cpu_seconds=1.0, wall_seconds=1.0)
 
 
 def _evil_exception(name: str, says: str, body: str) -> Attack:
@@ -125,7 +126,7 @@ def solve(values):
 ''',
         ("assert list(solve([3, 1, 2])) == [1, 2, 3]",),
         frozenset({"timeout", "memory", "output_limit"}),
-        limits=SLOW,
+        limits=ENDLESS,
     ),
     Attack(
         "endless_handles",
@@ -143,7 +144,7 @@ def solve(values):
 ''',
         ("assert list(solve([3, 1, 2])) == [1, 2, 3]",),
         frozenset({"timeout", "memory", "output_limit", "violation"}),
-        limits=SLOW,
+        limits=ENDLESS,
     ),
     Attack(
         "lazy_membership",
@@ -157,7 +158,7 @@ def solve(a, b):
 ''',
         ("assert 5 in solve(2, 3)",),
         frozenset({"timeout", "memory", "output_limit"}),
-        limits=SLOW,
+        limits=ENDLESS,
     ),
     Attack(
         "colliding_hashes",

@@ -4,7 +4,7 @@ The programs find every descriptor that is a socket or a pipe and use it raw; so
 they can be imported or lie in sys.modules, as a program written against this very sandbox would.
 """
 
-from attacks import QUICK, SECRET, SLEEPER, SORT, Attack
+from attacks import QUICK, SECRET, SLEEPER, SORT, Attack, Limits
 
 REFUSED = frozenset({"violation", "exception", "wrong_answer", "output_limit", "timeout"})
 
@@ -45,15 +45,15 @@ def frame(text):
     return len(text).to_bytes(4, "big") + text
 
 
-def answer(value):
-    """The frame that answers the request being served with a value of our own making."""
+def answer(value, kind="value"):
+    """The frame that answers the request being served with a value, or an error, of our own making."""
     caller, nonce = sys._getframe(), 0
     while caller:
         request = caller.f_locals.get("request")
         if isinstance(request, dict) and "nonce" in request:
             nonce = request["nonce"]
         caller = caller.f_back
-    return frame('{"nonce":%s,"value":%s}' % (json.dumps(nonce), value))
+    return frame('{"nonce":%s,"%s":%s}' % (json.dumps(nonce), kind, value))
 '''
 
 
@@ -103,6 +103,19 @@ VALUES = {
     "nan": "[NaN,-Infinity,1e999]",
     "digits": "9" * 100_000,
     "counter": '{"C":[["a",{"t":[]}]]}',
+    "handle_of_infinity": '{"h":[1e999,"x"]}',
+    "handle_of_digits": '{"h":["' + "9" * 50_000 + '",{}]}',
+    "nested_records": '{"n":[["a"],' * 200 + "[1]" + "]}" * 200,
+}
+ERRORS = {
+    "nothing": "5",
+    "no_bases": '{"type":"ValueError"}',
+    "odd_bases": '{"type":[1],"bases":[[],{},5,null,"exec","type","SystemExit"],"message":{"a":1}}',
+    "control_flow": '{"type":"StopIteration","bases":["StopIteration","Exception"],"message":5}',
+    "exit": '{"type":"SystemExit","bases":["SystemExit"],"message":0}',
+    "group": '{"type":"G","bases":["ExceptionGroup","UnicodeDecodeError"],"message":[]}',
+    "own_error": '{"type":"TestStuck","bases":["TestStuck","Ended","object","AssertionError"],"message":"passed"}',
+    "long_message": '{"type":"ValueError","bases":["ValueError"],"message":"' + "\\\\n\\\\u001b[2J" * 10_000 + '"}',
 }
 
 ATTACKS = (
@@ -371,6 +384,26 @@ def solve(a, b):
             f"answer({text!r})",
         )
         for name, text in VALUES.items()
+    ),
+    *(
+        _forged(f"forged_error_{name}", f"Forges an exception: {name.replace('_', ' ')}.", f"answer({text!r}, 'error')")
+        for name, text in ERRORS.items()
+    ),
+    _attack(
+        "forged_set_of_colliding_hashes",
+        "Forges a set that takes the judge quadratic time to rebuild, which no program could build itself.",
+        """
+def solve(a, b):
+    items = ",".join('{"i":"%x"}' % (i * (2**61 - 1)) for i in range(1, 300_000))
+    data = answer('{"s":[%s]}' % items)
+    for descriptor in channels():
+        os.set_blocking(descriptor, True)
+        while data:
+            data = data[os.write(descriptor, data) :]
+    time.sleep(5)
+""",
+        verdicts=frozenset({"timeout", "violation", "output_limit"}),
+        limits=Limits(cpu_seconds=1.0, wall_seconds=2.0),
     ),
 )
 

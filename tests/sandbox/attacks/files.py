@@ -94,7 +94,7 @@ else:
     raise PermissionError
 """,
     ),
-    _attack("list_the_project", "Lists the project's folder.", "os.listdir('@PROJECT@')"),
+    _attack("list_the_project", "Lists the project's folder.", "os.listdir('@PROJECT@').index('pyproject.toml')"),
     _attack("list_the_home", "Lists the home of the user who judges.", "os.listdir('@HOME@')"),
     _attack(
         "read_the_tests",
@@ -232,7 +232,7 @@ os.mkdir(" ")
         "deep_folders",
         "A path deeper than recursion and longer than any path may be.",
         """
-for _ in range(3_000):
+for _ in range(1_200):
     try:
         os.mkdir("d" * 50)
         os.chdir("d" * 50)

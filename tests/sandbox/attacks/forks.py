@@ -84,6 +84,24 @@ ATTACKS = (
         "import subprocess, sys",
     ),
     _attack("system", "Asks the shell.", "if os.system('true') != 0: raise PermissionError"),
+    _attack(
+        "system_of_c",
+        "Asks the shell through the C library.",
+        "if ctypes.CDLL(None).system(b'true') != 0: raise PermissionError",
+        REFUSED,
+        "import ctypes",
+    ),
+    _attack(
+        "fork_exec",
+        "Calls what subprocess is made of.",
+        """
+reader, writer = os.pipe()
+arguments = [["true"], [b"/bin/true"], True, (), None, None, -1, -1, -1, -1, -1, -1, reader, writer, False, False]
+_posixsubprocess.fork_exec(*arguments, -1, None, None, None, -1, None, True)
+""",
+        REFUSED,
+        "import _posixsubprocess",
+    ),
     _attack("popen", "Reads the output of a shell.", "if os.popen('echo 5').read() != '5\\n': raise PermissionError"),
     _attack(
         "posix_spawn", "Starts a program without fork.", "os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)"

@@ -211,7 +211,8 @@ def solve(a, b):
     return 6
 ''',
         verdicts=FAULTS,
-           Attack(
+    ),
+    Attack(
         "patched_signals_and_gc",
         '''
 """Turns off what a harness may rely on: the collector, the thread switches, the recursion limit, the handlers."""

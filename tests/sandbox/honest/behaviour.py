@@ -431,7 +431,8 @@ def double(values: List[int]) -> List[int]:
 """,
         (
             "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate([1, 2]) == [2, 4]\n"
-            "    for n in range(20):\n        assert candidate(list(range(n))) == [helper(x) for x in range(n)]\n\n\ncheck(candidate)",
+            "    for n in range(20):\n        assert candidate(list(range(n))) == [helper(x) for x in range(n)]\n\n\n"
+            "check(candidate)",
         ),
         preamble="from typing import List\n\n\ndef helper(x):\n    return x * 2\n\n\n"
         "def double(values: List[int]) -> List[int]:\n    pass\n",

