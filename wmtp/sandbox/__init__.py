@@ -37,6 +37,7 @@ What is not guaranteed:
 - Names that a test takes from the program on the expected side (`assert f(x) == g(x)`, objects made by the set-up)
   mean what the program says. The judge uses its own modules for names the set-up or the preamble imports, and for
   standard library modules that a test uses as `name.attribute`.
+- What `setup` defines lies in the program's process, to be read and changed: it must hold no expected value.
 - Arguments are copies: a test that looks for a change made in place fails. A test that passes a function of its own
   is a `harness_error`.
 - A program that knows the dataset can recite it.

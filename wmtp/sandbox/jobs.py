@@ -23,7 +23,7 @@ class Limits:
             can be mounted.
     """
 
-    cpu_seconds: float = 6.0
+    cpu_seconds: float = 10.0
     wall_seconds: float = 30.0
     memory_bytes: int = 1 << 30
     output_bytes: int = 16 << 20
