@@ -10,7 +10,9 @@ of whole calls, prefill and weight packing included. One JSON line per figure: n
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -147,7 +149,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     against_transformers(args)
-    speculation(args)
+    if args.model.startswith("wheel:") or Path(args.model).exists():
+        speculation(args)
+    else:
+        print(f"no self-speculative decoding: {args.model} does not exist; run `make quickstart`", file=sys.stderr)
 
 
 if __name__ == "__main__":

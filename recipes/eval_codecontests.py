@@ -329,10 +329,11 @@ class EvalCodeContestsRecipe:
             self._say(line)
         self._say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
         if self._tracker:
-            metrics = results["temperatures"][str(results["fixed_temperature"])]["metrics"]
-            self._tracker.log_metrics(
-                {f"eval/{self._name}/{name}": value["estimate"] for name, value in metrics.items()}, step=0
-            )
+            metrics = {}
+            for metric, figure in results["temperatures"][results["fixed_temperature"]]["metrics"].items():
+                name = f"eval/{self._name}/{metric}"
+                metrics |= {name: figure["estimate"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
+            self._tracker.log_metrics(metrics, step=0)
             for name in ("report.md", "results.json", "samples.jsonl"):
                 self._tracker.log_artifact(self._output_dir / name)
         return results

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
@@ -107,11 +107,13 @@ def test_processes_kills_and_batch_sizes_do_not_change_the_result(tiny_config, t
     assert files(two.output_dir) == files(alone.output_dir)
 
     killed = tiny_config("eval_mbpp", output_dir=str(tmp_path / "killed"), batch_size=1, **common)
-    process = launch(killed, tmp_path / "killed.yaml", 2, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = launch(killed, tmp_path / "killed.yaml", 2, stderr=subprocess.DEVNULL)
     while process.poll() is None and _journaled(killed.output_dir) < 5:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:  # torchrun puts its workers into sessions of their own
+        member.kill()
+    psutil.wait_procs(family)
     there = _journaled(killed.output_dir)
     assert 5 <= there < 64
     killed.resume, killed.batch_size = True, 8

@@ -2,12 +2,11 @@
 
 import multiprocessing
 import os
-from collections import Counter
 
 import golds
 import pytest
 
-from wmtp.data import packaged_functions, packaged_programs
+from wmtp.data import packaged_function_tasks, packaged_functions, packaged_program_tasks, packaged_programs
 from wmtp.sandbox import Sandbox
 
 needs_data = pytest.mark.skipif(not golds.DATA.is_dir(), reason=f"no data in {golds.DATA}; set WMTP_DATA to its folder")
@@ -28,28 +27,28 @@ def failures(sandbox, tasks):
 @needs_data
 @pytest.mark.parametrize(("split", "count"), [("train", 374), ("validation", 90), ("test", 500)])
 def test_mbpp(split, count, sandbox):
-    tasks = list(golds.mbpp(split))
+    tasks = golds.mbpp(split)
     assert len(tasks) == count
     assert failures(sandbox, tasks) == {}
 
 
 @needs_data
 def test_humaneval(sandbox):
-    tasks = list(golds.humaneval())
+    tasks = golds.humaneval()
     assert len(tasks) == 164
     assert failures(sandbox, tasks) == {}
 
 
 @needs_data
 def test_leetcode(sandbox):
-    tasks = list(golds.leetcode(100))
+    tasks = golds.leetcode(100)
     assert len(tasks) == 100
     assert failures(sandbox, tasks) == {}
 
 
 @needs_data
 def test_code_contests(sandbox):
-    tasks = list(golds.code_contests(tests_each=3))
+    tasks = golds.contests(tests_each=3)
     assert len(tasks) == 153
     assert failures(sandbox, tasks) == {}
 
@@ -78,19 +77,18 @@ def test_golds_pass_under_load(sandbox, busy_machine):
 
 
 def test_packaged_functions(sandbox):
-    rows = packaged_functions()
-    right = sandbox.judge(golds.mbpp_job(row, row["code"]) for row in rows)
-    wrong = sandbox.judge(golds.mbpp_job(row, row["wrong_code"]) for row in rows)
-    assert Counter(outcome.verdict for outcome in right) == {"passed": len(rows)}
+    tasks = packaged_function_tasks()
+    wrong = sandbox.judge(task.job(row["wrong_code"]) for task, row in zip(tasks, packaged_functions(), strict=True))
+    assert failures(sandbox, golds.gold_jobs(tasks)) == {}
     assert {outcome.verdict for outcome in wrong} <= {"wrong_answer", "exception", "timeout"}
 
 
 def test_packaged_programs(sandbox):
-    rows = packaged_programs()
-    for kind, passes in (("solutions", True), ("incorrect_solutions", False)):
-        jobs = [golds.packaged_program_job(row, text) for row in rows for text in row[kind]["solution"]]
-        outcomes = sandbox.judge(jobs)
-        assert [outcome.verdict == "passed" for outcome in outcomes] == [passes] * len(jobs)
-        if not passes:  # each passes at least one test and fails at least one, and no test is left out
-            assert all({"passed"} < set(outcome.tests) for outcome in outcomes)
-            assert [len(outcome.tests) for outcome in outcomes] == [len(job.tests) for job in jobs]
+    for task, row in zip(packaged_program_tasks(), packaged_programs(), strict=True):
+        for kind, passes in (("solutions", True), ("incorrect_solutions", False)):
+            jobs = [task.job(text, stop_at_first_failure=False) for text in row[kind]["solution"]]
+            outcomes = sandbox.judge(jobs)
+            assert [outcome.verdict == "passed" for outcome in outcomes] == [passes] * len(jobs)
+            if not passes:  # each passes at least one test and fails at least one, and no test is left out
+                assert all({"passed"} < set(outcome.tests) for outcome in outcomes)
+                assert [len(outcome.tests) for outcome in outcomes] == [len(job.tests) for job in jobs]
