@@ -1,5 +1,5 @@
 # Every target does the set-up it needs, once. What a fresh machine must have: python3.11, git, make.
-# With uv at hand the same is `uv lock && uv sync --frozen`, then the commands below behind `uv run`.
+# With uv at hand, `make UV=uv` uses it; `uv lock && uv sync --frozen` resolves anew instead.
 
 PYTHON     ?= python3.11
 UV_VERSION := 0.13.9
@@ -18,13 +18,12 @@ setup: $(SETUP)  ## install everything, pinned, into .venv
 	$(PYTHON) -m venv .tools
 	.tools/bin/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 
-# uv.lock names the index it was made from, so it is generated here and not committed; requirements.lock is its
-# committed, hashed view without any address, and the two must agree.
+# What is installed is requirements.lock, by hash: a newer release on the index changes nothing. It is the committed view,
+# without any address, of uv.lock, which names the index it was made from and is therefore generated and not committed.
 $(SETUP): pyproject.toml requirements.lock | $(UV)
-	$(UV) lock --quiet
-	@$(UV) export --quiet --frozen --all-groups --no-emit-project --no-header | diff -q - requirements.lock >/dev/null \
-	  || { echo "error: requirements.lock is not what pyproject.toml resolves to; run 'make lock' and review the change" >&2; exit 1; }
-	$(UV) sync --quiet --frozen
+	$(UV) venv --quiet --clear --python $(PYTHON) .venv
+	$(UV) pip sync --quiet --python $(RUN)/python --require-hashes requirements.lock
+	$(UV) pip install --quiet --python $(RUN)/python --no-deps --editable .
 	@touch $@
 
 lock: $(UV)  ## resolve the dependencies anew and rewrite requirements.lock
