@@ -1,5 +1,5 @@
 # Every target does the set-up it needs, once. What a fresh machine must have: python3.11, git, make.
-# With uv at hand, `make UV=uv` uses it; `uv lock && uv sync --frozen` resolves anew instead.
+# With uv at hand: `uv lock && uv sync --frozen` (resolved anew), then the commands below behind `uv run`.
 
 PYTHON     ?= python3.11
 UV_VERSION := 0.13.9

@@ -2,8 +2,9 @@
 
 import re
 import tomllib
+from pathlib import Path
 
-from runs import ROOT
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_requirements_lock_holds_every_pin_of_pyproject():
