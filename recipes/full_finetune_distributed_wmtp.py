@@ -215,12 +215,17 @@ class FullFinetuneRecipeWMTP:
         return torch.tensor(values, dtype=torch.float32, device=self._world.device)
 
     def _parameter_groups(self) -> list[dict]:
-        """All parameters; the extra heads in a group of their own where they have their own learning rate."""
-        heads = {id(p) for p in self._model.extra_heads.parameters()} if self._extra_heads_lr else set()
-        groups = [{"params": [p for p in self._model.parameters() if id(p) not in heads]}]
-        if heads:
-            groups.append({"params": list(self._model.extra_heads.parameters()), "lr": self._extra_heads_lr})
-        return groups
+        """What is trained; the extra heads in a group of their own where they have their own learning rate."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if self._extra_heads_lr is None:
+            return [{"params": trained}]
+        heads = {id(p) for p in self._model.extra_heads.parameters()}
+        if not heads:
+            raise ConfigError("extra_heads_lr is set, but model.num_future_tokens is 1; set extra_heads_lr=null")
+        groups = {False: [], True: []}
+        for parameter in trained:
+            groups[id(parameter) in heads].append(parameter)
+        return [{"params": groups[False]}, {"params": groups[True], "lr": self._extra_heads_lr}]
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""

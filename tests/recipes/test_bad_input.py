@@ -29,6 +29,10 @@ from wmtp.data import byte_tokenizer
         ({"tokens_per_step": 100}, "exactly one of gradient_accumulation_steps and tokens_per_step"),
         ({"epochs": 1}, "exactly one of epochs and max_steps"),
         ({"seq_len": 512}, "seq_len 512 is longer than model.max_seq_len 256"),
+        (
+            {"extra_heads_lr": 0.1, "model__num_future_tokens": 1},
+            "extra_heads_lr is set, but model.num_future_tokens is 1",
+        ),
         ({"head_weights": [1.0]}, "head_weights must be 2 numbers"),
         ({"weighting___component_": "wmtp.weighting.Rho2"}, "'wmtp.weighting.Rho2' cannot be found"),
         ({"checkpoint": "no/such/folder"}, "no/such/folder"),

@@ -215,6 +215,24 @@ def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(ti
     assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
 
 
+def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):
+    """One step of AdamW moves a weight by about its learning rate; what is frozen is in no group."""
+    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+
+    cfg = tiny_config(max_steps=1, save_every=None, eval_every=None, lr_scheduler=None, extra_heads_lr=0.5)
+    recipe = FullFinetuneRecipeWMTP(cfg)
+    recipe.setup()
+    recipe._eval_data = None
+    before = {name: p.to_local().clone() for name, p in recipe._model.named_parameters()}
+    recipe.train()
+    moved = {name: (p.to_local() - before[name]).abs().max().item() for name, p in recipe._model.named_parameters()}
+    for name, distance in moved.items():
+        assert distance == pytest.approx(0.5 if name.startswith("extra_heads") else cfg.optimizer.lr, rel=0.05)
+    recipe._model.norm.requires_grad_(False)
+    grouped = sum(len(group["params"]) for group in recipe._parameter_groups())
+    assert grouped == len(list(recipe._model.parameters())) - 1
+
+
 def test_metrics_are_json_lines(tiny_config, run_recipe):
     cfg = tiny_config(max_steps=2, save_every=None)
     run_recipe(cfg)
