@@ -8,7 +8,6 @@ the process held before the call (inputs included in the latter). One JSON line 
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -18,6 +17,7 @@ import time
 import psutil
 import torch
 import torch.nn.functional as F
+from figures import report
 
 from wmtp.loss import weighted_mtp_cross_entropy
 
@@ -109,10 +109,6 @@ def main() -> None:
     for name, value in megabytes.items():
         report(f"extra peak memory of {name}", value, "MB", shape)
     report("fused loss, extra peak memory", megabytes["fused"] / megabytes["plain"], "x", "plain; bar <= 1/12 = 0.083")
-
-
-def report(name: str, value: float, unit: str, against: str) -> None:
-    print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, "against": against}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,15 @@ of whole calls, prefill and weight packing included. One JSON line per figure: n
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from figures import report
 
-from wmtp.data import IGNORE, hf_tokenizer, python_functions
+from wmtp.data import hf_tokenizer, python_functions
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import from_checkpoint, load_checkpoint, resolve_checkpoint
 
@@ -34,9 +34,8 @@ def prompts(tokenizer) -> list[Request]:
     documents = python_functions(tokenizer, split="heldout", max_functions=64, max_body_lines=12)
     kept = []
     for document in documents:
-        prompt = tuple(int(t) for t, y in zip(document.tokens, document.labels, strict=True) if y == IGNORE)
-        if 20 <= len(prompt) <= 150:
-            kept.append(Request(document.id, prompt, (0, document.id, 0)))
+        if 20 <= len(document.prompt) <= 150:
+            kept.append(Request(document.id, document.prompt, (0, document.id, 0)))
     return kept[:BATCH]
 
 
@@ -134,10 +133,6 @@ def speculation(args) -> None:
                 report(f"acceptance of head {k}", share, "share", f"{counts.verified[k]} verified drafts; {case}")
             gain = ratio(results[f"{num_drafts} drafts"], plain)
             report("self-speculative decoding, tokens/s", gain, "x", f"plain decoding; {case}")
-
-
-def report(name: str, value: float, unit: str, against: str) -> None:
-    print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, "against": against}), flush=True)
 
 
 def main() -> None:

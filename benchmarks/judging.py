@@ -16,7 +16,6 @@ One JSON line per figure: name, value, unit, against. The data are read as in `t
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import statistics
@@ -30,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "sandbox")]
 
 import golds  # noqa: E402  (beside the tests, found by the line above)
+from figures import report  # noqa: E402
 
 from wmtp.sandbox import AssertionJob, Sandbox  # noqa: E402
 
@@ -126,10 +126,6 @@ def repeated_golds(args) -> None:
     report("right programs judged", len(tasks) * args.repeats, "programs", machine)
     report("right programs that did not pass", flakes, "programs", f"{machine}; bar 0")
     report("time of all repeats", seconds, "s", machine)
-
-
-def report(name: str, value: float, unit: str, against: str) -> None:
-    print(json.dumps({"name": name, "value": round(value, 3), "unit": unit, "against": against}), flush=True)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 from tqdm import tqdm
 
-from wmtp.config import ConfigError, ConfigReader, build, clear_errors
+from wmtp.config import ConfigError, ConfigReader, build, check_output_dir, clear_errors
 from wmtp.distributed import SharedCounters, gather_objects, start_world
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
@@ -144,18 +144,9 @@ class EvalCodeContestsRecipe:
 
     def _check_output_dir(self) -> None:
         """Refuse to write over an evaluation, or into a folder that is none."""
-        holds_run = (self._output_dir / "config.yaml").exists()
-        if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
-            raise ConfigError(
-                f"output_dir {self._output_dir} holds files that are no evaluation's; give a new or empty folder"
-            )
-        if self._resume == "yes" and not holds_run:
+        there = check_output_dir(self._output_dir, "an evaluation", overwrite=self._overwrite, resume=self._resume)
+        if self._resume == "yes" and not there:
             raise ConfigError(f"resume=true, but {self._output_dir} holds no evaluation")
-        if holds_run and self._resume == "no" and not self._overwrite:
-            raise ConfigError(
-                f"output_dir {self._output_dir} already holds an evaluation; set resume=true to go on with it, "
-                "overwrite=true to replace it, or another output_dir"
-            )
 
     def _build_model(self) -> torch.nn.Module:
         """The whole model on this process's device, its weights in the dtype of the computation."""

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 from tqdm import tqdm
 
-from wmtp.config import ConfigError, ConfigReader, build, clear_errors
-from wmtp.data import IGNORE, held_out_batches, pack
+from wmtp.config import ConfigError, ConfigReader, build, check_output_dir, clear_errors
+from wmtp.data import held_out_batches, pack
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
@@ -55,13 +55,7 @@ class EvalHeadsRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
-        holds_run = (self._output_dir / "config.yaml").exists()
-        if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
-            raise ConfigError(
-                f"output_dir {self._output_dir} holds files that are no run's; give a new or empty folder"
-            )
-        if holds_run and not self._overwrite:
-            raise ConfigError(f"output_dir {self._output_dir} already holds a run; set overwrite=true, or another one")
+        holds_run = check_output_dir(self._output_dir, "a run", overwrite=self._overwrite)
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._documents = build(self._dataset_cfg, self._tokenizer, where="dataset")
@@ -119,9 +113,8 @@ class EvalHeadsRecipe:
             return {}
         requests = []
         for document in list(self._documents)[: self._speed_prompts]:
-            prompt = tuple(int(t) for t, label in zip(document.tokens, document.labels, strict=True) if label == IGNORE)
             room = self._model.max_seq_len - self._max_new_tokens
-            requests.append(Request(document.id, prompt[:room], (self._seed, document.id, 0)))
+            requests.append(Request(document.id, document.prompt[:room], (self._seed, document.id, 0)))
         sampling = Sampling(self._max_new_tokens)
         contenders = range(self._model.num_future_tokens)
         stats, texts = [DecodingStats() for _ in contenders], [{} for _ in contenders]

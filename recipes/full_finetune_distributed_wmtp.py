@@ -21,7 +21,7 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp.checkpoint import Checkpointer, latest_checkpoint, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, clear_errors
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
 from wmtp.data import BatchStream, held_out_batches, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.loss import mtp_loss, token_cross_entropy, weighted_mtp_cross_entropy
@@ -130,22 +130,13 @@ class FullFinetuneRecipeWMTP:
 
     def _check_output_dir(self) -> Path | None:
         """The checkpoint to resume from, or None; refuses to write over a run, or into a folder that is none."""
-        holds_run = (self._output_dir / "config.yaml").exists()
-        if not holds_run and self._output_dir.exists() and any(self._output_dir.iterdir()):
-            raise ConfigError(
-                f"output_dir {self._output_dir} holds files that are no run's; give a new or empty folder"
-            )
+        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        if self._resume == "no":
+            return None
         checkpoint = latest_checkpoint(self._output_dir)
         if self._resume == "yes" and checkpoint is None:
             raise ConfigError(f"resume=true, but {self._output_dir}/checkpoints holds no complete checkpoint")
-        if self._resume != "no" and checkpoint is not None:
-            return checkpoint
-        if holds_run and not self._overwrite and self._resume == "no":
-            raise ConfigError(
-                f"output_dir {self._output_dir} already holds a run; set resume=true to go on with it, "
-                "overwrite=true to replace it, or another output_dir"
-            )
-        return None
+        return checkpoint
 
     def _pack(self, section: DictConfig, where: str):
         documents = build(section, self._tokenizer, where=where)
@@ -179,13 +170,7 @@ class FullFinetuneRecipeWMTP:
         if self._compile:
             for block in (*model.layers, *model.extra_heads):
                 block.compile()
-        shard_model(
-            model,
-            self._world.mesh,
-            param_dtype=self._dtype,
-            reduce_dtype=torch.float32,
-            cpu_offload=self._cpu_offload,
-        )
+        shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=self._cpu_offload)
         if path is not None:
             load_checkpoint(model, path, device="cpu" if self._cpu_offload else self._world.device)
         return model
@@ -219,13 +204,11 @@ class FullFinetuneRecipeWMTP:
         trained = [p for p in self._model.parameters() if p.requires_grad]
         if self._extra_heads_lr is None:
             return [{"params": trained}]
-        heads = {id(p) for p in self._model.extra_heads.parameters()}
+        heads = set(self._model.extra_heads.parameters())
         if not heads:
             raise ConfigError("extra_heads_lr is set, but model.num_future_tokens is 1; set extra_heads_lr=null")
-        groups = {False: [], True: []}
-        for parameter in trained:
-            groups[id(parameter) in heads].append(parameter)
-        return [{"params": groups[False]}, {"params": groups[True], "lr": self._extra_heads_lr}]
+        trunk = [p for p in trained if p not in heads]
+        return [{"params": trunk}, {"params": [p for p in trained if p in heads], "lr": self._extra_heads_lr}]
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""
@@ -373,12 +356,7 @@ class FullFinetuneRecipeWMTP:
 
     def _weight_statistics(self, window: list) -> dict[str, float]:
         """Over all target tokens of the step, on all ranks."""
-        weights, targets = [], []
-        for _, out in window:
-            valid = out.valid if out.weights is not None and out.weights.dim() == 3 else out.valid[0]
-            weights.append(torch.ones_like(valid, dtype=torch.float32) if out.weights is None else out.weights)
-            targets.append(valid)
-        mine = torch.cat([w[v].flatten() for w, v in zip(weights, targets, strict=True)]).cpu()
+        mine = torch.cat([out.target_weights() for _, out in window]).cpu()
         everyone = torch.cat(gather_objects(mine))
         return weight_statistics(everyone, torch.ones_like(everyone, dtype=torch.bool))
 

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -135,6 +136,30 @@ def build(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> Any:
         return torchtune_config.instantiate(section, *args, **kwargs)
     except (TypeError, InstantiationError) as error:
         raise ConfigError(f"{where} ({path}): {_one_line(error)}") from error
+
+
+def check_output_dir(folder: Path, what: str, *, overwrite: bool, resume: str | None = None) -> bool:
+    """Whether a folder holds the results of an earlier run of the recipe, which its config.yaml tells.
+
+    Args:
+        what: what the recipe makes, with its article, for messages: ``a run``.
+        overwrite: replace what is there.
+        resume: ``no``, ``yes`` or ``auto``; None for a recipe that cannot resume.
+
+    Raises:
+        ConfigError: the folder holds other files, or results that would be written over unasked.
+    """
+    holds = (folder / "config.yaml").exists()
+    if not holds and folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"output_dir {folder} holds files that are no {what.split()[-1]}'s; give a new or empty folder"
+        )
+    if holds and not overwrite and resume in (None, "no"):
+        go_on = "" if resume is None else "resume=true to go on with it, "
+        raise ConfigError(
+            f"output_dir {folder} already holds {what}; set {go_on}overwrite=true to replace it, or another output_dir"
+        )
+    return holds
 
 
 @contextmanager

@@ -40,6 +40,11 @@ class MTPLoss(NamedTuple):
     valid: Tensor  # [H, B, S] bool: where head k predicts target j
     weights: Tensor | None  # [B, S] or [H, B, S] as given, None for all ones
 
+    def target_weights(self) -> Tensor:
+        """[N] float32 weights of the targets: of head 1's, or of every head's where the weights differ by head."""
+        valid = self.valid if self.weights is not None and self.weights.dim() == 3 else self.valid[0]
+        return torch.ones_like(valid, dtype=torch.float32)[valid] if self.weights is None else self.weights[valid]
+
 
 def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = None) -> Tensor:
     """Where each head has a target to predict: [H, B, S] bool, indexed by the target's position.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wmtp.data import IGNORE, hf_tokenizer, packaged_functions, python_functions
+from wmtp.data import hf_tokenizer, packaged_functions, python_functions
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint, resolve_checkpoint, smollm2_135m
 
@@ -16,8 +16,7 @@ def prompts(tokenizer):
     """Ten requests in the chat format and ten headers of functions, of many lengths."""
     tasks = [[{"role": "user", "content": task["text"]}] for task in packaged_functions()[:10]]
     functions = python_functions(tokenizer, split="heldout", max_functions=10, max_body_lines=12)
-    headers = [[int(t) for t, y in zip(f.tokens, f.labels, strict=True) if y == IGNORE] for f in functions]
-    return [tokenizer.apply_chat_template(task) for task in tasks] + headers
+    return [tokenizer.apply_chat_template(task) for task in tasks] + [list(f.prompt) for f in functions]
 
 
 @torch.inference_mode()

@@ -29,6 +29,11 @@ class Document:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens that are no target, which come before those that are."""
+        return tuple(self.tokens[self.labels == IGNORE].tolist())
+
 
 @dataclass(frozen=True)
 class Documents:
