@@ -1,10 +1,10 @@
 """Assertion tasks: both schemas become the right jobs, prompts are exact, programs are read out of answers."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from shared_data import DATA, needs
 
 from wmtp.data import (
     assertion_tasks,
@@ -22,11 +22,7 @@ from wmtp.data import (
 )
 from wmtp.data.protocols import first_code_block
 
-DATA = Path(os.environ.get("WMTP_DATA", Path(__file__).parents[2] / "../shared/data"))
 TOKENIZER = byte_tokenizer()
-needs_mbpp = pytest.mark.skipif(not (DATA / "mbpp").is_dir(), reason="no mbpp/ in the folder WMTP_DATA")
-needs_humaneval = pytest.mark.skipif(not (DATA / "humaneval").is_dir(), reason="no humaneval/ in the folder WMTP_DATA")
-needs_leetcode = pytest.mark.skipif(not (DATA / "leetcode").is_dir(), reason="no leetcode/ in the folder WMTP_DATA")
 
 MBPP_ROW = {
     "task_id": 11,
@@ -188,7 +184,7 @@ def test_the_packaged_functions():
     assert all(passes(task, task.solution) for task in tasks)
 
 
-@needs_mbpp
+@needs("mbpp")
 def test_the_real_mbpp():
     tasks = {t.task_id: t for split in ("train", "validation", "test") for t in mbpp_tasks(str(DATA / "mbpp"), split)}
     assert len(tasks) == 964
@@ -208,7 +204,7 @@ def test_the_real_mbpp():
         assert sum(protocol.program(t, t.solution) != t.solution for t in tasks.values()) == cut
 
 
-@needs_humaneval
+@needs("humaneval")
 def test_the_real_humaneval():
     tasks = humaneval_tasks(str(DATA / "humaneval" / "HumanEval.jsonl.gz"))
     protocol = humaneval_protocol()
@@ -219,7 +215,7 @@ def test_the_real_humaneval():
     assert all(passes(tasks[number], tasks[number].program(tasks[number].solution)) for number in (0, 32, 38, 50))
 
 
-@needs_leetcode
+@needs("leetcode")
 def test_the_real_leetcode():
     [task] = assertion_tasks(str(DATA / "leetcode" / "LeetCodeDataset-v0.2.0-train.jsonl.gz"), limit=1)
     assert (task.task_id, task.entry_point) == ("two-sum", "Solution().twoSum")

@@ -3,18 +3,15 @@
 import ast
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
+from shared_data import DATA, needs
 
 from wmtp.data import byte_tokenizer, few_shot_tasks, mbpp
 
-MBPP = Path(os.environ.get("WMTP_DATA", Path(__file__).parents[2] / "../shared/data")) / "mbpp"
+MBPP = DATA / "mbpp"
 TOKENIZER = byte_tokenizer()
-needs_data = pytest.mark.skipif(
-    not MBPP.is_dir(), reason="MBPP is not there; set WMTP_DATA to a folder that holds mbpp/"
-)
 
 
 def row(task_id: int = 601, **changes) -> dict:
@@ -80,7 +77,7 @@ def test_the_sanitized_schema(tmp_path):
     assert texts(documents)[0][0] == '"""\nWrite it.\nassert f(1) == 1\n"""\n'
 
 
-@needs_data
+@needs("mbpp")
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @pytest.mark.parametrize(("split", "count"), [("train", 374), ("validation", 90), ("test", 500)])
 def test_every_real_task_is_valid_python_with_lf_line_ends(split, count):
@@ -91,7 +88,7 @@ def test_every_real_task_is_valid_python_with_lf_line_ends(split, count):
         ast.parse(prompt + target.removesuffix("<eos>"))
 
 
-@needs_data
+@needs("mbpp")
 def test_the_real_training_set_keeps_its_golden_text():
     documents = mbpp(TOKENIZER, source=str(MBPP))
     digest = hashlib.sha256("".join(p + t for p, t in texts(documents)).encode()).hexdigest()

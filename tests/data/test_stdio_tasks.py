@@ -1,11 +1,11 @@
 """Stdio tasks: rows of CodeContests become jobs with the contest's limits, and prompts that ask for a right program."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from shared_data import DATA, needs
 
 from wmtp.data import (
     alphacode_prompt,
@@ -18,7 +18,6 @@ from wmtp.data import (
 )
 from wmtp.sandbox import Limits, Outcome, StdioTest
 
-PROBLEMS = Path(os.environ.get("WMTP_DATA", Path(__file__).parents[2] / "../shared/data")) / "code_contests"
 TOKENIZER = byte_tokenizer()
 ROW = {
     "name": "1_A. Sum",
@@ -127,9 +126,9 @@ def test_the_packaged_programs():
     assert [task.name for task in packaged_program_tasks(ids=["ferry_queue"])] == ["ferry_queue"]
 
 
-@pytest.mark.skipif(not PROBLEMS.is_dir(), reason="no code_contests/ in the folder WMTP_DATA")
+@needs("code_contests")
 def test_the_real_problems():
-    source = str(PROBLEMS / "problems.jsonl")
+    source = str(DATA / "code_contests" / "problems.jsonl")
     tasks = code_contests(source)
     assert len(tasks) == 200 and len(code_contests(source, reproducible_only=True)) == 153
     assert all(task.private_tests and not task.public_tests and task.solutions for task in tasks)

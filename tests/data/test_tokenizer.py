@@ -126,6 +126,7 @@ def test_code_llama_settings_add_no_ids_that_the_file_does_not_have(sentencepiec
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "CodeLlamaTokenizer"}))
     require_same_vocabulary(hf_tokenizer(sentencepiece_folder), hf_tokenizer(tmp_path))
+    assert hf_tokenizer(tmp_path).vocab_size == 600
 
 
 def test_bytes_are_their_own_ids():

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from decoding import Letters
+from random_models import random_decoder
 
 from wmtp.models import llama_mtp
 
@@ -32,12 +33,7 @@ def tiny():
     """Builds tiny decoders whose every parameter is random and wide enough to tell mistakes apart."""
 
     def build(**changes):
-        torch.manual_seed(0)
-        model = llama_mtp(**{**TINY, **changes})
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(1.0 if name.endswith("norm.scale") else 0.0, 0.2)
-        return model.eval()
+        return random_decoder(**{**TINY, **changes}).eval()
 
     return build
 

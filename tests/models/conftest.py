@@ -1,7 +1,6 @@
 import pytest
 import torch
-
-from wmtp.models import llama_mtp
+from random_models import random_decoder
 
 torch.set_num_threads(2)
 
@@ -23,12 +22,7 @@ def tiny():
     """Builds tiny decoders whose every parameter is random: norms too, and wide enough to tell mistakes apart."""
 
     def build(**changes):
-        torch.manual_seed(0)
-        model = llama_mtp(**{**TINY, **changes})
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.normal_(1.0 if name.endswith("norm.scale") else 0.0, 0.2)
-        return model
+        return random_decoder(**{**TINY, **changes})
 
     return build
 

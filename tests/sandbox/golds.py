@@ -1,12 +1,9 @@
 """The data sets' own solutions as jobs that must pass, made by the loaders that the evaluation recipes use."""
 
-import os
-from pathlib import Path
+from shared_data import DATA
 
 from wmtp.data import assertion_tasks, code_contests, humaneval_tasks, mbpp_tasks
 from wmtp.sandbox import Limits
-
-DATA = Path(os.environ.get("WMTP_DATA", Path(__file__).resolve().parents[2].parent / "shared" / "data"))
 
 # One solution needs 3 s of CPU time for a test, and CPU time too doubles where another process shares the core.
 CONTEST_LIMITS = Limits(cpu_seconds=20.0, wall_seconds=120.0)

@@ -5,11 +5,10 @@ import os
 
 import golds
 import pytest
+from shared_data import needs
 
 from wmtp.data import packaged_function_tasks, packaged_functions, packaged_program_tasks, packaged_programs
 from wmtp.sandbox import Sandbox
-
-needs_data = pytest.mark.skipif(not golds.DATA.is_dir(), reason=f"no data in {golds.DATA}; set WMTP_DATA to its folder")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def failures(sandbox, tasks):
     return {name: outcome for (name, _), outcome in zip(tasks, outcomes, strict=True) if outcome.verdict != "passed"}
 
 
-@needs_data
+@needs("mbpp")
 @pytest.mark.parametrize(("split", "count"), [("train", 374), ("validation", 90), ("test", 500)])
 def test_mbpp(split, count, sandbox):
     tasks = golds.mbpp(split)
@@ -32,21 +31,21 @@ def test_mbpp(split, count, sandbox):
     assert failures(sandbox, tasks) == {}
 
 
-@needs_data
+@needs("humaneval")
 def test_humaneval(sandbox):
     tasks = golds.humaneval()
     assert len(tasks) == 164
     assert failures(sandbox, tasks) == {}
 
 
-@needs_data
+@needs("leetcode")
 def test_leetcode(sandbox):
     tasks = golds.leetcode(100)
     assert len(tasks) == 100
     assert failures(sandbox, tasks) == {}
 
 
-@needs_data
+@needs("code_contests")
 def test_code_contests(sandbox):
     tasks = golds.contests(tests_each=3)
     assert len(tasks) == 153
@@ -70,7 +69,9 @@ def busy_machine():
         process.join()
 
 
-@needs_data
+@needs("mbpp")
+@needs("humaneval")
+@needs("code_contests")
 def test_golds_pass_under_load(sandbox, busy_machine):
     """200 of them; `benchmarks/judging.py --golds --load` runs all of them, with all tests, several times."""
     assert failures(sandbox, golds.all_golds(tests_each=1)[::6][:200]) == {}
