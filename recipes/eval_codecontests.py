@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
@@ -61,15 +62,15 @@ class EvalCodeContestsRecipe:
         self._protocol_cfg = read.section("protocol", optional=True)
 
         self._num_samples = read.integer("num_samples", 1, minimum=1)
-        self._temperatures = [float(t) for t in read.get("temperatures", [0.0])]
+        self._temperatures = read.numbers("temperatures", [0.0], minimum=0)
         self._fixed_temperature = read.number("fixed_temperature", None, minimum=0)
         self._top_p = read.number("top_p", 1.0, above=0, maximum=1)
         self._max_new_tokens = read.integer("max_new_tokens", 512, minimum=1)
         self._batch_size = read.integer("batch_size", 8, minimum=1)
         self._num_drafts = read.integer("num_drafts", 0)
 
-        self._ks = list(read.get("pass_at", [1]))
-        self._n_at_ks = [tuple(pair) for pair in read.get("n_at_k", [])]
+        self._ks = read.numbers("pass_at", [1], minimum=1, whole=True)
+        self._n_at_ks = read.get("n_at_k", [])
         self._machine_factor = read.number("machine_factor", 2.0, above=0)
         self._stop_at_first_failure = read.flag("stop_at_first_failure", True)
         self._resamples = read.integer("bootstrap_resamples", 10_000, minimum=1)
@@ -83,17 +84,15 @@ class EvalCodeContestsRecipe:
             raise ConfigError(
                 "set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples"
             )
-        if any(len(pair) != 2 for pair in self._n_at_ks):
-            raise ConfigError(f"n_at_k must be a list of pairs [n, k], got {[list(pair) for pair in self._n_at_ks]}")
+        pairs = isinstance(self._n_at_ks, Sequence) and all(
+            isinstance(pair, Sequence) and len(pair) == 2 for pair in self._n_at_ks
+        )
+        if not pairs:
+            raise ConfigError(f"n_at_k must be a list of pairs [n, k], got {self._n_at_ks!r}")
+        self._n_at_ks = [tuple(pair) for pair in self._n_at_ks]
         most = max([*self._ks, *(k for _, k in self._n_at_ks)])
         if self._samples_file is None and most > self._num_samples:
             raise ConfigError(f"k = {most} needs as many samples a task, num_samples is {self._num_samples}")
-        if (
-            not self._temperatures
-            or min(self._temperatures) < 0
-            or len({*self._temperatures}) < len(self._temperatures)
-        ):
-            raise ConfigError(f"temperatures must be different numbers >= 0, got {self._temperatures}")
         if self._fixed_temperature is None and len(self._temperatures) > 1 and self._samples_file is None:
             raise ConfigError("with several temperatures, set fixed_temperature to the one the headline reports")
         unsampled = self._fixed_temperature is not None and self._fixed_temperature not in self._temperatures
@@ -132,13 +131,13 @@ class EvalCodeContestsRecipe:
         journals = self._output_dir / "journals"
         kept = read_journals(journals, self._settings) if self._resume != "no" else None
         gather_objects(None)  # every rank has checked and read before any of them writes
+        self._tracker = None
         if self._world.is_main:
-            self._start_folder()
+            self._start()
         gather_objects(None)
         self._samples = dict(kept.samples) if kept else {}
         self._judgements = dict(kept.judgements) if kept else {}
         self._journal = Journal(journals, self._world.rank, self._settings)
-        self._start_tracking()
         if self._samples:
             self._say(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
 
@@ -185,27 +184,25 @@ class EvalCodeContestsRecipe:
             settings["checkpoint_sha256"] = gather_objects(digest)[0]
         return settings
 
-    def _start_folder(self) -> None:
+    def _start(self) -> None:
         """From here on the evaluation exists on disk: everything before could fail without a trace."""
-        if self._resume == "no":
+        run_file = self._output_dir / "mlflow_run.json"
+        if self._tracking_cfg is not None:
+            resumed = self._resume != "no" and run_file.exists()
+            run_id = json.loads(run_file.read_text())["run_id"] if resumed else None
+            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
+            self._tracker.log_config(self._cfg)
+            data = {"data_hash": self._settings["tasks_sha256"], "world_size": self._world.size}
+            self._tracker.log_tags({**environment_tags(), **data, "sandbox": "; ".join(self._sandbox.layers)})
+            self._say(f"tracking in {self._tracker.where}")
+        if self._resume == "no":  # what overwrite=true replaces goes only now that nothing can refuse any more
             shutil.rmtree(self._output_dir / "journals", ignore_errors=True)
-            for name in ("samples.jsonl", "results.json", "report.md", "timings.json", "mlflow_run.json"):
+            for name in ("samples.jsonl", "results.json", "report.md", "timings.json", run_file.name):
                 (self._output_dir / name).unlink(missing_ok=True)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
-
-    def _start_tracking(self) -> None:
-        self._tracker = None
-        if self._tracking_cfg is None or not self._world.is_main:
-            return
-        run_file = self._output_dir / "mlflow_run.json"
-        run_id = json.loads(run_file.read_text())["run_id"] if run_file.exists() else None
-        self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
-        run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
-        self._tracker.log_config(self._cfg)
-        data = {"data_hash": self._settings["tasks_sha256"], "world_size": self._world.size}
-        self._tracker.log_tags({**environment_tags(), **data, "sandbox": "; ".join(self._sandbox.layers)})
-        self._say(f"tracking in {self._tracker.where}")
+        if self._tracker:
+            run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation
@@ -217,7 +214,8 @@ class EvalCodeContestsRecipe:
         self._stats, self._seconds = DecodingStats(), 0.0
         self._counters = SharedCounters()
         temperatures = self._temperatures if self._samples_file is None else []
-        to_judge = [s for s in [*self._samples.values(), *self._given] if s.key not in self._judgements]
+        there = self._samples | {sample.key: sample for sample in self._given}
+        to_judge = [sample for key, sample in there.items() if key not in self._judgements]
         to_generate = {t: self._units(t) for t in temperatures}
         self._total = len(to_judge) + sum(len(unit) for units in to_generate.values() for unit in units)
         self._progress = tqdm(total=self._total, disable=not self._world.is_main, desc=self._name, unit="sample")

@@ -5,7 +5,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,20 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ConfigError(f"{key} must be a whole number >= {minimum}, got {value!r}")
         return value
+
+    def numbers(
+        self, key: str, default: Any = _REQUIRED, *, minimum: float = -math.inf, whole: bool = False
+    ) -> list[float]:
+        """A list of one or more different finite numbers >= minimum, whole ones if asked."""
+        values = self.get(key, default)
+        kinds = int if whole else int | float
+        good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0 and all(
+            isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and v >= minimum for v in values
+        )  # fmt: skip
+        if not good or len(set(values)) < len(values):
+            kind = "whole numbers" if whole else "numbers"
+            raise ConfigError(f"{key} must be different {kind} >= {minimum}, in a list, got {values!r}")
+        return list(values) if whole else [float(v) for v in values]
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
         """true or false."""

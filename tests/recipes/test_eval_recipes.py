@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -166,6 +165,10 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"num_sample": 3}, "unknown key 'num_sample' in config; did you mean 'num_samples'"),
         ({"pass_at": [1, 5]}, "pass_at 5 needs as many samples a task, num_samples is 2"),
         ({"temperatures": [-1.0]}, "temperatures must be different numbers >= 0"),
+        ({"temperatures": 0.8}, "temperatures must be different numbers >= 0, in a list, got 0.8"),
+        ({"temperatures": [0.8, 0.8]}, "temperatures must be different numbers"),
+        ({"pass_at": 1}, "pass_at must be different whole numbers >= 1, in a list, got 1"),
+        ({"pass_at": [1.5]}, "pass_at must be different whole numbers"),
         ({"fixed_temperature": 0.3}, "fixed_temperature 0.3 is not among temperatures"),
         ({"fixed_temperature": None}, "set fixed_temperature"),
         ({"tokenizer": None}, "or samples=FILE"),
@@ -187,6 +190,25 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(tiny_config, overr
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not Path(cfg.output_dir).exists()
+
+
+@pytest.mark.parametrize("pairs", [[1, 4], 4, [[1, 2, 3]]])
+def test_n_at_k_must_be_pairs(tiny_config, pairs):
+    with pytest.raises(ValueError, match=r"n_at_k must be a list of pairs \[n, k\]"):
+        run_here(tiny_config("eval_codecontests", n_at_k=pairs), "eval_codecontests")
+
+
+def test_a_given_sample_that_was_kept_but_not_judged_is_judged_once(tiny_config, gold):
+    cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), temperatures=[0.0], fixed_temperature=None)
+    results = run_here(cfg)
+    (journal,) = Path(cfg.output_dir).glob("journals/*.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    lost = [line for line in lines if "judged" in line][-3:]  # as if killed before these verdicts
+    write_jsonl(journal, [line for line in lines if line not in lost])
+    cfg.resume = True
+    assert run_here(cfg)["verdicts"] == results["verdicts"]
+    judged = [line["judged"] for line in map(json.loads, journal.read_text().splitlines()) if "judged" in line]
+    assert len(judged) == 16 and sorted(judged) == sorted(line["judged"] for line in lines if "judged" in line)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +252,13 @@ def test_an_evaluation_is_never_overwritten_unless_told(tiny_config, gold):
         run_here(cfg)
     assert {p: p.read_bytes() for p in Path(cfg.output_dir).rglob("*") if p.is_file()} == before
     cfg.overwrite = True
+    cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": "nowhere://x"}
+    with pytest.raises(ValueError, match="tracking_uri"):
+        run_here(cfg)
+    assert {p: p.read_bytes() for p in Path(cfg.output_dir).rglob("*") if p.is_file()} == before
+    cfg.tracking, cfg.name = None, "replaced"
     run_here(cfg)
-    shutil.rmtree(Path(cfg.output_dir) / "journals")
+    assert (Path(cfg.output_dir) / "report.md").read_text().startswith("# replaced")
 
 
 def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
