@@ -38,11 +38,6 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return -math.expm1(math.fsum(factors))
 
 
-def pass_at_k_per_task(n: Sequence[int], c: Sequence[int], k: int) -> np.ndarray:
-    """[tasks] float64: :func:`pass_at_k` of each task; a benchmark's pass@k is their mean."""
-    return np.array([pass_at_k(int(n_), int(c_), k) for n_, c_ in zip(n, c, strict=True)])
-
-
 def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k: int) -> float:
     """Chance to solve a task with n submissions out of k samples (Li et al. 2022, n@k), exactly, not by simulation.
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from typing import get_args
 
 from wmtp.data.protocols import Task
 from wmtp.data.stdio_tasks import StdioTask
@@ -19,10 +20,9 @@ from wmtp.evaluation import (
     pass_at_k,
 )
 from wmtp.samples import Judgement, Key, Sample, sort_key
+from wmtp.sandbox import Verdict
 
-VERDICTS = (
-    "passed", "wrong_answer", "exception", "timeout", "memory", "output_limit", "violation", "harness_error",
-)  # fmt: skip
+VERDICTS = get_args(Verdict)
 ORACLE_NOTE = "chosen on the test score itself: optimistic, not to be compared with a temperature fixed beforehand"
 _EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Warning)\b")
 

@@ -223,13 +223,11 @@ OPERATIONS: dict[str, Callable] = {
     "item": operator.getitem,
     "set_item": operator.setitem,
     "delete_item": operator.delitem,
-    "contains": operator.contains,
     "iter": iter,
     "next": next,
     "len": len,
     "bool": bool,
     "str": str,
-    "repr": repr,
     "is_instance": isinstance,
 }
 
