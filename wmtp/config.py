@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ class StopTraining(RuntimeError):
 
 
 _REQUIRED = object()
+_SECONDS_FOR_RANK_0 = 10.0
 
 
 class ConfigReader:
@@ -191,6 +193,10 @@ def clear_errors() -> Iterator[None]:
         rank = os.environ.get("RANK")
         prefix = f"error [rank {rank}]" if rank not in (None, "0") else "error"
         print(f"{prefix}: {_one_line(error)}", file=sys.stderr, flush=True)
+        if prefix != "error":
+            # The launcher ends all ranks when the first one exits. Rank 0, which may be a little behind with the same
+            # error, says it in the words that people look for.
+            time.sleep(_SECONDS_FOR_RANK_0)
         # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
         sys.stdout.flush()
         os._exit(1)
