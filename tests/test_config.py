@@ -1,5 +1,7 @@
 """The strict config reader and component builder."""
 
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -41,3 +43,39 @@ def test_build_checks_keys_by_name_and_passes_the_recipe_s_own():
         build(OmegaConf.create(lr), [], where="optimizer")
     with pytest.raises(ConfigError, match="lacks the key"):
         build(OmegaConf.create({"_component_": "wmtp.tracking.MLflowLogger"}), where="tracking")
+
+
+def control(**method):
+    method = {"_component_": "wmtp.weighting.rho1", **method}
+    return OmegaConf.create({"_component_": "wmtp.weighting.shuffled", "seed": 3, "method": method})
+
+
+def test_a_section_inside_a_section_is_built_first():
+    weighting = build(
+        control(mode="soft", max_weight=3.0, strength="${.min_weight}", min_weight=0.5), where="weighting"
+    )
+    assert weighting.bounds == (0.75, 2.0)  # (1 - 0.5) + 0.5 * (0.5, 3)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"percentle": 0.5}, r"unknown key 'percentle' in weighting\.method; did you mean 'percentile'"),
+        ({"percentile": 2}, r"^weighting\.method\.percentile must be in \(0, 1\], got 2"),
+        (
+            {"_component_": "wmtp.weighting.rho2"},
+            r"weighting\.method\._component_ '.*rho2' cannot be found",
+        ),
+        ({"_component_": None}, r"weighting\.method has no _component_"),
+    ],
+)
+def test_what_is_wrong_inside_is_named_with_its_full_key(method, message):
+    with pytest.raises(ConfigError, match=message):
+        build(control(**method), where="weighting")
+
+
+def test_a_component_beside_where_the_recipe_is_started(tmp_path, monkeypatch):
+    (tmp_path / "my_weights.py").write_text("def half(strength):\n    return strength / 2\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    assert build(OmegaConf.create({"_component_": "my_weights.half", "strength": 1}), where="weighting") == 0.5

@@ -7,8 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from wmtp.loss import mtp_loss, token_cross_entropy, valid_targets, weighted_mtp_cross_entropy
-from wmtp.weighting import Rho1, Uniform
+from wmtp.loss import (
+    mtp_loss,
+    token_cross_entropy,
+    token_cross_entropy_and_entropy,
+    valid_targets,
+    weighted_mtp_cross_entropy,
+)
+from wmtp.weighting import Weighting, critic, dft, entropy, rho1, uniform
 
 
 def plain(hidden, unembedding, labels, weights, document_ids, head_weights):
@@ -143,19 +149,20 @@ def test_frozen_unembedding_gets_no_gradient_and_hidden_the_same():
     assert torch.equal(*got)
 
 
+class CountRows(TorchDispatchMode):
+    """Counts the rows of any matrix product with the unembedding [50, 8], in units of one row's GEMM, V * D."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in ("mm", "addmm_", "addmm"):
+            a, b = args[-2:]
+            self.rows += a.shape[0] * a.shape[1] * b.shape[1] // (50 * 8)
+        return func(*args, **(kwargs or {}))
+
+
 def test_rows_of_weight_zero_take_no_part_in_gradient_gemms():
-    """Counted in the dispatcher: the rows that enter any matrix product."""
-
-    class CountRows(TorchDispatchMode):
-        rows = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.__name__.split(".")[0]
-            if name in ("mm", "addmm_", "addmm"):
-                a, b = args[-2:]
-                self.rows += a.shape[0] * a.shape[1] * b.shape[1] // (50 * 8)  # in units of one row's GEMM, V * D
-            return func(*args, **(kwargs or {}))
-
     hidden, unembedding = torch.randn(4, 1, 21, 8), torch.randn(50, 8)
     labels = torch.randint(0, 50, (1, 21))
     kept = torch.zeros(1, 21)
@@ -175,10 +182,27 @@ def test_rows_of_weight_zero_take_no_part_in_gradient_gemms():
     assert counter.rows == 20
     assert gemms(kept, known_ce=ce) == pairs - 15 + 2 * 4 * 5  # head 1's 15 unkept targets are known already
 
-    h, u = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
+
+@pytest.mark.parametrize(
+    ("weighting", "passes"),
+    [
+        (uniform(), 0), (rho1("soft"), 1), (rho1("soft", "reference"), 0), (dft(), 1), (entropy("soft"), 1),
+        (critic(), 0), (dft(per_head=True), 4),
+    ],
+)  # fmt: skip
+def test_weights_cost_no_more_than_one_gemm_a_token_of_the_heads_they_read(weighting, passes):
+    h, u = torch.randn(4, 1, 21, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(0, 50, (1, 21))
+    columns = {"reference_ce": torch.rand(1, 21), "values": torch.rand(1, 21)}
+    pairs = 20 + 19 + 18 + 17
     with CountRows() as counter:
-        mtp_loss(h, u, labels, Rho1("soft"), reference_ce=torch.rand(1, 21)).loss_sum.backward()
-    assert counter.rows == 3 * pairs + 20  # 3H + 1 GEMMs a token
+        mtp_loss(h, u, labels, weighting, **columns).loss_sum.backward()
+    assert counter.rows == 3 * pairs + {0: 0, 1: 20, 4: pairs}[passes]
+    # CE of an earlier pass saves this one's, but where the entropy is read
+    kept = torch.rand(4, 1, 21)
+    with CountRows() as counter:
+        mtp_loss(h, u, labels, weighting, policy_ce=kept, **columns).loss_sum.backward()
+    assert counter.rows == 3 * pairs + 20 * ("policy_entropy" in weighting.needs)
 
 
 def test_known_ce_changes_nothing():
@@ -194,12 +218,90 @@ def test_known_ce_changes_nothing():
 def test_lambda_zero_is_plain_mtp_bit_for_bit():
     hidden, unembedding, labels, _, document_ids, _ = random_case(3, 4, 2, 12, 8, 30, False, 0.9)
     got = []
-    for weighting in (Uniform(), Rho1("soft", strength=0.0)):
+    for weighting in (uniform(), rho1("soft", strength=0.0)):
         h, u = hidden.float().requires_grad_(), unembedding.float().requires_grad_()
         out = mtp_loss(h, u, labels, weighting, document_ids=document_ids, reference_ce=torch.rand(labels.shape))
         out.loss_sum.backward()
         got.append((out.loss_sum.detach(), h.grad, u.grad))
     assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_entropy_and_ce_equal_float64(dtype, tolerance, chunk):
+    hidden, unembedding, labels, _, document_ids, _ = random_case(5, 3, 2, 11, 8, 30, False, 0.8)
+    hidden, unembedding = (hidden * 4).to(dtype), unembedding.to(dtype)  # from nearly uniform to nearly certain
+    ce, h = token_cross_entropy_and_entropy(
+        hidden.requires_grad_(), unembedding, labels, document_ids=document_ids, chunk_tokens=chunk
+    )
+    log_p = F.log_softmax(hidden.double() @ unembedding.double().T, dim=-1)
+    exact = -(log_p.exp() * log_p).sum(-1)  # [H, B, S], of the position that predicts
+    valid = valid_targets(labels, 3, document_ids)
+    assert h.dtype == ce.dtype == torch.float32 and not h.requires_grad and not ce.requires_grad
+    assert bool((h[~valid] == 0).all())
+    for k in range(1, 4):
+        where = valid[k - 1, :, k:]
+        torch.testing.assert_close(
+            h[k - 1, :, k:][where].double(), exact[k - 1, :, :-k][where], rtol=tolerance, atol=tolerance
+        )
+    torch.testing.assert_close(
+        ce, token_cross_entropy(hidden, unembedding, labels, document_ids=document_ids), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_entropy_by_hand_and_of_a_token_that_is_certain():
+    # logits 0 and log 3: p = 1/4, 3/4; then logits 0 and 200: certain within float32
+    for logit, entropy_of_both in ((1.0986123, 0.5623351), (200.0, 0.0)):
+        _, h = token_cross_entropy_and_entropy(
+            torch.ones(1, 1, 2, 1), torch.tensor([[0.0], [logit]]), torch.tensor([[0, 1]])
+        )
+        assert h[0, 0].tolist() == [0, pytest.approx(entropy_of_both)]
+
+
+def seen_by_a_weighting(**inputs):
+    """The signals that mtp_loss gives to a weighting that needs everything."""
+    seen = []
+
+    def score(signals):
+        seen.append(signals)
+        return signals.policy_ce
+
+    all_signals = {"policy_ce", "policy_entropy", "reference_ce", "values"}
+    weighting = Weighting(score, lambda scores, mask: mask.float(), needs=all_signals)
+    g = torch.Generator().manual_seed(0)
+    hidden, unembedding = torch.randn(2, 1, 6, 4, generator=g), torch.randn(9, 4, generator=g)
+    columns = {"reference_ce": torch.rand(1, 6), "values": torch.rand(1, 6)}
+    out = mtp_loss(hidden.requires_grad_(), unembedding, torch.arange(6)[None], weighting, **columns, **inputs)
+    return seen[0], out, columns
+
+
+def test_a_weighting_sees_the_policy_s_own_signals_and_the_columns():
+    signals, out, columns = seen_by_a_weighting(step=17)
+    assert signals.step == 17 and signals.training
+    torch.testing.assert_close(signals.policy_ce, out.ce[:1])
+    assert signals.policy_entropy.shape == (1, 1, 6) and torch.equal(signals.valid, out.valid)
+    assert all(torch.equal(getattr(signals, name), column) for name, column in columns.items())
+    with torch.no_grad():
+        assert not seen_by_a_weighting()[0].training
+
+
+def test_policy_ce_from_outside_is_used_for_the_weights_only():
+    kept = torch.arange(6.0)[None]
+    assert torch.equal(seen_by_a_weighting(policy_ce=kept)[0].policy_ce, kept[None])
+    hidden, unembedding, labels = torch.randn(2, 1, 6, 4), torch.randn(9, 4), torch.arange(6)[None]
+    out = mtp_loss(
+        hidden, unembedding, labels, rho1("select", percentile=0.4), policy_ce=kept, reference_ce=torch.zeros(1, 6)
+    )
+    assert out.weights.tolist() == [[0, 0, 0, 0, 2.5, 2.5]]  # the highest of what was kept
+    torch.testing.assert_close(out.ce, token_cross_entropy(hidden, unembedding, labels))  # of zero weights too
+
+
+def test_a_plain_function_of_the_signals_is_a_weighting():
+    hidden, unembedding, labels, weights, document_ids, _ = random_case(6, 2, 2, 9, 8, 30, False, 1.0)
+    args = hidden.float(), unembedding.float(), labels
+    out = mtp_loss(*args, lambda signals: weights.float(), document_ids=document_ids)
+    given = weighted_mtp_cross_entropy(*args, weights.float(), document_ids=document_ids)
+    assert torch.equal(out.loss_sum, given.loss_sum)
 
 
 def test_backward_twice_is_refused():

@@ -6,22 +6,27 @@ import torch
 from wmtp.data import byte_tokenizer, pack, python_functions
 from wmtp.loss import mtp_loss
 from wmtp.models import llama_mtp
-from wmtp.weighting import Rho1, Uniform
+from wmtp.weighting import rho1, uniform
+
+TOKENIZER = byte_tokenizer()
 
 
-@pytest.mark.parametrize("weighting", [Uniform(), Rho1("select"), Rho1("soft"), Rho1("soft", per_head=True)])
-def test_packed_rows_give_the_loss_of_documents_one_by_one(weighting):
-    tokenizer = byte_tokenizer()
-    documents = python_functions(tokenizer, max_functions=12, max_body_lines=4)
+@pytest.fixture(scope="module")
+def documents():
+    return python_functions(TOKENIZER, max_functions=12, max_body_lines=4)
+
+
+@pytest.mark.parametrize("weighting", [uniform(), rho1("select"), rho1("soft"), rho1("soft", per_head=True)])
+def test_packed_rows_give_the_loss_of_documents_one_by_one(documents, weighting):
     torch.manual_seed(0)
     model = llama_mtp(
-        vocab_size=tokenizer.vocab_size, num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=16, intermediate_dim=24,
+        vocab_size=TOKENIZER.vocab_size, num_layers=2, num_heads=2, num_kv_heads=1, embed_dim=16, intermediate_dim=24,
         max_seq_len=2048, num_future_tokens=3,
     )  # fmt: skip
-    reference = torch.rand(tokenizer.vocab_size) * 5  # a CE that depends on the token alone, wherever it lies
+    reference = torch.rand(TOKENIZER.vocab_size) * 5  # a CE that depends on the token alone, wherever it lies
 
     def total(packed):
-        data = pack(documents, 2048, packed=packed, pad_id=tokenizer.pad_id)
+        data = pack(documents, 2048, packed=packed, pad_id=TOKENIZER.pad_id)
         model.zero_grad()
         loss = targets = 0.0
         for row in range(len(data)):

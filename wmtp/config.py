@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config as torchtune_config
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
@@ -120,8 +119,11 @@ class ConfigReader:
             raise ConfigError("; ".join(_unknown(key, self._read, "config") for key in unread))
 
 
-def build(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> Any:
-    """Instantiate a section's `_component_` with its keys, through torchtune, after checking them by name.
+def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> Any:
+    """Call a section's `_component_` with its keys, after checking them by name; no section gives None.
+
+    Sections with a `_component_` among its keys, at any depth of plain sections, are built first, with the same checks,
+    as ``where.key``.
 
     Args:
         section: config with a `_component_` dot path; its other keys are keyword arguments.
@@ -131,9 +133,13 @@ def build(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> Any:
     Raises:
         ConfigError: component not found, key unknown or missing, or the component refused a value.
     """
+    if section is None:
+        return None
     path = section.get("_component_")
     if path is None:
         raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
+    if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
+        sys.path.append(os.getcwd())
     try:
         component = _get_component_from_path(path)
     except (InstantiationError, ImportError, AttributeError) as error:
@@ -148,10 +154,25 @@ def build(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> Any:
     missing = [n for n in allowed if parameters[n].default is inspect.Parameter.empty and n not in section]
     if missing:
         raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
+    values = {str(key): _built(value, f"{where}.{key}") for key, value in section.items() if key != "_component_"}
     try:
-        return torchtune_config.instantiate(section, *args, **kwargs)
-    except (TypeError, InstantiationError) as error:
+        return component(*args, **{**values, **kwargs})
+    except TypeError as error:
         raise ConfigError(f"{where} ({path}): {_one_line(error)}") from error
+    except ValueError as error:
+        # What a component says about one of its own keys gets the key's full name: weighting.method.percentile.
+        if str(error).split(" ", 1)[0] in section:
+            raise ConfigError(f"{where}.{_one_line(error)}") from error
+        raise
+
+
+def _built(value: Any, where: str) -> Any:
+    """A config value as plain Python, with what its sections name built."""
+    if not OmegaConf.is_dict(value):
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    if "_component_" in value:
+        return build(value, where=where)
+    return {key: _built(child, f"{where}.{key}") for key, child in value.items()}
 
 
 def check_output_dir(folder: Path, what: str, *, overwrite: bool, resume: str | None = None) -> bool:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wmtp.weighting.base import Signals
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -39,11 +41,6 @@ class MTPLoss(NamedTuple):
     ce: Tensor  # [H, B, S] float32: cross-entropy of head k for target j, 0 where it predicts none
     valid: Tensor  # [H, B, S] bool: where head k predicts target j
     weights: Tensor | None  # [B, S] or [H, B, S] as given, None for all ones
-
-    def target_weights(self) -> Tensor:
-        """[N] float32 weights of the targets: of head 1's, or of every head's where the weights differ by head."""
-        valid = self.valid if self.weights is not None and self.weights.dim() == 3 else self.valid[0]
-        return torch.ones_like(valid, dtype=torch.float32)[valid] if self.weights is None else self.weights[valid]
 
 
 def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = None) -> Tensor:
@@ -140,7 +137,7 @@ def weighted_mtp_cross_entropy(
         head, row, target, row_weight, source = (x[keep] for x in (head, row, target, row_weight, source))
 
     if chunk_tokens is None:
-        chunk_tokens = max(16, _CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * unembedding.shape[0]))
+        chunk_tokens = _default_chunk(hidden, unembedding)
     loss_sum, row_ce = _FusedLinearCrossEntropy.apply(
         hidden, unembedding, source, labels[row, target], row_weight, num_gradient_rows, chunk_tokens
     )
@@ -152,24 +149,54 @@ def mtp_loss(
     hidden: Tensor,
     unembedding: Tensor,
     labels: Tensor,
-    weighting: "Callable[..., Tensor | None]",
+    weighting: "Callable[[Signals], Tensor | None]",
     *,
     document_ids: Tensor | None = None,
-    reference_ce: Tensor | None = None,
     head_weights: Tensor | None = None,
+    policy_ce: Tensor | None = None,
+    reference_ce: Tensor | None = None,
+    values: Tensor | None = None,
+    step: int = 0,
 ) -> MTPLoss:
-    """The loss with its weights: asks ``weighting`` (see wmtp.weighting) for them and gives it the CE it needs.
+    """The loss with its weights: asks ``weighting`` (see wmtp.weighting) for them and gives it the signals it needs.
 
-    Weights that depend on the policy's own CE cost one more GEMM a token for each head they read: 3H + 1 in all for
-    head 1, whose CE is then not computed again for tokens of weight zero.
+    Weights that depend on the policy's own CE or entropy cost one more GEMM a token for each head they read: 3H + 1 in
+    all for head 1, whose CE is then not computed again for tokens of weight zero.
+
+    Args:
+        hidden, unembedding, labels, document_ids, head_weights: as in :func:`weighted_mtp_cross_entropy`.
+        weighting: a callable from Signals to weights; of its attributes ``needs`` and ``per_head`` are read, and a
+            plain function without them needs no CE of the policy.
+        policy_ce: [B, S] or [1 or H, B, S], the policy's CE of an earlier pass (kept from the epoch's start). It takes
+            the present CE's place in the weights, and only there.
+        reference_ce: [B, S], the reference's CE.
+        values: [B, S], the critic's values.
+        step: optimizer step, for weightings that draw anew each step.
+
+    Raises:
+        ValueError: for shapes that do not fit, and what the weighting refuses.
     """
-    ce = None
-    if weighting.needs_policy_ce is not None:
-        heads = hidden if weighting.needs_policy_ce == "all" else hidden[:1]
+    needs = getattr(weighting, "needs", frozenset())
+    heads = hidden if getattr(weighting, "per_head", False) else hidden[:1]
+    ce = entropy = None
+    if "policy_entropy" in needs:
+        ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, document_ids=document_ids)
+        entropy = entropy[:1]
+    elif "policy_ce" in needs and policy_ce is None:
         ce = token_cross_entropy(heads, unembedding, labels, document_ids=document_ids)
+    signals = Signals(
+        labels=labels,
+        valid=valid_targets(labels, hidden.shape[0], document_ids),
+        document_ids=document_ids,
+        policy_ce=ce if policy_ce is None else policy_ce.reshape(-1, *policy_ce.shape[-2:]),
+        policy_entropy=entropy,
+        reference_ce=reference_ce,
+        values=values,
+        step=step,
+        training=torch.is_grad_enabled(),
+    )
     with torch.no_grad():
-        valid = valid_targets(labels, hidden.shape[0], document_ids)
-        weights = weighting(labels, valid, document_ids, ce, reference_ce)
+        weights = weighting(signals)
     return weighted_mtp_cross_entropy(
         hidden, unembedding, labels, weights, document_ids=document_ids, head_weights=head_weights, known_ce=ce
     )
@@ -184,6 +211,47 @@ def token_cross_entropy(
     Arguments as in :func:`weighted_mtp_cross_entropy`; ``hidden`` may hold only the first heads.
     """
     return weighted_mtp_cross_entropy(hidden, unembedding, labels, document_ids=document_ids).ce
+
+
+@torch.no_grad()
+def token_cross_entropy_and_entropy(
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """CE for every target and the entropy of the distribution it was predicted from, in one pass (one GEMM a token).
+
+        entropy = -sum_v p_v log p_v = logsumexp(z) - sum_v p_v z_v,    p = softmax(z), in nats
+
+    Arguments as in :func:`weighted_mtp_cross_entropy`; ``hidden`` may hold only the first heads.
+
+    Returns:
+        (ce, entropy), each [H, B, S] float32, indexed by the target's position, 0 where no target.
+    """
+    _, batch, seq, dim = hidden.shape
+    valid = valid_targets(labels, hidden.shape[0], document_ids)
+    ce, entropy = hidden.new_zeros((2, *valid.shape), dtype=torch.float32)
+    head, row, target = valid.nonzero(as_tuple=True)  # [N] each
+    flat_hidden = hidden.reshape(-1, dim)
+    source, label = (head * batch + row) * seq + target - head - 1, labels[row, target]
+    size = chunk_tokens or max(1, _default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
+    for start, end in _chunks(0, source.numel(), size):
+        part = slice(start, end)
+        logits = (flat_hidden[source[part]] @ unembedding.T).float()  # [C, V]
+        target_logit = logits.gather(1, label[part, None]).squeeze(1)  # [C]
+        top = logits.amax(dim=1)
+        shifted = logits.sub_(top[:, None])
+        exp = shifted.exp()
+        exp_sum = exp.sum(dim=1)
+        place = head[part], row[part], target[part]
+        ce[place] = exp_sum.log() + top - target_logit
+        # sum_v p_v z_v as one product of rows: no third buffer. Rounding must not make a certain token negative.
+        mean = torch.bmm(exp[:, None], shifted[:, :, None]).view(-1) / exp_sum
+        entropy[place] = (exp_sum.log() - mean).clamp(min=0)
+    return ce, entropy
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -240,6 +308,11 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad_loss)
         d_unembedding = None if d_unembedding is None else d_unembedding.mul_(grad_loss).to(dtype)
         return d_hidden, d_unembedding, None, None, None, None, None
+
+
+def _default_chunk(hidden: Tensor, unembedding: Tensor) -> int:
+    """Rows per chunk, by device and V."""
+    return max(16, _CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * unembedding.shape[0]))
 
 
 def _chunks(split: int, total: int, size: int):

@@ -1,0 +1,51 @@
+"""Token weights: which target tokens the loss should care about.
+
+A weight belongs to a target token j, the same for every head that predicts it (DESIGN section 2). A weighting is a
+callable that looks at the :class:`Signals` of a micro-batch and returns weights [B, S] (with ``per_head`` [H, B, S]),
+or None for all ones. Weights have mean 1 over the valid targets of their scope, lie in [min_weight, max_weight], are 0
+where there is no target, finite, and carry no gradient. The scope ``sequence`` is one document (so packing changes
+nothing), ``batch`` all documents of one micro-batch on one rank.
+
+To add a method, write one builder: a function that returns a :class:`Weighting` made of a score (a number for each
+target, from the signals) and a rule that turns the scores of one scope into weights. Name it in a config:
+
+    def hard_tokens(temperature: float = 1.0) -> Weighting:
+        return Weighting(
+            lambda signals: signals.policy_ce / temperature,
+            lambda scores, mask: clipped_mean_one(scores, mask, 0.1, 5.0),
+            needs={"policy_ce"},
+            bounds=(0.1, 5.0),
+        )
+
+    weighting:
+      _component_: my_module.hard_tokens
+"""
+
+from wmtp.weighting.base import Signals, Weighting
+from wmtp.weighting.controls import random_matched, shuffled
+from wmtp.weighting.methods import dft, entropy, rho1, uniform
+from wmtp.weighting.rows import clipped_mean, clipped_mean_one, spread, top_share, weigh_rows, z_score
+from wmtp.weighting.statistics import target_table, weight_statistics
+from wmtp.weighting.values import critic, gae, value_deltas
+
+__all__ = [
+    "Signals",
+    "Weighting",
+    "clipped_mean",
+    "clipped_mean_one",
+    "critic",
+    "dft",
+    "entropy",
+    "gae",
+    "random_matched",
+    "rho1",
+    "shuffled",
+    "spread",
+    "target_table",
+    "top_share",
+    "uniform",
+    "value_deltas",
+    "weigh_rows",
+    "weight_statistics",
+    "z_score",
+]

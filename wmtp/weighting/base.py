@@ -1,0 +1,172 @@
+"""What a weighting may look at, and the one class that every method is composed of."""
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from wmtp.weighting.rows import SCOPES, weigh_rows
+
+# What a method may need, and where it comes from when it is missing.
+SIGNALS = {
+    "policy_ce": "wmtp.loss.mtp_loss computes it",
+    "policy_entropy": "wmtp.loss.mtp_loss computes it",
+    "reference_ce": "set reference_model, or use a dataset with a reference_ce column",
+    "values": "set value_model, or use a dataset with a values column",
+}
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What a weighting may look at, indexed by target position j; a field that it does not need may be None."""
+
+    labels: Tensor  # [B, S], -100 where the token is no target
+    valid: Tensor  # [H, B, S] bool, of wmtp.loss.valid_targets
+    document_ids: Tensor | None = None  # [B, S]; None: each row is one document
+    policy_ce: Tensor | None = None  # [1 or H, B, S] float32, the policy's own CE in nats (H where per_head)
+    policy_entropy: Tensor | None = None  # [1, B, S] float32, entropy of head 1's distribution for target j, in nats
+    reference_ce: Tensor | None = None  # [B, S] float32, the reference's CE for target j
+    values: Tensor | None = None  # [B, S] float32, V_j: value of the prefix x_<=j, at every position of a document
+    step: int = 0  # optimizer step, so that random controls draw anew each step
+    training: bool = True  # False: someone only looks at the weights, and a weighting's state stays as it is
+
+
+class State(Protocol):
+    """What a weighting remembers from step to step."""
+
+    def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None: ...
+    def state_dict(self) -> dict: ...
+    def load_state_dict(self, state: dict) -> None: ...
+
+
+class Weighting:
+    """A score for each target and a rule that turns the scores of one scope into weights.
+
+        w = to_weights(score(signals))        w~ = (1 - strength) + strength * w
+
+    Args:
+        score: ``score(signals) -> [heads, B, S]`` or [1, B, S], with heads = H where ``per_head``, else 1. It gets the
+            signals it needs detached, in float32 and, of ``policy_ce``, only these heads; what it returns where a head
+            has no target is never read.
+        to_weights: ``to_weights(scores [G, L], mask [G, L]) -> [G, L]`` with mean 1 over each row's real entries. A
+            row is one scope and has at least one real entry.
+        needs: names of the signals read: policy_ce, policy_entropy, reference_ce, values.
+        scope: ``sequence`` or ``batch``.
+        strength: lambda in [0, 1]. At 0 no weight is computed and nothing is needed: plain MTP, bit for bit.
+        per_head: weights [H, B, S], for scores from the CE of all heads.
+        bounds: least and largest weight that ``to_weights`` gives.
+        state: what the method remembers from step to step; None for nothing.
+
+    Attributes:
+        needs, per_head: as given; nothing and False at strength 0.
+        bounds: least and largest weight returned, strength included.
+
+    Raises:
+        ValueError: an unknown signal or scope, or a strength outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        score: Callable[[Signals], Tensor],
+        to_weights: Callable[[Tensor, Tensor], Tensor],
+        *,
+        needs: Collection[str],
+        scope: str = "sequence",
+        strength: float = 1.0,
+        per_head: bool = False,
+        bounds: tuple[float, float] = (0.0, math.inf),
+        state: State | None = None,
+    ) -> None:
+        for name in needs:
+            check_choice("needs", name, tuple(SIGNALS))
+        check_choice("scope", scope, SCOPES)
+        check_range("strength", strength, 0 <= strength <= 1, "in [0, 1] (lambda)")
+        weighted = strength > 0
+        self.needs: frozenset[str] = frozenset(needs) if weighted else frozenset()
+        self.per_head = per_head and weighted
+        self.bounds = tuple(1 - strength + strength * end for end in bounds) if weighted else (1.0, 1.0)
+        self._score, self._to_weights, self._scope, self._strength = score, to_weights, scope, strength
+        self._state = state if weighted else None
+
+    @torch.no_grad()
+    def __call__(self, signals: Signals) -> Tensor | None:
+        """Weights [B, S], with ``per_head`` [H, B, S]; None for all ones.
+
+        Raises:
+            ValueError: a signal is missing or has another shape, or a score is not finite.
+        """
+        if self._strength == 0:
+            return None
+        heads = signals.valid.shape[0] if self.per_head else 1
+        valid = signals.valid[:heads]
+        scores = self._score(self._prepared(signals, heads)).expand(valid.shape)
+        weights = weigh_rows(scores, valid, signals.document_ids, self._scope, self._to_weights)
+        weights = (1 - self._strength) * valid + self._strength * weights
+        return weights if self.per_head else weights[0]
+
+    def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Merge what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
+
+        Args:
+            all_reduce_sum: sum of a float64 tensor over all ranks; a collective, called only if there is a state.
+        """
+        if self._state is not None:
+            self._state.end_step(all_reduce_sum)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, the same on every rank; {} for a method without a memory."""
+        return {} if self._state is None else self._state.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is another method's.
+        """
+        if self._state is not None:
+            self._state.load_state_dict(state)
+        elif state:
+            raise ValueError(
+                f"this weighting keeps no state, got one with {', '.join(sorted(state))}; "
+                "resume with the weighting of the checkpoint"
+            )
+
+    def _prepared(self, signals: Signals, heads: int) -> Signals:
+        """The needed signals, checked, detached and in float32."""
+        ready = {}
+        for name in sorted(self.needs):
+            signal = getattr(signals, name)
+            if signal is None:
+                raise ValueError(f"the weighting needs {name}, got none: {SIGNALS[name]}")
+            if signal.shape[-2:] != signals.labels.shape:
+                raise ValueError(
+                    f"{name} must have the labels' [B, S] = {tuple(signals.labels.shape)}, got {tuple(signal.shape)}"
+                )
+            ready[name] = signal.detach().float()
+        if "policy_ce" in ready:
+            if len(ready["policy_ce"]) < heads:
+                raise ValueError(f"per_head weights need policy_ce of all {heads} heads, got {len(ready['policy_ce'])}")
+            ready["policy_ce"] = ready["policy_ce"][:heads]
+        return replace(signals, **ready)
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is none of the allowed ones."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_range(name: str, value: float, ok: bool, allowed: str) -> None:
+    """Refuse a number out of range, which the caller tests; NaN fails every comparison."""
+    if not ok:
+        raise ValueError(f"{name} must be {allowed}, got {value}")
+
+
+def check_clip(min_weight: float, max_weight: float) -> tuple[float, float]:
+    """The clip of a continuous method, which must hold 1 so that mean 1 can be reached."""
+    check_range("min_weight", min_weight, 0 <= min_weight <= 1, "in [0, 1]")
+    check_range("max_weight", max_weight, 1 <= max_weight < math.inf, ">= 1 and finite")
+    return float(min_weight), float(max_weight)

@@ -1,0 +1,150 @@
+"""Controls: random weights with the distribution of a method's own. No claim about a method holds without them.
+
+Random numbers are a hash of (seed, step, head, the document's labels, the target's place in its document): a document
+gets the same draw wherever it lies in a batch, on any rank, at any world size and after a resume, and another one at
+the next step.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wmtp.weighting.base import Signals, check_range
+from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_rows
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's constants, as int64
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+
+
+def shuffled(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Control":
+    """A random permutation of the method's own weights among the targets of each document.
+
+    What it shares with the method is everything but which token has which weight: the same numbers, the same mean, the
+    same share of each document.
+
+    Args:
+        method: any weighting; weights [H, B, S] are permuted in each head by itself.
+        seed: >= 0.
+    """
+
+    def redraw(weights: Tensor, rows: ScopeRows, key: Tensor) -> Tensor:
+        # Real entries come first in a row, so with the largest key behind them they are permuted among themselves.
+        order = rows.lay(key).masked_fill(~rows.mask, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+        return weights.gather(1, order)
+
+    return Control(method, redraw, seed)
+
+
+def random_matched(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Control":
+    """Weights drawn with replacement from those that the method gave to the document.
+
+    The draws are then scaled back to the mean of the document's own weights (1 under scope ``sequence``) within the
+    method's bounds. Zeros stay zeros as long as the mean can be reached without them; where every draw is zero, every
+    weight is that mean.
+
+    Args:
+        method: any weighting; its ``bounds`` are kept, (0, inf) where it has none. Heads are drawn independently.
+        seed: >= 0.
+    """
+    low, high = getattr(method, "bounds", (0.0, float("inf")))
+
+    def redraw(weights: Tensor, rows: ScopeRows, key: Tensor) -> Tensor:
+        count = rows.mask.sum(1, keepdim=True)
+        fraction = _shift(rows.lay(key), 11).double() * 2.0**-53  # [0, 1)
+        index = (fraction * count).long().clamp(max=rows.mask.shape[1] - 1)
+        mean = (weights * rows.mask).sum(1, keepdim=True) / count
+        drawn = weights.gather(1, index)
+        return clipped_mean(drawn.log(), rows.mask, low, high, mean.clamp(low, high))
+
+    return Control(method, redraw, seed)
+
+
+class Control:
+    """A weighting that asks ``method`` for weights and draws them anew inside each document.
+
+    Args:
+        method: a weighting, or any callable from signals to weights; what it needs, its state and its end of a step
+            are passed through.
+        redraw: ``redraw(weights [G, L] float64, rows, key [N] int64) -> [G, L]``; a row is a document of one head.
+        seed: >= 0.
+    """
+
+    def __init__(self, method: Callable[[Signals], Tensor | None], redraw: Callable, seed: int) -> None:
+        if not callable(method):
+            raise ValueError(f"method must be a weighting (a section with a _component_), got {method!r}")
+        check_range("seed", seed, isinstance(seed, int) and 0 <= seed < 2**63, "a whole number >= 0 and < 2^63")
+        self._method, self._redraw, self._seed = method, redraw, seed
+        self.needs: frozenset[str] = getattr(method, "needs", frozenset())
+        self.per_head: bool = getattr(method, "per_head", False)
+        self.bounds: tuple[float, float] = getattr(method, "bounds", (0.0, float("inf")))
+
+    @torch.no_grad()
+    def __call__(self, signals: Signals) -> Tensor | None:
+        """Weights of the method's shape; None where the method gives None (all ones).
+
+        Raises:
+            ValueError: the method gave a weight that is not finite or is below 0.
+        """
+        weights = self._method(signals)
+        if weights is None:
+            return None
+        by_head = weights.dim() == 3
+        valid = signals.valid if by_head else signals.valid[:1]
+        own = (weights if by_head else weights[None])[valid].double()
+        require_finite(own, "weights of the method")
+        if bool((own < 0).any()):
+            raise ValueError(f"{int((own < 0).sum())} of {own.numel()} weights of the method are below 0")
+        drawn = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
+        if own.numel() > 0:
+            rows = scope_rows(valid, signals.document_ids, "sequence")
+            drawn[valid] = rows.pick(self._redraw(rows.lay(own), rows, self._keys(signals, valid, rows))).float()
+        return drawn if by_head else drawn[0]
+
+    def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """The method's end of an optimizer step."""
+        if hasattr(self._method, "end_step"):
+            self._method.end_step(all_reduce_sum)
+
+    def state_dict(self) -> dict:
+        """The method's state; a control adds none."""
+        return self._method.state_dict() if hasattr(self._method, "state_dict") else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore the method's state."""
+        if hasattr(self._method, "load_state_dict"):
+            self._method.load_state_dict(state)
+
+    def _keys(self, signals: Signals, valid: Tensor, rows: ScopeRows) -> Tensor:
+        """A random int64 for each valid target, [N]."""
+        head, row, target = valid.nonzero(as_tuple=True)  # [N] each
+        place = _place_in_document(signals.labels, signals.document_ids)[row, target]
+        label = signals.labels[row, target].long()
+        document = rows.lay(_mix(_mix(label + 1) + place * _GOLDEN)).sum(1)[rows.row]  # same sum wherever it lies
+        key = head.new_full((), self._seed)
+        for part in (signals.step, head, document, place):
+            key = _mix(key * _GOLDEN + part + 1)
+        return key
+
+
+def _place_in_document(labels: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Each token's number within its document, from 0: [B, S]."""
+    position = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
+    if document_ids is None:
+        return position
+    inside = torch.zeros_like(document_ids, dtype=torch.bool)
+    inside[:, 1:] = document_ids[:, 1:] == document_ids[:, :-1]
+    return position - position.masked_fill(inside, 0).cummax(dim=1).values
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014): a bijection of int64, products wrap around."""
+    x = (x ^ _shift(x, 30)) * _MIX_1
+    x = (x ^ _shift(x, 27)) * _MIX_2
+    return x ^ _shift(x, 31)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64: torch's own keeps the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,181 @@
+"""Methods that weigh a token by what the policy and a reference model make of it."""
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from wmtp.weighting.base import Signals, Weighting, check_choice, check_clip, check_range
+from wmtp.weighting.rows import SPREAD, clipped_mean_one, spread, top_share, z_score
+
+
+def uniform() -> Weighting:
+    """Plain multi-token prediction: every target token counts the same, and no weight is computed."""
+    return Weighting(lambda signals: signals.labels[None], lambda scores, mask: mask, needs=(), strength=0.0)
+
+
+def rho1(
+    mode: str = "select",
+    score: str = "excess",
+    percentile: float = 0.6,
+    temperature: float = 1.0,
+    boost: float = 2.0,
+    min_weight: float = 0.1,
+    max_weight: float = 5.0,
+    strength: float = 1.0,
+    scope: str = "sequence",
+    per_head: bool = False,
+) -> Weighting:
+    """Weights from the excess of the policy's loss over a reference model's (Rho-1, Lin et al. 2024, arXiv 2404.07965).
+
+    score_j = CE_policy,head1(j) - CE_ref(j), signed (their eq. 3): tokens the reference finds learnable and the policy
+    has not learnt yet. Scores without spread (a policy equal to its reference) give weight 1 everywhere and a warning.
+
+    Args:
+        mode: ``select``: the top ``percentile`` share of the scope's targets get 1 / kept share, the rest 0 (the
+            paper's rule, their eq. 4-5; clip does not apply). ``soft``: N * softmax(z-score / temperature), clipped.
+            ``emphasis``: soft, with the top share multiplied by ``boost`` before scaling.
+        score: ``excess``, ``abs_excess`` = |excess|, ``relative_excess`` = excess / CE_ref, ``reference`` = -CE_ref.
+        percentile: share of targets kept or boosted, in (0, 1]; 0.6 to 0.7 in the paper.
+        temperature: of the softmax, > 0; large is uniform.
+        boost: factor of the top share in ``emphasis``, >= 1.
+        min_weight, max_weight: clip of the continuous modes, 0 <= min <= 1 <= max. Mean 1 and the clip hold together.
+        strength: lambda in [0, 1]; the loss uses (1 - lambda) + lambda * w. 0 is plain MTP.
+        scope: ``sequence`` or ``batch``.
+        per_head: score every head by its own CE, weights [H, B, S]. For k > 1 this also measures context that the
+            head does not have.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    check_choice("score", score, tuple(_SCORES))
+    to_weights, bounds = _by_rank(
+        "rho1", "the policy equals its reference there", mode, percentile, temperature, boost, min_weight, max_weight
+    )
+    needs = {"reference_ce"} if score == "reference" else {"policy_ce", "reference_ce"}
+    return Weighting(
+        _SCORES[score], to_weights, needs=needs, scope=scope, strength=strength, per_head=per_head, bounds=bounds
+    )
+
+
+_SCORES: dict[str, Callable[[Signals], Tensor]] = {
+    "excess": lambda s: s.policy_ce - s.reference_ce,
+    "abs_excess": lambda s: (s.policy_ce - s.reference_ce).abs(),
+    # A reference CE near zero would make any excess infinite; 1e-3 nats is below what a float32 CE resolves usefully.
+    "relative_excess": lambda s: (s.policy_ce - s.reference_ce) / s.reference_ce.clamp(min=1e-3),
+    "reference": lambda s: -s.reference_ce[None],
+}
+
+
+def dft(
+    temperature: float = 1.0,
+    min_weight: float = 0.0,
+    max_weight: float = 5.0,
+    strength: float = 1.0,
+    scope: str = "sequence",
+    per_head: bool = False,
+) -> Weighting:
+    """Weights proportional to the policy's own probability of the target (DFT, Wu et al. 2025, arXiv 2508.05629).
+
+    w_j is proportional to p(target_j)^(1 / temperature), p = exp(-CE) of head 1, without a gradient: the paper's
+    -sg(p) log p at temperature 1, but scaled to mean 1 and clipped, so that only the choice of tokens differs from
+    plain MTP and not the size of the loss.
+
+    Args:
+        temperature: > 0; 1 is the paper's, large is uniform.
+        min_weight, max_weight: clip, 0 <= min <= 1 <= max. Mean 1 and the clip hold together.
+        strength: lambda in [0, 1]; 0 is plain MTP.
+        scope: ``sequence`` or ``batch``.
+        per_head: weigh every head's loss by its own probability, weights [H, B, S].
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    check_range("temperature", temperature, 0 < temperature < math.inf, "> 0")
+    bounds = check_clip(min_weight, max_weight)
+    return Weighting(
+        lambda signals: -signals.policy_ce / temperature,
+        lambda log_p, mask: clipped_mean_one(log_p, mask, *bounds),
+        needs={"policy_ce"},
+        scope=scope,
+        strength=strength,
+        per_head=per_head,
+        bounds=bounds,
+    )
+
+
+def entropy(
+    mode: str = "select",
+    percentile: float = 0.2,
+    temperature: float = 1.0,
+    boost: float = 2.0,
+    min_weight: float = 0.1,
+    max_weight: float = 5.0,
+    strength: float = 1.0,
+    scope: str = "sequence",
+) -> Weighting:
+    """Weights from the entropy of the policy's distribution (Wang et al. 2025, arXiv 2506.01939).
+
+    score_j = entropy of head 1's distribution for target j, in nats. The paper trains on the fifth of the tokens where
+    the policy is least certain: the forks of a text. Scores without spread give weight 1 everywhere and a warning.
+
+    Args:
+        mode, percentile, temperature, boost, min_weight, max_weight, strength, scope: as in :func:`rho1`; the paper
+            selects with percentile 0.2.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+    to_weights, bounds = _by_rank(
+        "entropy", "the policy is equally certain there", mode, percentile, temperature, boost, min_weight, max_weight
+    )
+    return Weighting(
+        lambda signals: signals.policy_entropy,
+        to_weights,
+        needs={"policy_entropy"},
+        scope=scope,
+        strength=strength,
+        bounds=bounds,
+    )
+
+
+def _by_rank(
+    method: str,
+    why_flat: str,
+    mode: str,
+    percentile: float,
+    temperature: float,
+    boost: float,
+    min_weight: float,
+    max_weight: float,
+) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]]:
+    """The rule of the modes ``select``, ``soft`` and ``emphasis`` (see :func:`rho1`), and the range of its weights."""
+    check_choice("mode", mode, ("select", "soft", "emphasis"))
+    check_range("percentile", percentile, 0 < percentile <= 1, "in (0, 1]")
+    check_range("temperature", temperature, 0 < temperature < math.inf, "> 0")
+    check_range("boost", boost, 1 <= boost < math.inf, ">= 1")
+    clip = check_clip(min_weight, max_weight)
+
+    def to_weights(scores: Tensor, mask: Tensor) -> Tensor:
+        if mode == "select":
+            top = top_share(scores, mask, percentile)
+            weights = top * (mask.sum(1, keepdim=True) / top.sum(1, keepdim=True).clamp(min=1))
+        else:
+            log_weights = z_score(scores, mask) / temperature
+            if mode == "emphasis":
+                log_weights = log_weights + math.log(boost) * top_share(scores, mask, percentile)
+            weights = clipped_mean_one(log_weights, mask, *clip)
+        flat = spread(scores, mask) <= SPREAD  # [G, 1]
+        several = flat & (mask.sum(1, keepdim=True) > 1)
+        if bool(several.any()):
+            warnings.warn(
+                f"{method}: scores without spread in {int(several.sum())} of {len(mask)} scopes ({why_flat}): "
+                "these get weight 1 everywhere",
+                stacklevel=2,
+            )
+        return torch.where(flat, mask.to(weights.dtype), weights)
+
+    # select gives n / round(percentile * n), at least one kept: most at percentile * n just below 1.5, of which one is.
+    return to_weights, (0.0, 1.5 / percentile) if mode == "select" else clip

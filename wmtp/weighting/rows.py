@@ -1,0 +1,170 @@
+"""Building blocks of weights: pure functions over rows.
+
+A row [L] holds the scores of one scope (a document, or a batch); a mask says which of its entries are real.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SPREAD = 1e-6  # scores closer together than this say nothing: float32 noise of two equal models' CE
+SCOPES = ("sequence", "batch")
+_NEG_INF = float("-inf")
+
+
+class ScopeRows(NamedTuple):
+    """Where each valid entry lies when every scope has a row of its own."""
+
+    row: Tensor  # [N], in the order of valid.nonzero()
+    column: Tensor  # [N], the entry's number within its scope, in order of position
+    mask: Tensor  # [G, L] bool: entries that are real; a row has at least one
+
+    def lay(self, values: Tensor) -> Tensor:
+        """[N] values, one per valid entry, as rows [G, L], zeros behind them."""
+        rows = values.new_zeros(self.mask.shape)
+        rows[self.row, self.column] = values
+        return rows
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """The way back: [G, L] rows as [N] values."""
+        return rows[self.row, self.column]
+
+
+def scope_rows(valid: Tensor, document_ids: Tensor | None, scope: str) -> ScopeRows:
+    """The rows of the scopes that have a valid target.
+
+    Args:
+        valid: [H, B, S] bool; heads never share a scope.
+        document_ids: [B, S], equal within a document; None where each row of the batch is one document.
+        scope: ``sequence`` (one document) or ``batch`` (all of [B, S]).
+    """
+    heads, batch, seq = valid.shape
+    device = valid.device
+    scope_id = torch.arange(heads, device=device).view(-1, 1, 1)
+    if scope == "sequence":
+        scope_id = scope_id * batch + torch.arange(batch, device=device).view(1, -1, 1)
+        if document_ids is not None:  # numbered anew, so that ids of any size keep rows of the batch apart
+            _, number = torch.unique(document_ids, return_inverse=True)
+            scope_id = scope_id * (batch * seq) + number
+    scope_id = scope_id.expand(heads, batch, seq)[valid]  # [N], in order of position
+    _, row, count = torch.unique(scope_id, return_inverse=True, return_counts=True)
+    order = torch.argsort(row, stable=True)
+    column = torch.empty_like(row)
+    column[order] = torch.arange(row.numel(), device=device) - (count.cumsum(0) - count)[row[order]]
+    longest = int(count.max()) if count.numel() else 0
+    mask = torch.arange(longest, device=device) < count[:, None]
+    return ScopeRows(row, column, mask)
+
+
+def weigh_rows(
+    scores: Tensor,
+    valid: Tensor,
+    document_ids: Tensor | None,
+    scope: str,
+    rows_fn: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Gather each scope's scores into a padded row, apply ``rows_fn(scores [G, L], mask [G, L])``, scatter back.
+
+    Args:
+        scores, valid: [H, B, S]; heads never share a scope.
+        document_ids: [B, S] or None.
+        scope: ``sequence`` (one document) or ``batch`` (all of [B, S]).
+
+    Returns:
+        [H, B, S] float32, 0 where not valid.
+
+    Raises:
+        ValueError: if a valid score is not finite.
+    """
+    values = scores[valid].float()
+    require_finite(values, "token scores")
+    weights = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
+    if values.numel() > 0:
+        rows = scope_rows(valid, document_ids, scope)
+        weights[valid] = rows.pick(rows_fn(rows.lay(values), rows.mask)).float()
+    return weights
+
+
+def require_finite(values: Tensor, what: str) -> None:
+    """Refuse NaN and infinities, saying how many there are."""
+    bad = int((~torch.isfinite(values)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {values.numel()} {what} are not finite; look at the models and columns they come from"
+        )
+
+
+def z_score(scores: Tensor, mask: Tensor) -> Tensor:
+    """(score - mean) / standard deviation of each row's real entries, zeros without spread: [G, L] float64."""
+    x = scores.double()
+    count = mask.sum(1, keepdim=True).clamp(min=1)
+    x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
+    std = (x.square().sum(1, keepdim=True) / count).sqrt()
+    return torch.where(std > SPREAD, x / std.clamp(min=SPREAD), torch.zeros_like(x))
+
+
+def spread(scores: Tensor, mask: Tensor) -> Tensor:
+    """Largest minus smallest real score of each row: [G, 1]."""
+    high = scores.masked_fill(~mask, _NEG_INF).amax(1, keepdim=True)
+    low = scores.masked_fill(~mask, math.inf).amin(1, keepdim=True)
+    return (high - low).clamp(min=0)
+
+
+def top_share(scores: Tensor, mask: Tensor, share: float) -> Tensor:
+    """The round(share * n) >= 1 highest of each row's n real entries, ties to the earlier position: [G, L] float."""
+    keep = (mask.sum(1, keepdim=True) * share).round().clamp(min=1)
+    order = scores.masked_fill(~mask, _NEG_INF).argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return ((rank < keep) & mask).to(scores.dtype)
+
+
+def clipped_mean_one(log_weights: Tensor, mask: Tensor, min_weight: float, max_weight: float) -> Tensor:
+    """:func:`clipped_mean` with mean 1: what a continuous weighting ends with."""
+    return clipped_mean(log_weights, mask, min_weight, max_weight, torch.ones_like(mask[:, :1], dtype=torch.float64))
+
+
+def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weight: float, mean: Tensor) -> Tensor:
+    """clip(exp(log_weights + c), min, max) with the c of each row that gives the real entries the mean asked for.
+
+    Clipping and normalising in turn would break one of the two; the mean of the clipped weights grows with c, so c is
+    found by bisection between log(mean) - max(log_weights), where no weight is above the mean, and
+    log(mean) - min(log_weights), where none is below. Then the entries inside the clip are scaled once more, exactly.
+
+    Args:
+        log_weights: [G, L], finite, or -inf for a weight of zero: that stays zero unless the mean cannot be reached
+            otherwise. Working in logs, weights never underflow before they are scaled.
+        mask: [G, L] bool.
+        min_weight, max_weight: 0 <= min <= max.
+        mean: [G, 1] in [min, max].
+
+    Returns:
+        [G, L] float64, 0 where masked out.
+    """
+    logs = log_weights.double()
+    # A zero goes so far below the smallest real weight that it underflows before that one counts.
+    zero = logs == _NEG_INF
+    floor = logs.masked_fill(zero | ~mask, math.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0) - 2000.0
+    logs = torch.where(zero, floor, logs)
+    total = mask.sum(1, keepdim=True) * mean.double()
+    log_mean = mean.double().clamp(min=1e-300).log()
+    low = log_mean - logs.masked_fill(~mask, _NEG_INF).amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    high = log_mean - logs.masked_fill(~mask, math.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0)
+
+    def clipped(shift: Tensor) -> Tensor:
+        return (logs + shift).exp().clamp(min_weight, max_weight) * mask
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = clipped(middle).sum(1, keepdim=True) < total
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    weights = clipped(high)
+    free = (weights > min_weight) & (weights < max_weight) & mask
+    missing = total - (weights * ~free).sum(1, keepdim=True)
+    scale = missing / (weights * free).sum(1, keepdim=True).clamp(min=1e-300)
+    exact = torch.where(free & (scale > 0), weights * scale, weights).clamp(min_weight, max_weight)
+    return exact * mask

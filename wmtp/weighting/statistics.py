@@ -1,0 +1,93 @@
+"""Figures that describe a step's weights."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from wmtp.weighting.rows import SPREAD, scope_rows
+
+if TYPE_CHECKING:
+    from wmtp.loss import MTPLoss
+
+
+def target_table(out: "MTPLoss", document_ids: Tensor | None) -> Tensor:
+    """What :func:`weight_statistics` reads of one micro-batch, to be gathered over micro-batches and ranks.
+
+    Args:
+        out: result of ``wmtp.loss.mtp_loss``.
+        document_ids: [B, S] or None, as given to the loss.
+
+    Returns:
+        [N, 3] float32: weight, head 1's CE (nats), and the place of the target among its document's, from 0 (first,
+        or only) to 1 (last). N counts head 1's targets; every head's pairs where weights differ by head.
+    """
+    first = out.valid[:1]
+    rows = scope_rows(first, document_ids, "sequence")
+    last = (rows.mask.sum(1) - 1).clamp(min=1)
+    place = torch.zeros_like(out.ce[:1])
+    place[first] = rows.column.float() / last[rows.row]
+    by_head = out.weights is not None and out.weights.dim() == 3
+    valid = out.valid if by_head else first
+    weights = torch.ones_like(place) if out.weights is None else out.weights.detach().float()
+    columns = (weights.expand(valid.shape), out.ce[:1].expand(valid.shape), place.expand(valid.shape))
+    return torch.stack([column[valid] for column in columns], dim=1)
+
+
+def weight_statistics(
+    weights: Tensor, *, policy_ce: Tensor | None = None, position: Tensor | None = None
+) -> dict[str, float]:
+    """Percentiles, concentration and correlations of the weights of N targets.
+
+    Args:
+        weights: [N] >= 0.
+        policy_ce: [N], the policy's CE of each target.
+        position: [N], the place of each target in its document.
+
+    Returns:
+        ``p25, p75, p95, max`` (linear between order statistics); ``kept_share``: share of targets with weight > 0;
+        ``effective_sample_size`` = (sum w)^2 / (N sum w^2), the share of the targets that the weights amount to (Kish
+        1965), in [0, 1]; ``entropy`` of w / sum w, divided by log N, in [0, 1], 1 for equal weights;
+        ``ce_correlation`` and ``position_correlation``, Pearson's, left out where one side has no spread. Both shares
+        and the entropy are 0 where every weight is 0. Empty when there is no target.
+    """
+    w = weights.detach().double()
+    if w.numel() == 0:
+        return {}
+    ordered = w.sort().values
+    figures = {name: _quantile(ordered, q) for name, q in (("p25", 0.25), ("p75", 0.75), ("p95", 0.95), ("max", 1.0))}
+    figures["kept_share"] = (w > 0).double().mean().item()
+    figures["effective_sample_size"] = (w.sum().square() / (w.numel() * w.square().sum()).clamp(min=1e-300)).item()
+    figures["entropy"] = _relative_entropy(w)
+    for name, other in (("ce_correlation", policy_ce), ("position_correlation", position)):
+        correlation = None if other is None else _pearson(w, other.detach().double())
+        if correlation is not None:
+            figures[name] = correlation
+    return figures
+
+
+def _quantile(ordered: Tensor, q: float) -> float:
+    # torch.quantile refuses more than 2^24 numbers.
+    place = q * (ordered.numel() - 1)
+    low, high = ordered[[math.floor(place), math.ceil(place)]].tolist()
+    return low + (place - math.floor(place)) * (high - low)
+
+
+def _relative_entropy(w: Tensor) -> float:
+    if not bool(w.sum() > 0):
+        return 0.0
+    if w.numel() == 1:
+        return 1.0
+    p = w / w.sum()
+    return min(1.0, torch.special.entr(p).sum().item() / math.log(w.numel()))
+
+
+def _pearson(x: Tensor, y: Tensor) -> float | None:
+    if x.shape != y.shape:
+        raise ValueError(f"each weight needs its partner: {tuple(x.shape)} weights, {tuple(y.shape)} others")
+    if not all(bool(side.max() - side.min() > SPREAD) for side in (x, y)):
+        return None
+    x, y = x - x.mean(), y - y.mean()
+    r = ((x * y).sum() / (x.norm() * y.norm())).item()
+    return max(-1.0, min(1.0, r)) if math.isfinite(r) else None
