@@ -14,11 +14,19 @@ from wmtp.data.assertion_tasks import (
     mbpp_tasks,
     packaged_function_tasks,
 )
-from wmtp.data.documents import IGNORE, Document, Documents, document_from_text
+from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.mbpp import few_shot_tasks, mbpp, mbpp_prompt, mbpp_task
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.packing import BatchStream, PackedDataset, held_out_batches, pack
-from wmtp.data.prompt_completion import prompt_completion, save_tokenized, tokenized
+from wmtp.data.pair_dataset import PairDataset, balance_lengths, encode_pairs, pair_splits, split_by_problem
+from wmtp.data.pairs import Pair, Pairs, code_contests_pairs, condefects_pairs, jsonl_pairs, packaged_pairs
+from wmtp.data.prompt_completion import (
+    prompt_completion,
+    prompt_completion_stream,
+    save_tokenized,
+    tokenized,
+    tokenized_stream,
+)
 from wmtp.data.protocols import (
     Protocol,
     Task,
@@ -32,16 +40,22 @@ from wmtp.data.protocols import (
 )
 from wmtp.data.python_source import python_functions
 from wmtp.data.rows import read_rows
+from wmtp.data.scored import scored
 from wmtp.data.stdio_tasks import StdioTask, code_contests, packaged_program_tasks
 from wmtp.data.tokenizer import Tokenizer, byte_tokenizer, hf_tokenizer, require_same_vocabulary
 
 __all__ = [
     "IGNORE",
+    "TOKEN_COLUMNS",
     "AssertionTask",
     "BatchStream",
     "Document",
+    "DocumentStream",
     "Documents",
     "PackedDataset",
+    "Pair",
+    "PairDataset",
+    "Pairs",
     "Protocol",
     "StdioTask",
     "Task",
@@ -49,17 +63,22 @@ __all__ = [
     "alphacode_prompt",
     "alphacode_protocol",
     "assertion_tasks",
+    "balance_lengths",
     "bigcode_protocol",
     "byte_tokenizer",
     "chat_protocol",
     "code_contests",
+    "code_contests_pairs",
+    "condefects_pairs",
     "docstring_protocol",
     "document_from_text",
+    "encode_pairs",
     "few_shot_tasks",
     "held_out_batches",
     "hf_tokenizer",
     "humaneval_protocol",
     "humaneval_tasks",
+    "jsonl_pairs",
     "mbpp",
     "mbpp_prompt",
     "mbpp_task",
@@ -67,13 +86,19 @@ __all__ = [
     "pack",
     "packaged_function_tasks",
     "packaged_functions",
+    "packaged_pairs",
     "packaged_program_tasks",
     "packaged_programs",
+    "pair_splits",
     "prompt_completion",
+    "prompt_completion_stream",
     "python_functions",
     "read_rows",
     "require_same_vocabulary",
     "save_tokenized",
+    "scored",
+    "split_by_problem",
     "three_shot_protocol",
     "tokenized",
+    "tokenized_stream",
 ]

@@ -1,13 +1,14 @@
-"""What every dataset builder returns: documents of token ids, with labels and optionally the reference's CE."""
+"""What every dataset builder returns: documents of token ids, with labels and optionally columns of a frozen model."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 IGNORE = -100  # the label of a token that is no target
+TOKEN_COLUMNS = ("reference_ce", "values")  # optional columns of a document, one float32 a token
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,14 @@ class Document:
         labels: [T] int32, unshifted: ``labels[j]`` is ``tokens[j]``, or -100 where the token is no target (prompt).
         id: names the document in messages.
         reference_ce: [T] float32 CE of each token under the reference model, or None.
+        values: [T] float32 value of the prefix that ends with each token, of a value model, or None.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     id: str
     reference_ce: np.ndarray | None = None
+    values: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -41,27 +44,30 @@ class Documents:
 
     Attributes:
         name: says what was read, for messages.
-        items: at least one document; either all of them carry reference_ce or none does.
+        items: at least one document; each of :data:`TOKEN_COLUMNS` is in all of them or in none.
         skipped: how many candidates the builder left out, by reason.
+        scored_len: so many tokens of a longer document have their columns' values; None where all have.
 
     Raises:
-        ValueError: no document, or only some of them with reference_ce.
+        ValueError: no document, or a column that only some of them have.
     """
 
     name: str
-    items: tuple[Document, ...]
+    items: Sequence[Document]
     skipped: dict[str, int] = field(default_factory=dict)
+    scored_len: int | None = None
 
     def __post_init__(self) -> None:
         if not self.items:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
             raise ValueError(f"{self.name}: the dataset is empty{f' (left out: {reasons})' if reasons else ''}")
-        without = [document.id for document in self.items if document.reference_ce is None]
-        if 0 < len(without) < len(self.items):
-            raise ValueError(
-                f"{self.name}: {len(without)} of {len(self.items)} documents have no reference_ce, "
-                f"the first is {without[0]}; score all of them or none"
-            )
+        for column in TOKEN_COLUMNS:
+            without = [document.id for document in self.items if getattr(document, column) is None]
+            if 0 < len(without) < len(self.items):
+                raise ValueError(
+                    f"{self.name}: {len(without)} of {len(self.items)} documents have no {column}, "
+                    f"the first is {without[0]}; score all of them or none"
+                )
 
     def __len__(self) -> int:
         return len(self.items)
@@ -72,17 +78,56 @@ class Documents:
     def __iter__(self) -> Iterator[Document]:
         return iter(self.items)
 
+    def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
+        """As :meth:`DocumentStream.read`."""
+        return ((index, document if keep(index) else None) for index, document in enumerate(self.items))
+
+    def count(self) -> int:
+        """How many documents there are."""
+        return len(self.items)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of :data:`TOKEN_COLUMNS` that the documents carry."""
+        return tuple(column for column in TOKEN_COLUMNS if getattr(self.items[0], column) is not None)
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every document's length, tokens, labels and reference_ce, in order."""
+        """SHA-256 over every document's length, tokens, labels and columns, in order."""
         digest = hashlib.sha256()
         for document in self.items:
-            digest.update(len(document).to_bytes(8, "little"))
-            digest.update(document.tokens.astype("<i4").tobytes())
-            digest.update(document.labels.astype("<i4").tobytes())
-            if document.reference_ce is not None:
-                digest.update(document.reference_ce.astype("<f4").tobytes())
+            digest_tokens(digest, document)
+            for column in self.columns:
+                digest.update(column.encode())
+                digest.update(getattr(document, column).astype("<f4").tobytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class DocumentStream:
+    """A dataset of any size: documents are made one by one as they are read, anew in every reading.
+
+    Attributes:
+        name: says what is read, for messages.
+        makers: starts a reading: for each document in a fixed order, a function that makes it. What costs time, the
+            tokenizing, is left to that function.
+        count: how many documents there are, or None where only a whole reading would tell.
+    """
+
+    name: str
+    makers: Callable[[], Iterator[Callable[[], Document]]]
+    count: Callable[[], int | None]
+
+    def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
+        """One reading: (index, document) in order, where a document that is not kept is not made, and is None."""
+        return ((index, make() if keep(index) else None) for index, make in enumerate(self.makers()))
+
+
+def digest_tokens(digest, document: Document) -> None:
+    """Add a document's length, tokens and labels to a hash: what is scored, without the scores."""
+    digest.update(len(document).to_bytes(8, "little"))
+    digest.update(document.tokens.astype("<i4").tobytes())
+    digest.update(document.labels.astype("<i4").tobytes())
 
 
 def document_from_text(tokenizer, prompt: str, completion: str, id: str) -> Document:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmtp.data.documents import IGNORE, Documents
+from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Documents
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class PackedDataset:
         tokens: [R, S] int32, pad_id where there is no document.
         labels: [R, S] int32, unshifted, -100 where the token is no target.
         document_ids: [R, S] int32, 0, 1, ... within a row, -1 for padding.
-        reference_ce: [R, S] float32, 0 for padding; or None.
+        reference_ce, values: [R, S] float32, 0 for padding; or None.
         ids: the names of each row's documents.
+        members: their indices in the dataset that was packed.
         pad_id: token id of padding.
         num_cut: documents cut to S tokens.
         num_dropped: documents left out because no target was left within S tokens.
@@ -32,7 +33,9 @@ class PackedDataset:
     labels: Tensor
     document_ids: Tensor
     reference_ce: Tensor | None
+    values: Tensor | None
     ids: tuple[tuple[str, ...], ...]
+    members: tuple[tuple[int, ...], ...]
     pad_id: int
     num_cut: int
     num_dropped: int
@@ -48,6 +51,10 @@ class PackedDataset:
     @property
     def has_reference_ce(self) -> bool:
         return self.reference_ce is not None
+
+    @property
+    def has_values(self) -> bool:
+        return self.values is not None
 
     @property
     def num_targets(self) -> int:
@@ -78,22 +85,24 @@ class PackedDataset:
         return line + (f", {self.num_dropped} left out (no target within {self.seq_len})" if self.num_dropped else "")
 
     def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Tensor | list[int]]:
-        """The rows as int64 tensors [B, S], reference_ce (float32) where there is one, and the list `rows`.
+        """The rows as int64 tensors [B, S], their float32 columns (reference_ce, values), and the list `rows`.
 
         With `size`, the batch is filled up to so many rows with padding that holds no document and no target.
         """
         empty = (size or len(rows)) - len(rows)
-        pads = {"tokens": self.pad_id, "labels": IGNORE, "document_ids": -1, "reference_ce": 0.0}
+        pads = {"tokens": self.pad_id, "labels": IGNORE, "document_ids": -1, **dict.fromkeys(TOKEN_COLUMNS, 0.0)}
         batch: dict[str, Tensor | list[int]] = {"rows": list(rows)}
         for name, pad in pads.items():
             column = getattr(self, name)
             if column is not None:
-                taken = column[rows] if name == "reference_ce" else column[rows].long()
+                taken = column[rows] if name in TOKEN_COLUMNS else column[rows].long()
                 batch[name] = torch.cat([taken, taken.new_full((empty, self.seq_len), pad)]) if empty else taken
         return batch
 
 
-def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int) -> PackedDataset:
+def pack(
+    documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int, require_targets: bool = True
+) -> PackedDataset:
     """Lay documents into rows of seq_len tokens; no document spans two rows.
 
     Longest first, each document goes where it leaves the least room (best-fit decreasing). A longer document is cut
@@ -103,13 +112,21 @@ def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int
     Args:
         packed: False gives each document a row of its own.
         pad_id: token id that fills the rest of a row.
+        require_targets: leave out documents without a target within seq_len tokens: training learns nothing from them.
 
     Raises:
-        ValueError: no document has a target within seq_len tokens.
+        ValueError: no document has a target within seq_len tokens, or documents whose columns end before seq_len.
     """
     if seq_len < 2:
         raise ValueError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
-    kept = [i for i, d in enumerate(documents) if (d.labels[1:seq_len] != IGNORE).any()]
+    if documents.scored_len is not None and seq_len > documents.scored_len:
+        longer = sum(len(document) > documents.scored_len for document in documents)
+        if longer:
+            raise ValueError(
+                f"{documents.name}: {longer} documents were cut to {documents.scored_len} tokens when they were "
+                f"scored, and seq_len is {seq_len}; score them with seq_len >= {seq_len}, or lower seq_len here"
+            )
+    kept = [i for i, d in enumerate(documents) if not require_targets or (d.labels[1:seq_len] != IGNORE).any()]
     if not kept:
         raise ValueError(f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len")
     lengths = {i: min(len(documents[i]), seq_len) for i in kept}
@@ -118,7 +135,7 @@ def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int
     shape = (len(rows), seq_len)
     tokens, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE, np.int32)
     document_ids = np.full(shape, -1, np.int32)
-    reference_ce = None if documents[0].reference_ce is None else np.zeros(shape, np.float32)
+    columns = {name: np.zeros(shape, np.float32) for name in documents.columns}
     for row, members in enumerate(rows):
         start = 0
         for number, i in enumerate(members):
@@ -126,8 +143,8 @@ def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int
             place = (row, slice(start, start + length))
             tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
             document_ids[place] = number
-            if reference_ce is not None:
-                reference_ce[place] = document.reference_ce[:length]
+            for name, column in columns.items():
+                column[place] = getattr(document, name)[:length]
             start += length
 
     how = f"{documents.fingerprint} seq_len={seq_len} packed={bool(packed)}"
@@ -135,8 +152,9 @@ def pack(documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         document_ids=torch.from_numpy(document_ids),
-        reference_ce=None if reference_ce is None else torch.from_numpy(reference_ce),
+        **{name: torch.from_numpy(columns[name]) if name in columns else None for name in TOKEN_COLUMNS},
         ids=tuple(tuple(documents[i].id for i in members) for members in rows),
+        members=tuple(map(tuple, rows)),
         pad_id=pad_id,
         num_cut=sum(len(documents[i]) > seq_len for i in kept),
         num_dropped=len(documents) - len(kept),
@@ -201,7 +219,7 @@ class BatchStream:
         return self.position / len(self._dataset)
 
     def next_batch(self) -> dict[str, Tensor | list[int]]:
-        """This rank's tokens, labels, document_ids and reference_ce (if any) [B, S], and its `rows` of the dataset."""
+        """This rank's tokens, labels, document_ids and columns (if any) [B, S], and its `rows` of the dataset."""
         start = self.position + self._rank * self._batch_size
         self.position += self._batch_size * self._world_size
         return self._dataset.batch([self._row(p) for p in range(start, start + self._batch_size)])

@@ -1,15 +1,23 @@
-"""Your own data: prompts and completions as text, or documents already made of token ids."""
+"""Your own data: prompts and completions as text, or documents already made of token ids.
+
+Each comes twice: as `Documents` in memory, for training, and as a `DocumentStream` of any size, for scoring.
+"""
 
 import gzip
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from wmtp.data.documents import IGNORE, Document, Documents, document_from_text
-from wmtp.data.rows import read_rows, take
+from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
+from wmtp.data.rows import count_rows, read_rows, take
+
+Rows = Iterator[tuple[str, dict]]  # of read_rows
 
 
 def prompt_completion(
@@ -36,52 +44,54 @@ def prompt_completion(
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
-    documents = []
-    for where, row in read_rows(source, split, subset):
-        prompt, completion = (take(row, where, column, str) for column in (prompt_column, completion_column))
-        document = document_from_text(tokenizer, prompt, completion, str(row.get(id_column) or where))
-        documents.append(_with_reference_ce(document, row.get(reference_ce_column), where))
-    return Documents(str(source), tuple(documents))
+    columns = (prompt_column, completion_column, reference_ce_column, id_column)
+    rows = read_rows(source, split, subset)
+    return Documents(str(source), tuple(make() for make in _of_text(rows, tokenizer, columns)))
+
+
+def prompt_completion_stream(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    prompt_column: str = "prompt",
+    completion_column: str = "completion",
+    id_column: str = "id",
+) -> DocumentStream:
+    """The documents of :func:`prompt_completion` without the dataset in memory; a hub dataset is not downloaded whole.
+
+    Args:
+        source, split, subset, prompt_column, completion_column, id_column: as in :func:`prompt_completion`.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable; what is wrong with a row shows when it is read.
+    """
+    columns = (prompt_column, completion_column, None, id_column)
+    return _stream(partial(_of_text, tokenizer=tokenizer, columns=columns), source, split, subset)
 
 
 def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str | None = None) -> Documents:
     """Documents that are token ids already, such as those of :func:`save_tokenized`; nothing is added to them.
 
-    A row is {"tokens": [...], "labels": [...], "reference_ce": [...], "id": ..., "vocab_hash": ...}. Labels are
-    unshifted (-100, or the token at the same place); without them every token is a target. The last three are optional;
-    a vocab_hash must be this tokenizer's.
+    A row is {"tokens": [...], "labels": [...], "reference_ce": [...], "values": [...], "id": ..., "vocab_hash": ...}.
+    Labels are unshifted (-100, or the token at the same place); without them every token is a target. The last four
+    are optional; a vocab_hash must be this tokenizer's.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
-    documents, vocab_hash = [], tokenizer.vocab_hash()
-    for where, row in read_rows(source, split, subset):
-        if row.get("vocab_hash") not in (None, vocab_hash):
-            raise ValueError(
-                f"{where}: tokenized with another vocabulary (vocab_hash {row['vocab_hash']!r:.14}..., that of "
-                f"{tokenizer.name} is {vocab_hash:.12}...); use the tokenizer it was made with"
-            )
-        tokens = take(row, where, "tokens", list)
-        if not tokens:
-            raise ValueError(f"{where}: field 'tokens' is empty")
-        for position, token in enumerate(tokens):
-            if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-                raise ValueError(
-                    f"{where}: tokens[{position}] must be a whole number in [0, {tokenizer.vocab_size}), "
-                    f"got {token!r:.40}"
-                )
-        labels = tokens if row.get("labels") is None else take(row, where, "labels", list)
-        if len(labels) != len(tokens):
-            raise ValueError(f"{where}: labels has {len(labels)} values, tokens has {len(tokens)}")
-        for position, (label, token) in enumerate(zip(labels, tokens, strict=True)):
-            if label not in (IGNORE, token):
-                raise ValueError(
-                    f"{where}: labels[{position}] must be {IGNORE} or tokens[{position}] = {token}, got {label!r:.40} "
-                    "(labels are unshifted)"
-                )
-        document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), str(row.get("id") or where))
-        documents.append(_with_reference_ce(document, row.get("reference_ce"), where))
-    return Documents(str(source), tuple(documents))
+    rows = read_rows(source, split, subset)
+    return Documents(str(source), tuple(make() for make in _of_tokens(rows, tokenizer)))
+
+
+def tokenized_stream(tokenizer, *, source: str, split: str | None = None, subset: str | None = None) -> DocumentStream:
+    """The documents of :func:`tokenized` without the dataset in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable; what is wrong with a row shows when it is read.
+    """
+    return _stream(partial(_of_tokens, tokenizer=tokenizer), source, split, subset)
 
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
@@ -93,23 +103,80 @@ def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
         for document in documents:
             row = {"id": document.id, "vocab_hash": vocab_hash, "tokens": document.tokens.tolist()}
             row["labels"] = document.labels.tolist()
-            if document.reference_ce is not None:
-                row["reference_ce"] = document.reference_ce.tolist()
+            row |= {column: getattr(document, column).tolist() for column in documents.columns}
             file.write(json.dumps(row) + "\n")
     os.replace(torn, path)
 
 
-def _with_reference_ce(document: Document, values: object, where: str) -> Document:
+def _stream(makers: Callable[[Rows], Iterator], source: str, split: str | None, subset: str | None) -> DocumentStream:
+    read_rows(source, split, subset, streaming=True)  # refuses now what cannot be opened
+    return DocumentStream(
+        name=str(source),
+        makers=lambda: makers(read_rows(source, split, subset, streaming=True)),
+        count=lambda: count_rows(source, split, subset),
+    )
+
+
+def _of_text(rows: Rows, tokenizer, columns: tuple[str | None, ...]) -> Iterator[Callable[[], Document]]:
+    for where, row in rows:
+        yield partial(_text_document, tokenizer, where, row, *columns)
+
+
+def _text_document(
+    tokenizer, where: str, row: dict, prompt: str, completion: str, reference_ce: str | None, id: str
+) -> Document:
+    texts = [take(row, where, column, str) for column in (prompt, completion)]
+    document = document_from_text(tokenizer, *texts, str(row.get(id) or where))
+    return _with_column(document, "reference_ce", row.get(reference_ce), where)
+
+
+def _of_tokens(rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
+    vocab_hash = tokenizer.vocab_hash()
+    for where, row in rows:
+        yield partial(_token_document, tokenizer, vocab_hash, where, row)
+
+
+def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Document:
+    if row.get("vocab_hash") not in (None, vocab_hash):
+        raise ValueError(
+            f"{where}: tokenized with another vocabulary (vocab_hash {row['vocab_hash']!r:.14}..., that of "
+            f"{tokenizer.name} is {vocab_hash:.12}...); use the tokenizer it was made with"
+        )
+    tokens = take(row, where, "tokens", list)
+    if not tokens:
+        raise ValueError(f"{where}: field 'tokens' is empty")
+    for position, token in enumerate(tokens):
+        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+            raise ValueError(
+                f"{where}: tokens[{position}] must be a whole number in [0, {tokenizer.vocab_size}), got {token!r:.40}"
+            )
+    labels = tokens if row.get("labels") is None else take(row, where, "labels", list)
+    if len(labels) != len(tokens):
+        raise ValueError(f"{where}: labels has {len(labels)} values, tokens has {len(tokens)}")
+    for position, (label, token) in enumerate(zip(labels, tokens, strict=True)):
+        if label not in (IGNORE, token):
+            raise ValueError(
+                f"{where}: labels[{position}] must be {IGNORE} or tokens[{position}] = {token}, got {label!r:.40} "
+                "(labels are unshifted)"
+            )
+    document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), str(row.get("id") or where))
+    for column in TOKEN_COLUMNS:
+        document = _with_column(document, column, row.get(column), where)
+    return document
+
+
+def _with_column(document: Document, column: str, values: object, where: str) -> Document:
+    """The document with an optional field of its row as a column, checked."""
     if values is None:
         return document
     if not isinstance(values, list):
-        raise ValueError(f"{where}: reference_ce must be a list of numbers, got {type(values).__name__}")
+        raise ValueError(f"{where}: {column} must be a list of numbers, got {type(values).__name__}")
     if len(values) != len(document):
         raise ValueError(
-            f"{where}: reference_ce has {len(values)} values, the document has {len(document)} tokens "
+            f"{where}: {column} has {len(values)} values, the document has {len(document)} tokens "
             "(prompt, completion and EOS); score it with this tokenizer"
         )
     for position, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{where}: reference_ce[{position}] must be a finite number, got {value!r:.40}")
-    return Document(document.tokens, document.labels, document.id, np.array(values, np.float32))
+            raise ValueError(f"{where}: {column}[{position}] must be a finite number, got {value!r:.40}")
+    return replace(document, **{column: np.array(values, np.float32)})

@@ -5,13 +5,17 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+_PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def read_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> Iterator[tuple[str, dict]]:
+def read_rows(
+    source: str | Path, split: str | None = None, subset: str | None = None, *, streaming: bool = False
+) -> Iterator[tuple[str, dict]]:
     """Yield (where, row) from a file, a folder or the Hugging Face hub; `where` is ``file:line``.
 
     Args:
@@ -19,23 +23,37 @@ def read_rows(source: str | Path, split: str | None = None, subset: str | None =
             ``.gz``; a folder that holds ``{split}`` with one of these endings; or a hub name ``owner/name``.
         split: which file of a folder, or which split of a hub dataset; unused for a file.
         subset: the hub dataset's configuration, such as ``sanitized``.
+        streaming: read parquet and hub rows as they come, without a copy in the cache of `datasets`. Rows of JSON lines
+            are always read so, and one JSON array always as a whole.
 
     Raises:
         FileNotFoundError: source, or the split's file in it, does not exist.
         ValueError: malformed JSON, a row that is no object, or a hub dataset that cannot be loaded.
     """
-    path = Path(source)
-    if path.is_dir():
-        path = _file_of_split(path, split)
-    elif not path.exists():
-        if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
-            raise FileNotFoundError(
-                f"{source} does not exist; give a file, a folder, or a hub name owner/name as source"
-            )
-        return _numbered(_from_hub(str(source), subset, split), f"{source}[{split}]")
+    path = _local_file(source, split)
+    if path is None:
+        return _numbered(_from_hub(str(source), subset, split, streaming), f"{source}[{split}]")
     if path.suffix == ".parquet":
-        return _numbered(_load_dataset("parquet", data_files=str(path), split="train"), str(path))
+        rows = _from_parquet(path) if streaming else _load_dataset("parquet", data_files=str(path), split="train")
+        return _numbered(rows, str(path))
     return _from_json(path)
+
+
+def count_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> int | None:
+    """How many rows :func:`read_rows` gives, without parsing them; None where only reading them all would tell.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`read_rows`.
+    """
+    path = _local_file(source, split)
+    if path is None:
+        info = _from_hub(str(source), subset, split, streaming=True).info
+        return info.splits[split].num_examples if info.splits and split in info.splits else None
+    if path.suffix == ".parquet":
+        return _parquet_file(path).metadata.num_rows
+    with _reading(path), _open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+        return None if first.lstrip().startswith(b"[") else bool(first) + sum(1 for line in file if line.strip())
 
 
 def take(row: dict, where: str, column: str, kind: type) -> object:
@@ -52,6 +70,18 @@ def take(row: dict, where: str, column: str, kind: type) -> object:
 _KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an object", bool: "true or false"}
 
 
+def _local_file(source: str | Path, split: str | None) -> Path | None:
+    """The file that source and split name; None for a name on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        return _file_of_split(path, split)
+    if path.exists():
+        return path
+    if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
+        raise FileNotFoundError(f"{source} does not exist; give a file, a folder, or a hub name owner/name as source")
+    return None
+
+
 def _file_of_split(folder: Path, split: str | None) -> Path:
     if split is None:
         raise ValueError(f"{folder} is a folder; set split to the name of one of its files, or source to a file")
@@ -65,21 +95,46 @@ def _file_of_split(folder: Path, split: str | None) -> Path:
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+    with _reading(path), _open(path, "rt") as file:
+        first = file.read(1)
+        while first.isspace():
             first = file.read(1)
-            while first.isspace():
-                first = file.read(1)
-            file.seek(0)
-            if first == "[":
-                for number, row in enumerate(_parse(file.read(), path, 1), start=1):
-                    yield _checked(row, f"{path}: row {number}")
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _checked(_parse(line.rstrip("\r\n"), path, number), f"{path}:{number}")
+        file.seek(0)
+        if first == "[":
+            for number, row in enumerate(_parse(file.read(), path, 1), start=1):
+                yield _checked(row, f"{path}: row {number}")
+            return
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield _checked(_parse(line.rstrip("\r\n"), path, number), f"{path}:{number}")
+
+
+def _open(path: Path, mode: str):
+    encoding = None if "b" in mode else "utf-8"
+    return gzip.open(path, mode, encoding=encoding) if path.suffix == ".gz" else path.open(mode, encoding=encoding)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: not readable as {'gzipped ' * (path.suffix == '.gz')}UTF-8 text: {error}") from error
+
+
+def _from_parquet(path: Path) -> Iterator[dict]:
+    for batch in _parquet_file(path).iter_batches(batch_size=_PARQUET_ROWS):
+        yield from batch.to_pylist()
+
+
+def _parquet_file(path: Path):
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not readable as parquet: {error}") from error
 
 
 def _parse(text: str, path: Path, line: int) -> object:
@@ -97,10 +152,10 @@ def _checked(row: object, where: str) -> tuple[str, dict]:
     return where, row
 
 
-def _from_hub(name: str, subset: str | None, split: str | None):
+def _from_hub(name: str, subset: str | None, split: str | None, streaming: bool):
     if split is None:
         raise ValueError(f"{name} is read from the hub; set split (such as train)")
-    return _load_dataset(name, subset, split=split)
+    return _load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
 
 
 def _load_dataset(*args, **kwargs):

@@ -48,6 +48,10 @@ class Tokenizer:
         """Ids of the text alone: no BOS or EOS, no prefix space, and `</s>` in the text is five characters."""
         return self._exact.encode(text, add_special_tokens=False).ids
 
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """For each id of :meth:`encode`, the characters [start, end) it stands for; bytes of one character share it."""
+        return self._exact.encode(text, add_special_tokens=False).offsets
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that starts a document: BOS where the model expects one, then :meth:`encode`."""
         return [self.bos_id, *self.encode(text)] if self.add_bos else self.encode(text)
@@ -133,20 +137,23 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(hf, name="byte_tokenizer")
 
 
-def require_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
-    """Refuse a reference model whose token ids mean something else than the policy's.
+def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "reference") -> None:
+    """Refuse a reference or value model whose token ids mean something else than the policy's.
+
+    Args:
+        role: what the other model is, for the message.
 
     Raises:
         ValueError: names the first id that differs, and both sizes.
     """
-    ours, theirs = ({i: token for token, i in t.vocab().items()} for t in (policy, reference))
+    ours, theirs = ({i: token for token, i in t.vocab().items()} for t in (policy, other))
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):
             names = [repr(v[i]) if i in v else "absent" for v in (ours, theirs)]
             raise ValueError(
-                f"policy and reference must share the token ids, checked by value: id {i} is {names[0]} in the "
-                f"policy's {policy.name} ({policy.vocab_size} ids) and {names[1]} in the reference's "
-                f"{reference.name} ({reference.vocab_size} ids)"
+                f"policy and {role} must share the token ids, checked by value: id {i} is {names[0]} in the "
+                f"policy's {policy.name} ({policy.vocab_size} ids) and {names[1]} in the {role}'s "
+                f"{other.name} ({other.vocab_size} ids)"
             )
 
 

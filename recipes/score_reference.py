@@ -1,0 +1,374 @@
+"""Scores a dataset once with a frozen model: the reference's CE, or the critic's values, of every token.
+
+    tune run --nproc_per_node 2 recipes/score_reference.py --config configs/tiny/score_reference.yaml
+    torchrun --nproc_per_node 4 recipes/score_reference.py --config configs/codellama_7b/score_reference.yaml
+
+Training then reads the result with `wmtp.data.scored` and needs no second model. The dataset is read, tokenized, scored
+and written part by part, so memory does not grow with it. Part p belongs to process p mod world size; each process
+holds the whole model, or with `fully_shard=true` a shard of it. A killed run goes on with `resume=true`, on any number
+of processes: complete parts are kept, after their documents were read again and held against their hash. All processes
+write into one output_dir, on a file system that they share.
+
+A part's values depend on its documents alone: with the same batch_size, hardware and thread count the result is the same,
+byte for byte, at any number of processes and after any kill; otherwise, and with `fully_shard`, to float tolerance.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from tqdm import tqdm
+
+from wmtp.config import ConfigError, ConfigReader, build, check_output_dir, clear_errors
+from wmtp.data import TOKEN_COLUMNS, PackedDataset, hf_tokenizer, require_same_vocabulary
+from wmtp.data.scored import (
+    MANIFEST,
+    TornPart,
+    data_sha256,
+    manifest_entry,
+    part_header,
+    part_path,
+    part_paths,
+    read_manifest,
+    read_part,
+    require_same_binding,
+    write_manifest,
+    write_part,
+)
+from wmtp.distributed import SharedCounters, all_reduce_sum, gather_objects, start_world
+from wmtp.loss import token_cross_entropy
+from wmtp.models import (
+    checkpoint_sha256,
+    load_checkpoint,
+    load_value_model,
+    resolve_checkpoint,
+    shard_model,
+    value_tokenizer,
+)
+from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
+from wmtp.tracking import environment_tags
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ScoreReferenceRecipe:
+    """Order of events: read the config, `setup`, `score`, `report`, `cleanup`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Read and check every key; nothing is built or written yet."""
+        self._cfg = cfg
+        read = ConfigReader(cfg)
+        self._output_dir = Path(read.get("output_dir"))
+        self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
+        self._overwrite = read.flag("overwrite", False)
+        self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
+        self._dtype_name = read.choice("dtype", {name: name for name in DTYPES}, "fp32")
+
+        self._column = read.choice("column", {name: name for name in TOKEN_COLUMNS}, "reference_ce")
+        self._model_cfg = read.section("model", optional=True)
+        self._checkpoint = read.get("checkpoint", None)
+        self._value_model_path = read.get("value_model", None)
+        self._tokenizer_cfg = read.section("tokenizer")
+        self._dataset_cfg = read.section("dataset")
+        self._seq_len = read.integer("seq_len", minimum=2)
+
+        self._batch_size = read.integer("batch_size", 1, minimum=1)
+        self._documents_per_part = read.integer("documents_per_part", 4096, minimum=1)
+        self._fully_shard = read.flag("fully_shard", False)
+        self._tracking_cfg = read.section("tracking", optional=True)
+        read.done()
+
+        reference = (self._model_cfg, self._checkpoint)
+        if self._column == "reference_ce" and (None in reference or self._value_model_path is not None):
+            raise ConfigError("column=reference_ce needs model and checkpoint, and value_model=null")
+        if self._column == "values" and (reference != (None, None) or self._value_model_path is None):
+            raise ConfigError("column=values needs value_model, and model=null checkpoint=null")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Set-up
+
+    def setup(self) -> None:
+        """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
+        self._world = start_world(self._device_name)
+        self._check_output_dir()
+        path = resolve_checkpoint(self._checkpoint or self._value_model_path)
+        self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
+        role = "reference" if self._column == "reference_ce" else "value model"
+        theirs = hf_tokenizer(path) if self._column == "reference_ce" else value_tokenizer(path)
+        require_same_vocabulary(self._tokenizer, theirs, role)
+        self._dataset = build(self._dataset_cfg, self._tokenizer, where="dataset")
+        if next(self._dataset.read(lambda index: index == 0), None) is None:
+            raise ValueError(f"{self._dataset.name}: the dataset is empty")
+        self._model = self._build_model(path)
+        self._binding = self._what_decides_a_score(path)
+        self._complete = self._check_parts()
+        gather_objects(None)  # every rank has checked and read before any of them writes
+        self._tracker = None
+        if self._world.is_main:
+            self._start()
+        gather_objects(None)
+
+    def _check_output_dir(self) -> None:
+        """Refuse to write over a scored dataset, or into a folder that is none."""
+        there = check_output_dir(self._output_dir, "a scored dataset", overwrite=self._overwrite, resume=self._resume)
+        if self._resume == "yes" and not there:
+            raise ConfigError(f"resume=true, but {self._output_dir} holds no scored dataset")
+
+    def _build_model(self, path: Path) -> torch.nn.Module:
+        """The frozen model, whole on this process's device in the dtype of the computation, or a shard of it."""
+        if self._column == "values":
+            mesh = self._world.mesh if self._fully_shard else None
+            model = load_value_model(path, mesh=mesh, param_dtype=DTYPES[self._dtype_name], device=self._world.device)
+            where = "the value model's "
+        else:
+            with torch.device("meta"):
+                model = build(self._model_cfg, where="model")
+            if self._fully_shard:
+                shard_model(model, self._world.mesh, param_dtype=DTYPES[self._dtype_name])
+            else:
+                model.to(DTYPES[self._dtype_name])
+            load_checkpoint(model, path, device=self._world.device)
+            where = "model."
+        if self._seq_len > model.max_seq_len:
+            raise ConfigError(f"seq_len {self._seq_len} is longer than {where}max_seq_len {model.max_seq_len}")
+        return model.requires_grad_(False).eval()
+
+    def _what_decides_a_score(self, path: Path) -> dict:
+        """What the column depends on beside the documents: the manifest names it, and a resumed run must share it."""
+        digest = checkpoint_sha256(path) if self._world.is_main else None
+        section = None if self._model_cfg is None else OmegaConf.to_container(self._model_cfg, resolve=True)
+        return {
+            "column": self._column,
+            "tokenizer": {"vocab_hash": self._tokenizer.vocab_hash()},
+            "model": {"checkpoint_sha256": gather_objects(digest)[0], "section": section},
+            "seq_len": self._seq_len,
+            "dtype": self._dtype_name,
+            "documents_per_part": self._documents_per_part,
+        }
+
+    def _check_parts(self) -> int | None:
+        """The parts that are there must be of this very scoring; how many, where an earlier run completed it."""
+        if self._resume == "no":
+            return None
+        for path in part_paths(self._output_dir):
+            try:
+                binding, _ = part_header(path)
+            except TornPart:
+                continue  # its rank removes it
+            require_same_binding(binding, self._binding, path)
+        complete = (self._output_dir / MANIFEST).exists()
+        return len(read_manifest(self._output_dir)["parts"]) if complete else None
+
+    def _start(self) -> None:
+        """From here on the scoring exists on disk: everything before could fail without a trace."""
+        run_file = self._output_dir / "mlflow_run.json"
+        if self._tracking_cfg is not None:
+            resumed = self._resume != "no" and run_file.exists()
+            run_id = json.loads(run_file.read_text())["run_id"] if resumed else None
+            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
+            self._tracker.log_config(self._cfg)
+            made_by = {"checkpoint_sha256": self._binding["model"]["checkpoint_sha256"], "world_size": self._world.size}
+            self._tracker.log_tags({**environment_tags(), **made_by})
+            self._say(f"tracking in {self._tracker.where}")
+        if self._resume == "no":  # what overwrite=true replaces goes only now that nothing can refuse any more
+            (self._output_dir / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(self._output_dir / "data", ignore_errors=True)
+            run_file.unlink(missing_ok=True)
+        self._output_dir.mkdir(parents=True, exist_ok=True)
+        for torn in self._output_dir.rglob("*.tmp"):
+            torn.unlink()
+        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
+        if self._tracker:
+            run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Scoring
+
+    def score(self) -> dict[int, dict]:
+        """Score this rank's parts, one after the other, while a thread prepares the next; their manifest entries."""
+        self._counters = SharedCounters()
+        self._started = time.perf_counter()
+        total = self._dataset.count() if self._world.is_main else None
+        self._progress = tqdm(total=total, disable=not self._world.is_main, desc="score", unit="document")
+        rank, size = self._world.rank, self._world.size
+        if total is not None and total <= self._documents_per_part * (size - 1):
+            self._say(f"{total} documents are too few parts for {size} processes; lower documents_per_part")
+        self._reader = PartReader(self._dataset, self._documents_per_part, lambda number: number % size == rank)
+        entries = {}
+        for part, rows, entry in prefetch(map(self._prepare, self._reader)):
+            if entry is None:
+                entry = self._score_part(part, rows)
+            else:
+                self._counters.add("kept_parts", 1)
+            entries[part.number] = entry
+            self._counters.add("documents", len(part.documents))
+            self._show_progress()
+        while self._fully_shard and self._any_rank_works(False):
+            self._forward(self._empty_batch())
+        self._counters.add("ranks", 1)
+        while self._world.is_main and self._counters.add("ranks") < size:  # a dead one ends us all
+            self._show_progress()
+            time.sleep(0.1)
+        self._show_progress()
+        self._progress.close()
+        return entries
+
+    def _prepare(self, part: Part) -> tuple[Part, PackedDataset | None, dict | None]:
+        """A part with its rows, or with its manifest entry where it is scored already. Runs in the thread."""
+        for document in part.documents:
+            if int(document.tokens.max()) >= self._model.vocab_size:
+                raise ValueError(
+                    f"document {document.id} has token id {document.tokens.max()}, the model {self._model.vocab_size} "
+                    "ids; use the tokenizer of the model's checkpoint"
+                )
+        path = part_path(self._output_dir, part.number)
+        entry = self._kept(part, path) if path.exists() else None
+        if entry is not None:
+            return part, None, entry
+        if self._complete is not None and part.number >= self._complete:
+            raise ValueError(
+                f"cannot resume: {self._dataset.name} has more documents than when {self._output_dir} was completed; "
+                "restore it, or score into another output_dir"
+            )
+        return part, rows_to_score(part.documents, self._column, self._seq_len, self._tokenizer.pad_id), None
+
+    def _kept(self, part: Part, path: Path) -> dict | None:
+        """The manifest entry of a part that is there; None, and the file is gone, where it was torn."""
+        try:
+            _, binding, header = read_part(path)
+        except TornPart as torn:
+            tqdm.write(f"{torn}; it is scored again", file=sys.stderr)
+            (self._output_dir / MANIFEST).unlink(missing_ok=True)
+            path.unlink()
+            return None
+        require_same_binding(binding, self._binding, path)
+        if data_sha256(part.documents) != header["data_sha256"]:
+            first, last = part.documents[0].id, part.documents[-1].id
+            raise ValueError(
+                f"cannot resume: documents {first} to {last} of {self._dataset.name} are not those that {path} was "
+                "scored from; restore the source and the tokenizer, or score into another output_dir"
+            )
+        return manifest_entry(path, header)
+
+    def _score_part(self, part: Part, rows: PackedDataset | None) -> dict:
+        """Forward passes over a part's rows, then its file; its manifest entry."""
+        scores = []
+        for batch in self._batches(rows):
+            if self._fully_shard:
+                self._any_rank_works(True)
+            scores.append(self._forward(batch))
+            self._counters.add("tokens", int((batch["document_ids"] >= 0).sum()))
+            self._show_progress()
+        everything = torch.cat(scores).float().cpu().numpy() if scores else None  # [R, S]
+        columns = column_of(part.documents, rows, everything)
+        require_finite(part.documents, columns, self._column)
+        return write_part(part_path(self._output_dir, part.number), part.documents, columns, self._binding)
+
+    def _batches(self, rows: PackedDataset | None) -> Iterator[dict]:
+        for start in range(0, 0 if rows is None else len(rows), self._batch_size):
+            yield rows.batch(list(range(start, min(start + self._batch_size, len(rows)))))
+
+    @torch.no_grad()
+    def _forward(self, batch: dict) -> torch.Tensor:
+        """[B, S] float32: the CE of head 1 for each target token, or the value of each prefix."""
+        tokens, labels, document_ids = (
+            batch[key].to(self._world.device) for key in ("tokens", "labels", "document_ids")
+        )
+        if self._column == "values":
+            return self._model(tokens, document_ids=document_ids)
+        return self._model(tokens, document_ids=document_ids, num_heads=1, loss_fn=token_cross_entropy, labels=labels)[
+            0
+        ]
+
+    def _any_rank_works(self, works: bool) -> bool:
+        """Whether any rank has a batch: a sharded model's forward is a collective, so all ranks run equally many."""
+        return all_reduce_sum(torch.tensor(float(works))).item() > 0
+
+    def _empty_batch(self) -> dict:
+        """Padding alone: what a rank runs that has no batch while others have."""
+        shape = (1, 2)
+        fill = {"tokens": self._tokenizer.pad_id, "labels": -100, "document_ids": -1}
+        return {name: torch.full(shape, value) for name, value in fill.items()}
+
+    def _show_progress(self) -> None:
+        if self._world.is_main:
+            self._progress.update(self._counters.add("documents") - self._progress.n)
+            seconds = time.perf_counter() - self._started
+            self._progress.set_postfix({"tokens/s": f"{self._counters.add('tokens') / seconds:.0f}"})
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Results
+
+    def report(self, entries: dict[int, dict]) -> dict | None:
+        """Write the manifest over all ranks' parts, on rank 0, and say and track the totals. The manifest."""
+        seconds = time.perf_counter() - self._started
+        everyone = gather_objects((entries, self._reader.num_documents))
+        if not self._world.is_main:
+            return None
+        entries = {number: entry for theirs, _ in everyone for number, entry in theirs.items()}
+        counts = {documents for _, documents in everyone}
+        beyond = [path for path in part_paths(self._output_dir) if f"data/{path.name}" not in _files(entries)]
+        if len(counts) > 1:
+            raise ValueError(f"{self._dataset.name} changed while it was read: ranks found {sorted(counts)} documents")
+        if beyond:
+            raise ValueError(
+                f"cannot resume: {self._dataset.name} ends before the documents of {beyond[0]}; restore it, or score "
+                "into another output_dir"
+            )
+        manifest = write_manifest(self._output_dir, self._binding, [entries[number] for number in sorted(entries)])
+        data, scored_now = manifest["data"], self._counters.add("tokens")
+        kept = self._counters.add("kept_parts")
+        name = "mean CE" if self._column == "reference_ce" else "mean value"
+        line = f"{data['documents']} documents, {data['tokens']} tokens, {data['targets']} targets in {len(entries)} "
+        line += f"parts{f' ({kept} were there)' * bool(kept)}, {name} {manifest['mean']:.4f}"
+        if data["cut_documents"]:
+            line += f", {data['cut_documents']} documents cut to {self._seq_len} tokens"
+        self._say(f"{line}, {scored_now / seconds:.0f} tokens/s")
+        self._say(f"wrote {self._output_dir / MANIFEST}")
+        if self._tracker:
+            metrics = {f"score/{key}": data[key] for key in ("documents", "tokens", "targets", "cut_documents")}
+            metrics[f"score/{name.replace(' ', '_').lower()}"] = manifest["mean"]
+            metrics["score/tokens_per_second"] = scored_now / seconds
+            self._tracker.log_metrics(metrics, step=0)
+            self._tracker.log_tags({"data_hash": data["sha256"]})
+            self._tracker.log_artifact(self._output_dir / MANIFEST)
+        return manifest
+
+    def _say(self, line: str) -> None:
+        if self._world.is_main:
+            tqdm.write(line, file=sys.stderr)
+
+    def cleanup(self, status: str = "FINISHED") -> None:
+        """End the MLflow run and leave the process group."""
+        if self._tracker:
+            self._tracker.close(status)
+        if status == "FINISHED":
+            gather_objects(None)
+            torch.distributed.destroy_process_group()
+
+
+def _files(entries: dict[int, dict]) -> set[str]:
+    return {entry["file"] for entry in entries.values()}
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    with clear_errors():
+        recipe = ScoreReferenceRecipe(cfg)
+        recipe.setup()
+        try:
+            recipe.report(recipe.score())
+        except BaseException:
+            recipe.cleanup("FAILED")
+            raise
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

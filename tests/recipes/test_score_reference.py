@@ -1,0 +1,334 @@
+"""Scoring end to end: the column against a plain forward pass, kills, processes, and what a resumed run refuses."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torch.nn.functional as F
+from omegaconf import OmegaConf
+from random_models import random_decoder
+
+from recipes.score_reference import ScoreReferenceRecipe
+from runs import ROOT
+from wmtp.data import byte_tokenizer, pack, prompt_completion, scored
+from wmtp.loss import token_cross_entropy
+from wmtp.models import ValueModel, export_hf, load_checkpoint, load_value_model, save_value_model
+
+SIZES = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+SIZES.pop("_component_")
+SEQ_LEN = 64
+NO_MODEL = {"model": None, "checkpoint": None, "column": "values"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A reference and a value model, random, as their folders."""
+    folder = tmp_path_factory.mktemp("models")
+    export_hf(random_decoder(**SIZES), folder / "reference", tokenizer_source=byte_tokenizer())
+    value_model = ValueModel(random_decoder(**SIZES), "mlp")
+    torch.nn.init.normal_(value_model.value_head.out.weight)
+    save_value_model(value_model, folder / "value_model", tokenizer=byte_tokenizer(), settings={})
+    return folder
+
+
+@pytest.fixture
+def score_config(tiny_config, models, tmp_path):
+    """The shipped tiny config on 40 short text rows, one without a target and some longer than seq_len."""
+    source = tmp_path / "rows.jsonl"
+    if not source.exists():
+        write_rows(source, 40)
+
+    def config(**overrides):
+        cfg = tiny_config(
+            "score_reference", checkpoint=str(models / "reference"), seq_len=SEQ_LEN, documents_per_part=8
+        )
+        cfg.dataset = {"_component_": "wmtp.data.prompt_completion_stream", "source": str(source)}
+        for key, value in overrides.items():
+            OmegaConf.update(cfg, key.replace("__", "."), value)
+        return cfg
+
+    return config
+
+
+def write_rows(path, number, change=None):
+    rows = [
+        {"prompt": f"def f{i}():\n", "completion": "    return 1\n" * (i % 9), "id": f"r{i}"} for i in range(number)
+    ]
+    rows[3]["prompt"] = "x" * SEQ_LEN  # no target within seq_len
+    if change is not None:
+        rows[change]["completion"] += "#"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def scored_once(tmp_path_factory):
+    """What score_config's rows give, for tests that begin with a scored dataset."""
+    return tmp_path_factory.mktemp("once") / "scored"
+
+
+@pytest.fixture
+def scored_config(score_config, scored_once):
+    """score_config, and what it scores is there already."""
+    cfg = score_config()
+    if not scored_once.exists():
+        run_here(cfg)
+        shutil.copytree(cfg.output_dir, scored_once)
+    shutil.copytree(scored_once, cfg.output_dir, dirs_exist_ok=True)
+    return score_config
+
+
+def run_here(cfg):
+    """Score in this process; the manifest."""
+    recipe = ScoreReferenceRecipe(cfg)
+    recipe.setup()
+    return recipe.report(recipe.score())
+
+
+def files(output_dir):
+    """Everything that makes up the scored dataset, byte for byte."""
+    paths = [Path(output_dir) / "manifest.json", *sorted(Path(output_dir).glob("data/*"))]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def reference(models, dtype):
+    model = random_decoder(**SIZES)
+    load_checkpoint(model, models / "reference")
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def test_the_column_is_the_plain_forward_of_each_document_alone(score_config, models):
+    cfg = score_config()
+    manifest = run_here(cfg)
+    documents = scored(byte_tokenizer(), source=cfg.output_dir, checkpoint=str(models / "reference"))
+    source = prompt_completion(byte_tokenizer(), source=cfg.dataset.source)
+    model, total = reference(models, torch.float64), 0.0
+    for document, original in zip(documents, source, strict=True):
+        assert (document.id, document.tokens.tolist()) == (original.id, original.tokens.tolist())
+        tokens = torch.from_numpy(document.tokens).long()[None, :SEQ_LEN]
+        labels = torch.from_numpy(document.labels).long()[1:SEQ_LEN]
+        expected = torch.zeros(len(document), dtype=torch.float64)
+        logits = model(tokens)[0, 0, :-1]
+        expected[1 : tokens.shape[1]] = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
+        np.testing.assert_allclose(document.reference_ce, expected, atol=2e-5, rtol=1e-5)
+        total += expected.sum().item()
+    assert manifest["mean"] == pytest.approx(total / manifest["data"]["targets"], rel=1e-6)
+    assert manifest["data"]["cut_documents"] == sum(len(d) > SEQ_LEN for d in source) > 0
+
+    # What training sees of the column is what the reference beside it would say.
+    batch = pack(documents, SEQ_LEN, pad_id=0).batch([0, 1, 2])
+    online = reference(models, torch.float32)(
+        batch["tokens"], document_ids=batch["document_ids"], loss_fn=token_cross_entropy, labels=batch["labels"]
+    )
+    torch.testing.assert_close(batch["reference_ce"], online[0], atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_values_are_scored_at_every_position_of_every_document(score_config, models):
+    cfg = score_config(**NO_MODEL, value_model=str(models / "value_model"))
+    run_here(cfg)
+    model = load_value_model(models / "value_model")
+    for document in scored(byte_tokenizer(), source=cfg.output_dir):
+        expected = torch.zeros(len(document))
+        values = model(torch.from_numpy(document.tokens).long()[None, :SEQ_LEN])[0]
+        expected[: len(values)] = values
+        np.testing.assert_allclose(document.values, expected, atol=2e-5, rtol=1e-5)
+        assert document.values[0] != 0
+
+
+@pytest.mark.slow
+def test_processes_sharding_and_kills_do_not_change_a_byte(score_config, tmp_path):
+    """Scored by one process, by two, by two that share one model, and by two that SIGKILL ends, resumed by one."""
+    write_rows(Path(score_config().dataset.source), 240)
+    common = {"documents_per_part": 4, "batch_size": 1}
+    alone, two, shared, killed = (
+        score_config(output_dir=str(tmp_path / name), fully_shard=name == "shared", **common)
+        for name in ("alone", "two", "shared", "killed")
+    )
+    paths = []
+    for cfg in (two, shared, killed):
+        paths.append(tmp_path / f"{Path(cfg.output_dir).name}.yaml")
+        OmegaConf.save(cfg, paths[-1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += [str(ROOT / "tests" / "recipes" / "score_configs.py"), *map(str, paths)]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.poll() is None and len(complete(killed)) < 6:
+        time.sleep(0.002)
+    assert process.poll() is None, (tmp_path / "stderr").read_text()[-2000:]
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:  # torchrun puts its workers into sessions of their own
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family)
+    there = complete(killed)
+    assert 6 <= len(there) < 60
+    assert not (Path(killed.output_dir) / "manifest.json").exists()
+    with pytest.raises(ValueError, match="its scoring is not complete"):
+        scored(byte_tokenizer(), source=killed.output_dir)
+
+    run_here(alone)
+    expected = files(alone.output_dir)
+    assert files(two.output_dir) == expected
+    assert files(shared.output_dir).keys() == expected.keys()
+    theirs, ours = (scored(byte_tokenizer(), source=cfg.output_dir) for cfg in (shared, alone))
+    for a, b in zip(theirs, ours, strict=True):
+        np.testing.assert_allclose(a.reference_ce, b.reference_ce, atol=2e-5, rtol=1e-5)
+    before = {path: path.stat().st_mtime_ns for path in there}
+    killed.resume = True
+    run_here(killed)
+    assert files(killed.output_dir) == expected
+    assert {path: path.stat().st_mtime_ns for path in there} == before  # kept, not written again
+
+
+def complete(cfg):
+    return sorted(Path(cfg.output_dir).glob("data/part-*.parquet"))
+
+
+def test_a_resumed_run_scores_only_what_is_missing_or_torn(scored_config):
+    cfg = scored_config()
+    expected, parts = files(cfg.output_dir), complete(cfg)
+    parts[1].unlink()
+    parts[2].write_bytes(expected[parts[2].name][:-9])
+    content = bytearray(expected[parts[3].name])
+    content[len(content) // 3] ^= 1  # inside the data, so that the file still opens
+    parts[3].write_bytes(content)
+    (Path(cfg.output_dir) / "data" / "part-00009.parquet.tmp").write_text("torn")
+    (Path(cfg.output_dir) / "manifest.json").unlink()
+    kept = parts[0].stat().st_mtime_ns
+    cfg.resume = "auto"
+    run_here(cfg)
+    assert files(cfg.output_dir) == expected
+    assert parts[0].stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"seq_len": 128}, "cannot resume: seq_len was 64 when"),
+        ({"dtype": "bf16"}, "cannot resume: dtype was fp32 when"),
+        ({"documents_per_part": 4}, "cannot resume: documents_per_part was 8 when"),
+        ({"model__max_seq_len": 128}, "cannot resume: model.section.max_seq_len was 256 when"),
+        ({"changed": 20}, "cannot resume: documents r16 to r23 of"),
+        ({"rows": 41}, "has more documents than when"),
+        ({"rows": 32}, "ends before the documents of"),
+        ({"resume": False}, "already holds a scored dataset; set resume=true to go on with it"),
+    ],
+)
+def test_another_scoring_is_refused_and_nothing_is_lost(scored_config, overrides, message):
+    cfg = scored_config()
+    expected = files(cfg.output_dir)
+    rows, changed = overrides.pop("rows", 40), overrides.pop("changed", None)
+    write_rows(Path(cfg.dataset.source), rows, changed)
+    with pytest.raises(ValueError, match=message) as error:
+        run_here(scored_config(**{"resume": True, **overrides}))
+    assert "\n" not in str(error.value)
+    assert files(cfg.output_dir) == expected
+
+
+def test_another_reference_or_tokenizer_is_refused(scored_config, tmp_path):
+    cfg = scored_config()
+    other = tmp_path / "other"
+    model = random_decoder(**SIZES)
+    with torch.no_grad():
+        model.norm.scale.mul_(2)
+    export_hf(model, other, tokenizer_source=byte_tokenizer())
+    with pytest.raises(ValueError, match=r"cannot resume: model\.checkpoint_sha256 was"):
+        run_here(scored_config(resume=True, checkpoint=str(other)))
+    with pytest.raises(ValueError, match="scored by another model"):
+        scored(byte_tokenizer(), source=cfg.output_dir, checkpoint=str(other))
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    first, second = list(vocab)[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="token ids, checked by value"):
+        run_here(scored_config(output_dir="elsewhere", checkpoint=str(other)))
+
+
+def test_a_score_that_is_no_number_names_the_document_and_keeps_earlier_parts(score_config, models, tmp_path):
+    model = random_decoder(**{**SIZES, "tie_word_embeddings": False})
+    with torch.no_grad():
+        model.tok_embeddings.weight[ord("x")] = float("nan")  # only r3 has an x: no target, so it is not scored
+        model.tok_embeddings.weight[ord("9")] = float("nan")  # r9 is the first with a 9
+    export_hf(model, tmp_path / "nan", tokenizer_source=byte_tokenizer())
+    cfg = score_config(checkpoint=str(tmp_path / "nan"), model__tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"document r9: reference_ce of token \d+ is nan; look at the document"):
+        run_here(cfg)
+    assert [path.name for path in complete(cfg)] == ["part-00000.parquet"]
+    assert not (Path(cfg.output_dir) / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"batchsize": 3}, "unknown key 'batchsize' in config; did you mean 'batch_size'"),
+        ({"seq_len": 512}, "seq_len 512 is longer than model.max_seq_len 256"),
+        ({"checkpoint": None}, "column=reference_ce needs model and checkpoint"),
+        ({"column": "values"}, "column=values needs value_model, and model=null"),
+        ({"column": "ce"}, "column must be one of reference_ce, values, got 'ce'"),
+        ({"checkpoint": "no/such/model"}, "no/such/model does not exist"),
+        ({"dataset__source": "no/such.jsonl"}, "no/such.jsonl does not exist"),
+        ({"dataset__source": "empty.jsonl"}, "empty.jsonl: the dataset is empty"),
+        ({"dataset__prompt_column": "question"}, "rows.jsonl:1: field 'question' is missing; the row has"),
+        ({**NO_MODEL, "value_model": "no/such/model"}, "no/such/model does not exist"),
+        ({**NO_MODEL, "value_model": "models/reference"}, "holds no value model"),
+        ({"resume": True}, "holds no scored dataset"),
+        ({"model__vocab_size": 128}, "tok_embeddings"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(score_config, models, tmp_path, overrides, message):
+    (tmp_path / "empty.jsonl").touch()
+    shutil.copytree(models, tmp_path / "models")
+    cfg = score_config(**overrides)
+    with pytest.raises((ValueError, OSError)) as error:
+        run_here(cfg)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path(cfg.output_dir).exists()
+
+
+class Recorder:
+    """Stands where MLflowLogger stands."""
+
+    runs: ClassVar[list] = []
+
+    def __init__(self, run_id=None):
+        self.run_id, self.where, self.metrics, self.tags, self.artifacts = run_id or "r1", "here", {}, {}, []
+        self.log_config = lambda cfg: None
+        Recorder.runs.append(self)
+
+    def log_tags(self, tags):
+        self.tags |= tags
+
+    def log_metrics(self, metrics, step):
+        self.metrics |= metrics
+
+    def log_artifact(self, path):
+        self.artifacts.append(path.name)
+
+
+def test_tracking_gets_the_totals_and_the_manifest_and_a_resumed_run_goes_on_in_it(tiny_config, models):
+    """Also the one run of the shipped config on its own dataset, which is in memory."""
+    cfg = tiny_config("score_reference", checkpoint=str(models / "reference"))
+    cfg.tracking = {"_component_": f"{__name__}.Recorder"}
+    manifest = run_here(cfg)
+    assert manifest["data"]["documents"] == cfg.dataset.max_functions and len(manifest["parts"]) == 4
+    cfg.resume = True
+    run_here(cfg)
+    first, second = Recorder.runs
+    assert first.metrics["score/targets"] == manifest["data"]["targets"]
+    assert first.metrics["score/mean_ce"] == manifest["mean"] and first.metrics["score/tokens_per_second"] > 0
+    assert first.tags["data_hash"] == manifest["data"]["sha256"] and "git_commit" in first.tags
+    assert first.artifacts == ["manifest.json"]
+    assert second.run_id == "r1"

@@ -1,0 +1,326 @@
+"""Scored datasets: documents with a column of a frozen model's, in a folder that says what they are of.
+
+    <folder>/data/part-00000.parquet, ...   id, tokens, labels and the column (reference_ce or values), one row a
+                                            document; each part is complete from the moment it has its name
+    <folder>/manifest.json                  hashes of the tokenizer, the model and the data, and every part's; it
+                                            appears only when all parts are there
+
+`recipes/score_reference.py` writes them, :func:`scored` reads them for training. Any parquet reader reads the parts:
+`datasets.load_dataset("parquet", data_files="<folder>/data/*.parquet")`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, digest_tokens
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_HEADER = b"wmtp"  # key of a part's own record in its parquet metadata
+
+
+class TornPart(ValueError):
+    """A part file that cannot be read, or whose content is not what its own record says."""
+
+
+class Columns(Sequence[Document]):
+    """Documents side by side in flat arrays: twelve bytes a token, and no Python object until one is asked for."""
+
+    def __init__(
+        self, ids: pa.Array, lengths: np.ndarray, tokens: np.ndarray, labels: np.ndarray, **column: np.ndarray
+    ) -> None:
+        self._ids, self._tokens, self._labels, self._column = ids, tokens, labels, column
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Document:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+        column = {name: values[place] for name, values in self._column.items()}
+        return Document(self._tokens[place], self._labels[place], self._ids[index].as_py(), **column)
+
+
+def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Documents:
+    """The documents of a scored dataset with their column, for training; every hash of the manifest is checked.
+
+    A document that was longer than the scoring's seq_len has zeros from there on: its `scored_len` makes
+    :func:`wmtp.data.pack` refuse longer rows.
+
+    Args:
+        source: output_dir of `recipes/score_reference.py`.
+        checkpoint: the model that must have written the column, as :func:`wmtp.models.resolve_checkpoint` takes it;
+            None takes any.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the scoring is not complete, or was made with another vocabulary or model; a part is missing, has
+            changed, lacks the column or holds a number that is not finite.
+    """
+    folder = Path(source)
+    manifest = read_manifest(folder)
+    vocab_hash, made_with = tokenizer.vocab_hash(), manifest["tokenizer"]["vocab_hash"]
+    if vocab_hash != made_with:
+        raise ValueError(
+            f"{folder} was scored with another vocabulary (vocab_hash {made_with:.12}..., that of {tokenizer.name} is "
+            f"{vocab_hash:.12}...); use the tokenizer it was made with, or score again"
+        )
+    if checkpoint is not None:
+        from wmtp.models import checkpoint_sha256, resolve_checkpoint
+
+        ours, theirs = checkpoint_sha256(resolve_checkpoint(checkpoint)), manifest["model"]["checkpoint_sha256"]
+        if ours != theirs:
+            raise ValueError(
+                f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
+                "; score again with this checkpoint, or name the one that was used"
+            )
+    return Documents(f"scored {folder}", _read_parts(folder, manifest), scored_len=manifest["seq_len"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+def part_path(folder: Path, number: int) -> Path:
+    """Where a scored dataset keeps its part ``number``, counted from 0."""
+    return folder / "data" / f"part-{number:05d}.parquet"
+
+
+def part_paths(folder: Path) -> list[Path]:
+    """The parts that are complete, in order."""
+    return sorted((folder / "data").glob("part-*.parquet"))
+
+
+def write_part(
+    path: Path, documents: Sequence[Document], values: Sequence[np.ndarray], binding: dict[str, Any]
+) -> dict[str, Any]:
+    """Write documents with their column; the file has its name only once it is whole and on disk.
+
+    Args:
+        values: for each document, [T] float32.
+        binding: what the values depend on beside the documents: column, tokenizer, model, seq_len, dtype, ...
+
+    Returns:
+        the part's entry in the manifest.
+    """
+    column, seq_len = binding["column"], binding["seq_len"]
+    flat = np.concatenate(values)
+    targets = sum(int((d.labels[1:seq_len] != IGNORE).sum()) for d in documents)
+    header = {
+        "documents": len(documents),
+        "tokens": len(flat),
+        "targets": targets,  # of head 1, within seq_len
+        "cut_documents": sum(len(d) > seq_len for d in documents),
+        "scores": targets if column == "reference_ce" else sum(min(len(d), seq_len) for d in documents),
+        "sum": float(flat.sum(dtype=np.float64)),
+        "data_sha256": data_sha256(documents),
+        "column_sha256": _column_sha256(flat),
+    }
+    offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype(np.int32)
+    lists = {
+        "tokens": np.concatenate([d.tokens for d in documents]).astype(np.int32),
+        "labels": np.concatenate([d.labels for d in documents]).astype(np.int32),
+        column: flat.astype(np.float32),
+    }
+    arrays = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
+    table = pa.table({"id": pa.array([d.id for d in documents], pa.string()), **arrays})
+    table = table.replace_schema_metadata({_HEADER: json.dumps({"binding": binding, **header})})
+    torn = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, torn, compression="zstd", use_dictionary=False)
+    _appear(torn, path)
+    return manifest_entry(path, header)
+
+
+def manifest_entry(path: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of a part: its file, with size and hash, and the part's own record."""
+    return {"file": f"data/{path.name}", "bytes": path.stat().st_size, "sha256": _file_sha256(path), **header}
+
+
+def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
+    """A part's documents with their column, its binding, and its own record.
+
+    Raises:
+        TornPart: the file cannot be read, or its content is not what its own record says.
+    """
+    binding, header = part_header(path)
+    try:
+        table = pq.read_table(path).combine_chunks()
+    except (pa.ArrowException, OSError) as error:
+        raise TornPart(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    column = binding["column"]
+    if column not in table.column_names:
+        raise TornPart(f"{path} has no column {column!r}; it has {', '.join(table.column_names)}")
+    lengths = table["tokens"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+    flat = {name: _flat(table[name]) for name in ("tokens", "labels", column)}
+    documents = Columns(table["id"].combine_chunks(), lengths, **flat)
+    whole = len({len(values) for values in flat.values()}) == 1
+    if not whole or data_sha256(documents) != header["data_sha256"]:
+        raise TornPart(f"{path}: its tokens and labels are not those that its record names")
+    if _column_sha256(flat[column]) != header["column_sha256"]:
+        raise TornPart(f"{path}: its column {column} is not the one that its record names")
+    return documents, binding, header
+
+
+def part_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A part's binding and its record, without its data.
+
+    Raises:
+        TornPart: the file cannot be read, or is no part of a scored dataset.
+    """
+    try:
+        header = json.loads((pq.read_schema(path).metadata or {})[_HEADER])
+        return header.pop("binding"), header
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise TornPart(f"{path} is no complete part of a scored dataset: {' '.join(str(error).split())}") from error
+
+
+def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Refuse to mix parts of two scorings.
+
+    Raises:
+        ValueError: names the first setting that differs, and both values.
+    """
+    ours, theirs = _flatten(wanted), _flatten(found)
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            was, now = (f"{side.get(key)!s:.80}" for side in (theirs, ours))
+            raise ValueError(
+                f"cannot resume: {key} was {was} when {path} was scored, now it is {now}; restore it, or score into "
+                "another output_dir"
+            )
+
+
+def data_sha256(documents: Iterable[Document]) -> str:
+    """SHA-256 over the documents' lengths, tokens and labels, in order."""
+    digest = hashlib.sha256()
+    for document in documents:
+        digest_tokens(digest, document)
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The manifest
+
+
+def write_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write manifest.json over all parts, in order: from now on the dataset is complete."""
+    counts = ("documents", "tokens", "targets", "cut_documents", "scores")
+    totals = {key: sum(e[key] for e in entries) for key in counts}
+    manifest = {
+        "format": FORMAT,
+        **binding,
+        "data": {"sha256": _all_sha256(entries), **totals},
+        "mean": sum(e["sum"] for e in entries) / max(totals["scores"], 1),
+        "parts": list(entries),
+    }
+    torn = folder / f"{MANIFEST}.tmp"
+    torn.write_text(json.dumps(manifest, indent=1) + "\n")
+    _appear(torn, folder / MANIFEST)
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete scored dataset.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: the dataset is not complete, or the manifest is none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"scored dataset {folder} does not exist; score it with recipes/score_reference.py")
+    file = folder / MANIFEST
+    if not file.exists():
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: its scoring is not complete ({len(part_paths(folder))} parts are there); "
+            "run recipes/score_reference.py with resume=true"
+        )
+    try:
+        manifest = json.loads(file.read_text())
+        known = manifest["format"] == FORMAT and manifest["column"] in TOKEN_COLUMNS
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ValueError(f"{file} is not the manifest of a scored dataset (format {FORMAT}); score again")
+    return manifest
+
+
+def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
+    """All parts in one: each array is made once, at its full size, and filled part by part."""
+    column, totals, entries = manifest["column"], manifest["data"], manifest["parts"]
+    if _all_sha256(entries) != totals["sha256"]:
+        raise ValueError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
+    arrays = {name: np.empty(totals["tokens"], np.int32) for name in ("tokens", "labels")}
+    arrays[column] = np.empty(totals["tokens"], np.float32)
+    ids, lengths, start = [], [], 0
+    for entry in entries:
+        path = folder / entry["file"]
+        if not path.exists():
+            raise ValueError(f"{path} is missing: {MANIFEST} names it; restore it, or score again")
+        if path.stat().st_size != entry["bytes"] or _file_sha256(path) != entry["sha256"]:
+            raise ValueError(
+                f"{path} has changed: its SHA-256 is not the one in {MANIFEST}; restore it, or score again"
+            )
+        part, _, header = read_part(path)
+        if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
+            raise ValueError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
+        if not np.isfinite(part._column[column]).all():
+            bad = next(d for d in part if not np.isfinite(getattr(d, column)).all())
+            raise ValueError(
+                f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf"
+            )
+        for name, values in (("tokens", part._tokens), ("labels", part._labels), (column, part._column[column])):
+            arrays[name][start : start + len(values)] = values
+        ids.append(part._ids)
+        lengths.append(np.diff(part._ends, prepend=0))
+        start += entry["tokens"]
+    return Columns(pa.concat_arrays(ids), np.concatenate(lengths), **arrays)
+
+
+def _all_sha256(entries: Sequence[dict[str, Any]]) -> str:
+    return hashlib.sha256("".join(entry["data_sha256"] for entry in entries).encode()).hexdigest()
+
+
+def _column_sha256(values: np.ndarray) -> str:
+    return hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+
+
+def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, child in value.items():
+        flat |= _flatten(child, f"{prefix}{key}.") if isinstance(child, dict) else {f"{prefix}{key}": child}
+    return flat
+
+
+def _appear(torn: Path, path: Path) -> None:
+    """Rename a file that is written, once it is on disk; the name is on disk too when this returns."""
+    _sync(torn)
+    os.replace(torn, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
