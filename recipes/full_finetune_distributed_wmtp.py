@@ -7,7 +7,6 @@ Any key of the config can be overridden on the command line: `max_steps=20 weigh
 The recipe is meant to be copied and edited: the loop is in `train`, plain PyTorch with FSDP2 underneath.
 """
 
-import json
 import math
 import shutil
 import sys
@@ -15,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config
 from torchtune.training import scale_grads
 from tqdm import tqdm
@@ -25,9 +24,16 @@ from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_ou
 from wmtp.data import BatchStream, held_out_batches, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.loss import mtp_loss, token_cross_entropy, weighted_mtp_cross_entropy
-from wmtp.models import checkpoint_activations, export_hf, load_checkpoint, resolve_checkpoint, shard_model
-from wmtp.tracking import environment_tags
-from wmtp.weighting import weight_statistics
+from wmtp.models import (
+    checkpoint_activations,
+    export_hf,
+    load_checkpoint,
+    load_value_model,
+    resolve_checkpoint,
+    shard_model,
+)
+from wmtp.run_log import RunLog
+from wmtp.step_window import StepWindow
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,6 +64,8 @@ class FullFinetuneRecipeWMTP:
         self._head_weights = read.get("head_weights", None)
         self._reference_cfg = read.section("reference_model", optional=True)
         self._reference_checkpoint = read.get("reference_checkpoint", None)
+        self._value_model_path = read.get("value_model", None)
+        self._refresh_policy_ce = read.choice("refresh_policy_ce", {"step": "step", "epoch": "epoch"}, "step")
 
         self._batch_size = read.integer("batch_size", minimum=1)
         self._accumulation_steps = read.integer("gradient_accumulation_steps", None, minimum=1)
@@ -79,6 +87,7 @@ class FullFinetuneRecipeWMTP:
         self._save_every = read.integer("save_every", None, minimum=1)
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
         self._export_dtype = read.choice("export_dtype", {**DTYPES, "none": None}, "bf16")
+        self._token_view_cfg = read.section("token_view", optional=True)
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
 
@@ -95,10 +104,14 @@ class FullFinetuneRecipeWMTP:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
+        self._log = RunLog(self._output_dir, is_main=self._world.is_main)
         self._resume_from = self._check_output_dir()
         torch.manual_seed(self._seed)
 
         self._weighting = build(self._weighting_cfg, where="weighting")
+        self._token_view = build(self._token_view_cfg, where="token_view")
+        if self._token_view is not None:
+            self._token_view.check(self._weighting.needs)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._data = self._pack(self._dataset_cfg, "dataset")
         self._eval_data = None if self._eval_dataset_cfg is None else self._pack(self._eval_dataset_cfg, "eval_dataset")
@@ -115,18 +128,28 @@ class FullFinetuneRecipeWMTP:
         heads = self._model.num_future_tokens
         self._head_weights = self._check_head_weights(heads)
         self._reference = self._build_reference()
+        self._value_model = self._load_value_model()
+        self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
         self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
-        self._scheduler = None
-        if self._scheduler_cfg is not None:
-            self._scheduler = build(
-                self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
-            )
+        self._scheduler = build(
+            self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
+        )
 
-        self._step, self._start_step, run_id = 0, 0, None
+        self._step, run_id = 0, None
         self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints)
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
-        self._start_tracking(run_id)
+        tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
+        self._log.start(
+            self._cfg,
+            self._tracking_cfg,
+            tags=tags,
+            step=self._step,
+            run_id=run_id,
+            replaces=("checkpoints", "export", "token_weights"),
+        )
+        if self._world.is_main:
+            self._checkpointer.remove_torn()
 
     def _check_output_dir(self) -> Path | None:
         """The checkpoint to resume from, or None; refuses to write over a run, or into a folder that is none."""
@@ -175,21 +198,41 @@ class FullFinetuneRecipeWMTP:
             load_checkpoint(model, path, device="cpu" if self._cpu_offload else self._world.device)
         return model
 
+    def _runs_beside(self, signal: str, in_data: bool, key: str, model) -> bool:
+        """Whether a frozen model must give what the weighting reads, because the data do not bring it."""
+        if signal not in self._weighting.needs:
+            return False
+        if in_data == (model is not None):
+            both = f"the dataset has a {signal} column and {key} is set; keep one of them"
+            neither = f"this weighting needs {signal}: set {key}, or use a dataset with a {signal} column"
+            raise ConfigError(both if in_data else neither)
+        return not in_data
+
     def _build_reference(self):
         """The frozen reference model that runs beside the policy, or None where the weighting or the data need none."""
-        if not self._weighting.needs_reference:
+        if not self._runs_beside("reference_ce", self._data.has_reference_ce, "reference_model", self._reference_cfg):
             return None
-        if self._data.has_reference_ce:
-            if self._reference_cfg is not None:
-                raise ConfigError("the dataset has a reference_ce column and reference_model is set; keep one of them")
-            return None
-        if self._reference_cfg is None or self._reference_checkpoint is None:
-            raise ConfigError(
-                "this weighting needs a reference: set reference_model and reference_checkpoint, or use a dataset with "
-                "a reference_ce column"
-            )
+        if self._reference_checkpoint is None:
+            raise ConfigError("reference_model has no weights: set reference_checkpoint")
         require_same_vocabulary(self._tokenizer, hf_tokenizer(resolve_checkpoint(self._reference_checkpoint)))
         return self._build_model(self._reference_cfg, self._reference_checkpoint, "reference_model", frozen=True)
+
+    def _load_value_model(self):
+        """The critic's frozen value model that runs beside the policy, or None where nothing needs it."""
+        if not self._runs_beside("values", self._data.has_values, "value_model", self._value_model_path):
+            return None
+        path = resolve_checkpoint(self._value_model_path)
+        require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "value model")
+        model = load_value_model(
+            path,
+            mesh=self._world.mesh,
+            param_dtype=self._dtype,
+            device="cpu" if self._cpu_offload else self._world.device,
+            cpu_offload=self._cpu_offload,
+        )
+        if self._seq_len > model.max_seq_len:
+            raise ConfigError(f"seq_len {self._seq_len} is longer than the value model's {model.max_seq_len}")
+        return model
 
     def _check_head_weights(self, heads: int) -> torch.Tensor | None:
         if self._head_weights is None:
@@ -217,35 +260,12 @@ class FullFinetuneRecipeWMTP:
         load_sharded(checkpoint, self._model, self._torch_optimizer)
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
+        self._weighting.load_state_dict(state["weighting"])
+        self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
-        self._step = self._start_step = state["step"]
-        self._say(f"resumed {checkpoint} at step {self._step}")
+        self._step = state["step"]
+        self._log.say(f"resumed {checkpoint} at step {self._step}")
         return state["run_id"]
-
-    def _start_tracking(self, run_id: str | None) -> None:
-        """From here on the run exists on disk: everything before could fail without a trace."""
-        self._tracker = None
-        self._metrics_file = self._output_dir / "metrics.jsonl"
-        gather_objects(None)  # every rank has checked the folder before rank 0 changes it
-        if not self._world.is_main:
-            return
-        if self._tracking_cfg is not None:
-            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
-            self._tracker.log_config(self._cfg)
-            data = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
-            self._tracker.log_tags({**environment_tags(), **data})
-            self._say(f"tracking in {self._tracker.where}")
-        if self._start_step == 0:  # a new run, or one that overwrite=true replaces
-            for name in ("checkpoints", "export"):
-                shutil.rmtree(self._output_dir / name, ignore_errors=True)
-            self._metrics_file.unlink(missing_ok=True)
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        self._checkpointer.remove_torn()
-        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
-        if self._metrics_file.exists():  # what was logged after the checkpoint is about to happen again
-            lines = self._metrics_file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self._start_step]
-            self._metrics_file.write_text("".join(kept))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training
@@ -255,15 +275,15 @@ class FullFinetuneRecipeWMTP:
         model, optimizer = self._model, self._torch_optimizer
         parameters = [p for p in model.parameters() if p.requires_grad]
         if self._eval_data is not None and self._step == 0:
-            self._log(self.evaluate())
+            self._log.metrics(self.evaluate(), self._step)
         model.train()
         progress = tqdm(
             total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
         )
         while self._step < self._total_steps:
             started = time.perf_counter()
-            window = []  # (rows, loss output) of each micro-batch of this step
-            tokens_seen = 0
+            window = StepWindow()
+            self._score_epoch()
             while not self._window_full(window):
                 batch = self._next_batch(self._stream.next_batch())
                 out = model(
@@ -272,31 +292,34 @@ class FullFinetuneRecipeWMTP:
                     loss_fn=mtp_loss,
                     labels=batch["labels"],
                     weighting=self._weighting,
+                    policy_ce=batch["policy_ce"],
                     reference_ce=batch["reference_ce"],
+                    values=batch["values"],
+                    step=self._step,
                     head_weights=self._head_weights,
                 )
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
-                tokens_seen += int((batch["document_ids"] >= 0).sum())
-                window.append((batch["rows"], out))
+                window.add(batch, out)
 
-            totals = self._totals(window, tokens_seen)
-            if totals["num_targets"] == 0:
-                raise StopTraining(f"step {self._step + 1}: the batch has no target token; {self._names(window)}")
-            loss = totals["loss_sum"] / totals["num_targets"]
-            scale_grads(model, torch.tensor(1.0 / totals["num_targets"], device=self._world.device))
+            sums = window.sums()
+            if sums.num_targets == 0:
+                raise StopTraining(f"step {self._step + 1}: no target token; {window.documents(self._data)}")
+            loss = sums.loss_sum / sums.num_targets
+            scale_grads(model, torch.tensor(1.0 / sums.num_targets, device=self._world.device))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
             grad_norm = float(grad_norm.full_tensor())
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise StopTraining(
                     f"step {self._step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
-                    f"{self._names(window)}"
+                    f"{window.documents(self._data)}"
                 )
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if self._scheduler is not None:
                 self._scheduler.step()
+            self._weighting.end_step(all_reduce_sum)
             self._step += 1
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
@@ -304,69 +327,72 @@ class FullFinetuneRecipeWMTP:
             if self._step % self._log_every == 0 or self._step == self._total_steps:
                 seconds = time.perf_counter() - started
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
-                metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(totals["ce"], start=1)}
-                metrics |= {f"weights/{name}": value for name, value in self._weight_statistics(window).items()}
-                self._log({**metrics, "train/tokens_per_second": totals["tokens"] / seconds})
+                metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
+                metrics |= {f"weights/{name}": value for name, value in window.weight_statistics().items()}
+                metrics["train/tokens_per_second"] = sums.tokens / seconds
+                self._log.metrics(metrics, self._step)
+            if self._token_view is not None and self._step % self._token_view.every == 0:
+                self._write_token_view(window)
             last = self._step == self._total_steps
             if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
-                self._log(self.evaluate())
+                self._log.metrics(self.evaluate(), self._step)
                 model.train()
             if self._save_every and (last or self._step % self._save_every == 0):
                 self.save_checkpoint()
         progress.close()
         self._checkpointer.wait()
 
-    def _window_full(self, window: list) -> bool:
+    def _window_full(self, window: StepWindow) -> bool:
         """Whether the step has all its micro-batches: so many, or so many target tokens over all ranks."""
         if self._accumulation_steps is not None:
             return len(window) == self._accumulation_steps
-        if not window:
-            return False
-        return all_reduce_sum(sum(out.valid[0].sum() for _, out in window)).item() >= self._tokens_per_step
+        return len(window) > 0 and window.head1_targets() >= self._tokens_per_step
 
+    @torch.no_grad()
     def _next_batch(self, batch: dict) -> dict:
-        """Move a batch to the device and add the reference's CE where a reference runs beside the policy."""
-        batch = {key: v.to(self._world.device) if torch.is_tensor(v) else v for key, v in batch.items()}
-        batch.setdefault("reference_ce", None)
+        """Move a batch to the device and add what frozen models, or the epoch's start, say about its tokens."""
+        batch = {"reference_ce": None, "values": None, "policy_ce": None, **self._to_device(batch)}
+        inputs = {key: batch[key] for key in ("tokens", "document_ids")}
         if self._reference is not None:
-            with torch.no_grad():
-                batch["reference_ce"] = self._reference(
-                    batch["tokens"],
-                    document_ids=batch["document_ids"],
-                    loss_fn=token_cross_entropy,
-                    labels=batch["labels"],
-                )[0]
+            ce = self._reference(**inputs, loss_fn=token_cross_entropy, labels=batch["labels"])
+            batch["reference_ce"] = ce[0]
+        if self._value_model is not None:
+            batch["values"] = self._value_model(**inputs)
+        if self._epoch_ce is not None:
+            batch["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
         return batch
 
-    def _totals(self, window: list, tokens_seen: int) -> dict:
-        """Sums over the step's micro-batches and all ranks, in one collective."""
-        outs = [out for _, out in window]
-        ce = sum(out.ce.double().sum(dim=(1, 2)) for out in outs)  # [H]
-        count = sum(out.valid.sum(dim=(1, 2)) for out in outs).double()  # [H]
-        scalars = [sum(out.loss_sum.double() for out in outs), sum(out.num_targets.double() for out in outs)]
-        tokens = torch.tensor(tokens_seen, dtype=torch.float64, device=ce.device)
-        sums = all_reduce_sum(torch.cat([torch.stack([*scalars, tokens]), ce, count])).tolist()
-        heads = len(ce)
-        return {
-            "loss_sum": sums[0],
-            "num_targets": sums[1],
-            "tokens": sums[2],
-            "ce": [s / max(n, 1) for s, n in zip(sums[3 : 3 + heads], sums[3 + heads :], strict=True)],
-        }
+    def _write_token_view(self, window: StepWindow) -> None:
+        """Code of this step's first micro-batch on rank 0, shaded by its weights."""
+        if self._world.is_main:
+            batch, out = window.batches[0], window.outs[0]
+            ids = [self._data.row_ids(row) for row in batch["rows"]]
+            named = {"step": self._step, "ids": ids, "settings": dict(self._weighting_cfg)}
+            page = self._token_view.html(self._tokenizer, batch, out, **named)
+            self._log.page(f"token_weights/step_{self._step:08d}.html", page)
 
-    def _weight_statistics(self, window: list) -> dict[str, float]:
-        """Over all target tokens of the step, on all ranks."""
-        mine = torch.cat([out.target_weights() for _, out in window]).cpu()
-        everyone = torch.cat(gather_objects(mine))
-        return weight_statistics(everyone, torch.ones_like(everyone, dtype=torch.bool))
+    def _to_device(self, batch: dict) -> dict:
+        return {key: v.to(self._world.device) if torch.is_tensor(v) else v for key, v in batch.items()}
 
-    def _names(self, window: list) -> str:
-        """The documents of the micro-batches whose loss is not finite (of all, if every loss is), over all ranks."""
-        bad = [rows for rows, out in window if not bool(torch.isfinite(out.loss_sum))]
-        everyone = gather_objects((bad, [rows for rows, _ in window]))
-        batches = [rows for bad, _ in everyone for rows in bad] or [rows for _, all_ in everyone for rows in all_]
-        ids = [name for rows in batches for row in rows for name in self._data.row_ids(int(row))]
-        return f"Documents of the batch: {', '.join(ids[:8])}{f' and {len(ids) - 8} more' if len(ids) > 8 else ''}"
+    @torch.no_grad()
+    def _score_epoch(self) -> None:
+        """With refresh_policy_ce=epoch, as an epoch begins: the policy's CE of every row, kept until the next one."""
+        epoch = int(self._stream.epoch)
+        if self._refresh_policy_ce == "step" or "policy_ce" not in self._weighting.needs:
+            return
+        if self._epoch_ce is not None and self._epoch_ce["epoch"] == epoch:
+            return
+        heads = self._model.num_future_tokens if self._weighting.per_head else 1
+        table = torch.zeros(heads, *self._data.tokens.shape)
+        self._model.eval()
+        for batch in held_out_batches(self._data, self._batch_size, self._world.rank, self._world.size):
+            batch = self._to_device(batch)
+            inputs = {key: batch[key] for key in ("tokens", "document_ids", "labels")}
+            ce = self._model(**inputs, num_heads=heads, loss_fn=token_cross_entropy).cpu()
+            table[:, batch["rows"]] = ce[:, : len(batch["rows"])]
+        self._model.train()
+        torch.distributed.all_reduce(table)  # every row was scored by one rank, and is 0 on the others
+        self._epoch_ce = {"epoch": epoch, "ce": table}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation, checkpoints, export
@@ -378,10 +404,9 @@ class FullFinetuneRecipeWMTP:
         heads = self._model.num_future_tokens
         sums = torch.zeros(2, heads, dtype=torch.float64, device=self._world.device)
         for batch in held_out_batches(self._eval_data, self._batch_size, self._world.rank, self._world.size):
-            tokens, labels, document_ids = (
-                batch[key].to(self._world.device) for key in ("tokens", "labels", "document_ids")
-            )
-            out = self._model(tokens, document_ids=document_ids, loss_fn=weighted_mtp_cross_entropy, labels=labels)
+            batch = self._to_device(batch)
+            inputs = {key: batch[key] for key in ("tokens", "document_ids", "labels")}
+            out = self._model(**inputs, loss_fn=weighted_mtp_cross_entropy)
             sums += torch.stack([part.double().sum(dim=(1, 2)) for part in (out.ce, out.valid)])
         ce, count = all_reduce_sum(sums)
         return {f"eval/ce_head{k}": (ce[k - 1] / count[k - 1]).item() for k in range(1, heads + 1)}
@@ -391,7 +416,9 @@ class FullFinetuneRecipeWMTP:
         trainer = {
             "stream": self._stream.state_dict(),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "run_id": self._tracker.run_id if self._tracker else None,
+            "weighting": self._weighting.state_dict(),
+            "epoch_ce": self._epoch_ce,
+            "run_id": self._log.run_id,
         }
         self._checkpointer.save(self._step, self._model, self._torch_optimizer, trainer)
 
@@ -404,27 +431,11 @@ class FullFinetuneRecipeWMTP:
             shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
         gather_objects(None)
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, dtype=self._export_dtype)
-        self._say(f"exported to {folder}")
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        if not self._world.is_main:
-            return
-        with self._metrics_file.open("a") as file:
-            file.write(json.dumps({"step": self._step, **metrics}) + "\n")
-        evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
-        if evaluated:
-            self._say(f"step {self._step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
-        if self._tracker:
-            self._tracker.log_metrics(metrics, self._step)
-
-    def _say(self, line: str) -> None:
-        if self._world.is_main:
-            tqdm.write(line, file=sys.stderr)
+        self._log.say(f"exported to {folder}")
 
     def cleanup(self, status: str = "FINISHED") -> None:
         """End the MLflow run and leave the process group."""
-        if self._tracker:
-            self._tracker.close(status)
+        self._log.close(status)
         if status == "FINISHED":
             self._checkpointer.close()
             torch.distributed.destroy_process_group()

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 from omegaconf import OmegaConf
+from processes import start
+from run_configs import run_configs
 
 from runs import ROOT, read_metrics
 
@@ -41,21 +43,23 @@ def run_recipe():
 
 @pytest.fixture
 def run_distributed(tmp_path):
-    """Run several configs, one after the other, in one torchrun of so many processes."""
+    """Run several configs, one after the other, in one group of so many processes: forked ones, or torchrun's."""
 
-    def run(processes, *configs):
+    def run(processes, *configs, torchrun=False):
         folder = tmp_path / f"world{processes}"
         folder.mkdir(exist_ok=True)
         paths = []
         for number, cfg in enumerate(configs):
-            paths.append(folder / f"{number}.yaml")
+            paths.append(str(folder / f"{number}.yaml"))
             OmegaConf.save(cfg, paths[-1])
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-        command += [str(ROOT / "tests" / "recipes" / "run_configs.py"), *map(str, paths)]
-        done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        if torchrun:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+            command += [str(processes), str(ROOT / "tests" / "recipes" / "run_configs.py"), *paths]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment)
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            start(run_configs, *paths, size=processes, log=folder / "log.txt").join()
         return [read_metrics(cfg.output_dir) for cfg in configs]
 
     return run

@@ -9,8 +9,14 @@ from omegaconf import OmegaConf
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 
-for path in sys.argv[1:]:
-    recipe = FullFinetuneRecipeWMTP(OmegaConf.load(path))
-    recipe.setup()
-    recipe.train()
-    recipe.export()
+
+def run_configs(*paths):
+    for path in paths:
+        recipe = FullFinetuneRecipeWMTP(OmegaConf.load(path))
+        recipe.setup()
+        recipe.train()
+        recipe.export()
+
+
+if __name__ == "__main__":
+    run_configs(*sys.argv[1:])

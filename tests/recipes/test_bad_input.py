@@ -57,7 +57,7 @@ def test_is_refused_in_one_line_and_leaves_no_trace(tiny_config, run_recipe, ove
 def test_rho1_values_and_references(tiny_config, run_recipe, tmp_path):
     with pytest.raises(ValueError, match=r"weighting.percentile must be in \(0, 1\], got 1.5"):
         run_recipe(tiny_config("rho1", weighting__percentile=1.5))
-    with pytest.raises(ValueError, match="needs a reference"):
+    with pytest.raises(ValueError, match="needs reference_ce: set reference_model"):
         run_recipe(tiny_config("rho1", reference_model=None))
 
     export = tmp_path / "other"

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from processes import run_recipe_file, start
 
 from runs import ROOT
 from wmtp.data import packaged_functions, packaged_programs
@@ -107,11 +108,13 @@ def test_processes_kills_and_batch_sizes_do_not_change_the_result(tiny_config, t
     assert files(two.output_dir) == files(alone.output_dir)
 
     killed = tiny_config("eval_mbpp", output_dir=str(tmp_path / "killed"), batch_size=1, **common)
-    process = launch(killed, tmp_path / "killed.yaml", 2, stderr=subprocess.DEVNULL)
-    while process.poll() is None and _journaled(killed.output_dir) < 5:
+    OmegaConf.save(killed, tmp_path / "killed.yaml")
+    processes = start(run_recipe_file, "eval_mbpp", str(tmp_path / "killed.yaml"), size=2, log=tmp_path / "log.txt")
+    while processes.running() and _journaled(killed.output_dir) < 5:
         time.sleep(0.002)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:  # torchrun puts its workers into sessions of their own
+    workers = [psutil.Process(pid) for pid in processes.pids]
+    family = [*workers, *(child for worker in workers for child in worker.children(recursive=True))]
+    for member in family:
         with contextlib.suppress(psutil.NoSuchProcess):  # a judged program that ended since
             member.kill()
     psutil.wait_procs(family)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from processes import run_recipe_file, start
 from transformers import AutoModelForCausalLM
 
 from runs import ROOT, read_metrics
@@ -94,7 +95,7 @@ def test_world_size_and_accumulation_split_change_nothing(tiny_config, run_distr
     here = Path.cwd()
     names = [str(here / name) for name in ("1x8", "1x2", "2x4", "2x1", "4x2", "4x1", "again", "hsdp")]
     one = run_distributed(1, cut(names[0], 8, 1), cut(names[1], 2, 4))
-    two = run_distributed(2, cut(names[2], 4, 1), cut(names[3], 1, 4))
+    two = run_distributed(2, cut(names[2], 4, 1), cut(names[3], 1, 4), torchrun=True)
     shutil.copytree(names[3], names[6])
     shutil.rmtree(latest_checkpoint(Path(names[6])))  # at step 2, saved by two processes
     four = run_distributed(
@@ -112,31 +113,37 @@ def test_world_size_and_accumulation_split_change_nothing(tiny_config, run_distr
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_resumes_bit_for_bit(tiny_config, tmp_path):
-    """kill -9 while steps and saves are under way, three times; the series is that of a run left alone."""
+    """kill -9 while steps and saves are under way, twice; the series is that of another run that was left alone."""
+    recipe = "full_finetune_distributed_wmtp"
 
-    def start(cfg):
-        path = tmp_path / "config.yaml"
+    def config_file(cfg):
+        path = tmp_path / f"{Path(cfg.output_dir).name}.yaml"
         OmegaConf.save(cfg, path)
-        recipe = ROOT / "recipes" / "full_finetune_distributed_wmtp.py"
-        return subprocess.Popen(
-            [sys.executable, str(recipe), "--config", str(path)],
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
+        return str(path)
+
+    def begin(cfg):
+        return start(run_recipe_file, recipe, config_file(cfg), log=tmp_path / "log.txt")
 
     options = {"max_steps": 40, "save_every": 1, "eval_every": None, "export_dtype": "none", "resume": "auto"}
     alone = tiny_config(output_dir=str(tmp_path / "alone"), **options)
-    assert start(alone).wait(timeout=200) == 0
     killed = tiny_config(output_dir=str(tmp_path / "killed"), **options)
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    for lines in (4, 11):
-        process = start(killed)
-        while process.poll() is None and (not metrics.exists() or metrics.read_text().count("\n") < lines):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        for checkpoint in complete_checkpoints(tmp_path / "killed" / "checkpoints"):
-            verify_manifest(checkpoint)
-    assert start(killed).wait(timeout=200) == 0
+    with subprocess.Popen(
+        [sys.executable, f"recipes/{recipe}.py", "--config", config_file(alone)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    ) as left_alone:  # fmt: skip
+        for lines in (4, 11):
+            process = begin(killed)
+            while process.running() and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+                time.sleep(0.005)
+            assert process.running()
+            os.kill(process.pids[0], signal.SIGKILL)
+            with pytest.raises(AssertionError, match="exit codes \\[-9\\]"):
+                process.join()
+            for checkpoint in complete_checkpoints(tmp_path / "killed" / "checkpoints"):
+                verify_manifest(checkpoint)
+        begin(killed).join()
+        assert left_alone.wait(timeout=200) == 0
     assert series(read_metrics(killed.output_dir)) == series(read_metrics(alone.output_dir))
 
 
@@ -200,7 +207,7 @@ def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(ti
         )
         recipe.setup()
         recipe.train()
-        recipe._tracker.close()
+        recipe._log.close()
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert run.info.status == "FINISHED"

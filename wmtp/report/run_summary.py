@@ -1,8 +1,7 @@
-"""What a run's metrics.jsonl says, for people:  python -m wmtp.report runs/tiny/rho1"""
+"""What a run's metrics.jsonl says, in a few lines."""
 
 import json
 import statistics
-import sys
 from pathlib import Path
 
 
@@ -26,11 +25,3 @@ def run_summary(output_dir: Path) -> str:
         for name in sorted(key for key in first if key.startswith("eval/ce_head")):
             text.append(f"  {name.removeprefix('eval/ce_'):28}{first[name]:>10.4f}{last[name]:>10.4f}")
     return "\n".join(text)
-
-
-if __name__ == "__main__":
-    for argument in sys.argv[1:]:
-        try:
-            print(run_summary(Path(argument)))
-        except ValueError as error:
-            sys.exit(f"error: {error}")

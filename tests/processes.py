@@ -1,0 +1,98 @@
+"""Processes without their start-up: forked from a server that has imported torch and the recipes once.
+
+A fresh interpreter computes for more than ten seconds before a recipe's first line, a forked one not at all. A test of
+how a recipe is launched (torchrun, `tune run`, plain python) needs the real thing instead.
+"""
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parents[1]
+_IMPORTED = ["transformers.models.llama", "recipes.full_finetune_distributed_wmtp", "recipes.eval_mbpp"]
+
+
+def fork_server():
+    """The context whose processes are forked from the server, which is started where there is none yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    # The project's recipes come before torchtune's package of that name; one thread, as torchrun would have it.
+    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
+        forkserver.ensure_running()
+    return context
+
+
+@dataclass
+class Processes:
+    """Running processes of one world, by rank."""
+
+    members: list
+    log: Path
+    store: object  # where they meet; lives as long as they do
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.members]
+
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.members)
+
+    def join(self, timeout: float = 300) -> None:
+        """Wait for the end of all; when one fails, or at the time-out, end the others and say what was printed."""
+        waiting = {process.sentinel: process for process in self.members}
+        while waiting:
+            ended = [waiting.pop(sentinel) for sentinel in wait(list(waiting), timeout)]
+            if not ended or any(process.exitcode for process in ended):
+                break
+        for process in waiting.values():
+            process.kill()
+        for process in self.members:
+            process.join()
+        codes = [process.exitcode for process in self.members]
+        assert codes == [0] * len(codes), f"exit codes {codes}: {self.log.read_text()[-3000:]}"
+
+
+def start(function, *args, size: int = 1, log: Path) -> Processes:
+    """Start function(*args) in so many processes, which are told their place in the world as torchrun does.
+
+    Args:
+        function: of a module's top level.
+        size: number of processes.
+        log: file for what they print.
+    """
+    context = fork_server()
+    store = dist.TCPStore("localhost", 0, size, is_master=True, wait_for_workers=False)
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
+    members = []
+    for rank in range(size):
+        environment = {key: str(value) for key, value in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        own = (function, args, {**os.environ, **environment}, str(log))
+        members.append(context.Process(target=_enter, args=own, daemon=True))  # a failing test leaves none behind
+        members[-1].start()
+    return Processes(members, Path(log), store)
+
+
+def run_recipe_file(name: str, config: str) -> None:
+    """What `python recipes/{name}.py --config {config}` does."""
+    sys.argv = [f"recipes/{name}.py", "--config", config]
+    sys.exit(sys.modules[f"recipes.{name}"].main())  # imported by the server, or this fails
+
+
+def _enter(function, args, environment, log):
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    torch.set_num_threads(1)
+    function(*args)

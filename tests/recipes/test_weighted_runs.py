@@ -1,0 +1,188 @@
+"""Weights inside the full recipe: where their signals come from, what a run keeps of them, and what it shows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
+from random_models import random_decoder
+
+from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+from recipes.score_reference import ScoreReferenceRecipe
+from runs import ROOT
+from wmtp.checkpoint import complete_checkpoints
+from wmtp.data import byte_tokenizer
+from wmtp.models import ValueModel, export_hf, save_value_model
+
+RHO1, SHUFFLED = ({"_component_": f"wmtp.weighting.{name}"} for name in ("rho1", "shuffled"))
+PAGES = {"_component_": "wmtp.report.TokenWeightPages"}
+BRIEF = {"save_every": None, "eval_every": None, "eval_dataset": None, "export_dtype": "none", "token_view": None}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A reference and a value model, random, as their folders."""
+
+    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+    sizes.pop("_component_")
+    folder = tmp_path_factory.mktemp("models")
+    export_hf(random_decoder(**sizes), folder / "reference", tokenizer_source=byte_tokenizer())
+    value_model = ValueModel(random_decoder(**sizes), "mlp")
+    torch.nn.init.normal_(value_model.value_head.out.weight)
+    save_value_model(value_model, folder / "value_model", tokenizer=byte_tokenizer(), settings={})
+    return folder
+
+
+@pytest.fixture
+def train(tiny_config, run_recipe, models):
+    """Run the full recipe on a tiny config; its training metrics without the speed."""
+
+    def run(job, name, **overrides):
+        known = {"reference_checkpoint": str(models / "reference"), "value_model": str(models / "value_model")}
+        cfg = tiny_config(job, output_dir=name, **BRIEF)
+        cfg.update({key: path for key, path in known.items() if key in cfg})
+        for key, value in overrides.items():
+            OmegaConf.update(cfg, key.replace("__", "."), value, merge=False)
+        lines = [line for line in run_recipe(cfg) if "train/loss" in line]
+        return [{key: v for key, v in line.items() if "tokens_per_second" not in key} for line in lines]
+
+    return run
+
+
+def score(cfg):
+    recipe = ScoreReferenceRecipe(cfg)
+    recipe.setup()
+    recipe.report(recipe.score())
+    return {"_component_": "wmtp.data.scored", "source": str(cfg.output_dir)}
+
+
+def assert_close(ours, theirs):
+    assert len(ours) == len(theirs) > 0
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
+
+
+def test_a_scored_column_trains_as_the_reference_beside_the_policy(train, tiny_config, models):
+    dataset = score(tiny_config("score_reference", checkpoint=str(models / "reference")))
+    dataset["checkpoint"] = str(models / "reference")
+    beside = train("rho1", "beside", max_steps=3, weighting__mode="soft")
+    column = train("rho1_scored", "column", max_steps=3, weighting__mode="soft", dataset=dataset)
+    assert_close(column, beside)
+    assert beside[0]["weights/effective_sample_size"] < 0.95  # there is something to agree about
+
+
+def test_cached_values_train_as_the_value_model_beside_the_policy(train, tiny_config, models):
+    where = {"model": None, "checkpoint": None, "column": "values", "value_model": str(models / "value_model")}
+    dataset = score(tiny_config("score_reference", **where))
+    gae = {"weighting__delta": "gae", "weighting__map": "exp"}
+    beside = train("critic", "beside", max_steps=3, **gae)
+    cached = train("critic", "cached", max_steps=3, **gae, dataset=dataset, value_model=None)
+    assert_close(cached, beside)
+    assert beside[0]["weights/effective_sample_size"] < 0.95
+
+
+def test_the_epochs_ce_is_that_of_its_first_weights(train):
+    """One row a step: within an epoch the weights are those of its start, whatever the split; then they are new."""
+    options = {"batch_size": 1, "dataset__max_functions": 12, "seq_len": 128}
+    steps = train("rho1", "step", max_steps=5, **options)
+    epochs = train("rho1", "epoch", max_steps=5, **options, refresh_policy_ce="epoch")
+    assert epochs[0] == steps[0]  # the policy is still the epoch's first one
+    assert epochs[1] == steps[1]  # the first step has learning rate 0
+    assert epochs[2] != steps[2]
+    halves = {**options, "gradient_accumulation_steps": 2, "refresh_policy_ce": "epoch", "max_steps": 3}
+    pairs = train("rho1", "1x2", **halves)
+    assert_close(train("rho1", "2x1", **{**halves, "batch_size": 2, "gradient_accumulation_steps": 1}), pairs)
+
+
+@pytest.mark.parametrize(
+    ("job", "overrides"),
+    [
+        ("rho1", {"refresh_policy_ce": "epoch"}),
+        ("critic", {"weighting__whiten": "running", "weighting__warmup_steps": 2}),
+    ],
+)
+def test_what_a_weighting_remembers_survives_a_kill(train, job, overrides):
+    options = {"max_steps": 6, "save_every": 2, "dataset__max_functions": 12, "seq_len": 128, **overrides}
+    whole = train(job, "whole", **options)
+    train(job, "cut", **options)
+    shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])  # as if killed after step 4
+    assert train(job, "cut", **options, resume=True) == whole
+    if job == "critic":  # weights are 1 until there are statistics
+        assert [line["weights/effective_sample_size"] for line in whole[:2]] == [1, 1]
+        assert whole[2]["weights/effective_sample_size"] < 1
+
+
+@pytest.mark.parametrize("method", ["dft", "entropy", "shuffled", "random_matched"])
+def test_every_method_trains_and_logs_its_statistics(train, method):
+    section = {"_component_": f"wmtp.weighting.{method}"}
+    if method in ("shuffled", "random_matched"):
+        section["method"] = RHO1 | {"mode": "soft"}
+    (line,) = train("rho1", method, max_steps=1, weighting=section)
+    names = ("p25", "p75", "p95", "max", "kept_share", "effective_sample_size", "entropy", "ce_correlation")
+    assert {f"weights/{name}" for name in (*names, "position_correlation")} <= line.keys()
+    assert line["weights/p25"] < line["weights/p95"] <= line["weights/max"]
+
+
+def test_the_token_view_is_written_every_so_many_steps_and_logged(tiny_config, models, tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
+    cfg = tiny_config("rho1", max_steps=4, reference_checkpoint=str(models / "reference"), token_view__every=2)
+    cfg.update(BRIEF | {"token_view": cfg.token_view})
+    cfg.tracking = {**tracking, "artifact_location": str(tmp_path / "artifacts")}
+    recipe = FullFinetuneRecipeWMTP(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe._log.close()
+    pages = sorted(path.name for path in (Path(cfg.output_dir) / "token_weights").iterdir())
+    assert pages == ["step_00000002.html", "step_00000004.html"]
+    page = (Path(cfg.output_dir) / "token_weights" / pages[0]).read_text()
+    assert all(word in page for word in ("this run", "dft", "reference CE"))
+    client = MlflowClient(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
+    logged = [item.path for item in client.list_artifacts(run.info.run_id, "token_weights")]
+    assert logged == [f"token_weights/{name}" for name in pages]
+
+
+@pytest.mark.parametrize(
+    ("job", "overrides", "message"),
+    [
+        ("critic", {"value_model": None}, "needs values: set value_model"),
+        ("critic", {"value_model": "no/such/folder"}, "no/such/folder does not exist"),
+        ("critic", {"weighting__beta": 0.0}, "weighting.beta must be > 0"),
+        ("critic", {"weighting__temperature": -1.0}, "weighting.temperature must be > 0"),
+        ("rho1", {"weighting__percentile": 1.2}, "weighting.percentile must be in (0, 1]"),
+        ("rho1", {"refresh_policy_ce": "run"}, "refresh_policy_ce must be one of step, epoch"),
+        ("rho1", {"reference_checkpoint": None}, "set reference_checkpoint"),
+        ("rho1_scored", {"dataset__source": "no/such/data"}, "no/such/data does not exist"),
+        (
+            "rho1",
+            {"weighting": SHUFFLED | {"method": RHO1 | {"mode": "x"}}},
+            "weighting.method.mode must be one of",
+        ),
+        (
+            "rho1",
+            {"token_view": PAGES | {"every": 1, "beside": {"c": {"_component_": "wmtp.weighting.critic"}}}},
+            "token_view.beside.c reads values",
+        ),
+        ("rho1", {"token_view": PAGES | {"every": 0}}, "every must be a whole"),
+    ],
+)  # fmt: skip
+def test_is_refused_in_one_line_and_leaves_no_trace(train, tmp_path, job, overrides, message):
+    with pytest.raises((ValueError, OSError)) as error:
+        train(job, "refused", max_steps=1, **overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_value_model_of_another_tokenizer_is_refused(train, models, tmp_path):
+    other = shutil.copytree(models / "value_model", tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    vocab = content["model"]["vocab"]
+    first, second = list(vocab)[:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]  # same size, other ids
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="policy and value model must share the token ids"):
+        train("critic", "refused", max_steps=1, value_model=str(other))

@@ -1,0 +1,84 @@
+"""Pages that show micro-batches of a training run as the loss saw them."""
+
+from collections.abc import Callable, Mapping, Sequence, Set
+
+from torch import Tensor
+
+from wmtp.loss import MTPLoss
+from wmtp.report.token_views import token_views
+from wmtp.report.token_weights import token_weights_html
+from wmtp.weighting import Signals
+
+
+class TokenWeightPages:
+    """What a run's token weights look like on its code, every so many steps.
+
+    Args:
+        every: optimizer steps between pages, >= 1.
+        documents: at most so many documents on a page, >= 1.
+        beside: other weightings by name, shown beside the run's own for the same tokens. They may read the policy's CE,
+            and whatever else the run's own weighting reads.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    def __init__(
+        self, every: int, documents: int = 4, beside: Mapping[str, Callable[[Signals], Tensor | None]] | None = None
+    ) -> None:
+        for name, value in {"every": every, "documents": documents}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+        self.every, self._documents, self._beside = every, documents, dict(beside or {})
+
+    def check(self, needs: Set[str]) -> None:
+        """Refuse a weighting that reads what the run does not have.
+
+        Args:
+            needs: what the run's own weighting reads.
+        """
+        at_hand = {"policy_ce"} | (needs & {"reference_ce", "values"})
+        for name, method in self._beside.items():
+            lacking = sorted(getattr(method, "needs", frozenset()) - at_hand)
+            if lacking:
+                raise ValueError(
+                    f"token_view.beside.{name} reads {', '.join(lacking)}, which this run's weighting does not; "
+                    "leave it out"
+                )
+
+    def html(
+        self,
+        tokenizer,
+        batch: Mapping[str, Tensor | None],
+        out: MTPLoss,
+        *,
+        step: int,
+        ids: Sequence[Sequence[str]],
+        settings: dict | None = None,
+    ) -> str:
+        """A page of the documents of a micro-batch, shaded by the weights that the loss used.
+
+        Args:
+            tokenizer: a :class:`wmtp.data.Tokenizer`.
+            batch: tokens, labels and document_ids [B, S]; reference_ce and values where the run has them.
+            out: what :func:`wmtp.loss.mtp_loss` returned for the batch.
+            step: the step's number, from 1; random controls draw as they would have in it.
+            ids: the names of each row's documents.
+            settings: listed above the documents: the run's weighting.
+        """
+        reference_ce, values = batch.get("reference_ce"), batch.get("values")
+        signals = Signals(
+            labels=batch["labels"],
+            valid=out.valid,
+            document_ids=batch["document_ids"],
+            policy_ce=out.ce,
+            reference_ce=reference_ce,
+            values=values,
+            step=step - 1,
+            training=False,
+        )
+        weights = {"this run": out.weights, **{name: method(signals) for name, method in self._beside.items()}}
+        figures = {"CE": out.ce[0], "reference CE": reference_ce, "value": values}
+        shown = {name: figure for name, figure in figures.items() if figure is not None}
+        views = token_views(tokenizer, batch, weights, shown, ids=ids, limit=self._documents)
+        return token_weights_html(views, title=f"Token weights of step {step}", settings=settings)

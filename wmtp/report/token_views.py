@@ -1,0 +1,168 @@
+"""Documents cut into tokens with what is known of each: what :func:`wmtp.report.token_weights_html` shows."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from wmtp.loss import valid_targets
+
+_LOOK_AHEAD = 8  # tokens: a character has at most four bytes, so its other half is never further away
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One document, token by token.
+
+    Attributes:
+        id: names the document.
+        pieces: T token texts, whose concatenation is the document's text. A token that holds only the first bytes of a
+            character has an empty one; the token that completes the character has it whole.
+        tokens: [T] token ids.
+        is_target: [T] bool, where a loss is taken; elsewhere (prompt, first token) weights mean nothing.
+        weights: method to [T] weights, finite and >= 0 at the targets. At least one method.
+        signals: name ("CE", "reference CE", "value", ...) to [T] figures, NaN where there is none.
+        special_ids: token ids to be shown as special tokens rather than as code.
+
+    Raises:
+        ValueError: no method, a field that is not [T], or a target's weight that is no finite number >= 0.
+    """
+
+    id: str
+    pieces: Sequence[str]
+    tokens: Sequence[int]
+    is_target: Sequence[bool]
+    weights: Mapping[str, Sequence[float]]
+    signals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    special_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError(f"document {self.id}: weights is empty; give the weights of at least one method")
+        fields = {"tokens": self.tokens, "is_target": self.is_target}
+        fields |= {f"weights[{name!r}]": values for name, values in self.weights.items()}
+        fields |= {f"signals[{name!r}]": values for name, values in self.signals.items()}
+        for name, values in fields.items():
+            if np.shape(values) != (len(self.pieces),):
+                raise ValueError(
+                    f"document {self.id}: {name} has shape {np.shape(values)} for {len(self.pieces)} pieces; "
+                    "give one value for each token"
+                )
+        for name in self.weights:
+            of_targets = self.target_weights(name)
+            wrong = ~(np.isfinite(of_targets) & (of_targets >= 0))
+            if wrong.any():
+                at = int(np.flatnonzero(np.asarray(self.is_target, dtype=bool))[wrong.argmax()])
+                raise ValueError(
+                    f"document {self.id}: weights[{name!r}] is {of_targets[wrong][0]} at target token {at}; "
+                    "a weight is a finite number >= 0"
+                )
+
+    def target_weights(self, method: str) -> np.ndarray:
+        """[N] float64: the method's weights of the targets."""
+        return np.asarray(self.weights[method], dtype=np.float64)[np.asarray(self.is_target, dtype=bool)]
+
+
+def token_views(
+    tokenizer,
+    batch: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | None],
+    signals: Mapping[str, Tensor] | None = None,
+    *,
+    ids: Sequence[Sequence[str]],
+    limit: int | None = None,
+    at_every_token: Collection[str] = ("value",),
+) -> list[TokenView]:
+    """The documents of a packed batch, in order, without padding.
+
+    Args:
+        tokenizer: a :class:`wmtp.data.Tokenizer`.
+        batch: tokens and labels [B, S], and document_ids [B, S] (-1 for padding); without document_ids each row is one
+            document.
+        weights: method to what its weighting returned: [B, S], None (all ones), or [H, B, S], shown as one method for
+            each head (a head has weight 0 where a target lies too near the document's start for it).
+        signals: name to [B, S] figures, shown where a token is a target.
+        ids: the names of each row's documents, as :meth:`wmtp.data.PackedDataset.row_ids` gives them. Rows after the
+            last of these must be padding.
+        limit: at most so many documents.
+        at_every_token: names of the signals that hold for tokens that are no target too.
+
+    Raises:
+        ValueError: shapes or names that do not fit the batch.
+    """
+    tokens, labels = batch["tokens"], batch["labels"]
+    documents = batch.get("document_ids")
+    valid = valid_targets(labels, 1, documents)[0].cpu().numpy()
+    columns = {name: _column(f"weights[{name!r}]", w, tokens) for name, w in _by_head(weights, tokens).items()}
+    figures = {name: _column(f"signals[{name!r}]", s, tokens) for name, s in (signals or {}).items()}
+    tokens = tokens.cpu().numpy()
+    documents = np.zeros_like(tokens) if documents is None else documents.cpu().numpy()
+    special = frozenset(i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if i is not None)
+
+    views: list[TokenView] = []
+    for row in range(len(tokens)):
+        inside = documents[row][documents[row] >= 0]
+        numbers = inside[np.sort(np.unique(inside, return_index=True)[1])]  # in order of appearance
+        names = ids[row] if row < len(ids) else ()
+        if len(names) != len(numbers):
+            raise ValueError(
+                f"row {row} holds {len(numbers)} documents, ids names {len(names)}; give one name for each"
+            )
+        for number, name in zip(numbers, names, strict=True):
+            if limit is not None and len(views) >= limit:
+                return views
+            here = documents[row] == number
+            target = valid[row][here]
+            shown = {
+                signal: figure[row][here] if signal in at_every_token else np.where(target, figure[row][here], np.nan)
+                for signal, figure in figures.items()
+            }
+            its_tokens = tokens[row][here].tolist()
+            its_weights = {method: column[row][here] for method, column in columns.items()}
+            views.append(
+                TokenView(name, token_pieces(tokenizer, its_tokens), its_tokens, target, its_weights, shown, special)
+            )
+    return views
+
+
+def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
+    """The text of each token, such that the concatenation is exactly ``tokenizer.decode(tokens)``.
+
+    Decoding token by token would not do: where a character's bytes lie in several tokens, each alone is invalid UTF-8.
+    A piece ends where decoding both sides apart gives the text of the whole; tokens before that get an empty piece.
+    """
+    whole = tokenizer.decode(tokens)
+    for look_ahead in (_LOOK_AHEAD, len(tokens)):  # a long run of invalid bytes may be decoded by looking at all of it
+        pieces: list[str] = []
+        start = 0
+        for end in range(1, len(tokens) + 1):
+            after = tokens[end : end + look_ahead]
+            piece = tokenizer.decode(tokens[start:end])
+            if piece + tokenizer.decode(after) == tokenizer.decode([*tokens[start:end], *after]):
+                pieces.append(piece)
+                start = end
+            else:
+                pieces.append("")
+        if "".join(pieces) == whole:
+            break
+    return pieces
+
+
+def _by_head(weights: Mapping[str, Tensor | None], tokens: Tensor) -> dict[str, Tensor]:
+    """One [B, S] for each method, or for each head of it where the weights are [H, B, S]."""
+    result = {}
+    for name, w in weights.items():
+        if w is None:
+            result[name] = tokens.new_ones(tokens.shape)
+        elif w.ndim == 3:
+            result |= {f"{name}, head {head}": of_head for head, of_head in enumerate(w, start=1)}
+        else:
+            result[name] = w
+    return result
+
+
+def _column(name: str, values: Tensor, tokens: Tensor) -> np.ndarray:
+    if values.shape != tokens.shape:
+        raise ValueError(f"{name} must be [B, S] = {tuple(tokens.shape)} like the tokens, got {tuple(values.shape)}")
+    return values.detach().double().cpu().numpy()
