@@ -9,8 +9,9 @@ holds the whole model, or with `fully_shard=true` a shard of it. A killed run go
 of processes: complete parts are kept, after their documents were read again and held against their hash. All processes
 write into one output_dir, on a file system that they share.
 
-A part's values depend on its documents alone: with the same batch_size, hardware and thread count the result is the same,
-byte for byte, at any number of processes and after any kill; otherwise, and with `fully_shard`, to float tolerance.
+A part's values depend on its documents alone: with the same batch_size, hardware and thread count the result is the
+same, byte for byte, at any number of processes and after any kill; otherwise, and with `fully_shard`, to float
+tolerance.
 """
 
 import json

@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from wmtp.distributed import gather_objects
+from wmtp.models.load import named_parameters
 
 MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
@@ -38,11 +39,12 @@ class Checkpointer:
     Args:
         output_dir: the run's folder, on a file system that all ranks share.
         keep_last: how many complete checkpoints stay; older ones are removed after a newer one is complete.
+        trained_only: leave frozen parameters out, where the run can read them again from where they came.
     """
 
-    def __init__(self, output_dir: Path, *, keep_last: int = 2) -> None:
+    def __init__(self, output_dir: Path, *, keep_last: int = 2, trained_only: bool = False) -> None:
         self.folder = output_dir / "checkpoints"
-        self._keep_last = keep_last
+        self._keep_last, self._trained_only = keep_last, trained_only
         self._is_main = dist.get_rank() == 0
         # async_save's collectives run in a thread: on the default group they would meet those of the training loop.
         self._group = dist.new_group(backend="gloo")
@@ -72,7 +74,7 @@ class Checkpointer:
             torn.mkdir(parents=True)
             torch.save({**trainer, "step": step, "rng": rng}, torn / TRAINER)
         dist.barrier(group=self._group)
-        state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        state = _state(model, optimizer, self._trained_only)
         if not any(tensor.is_cuda for tensor in state["model"].values()):
             state = _clone(state)  # CPU tensors are shared with the optimizer, which goes on updating them in place
         self._writing = dcp.async_save(state, checkpoint_id=str(torn), process_group=self._group)
@@ -126,13 +128,17 @@ def load_trainer(checkpoint: Path) -> dict:
     return torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
 
 
-def load_sharded(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_sharded(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, trained_only: bool = False
+) -> None:
     """Read model and optimizer in place, each rank its shards, saved at whatever world size.
+
+    With ``trained_only``, as the checkpoint was saved, frozen parameters stay what they are.
 
     Raises:
         ValueError: the checkpoint's parameters are not this model's.
     """
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    state = _state(model, optimizer, trained_only)
     saved = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
     for name, tensor in state["model"].items():
         found = getattr(saved.get(f"model.{name}"), "size", None)
@@ -187,6 +193,15 @@ def verify_manifest(folder: Path) -> None:
             )
         if _sha256(path) != expected["sha256"]:
             raise ValueError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, trained_only: bool) -> dict:
+    weights = model.state_dict()
+    if trained_only:
+        for name, parameter in named_parameters(model):
+            if not parameter.requires_grad:
+                weights.pop(name, None)
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
 def _rng_state() -> dict:

@@ -75,7 +75,7 @@ def weighted_mtp_cross_entropy(
 ) -> MTPLoss:
     """Sum of weighted cross-entropies of all heads, its gradients taken in the forward pass.
 
-        loss_sum = sum_k b_k * sum_{(t, k) valid} w_{t+k} * CE_k(t)        (DESIGN: S_k)
+        loss_sum = sum_k b_k * sum_{(t, k) valid} w_{t+k} * CE_k(t)        (docs/method.md: S_k)
 
     with CE_k(t) = logsumexp(z) - z[label_{t+k}], z = unembedding @ hidden[k, t]. Rows without a target are left out of
     every GEMM, rows of weight zero out of the two gradient GEMMs, and an input that needs no gradient (a frozen

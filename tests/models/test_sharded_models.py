@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from processes import fork_server
 from torch.distributed.device_mesh import init_device_mesh
 
 from wmtp.models import checkpoint_formats, export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
@@ -28,8 +29,7 @@ TOKENS = torch.arange(12).view(2, 6)
 
 def run(worker, world_size, folder, *args):
     """Run worker(folder, *args) in processes forked from a server that has imported everything once."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["wmtp.models", "transformers.models.llama"])
+    fork_server()
     mp.start_processes(
         _enter, (worker, world_size, str(folder), *args), nprocs=world_size, start_method="forkserver"
     )  # fmt: skip

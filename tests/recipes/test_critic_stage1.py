@@ -17,10 +17,19 @@ from processes import start
 
 from recipes.critic_stage1 import CriticStage1Recipe
 from runs import ROOT, read_metrics
-from wmtp.checkpoint import complete_checkpoints, verify_manifest
+from wmtp.checkpoint import complete_checkpoints, load_trainer, verify_manifest
 from wmtp.config import StopTraining
 from wmtp.data import hf_tokenizer
 from wmtp.models import CheckpointError, MTPDecoder, load_value_model, resolve_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices this small gain nothing from a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -103,7 +112,7 @@ def test_mse_learns_the_size_of_rewards(critic_config, tmp_path):
         for sign, reward in (("+", 3.0), ("-", -1.0))
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = critic_config(loss="mse", reward_spread="terminal", score="last", max_steps=60, eval_every=None)
+    cfg = critic_config(loss="mse", reward_spread="terminal", score="last", max_steps=40, eval_every=None)
     cfg.lr_scheduler = None
     _, metrics = run(cfg)
     assert losses(metrics)[0] == pytest.approx((3**2 + 1**2) / 2)  # all values are 0
@@ -144,6 +153,22 @@ def test_only_what_is_trained_moves_and_each_group_has_its_rate(critic_config):
         metadata = dist.checkpoint.FileSystemReader(f"{backbone}/checkpoints/step_00000001").read_metadata()
         saved = {key.removeprefix("model.") for key in metadata.state_dict_metadata if key.startswith("model.")}
         assert saved == trained
+
+
+def test_memory_options_change_nothing_but_memory(critic_config):
+    options = {"max_steps": 3, "save_every": None, "backbone": "lora", "lora": {"_component_": "wmtp.models.add_lora"}}
+    plain, recomputed, rounded = (
+        run(critic_config(**options, **more))[1]
+        for more in (
+            {"output_dir": "plain"},
+            {"output_dir": "recomputed", "activation_checkpointing": True},
+            {"output_dir": "rounded", "dtype": "bf16"},
+        )
+    )
+    norms = [[line["train/grad_norm"] for line in m if "train/loss" in line] for m in (plain, recomputed, rounded)]
+    assert losses(recomputed) == pytest.approx(losses(plain), rel=1e-6)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    assert norms[2] == pytest.approx(norms[0], rel=0.05) and norms[2] != norms[0]
 
 
 def test_kept_hidden_states_train_the_same_and_are_used_again(critic_config, monkeypatch):
@@ -199,6 +224,8 @@ def test_a_resumed_run_goes_on_bit_for_bit_early_stopping_too(critic_config):
         if number == 2:
             shutil.rmtree("cut/value_model")
         again, resumed = run(critic_config(**options, output_dir="cut", resume=True))
+        for checkpoint in complete_checkpoints(Path("cut/checkpoints")):  # what each may need to go back to is there
+            assert Path(f"cut/best/step_{load_trainer(checkpoint)['best']['step']:08d}").is_dir()
         assert series(resumed) == series(metrics) and again._best == whole._best
         assert files_of("cut/value_model") == files_of("whole/value_model")
     # A run that has stopped stays stopped.
@@ -372,6 +399,9 @@ def test_another_tokenizer_or_another_backbone_is_refused(critic_config, tmp_pat
     first.resume, first.max_steps, first.checkpoint = True, 4, str(backbone)
     before = files_of("first/value_model")
     with pytest.raises(ValueError, match="cannot resume: backbone_weights was random, seed 0, now"):
+        run(first)
+    first.checkpoint, first.loss, first.reward_spread = None, "mse", "uniform"
+    with pytest.raises(ValueError, match="cannot resume: loss was pairwise, now mse uniform"):
         run(first)
     assert files_of("first/value_model") == before
 

@@ -1,4 +1,4 @@
-"""What DESIGN promises of weights, for every method and for both controls around it."""
+"""What docs/method.md promises of weights, for every method and for both controls around it."""
 
 from dataclasses import replace
 

@@ -20,7 +20,8 @@ from wmtp.models.checkpoint_formats import (
     key_of,
     to_half_split,
 )
-from wmtp.models.load import compute_device, named_parameters, reshard
+from wmtp.models.load import compute_device, reshard, without_adapters
+from wmtp.models.lora import lora_modules, merged_weight
 from wmtp.models.shape import LlamaShape
 
 _TOKENIZER_FILES = (
@@ -46,8 +47,9 @@ def export_hf(
 ) -> None:
     """Write ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
 
-    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not look at. The folder
-    appears whole or not at all: it is written beside its place and renamed.
+    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not look at. Low-rank
+    adapters are merged into what is written; the model itself keeps them apart. The folder appears whole or not at all:
+    it is written beside its place and renamed.
 
     Every rank of a sharded model calls this; parameters are gathered one at a time and rank 0 writes, holding at most
     ``max_shard_bytes`` (or the additional heads, if they are larger).
@@ -72,11 +74,12 @@ def export_hf(
         return
     if folder.exists():
         raise FileExistsError(f"export folder {folder} already exists; give another, or remove it")
-    parameters = dict(named_parameters(model))
+    parameters = without_adapters(model)
+    adapters = {f"{name}.weight": module for name, module in lora_modules(model)}
     strangers = [name for name in parameters if key_of(name, "hf") is None]
     if strangers:
         raise ValueError(
-            f"parameter {strangers[0]} has no place in an HF Llama folder; merge adapters before the export"
+            f"parameter {strangers[0]} has no place in an HF Llama folder; remove what was added to the decoder"
         )
     if tokenizer_source is not None:
         _check_tokenizer(tokenizer_source)
@@ -90,9 +93,15 @@ def export_hf(
         writing.mkdir(parents=True)
     files, pending, heads, weight_map, total = 0, {}, {}, {}, 0
     for name, parameter in parameters.items():
-        tensor = _full(parameter)  # a collective: every rank takes part
+        tensor = full_parameter(parameter)  # a collective: every rank takes part
+        module = adapters.get(name)
+        low_rank = (
+            () if module is None else (full_parameter(module.lora_a.weight), full_parameter(module.lora_b.weight))
+        )
         if not is_main:
             continue
+        if low_rank:
+            tensor = merged_weight(tensor, *low_rank, module)
         # A copy, in a layout of its own: safetensors writes only what does not share memory.
         tensor = tensor.to("cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
         key = key_of(name, "hf")
@@ -120,7 +129,8 @@ def export_hf(
         dist.barrier()  # when it returns, on any rank, the folder is there
 
 
-def _full(parameter: Tensor) -> Tensor:
+def full_parameter(parameter: Tensor) -> Tensor:
+    """A parameter whole, on its compute device; of a sharded model a collective that every rank calls."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
     return parameter.detach().to(compute_device(parameter)).full_tensor()

@@ -25,7 +25,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
     shards and one full tensor. Values are cast to the parameters' dtype.
 
     Heads that the checkpoint lacks start as copies of head 1, its last block; heads that the model lacks are left out.
-    An untied model takes a tied checkpoint's embedding as its unembedding too.
+    An untied model takes a tied checkpoint's embedding as its unembedding too. Low-rank adapters are no part of a
+    checkpoint: on the meta device they become NaN, until :func:`~wmtp.models.init_lora` sets them.
 
     Args:
         model: an MTPDecoder, wrapped for activation checkpointing or compiled or not.
@@ -39,12 +40,15 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
     """
     checkpoint = open_checkpoint(Path(path))
     reshard(model)
-    parameters = dict(named_parameters(model))
+    parameters = without_adapters(model)
     sources = _sources(model.config, checkpoint, parameters)
 
     if any(parameter.is_meta for parameter in parameters.values()):
         model.to_empty(device=device)
-        parameters = dict(named_parameters(model))
+        for name, parameter in named_parameters(model):
+            if is_adapter(name):  # what was left in memory there could pass for weights
+                (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(math.nan)
+        parameters = without_adapters(model)
     for name, parameter in parameters.items():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         local.copy_(local_part(checkpoint.read(sources[name]), parameter))
@@ -54,7 +58,22 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
 def named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
     """Parameters by their own names, whatever wraps the blocks (activation checkpointing, torch.compile)."""
     for name, parameter in model.named_parameters():
-        yield name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", ""), parameter
+        yield own_name(name), parameter
+
+
+def own_name(name: str) -> str:
+    """A parameter's or module's name without what activation checkpointing and torch.compile put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter belongs to a low-rank adapter (see wmtp.models.lora)."""
+    return name.endswith((".lora_a.weight", ".lora_b.weight"))
+
+
+def without_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a checkpoint has, by their own names."""
+    return {name: parameter for name, parameter in named_parameters(model) if not is_adapter(name)}
 
 
 def reshard(model: nn.Module) -> None:

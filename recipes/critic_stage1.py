@@ -1,0 +1,463 @@
+"""Critic, stage 1: train a value model on correct and incorrect programs, on one process or many, CPU or CUDA.
+
+    tune run --nproc_per_node 2 recipes/critic_stage1.py --config configs/tiny/critic_stage1.yaml
+    torchrun --nproc_per_node 4 recipes/critic_stage1.py --config configs/codellama_7b/critic_stage1.yaml
+
+The value model of the best held-out evaluation goes to `output_dir/value_model`; the full fine-tuning recipe takes it
+as `value_model`, by this path or as `runs:/<MLflow run>/value_model`. `output_dir/report.md` says how well it tells
+correct programs from incorrect ones, beside a rule that looks at their length alone.
+"""
+
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from torchtune.training import scale_grads
+from tqdm import tqdm
+
+from wmtp.checkpoint import Checkpointer, latest_checkpoint, load_sharded, load_trainer, restore_rng
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
+from wmtp.critic import (
+    BestWeights,
+    HiddenStates,
+    critic_loss,
+    critic_report,
+    evaluate_pairs,
+    keep_hidden_states,
+    length_report,
+    pair_values,
+)
+from wmtp.data import BatchStream, PairDataset, hf_tokenizer, pair_splits, require_same_vocabulary
+from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.models import (
+    ValueModel,
+    checkpoint_activations,
+    checkpoint_sha256,
+    init_lora,
+    load_checkpoint,
+    resolve_checkpoint,
+    save_value_model,
+    shard_model,
+)
+from wmtp.rewards import reward_pairs
+from wmtp.run_log import RunLog
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class CriticStage1Recipe:
+    """Order of events: read the config, `setup`, `train` (which evaluates and saves), `finish`, `cleanup`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Read and check every key; nothing is built or written yet."""
+        self._cfg = cfg
+        read = ConfigReader(cfg)
+        self._output_dir = Path(read.get("output_dir"))
+        self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
+        self._overwrite = read.flag("overwrite", False)
+        self._seed = read.integer("seed", 0)
+        self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
+        self._dtype = read.choice("dtype", DTYPES)
+
+        self._model_cfg = read.section("model")
+        self._checkpoint = read.get("checkpoint", None)
+        self._tokenizer_cfg = read.section("tokenizer")
+        self._backbone = read.choice("backbone", {"frozen": "frozen", "lora": "lora", "full": "full"})
+        self._lora_cfg = read.section("lora", optional=True)
+        self._head = read.choice("head", {"linear": "linear", "mlp": "mlp"})
+        self._cache_hidden = read.choice("cache_hidden", {**DTYPES, "none": None}, "none")
+
+        self._dataset_cfg = read.section("dataset")
+        self._heldout_fraction = read.number("heldout_fraction")
+        self._test_fraction = read.number("test_fraction", None)
+        self._balance_lengths = read.flag("balance_lengths", True)
+        self._seq_len = read.integer("seq_len", minimum=2)
+        self._reward_cfg = read.section("reward_model", optional=True)
+
+        self._loss_name = read.get("loss")
+        factors = {key: read.number(key, None) for key in ("gamma", "gae_lambda")}
+        spread = read.get("reward_spread", None)
+        self._loss = critic_loss(self._loss_name, spread, **factors)
+        self._full_loss_name = self._loss_name if spread is None else f"{self._loss_name} {spread}"
+        self._score = read.choice("score", {"mean": "mean", "last": "last"}, "mean")
+
+        self._batch_size = read.integer("batch_size", minimum=1)
+        self._accumulation_steps = read.integer("gradient_accumulation_steps", 1, minimum=1)
+        self._epochs = read.number("epochs", None, above=0)
+        self._max_steps = read.integer("max_steps", None, minimum=1)
+        self._optimizer_cfg = read.section("optimizer")
+        self._head_lr = read.number("head_lr", None, above=0)
+        self._scheduler_cfg = read.section("lr_scheduler", optional=True)
+        self._max_grad_norm = read.number("max_grad_norm", None, above=0)
+
+        self._activation_checkpointing = read.flag("activation_checkpointing", False)
+        self._cpu_offload = read.flag("cpu_offload", False)
+        self._hsdp_replicas = read.integer("hsdp_replicas", 1, minimum=1)
+
+        self._log_every = read.integer("log_every", 1, minimum=1)
+        self._eval_every = read.integer("eval_every", None, minimum=1)
+        self._patience = read.integer("patience", None, minimum=1)
+        self._save_every = read.integer("save_every", None, minimum=1)
+        self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
+        self._value_model_dtype = read.choice("value_model_dtype", DTYPES, "fp32")
+        self._log_model = read.flag("log_model", False)
+        self._tracking_cfg = read.section("tracking", optional=True)
+        read.done()
+
+        if (self._epochs is None) == (self._max_steps is None):
+            raise ConfigError("set exactly one of epochs and max_steps")
+        if (self._backbone == "lora") == (self._lora_cfg is None):
+            raise ConfigError(f"set the section lora if, and only if, backbone is lora; backbone is {self._backbone}")
+        if self._cache_hidden is not None and self._backbone != "frozen":
+            raise ConfigError(f"cache_hidden keeps what a frozen backbone gives, backbone is {self._backbone}")
+        if self._reward_cfg is not None and self._loss_name == "pairwise":
+            raise ConfigError("loss pairwise reads no rewards: set reward_model to null, or loss to mse")
+        if self._log_model and self._tracking_cfg is None:
+            raise ConfigError("log_model is true, but tracking is null: there is no run to give the value model to")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Set-up
+
+    def setup(self) -> None:
+        """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
+        self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
+        if self._cpu_offload and self._world.device.type == "cpu":
+            raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
+        self._log = RunLog(self._output_dir, is_main=self._world.is_main)
+        resume_from = self._check_output_dir()
+        torch.manual_seed(self._seed)
+
+        self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
+        path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
+        if path is not None:
+            require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "backbone")
+        self._data, self._heldout, self._test = self._build_data()
+        self._stream = BatchStream(
+            self._data,
+            batch_size=self._batch_size,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            seed=self._seed,
+        )
+        pairs_per_step = self._batch_size * self._world.size * self._accumulation_steps
+        self._total_steps = self._max_steps or math.ceil(self._epochs * len(self._data) / pairs_per_step)
+
+        self._model = self._build_model(path)
+        self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
+        self._scheduler = None
+        if self._scheduler_cfg is not None:
+            self._scheduler = build(
+                self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
+            )
+
+        self._step, run_id = 0, None
+        self._best = {"step": None, "accuracy": -math.inf, "evaluations_since": 0}
+        self._frozen = self._describe_backbone(path)
+        trained = {"trained": f"{self._backbone} backbone, {self._head} head", "loss": self._full_loss_name}
+        self._identity = {**self._frozen, **trained}
+        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, trained_only=True)
+        self._best_weights = BestWeights(self._output_dir)
+        if resume_from is not None:
+            run_id = self._restore(resume_from)
+        tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._frozen}
+        replaces = ("checkpoints", "best", "value_model", "report.md")
+        self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
+        if self._world.is_main:
+            self._checkpointer.remove_torn()
+            self._best_weights.forget_after(self._step)
+
+    def _check_output_dir(self) -> Path | None:
+        """The checkpoint to resume from, or None; refuses to write over a run, or into a folder that is none."""
+        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        if self._resume == "no":
+            return None
+        checkpoint = latest_checkpoint(self._output_dir)
+        if self._resume == "yes" and checkpoint is None:
+            raise ConfigError(f"resume=true, but {self._output_dir}/checkpoints holds no complete checkpoint")
+        return checkpoint
+
+    def _build_data(self) -> tuple[PairDataset, PairDataset, PairDataset | None]:
+        """Training, held-out and test pairs: disjoint by problem, each balanced by length."""
+        pairs = build(self._dataset_cfg, where="dataset")
+        left_out = ", ".join(f"{count} {reason}" for reason, count in pairs.skipped.items())
+        self._log.say(f"{pairs.name}: {len(pairs)} pairs{f' (left out: {left_out})' if left_out else ''}")
+        parts = pair_splits(
+            self._tokenizer,
+            pairs,
+            seq_len=self._seq_len,
+            heldout_fraction=self._heldout_fraction,
+            test_fraction=self._test_fraction,
+            balance=self._balance_lengths,
+            seed=self._seed,
+        )
+        for data in parts.values():
+            self._log.say(data.summary())
+        if self._reward_cfg is not None:
+            model = build(self._reward_cfg, where="reward_model")
+            for name, data in parts.items():
+                parts[name], scored = reward_pairs(model, data, self._world.device)
+                self._log.say(f"{name} part: {scored} programs scored now, the rewards of all are in {model.file}")
+        found, needed = len(parts["train"]), self._batch_size * self._world.size
+        if found < needed:
+            raise ConfigError(
+                f"there are {found} training pairs, fewer than batch_size {self._batch_size} x world size "
+                f"{self._world.size} = {needed}; lower batch_size, use fewer processes, or give more pairs"
+            )
+        return parts["train"], parts["heldout"], parts.get("test")
+
+    def _build_model(self, path: Path | None) -> ValueModel:
+        """A sharded value model. From a checkpoint it is built on the meta device and each rank reads only its shard;
+        adapters and head start from the seed alone, the same full tensors on every rank, then cut."""
+        with torch.device("cpu" if path is None else "meta"):
+            backbone = build(self._model_cfg, where="model")
+            if self._backbone == "lora":
+                build(self._lora_cfg, backbone, where="lora")
+            elif self._backbone == "frozen":
+                backbone.requires_grad_(False)
+            elif not backbone.config.tie_word_embeddings:
+                backbone.output.requires_grad_(False)  # the value does not depend on it
+            model = ValueModel(backbone, self._head)
+        largest = max(data.max_token_id for data in (self._data, self._heldout, self._test) if data is not None)
+        if model.vocab_size <= largest:
+            raise ConfigError(
+                f"model has {model.vocab_size} token ids, the dataset uses id {largest}; "
+                "use the tokenizer of the model's checkpoint"
+            )
+        if self._seq_len > model.max_seq_len:
+            raise ConfigError(f"seq_len {self._seq_len} is longer than model.max_seq_len {model.max_seq_len}")
+        if self._activation_checkpointing and self._backbone != "frozen":
+            checkpoint_activations(model)
+        shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=self._cpu_offload)
+        if path is not None:
+            model.to_empty(device="cpu" if self._cpu_offload else self._world.device)
+            load_checkpoint(model.backbone, path)
+        init_lora(model.backbone, seed=self._seed)
+        model.value_head.init_weights(self._seed)
+        return model
+
+    def _parameter_groups(self) -> list[dict]:
+        """What is trained: the head, which starts at zero, may have a learning rate of its own."""
+        head = {"params": list(self._model.value_head.parameters())}
+        if self._head_lr is not None:
+            head["lr"] = self._head_lr
+        backbone = [p for p in self._model.backbone.parameters() if p.requires_grad]
+        return [head, {"params": backbone}] if backbone else [head]
+
+    def _describe_backbone(self, path: Path | None) -> dict[str, str]:
+        """What the frozen part of the model is: checkpoints do not hold it, so a resumed run must find the same."""
+        weights = f"random, seed {self._seed}"
+        if path is not None:
+            weights = gather_objects(checkpoint_sha256(path) if self._world.is_main else None)[0]
+        model = json.dumps(OmegaConf.to_container(self._model_cfg, resolve=True), sort_keys=True)
+        return {"backbone_weights": weights, "backbone_model": model}
+
+    def _restore(self, checkpoint: Path) -> str | None:
+        """Continue where the checkpoint was saved; returns the MLflow run id."""
+        state = load_trainer(checkpoint)
+        self._stream.load_state_dict(state["stream"])
+        for key, value in self._identity.items():
+            if state["identity"][key] != value:
+                raise ConfigError(
+                    f"cannot resume: {key} was {state['identity'][key]:.200}, now {value:.200}; restore it, or start a "
+                    "new run"
+                )
+        load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True)
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        restore_rng(state["rng"], self._world.rank)
+        self._step, self._best = state["step"], state["best"]
+        self._log.say(f"resumed {checkpoint} at step {self._step}")
+        return state["run_id"]
+
+    def _hidden_states(self) -> dict[str, HiddenStates]:
+        """With cache_hidden: the backbone's states of each data set, by its fingerprint; empty without."""
+        if self._cache_hidden is None:
+            return {}
+        return keep_hidden_states(
+            self._model,
+            [data for data in (self._data, self._heldout, self._test) if data is not None],
+            self._output_dir / "hidden_states",
+            dtype=self._cache_hidden,
+            model_key=f"{self._frozen} {self._dtype}",
+            batch_size=self._batch_size,
+            world=self._world,
+        )
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def train(self) -> None:
+        """The loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
+        model, optimizer = self._model, self._torch_optimizer
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self._hidden = self._hidden_states()
+        model.train()
+        progress = tqdm(
+            total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
+        )
+        while self._step < self._total_steps and not self._out_of_patience():
+            started = time.perf_counter()
+            sums = torch.zeros(3, dtype=torch.float64, device=self._world.device)  # loss, its count, tokens
+            rows = []
+            for _ in range(self._accumulation_steps):
+                batch = self._stream.next_batch()
+                values = self._values(batch, self._data)  # [P, 2, S]
+                response = batch["response"].to(values.device)
+                out = self._loss(values, response, batch["rewards"].to(values.device))
+                # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
+                (out.loss_sum * self._world.size).backward()
+                sums += torch.stack([out.loss_sum.detach(), out.count, response.sum()]).double()
+                rows += batch["rows"]
+
+            loss_sum, count, tokens = all_reduce_sum(sums).tolist()
+            loss = loss_sum / count
+            scale_grads(model, torch.tensor(1.0 / count, device=self._world.device))
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
+            grad_norm = float(grad_norm.full_tensor())
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                problems = sorted({str(self._data.problems[r]) for part in gather_objects(rows) for r in part})
+                raise StopTraining(
+                    f"step {self._step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
+                    f"Problems of the batch: {', '.join(problems[:8])}"
+                )
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if self._scheduler is not None:
+                self._scheduler.step()
+            self._step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
+
+            last = self._step == self._total_steps
+            if last or self._step % self._log_every == 0:
+                metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+                metrics |= {"train/epoch": self._stream.epoch}
+                metrics |= {"train/tokens_per_second": tokens / (time.perf_counter() - started)}
+                self._log.metrics(metrics, self._step)
+            if last or (self._eval_every and self._step % self._eval_every == 0):
+                self._keep_best(self.evaluate(self._heldout))
+                model.train()
+            if self._save_every and (last or self._step % self._save_every == 0 or self._out_of_patience()):
+                self.save_checkpoint()
+        progress.close()
+        self._checkpointer.wait()
+
+    def _values(self, batch: dict, data: PairDataset) -> torch.Tensor:
+        """[P, 2, S] values of a batch of a data set, from its tokens or from the states kept of them."""
+        states = self._hidden.get(data.fingerprint)
+        return pair_values(self._model, batch, self._world.device, None if states is None else states.of(batch))
+
+    def evaluate(self, data: PairDataset) -> dict[str, float]:
+        """Pairwise accuracy with its interval, AUC and calibration over all pairs of a data set."""
+        self._model.eval()
+        return evaluate_pairs(
+            lambda batch: self._values(batch, data),
+            data,
+            batch_size=self._batch_size,
+            loss=self._loss_name,
+            score=self._score,
+            labels=self._data.rewards_are_labels,
+            world=self._world,
+            seed=self._seed,
+        )
+
+    def _keep_best(self, report: dict[str, float]) -> None:
+        """Log an evaluation; save the weights if they are the best so far, else count towards patience."""
+        self._log.metrics({f"eval/{name}": value for name, value in report.items()}, self._step)
+        if report["pairwise_accuracy"] > self._best["accuracy"]:
+            self._best = {"step": self._step, "accuracy": report["pairwise_accuracy"], "evaluations_since": 0}
+            self._checkpointer.wait()
+            self._best_weights.save(self._step, self._model, self._checkpointer.folder)
+        else:
+            self._best["evaluations_since"] += 1
+
+    def _out_of_patience(self) -> bool:
+        return self._patience is not None and self._best["evaluations_since"] >= self._patience
+
+    def save_checkpoint(self) -> None:
+        """Start saving all that a resumed run needs; the loop goes on while the shards are written."""
+        trainer = {
+            "stream": self._stream.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "best": dict(self._best),
+            "identity": self._identity,
+            "run_id": self._log.run_id,
+        }
+        self._checkpointer.save(self._step, self._model, self._torch_optimizer, trainer)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The result
+
+    def finish(self) -> dict[str, dict[str, float]]:
+        """Go back to the best weights, report on them, and write the value model."""
+        if self._out_of_patience():
+            self._log.say(f"stopped at step {self._step}: no better for {self._patience} evaluations")
+        self._best_weights.restore(self._best["step"], self._model)
+        data = self._heldout if self._test is None else self._test
+        reports = {
+            "value_model": self.evaluate(data),
+            "length_only": length_report(self._data.lengths, data.lengths, data.problems, seed=self._seed),
+        }
+        settings = {key: self._cfg.get(key) for key in ("backbone", "loss", "reward_spread", "gamma", "gae_lambda")}
+        settings |= {"score": self._score, "best_step": self._best["step"], "data_hash": self._data.fingerprint}
+        reward_model = None if self._reward_cfg is None else OmegaConf.to_container(self._reward_cfg, resolve=True)
+        settings |= {"reward_model": reward_model, **self._frozen}
+        folder = self._output_dir / "value_model"
+        if self._world.is_main:
+            shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
+        gather_objects(None)
+        dtype = self._value_model_dtype
+        save_value_model(self._model, folder, tokenizer=self._tokenizer, settings=settings, dtype=dtype)
+        if self._world.is_main:
+            self._write_report(reports, data, folder)
+        return reports
+
+    def _write_report(self, reports: dict, data: PairDataset, folder: Path) -> None:
+        facts = {
+            "value model": f"{self._head} head, backbone {self._backbone}, best at step {self._best['step']}",
+            "loss": self._full_loss_name,
+            "training pairs": self._data.summary(),
+            "pairs of this report": data.summary(),
+        }
+        report = self._output_dir / "report.md"
+        report.write_text(critic_report(*reports.values(), facts, chosen_on_these=self._test is None))
+        flat = {f"final/{who}/{name}": v for who, report in reports.items() for name, v in report.items()}
+        self._log.metrics(flat, self._step)
+        self._log.artifact(report)
+        self._log.say(f"{report.read_text()}\nwrote {folder}")
+        if self._log_model:
+            self._log.artifact(folder)
+            self._log.say(f"also as runs:/{self._log.run_id}/value_model")
+
+    def cleanup(self, status: str = "FINISHED") -> None:
+        """End the MLflow run and leave the process group."""
+        self._log.close(status)
+        if status == "FINISHED":
+            self._checkpointer.close()
+            gather_objects(None)
+            torch.distributed.destroy_process_group()
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    with clear_errors():
+        recipe = CriticStage1Recipe(cfg)
+        recipe.setup()
+        try:
+            recipe.train()
+            recipe.finish()
+        except BaseException:
+            recipe.cleanup("FAILED")
+            raise
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

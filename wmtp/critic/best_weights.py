@@ -1,0 +1,74 @@
+"""The trained weights of the best evaluation so far, on disk, so that early stopping survives a kill.
+
+    <output_dir>/best/step_00000040/    shards of what is trained (torch.distributed.checkpoint) and a manifest
+
+A resumed run repeats the steps after its checkpoint exactly, so the best of a checkpoint at step c is the newest of
+these at or before c: that one, and the newer ones, are what must stay.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+
+from wmtp.checkpoint import complete_checkpoints, verify_manifest, write_manifest
+from wmtp.models.load import named_parameters, reshard
+
+
+class BestWeights:
+    """Saves, forgets and restores the best trained weights under ``<output_dir>/best``. Every rank calls each method.
+
+    Args:
+        output_dir: the run's folder, on a file system that all ranks share.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.folder = output_dir / "best"
+
+    def save(self, step: int, model: nn.Module, checkpoints: Path) -> None:
+        """Keep what is trained now as the best; remove what neither this run nor a checkpoint can go back to.
+
+        Args:
+            checkpoints: folder of the checkpoints that a run may be resumed from, none of them being written now.
+        """
+        target = self._of(step)
+        torn = target.with_name(target.name + ".tmp")
+        if dist.get_rank() == 0:
+            shutil.rmtree(torn, ignore_errors=True)
+            torn.mkdir(parents=True)
+        dist.barrier()
+        dcp.save(_trained(model), checkpoint_id=str(torn))
+        if dist.get_rank() == 0:
+            write_manifest(torn)
+            shutil.rmtree(target, ignore_errors=True)
+            torn.rename(target)
+            oldest = next((p.name for p in complete_checkpoints(checkpoints)), target.name)
+            for old in [p for p in complete_checkpoints(self.folder) if p.name <= oldest][:-1]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def forget_after(self, step: int) -> None:
+        """Remove what was saved after a step that the run goes back to. Rank 0 only."""
+        for path in self.folder.glob("step_*"):
+            if path.name > self._of(step).name:  # also a torn one: its name is longer
+                shutil.rmtree(path)
+
+    def restore(self, step: int, model: nn.Module) -> None:
+        """Read the weights saved at a step into the model, in place.
+
+        Raises:
+            ValueError: they are not there, or a file is not what its manifest says.
+        """
+        verify_manifest(self._of(step))
+        reshard(model)
+        state = _trained(model)
+        dcp.load(state, checkpoint_id=str(self._of(step)))
+
+    def _of(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in named_parameters(model) if parameter.requires_grad}

@@ -1,0 +1,160 @@
+"""Losses of a value model: regression on a reward spread over the response, and a comparison of two responses.
+
+Every loss is a sum and a count: add both up over the optimizer step (ranks and micro-batches) and divide once, so that
+the result depends neither on the world size nor on how the step is cut. V_j is the value of the prefix x_<=j; the
+response is the program and its EOS, the prompt is never a target. Values are float32, as a value model gives them, or
+float64.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOSSES = ("mse", "pairwise")
+SPREADS = ("terminal", "uniform", "length", "gae")
+
+
+class ValueLoss(NamedTuple):
+    """What one micro-batch adds to the step; only ``loss_sum`` carries a gradient."""
+
+    loss_sum: Tensor  # scalar, of the values' dtype
+    count: Tensor  # scalar int64: target tokens of mse, pairs of pairwise
+
+
+def spread_rewards(
+    spread: str,
+    rewards: Tensor,
+    response: Tensor,
+    values: Tensor | None = None,
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+) -> tuple[Tensor, Tensor]:
+    """What the value of each position is to be, given one reward per sequence.
+
+        terminal    r at the last response token, no target elsewhere
+        uniform     r at every response token
+        length      r * i / n at the i-th of n response tokens: linear, from 0 before the response to r at its end
+        gae         the lambda-return G_j of a reward that comes after the last token (Schulman et al. 2016,
+                    arXiv 1506.02438): G_T = r, and before it
+                    G_j = gamma * ((1 - lambda) * V_{j+1} + lambda * G_{j+1})
+                    which is V_j plus the generalized advantage, sum_l (gamma * lambda)^l delta_{j+l} with
+                    delta_j = gamma * V_{j+1} - V_j and delta_T = r - V_T; V carries no gradient
+
+    Args:
+        spread: one of the above.
+        rewards: [B] one reward per sequence.
+        response: [B, S] bool, True at response tokens.
+        values: [B, S] the current V; needed by ``gae`` alone.
+        gamma, gae_lambda: of ``gae``, each in [0, 1].
+
+    Returns:
+        targets [B, S] (0 where there is none), and has_target [B, S] bool.
+
+    Raises:
+        ValueError: an unknown spread, or ``gae`` without values or with a factor outside [0, 1].
+    """
+    if spread not in SPREADS:
+        raise ValueError(f"reward_spread must be one of {', '.join(SPREADS)}, got {spread!r}")
+    rewards = rewards[:, None]  # [B, 1]
+    place = response.cumsum(dim=1)  # [B, S]: i at the i-th response token
+    length = place[:, -1:]  # [B, 1]: n
+    last = response & (place == length)
+    if spread == "terminal":
+        return rewards * last, last
+    if spread == "uniform":
+        return rewards * response, response
+    if spread == "length":
+        return rewards * place / length.clamp(min=1) * response, response
+    if values is None:
+        raise ValueError("reward_spread gae needs the current values to bootstrap from")
+    return _lambda_return(rewards[:, 0], response, values.detach(), gamma, gae_lambda), response
+
+
+def mse_loss(values: Tensor, targets: Tensor, has_target: Tensor) -> ValueLoss:
+    """Sum of (V - target)^2 over the positions that have a target, and their number; all [B, S]."""
+    error = torch.where(has_target, values - targets, 0.0)
+    return ValueLoss(error.square().sum(), has_target.sum())
+
+
+def pairwise_loss(
+    correct_values: Tensor, correct_response: Tensor, incorrect_values: Tensor, incorrect_response: Tensor
+) -> ValueLoss:
+    """Bradley-Terry: sum of -log sigmoid(mean V over the correct response - mean V over the incorrect one).
+
+    Args:
+        correct_values, incorrect_values: [P, S] values of the two responses of each pair (each side its own S).
+        correct_response, incorrect_response: [P, S] bool, True at response tokens. Pairs without any do not count.
+    """
+    difference = response_mean(correct_values, correct_response) - response_mean(incorrect_values, incorrect_response)
+    present = correct_response.any(dim=1) & incorrect_response.any(dim=1)  # [P]
+    return ValueLoss(-(F.logsigmoid(difference) * present).sum(), present.sum())
+
+
+def response_mean(values: Tensor, response: Tensor) -> Tensor:
+    """[B] mean of values [B, S] over the response tokens; 0 where a row has none."""
+    values = torch.where(response, values, 0.0)
+    return values.sum(dim=1) / response.sum(dim=1).clamp(min=1)
+
+
+def response_last(values: Tensor, response: Tensor) -> Tensor:
+    """[B] the value at the last response token of values [B, S]; 0 where a row has none."""
+    last = response & (response.cumsum(dim=1) == response.sum(dim=1, keepdim=True))
+    return torch.where(last, values, 0.0).sum(dim=1)
+
+
+def critic_loss(
+    loss: str, reward_spread: str | None = None, *, gamma: float | None = None, gae_lambda: float | None = None
+) -> Callable[[Tensor, Tensor, Tensor], ValueLoss]:
+    """The loss that a config names, as a function of (values [P, 2, S], response [P, 2, S], rewards [P, 2]).
+
+    Axis 1 is the program of a pair: 0 the correct one, 1 the incorrect one.
+
+    Args:
+        loss: ``mse`` or ``pairwise``.
+        reward_spread: of ``mse``: ``terminal``, ``uniform``, ``length`` or ``gae``; None for ``pairwise``.
+        gamma, gae_lambda: of ``gae`` alone; by default 1 and 0.95.
+
+    Raises:
+        ValueError: an unknown name, a value out of range, or a key that this loss does not read.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+    if loss == "pairwise" and reward_spread is not None:
+        raise ValueError(f"loss pairwise spreads no reward: set reward_spread to null, got {reward_spread!r}")
+    if loss == "mse" and reward_spread not in SPREADS:
+        raise ValueError(f"loss mse needs a reward_spread, one of {', '.join(SPREADS)}, got {reward_spread!r}")
+    for name, factor in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if factor is not None and reward_spread != "gae":
+            raise ValueError(f"{name} is read by reward_spread gae alone: set it to null, got {factor!r}")
+        if factor is not None and not 0 <= factor <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {factor!r}")
+    if loss == "pairwise":
+        return lambda values, response, rewards: pairwise_loss(
+            values[:, 0], response[:, 0], values[:, 1], response[:, 1]
+        )
+    factors = {"gamma": 1.0 if gamma is None else gamma, "gae_lambda": 0.95 if gae_lambda is None else gae_lambda}
+
+    def mse(values: Tensor, response: Tensor, rewards: Tensor) -> ValueLoss:
+        values, response = values.flatten(0, 1), response.flatten(0, 1)  # [2P, S]
+        targets = spread_rewards(reward_spread, rewards.flatten(), response, values, **factors)
+        return mse_loss(values, *targets)
+
+    return mse
+
+
+def _lambda_return(rewards: Tensor, response: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1 and math.isfinite(gamma + lam)):
+        raise ValueError(f"gamma and gae_lambda must be in [0, 1], got {gamma!r} and {lam!r}")
+    targets = torch.zeros_like(values)
+    after = rewards  # the return of the response token that follows; after the last one, the reward itself
+    for j in range(values.shape[1] - 1, -1, -1):
+        here = response[:, j]
+        targets[:, j] = torch.where(here, after, 0.0)
+        before = gamma * ((1 - lam) * values[:, j] + lam * after)
+        after = torch.where(here, before, after)
+    return targets

@@ -1,0 +1,298 @@
+"""The critic's value model: V_t, the value of the prefix x_<=t, from a head on a decoder's hidden states.
+
+A saved value model is a folder:
+
+    config.json, model.safetensors, tokenizer.json, ...   the backbone, as `export_hf` writes it (adapters merged)
+    value_head.safetensors                                the head's weights, float32
+    value_model.json                                      the head's kind, sizes, settings of its training, vocab_hash
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from wmtp.models.builders import from_checkpoint
+from wmtp.models.checkpoint_formats import CheckpointError
+from wmtp.models.decoder import MTPDecoder
+from wmtp.models.export import export_hf, full_parameter
+from wmtp.models.load import load_checkpoint, local_part, own_name, reshard
+from wmtp.models.parallel import shard_model
+from wmtp.models.resolve import resolve_checkpoint
+from wmtp.models.shape import LlamaShape
+
+HEADS = ("linear", "mlp")
+HEAD_WEIGHTS, VALUE_CONFIG = "value_head.safetensors", "value_model.json"
+
+
+class ValueHead(nn.Module):
+    """Hidden state [..., D] -> value [...], in float32 whatever the dtype of the hidden state.
+
+    Args:
+        embed_dim: D.
+        kind: ``linear``: D -> 1; ``mlp``: D -> D, SiLU, D -> 1. Both start at value 0, see :meth:`init_weights`.
+    """
+
+    def __init__(self, embed_dim: int, kind: str = "linear") -> None:
+        super().__init__()
+        if kind not in HEADS:
+            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {kind!r}")
+        self.kind = kind
+        self.hidden = nn.Linear(embed_dim, embed_dim) if kind == "mlp" else None
+        self.out = nn.Linear(embed_dim, 1)
+        if not self.out.weight.is_meta:
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0) -> None:
+        """Output layer zero; inner layer normal with standard deviation D^-1/2, bias zero.
+
+        The values depend on the seed alone: every rank of a sharded head cuts its part out of the same full tensor.
+        """
+        for parameter in self.parameters():
+            _local(parameter).zero_()
+        if self.hidden is not None:
+            digest = hashlib.sha256(f"{seed} value_head.hidden".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            weight = self.hidden.weight
+            full = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
+            _local(weight).copy_(local_part(full, weight))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.float()
+        if self.hidden is not None:
+            hidden = nn.functional.silu(self.hidden(hidden))
+        return self.out(hidden).squeeze(-1).clone()  # FSDP2 warns of outputs that are views
+
+
+class ValueModel(nn.Module):
+    """V_t = head(h_t), with h_t the normed hidden state of the backbone's head 1 at position t.
+
+    Args:
+        backbone: a decoder with H = 1; its unembedding is not used. Freeze it (``requires_grad_(False)``) to train the
+            head alone: then it keeps neither activations nor optimizer state.
+        head: ``linear`` or ``mlp``.
+
+    `wmtp.models.shard_model` and `checkpoint_activations` take it like a decoder; `load_checkpoint` takes its backbone.
+    """
+
+    def __init__(self, backbone: MTPDecoder, head: str = "linear") -> None:
+        super().__init__()
+        if backbone.num_future_tokens != 1:
+            raise ValueError(
+                f"a value model reads head 1 alone: build its backbone with num_future_tokens 1, "
+                f"got {backbone.num_future_tokens}"
+            )
+        self.backbone = backbone
+        with backbone.norm.scale.device:
+            self.value_head = ValueHead(backbone.embed_dim, head)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.backbone.layers
+
+    @property
+    def extra_heads(self) -> nn.ModuleList:
+        return self.backbone.extra_heads
+
+    @property
+    def config(self) -> LlamaShape:
+        return self.backbone.config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backbone.vocab_size
+
+    @property
+    def max_seq_len(self) -> int:
+        return self.backbone.max_seq_len
+
+    @property
+    def num_future_tokens(self) -> int:
+        return 1
+
+    @property
+    def float32_modules(self) -> tuple[nn.Module, ...]:
+        """What `shard_model` shards on its own, without mixed precision."""
+        return (self.value_head,)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        document_ids: Tensor | None = None,
+        hidden: Tensor | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor:
+        """Values [B, S], float32.
+
+        Args:
+            tokens: [B, S] token ids.
+            document_ids: [B, S], as in :meth:`wmtp.models.MTPDecoder.forward`; None where each row is one document
+                (padding at a row's end has no influence on what comes before it).
+            hidden: [B, S, D] states that ``return_hidden`` gave for these tokens: a frozen backbone need not run again.
+            return_hidden: give the hidden states [B, S, D] that the head would read, in the computation's dtype.
+        """
+        if hidden is None:
+            hidden = self.backbone.hidden_states(tokens, document_ids=document_ids, num_heads=1)[0]
+        return hidden if return_hidden else self.value_head(hidden)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Saving and loading
+
+
+def save_value_model(
+    model: ValueModel,
+    folder: str | Path,
+    *,
+    tokenizer: Any,
+    settings: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a value model's folder, which appears whole or not at all. Every rank of a sharded model calls this.
+
+    Args:
+        model: sharded or not; adapters are merged into what is written.
+        folder: must not exist.
+        tokenizer: the backbone's, a :class:`wmtp.data.Tokenizer`; it goes into the folder.
+        settings: how the model was trained (loss, reward, ...), as JSON; kept in value_model.json.
+        dtype: of the stored backbone; by default each parameter's own. The head is stored in float32.
+
+    Raises:
+        FileExistsError: the folder is there already.
+    """
+    folder = Path(folder)
+    reshard(model)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    if not sharded and not is_main:
+        return
+    if folder.exists():
+        raise FileExistsError(f"value model folder {folder} already exists; give another, or remove it")
+    if sharded:
+        dist.barrier()  # every rank has looked before rank 0 writes
+    partial = folder.with_name(f"{folder.name}.partial")
+    if is_main:
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+    if sharded:
+        dist.barrier()
+    export_hf(model.backbone, partial, tokenizer_source=tokenizer, dtype=dtype)
+    head = {own_name(name): full_parameter(p) for name, p in model.value_head.named_parameters()}
+    if is_main:
+        head = {name: tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in head.items()}
+        save_file(head, partial / HEAD_WEIGHTS, metadata={"format": "pt"})
+        about = {"head": model.value_head.kind, "embed_dim": model.config.embed_dim, "settings": settings}
+        about |= {"vocab_size": model.vocab_size, "vocab_hash": tokenizer.vocab_hash()}
+        (partial / VALUE_CONFIG).write_text(json.dumps(about, indent=2) + "\n")
+        partial.rename(folder)
+    if sharded:
+        dist.barrier()  # when it returns, on any rank, the folder is there
+
+
+def load_value_model(
+    path: str | Path,
+    *,
+    mesh: DeviceMesh | None = None,
+    param_dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    cpu_offload: bool = False,
+    attention: str = "sdpa",
+) -> ValueModel:
+    """A saved value model, frozen and in evaluation mode; each rank of a mesh reads its own shards.
+
+    Args:
+        path: a folder of :func:`save_value_model`, or ``runs:/<MLflow run id>/<artifact path>``.
+        mesh: shard over it with FSDP2; None gives a plain model.
+        param_dtype: of the backbone's computation; the head computes in float32.
+        device: where the parameters go; with ``cpu_offload`` they stay in host memory between uses.
+        attention: as in :class:`~wmtp.models.MTPDecoder`.
+
+    Raises:
+        CheckpointError: no value model there, or files that do not fit together.
+    """
+    folder = resolve_checkpoint(path)
+    about = value_model_config(folder)
+    with torch.device("meta"):
+        model = ValueModel(from_checkpoint(folder, num_future_tokens=1, attention=attention), about["head"])
+    if about["embed_dim"] != model.config.embed_dim or about["vocab_size"] != model.vocab_size:
+        raise CheckpointError(f"{folder / VALUE_CONFIG} and config.json give different sizes; copy the folder again")
+    model.requires_grad_(False).eval()
+    if mesh is not None:
+        shard_model(model, mesh, param_dtype=param_dtype, cpu_offload=cpu_offload)
+        device = "cpu" if cpu_offload else device
+    model.to_empty(device=device)
+    load_checkpoint(model.backbone, folder)
+    _load_head(model.value_head, folder / HEAD_WEIGHTS)
+    if mesh is None:
+        model.backbone.to(param_dtype)
+    return model
+
+
+def value_model_config(path: str | Path) -> dict[str, Any]:
+    """What value_model.json says: head, embed_dim, vocab_size, vocab_hash, settings.
+
+    Raises:
+        CheckpointError: the folder holds no value model.
+    """
+    file = resolve_checkpoint(path) / VALUE_CONFIG
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} holds no value model ({VALUE_CONFIG}); train one with critic_stage1.py")
+    try:
+        about = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; copy the folder again") from error
+    missing = [key for key in ("head", "embed_dim", "vocab_size", "vocab_hash", "settings") if key not in about]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; copy the folder again")
+    return about
+
+
+def value_tokenizer(path: str | Path):
+    """The tokenizer of a saved value model, to be held against the policy's with `require_same_vocabulary`.
+
+    Raises:
+        CheckpointError: the folder's tokenizer is not the one the value model was trained with.
+    """
+    from wmtp.data.tokenizer import hf_tokenizer  # which imports this package
+
+    folder = resolve_checkpoint(path)
+    tokenizer = hf_tokenizer(folder)
+    if tokenizer.vocab_hash() != value_model_config(folder)["vocab_hash"]:
+        raise CheckpointError(
+            f"the tokenizer in {folder} is not the one its value model was trained with (vocab_hash differs); "
+            "copy the folder again"
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def _load_head(head: ValueHead, file: Path) -> None:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; copy the folder again, with all of its files")
+    try:
+        stored = safe_open(file, framework="pt")
+    except Exception as error:  # safetensors has errors of its own
+        why = " ".join(str(error).split())
+        raise CheckpointError(f"{file} cannot be read, it may be truncated: {why}; copy it again") from error
+    parameters = dict(head.named_parameters())
+    shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if shapes != expected:
+        raise CheckpointError(f"{file} holds {shapes}, a {head.kind} head has {expected}; copy the folder again")
+    for name, parameter in parameters.items():
+        _local(parameter).copy_(local_part(stored.get_tensor(name), parameter))
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
