@@ -39,10 +39,12 @@ eval: $(SETUP)  ## evaluate the quickstart's model: heads, packaged tasks, 50 MB
 test: $(SETUP)  ## all tests
 	$(RUN)/pytest
 
-bench: $(SETUP)  ## loss, judge, decoding and token weights beside their alternatives, one JSON line per figure
+bench: $(SETUP)  ## loss, judge, decoding, scoring, weights beside their alternatives; one JSON line per figure
 	$(RUN)/python benchmarks/fused_loss.py
 	$(RUN)/python benchmarks/judging.py
 	$(RUN)/python benchmarks/generation.py
+	$(RUN)/python benchmarks/scoring.py
+	$(RUN)/python benchmarks/weighting_cost.py
 	$(RUN)/python benchmarks/weighting_validity.py
 
 lint: $(SETUP)  ## ruff, as CI runs it

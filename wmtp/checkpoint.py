@@ -10,9 +10,7 @@ manifest, syncs, and renames. Whatever is killed at whatever moment leaves compl
 the next run removes.
 """
 
-import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -27,6 +25,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from wmtp.distributed import gather_objects
+from wmtp.files import file_sha256, publish, sync
 from wmtp.models.load import named_parameters
 
 MANIFEST = "manifest.json"
@@ -100,9 +99,7 @@ class Checkpointer:
         torn.rename(target)
         pointer = self.folder / "latest.tmp"
         pointer.write_text(target.name)
-        _sync(pointer)
-        pointer.rename(self.folder / "latest")
-        _sync(self.folder)
+        publish(pointer, self.folder / "latest")
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
             shutil.rmtree(old)
 
@@ -167,11 +164,11 @@ def write_manifest(folder: Path) -> None:
     """List every file with its size and SHA-256, all of it on disk when this returns."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def verify_manifest(folder: Path) -> None:
@@ -191,7 +188,7 @@ def verify_manifest(folder: Path) -> None:
                 f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
                 f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
             )
-        if _sha256(path) != expected["sha256"]:
+        if file_sha256(path) != expected["sha256"]:
             raise ValueError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")
 
 
@@ -219,16 +216,3 @@ def _clone(value):
     if isinstance(value, list):
         return [_clone(child) for child in value]
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,11 +3,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from processes import start
+from random_models import random_decoder
 from run_configs import run_configs
 
 from runs import ROOT, read_metrics
+from wmtp.data import byte_tokenizer
+from wmtp.models import ValueModel, export_hf, save_value_model
 
 
 @pytest.fixture
@@ -63,3 +67,16 @@ def run_distributed(tmp_path):
         return [read_metrics(cfg.output_dir) for cfg in configs]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A reference and a value model of the tiny configs' shape, random, as their folders."""
+    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+    sizes.pop("_component_")
+    folder = tmp_path_factory.mktemp("models")
+    export_hf(random_decoder(**sizes), folder / "reference", tokenizer_source=byte_tokenizer())
+    value_model = ValueModel(random_decoder(**sizes), "mlp")
+    torch.nn.init.normal_(value_model.value_head.out.weight)
+    save_value_model(value_model, folder / "value_model", tokenizer=byte_tokenizer(), settings={})
+    return folder

@@ -22,23 +22,12 @@ from recipes.score_reference import ScoreReferenceRecipe
 from runs import ROOT
 from wmtp.data import byte_tokenizer, pack, prompt_completion, scored
 from wmtp.loss import token_cross_entropy
-from wmtp.models import ValueModel, export_hf, load_checkpoint, load_value_model, save_value_model
+from wmtp.models import export_hf, load_checkpoint, load_value_model
 
 SIZES = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
 SIZES.pop("_component_")
 SEQ_LEN = 64
 NO_MODEL = {"model": None, "checkpoint": None, "column": "values"}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A reference and a value model, random, as their folders."""
-    folder = tmp_path_factory.mktemp("models")
-    export_hf(random_decoder(**SIZES), folder / "reference", tokenizer_source=byte_tokenizer())
-    value_model = ValueModel(random_decoder(**SIZES), "mlp")
-    torch.nn.init.normal_(value_model.value_head.out.weight)
-    save_value_model(value_model, folder / "value_model", tokenizer=byte_tokenizer(), settings={})
-    return folder
 
 
 @pytest.fixture

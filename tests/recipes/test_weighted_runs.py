@@ -5,35 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
-from random_models import random_decoder
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.score_reference import ScoreReferenceRecipe
-from runs import ROOT
 from wmtp.checkpoint import complete_checkpoints
-from wmtp.data import byte_tokenizer
-from wmtp.models import ValueModel, export_hf, save_value_model
 
 RHO1, SHUFFLED = ({"_component_": f"wmtp.weighting.{name}"} for name in ("rho1", "shuffled"))
 PAGES = {"_component_": "wmtp.report.TokenWeightPages"}
 BRIEF = {"save_every": None, "eval_every": None, "eval_dataset": None, "export_dtype": "none", "token_view": None}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A reference and a value model, random, as their folders."""
-
-    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
-    sizes.pop("_component_")
-    folder = tmp_path_factory.mktemp("models")
-    export_hf(random_decoder(**sizes), folder / "reference", tokenizer_source=byte_tokenizer())
-    value_model = ValueModel(random_decoder(**sizes), "mlp")
-    torch.nn.init.normal_(value_model.value_head.out.weight)
-    save_value_model(value_model, folder / "value_model", tokenizer=byte_tokenizer(), settings={})
-    return folder
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, digest_tokens
+from wmtp.files import file_sha256, publish
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -138,13 +138,13 @@ def write_part(
     torn = path.with_name(f"{path.name}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, torn, compression="zstd", use_dictionary=False)
-    _appear(torn, path)
+    publish(torn, path)
     return manifest_entry(path, header)
 
 
 def manifest_entry(path: Path, header: dict[str, Any]) -> dict[str, Any]:
     """What the manifest says of a part: its file, with size and hash, and the part's own record."""
-    return {"file": f"data/{path.name}", "bytes": path.stat().st_size, "sha256": _file_sha256(path), **header}
+    return {"file": f"data/{path.name}", "bytes": path.stat().st_size, "sha256": file_sha256(path), **header}
 
 
 def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
@@ -226,7 +226,7 @@ def write_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict
     }
     torn = folder / f"{MANIFEST}.tmp"
     torn.write_text(json.dumps(manifest, indent=1) + "\n")
-    _appear(torn, folder / MANIFEST)
+    publish(torn, folder / MANIFEST)
     return manifest
 
 
@@ -267,7 +267,7 @@ def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
         path = folder / entry["file"]
         if not path.exists():
             raise ValueError(f"{path} is missing: {MANIFEST} names it; restore it, or score again")
-        if path.stat().st_size != entry["bytes"] or _file_sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
             raise ValueError(
                 f"{path} has changed: its SHA-256 is not the one in {MANIFEST}; restore it, or score again"
             )
@@ -304,23 +304,3 @@ def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, child in value.items():
         flat |= _flatten(child, f"{prefix}{key}.") if isinstance(child, dict) else {f"{prefix}{key}": child}
     return flat
-
-
-def _appear(torn: Path, path: Path) -> None:
-    """Rename a file that is written, once it is on disk; the name is on disk too when this returns."""
-    _sync(torn)
-    os.replace(torn, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

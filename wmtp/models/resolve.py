@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wmtp.files import file_sha256
 from wmtp.models.checkpoint_formats import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
 
@@ -44,8 +45,7 @@ def checkpoint_sha256(path: str | Path) -> str:
     """SHA-256 over the names and contents of a checkpoint folder's files: which model a result is of."""
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).iterdir() if p.is_file()):
-        with file.open("rb") as content:
-            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
