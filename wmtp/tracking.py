@@ -1,4 +1,7 @@
-"""MLflow tracking on `MlflowClient`: one run, resumable by id, metrics sent asynchronously from rank 0."""
+"""MLflow tracking on `MlflowClient`: one run, resumable by id, metrics sent asynchronously from rank 0.
+
+mlflow is imported where it is used: the import takes seconds, and only rank 0 of a tracked run needs it.
+"""
 
 import os
 import platform
@@ -8,9 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from mlflow.entities import Metric, Param, RunTag
-from mlflow.exceptions import MlflowException
-from mlflow.tracking import MlflowClient
 from omegaconf import DictConfig, OmegaConf
 
 _MAX_PARAM = 6000  # characters of a param value that MLflow keeps
@@ -37,6 +37,9 @@ class MLflowLogger:
         artifact_location: str | None = None,
         run_id: str | None = None,
     ) -> None:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
         uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
         try:
             self._client = MlflowClient(tracking_uri=uri)
@@ -54,6 +57,8 @@ class MLflowLogger:
 
     def log_config(self, cfg: DictConfig) -> None:
         """All config values as params and the resolved config as an artifact; what a resumed run logged stays."""
+        from mlflow.entities import Param
+
         present = self._client.get_run(self.run_id).data.params
         flat = _flatten(OmegaConf.to_container(cfg, resolve=True))
         params = [Param(key, str(value)[:_MAX_PARAM]) for key, value in flat.items() if key not in present]
@@ -62,10 +67,14 @@ class MLflowLogger:
         self._client.log_text(self.run_id, OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
 
     def log_tags(self, tags: dict[str, object]) -> None:
+        from mlflow.entities import RunTag
+
         self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Send without waiting; :meth:`close` waits for what is under way."""
+        from mlflow.entities import Metric
+
         now = int(time.time() * 1000)
         batch = [Metric(key, float(value), now, step) for key, value in metrics.items()]
         self._pending.append(self._client.log_batch(self.run_id, metrics=batch, synchronous=False))
