@@ -21,7 +21,7 @@ from torchtune import config
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
-from wmtp.checkpoint import Checkpointer, latest_checkpoint, load_sharded, load_trainer, restore_rng
+from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
 from wmtp.critic import (
     BestWeights,
@@ -130,7 +130,8 @@ class CriticStage1Recipe:
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
         self._log = RunLog(self._output_dir, is_main=self._world.is_main)
-        resume_from = self._check_output_dir()
+        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
 
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
@@ -150,11 +151,9 @@ class CriticStage1Recipe:
 
         self._model = self._build_model(path)
         self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
-        self._scheduler = None
-        if self._scheduler_cfg is not None:
-            self._scheduler = build(
-                self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
-            )
+        self._scheduler = build(
+            self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
+        )
 
         self._step, run_id = 0, None
         self._best = {"step": None, "accuracy": -math.inf, "evaluations_since": 0}
@@ -171,16 +170,6 @@ class CriticStage1Recipe:
         if self._world.is_main:
             self._checkpointer.remove_torn()
             self._best_weights.forget_after(self._step)
-
-    def _check_output_dir(self) -> Path | None:
-        """The checkpoint to resume from, or None; refuses to write over a run, or into a folder that is none."""
-        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
-        if self._resume == "no":
-            return None
-        checkpoint = latest_checkpoint(self._output_dir)
-        if self._resume == "yes" and checkpoint is None:
-            raise ConfigError(f"resume=true, but {self._output_dir}/checkpoints holds no complete checkpoint")
-        return checkpoint
 
     def _build_data(self) -> tuple[PairDataset, PairDataset, PairDataset | None]:
         """Training, held-out and test pairs: disjoint by problem, each balanced by length."""

@@ -19,7 +19,7 @@ from torchtune import config
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
-from wmtp.checkpoint import Checkpointer, latest_checkpoint, load_sharded, load_trainer, restore_rng
+from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
 from wmtp.data import BatchStream, held_out_batches, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
@@ -105,7 +105,8 @@ class FullFinetuneRecipeWMTP:
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
         self._log = RunLog(self._output_dir, is_main=self._world.is_main)
-        self._resume_from = self._check_output_dir()
+        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
 
         self._weighting = build(self._weighting_cfg, where="weighting")
@@ -150,16 +151,6 @@ class FullFinetuneRecipeWMTP:
         )
         if self._world.is_main:
             self._checkpointer.remove_torn()
-
-    def _check_output_dir(self) -> Path | None:
-        """The checkpoint to resume from, or None; refuses to write over a run, or into a folder that is none."""
-        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
-        if self._resume == "no":
-            return None
-        checkpoint = latest_checkpoint(self._output_dir)
-        if self._resume == "yes" and checkpoint is None:
-            raise ConfigError(f"resume=true, but {self._output_dir}/checkpoints holds no complete checkpoint")
-        return checkpoint
 
     def _pack(self, section: DictConfig, where: str):
         documents = build(section, self._tokenizer, where=where)

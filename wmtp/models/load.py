@@ -1,5 +1,6 @@
 """Reading a checkpoint into a model, sharded or not: each rank reads what it keeps."""
 
+import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,11 +48,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
         model.to_empty(device=device)
         for name, parameter in named_parameters(model):
             if is_adapter(name):  # what was left in memory there could pass for weights
-                (parameter.to_local() if isinstance(parameter, DTensor) else parameter).fill_(math.nan)
+                local_tensor(parameter).fill_(math.nan)
         parameters = without_adapters(model)
     for name, parameter in parameters.items():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(local_part(checkpoint.read(sources[name]), parameter))
+        local_tensor(parameter).copy_(local_part(checkpoint.read(sources[name]), parameter))
     model.reset_rope(compute_device(parameters["norm.scale"]))
 
 
@@ -89,6 +89,17 @@ def compute_device(parameter: Tensor) -> torch.device:
         kind = parameter.device_mesh.device_type
         return torch.device(kind, torch.get_device_module(kind).current_device())
     return parameter.device
+
+
+def keyed_generator(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on the seed and a parameter's name alone: the same full tensor on every rank."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def local_tensor(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter: its shard, or all of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def local_part(full: Tensor, parameter: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ Order of use: build the decoder, :func:`add_lora`, then activation checkpointing
 (which fills W alone) and :func:`init_lora`. Exports hold W + alpha / r * B A; :func:`merge_lora` makes that the model.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import LoRALinear
 
-from wmtp.models.load import local_part, own_name
+from wmtp.models.load import keyed_generator, local_part, local_tensor, own_name
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_TARGETS = ("w1", "w2", "w3")
@@ -70,12 +69,11 @@ def init_lora(model: nn.Module, *, seed: int = 0) -> None:
     The values depend on the seed and the parameter's name alone: equal at any world size.
     """
     for name, module in lora_modules(model):
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = keyed_generator(seed, name)
         bound = 1 / math.sqrt(module.in_dim)
         a = torch.rand(module.rank, module.in_dim, generator=generator).mul_(2 * bound).sub_(bound)
-        _local(module.lora_a.weight).copy_(local_part(a, module.lora_a.weight))
-        _local(module.lora_b.weight).zero_()
+        local_tensor(module.lora_a.weight).copy_(local_part(a, module.lora_a.weight))
+        local_tensor(module.lora_b.weight).zero_()
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -119,7 +117,3 @@ def _adapted(linear: nn.Module, rank: int, alpha: float, dropout: float) -> LoRA
     for part in (adapted.lora_a, adapted.lora_b):
         part.to(linear.weight.dtype).to_empty(device=linear.weight.device)
     return adapted
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -7,7 +7,6 @@ A saved value model is a folder:
     value_model.json                                      the head's kind, sizes, settings of its training, vocab_hash
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -26,7 +25,7 @@ from wmtp.models.builders import from_checkpoint
 from wmtp.models.checkpoint_formats import CheckpointError
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf, full_parameter
-from wmtp.models.load import load_checkpoint, local_part, own_name, reshard
+from wmtp.models.load import keyed_generator, load_checkpoint, local_part, local_tensor, own_name, reshard
 from wmtp.models.parallel import shard_model
 from wmtp.models.resolve import resolve_checkpoint
 from wmtp.models.shape import LlamaShape
@@ -60,13 +59,12 @@ class ValueHead(nn.Module):
         The values depend on the seed alone: every rank of a sharded head cuts its part out of the same full tensor.
         """
         for parameter in self.parameters():
-            _local(parameter).zero_()
+            local_tensor(parameter).zero_()
         if self.hidden is not None:
-            digest = hashlib.sha256(f"{seed} value_head.hidden".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            generator = keyed_generator(seed, "value_head.hidden")
             weight = self.hidden.weight
             full = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1])
-            _local(weight).copy_(local_part(full, weight))
+            local_tensor(weight).copy_(local_part(full, weight))
 
     def forward(self, hidden: Tensor) -> Tensor:
         hidden = hidden.float()
@@ -291,8 +289,4 @@ def _load_head(head: ValueHead, file: Path) -> None:
     if shapes != expected:
         raise CheckpointError(f"{file} holds {shapes}, a {head.kind} head has {expected}; copy the folder again")
     for name, parameter in parameters.items():
-        _local(parameter).copy_(local_part(stored.get_tensor(name), parameter))
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local_tensor(parameter).copy_(local_part(stored.get_tensor(name), parameter))
