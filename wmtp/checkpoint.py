@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects
 from wmtp.models.load import named_parameters
 
@@ -120,6 +121,23 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     """
     complete = complete_checkpoints(output_dir / "checkpoints")
     return complete[-1] if complete else None
+
+
+def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that a run goes on from, None for a new run.
+
+    Args:
+        resume: ``no``, ``yes`` (there must be one) or ``auto``.
+
+    Raises:
+        ConfigError: ``yes``, and there is no complete checkpoint.
+    """
+    if resume == "no":
+        return None
+    checkpoint = latest_checkpoint(output_dir)
+    if resume == "yes" and checkpoint is None:
+        raise ConfigError(f"resume=true, but {output_dir}/checkpoints holds no complete checkpoint")
+    return checkpoint
 
 
 def load_trainer(checkpoint: Path) -> dict:
