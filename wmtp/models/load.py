@@ -56,12 +56,12 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
         parameters |= without_adapters(model)
     target = compute_device(parameters["norm.scale"])
     for name, parameter in parameters.items():
-        tensor = checkpoint.read(sources[name])
+        # No name holds what was read: the next tensor comes when this one is gone.
         if name in quantized:
-            quantized[name].weight = quantize_nf4(tensor.to(target, parameter.dtype), name)
+            quantized[name].weight = quantize_nf4(checkpoint.read(sources[name]).to(target, parameter.dtype), name)
             continue
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        local.copy_(local_part(tensor, parameter))
+        local.copy_(local_part(checkpoint.read(sources[name]), parameter))
     model.reset_rope(target)
 
 
