@@ -8,13 +8,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import start
-from runs import read_metrics
+from runs import ROOT, read_metrics
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from recipes.lora_wmtp import LoRARecipeWMTP
 from wmtp.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
+
+SHIPPED = OmegaConf.load(ROOT / "configs" / "tiny" / "lora_rho1.yaml")
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +48,12 @@ def lora_config(tiny_config, base):
     """The shipped tiny config on the base, plain in what is not asked for."""
 
     def config(**overrides):
-        plain = {"checkpoint": base, "weighting": {"_component_": "wmtp.weighting.uniform"}, "reference_model": None}
-        plain |= {"eval_dataset": None, "token_view": None, "export_merged": "none", "max_steps": 3, "save_every": None}
-        return tiny_config("lora_rho1", **{**plain, **overrides})
+        cfg = tiny_config("lora_rho1", checkpoint=base, export_merged="none", max_steps=3, save_every=None)
+        cfg.weighting = {"_component_": "wmtp.weighting.uniform"}
+        cfg.reference_model = cfg.eval_dataset = cfg.token_view = None
+        for key, value in overrides.items():
+            OmegaConf.update(cfg, key.replace("__", "."), value)
+        return cfg
 
     return config
 
@@ -110,8 +115,7 @@ def test_what_is_frozen_stays_and_only_what_is_trained_has_state(lora_config, ad
 
 
 def test_held_out_ce_falls_and_the_merged_export_is_the_trained_model(lora_config, base):
-    dataset = OmegaConf.load(Path(__file__).resolve().parents[2] / "configs" / "tiny" / "lora_rho1.yaml").eval_dataset
-    options = {"eval_dataset": dataset, "eval_every": None, "export_merged": "fp32"}
+    options = {"eval_dataset": SHIPPED.eval_dataset, "eval_every": None, "export_merged": "fp32"}
     recipe, metrics = run(lora_config(max_steps=20, adapters__train_norms=True, **options))
     held_out = [line for line in metrics if "eval/ce_head1" in line]
     assert held_out[-1]["eval/ce_head1"] < 0.95 * held_out[0]["eval/ce_head1"]
@@ -146,8 +150,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(lora_config, quantize):
 
 
 def test_kept_trunk_states_change_nothing(lora_config):
-    dataset = OmegaConf.load(Path(__file__).resolve().parents[2] / "configs" / "tiny" / "lora_rho1.yaml").eval_dataset
-    options = {"adapters__trunk": "frozen", "eval_dataset": dataset, "eval_every": None, "max_steps": 3}
+    options = {"adapters__trunk": "frozen", "eval_dataset": SHIPPED.eval_dataset, "eval_every": None, "max_steps": 3}
     _, plain = run(lora_config(output_dir="plain", **options))
     recipe, kept = run(lora_config(output_dir="kept", cache_trunk="fp32", **options))
     for ours, theirs in zip(series(kept), series(plain), strict=True):
@@ -166,21 +169,16 @@ def test_kept_trunk_states_change_nothing(lora_config):
 
 def test_weights_and_pages_are_those_of_the_full_recipe(lora_config, run_recipe, base):
     """Before the first update the model is the base, so both recipes see the same weights and the same loss."""
-    shipped = OmegaConf.load(Path(__file__).resolve().parents[2] / "configs" / "tiny" / "lora_rho1.yaml")
-    rho1 = {"weighting": shipped.weighting, "reference_model": shipped.reference_model, "reference_checkpoint": base}
-    rho1["weighting"] = OmegaConf.merge(shipped.weighting, {"mode": "soft"})
     torch.manual_seed(2)
-    other = llama_mtp(**{k: v for k, v in shipped.reference_model.items() if k != "_component_"})
-    export_hf(other, Path("other"))
-    shutil.copy(Path(base) / "tokenizer.json", "other")
-    shutil.copy(Path(base) / "tokenizer_config.json", "other")
-    rho1["reference_checkpoint"] = "other"
-    options = {**rho1, "token_view": OmegaConf.merge(shipped.token_view, {"every": 1}), "max_steps": 1}
+    reference = {key: value for key, value in SHIPPED.reference_model.items() if key != "_component_"}
+    export_hf(llama_mtp(**reference), Path("reference"), tokenizer_source=base)
+    options = {"weighting": OmegaConf.merge(SHIPPED.weighting, {"mode": "soft"}), "max_steps": 2}
+    options |= {"reference_model": SHIPPED.reference_model, "reference_checkpoint": "reference"}
+    options["token_view"] = OmegaConf.merge(SHIPPED.token_view, {"every": 1})
     cfg = lora_config(**options)
     _, ours = run(cfg)
-    full = OmegaConf.create({k: v for k, v in cfg.items() if k not in (
-        "adapters", "adapter", "cache_trunk", "export_merged", "merge_quantized"
-    )})  # fmt: skip
+    of_adapters = ("adapters", "adapter", "cache_trunk", "export_merged", "merge_quantized")
+    full = OmegaConf.create({key: value for key, value in cfg.items() if key not in of_adapters})
     full.export_dtype, full.output_dir = "none", "full"
     theirs = run_recipe(full)
     same = [key for key in theirs[0] if key.startswith("weights/") or key in ("train/loss", "train/ce_head2")]
@@ -188,11 +186,9 @@ def test_weights_and_pages_are_those_of_the_full_recipe(lora_config, run_recipe,
     assert ours[0]["weights/max"] > 1.01
     assert (Path(cfg.output_dir) / "token_weights" / "step_00000001.html").stat().st_size > 1000
 
-    zero = lora_config(
-        output_dir="zero", **options | {"max_steps": 2, "weighting": rho1["weighting"] | {"strength": 0.0}}
-    )
-    uniform = lora_config(output_dir="uniform", max_steps=2)
-    assert losses(run(zero)[1]) == losses(run(uniform)[1])
+    options["weighting"] = OmegaConf.merge(SHIPPED.weighting, {"strength": 0.0})
+    zero = lora_config(output_dir="zero", **options)
+    assert losses(run(zero)[1]) == losses(run(lora_config(output_dir="uniform", max_steps=2))[1])
 
 
 @pytest.mark.parametrize(
