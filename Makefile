@@ -43,6 +43,7 @@ bench: $(SETUP)  ## loss, judge and decoding beside their alternatives, one JSON
 	$(RUN)/python benchmarks/fused_loss.py
 	$(RUN)/python benchmarks/judging.py
 	$(RUN)/python benchmarks/generation.py
+	$(RUN)/python benchmarks/lora.py
 
 lint: $(SETUP)  ## ruff, as CI runs it
 	$(RUN)/ruff check . && $(RUN)/ruff format --check .

@@ -1,11 +1,11 @@
-"""LoRA and heads on a frozen trunk beside full fine-tuning: the time of a step, GEMMs of the loss, sizes of what is kept.
+"""LoRA and heads on a frozen trunk beside full fine-tuning: time of a step, GEMMs of the loss, sizes of what is kept.
 
     make bench    or    python benchmarks/lora.py [--rounds 3] [--rows 1] [--seq-len 512] [--device cpu] [--dtype fp32]
 
 One optimizer step of SmolLM2-135M with 4 heads and Rho-1 weights on the same batch of Python functions: model, loss,
-clipping and AdamW as in the recipes, with the shipped configs' adapters. The contenders take turns, round after round, in
-one process; a ratio is the median over rounds of that round's. The frozen trunk is measured as it runs in each step, and
-with its states kept. One JSON line per figure: name, value, unit, against.
+clipping and AdamW as in the recipes, with the shipped configs' adapters. The contenders take turns, round after round,
+in one process; a ratio is the median over rounds of that round's. The frozen trunk is measured as it runs in each step,
+and with its states kept. One JSON line per figure: name, value, unit, against.
 """
 
 import argparse
