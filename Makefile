@@ -46,6 +46,7 @@ bench: $(SETUP)  ## loss, judge, decoding, scoring, weights beside their alterna
 	$(RUN)/python benchmarks/scoring.py
 	$(RUN)/python benchmarks/weighting_cost.py
 	$(RUN)/python benchmarks/weighting_validity.py
+	$(RUN)/python benchmarks/lora.py
 
 lint: $(SETUP)  ## ruff, as CI runs it
 	$(RUN)/ruff check . && $(RUN)/ruff format --check .

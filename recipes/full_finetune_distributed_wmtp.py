@@ -19,11 +19,13 @@ from torchtune import config
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
+from wmtp.beside import runs_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
-from wmtp.data import BatchStream, held_out_batches, hf_tokenizer, pack, require_same_vocabulary
+from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
-from wmtp.loss import mtp_loss, token_cross_entropy, weighted_mtp_cross_entropy
+from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
+from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import (
     checkpoint_activations,
     export_hf,
@@ -126,8 +128,7 @@ class FullFinetuneRecipeWMTP:
         self._total_steps = self._count_steps()
 
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
-        heads = self._model.num_future_tokens
-        self._head_weights = self._check_head_weights(heads)
+        self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
         self._reference = self._build_reference()
         self._value_model = self._load_value_model()
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
@@ -189,19 +190,10 @@ class FullFinetuneRecipeWMTP:
             load_checkpoint(model, path, device="cpu" if self._cpu_offload else self._world.device)
         return model
 
-    def _runs_beside(self, signal: str, in_data: bool, key: str, model) -> bool:
-        """Whether a frozen model must give what the weighting reads, because the data do not bring it."""
-        if signal not in self._weighting.needs:
-            return False
-        if in_data == (model is not None):
-            both = f"the dataset has a {signal} column and {key} is set; keep one of them"
-            neither = f"this weighting needs {signal}: set {key}, or use a dataset with a {signal} column"
-            raise ConfigError(both if in_data else neither)
-        return not in_data
-
     def _build_reference(self):
         """The frozen reference model that runs beside the policy, or None where the weighting or the data need none."""
-        if not self._runs_beside("reference_ce", self._data.has_reference_ce, "reference_model", self._reference_cfg):
+        named = {"key": "reference_model", "model": self._reference_cfg}
+        if not runs_beside(self._weighting.needs, "reference_ce", in_data=self._data.has_reference_ce, **named):
             return None
         if self._reference_checkpoint is None:
             raise ConfigError("reference_model has no weights: set reference_checkpoint")
@@ -210,7 +202,8 @@ class FullFinetuneRecipeWMTP:
 
     def _load_value_model(self):
         """The critic's frozen value model that runs beside the policy, or None where nothing needs it."""
-        if not self._runs_beside("values", self._data.has_values, "value_model", self._value_model_path):
+        named = {"key": "value_model", "model": self._value_model_path}
+        if not runs_beside(self._weighting.needs, "values", in_data=self._data.has_values, **named):
             return None
         path = resolve_checkpoint(self._value_model_path)
         require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "value model")
@@ -224,14 +217,6 @@ class FullFinetuneRecipeWMTP:
         if self._seq_len > model.max_seq_len:
             raise ConfigError(f"seq_len {self._seq_len} is longer than the value model's {model.max_seq_len}")
         return model
-
-    def _check_head_weights(self, heads: int) -> torch.Tensor | None:
-        if self._head_weights is None:
-            return None
-        values = list(self._head_weights)
-        if len(values) != heads or any(v < 0 for v in values) or sum(values) == 0:
-            raise ConfigError(f"head_weights must be {heads} numbers >= 0, not all 0, got {values}")
-        return torch.tensor(values, dtype=torch.float32, device=self._world.device)
 
     def _parameter_groups(self) -> list[dict]:
         """What is trained; the extra heads in a group of their own where they have their own learning rate."""
@@ -343,7 +328,7 @@ class FullFinetuneRecipeWMTP:
     def _next_batch(self, batch: dict) -> dict:
         """Move a batch to the device and add what frozen models, or the epoch's start, say about its tokens."""
         batch = {"reference_ce": None, "values": None, "policy_ce": None, **self._to_device(batch)}
-        inputs = {key: batch[key] for key in ("tokens", "document_ids")}
+        inputs = self._inputs(batch)
         if self._reference is not None:
             ce = self._reference(**inputs, loss_fn=token_cross_entropy, labels=batch["labels"])
             batch["reference_ce"] = ce[0]
@@ -365,7 +350,10 @@ class FullFinetuneRecipeWMTP:
     def _to_device(self, batch: dict) -> dict:
         return {key: v.to(self._world.device) if torch.is_tensor(v) else v for key, v in batch.items()}
 
-    @torch.no_grad()
+    def _inputs(self, batch: dict) -> dict:
+        """What a model reads of a batch."""
+        return {key: batch[key].to(self._world.device) for key in ("tokens", "document_ids")}
+
     def _score_epoch(self) -> None:
         """With refresh_policy_ce=epoch, as an epoch begins: the policy's CE of every row, kept until the next one."""
         epoch = int(self._stream.epoch)
@@ -374,33 +362,17 @@ class FullFinetuneRecipeWMTP:
         if self._epoch_ce is not None and self._epoch_ce["epoch"] == epoch:
             return
         heads = self._model.num_future_tokens if self._weighting.per_head else 1
-        table = torch.zeros(heads, *self._data.tokens.shape)
-        self._model.eval()
-        for batch in held_out_batches(self._data, self._batch_size, self._world.rank, self._world.size):
-            batch = self._to_device(batch)
-            inputs = {key: batch[key] for key in ("tokens", "document_ids", "labels")}
-            ce = self._model(**inputs, num_heads=heads, loss_fn=token_cross_entropy).cpu()
-            table[:, batch["rows"]] = ce[:, : len(batch["rows"])]
+        table = cross_entropy_table(self._model, self._data, self._inputs, heads, self._batch_size, self._world)
         self._model.train()
-        torch.distributed.all_reduce(table)  # every row was scored by one rank, and is 0 on the others
         self._epoch_ce = {"epoch": epoch, "ce": table}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation, checkpoints, export
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Held-out CE of each head, in nats per target token, over all of eval_dataset."""
-        self._model.eval()
-        heads = self._model.num_future_tokens
-        sums = torch.zeros(2, heads, dtype=torch.float64, device=self._world.device)
-        for batch in held_out_batches(self._eval_data, self._batch_size, self._world.rank, self._world.size):
-            batch = self._to_device(batch)
-            inputs = {key: batch[key] for key in ("tokens", "document_ids", "labels")}
-            out = self._model(**inputs, loss_fn=weighted_mtp_cross_entropy)
-            sums += torch.stack([part.double().sum(dim=(1, 2)) for part in (out.ce, out.valid)])
-        ce, count = all_reduce_sum(sums)
-        return {f"eval/ce_head{k}": (ce[k - 1] / count[k - 1]).item() for k in range(1, heads + 1)}
+        ce = held_out_cross_entropy(self._model, self._eval_data, self._inputs, self._batch_size, self._world)
+        return {f"eval/ce_head{k}": mean for k, mean in enumerate(ce, start=1)}
 
     def save_checkpoint(self) -> None:
         """Start saving all that a resumed run needs; the loop goes on while the shards are written."""

@@ -17,7 +17,12 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
-_IMPORTED = ["transformers.models.llama", "recipes.full_finetune_distributed_wmtp", "recipes.eval_mbpp"]
+_IMPORTED = [
+    "transformers.models.llama",
+    "recipes.full_finetune_distributed_wmtp",
+    "recipes.lora_wmtp",
+    "recipes.eval_mbpp",
+]
 
 
 def fork_server():

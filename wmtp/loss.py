@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from wmtp.weighting.base import Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
 
@@ -60,6 +60,22 @@ def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = 
         if document_ids is not None:
             valid[k - 1, :, k:] &= document_ids[:, k:] == document_ids[:, :-k]
     return valid
+
+
+def head_weight_tensor(
+    values: "Sequence[float] | None", num_heads: int, device: torch.device | str = "cpu"
+) -> Tensor | None:
+    """b_k, one number per head, as a tensor; None, for all ones, as it is.
+
+    Raises:
+        ValueError: not one number >= 0 per head, or all are 0.
+    """
+    if values is None:
+        return None
+    values = list(values)
+    if len(values) != num_heads or any(v < 0 for v in values) or sum(values) == 0:
+        raise ValueError(f"head_weights must be {num_heads} numbers >= 0, not all 0, got {values}")
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def weighted_mtp_cross_entropy(

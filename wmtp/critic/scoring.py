@@ -1,15 +1,11 @@
 """Values of whole pair data sets, and the hidden states of a frozen backbone kept in a file."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,6 +13,7 @@ from wmtp.critic.losses import response_last, response_mean
 from wmtp.critic.metrics import probabilities, score_report
 from wmtp.data import PairDataset, held_out_batches
 from wmtp.distributed import World, gather_objects
+from wmtp.state_file import StateFile
 
 
 @dataclass(frozen=True)
@@ -120,21 +117,19 @@ class HiddenStates:
     def __init__(
         self, folder: Path, dataset: PairDataset, *, embed_dim: int, dtype: torch.dtype, model_key: str
     ) -> None:
-        key = f"{dataset.fingerprint} {model_key} {embed_dim} {dtype}"
-        self._file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
-        self._note = self._file.with_suffix(".json")
         self._dataset, self._dim, self._dtype = dataset, embed_dim, dtype
         lengths = dataset.lengths.reshape(-1)  # [2P]: document 2 * row + side
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        self._states: Tensor | None = None
+        key = f"{dataset.fingerprint} {model_key}"
+        self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
 
     @property
     def num_bytes(self) -> int:
-        return int(self._starts[-1]) * self._dim * self._dtype.itemsize
+        return self._file.num_bytes
 
     def complete(self) -> bool:
         """Whether an earlier run has computed them all."""
-        return self._note.exists() and self._file.exists() and self._file.stat().st_size == self.num_bytes
+        return self._file.complete()
 
     @torch.no_grad()
     def compute(
@@ -142,53 +137,27 @@ class HiddenStates:
     ) -> None:
         """Run the backbone over the data set, unless that is done; every rank calls this and writes its share."""
         rank, world_size = (0, 1) if world is None else (world.rank, world.size)
-        done = self.complete()
-        if all(gather_objects(done)) if world_size > 1 else done:
+        if self._file.complete_for_all(world):
             return
         model.eval()
         # Shortest first, so that a batch holds little padding.
         order = np.argsort([max(map(len, both)) for both in self._dataset.documents], kind="stable").tolist()
-        ordered = self._dataset.take(order)
-        if rank == 0:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._note.unlink(missing_ok=True)
-            with self._file.open("wb") as file:
-                file.truncate(self.num_bytes)
-        if world_size > 1:
-            dist.barrier()
-        descriptor = os.open(self._file, os.O_WRONLY)
-        try:
-            batches = list(held_out_batches(ordered, batch_size, rank, world_size))
+        batches = list(held_out_batches(self._dataset.take(order), batch_size, rank, world_size))
+        with self._file.written(world) as write:
             for batch in tqdm(batches, disable=rank != 0, desc="hidden states", unit="batch", leave=False):
                 hidden = model(batch["tokens"].flatten(0, 1).to(device), return_hidden=True)  # [2P, S, D]
-                hidden = hidden.to("cpu", self._dtype).unflatten(0, (-1, 2))
+                hidden = hidden.cpu().unflatten(0, (-1, 2))
                 for i, row in enumerate(batch["rows"]):
                     for side in (0, 1):
-                        states = hidden[i, side][batch["response"][i, side]].contiguous()
-                        at = self._starts[2 * order[row] + side] * self._dim * self._dtype.itemsize
-                        _write_all(descriptor, states.view(torch.uint8).numpy().tobytes(), int(at))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if world_size > 1:
-            dist.barrier()
-        if rank == 0:
-            self._note.write_text(json.dumps({"tokens": int(self._starts[-1]), "embed_dim": self._dim}) + "\n")
-        if world_size > 1:
-            dist.barrier()
+                        write(self._starts[2 * order[row] + side], hidden[i, side][batch["response"][i, side]])
 
     def of(self, batch: dict) -> Tensor:
         """[P, 2, S, D] states of a batch of the data set, 0 where a token is no response."""
-        if self._states is None:
-            size = int(self._starts[-1]) * self._dim
-            self._states = torch.from_file(str(self._file), shared=True, size=size, dtype=self._dtype).view(
-                -1, self._dim
-            )
         hidden = torch.zeros(*batch["tokens"].shape, self._dim, dtype=self._dtype)
         for i, row in enumerate(batch["rows"]):
             for side in (0, 1):
                 start, end = self._starts[2 * row + side], self._starts[2 * row + side + 1]
-                hidden[i, side][batch["response"][i, side]] = self._states[start:end]
+                hidden[i, side][batch["response"][i, side]] = self._file.read(start, end)
         return hidden
 
 
@@ -211,9 +180,3 @@ def keep_hidden_states(
         states.compute(model, world.device, batch_size=batch_size, world=world)
         found[dataset.fingerprint] = states
     return found
-
-
-def _write_all(descriptor: int, content: bytes, at: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, at)
-        content, at = content[written:], at + written

@@ -106,6 +106,8 @@ class MTPDecoder(nn.Module):
         input_pos: Tensor | None = None,
         mask: Any = None,
         num_heads: int | None = None,
+        trunk_state: Tensor | None = None,
+        return_trunk: bool = False,
         loss_fn: Callable | None = None,
         **loss_inputs: Any,
     ) -> Any:
@@ -118,13 +120,22 @@ class MTPDecoder(nn.Module):
             input_pos: [B, S] positions; by default counted from each document's start.
             mask: [B, S, S] bool or BlockMask, True where a query may look; by default causal within documents.
             num_heads: compute only the first heads; by default all H.
+            trunk_state: [B, S, D] that ``return_trunk`` gave for these tokens: the trunk does not run again.
+            return_trunk: give the trunk's state [B, S, D], which all heads read, and compute no head.
             loss_fn: called as ``loss_fn(hidden, unembedding, document_ids=document_ids, **loss_inputs)``.
 
         Returns:
-            logits [H, B, S, V], or the result of ``loss_fn``.
+            logits [H, B, S, V], the trunk's state, or the result of ``loss_fn``.
         """
+        if return_trunk:
+            return self._run_trunk(tokens, *self._attention_inputs(tokens, document_ids, input_pos, mask))
         hidden = self.hidden_states(
-            tokens, document_ids=document_ids, input_pos=input_pos, mask=mask, num_heads=num_heads
+            tokens,
+            document_ids=document_ids,
+            input_pos=input_pos,
+            mask=mask,
+            num_heads=num_heads,
+            trunk_state=trunk_state,
         )
         if loss_fn is None:
             return F.linear(hidden, self.unembedding)
@@ -141,6 +152,7 @@ class MTPDecoder(nn.Module):
         input_pos: Tensor | None = None,
         mask: Any = None,
         num_heads: int | None = None,
+        trunk_state: Tensor | None = None,
     ) -> Tensor:
         """Normed states of the heads, [H, B, S, D]; arguments as in :meth:`forward`.
 
@@ -149,12 +161,15 @@ class MTPDecoder(nn.Module):
         if num_heads is not None and not 1 <= num_heads <= self.num_future_tokens:
             raise ValueError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
         mask, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
-        *trunk, head = self.layers
-        h = self.tok_embeddings(tokens)  # [B, S, D]
-        for block in trunk:
-            h = block(h, mask=mask, input_pos=input_pos)
-        heads = [head, *self.extra_heads][:num_heads]
+        h = self._run_trunk(tokens, mask, input_pos) if trunk_state is None else trunk_state.to(self.norm.scale.dtype)
+        heads = [self.layers[-1], *self.extra_heads][:num_heads]
         return torch.stack([self.norm(block(h, mask=mask, input_pos=input_pos)) for block in heads])
+
+    def _run_trunk(self, tokens: Tensor, mask: Any, input_pos: Tensor | None) -> Tensor:
+        h = self.tok_embeddings(tokens)  # [B, S, D]
+        for block in self.layers[:-1]:
+            h = block(h, mask=mask, input_pos=input_pos)
+        return h
 
     def _attention_inputs(
         self, tokens: Tensor, document_ids: Tensor | None, input_pos: Tensor | None, mask: Any

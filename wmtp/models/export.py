@@ -21,7 +21,7 @@ from wmtp.models.checkpoint_formats import (
     to_half_split,
 )
 from wmtp.models.load import compute_device, reshard, without_adapters
-from wmtp.models.lora import lora_modules, merged_weight
+from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
 from wmtp.models.shape import LlamaShape
 
 _TOKENIZER_FILES = (
@@ -44,6 +44,7 @@ def export_hf(
     tokenizer_source: Any = None,
     dtype: torch.dtype | None = None,
     max_shard_bytes: float = 5e9,
+    merge_quantized: bool = False,
 ) -> None:
     """Write ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
 
@@ -61,10 +62,12 @@ def export_hf(
             the folder has no tokenizer, and config.json no bos and eos ids.
         dtype: of the stored weights; by default each parameter's own.
         max_shard_bytes: largest size of one file.
+        merge_quantized: write the weights of a quantised trunk as what their 4 bits say, adapters merged.
 
     Raises:
         FileExistsError: the folder is there already.
-        ValueError: the model has parameters that are no part of a Llama, or tokenizer_source holds no tokenizer.
+        ValueError: the model has parameters that are no part of a Llama, tokenizer_source holds no tokenizer, or the
+            trunk is quantised and merge_quantized is false.
     """
     folder = Path(folder)
     reshard(model)
@@ -74,6 +77,7 @@ def export_hf(
         return
     if folder.exists():
         raise FileExistsError(f"export folder {folder} already exists; give another, or remove it")
+    refuse_quantized(model, merge_quantized)
     parameters = without_adapters(model)
     adapters = {f"{name}.weight": module for name, module in lora_modules(model)}
     strangers = [name for name in parameters if key_of(name, "hf") is None]
@@ -95,13 +99,12 @@ def export_hf(
     for name, parameter in parameters.items():
         tensor = full_parameter(parameter)  # a collective: every rank takes part
         module = adapters.get(name)
-        low_rank = (
-            () if module is None else (full_parameter(module.lora_a.weight), full_parameter(module.lora_b.weight))
-        )
+        low_rank = () if module is None else [full_parameter(p) for p in adapter_parameters(module)]
         if not is_main:
             continue
+        tensor = dequantized(tensor)
         if low_rank:
-            tensor = merged_weight(tensor, *low_rank, module)
+            tensor = merged_weight(tensor, module, *low_rank)
         # A copy, in a layout of its own: safetensors writes only what does not share memory.
         tensor = tensor.to("cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
         key = key_of(name, "hf")

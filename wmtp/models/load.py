@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError, key_of, open_checkpoint
+from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.shape import LlamaShape
 
 # Constants of the computation that no tensor's shape gives away.
@@ -27,7 +28,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
 
     Heads that the checkpoint lacks start as copies of head 1, its last block; heads that the model lacks are left out.
     An untied model takes a tied checkpoint's embedding as its unembedding too. Low-rank adapters are no part of a
-    checkpoint: on the meta device they become NaN, until :func:`~wmtp.models.init_lora` sets them.
+    checkpoint: on the meta device they become NaN, until :func:`~wmtp.models.init_lora` sets them. Weights that
+    `add_lora` marked for quantisation are quantised one by one as they are read, on the device of the computation.
 
     Args:
         model: an MTPDecoder, wrapped for activation checkpointing or compiled or not.
@@ -43,16 +45,24 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
     reshard(model)
     parameters = without_adapters(model)
     sources = _sources(model.config, checkpoint, parameters)
+    quantized = {f"{own_name(name)}.weight": module for name, module in quantized_modules(model)}
 
     if any(parameter.is_meta for parameter in parameters.values()):
+        for module in quantized.values():
+            module.weight = None  # it never exists in full precision
         model.to_empty(device=device)
         for name, parameter in named_parameters(model):
             if is_adapter(name):  # what was left in memory there could pass for weights
                 local_tensor(parameter).fill_(math.nan)
-        parameters = without_adapters(model)
+        parameters |= without_adapters(model)
+    target = compute_device(parameters["norm.scale"])
     for name, parameter in parameters.items():
+        # No name holds what was read: the next tensor comes when this one is gone.
+        if name in quantized:
+            quantized[name].weight = quantize_nf4(checkpoint.read(sources[name]).to(target, parameter.dtype), name)
+            continue
         local_tensor(parameter).copy_(local_part(checkpoint.read(sources[name]), parameter))
-    model.reset_rope(compute_device(parameters["norm.scale"]))
+    model.reset_rope(target)
 
 
 def named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
@@ -68,7 +78,7 @@ def own_name(name: str) -> str:
 
 def is_adapter(name: str) -> bool:
     """Whether a parameter belongs to a low-rank adapter (see wmtp.models.lora)."""
-    return name.endswith((".lora_a.weight", ".lora_b.weight"))
+    return name.endswith((".lora_a.weight", ".lora_b.weight", ".magnitude"))
 
 
 def without_adapters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,21 +1,43 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) on the decoder's projections: y = W x + alpha / r * B A x.
+"""Low-rank adapters on the decoder's projections, and which of its other parts are trained beside them.
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685)     y = W x + alpha / r * B A x
+    DoRA (Liu et al. 2024, arXiv 2402.09353)    y = m * (W + alpha / r * B A) x / |W + alpha / r * B A|, norms by row
 
 Order of use: build the decoder, :func:`add_lora`, then activation checkpointing and sharding, then `load_checkpoint`
-(which fills W alone) and :func:`init_lora`. Exports hold W + alpha / r * B A; :func:`merge_lora` makes that the model.
+(which fills W alone) and :func:`init_lora`. Exports hold the merged weight; :func:`merge_lora` makes that the model.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchtune.modules.peft import LoRALinear
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from wmtp.models.load import keyed_generator, local_part, local_tensor, own_name
+from wmtp.models.nf4 import check_nf4_shape, is_nf4, mark_nf4, quantized_modules
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_TARGETS = ("w1", "w2", "w3")
+TRUNK, HEADS, QUANTIZE = ("lora", "frozen"), ("full", "lora", "frozen"), (None, "nf4")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What :func:`add_lora` did to a model, kept as ``model.adapters``; the arguments are described there."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    dora: bool
+    trunk: str
+    heads: str
+    train_norms: bool
+    train_unembedding: bool
+    quantize: str | None
 
 
 def add_lora(
@@ -25,9 +47,18 @@ def add_lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
     targets: Sequence[str] = (*ATTENTION_TARGETS, *MLP_TARGETS),
+    dora: bool = False,
+    trunk: str = "lora",
+    heads: str = "lora",
+    train_norms: bool = False,
+    train_unembedding: bool = False,
+    quantize: str | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Put adapters on the projections of every block, in place; all other parameters are frozen.
+    """Put adapters on the projections of a decoder's blocks, in place; what is not named here is frozen.
+
+    Head 1 goes with the trunk: its block is the last one of the pretrained model, which `transformers` and `peft` know.
+    So ``trunk`` speaks for ``model.layers`` and ``heads`` for ``model.extra_heads``, heads 2 to H.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, on the meta device or not, not yet sharded.
@@ -36,37 +67,90 @@ def add_lora(
         dropout: share of the adapters' input that training drops, in [0, 1).
         targets: which projections: q_proj, k_proj, v_proj, output_proj of the attention; w1 (gate), w2 (down),
             w3 (up) of the MLP.
+        dora: a trained magnitude for each row beside the low-rank direction. At the start it is the row's norm, so the
+            model is the base bit for bit where the computation has the weights' own dtype.
+        trunk: ``lora``: adapters; ``frozen``: nothing below the extra heads is trained, and nothing keeps activations.
+        heads: ``full``: trained whole; ``lora``: adapters; ``frozen``.
+        train_norms: train the norms of every block that has trained parameters, and the shared last one.
+        train_unembedding: train the unembedding, and so the embedding of a tied model.
+        quantize: ``nf4``: the projections of the trunk's blocks, without those of the heads, are held in 4 bits. On the
+            meta device that happens to each as `load_checkpoint` reads it.
         seed: of A, see :func:`init_lora`; a model on the meta device is initialised by calling that later.
 
     Raises:
-        ValueError: a value out of range, or an unknown target.
+        ValueError: a value out of range, an unknown target, or a choice that trains nothing.
     """
-    known = (*ATTENTION_TARGETS, *MLP_TARGETS)
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    strangers = [target for target in targets if target not in known]
-    if strangers or not targets:
-        raise ValueError(f"targets must be one or more of {', '.join(known)}, got {', '.join(strangers) or 'none'}")
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank must be a whole number >= 1, got {rank!r}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha must be a number > 0, got {alpha!r}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+    chosen = Adapters(
+        rank, alpha, dropout, targets, dora, trunk, heads, train_norms, train_unembedding, quantize
+    )  # fmt: skip
+    _check(chosen, model)
     model.requires_grad_(False)
-    for block in (*model.layers, *model.extra_heads):
-        for target in targets:
-            parent = block.attn if target in ATTENTION_TARGETS else block.mlp
-            setattr(parent, target, _adapted(getattr(parent, target), rank, alpha, dropout))
+    if quantize is not None:
+        for index, block in enumerate(model.layers[:-1]):
+            for target in (*ATTENTION_TARGETS, *MLP_TARGETS):
+                check_nf4_shape(_place(block, target)[1].weight.shape, f"layers.{index}.{target}")
+    for blocks, how in ((model.layers, trunk), (model.extra_heads, heads)):
+        for block in blocks:
+            block.requires_grad_(how == "full")
+            for target in targets if how == "lora" else ():
+                parent, linear = _place(block, target)
+                setattr(parent, target, _adapted(linear, chosen))
+            if train_norms and how != "frozen":
+                block.sa_norm.requires_grad_(True)
+                block.mlp_norm.requires_grad_(True)
+    if train_norms:
+        model.norm.requires_grad_(True)
+    if train_unembedding:
+        model.unembedding.requires_grad_(True)
+    if quantize is not None:
+        for block in model.layers[:-1]:
+            for target in (*ATTENTION_TARGETS, *MLP_TARGETS):
+                mark_nf4(_place(block, target)[1])
+    model.adapters = chosen
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, seed=seed)
     return model
 
 
+def _check(chosen: Adapters, model: nn.Module) -> None:
+    known = (*ATTENTION_TARGETS, *MLP_TARGETS)
+    strangers = [str(target) for target in chosen.targets if target not in known]
+    if strangers or not chosen.targets:
+        raise ValueError(f"targets must be one or more of {', '.join(known)}, got {', '.join(strangers) or 'none'}")
+    if isinstance(chosen.rank, bool) or not isinstance(chosen.rank, int) or chosen.rank < 1:
+        raise ValueError(f"rank must be a whole number >= 1, got {chosen.rank!r}")
+    if not _is_number(chosen.alpha) or not 0 < chosen.alpha < math.inf:
+        raise ValueError(f"alpha must be a number > 0, got {chosen.alpha!r}")
+    if not _is_number(chosen.dropout) or not 0 <= chosen.dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {chosen.dropout!r}")
+    for key in ("dora", "train_norms", "train_unembedding"):
+        if not isinstance(getattr(chosen, key), bool):
+            raise ValueError(f"{key} must be true or false, got {getattr(chosen, key)!r}")
+    for key, allowed in (("trunk", TRUNK), ("heads", HEADS), ("quantize", QUANTIZE)):
+        if getattr(chosen, key) not in allowed:
+            options = ", ".join("null" if option is None else option for option in allowed)
+            raise ValueError(f"{key} must be one of {options}, got {getattr(chosen, key)!r}")
+    extra = len(model.extra_heads)
+    if chosen.trunk == "frozen" and not (chosen.train_norms or chosen.train_unembedding):
+        if extra == 0:
+            raise ValueError("trunk frozen leaves nothing to train in a model with one head; set num_future_tokens > 1")
+        if chosen.heads == "frozen":
+            raise ValueError("trunk frozen and heads frozen leave nothing to train; set heads to full or lora")
+    if chosen.trunk == "frozen" and chosen.train_unembedding and model.config.tie_word_embeddings:
+        raise ValueError(
+            "train_unembedding trains the embedding of a tied model, which lies below the frozen trunk; set it to "
+            "false, or trunk to lora"
+        )
+    if hasattr(model, "adapters"):
+        raise ValueError("the model has adapters already; add them once, first")
+
+
 @torch.no_grad()
 def init_lora(model: nn.Module, *, seed: int = 0) -> None:
-    """Set A to its random start (uniform within 1 / sqrt(in_dim), as in the authors' code) and B to zero.
+    """Set A to its random start (uniform within 1 / sqrt(in_dim), as in the authors' code), B to zero, m to W's norms.
 
-    The values depend on the seed and the parameter's name alone: equal at any world size.
+    The values depend on the seed, the parameter's name and W alone: equal at any world size.
     """
     for name, module in lora_modules(model):
         generator = keyed_generator(seed, name)
@@ -74,46 +158,97 @@ def init_lora(model: nn.Module, *, seed: int = 0) -> None:
         a = torch.rand(module.rank, module.in_dim, generator=generator).mul_(2 * bound).sub_(bound)
         local_tensor(module.lora_a.weight).copy_(local_part(a, module.lora_a.weight))
         local_tensor(module.lora_b.weight).zero_()
+        if isinstance(module, DoRALinear):
+            weight, magnitude = module.weight, module.magnitude
+            if is_nf4(weight):  # whole on every process, unlike m
+                norms = local_part(torch.linalg.norm(weight.to(magnitude.dtype), dim=1), magnitude)
+            else:
+                norms = torch.linalg.norm(local_tensor(weight), dim=1)  # rows are what both are cut by
+            local_tensor(magnitude).copy_(norms)
 
 
-def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear | DoRALinear]]:
     """(name, module) of every adapted projection, by the module's own name, whatever wraps the blocks."""
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear | DoRALinear):
             yield own_name(name), module
 
 
-def merged_weight(weight: Tensor, a: Tensor, b: Tensor, module: LoRALinear) -> Tensor:
-    """W + alpha / r * B A in float32, rounded to W's dtype; W [out, in], A [r, in], B [out, r], whole."""
-    return (weight.float() + module.alpha / module.rank * (b.float() @ a.float())).to(weight.dtype)
+def adapter_parameters(module: LoRALinear | DoRALinear) -> list[nn.Parameter]:
+    """A [r, in], B [out, r] and, of DoRA, m [out]."""
+    return [module.lora_a.weight, module.lora_b.weight, *([module.magnitude] if hasattr(module, "magnitude") else [])]
+
+
+def merged_weight(weight: Tensor, module: LoRALinear | DoRALinear, a: Tensor, b: Tensor, m: Tensor | None = None):
+    """The one matrix that does what W [out, in], A [r, in], B [out, r] (and m [out]) do, whole; in W's dtype."""
+    merged = weight.float() + module.alpha / module.rank * (b.float() @ a.float())
+    if m is not None:
+        merged *= (m.float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.to(weight.dtype)
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, *, merge_quantized: bool = False) -> nn.Module:
     """Replace every adapted projection by a plain one that computes the same, in place.
 
+    Args:
+        merge_quantized: also turn quantised weights into full-precision ones, W being what their 4 bits say.
+
     Raises:
-        ValueError: the model is sharded; export it instead, which merges.
+        ValueError: the model is sharded (export it instead, which merges), or quantised and merge_quantized is false.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         raise ValueError("a sharded model cannot be merged in place; export it, and the exported weights are merged")
+    refuse_quantized(model, merge_quantized)
+    for _, module in quantized_modules(model):
+        module.weight = nn.Parameter(dequantized(module.weight), requires_grad=False)
+        module.quantized_to = None
     for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear):
+        if isinstance(module, LoRALinear | DoRALinear):
             linear = nn.Linear(module.in_dim, module.out_dim, bias=False, device="meta")
-            merged = merged_weight(module.weight, module.lora_a.weight, module.lora_b.weight, module)
+            merged = merged_weight(module.weight, module, *adapter_parameters(module))
             linear.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, linear)
+    if hasattr(model, "adapters"):
+        del model.adapters
     return model
 
 
-def _adapted(linear: nn.Module, rank: int, alpha: float, dropout: float) -> LoRALinear:
+def dequantized(weight: Tensor) -> Tensor:
+    """A weight in full precision: itself, or what its 4 bits say."""
+    return weight.to(weight.dtype) if is_nf4(weight) else weight
+
+
+def refuse_quantized(model: nn.Module, merge_quantized: bool) -> None:
+    """Raises ValueError where a model's quantised weights would be merged unasked."""
+    if not merge_quantized and any(True for _ in quantized_modules(model)):
+        raise ValueError(
+            "the trunk is quantised to nf4, and merge_quantized is false: merged weights hold its rounding errors; "
+            "set merge_quantized=true to have that, or keep the adapter apart (export_merged=none)"
+        )
+
+
+def _place(block: nn.Module, target: str) -> tuple[nn.Module, nn.Module]:
+    """Where in a block a target is, and the linear layer."""
+    parent = block.attn if target in ATTENTION_TARGETS else block.mlp
+    return parent, getattr(parent, target)
+
+
+def _adapted(linear: nn.Module, chosen: Adapters) -> LoRALinear | DoRALinear:
     if type(linear) is not nn.Linear:
         raise ValueError(f"adapters go on plain linear layers, found {type(linear).__name__}; add them once, first")
     out_dim, in_dim = linear.weight.shape
+    kind = DoRALinear if chosen.dora else LoRALinear
     with torch.device("meta"):
-        adapted = LoRALinear(in_dim, out_dim, rank=rank, alpha=alpha, dropout=dropout)
+        adapted = kind(in_dim, out_dim, rank=chosen.rank, alpha=chosen.alpha, dropout=chosen.dropout)
+    adapted.rank, adapted.alpha = chosen.rank, chosen.alpha  # DoRALinear keeps their ratio alone
     adapted.weight = linear.weight
-    for part in (adapted.lora_a, adapted.lora_b):
-        part.to(linear.weight.dtype).to_empty(device=linear.weight.device)
+    adapted.to_empty(device=linear.weight.device)  # of torchtune's modules: the adapter's parameters alone
+    for parameter in adapter_parameters(adapted):
+        parameter.data = parameter.data.to(linear.weight.dtype)
     return adapted
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -7,6 +7,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torchtune.modules import TransformerSelfAttentionLayer
 
+from wmtp.models.nf4 import quantized_modules
+
 
 def shard_model(
     model: nn.Module,
@@ -21,7 +23,8 @@ def shard_model(
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder` or :class:`~wmtp.models.ValueModel`, on the meta device or not; its
-            parameters keep their dtype. Modules that it lists as ``float32_modules`` compute in float32.
+            parameters keep their dtype. Modules that it lists as ``float32_modules`` compute in float32. Quantised
+            weights are not sharded: every process holds them whole.
         mesh: one dimension (FSDP), or two: replicate, shard (HSDP).
         param_dtype: of the gathered weights and so of the computation.
         reduce_dtype: of the gradients' reduction.
@@ -38,6 +41,7 @@ def shard_model(
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
         # For the root too: left to its default, an evaluation would leave whole, rounded weights registered.
         "reshard_after_forward": reshard_after_forward,
+        "ignored_params": {module.weight for _, module in quantized_modules(model)},
     }
     # A value model's head: its small differences would drown in bfloat16.
     full_precision = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)

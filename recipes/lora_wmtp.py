@@ -1,0 +1,470 @@
+"""LoRA and QLoRA fine-tuning with token-weighted multi-token prediction, on one process or many, CPU or CUDA.
+
+    tune run --nproc_per_node 2 recipes/lora_wmtp.py --config configs/tiny/lora_rho1.yaml
+    torchrun --nproc_per_node 1 recipes/lora_wmtp.py --config configs/meta_mtp_7b/qlora_rho1.yaml
+
+Any key of the config can be overridden on the command line: `max_steps=20 adapters.rank=8`.
+The recipe is `full_finetune_distributed_wmtp.py` with adapters: a diff shows what they change. What is trained goes to
+`output_dir/adapter`; `adapter=FOLDER max_steps=0` evaluates such a folder, and with `export_merged` merges it.
+"""
+
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+from torchtune import config
+from torchtune.training import scale_grads
+from tqdm import tqdm
+
+from wmtp.base_identity import describe_base, require_same_base
+from wmtp.beside import runs_beside
+from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
+from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
+from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
+from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
+from wmtp.models import (
+    checkpoint_activations,
+    describe_training,
+    export_hf,
+    init_lora,
+    load_adapter,
+    load_checkpoint,
+    load_value_model,
+    refuse_quantized,
+    resolve_checkpoint,
+    save_adapter,
+    shard_model,
+)
+from wmtp.run_log import RunLog
+from wmtp.step_window import StepWindow
+from wmtp.trunk_states import keep_trunk_states
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LoRARecipeWMTP:
+    """Order of events: read the config, `setup`, `train` (which evaluates and saves), `export`, `cleanup`."""
+
+    def __init__(self, cfg: DictConfig) -> None:
+        """Read and check every key; nothing is built or written yet."""
+        self._cfg = cfg
+        read = ConfigReader(cfg)
+        self._output_dir = Path(read.get("output_dir"))
+        self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
+        self._overwrite = read.flag("overwrite", False)
+        self._seed = read.integer("seed", 0)
+        self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
+        self._dtype = read.choice("dtype", DTYPES)
+
+        self._model_cfg = read.section("model")
+        self._checkpoint = read.get("checkpoint", None)
+        self._adapters_cfg = read.section("adapters")
+        self._adapter = read.get("adapter", None)
+        self._cache_trunk = read.choice("cache_trunk", {**DTYPES, "none": None}, "none")
+        self._tokenizer_cfg = read.section("tokenizer")
+        self._dataset_cfg = read.section("dataset")
+        self._eval_dataset_cfg = read.section("eval_dataset", optional=True)
+        self._seq_len = read.integer("seq_len", minimum=2)
+        self._packed = read.flag("packed", True)
+
+        self._weighting_cfg = read.section("weighting")
+        self._head_weights = read.get("head_weights", None)
+        self._reference_cfg = read.section("reference_model", optional=True)
+        self._reference_checkpoint = read.get("reference_checkpoint", None)
+        self._value_model_path = read.get("value_model", None)
+        self._refresh_policy_ce = read.choice("refresh_policy_ce", {"step": "step", "epoch": "epoch"}, "step")
+
+        self._batch_size = read.integer("batch_size", minimum=1)
+        self._accumulation_steps = read.integer("gradient_accumulation_steps", None, minimum=1)
+        self._tokens_per_step = read.integer("tokens_per_step", None, minimum=1)
+        self._epochs = read.number("epochs", None, above=0)
+        self._max_steps = read.integer("max_steps", None, minimum=0)
+        self._optimizer_cfg = read.section("optimizer")
+        self._extra_heads_lr = read.number("extra_heads_lr", None, above=0)
+        self._scheduler_cfg = read.section("lr_scheduler", optional=True)
+        self._max_grad_norm = read.number("max_grad_norm", None, above=0)
+
+        self._activation_checkpointing = read.flag("activation_checkpointing", False)
+        self._compile = read.flag("compile", False)
+        self._cpu_offload = read.flag("cpu_offload", False)
+        self._hsdp_replicas = read.integer("hsdp_replicas", 1, minimum=1)
+
+        self._log_every = read.integer("log_every", 1, minimum=1)
+        self._eval_every = read.integer("eval_every", None, minimum=1)
+        self._save_every = read.integer("save_every", None, minimum=1)
+        self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
+        self._merged_dtype = read.choice("export_merged", {**DTYPES, "none": None}, "none")
+        self._merge_quantized = read.flag("merge_quantized", False)
+        self._token_view_cfg = read.section("token_view", optional=True)
+        self._tracking_cfg = read.section("tracking", optional=True)
+        read.done()
+
+        if (self._accumulation_steps is None) == (self._tokens_per_step is None):
+            raise ConfigError("set exactly one of gradient_accumulation_steps and tokens_per_step")
+        if (self._epochs is None) == (self._max_steps is None):
+            raise ConfigError("set exactly one of epochs and max_steps")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Set-up
+
+    def setup(self) -> None:
+        """Build everything in the order in which a mistake is cheapest to find: files, data, then models."""
+        self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
+        if self._cpu_offload and self._world.device.type == "cpu":
+            raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
+        self._log = RunLog(self._output_dir, is_main=self._world.is_main)
+        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
+        torch.manual_seed(self._seed)
+
+        self._weighting = build(self._weighting_cfg, where="weighting")
+        self._token_view = build(self._token_view_cfg, where="token_view")
+        if self._token_view is not None:
+            self._token_view.check(self._weighting.needs)
+        self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
+        self._data = self._pack(self._dataset_cfg, "dataset")
+        self._eval_data = None if self._eval_dataset_cfg is None else self._pack(self._eval_dataset_cfg, "eval_dataset")
+        self._stream = BatchStream(
+            self._data,
+            batch_size=self._batch_size,
+            rank=self._world.rank,
+            world_size=self._world.size,
+            seed=self._seed,
+        )
+        self._total_steps = self._count_steps()
+
+        shaping = {"base_model": self._model_cfg, "adapters": self._adapters_cfg}
+        self._base = describe_base(self._checkpoint, shaping, seed=self._seed, rank=self._world.rank)
+        self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
+        self._log.say(describe_training(self._model, self._world.size))
+        self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
+        self._reference = self._build_reference()
+        self._value_model = self._load_value_model()
+        self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
+        self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
+        self._scheduler = build(
+            self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
+        )
+
+        self._step, run_id = 0, None
+        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, trained_only=True)
+        if self._resume_from is not None:
+            run_id = self._restore(self._resume_from)
+        elif self._adapter is not None:
+            load_adapter(self._model, resolve_checkpoint(self._adapter), base_weights=self._base["base_weights"])
+        tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._base}
+        self._log.start(
+            self._cfg,
+            self._tracking_cfg,
+            tags=tags,
+            step=self._step,
+            run_id=run_id,
+            replaces=("checkpoints", "adapter", "export", "token_weights"),
+        )
+        if self._world.is_main:
+            self._checkpointer.remove_torn()
+
+    def _pack(self, section: DictConfig, where: str):
+        documents = build(section, self._tokenizer, where=where)
+        return pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
+
+    def _count_steps(self) -> int:
+        if self._max_steps is not None:
+            return self._max_steps
+        if self._tokens_per_step is not None:
+            return math.ceil(self._epochs * self._data.num_targets / self._tokens_per_step)
+        rows_per_step = self._batch_size * self._world.size * self._accumulation_steps
+        return math.ceil(self._epochs * len(self._data) / rows_per_step)
+
+    def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, adapters: DictConfig | None = None):
+        """A sharded model. From a checkpoint it is built on the meta device and each rank reads only its own shard;
+        without one it starts random, from one seed on every rank: the same full model, then cut. It is frozen but for
+        what the section adapters says."""
+        path = None if checkpoint is None else resolve_checkpoint(checkpoint)
+        with torch.device("cpu" if path is None else "meta"):
+            model = build(section, where=where)
+            if adapters is not None:
+                build(adapters, model, where="adapters", seed=self._seed)
+                if self._cache_trunk is not None and model.adapters.trunk != "frozen":
+                    raise ConfigError(
+                        "cache_trunk needs adapters.trunk=frozen; set cache_trunk=none, or freeze the trunk"
+                    )
+                if self._merged_dtype is not None:
+                    refuse_quantized(model, self._merge_quantized)
+        if model.vocab_size <= self._data.max_token_id:
+            raise ConfigError(
+                f"{where} has {model.vocab_size} token ids, the dataset uses id {self._data.max_token_id}; "
+                "use the tokenizer of the model's checkpoint"
+            )
+        if self._seq_len > model.max_seq_len:
+            raise ConfigError(f"seq_len {self._seq_len} is longer than {where}.max_seq_len {model.max_seq_len}")
+        if adapters is None:
+            model.requires_grad_(False).eval()
+        elif self._activation_checkpointing:
+            checkpoint_activations(model)
+        if self._compile:
+            for block in (*model.layers, *model.extra_heads):
+                block.compile()
+        shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=self._cpu_offload)
+        if path is not None:
+            load_checkpoint(model, path, device="cpu" if self._cpu_offload else self._world.device)
+        if adapters is not None:
+            init_lora(model, seed=self._seed)
+        return model
+
+    def _build_reference(self):
+        """The frozen reference model that runs beside the policy, or None where the weighting or the data need none."""
+        named = {"key": "reference_model", "model": self._reference_cfg}
+        if not runs_beside(self._weighting.needs, "reference_ce", in_data=self._data.has_reference_ce, **named):
+            return None
+        if self._reference_checkpoint is None:
+            raise ConfigError("reference_model has no weights: set reference_checkpoint")
+        require_same_vocabulary(self._tokenizer, hf_tokenizer(resolve_checkpoint(self._reference_checkpoint)))
+        return self._build_model(self._reference_cfg, self._reference_checkpoint, "reference_model")
+
+    def _load_value_model(self):
+        """The critic's frozen value model that runs beside the policy, or None where nothing needs it."""
+        named = {"key": "value_model", "model": self._value_model_path}
+        if not runs_beside(self._weighting.needs, "values", in_data=self._data.has_values, **named):
+            return None
+        path = resolve_checkpoint(self._value_model_path)
+        require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "value model")
+        model = load_value_model(
+            path,
+            mesh=self._world.mesh,
+            param_dtype=self._dtype,
+            device="cpu" if self._cpu_offload else self._world.device,
+            cpu_offload=self._cpu_offload,
+        )
+        if self._seq_len > model.max_seq_len:
+            raise ConfigError(f"seq_len {self._seq_len} is longer than the value model's {model.max_seq_len}")
+        return model
+
+    def _parameter_groups(self) -> list[dict]:
+        """What is trained; the extra heads in a group of their own where they have their own learning rate."""
+        trained = [p for p in self._model.parameters() if p.requires_grad]
+        if self._extra_heads_lr is None:
+            return [{"params": trained}]
+        heads = {p for p in self._model.extra_heads.parameters() if p.requires_grad}
+        if not heads:
+            raise ConfigError("extra_heads_lr is set, but no extra head is trained; set extra_heads_lr=null")
+        trunk = [p for p in trained if p not in heads]
+        groups = [{"params": trunk}] if trunk else []
+        return [*groups, {"params": [p for p in trained if p in heads], "lr": self._extra_heads_lr}]
+
+    def _restore(self, checkpoint: Path) -> str | None:
+        """Continue where the checkpoint was saved; returns the MLflow run id."""
+        state = load_trainer(checkpoint)
+        self._stream.load_state_dict(state["stream"])
+        require_same_base(state["base"], self._base)
+        load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True)
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(state["scheduler"])
+        self._weighting.load_state_dict(state["weighting"])
+        self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
+        restore_rng(state["rng"], self._world.rank)
+        self._step = state["step"]
+        self._log.say(f"resumed {checkpoint} at step {self._step}")
+        return state["run_id"]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Training
+
+    def train(self) -> None:
+        """The loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
+        model, optimizer = self._model, self._torch_optimizer
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        cached = {"dtype": self._cache_trunk, "model_key": f"{self._base} {self._dtype}", "world": self._world}
+        cached |= {"folder": self._output_dir / "trunk_states", "batch_size": self._batch_size}
+        self._trunk_states = keep_trunk_states(model, (self._data, self._eval_data), **cached)
+        if self._eval_data is not None and self._step == 0:
+            self._log.metrics(self.evaluate(), self._step)
+        model.train()
+        progress = tqdm(
+            total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
+        )
+        while self._step < self._total_steps:
+            started = time.perf_counter()
+            window = StepWindow()
+            self._score_epoch()
+            while not self._window_full(window):
+                batch = self._next_batch(self._stream.next_batch())
+                out = model(
+                    batch["tokens"],
+                    document_ids=batch["document_ids"],
+                    trunk_state=batch["trunk_state"],
+                    loss_fn=mtp_loss,
+                    labels=batch["labels"],
+                    weighting=self._weighting,
+                    policy_ce=batch["policy_ce"],
+                    reference_ce=batch["reference_ce"],
+                    values=batch["values"],
+                    step=self._step,
+                    head_weights=self._head_weights,
+                )
+                # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
+                (out.loss_sum * self._world.size).backward()
+                window.add(batch, out)
+
+            sums = window.sums()
+            if sums.num_targets == 0:
+                raise StopTraining(f"step {self._step + 1}: no target token; {window.documents(self._data)}")
+            loss = sums.loss_sum / sums.num_targets
+            scale_grads(model, torch.tensor(1.0 / sums.num_targets, device=self._world.device))
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
+            grad_norm = float(grad_norm.full_tensor())
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                raise StopTraining(
+                    f"step {self._step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
+                    f"{window.documents(self._data)}"
+                )
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if self._scheduler is not None:
+                self._scheduler.step()
+            self._weighting.end_step(all_reduce_sum)
+            self._step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
+
+            if self._step % self._log_every == 0 or self._step == self._total_steps:
+                seconds = time.perf_counter() - started
+                metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+                metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
+                metrics |= {f"weights/{name}": value for name, value in window.weight_statistics().items()}
+                metrics["train/tokens_per_second"] = sums.tokens / seconds
+                self._log.metrics(metrics, self._step)
+            if self._token_view is not None and self._step % self._token_view.every == 0:
+                self._write_token_view(window)
+            last = self._step == self._total_steps
+            if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
+                self._log.metrics(self.evaluate(), self._step)
+                model.train()
+            if self._save_every and (last or self._step % self._save_every == 0):
+                self.save_checkpoint()
+        progress.close()
+        self._checkpointer.wait()
+
+    def _window_full(self, window: StepWindow) -> bool:
+        """Whether the step has all its micro-batches: so many, or so many target tokens over all ranks."""
+        if self._accumulation_steps is not None:
+            return len(window) == self._accumulation_steps
+        return len(window) > 0 and window.head1_targets() >= self._tokens_per_step
+
+    @torch.no_grad()
+    def _next_batch(self, batch: dict) -> dict:
+        """Move a batch to the device and add what frozen models, or the epoch's start, say about its tokens."""
+        batch = {"reference_ce": None, "values": None, "policy_ce": None, **self._to_device(batch)}
+        inputs = self._inputs(batch)
+        batch |= self._trunk_state(batch, self._data)
+        if self._reference is not None:
+            ce = self._reference(**inputs, loss_fn=token_cross_entropy, labels=batch["labels"])
+            batch["reference_ce"] = ce[0]
+        if self._value_model is not None:
+            batch["values"] = self._value_model(**inputs)
+        if self._epoch_ce is not None:
+            batch["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
+        return batch
+
+    def _write_token_view(self, window: StepWindow) -> None:
+        """Code of this step's first micro-batch on rank 0, shaded by its weights."""
+        if self._world.is_main:
+            batch, out = window.batches[0], window.outs[0]
+            ids = [self._data.row_ids(row) for row in batch["rows"]]
+            named = {"step": self._step, "ids": ids, "settings": dict(self._weighting_cfg)}
+            page = self._token_view.html(self._tokenizer, batch, out, **named)
+            self._log.page(f"token_weights/step_{self._step:08d}.html", page)
+
+    def _to_device(self, batch: dict) -> dict:
+        return {key: v.to(self._world.device) if torch.is_tensor(v) else v for key, v in batch.items()}
+
+    def _inputs(self, batch: dict) -> dict:
+        """What a model reads of a batch."""
+        return {key: batch[key].to(self._world.device) for key in ("tokens", "document_ids")}
+
+    def _trunk_state(self, batch: dict, data) -> dict:
+        """With cache_trunk, the trunk's state as it is kept of a batch of a data set: the trunk need not run."""
+        states = self._trunk_states.get(data.fingerprint)
+        return {"trunk_state": None if states is None else states.of(batch).to(self._world.device)}
+
+    def _score_epoch(self) -> None:
+        """With refresh_policy_ce=epoch, as an epoch begins: the policy's CE of every row, kept until the next one."""
+        epoch = int(self._stream.epoch)
+        if self._refresh_policy_ce == "step" or "policy_ce" not in self._weighting.needs:
+            return
+        if self._epoch_ce is not None and self._epoch_ce["epoch"] == epoch:
+            return
+        heads = self._model.num_future_tokens if self._weighting.per_head else 1
+        inputs = lambda batch: self._inputs(batch) | self._trunk_state(batch, self._data)
+        table = cross_entropy_table(self._model, self._data, inputs, heads, self._batch_size, self._world)
+        self._model.train()
+        self._epoch_ce = {"epoch": epoch, "ce": table}
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Evaluation, checkpoints, export
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out CE of each head, in nats per target token, over all of eval_dataset."""
+        inputs = lambda batch: self._inputs(batch) | self._trunk_state(batch, self._eval_data)
+        ce = held_out_cross_entropy(self._model, self._eval_data, inputs, self._batch_size, self._world)
+        return {f"eval/ce_head{k}": mean for k, mean in enumerate(ce, start=1)}
+
+    def save_checkpoint(self) -> None:
+        """Start saving all that a resumed run needs; the loop goes on while the shards are written."""
+        trainer = {
+            "stream": self._stream.state_dict(),
+            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "weighting": self._weighting.state_dict(),
+            "epoch_ce": self._epoch_ce,
+            "base": self._base,
+            "run_id": self._log.run_id,
+        }
+        self._checkpointer.save(self._step, self._model, self._torch_optimizer, trainer)
+
+    def export(self) -> None:
+        """Write what was trained as an adapter folder, and with export_merged the merged model as an HF folder."""
+        adapter, folder = self._output_dir / "adapter", self._output_dir / "export"
+        if self._world.is_main:
+            for old in (adapter, folder):
+                shutil.rmtree(old, ignore_errors=True)  # of this very run, resumed after its end
+        gather_objects(None)
+        base = {"base_weights": self._base["base_weights"], "base_name": self._checkpoint}
+        save_adapter(self._model, adapter, **base)
+        self._log.say(f"adapter in {adapter}")
+        if self._merged_dtype is None:
+            return
+        merging = {"dtype": self._merged_dtype, "merge_quantized": self._merge_quantized}
+        export_hf(self._model, folder, tokenizer_source=self._tokenizer, **merging)
+        self._log.say(f"exported to {folder}")
+
+    def cleanup(self, status: str = "FINISHED") -> None:
+        """End the MLflow run and leave the process group."""
+        self._log.close(status)
+        if status == "FINISHED":
+            self._checkpointer.close()
+            torch.distributed.destroy_process_group()
+
+
+@config.parse
+def main(cfg: DictConfig) -> None:
+    with clear_errors():
+        recipe = LoRARecipeWMTP(cfg)
+        recipe.setup()
+        try:
+            recipe.train()
+            recipe.export()
+        except BaseException:
+            recipe.cleanup("FAILED")
+            raise
+        recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""A trained adapter as a folder: what `peft` loads onto the `transformers` model, and what its format has no place for.
+
+    adapter_config.json         peft's own, with the next: adapters of the trunk and head 1, as modules_to_save their
+    adapter_model.safetensors   trained norms and unembedding; not with a frozen trunk, which has nothing of these
+    wmtp_heads.safetensors      all other trained parameters (the extra heads'), by their names in MTPDecoder
+    wmtp_adapter.json           the base it belongs to, by hash; what add_lora was given
+
+Rows of q and k, and so of their B and magnitudes, are in HF's order in peft's files.
+"""
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from wmtp.models.checkpoint_formats import CheckpointError, is_rotated, key_of, to_half_split, to_interleaved
+from wmtp.models.export import full_parameter
+from wmtp.models.load import local_part, local_tensor, named_parameters, reshard
+from wmtp.models.lora import Adapters
+
+ADAPTER = "wmtp_adapter.json"
+HEADS_WEIGHTS = "wmtp_heads.safetensors"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+# Whatever may differ between the run that trained an adapter and the one that reads it.
+_FREE = ("dropout", "quantize")
+
+
+@torch.no_grad()
+def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, base_name: str | None = None) -> None:
+    """Write the trained parameters of a model as an adapter folder, which appears whole or not at all.
+
+    Every rank of a sharded model calls this; rank 0 writes.
+
+    Args:
+        model: an :class:`~wmtp.models.MTPDecoder` that :func:`~wmtp.models.add_lora` adapted.
+        folder: must not exist.
+        base_weights: what names the base's weights: :func:`~wmtp.models.checkpoint_sha256` of its folder.
+        base_name: the base's folder or name, for peft's base_model_name_or_path.
+
+    Raises:
+        FileExistsError: the folder is there already.
+    """
+    folder = Path(folder)
+    reshard(model)
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if not sharded and not is_main:
+        return
+    if folder.exists():
+        raise FileExistsError(f"adapter folder {folder} already exists; give another, or remove it")
+    if sharded:
+        dist.barrier()  # every rank has looked before rank 0 writes
+    peft, ours = {}, {}
+    for name, parameter in named_parameters(model):
+        if not parameter.requires_grad:
+            continue
+        tensor = full_parameter(parameter)  # a collective: every rank takes part
+        if not is_main:
+            continue
+        tensor = tensor.to("cpu", copy=True).contiguous()
+        keys = _peft_keys(name, model)
+        if not keys:
+            ours[name] = tensor
+            continue
+        if _has_rotated_rows(name):
+            tensor = to_half_split(tensor, model.config.head_dim).contiguous()
+        peft |= {key: tensor.clone() for key in keys}
+    if is_main:
+        writing = folder.with_name(f"{folder.name}.writing")
+        shutil.rmtree(writing, ignore_errors=True)  # of a save that was killed
+        writing.mkdir(parents=True)
+        if peft:
+            save_file(peft, writing / PEFT_WEIGHTS, metadata={"format": "pt"})
+            (writing / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, base_name), indent=2) + "\n")
+        if ours:
+            save_file(ours, writing / HEADS_WEIGHTS, metadata={"format": "pt"})
+        about = {"base_weights": base_weights, "base_name": base_name, "adapters": asdict(model.adapters)}
+        about["num_future_tokens"] = model.num_future_tokens
+        (writing / ADAPTER).write_text(json.dumps(about, indent=2) + "\n")
+        writing.rename(folder)
+    if sharded:
+        dist.barrier()  # when it returns, on any rank, the folder is there
+
+
+def read_adapter(folder: str | Path) -> dict[str, Any]:
+    """What wmtp_adapter.json says: base_weights, base_name, adapters (arguments of `add_lora`), num_future_tokens.
+
+    Raises:
+        CheckpointError: the folder holds no adapter.
+    """
+    file = Path(folder) / ADAPTER
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no adapter ({ADAPTER}); train one with lora_wmtp.py")
+    try:
+        about = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; copy the folder again") from error
+    missing = [key for key in ("base_weights", "adapters", "num_future_tokens") if key not in about]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; copy the folder again")
+    return about
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, folder: str | Path, *, base_weights: str) -> None:
+    """Fill the trained parameters of an adapted model from an adapter folder; each rank reads what it keeps.
+
+    Raises:
+        CheckpointError: one line, before anything is changed: no adapter there, one of another base, one whose settings
+            are not the model's, or files that do not fit.
+    """
+    check_adapter(folder, model.adapters, base_weights, model.num_future_tokens)
+    parameters = {name: parameter for name, parameter in named_parameters(model) if parameter.requires_grad}
+    stored = _read(Path(folder), parameters, model)
+    for name, parameter in parameters.items():
+        tensor = stored[name]
+        if _has_rotated_rows(name):
+            tensor = to_interleaved(tensor, model.config.head_dim)
+        local_tensor(parameter).copy_(local_part(tensor, parameter))
+
+
+def check_adapter(folder: str | Path, adapters: Adapters, base_weights: str, num_future_tokens: int) -> None:
+    """Raises CheckpointError where an adapter folder does not belong to a base, or to a model that `add_lora` made."""
+    about = read_adapter(folder)
+    if about["base_weights"] != base_weights:
+        raise CheckpointError(
+            f"adapter {folder} belongs to another base: it was trained on {about['base_weights']:.23}, this one is "
+            f"{base_weights:.23}; give the checkpoint that the adapter was trained on"
+        )
+    wanted = {**asdict(adapters), "num_future_tokens": num_future_tokens}
+    for key, theirs in {**about["adapters"], "num_future_tokens": about["num_future_tokens"]}.items():
+        same = set(theirs) == set(wanted[key]) if key == "targets" else theirs == wanted.get(key)
+        if key not in _FREE and not same:
+            ours = list(wanted[key]) if key == "targets" else wanted.get(key)
+            raise CheckpointError(f"adapter {folder} has {key} {theirs}, the model {ours}; set it to the adapter's")
+
+
+def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -> dict[str, Tensor]:
+    """The stored tensor of every parameter, mapped from the files, in the files' row order; everything is checked."""
+    files = {}
+    for name in parameters:
+        keys = _peft_keys(name, model)
+        files.setdefault(folder / (PEFT_WEIGHTS if keys else HEADS_WEIGHTS), {})[name] = keys[0] if keys else name
+    found = {}
+    for file, keys in files.items():
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; copy the adapter again, with all of its files")
+        try:
+            content = load_file(file)
+        except Exception as error:  # safetensors has errors of its own
+            why = " ".join(str(error).split())
+            raise CheckpointError(f"{file} cannot be read, it may be truncated: {why}; copy it again") from error
+        for name, key in keys.items():
+            expected, stored = tuple(parameters[name].shape), content.get(key)
+            if stored is None or tuple(stored.shape) != expected:
+                has = "lacks it" if stored is None else f"holds {list(stored.shape)}"
+                raise CheckpointError(f"{file} {has}: {key} must be {list(expected)}; copy the adapter again")
+            found[name] = stored
+    return found
+
+
+def _peft_keys(name: str, model: nn.Module) -> list[str]:
+    """Where peft's file has a parameter; empty where it has no place for it, or there is no such file."""
+    if name.startswith("extra_heads.") or model.adapters.trunk == "frozen":
+        return []
+    for ours, theirs in _PARTS.items():
+        if name.endswith(f".{ours}"):
+            return [_PREFIX + key_of(name.removesuffix(ours) + "weight", "hf").removesuffix("weight") + theirs]
+    # peft wraps embedding and unembedding apart, also where they are one.
+    tied = ["lm_head.weight"] if name == "tok_embeddings.weight" else []
+    return [_PREFIX + key for key in (key_of(name, "hf"), *tied)]
+
+
+def _has_rotated_rows(name: str) -> bool:
+    """Whether peft's file has a parameter's rows in another order: B and magnitude of q and k, trunk and head 1."""
+    module = name.removesuffix(".lora_b.weight").removesuffix(".magnitude")
+    return module != name and name.startswith("layers.") and is_rotated(f"{module}.weight")
+
+
+def _peft_config(model: nn.Module, base_name: str | None) -> dict[str, Any]:
+    chosen: Adapters = model.adapters
+    targets = [key_of(f"layers.0.{_inside(target)}.weight", "hf").split(".")[-2] for target in chosen.targets]
+    whole = ["input_layernorm", "post_attention_layernorm", "model.norm"] if chosen.train_norms else []
+    if chosen.train_unembedding:
+        whole += ["embed_tokens", "lm_head"] if model.config.tie_word_embeddings else ["lm_head"]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": chosen.rank,
+        "lora_alpha": chosen.alpha,
+        "lora_dropout": chosen.dropout,
+        "use_dora": chosen.dora,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": targets,
+        "modules_to_save": whole or None,
+    }
+
+
+def _inside(target: str) -> str:
+    return f"{'mlp' if target.startswith('w') else 'attn'}.{target}"
