@@ -19,7 +19,7 @@ from torchtune import config
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
-from wmtp.beside import runs_beside
+from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
@@ -30,7 +30,6 @@ from wmtp.models import (
     checkpoint_activations,
     export_hf,
     load_checkpoint,
-    load_value_model,
     resolve_checkpoint,
     shard_model,
 )
@@ -205,18 +204,8 @@ class FullFinetuneRecipeWMTP:
         named = {"key": "value_model", "model": self._value_model_path}
         if not runs_beside(self._weighting.needs, "values", in_data=self._data.has_values, **named):
             return None
-        path = resolve_checkpoint(self._value_model_path)
-        require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "value model")
-        model = load_value_model(
-            path,
-            mesh=self._world.mesh,
-            param_dtype=self._dtype,
-            device="cpu" if self._cpu_offload else self._world.device,
-            cpu_offload=self._cpu_offload,
-        )
-        if self._seq_len > model.max_seq_len:
-            raise ConfigError(f"seq_len {self._seq_len} is longer than the value model's {model.max_seq_len}")
-        return model
+        into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
+        return value_model_beside(self._value_model_path, self._tokenizer, self._seq_len, self._world, **into)
 
     def _parameter_groups(self) -> list[dict]:
         """What is trained; the extra heads in a group of their own where they have their own learning rate."""

@@ -21,7 +21,7 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp.base_identity import describe_base, require_same_base
-from wmtp.beside import runs_beside
+from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
@@ -35,7 +35,6 @@ from wmtp.models import (
     init_lora,
     load_adapter,
     load_checkpoint,
-    load_value_model,
     refuse_quantized,
     resolve_checkpoint,
     save_adapter,
@@ -192,9 +191,7 @@ class LoRARecipeWMTP:
             if adapters is not None:
                 build(adapters, model, where="adapters", seed=self._seed)
                 if self._cache_trunk is not None and model.adapters.trunk != "frozen":
-                    raise ConfigError(
-                        "cache_trunk needs adapters.trunk=frozen; set cache_trunk=none, or freeze the trunk"
-                    )
+                    raise ConfigError("cache_trunk needs adapters.trunk=frozen: set that, or cache_trunk=none")
                 if self._merged_dtype is not None:
                     refuse_quantized(model, self._merge_quantized)
         if model.vocab_size <= self._data.max_token_id:
@@ -233,18 +230,8 @@ class LoRARecipeWMTP:
         named = {"key": "value_model", "model": self._value_model_path}
         if not runs_beside(self._weighting.needs, "values", in_data=self._data.has_values, **named):
             return None
-        path = resolve_checkpoint(self._value_model_path)
-        require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "value model")
-        model = load_value_model(
-            path,
-            mesh=self._world.mesh,
-            param_dtype=self._dtype,
-            device="cpu" if self._cpu_offload else self._world.device,
-            cpu_offload=self._cpu_offload,
-        )
-        if self._seq_len > model.max_seq_len:
-            raise ConfigError(f"seq_len {self._seq_len} is longer than the value model's {model.max_seq_len}")
-        return model
+        into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
+        return value_model_beside(self._value_model_path, self._tokenizer, self._seq_len, self._world, **into)
 
     def _parameter_groups(self) -> list[dict]:
         """What is trained; the extra heads in a group of their own where they have their own learning rate."""
