@@ -46,7 +46,7 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.rewards import reward_pairs
-from wmtp.run_log import RunLog
+from wmtp.run_log import RunLog, builder_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -129,7 +129,7 @@ class CriticStage1Recipe:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
-        self._log = RunLog(self._output_dir, is_main=self._world.is_main)
+        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
@@ -164,9 +164,18 @@ class CriticStage1Recipe:
         self._best_weights = BestWeights(self._output_dir)
         if resume_from is not None:
             run_id = self._restore(resume_from)
-        tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._frozen}
-        replaces = ("checkpoints", "best", "value_model", "report.md")
-        self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
+        self._log.start(
+            self._cfg,
+            recipe=Path(__file__).stem,
+            method="critic_stage1",
+            dataset=builder_name(self._dataset_cfg),
+            data_sha256=self._data.fingerprint,
+            tags=self._frozen,
+            step=self._step,
+            resumed=resume_from is not None,
+            run_id=run_id,
+            replaces=("checkpoints", "best", "value_model", "report.md"),
+        )
         if self._world.is_main:
             self._checkpointer.remove_torn()
             self._best_weights.forget_after(self._step)

@@ -12,9 +12,7 @@ killed run goes on with `resume=true` and gives the same result. Model-written c
 """
 
 import hashlib
-import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -31,10 +29,10 @@ from wmtp.distributed import SharedCounters, gather_objects, start_world
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.models import checkpoint_sha256, load_checkpoint, resolve_checkpoint
+from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint
+from wmtp.run_log import RunLog
 from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Sandbox
-from wmtp.tracking import environment_tags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -107,6 +105,7 @@ class EvalCodeContestsRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
         self._world = start_world(self._device_name)
+        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
         self._check_output_dir()
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")
@@ -130,16 +129,22 @@ class EvalCodeContestsRecipe:
         self._settings = self._what_decides_a_sample()
         journals = self._output_dir / "journals"
         kept = read_journals(journals, self._settings) if self._resume != "no" else None
-        gather_objects(None)  # every rank has checked and read before any of them writes
-        self._tracker = None
-        if self._world.is_main:
-            self._start()
+        self._log.start(
+            self._cfg,
+            recipe=Path(__file__).stem,
+            method="eval",
+            dataset=self._name,
+            data_sha256=self._settings["tasks_sha256"],
+            tags={**self._model_tags, "wmtp.evaluation": self._name, "wmtp.sandbox": "; ".join(self._sandbox.layers)},
+            resumed=self._resume != "no",
+            replaces=("journals", "samples.jsonl", "results.json", "report.md", "timings.json"),
+        )
         gather_objects(None)
         self._samples = dict(kept.samples) if kept else {}
         self._judgements = dict(kept.judgements) if kept else {}
         self._journal = Journal(journals, self._world.rank, self._settings)
         if self._samples:
-            self._say(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
+            self._log.say(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
 
     def _check_output_dir(self) -> None:
         """Refuse to write over an evaluation, or into a folder that is none."""
@@ -154,7 +159,7 @@ class EvalCodeContestsRecipe:
         with torch.device("cpu" if path is None else "meta"):
             model = build(self._model_cfg, where="model").to(self._dtype)
         if path is None:
-            self._say("checkpoint=null: the model's weights are random")
+            self._log.say("checkpoint=null: the model's weights are random")
             model.to(self._world.device)
         else:
             load_checkpoint(model, path, device=self._world.device)
@@ -179,30 +184,12 @@ class EvalCodeContestsRecipe:
         settings["tasks_sha256"] = _sha256([self._job(task, "") for task in self._tasks])
         settings["samples_sha256"] = _sha256(self._given)
         settings["prompts_sha256"] = _sha256(self._prompts)
+        self._model_tags = {}
         if self._model is not None and self._checkpoint is not None:
-            digest = checkpoint_sha256(resolve_checkpoint(self._checkpoint)) if self._world.is_main else None
-            settings["checkpoint_sha256"] = gather_objects(digest)[0]
+            tags = model_tags(resolve_checkpoint(self._checkpoint)) if self._world.is_main else None
+            self._model_tags = gather_objects(tags)[0]
+            settings["checkpoint_sha256"] = self._model_tags["wmtp.model_sha256"]
         return settings
-
-    def _start(self) -> None:
-        """From here on the evaluation exists on disk: everything before could fail without a trace."""
-        run_file = self._output_dir / "mlflow_run.json"
-        if self._tracking_cfg is not None:
-            resumed = self._resume != "no" and run_file.exists()
-            run_id = json.loads(run_file.read_text())["run_id"] if resumed else None
-            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
-            self._tracker.log_config(self._cfg)
-            data = {"data_hash": self._settings["tasks_sha256"], "world_size": self._world.size}
-            self._tracker.log_tags({**environment_tags(), **data, "sandbox": "; ".join(self._sandbox.layers)})
-            self._say(f"tracking in {self._tracker.where}")
-        if self._resume == "no":  # what overwrite=true replaces goes only now that nothing can refuse any more
-            shutil.rmtree(self._output_dir / "journals", ignore_errors=True)
-            for name in ("samples.jsonl", "results.json", "report.md", "timings.json", run_file.name):
-                (self._output_dir / name).unlink(missing_ok=True)
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
-        if self._tracker:
-            run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation
@@ -315,31 +302,24 @@ class EvalCodeContestsRecipe:
             title=self._name, prompts=prompts, timings={"ranks": timings},
         )  # fmt: skip
         for line in headline(results):
-            self._say(line)
-        self._say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
-        if self._tracker:
-            metrics = {}
-            for metric, figure in results["temperatures"][results["fixed_temperature"]]["metrics"].items():
-                name = f"eval/{self._name}/{metric}"
-                metrics |= {name: figure["estimate"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
-            self._tracker.log_metrics(metrics, step=0)
-            for name in ("report.md", "results.json", "samples.jsonl"):
-                self._tracker.log_artifact(self._output_dir / name)
+            self._log.say(line)
+        self._log.say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
+        metrics = {}
+        for metric, figure in results["temperatures"][results["fixed_temperature"]]["metrics"].items():
+            name = f"eval/{self._name}/{metric}"
+            metrics |= {name: figure["estimate"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
+        files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl"))
+        self._log.result(metrics, *files)
         return results
 
     def _wanted(self, sample: Sample) -> bool:
         """Earlier samples that this config no longer asks for stay in the journal and out of the result."""
         return sample.temperature in self._temperatures and sample.sample < self._num_samples
 
-    def _say(self, line: str) -> None:
-        if self._world.is_main:
-            tqdm.write(line, file=sys.stderr)
-
     def cleanup(self, status: str = "FINISHED") -> None:
         """End the judge's processes and the MLflow run, and leave the process group."""
         self._sandbox.close()
-        if self._tracker:
-            self._tracker.close(status)
+        self._log.close(status)
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()

@@ -8,12 +8,11 @@ plain and self-speculative, on the held-out prompts, with the share of drafts th
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import config
 from tqdm import tqdm
 
@@ -22,8 +21,8 @@ from wmtp.data import held_out_batches, pack
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
-from wmtp.models import load_checkpoint, resolve_checkpoint, teacher_forced
-from wmtp.tracking import environment_tags
+from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
+from wmtp.run_log import RunLog
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -55,7 +54,8 @@ class EvalHeadsRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
-        holds_run = check_output_dir(self._output_dir, "a run", overwrite=self._overwrite)
+        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
+        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite)
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._documents = build(self._dataset_cfg, self._tokenizer, where="dataset")
@@ -71,24 +71,21 @@ class EvalHeadsRecipe:
         if self._seq_len > self._model.max_seq_len:
             raise ConfigError(f"seq_len {self._seq_len} is longer than model.max_seq_len {self._model.max_seq_len}")
         if path is None:
-            self._say("checkpoint=null: the model's weights are random")
+            self._log.say("checkpoint=null: the model's weights are random")
             self._model.to(self._world.device)
         else:
             load_checkpoint(self._model, path, device=self._world.device)
         self._model.requires_grad_(False).eval()
-        gather_objects(None)  # every rank has checked the folder before rank 0 changes it
-        self._tracker = None
-        if not self._world.is_main:
-            return
-        if self._tracking_cfg is not None:
-            self._tracker = build(self._tracking_cfg, where="tracking")
-            self._tracker.log_config(self._cfg)
-            data = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
-            self._tracker.log_tags({**environment_tags(), **data})
-        if holds_run:
-            shutil.rmtree(self._output_dir)
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
+        tags = {} if path is None or not self._world.is_main else model_tags(path)
+        self._log.start(
+            self._cfg,
+            recipe=Path(__file__).stem,
+            method="eval",
+            dataset="heads",
+            data_sha256=self._data.fingerprint,
+            tags={**tags, "wmtp.evaluation": "heads"},
+            replaces=("heads.json",),
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
@@ -158,21 +155,14 @@ class EvalHeadsRecipe:
             lines.append(f"{name:>8}  " + "  ".join(f"{figure} {value:.3f}" for figure, value in figures.items()))
         lines.append(f"wrote {self._output_dir}/heads.json")
         for line in lines:
-            self._say(line)
-        if self._tracker:
-            flat = {f"eval/heads/{view}/{name}": value for view in quality for name, value in quality[view].items()}
-            flat |= {f"eval/heads/{view}/{name}": value for view in speed for name, value in speed[view].items()}
-            self._tracker.log_metrics(flat, step=0)
-            self._tracker.log_artifact(self._output_dir / "heads.json")
-
-    def _say(self, line: str) -> None:
-        if self._world.is_main:
-            tqdm.write(line, file=sys.stderr)
+            self._log.say(line)
+        views = (*quality.items(), *speed.items())
+        flat = {f"eval/heads/{view}/{name}": value for view, figures in views for name, value in figures.items()}
+        self._log.result(flat, self._output_dir / "heads.json")
 
     def cleanup(self, status: str = "FINISHED") -> None:
         """End the MLflow run and leave the process group."""
-        if self._tracker:
-            self._tracker.close(status)
+        self._log.close(status)
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()

@@ -33,7 +33,7 @@ from wmtp.models import (
     resolve_checkpoint,
     shard_model,
 )
-from wmtp.run_log import RunLog
+from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,7 +105,7 @@ class FullFinetuneRecipeWMTP:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
-        self._log = RunLog(self._output_dir, is_main=self._world.is_main)
+        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
@@ -140,12 +140,14 @@ class FullFinetuneRecipeWMTP:
         self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints)
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
-        tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
         self._log.start(
             self._cfg,
-            self._tracking_cfg,
-            tags=tags,
+            recipe=Path(__file__).stem,
+            method=builder_name(self._weighting_cfg),
+            dataset=builder_name(self._dataset_cfg),
+            data_sha256=self._data.fingerprint,
             step=self._step,
+            resumed=self._resume_from is not None,
             run_id=run_id,
             replaces=("checkpoints", "export", "token_weights"),
         )
@@ -383,7 +385,7 @@ class FullFinetuneRecipeWMTP:
             shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
         gather_objects(None)
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, dtype=self._export_dtype)
-        self._log.say(f"exported to {folder}")
+        self._log.exported(folder, self._step)
 
     def cleanup(self, status: str = "FINISHED") -> None:
         """End the MLflow run and leave the process group."""

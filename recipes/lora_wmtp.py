@@ -40,7 +40,7 @@ from wmtp.models import (
     save_adapter,
     shard_model,
 )
-from wmtp.run_log import RunLog
+from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 from wmtp.trunk_states import keep_trunk_states
 
@@ -117,7 +117,7 @@ class LoRARecipeWMTP:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
-        self._log = RunLog(self._output_dir, is_main=self._world.is_main)
+        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
@@ -157,12 +157,15 @@ class LoRARecipeWMTP:
             run_id = self._restore(self._resume_from)
         elif self._adapter is not None:
             load_adapter(self._model, resolve_checkpoint(self._adapter), base_weights=self._base["base_weights"])
-        tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._base}
         self._log.start(
             self._cfg,
-            self._tracking_cfg,
-            tags=tags,
+            recipe=Path(__file__).stem,
+            method=builder_name(self._weighting_cfg),
+            dataset=builder_name(self._dataset_cfg),
+            data_sha256=self._data.fingerprint,
+            tags=self._base,
             step=self._step,
+            resumed=self._resume_from is not None,
             run_id=run_id,
             replaces=("checkpoints", "adapter", "export", "token_weights"),
         )
@@ -424,12 +427,12 @@ class LoRARecipeWMTP:
         gather_objects(None)
         base = {"base_weights": self._base["base_weights"], "base_name": self._checkpoint}
         save_adapter(self._model, adapter, **base)
-        self._log.say(f"adapter in {adapter}")
+        self._log.exported(adapter, self._step)
         if self._merged_dtype is None:
             return
         merging = {"dtype": self._merged_dtype, "merge_quantized": self._merge_quantized}
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, **merging)
-        self._log.say(f"exported to {folder}")
+        self._log.exported(folder, self._step)
 
     def cleanup(self, status: str = "FINISHED") -> None:
         """End the MLflow run and leave the process group."""

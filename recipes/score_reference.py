@@ -14,8 +14,6 @@ same, byte for byte, at any number of processes and after any kill; otherwise, a
 tolerance.
 """
 
-import json
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -52,8 +50,8 @@ from wmtp.models import (
     shard_model,
     value_tokenizer,
 )
+from wmtp.run_log import RunLog, builder_name
 from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
-from wmtp.tracking import environment_tags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -97,6 +95,7 @@ class ScoreReferenceRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
+        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
         self._check_output_dir()
         path = resolve_checkpoint(self._checkpoint or self._value_model_path)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
@@ -109,10 +108,19 @@ class ScoreReferenceRecipe:
         self._model = self._build_model(path)
         self._binding = self._what_decides_a_score(path)
         self._complete = self._check_parts()
-        gather_objects(None)  # every rank has checked and read before any of them writes
-        self._tracker = None
+        self._log.start(
+            self._cfg,
+            recipe=Path(__file__).stem,
+            method="score_reference",
+            dataset=builder_name(self._dataset_cfg),
+            data_sha256=None,  # the whole data have been read only at the end
+            tags={"wmtp.model_sha256": self._binding["model"]["checkpoint_sha256"]},
+            resumed=self._resume != "no",
+            replaces=(MANIFEST, "data"),
+        )
         if self._world.is_main:
-            self._start()
+            for torn in self._output_dir.rglob("*.tmp"):
+                torn.unlink()
         gather_objects(None)
 
     def _check_output_dir(self) -> None:
@@ -166,28 +174,6 @@ class ScoreReferenceRecipe:
         complete = (self._output_dir / MANIFEST).exists()
         return len(read_manifest(self._output_dir)["parts"]) if complete else None
 
-    def _start(self) -> None:
-        """From here on the scoring exists on disk: everything before could fail without a trace."""
-        run_file = self._output_dir / "mlflow_run.json"
-        if self._tracking_cfg is not None:
-            resumed = self._resume != "no" and run_file.exists()
-            run_id = json.loads(run_file.read_text())["run_id"] if resumed else None
-            self._tracker = build(self._tracking_cfg, where="tracking", run_id=run_id)
-            self._tracker.log_config(self._cfg)
-            made_by = {"checkpoint_sha256": self._binding["model"]["checkpoint_sha256"], "world_size": self._world.size}
-            self._tracker.log_tags({**environment_tags(), **made_by})
-            self._say(f"tracking in {self._tracker.where}")
-        if self._resume == "no":  # what overwrite=true replaces goes only now that nothing can refuse any more
-            (self._output_dir / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(self._output_dir / "data", ignore_errors=True)
-            run_file.unlink(missing_ok=True)
-        self._output_dir.mkdir(parents=True, exist_ok=True)
-        for torn in self._output_dir.rglob("*.tmp"):
-            torn.unlink()
-        OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
-        if self._tracker:
-            run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
-
     # ------------------------------------------------------------------------------------------------------------------
     # Scoring
 
@@ -199,7 +185,7 @@ class ScoreReferenceRecipe:
         self._progress = tqdm(total=total, disable=not self._world.is_main, desc="score", unit="document")
         rank, size = self._world.rank, self._world.size
         if total is not None and total <= self._documents_per_part * (size - 1):
-            self._say(f"{total} documents are too few parts for {size} processes; lower documents_per_part")
+            self._log.say(f"{total} documents are too few parts for {size} processes; lower documents_per_part")
         self._reader = PartReader(self._dataset, self._documents_per_part, lambda number: number % size == rank)
         entries = {}
         for part, rows, entry in prefetch(map(self._prepare, self._reader)):
@@ -330,25 +316,17 @@ class ScoreReferenceRecipe:
         line += f"parts{f' ({kept} were there)' * bool(kept)}, {name} {manifest['mean']:.4f}"
         if data["cut_documents"]:
             line += f", {data['cut_documents']} documents cut to {self._seq_len} tokens"
-        self._say(f"{line}, {scored_now / seconds:.0f} tokens/s")
-        self._say(f"wrote {self._output_dir / MANIFEST}")
-        if self._tracker:
-            metrics = {f"score/{key}": data[key] for key in ("documents", "tokens", "targets", "cut_documents")}
-            metrics[f"score/{name.replace(' ', '_').lower()}"] = manifest["mean"]
-            metrics["score/tokens_per_second"] = scored_now / seconds
-            self._tracker.log_metrics(metrics, step=0)
-            self._tracker.log_tags({"data_hash": data["sha256"]})
-            self._tracker.log_artifact(self._output_dir / MANIFEST)
+        self._log.say(f"{line}, {scored_now / seconds:.0f} tokens/s")
+        self._log.say(f"wrote {self._output_dir / MANIFEST}")
+        metrics = {f"score/{key}": data[key] for key in ("documents", "tokens", "targets", "cut_documents")}
+        metrics[f"score/{name.replace(' ', '_').lower()}"] = manifest["mean"]
+        metrics["score/tokens_per_second"] = scored_now / seconds
+        self._log.result(metrics, self._output_dir / MANIFEST, tags={"wmtp.data_sha256": data["sha256"]})
         return manifest
-
-    def _say(self, line: str) -> None:
-        if self._world.is_main:
-            tqdm.write(line, file=sys.stderr)
 
     def cleanup(self, status: str = "FINISHED") -> None:
         """End the MLflow run and leave the process group."""
-        if self._tracker:
-            self._tracker.close(status)
+        self._log.close(status)
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()

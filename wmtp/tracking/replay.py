@@ -1,0 +1,62 @@
+"""Sending what a run left behind, without the run."""
+
+from pathlib import Path
+
+from wmtp.secrets import mask_secrets
+from wmtp.tracking.delivery import Delivery, Postponed, Refused, deliver, one_line
+from wmtp.tracking.spool import Spool, read_run
+from wmtp.tracking.store import check_store, store_uri
+
+
+def replay(output_dir: Path, uri: str | None = None) -> str:
+    """Send what a run left unsent; returns one line that says what was done.
+
+    A run whose process was killed is ended as KILLED. To replay twice changes nothing.
+
+    Args:
+        output_dir: the run's folder.
+        uri: the store; by default the run's own, ``$MLFLOW_TRACKING_URI`` where the run was told it by the environment.
+
+    Raises:
+        ValueError: no spool there, a run that is under way, or a store that refuses or does not answer.
+    """
+    if not read_run(output_dir):
+        raise ValueError(f"{output_dir} holds no tracking_spool of a run; give the output_dir of a tracked run")
+    spool = Spool(output_dir)
+    try:
+        run, count = spool.run, spool.count_unsent()
+        uri = uri or (run["tracking_uri"] if run["uri_in_config"] else store_uri())
+        if count == 0 and run.get("run_id"):
+            return f"nothing to send: run {run['run_id']} has everything"
+        records = spool.unsent(limit=10**9)
+        if records and records[-1][0]["kind"] != "status":
+            spool.append({"kind": "status", "status": "KILLED", "time": records[-1][0]["time"]})
+        check_store(uri)
+        delivery = Delivery(uri, run, output_dir)
+        try:
+            spool.set_run(run_id=delivery.open_run())
+            _deliver_all(spool, delivery)
+        except Refused:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"{spool.count_unsent()} of {count} records of {output_dir} are still unsent: {one_line(error)}; try "
+                "again when the store answers"
+            ) from error
+        return f"sent {count} records of {output_dir} to run {delivery.run_id} in {mask_secrets(uri)}"
+    finally:
+        spool.close()
+
+
+def _deliver_all(spool: Spool, delivery: Delivery) -> None:
+    """Until nothing is left, or all that is left are artifacts of which each failed once."""
+    postponed = 0
+    while True:
+        try:
+            if not deliver(spool, delivery):
+                return
+            postponed = 0
+        except Postponed:
+            postponed += 1
+            if postponed >= spool.count_unsent():
+                raise

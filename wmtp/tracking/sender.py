@@ -1,0 +1,165 @@
+"""The thread that sends a run's records: in order, again and again until the store has them."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from wmtp.tracking.delivery import Delivery, Refused, deliver, one_line
+from wmtp.tracking.spool import Spool
+
+_SECONDS_BETWEEN_BATCHES = 1.0
+_LONGEST_WAIT = 60.0  # of the back-off: 1, 2, 4, ... seconds
+_LONGEST_WAIT_AT_END = 2.0
+_UPLOAD_BYTES_PER_SECOND = 10e6  # the slowest upload that close() takes for alive
+
+
+class Sender:
+    """A thread that sends a run's records and outlives every mood of the store.
+
+    Args:
+        delivery: the store's side of the run.
+        say: called with a line when the store fails and when it is back.
+    """
+
+    def __init__(self, delivery: Delivery, say: Callable[[str], None]) -> None:
+        self._delivery, self._say = delivery, say
+        self._spool: Spool | None = None
+        self._changed = threading.Condition()
+        self._connected = self._opened = self._idle = self._closing = self._stopped = False
+        self._awaited = True  # the run has not begun: a refusal can still stop it
+        self._refused: str | None = None
+        self._failure: str | None = None
+        self._last_success = time.monotonic()
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the last try failed, None where it did not."""
+        return self._failure
+
+    def wait_connected(self, seconds: float) -> None:
+        """Return when the store has answered, has failed, or after so many seconds.
+
+        Raises:
+            ValueError: it refused.
+        """
+        self._wait(lambda: self._connected, seconds)
+
+    def start(self, spool: Spool, seconds: float) -> None:
+        """Begin to send; return when the run has its id, when the store has failed, or after so many seconds.
+
+        Raises:
+            ValueError: the store refused.
+        """
+        with self._changed:
+            self._spool = spool
+            self._changed.notify_all()
+        self._wait(lambda: self._opened, seconds)
+        self._awaited = False
+
+    def _wait(self, reached: Callable[[], bool], seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: reached() or self._refused or self._failure, seconds)
+            if self._refused:
+                raise ValueError(self._refused)
+
+    def close(self, seconds: float) -> int:
+        """Send what is left, giving up when nothing went through for so many seconds; how many records are left."""
+        with self._changed:
+            self._closing, self._idle = True, False
+            self._last_success = time.monotonic()
+            self._changed.notify_all()
+            while not self._idle and self._thread.is_alive():
+                left = self._last_success + seconds + self._seconds_of_uploads() - time.monotonic()
+                if left <= 0:
+                    break
+                self._changed.wait(min(left, 1.0))
+        self.stop()
+        left = self._spool.count_unsent()
+        self._spool.close()
+        return left
+
+    def stop(self) -> None:
+        """End the thread, at once or after the request that is under way."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _seconds_of_uploads(self) -> float:
+        """What the artifact under way may take beside: a large file gives no sign of life."""
+        waiting = self._spool.unsent(1)
+        if not waiting or waiting[0][0]["kind"] != "artifact" or self._failure:
+            return 0.0
+        path = self._spool.output_dir / waiting[0][0]["path"]
+        files = path.rglob("*") if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files if file.is_file()) / _UPLOAD_BYTES_PER_SECOND
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # In the thread
+
+    def _work(self) -> None:
+        delay = 0.0
+        while not self._stopped:
+            try:
+                if not self._connected:
+                    self._delivery.connect()
+                    self._succeeded("_connected")
+                elif self._spool is None:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._spool is not None or self._stopped)
+                    continue
+                elif not self._opened:
+                    self._spool.set_run(run_id=self._delivery.open_run())
+                    self._succeeded("_opened")
+                elif deliver(self._spool, self._delivery):
+                    self._succeeded()
+                    if not self._closing:
+                        self._sleep(_SECONDS_BETWEEN_BATCHES)
+                else:
+                    self._succeeded("_idle")
+                    self._sleep(_SECONDS_BETWEEN_BATCHES)
+                delay = 0.0
+            except Refused as error:
+                if self._awaited:
+                    with self._changed:
+                        self._refused = str(error)
+                        self._changed.notify_all()
+                    return
+                delay = self._failed(error, delay)
+            except Exception as error:  # the library and each kind of store have errors of their own
+                delay = self._failed(error, delay)
+
+    def _succeeded(self, reached: str | None = None) -> None:
+        with self._changed:
+            if self._failure and self._connected:
+                self._say("tracking: the store answers again")
+                self._failure = None
+            self._last_success = time.monotonic()
+            if reached == "_idle":
+                self._idle = not self._spool.unsent(1)
+            elif reached:
+                setattr(self, reached, True)
+            self._changed.notify_all()
+
+    def _failed(self, error: Exception, delay: float) -> float:
+        if self._stopped:
+            return delay
+        delay = min(max(1.0, 2 * delay), _LONGEST_WAIT)
+        with self._changed:
+            if self._failure is None and not self._closing:
+                self._say(
+                    f"tracking: the store does not take what it is sent ({one_line(error)}); the run goes on, all is "
+                    "kept in its tracking_spool and sent again"
+                )
+            self._failure = one_line(error)
+            self._changed.notify_all()
+        self._sleep(delay)
+        return delay
+
+    def _sleep(self, seconds: float) -> None:
+        with self._changed:
+            if self._closing:
+                seconds = min(seconds, _LONGEST_WAIT_AT_END)
+            if not (self._closing and self._idle):
+                self._changed.wait_for(lambda: self._stopped or (self._closing and not self._idle), seconds)

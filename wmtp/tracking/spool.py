@@ -1,0 +1,139 @@
+"""What a run has to tell MLflow, on disk until the store has it.
+
+    <output_dir>/tracking_spool/run.json        which run: experiment, name, key, and its id once the store gave one
+    <output_dir>/tracking_spool/000001.jsonl    records, one a line, of the run's first process; 000002 of the next
+    <output_dir>/tracking_spool/sent.json       up to where the store has them
+    <output_dir>/tracking_spool/refused.jsonl   records that the store can never take, with its reason
+
+A record is written before the call that makes it returns, without waiting for the disk: a killed process loses none, a
+machine that loses power may lose the last seconds. To send a record twice changes nothing, so `sent.json` may lag.
+"""
+
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+
+FOLDER = "tracking_spool"
+
+
+class Spool:
+    """The spool of one run, open in one process at a time.
+
+    Args:
+        output_dir: the run's folder.
+
+    Raises:
+        ValueError: another process has it open.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir, self.folder = output_dir, output_dir / FOLDER
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock_file = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise ValueError(f"{self.folder} is in use by another process; wait until its run has ended") from None
+        self._writing = threading.Lock()
+        self._file, self._closed = None, False
+        numbers = self._numbers()
+        self._next = numbers[-1] + 1 if numbers else 1
+        self._position = self._read_position()
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The run
+
+    @property
+    def run(self) -> dict:
+        """What run.json says; empty for a run that has not begun."""
+        return read_run(self.output_dir)
+
+    def set_run(self, **facts: object) -> None:
+        """Change facts of run.json, which is whole at every moment."""
+        write_whole(self.folder / "run.json", {**self.run, **facts})
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Records
+
+    def append(self, record: dict) -> None:
+        """Write a record down. Any thread may call it."""
+        line = (json.dumps(record) + "\n").encode()
+        with self._writing:
+            if self._file is None:
+                self._file = (self.folder / f"{self._next:06d}.jsonl").open("ab", buffering=0)
+            self._file.write(line)
+
+    def unsent(self, limit: int) -> list[tuple[dict, tuple[int, int]]]:
+        """The next records to send, at most so many, each with the position to give to :meth:`mark_sent`."""
+        found: list[tuple[dict, tuple[int, int]]] = []
+        number, offset = self._position
+        for current in self._numbers():
+            if current < number:
+                continue
+            offset = offset if current == number else 0
+            with (self.folder / f"{current:06d}.jsonl").open("rb") as file:
+                file.seek(offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # being written, or torn when its process was killed: then the next file goes on
+                    offset += len(line)
+                    found.append((json.loads(line), (current, offset)))
+                    if len(found) == limit:
+                        return found
+        return found
+
+    def count_unsent(self) -> int:
+        return len(self.unsent(limit=10**9))
+
+    def mark_sent(self, position: tuple[int, int]) -> None:
+        """The store has all records up to here. Without effect after :meth:`close`: another process may go on."""
+        if self._closed:
+            return
+        self._position = position
+        write_whole(self.folder / "sent.json", {"file": position[0], "offset": position[1]})
+        for number in self._numbers():
+            if number < position[0]:
+                (self.folder / f"{number:06d}.jsonl").unlink()
+
+    def refuse(self, record: dict, why: str) -> None:
+        """Keep a record that the store can never take out of the way of those behind it."""
+        with (self.folder / "refused.jsonl").open("a") as file:
+            file.write(json.dumps({"why": why, **record}) + "\n")
+
+    def close(self) -> None:
+        """Let another process open it; a spool without anything unsent keeps run.json alone."""
+        self._closed = True
+        with self._writing:
+            if self._file is not None:
+                self._file.close()
+        if not self.unsent(limit=1):
+            for number in self._numbers():
+                (self.folder / f"{number:06d}.jsonl").unlink()
+            (self.folder / "sent.json").unlink(missing_ok=True)
+        self._lock_file.close()
+
+    def _numbers(self) -> list[int]:
+        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
+
+    def _read_position(self) -> tuple[int, int]:
+        file = self.folder / "sent.json"
+        if not file.exists():
+            return (0, 0)
+        position = json.loads(file.read_text())
+        return (position["file"], position["offset"])
+
+
+def read_run(output_dir: Path) -> dict:
+    """What a folder's spool says about its run, without opening it; empty where there is none."""
+    file = output_dir / FOLDER / "run.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def write_whole(path: Path, value: dict) -> None:
+    """Write a JSON file that is the old one or the new one at every moment."""
+    written = path.with_name(path.name + ".tmp")
+    written.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(written, path)

@@ -1,0 +1,119 @@
+"""Which MLflow store a process talks to, how it is opened, and the names it accepts."""
+
+import base64
+import http.client
+import os
+import re
+import urllib.error
+import urllib.request
+from importlib.metadata import entry_points
+from pathlib import Path
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+from wmtp.secrets import mask_secrets
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+MAX_PARAM = 6000  # characters of a param's value that MLflow keeps
+MAX_TAG = 8000
+MAX_NAME = 250
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_PROBE_SECONDS = 5.0
+
+_of_config: str | None = None
+
+
+def use_store(uri: str | None) -> None:
+    """Make the store of a config this process's own: where its run goes, ``runs:/`` and ``models:/`` names are read."""
+    global _of_config
+    _of_config = uri
+
+
+def store_uri() -> str:
+    """The store of the config (:func:`use_store`), else ``$MLFLOW_TRACKING_URI``, else sqlite:///mlflow.db here."""
+    return _of_config or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def absolute(uri: str) -> str:
+    """The URI with a SQLite file's whole path: what is written down must hold in another working directory."""
+    file = sqlite_file(uri)
+    return uri if file is None else f"sqlite:///{file.absolute()}"
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The file of a SQLite store, None for any other."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+def check_store(uri: str) -> None:
+    """Refuse a store that can never be used. One that is down or slow is none of these: runs go on without it.
+
+    Raises:
+        ValueError: no kind of MLflow store, a SQLite file that cannot be one, or credentials that a server refuses.
+    """
+    shown, scheme = mask_secrets(uri), uri.partition(":")[0].partition("+")[0].lower()
+    where = f"tracking_uri {shown!r}"
+    if scheme == "s3":
+        raise ValueError(f"{where} is no MLflow store; S3 holds artifacts: set artifact_location to it instead")
+    known = ("http", "https", "databricks", *_DATABASES)
+    if scheme not in known and scheme not in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
+        raise ValueError(f"{where} is no MLflow store; use sqlite:///FILE, a database or http(s)://HOST")
+    file = sqlite_file(uri)
+    if file is not None and not file.parent.is_dir():
+        raise ValueError(f"{where}: the folder {file.parent} does not exist; make it, or give another file")
+    if file is not None and file.is_dir():
+        raise ValueError(f"{where}: {file} is a folder; give a file in it, such as {file / 'mlflow.db'}")
+    if file is not None and file.exists() and file.stat().st_size:
+        with file.open("rb") as start:
+            if start.read(16) != b"SQLite format 3\0":
+                raise ValueError(f"{where}: {file} is no SQLite file; give another")
+    if scheme in ("http", "https"):
+        if not urlsplit(uri).hostname:
+            raise ValueError(f"{where} names no host; use http(s)://HOST:PORT")
+        _check_credentials(uri, where)
+
+
+def refused_credentials(where: str, status: int) -> str:
+    """What to say of a store that answers 401 or 403."""
+    return (
+        f"{where} refuses the credentials (HTTP {status}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+        "or MLFLOW_TRACKING_TOKEN"
+    )
+
+
+def _check_credentials(uri: str, where: str) -> None:
+    """One request without mlflow, whose import would take seconds: only a clear no counts here."""
+    if os.environ.get("MLFLOW_TRACKING_AUTH") or os.environ.get("MLFLOW_TRACKING_AWS_SIGV4"):
+        return  # requests are signed in ways that only mlflow knows
+    parts = urlsplit(uri)
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or unquote(parts.username or "")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or unquote(parts.password or "")
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
+    request = urllib.request.Request(f"{plain}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default")
+    if user:
+        request.add_header("Authorization", f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}")
+    elif token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ValueError(refused_credentials(where, error.code)) from None
+    except (OSError, http.client.HTTPException):
+        return  # down or slow: the sender tries again and says so
+
+
+def mlflow_client(uri: str):
+    """An `MlflowClient`. mlflow's own patience is cut down to what a caller that tries again needs."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # mlflow's 7 retries take minutes
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def entity_name(name: str) -> str:
+    """A metric's or param's name as MLflow accepts it: ``pass@1`` becomes ``pass_at_1``, other signs ``_``."""
+    name = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
+    parts = [part if part.strip(".") else "_" * len(part) for part in name.split("/") if part]
+    return "/".join(parts)[:MAX_NAME].rstrip("/") or "_"
