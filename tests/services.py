@@ -1,14 +1,20 @@
 """The real servers that tests talk to, as processes on free ports."""
 
+import atexit
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 
 AWS_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -58,3 +64,79 @@ def _wait_until_it_answers(process: subprocess.Popen, url: str, seconds: float =
         except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"{url} did not answer in {seconds} s")
+
+
+class MlflowServer:
+    """A real `mlflow server` on one port and one SQLite file, whatever happens to its processes.
+
+    Args:
+        folder: for its database, and its artifacts where they go to no other place.
+        artifacts: where the server puts artifacts: `s3://bucket/prefix`, or None for `folder`.
+        environment: of the server, beside this process's own.
+    """
+
+    def __init__(
+        self, folder: Path, *, artifacts: str | None = None, environment: dict[str, str] | None = None
+    ) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        self._command += ["--backend-store-uri", new_store(folder), "--workers", "1"]
+        self._command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+        self._environment = {**os.environ, **(environment or {})}
+        self._process: subprocess.Popen | None = None
+
+    def start(self, *, wait: bool = True) -> None:
+        # A session of its own: the server's workers are stopped with it.
+        self._process = subprocess.Popen(
+            self._command, env=self._environment, start_new_session=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        _wait_until_it_answers(self._process, f"{self.url}/health", seconds=180)
+
+    def pause(self) -> None:
+        """It takes connections and answers nothing."""
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        os.killpg(self._process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def mlflow_server(
+    folder: Path, *, artifacts: str | None = None, environment: dict[str, str] | None = None
+) -> Iterator[MlflowServer]:
+    """A running :class:`MlflowServer`; its address is its `url`."""
+    server = MlflowServer(folder, artifacts=artifacts, environment=environment)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.kill()
+
+
+@cache
+def _empty_store() -> Path:
+    from mlflow.tracking import MlflowClient
+
+    folder = Path(tempfile.mkdtemp(prefix="mlflow-store-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return folder / "mlflow.db"
+
+
+def new_store(folder: Path) -> str:
+    """The URI of an empty SQLite store in a folder: a copy, since mlflow takes seconds to lay out a new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(_empty_store(), folder / "mlflow.db")
+    return f"sqlite:///{folder}/mlflow.db"

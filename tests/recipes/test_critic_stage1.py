@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import start
+from services import new_store
 
 from recipes.critic_stage1 import CriticStage1Recipe
 from runs import ROOT, read_metrics
@@ -295,7 +296,7 @@ def test_two_processes_equal_one_and_a_killed_run_goes_on_bit_for_bit(critic_con
 
 
 def test_mlflow_holds_the_report_and_the_value_model_which_loads_by_its_run(critic_config, tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     tracking["artifact_location"] = str(tmp_path / "artifacts")
     recipe, _ = run(critic_config(max_steps=2, save_every=None, tracking=tracking, log_model=True))
@@ -304,9 +305,10 @@ def test_mlflow_holds_the_report_and_the_value_model_which_loads_by_its_run(crit
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = MlflowClient(uri)
     (found,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
-    assert {"data_hash", "backbone_weights", "git_commit"} <= set(found.data.tags)
+    assert {"wmtp.data_sha256", "backbone_weights", "wmtp.git_commit"} <= set(found.data.tags)
     assert found.data.metrics["final/length_only/pairwise_accuracy"] == 0.5
-    assert {a.path for a in client.list_artifacts(found.info.run_id)} == {"config.yaml", "report.md", "value_model"}
+    there = {a.path for a in client.list_artifacts(found.info.run_id)} - {"git_diff.patch"}
+    assert there == {"config.yaml", "report.md", "value_model"}
 
     name = f"runs:/{found.info.run_id}/value_model"
     fetched = resolve_checkpoint(name)

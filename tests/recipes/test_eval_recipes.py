@@ -13,6 +13,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
+from services import new_store
 
 from runs import ROOT
 from wmtp.data import packaged_functions, packaged_programs
@@ -143,7 +144,7 @@ def test_more_samples_are_added_to_those_that_are_there(tiny_config):
 
 
 def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), temperatures=[0.0], fixed_temperature=None)
     cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     cfg.tracking.artifact_location = str(tmp_path / "artifacts")
@@ -153,15 +154,15 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
     recipe.setup()
     recipe.evaluate()
     recipe.report()
-    recipe._tracker.close()
+    recipe._log.close()
     recipe._sandbox.close()
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert run.data.metrics["eval/packaged_functions/pass_at_1"] == 0.5
-    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {
         "config.yaml", "report.md", "results.json", "samples.jsonl"
     }  # fmt: skip
-    assert {"git_commit", "data_hash", "sandbox"} <= set(run.data.tags)
+    assert {"wmtp.git_commit", "wmtp.data_sha256", "wmtp.sandbox"} <= set(run.data.tags)
 
 
 @pytest.mark.parametrize(

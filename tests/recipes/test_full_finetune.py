@@ -14,6 +14,7 @@ import torch
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
+from services import new_store
 from transformers import AutoModelForCausalLM
 
 from runs import ROOT, read_metrics
@@ -21,6 +22,9 @@ from wmtp.checkpoint import complete_checkpoints, latest_checkpoint, verify_mani
 from wmtp.config import StopTraining
 from wmtp.data import hf_tokenizer
 from wmtp.models import from_checkpoint, load_checkpoint
+
+TAGS = ("git_commit", "git_dirty", "config_sha256", "data_sha256", "packages", "python", "hardware", "world_size")
+TAGS += ("recipe", "method", "dataset")
 
 
 def losses(metrics):
@@ -196,7 +200,7 @@ def test_memory_and_speed_options_change_nothing_but_memory_and_speed(tiny_confi
 
 
 def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(tiny_config, run_recipe, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     tracking["artifact_location"] = str(tmp_path / "artifacts")
     from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
@@ -212,14 +216,14 @@ def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(ti
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert run.info.status == "FINISHED"
     assert run.data.params["model.num_future_tokens"] == "2"
-    assert {"git_commit", "data_hash", "packages", "hardware", "world_size"} <= set(run.data.tags)
+    assert {f"wmtp.{name}" for name in TAGS} <= set(run.data.tags)
     history = client.get_metric_history(run.info.run_id, "train/loss")
     logged = {m.step: m.value for m in history}
     assert logged == {
         line["step"]: line["train/loss"] for line in read_metrics(recipe._output_dir) if "train/loss" in line
     }
     assert sorted(logged) == [1, 2, 3, 4, 5, 6]
-    assert [a.path for a in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {"config.yaml"}
 
 
 def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):

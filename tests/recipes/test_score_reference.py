@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import psutil
 import pytest
 import torch
 import torch.nn.functional as F
+from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from random_models import random_decoder
+from services import new_store
 
 from recipes.score_reference import ScoreReferenceRecipe
 from runs import ROOT
@@ -80,7 +81,9 @@ def run_here(cfg):
     """Score in this process; the manifest."""
     recipe = ScoreReferenceRecipe(cfg)
     recipe.setup()
-    return recipe.report(recipe.score())
+    manifest = recipe.report(recipe.score())
+    recipe._log.close()
+    return manifest
 
 
 def files(output_dir):
@@ -287,37 +290,20 @@ def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(score_config, mode
     assert not Path(cfg.output_dir).exists()
 
 
-class Recorder:
-    """Stands where MLflowLogger stands."""
-
-    runs: ClassVar[list] = []
-
-    def __init__(self, run_id=None):
-        self.run_id, self.where, self.metrics, self.tags, self.artifacts = run_id or "r1", "here", {}, {}, []
-        self.log_config = lambda cfg: None
-        Recorder.runs.append(self)
-
-    def log_tags(self, tags):
-        self.tags |= tags
-
-    def log_metrics(self, metrics, step):
-        self.metrics |= metrics
-
-    def log_artifact(self, path):
-        self.artifacts.append(path.name)
-
-
-def test_tracking_gets_the_totals_and_the_manifest_and_a_resumed_run_goes_on_in_it(tiny_config, models):
+def test_mlflow_holds_the_totals_and_the_manifest_and_a_resumed_run_goes_on_in_it(tiny_config, models, tmp_path):
     """Also the one run of the shipped config on its own dataset, which is in memory."""
+    uri = new_store(tmp_path)
     cfg = tiny_config("score_reference", checkpoint=str(models / "reference"))
-    cfg.tracking = {"_component_": f"{__name__}.Recorder"}
+    cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "tracking_uri": uri}
+    cfg.tracking.artifact_location = str(tmp_path / "artifacts")
     manifest = run_here(cfg)
     assert manifest["data"]["documents"] == cfg.dataset.max_functions and len(manifest["parts"]) == 4
     cfg.resume = True
     run_here(cfg)
-    first, second = Recorder.runs
-    assert first.metrics["score/targets"] == manifest["data"]["targets"]
-    assert first.metrics["score/mean_ce"] == manifest["mean"] and first.metrics["score/tokens_per_second"] > 0
-    assert first.tags["data_hash"] == manifest["data"]["sha256"] and "git_commit" in first.tags
-    assert first.artifacts == ["manifest.json"]
-    assert second.run_id == "r1"
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("wmtp/score_reference/python_functions")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.metrics["score/targets"] == manifest["data"]["targets"]
+    assert run.data.metrics["score/mean_ce"] == manifest["mean"] and run.data.metrics["score/tokens_per_second"] > 0
+    assert run.data.tags["wmtp.data_sha256"] == manifest["data"]["sha256"] and "wmtp.git_commit" in run.data.tags
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "manifest.json"}

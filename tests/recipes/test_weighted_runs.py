@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from services import new_store
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.score_reference import ScoreReferenceRecipe
@@ -108,7 +109,7 @@ def test_every_method_trains_and_logs_its_statistics(train, method):
 
 
 def test_the_token_view_is_written_every_so_many_steps_and_logged(tiny_config, models, tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     cfg = tiny_config("rho1", max_steps=4, reference_checkpoint=str(models / "reference"), token_view__every=2)
     cfg.update(BRIEF | {"token_view": cfg.token_view})
