@@ -22,8 +22,8 @@ class RunLog:
 
     Args:
         output_dir: the run's folder.
-        tracking: the config's tracking section, or None. Its store becomes the process's: names such as
-            ``runs:/ID/export`` are looked up there.
+        tracking: the config's tracking section, or None. Its store is the process's until the run is closed: names
+            such as ``runs:/ID/export`` are looked up there.
         is_main: whether this is rank 0.
         remote: where output_dir is kept beside this machine, ``s3://...``, or None.
 
@@ -164,6 +164,7 @@ class RunLog:
         """End the MLflow run as FINISHED, FAILED or KILLED."""
         if self._tracker:
             self._tracker.close(status)
+        use_store(None)
 
 
 def builder_name(section: DictConfig) -> str:

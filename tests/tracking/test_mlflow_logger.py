@@ -1,0 +1,232 @@
+"""A run's records in a real SQLite store: what arrives, once, whatever was tried before."""
+
+import json
+import math
+
+import pytest
+from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
+from services import new_store
+
+from wmtp.tracking import MLflowLogger, replay
+from wmtp.tracking.delivery import RUN_KEY
+from wmtp.tracking.spool import FOLDER, Spool, read_run
+
+
+@pytest.fixture
+def store(tmp_path):
+    return new_store(tmp_path / "store")
+
+
+@pytest.fixture
+def begin(store, tmp_path):
+    """A logger that has begun; what it said is in `said`."""
+
+    def make(output_dir=tmp_path / "run", *, resumed=False, run_id=None, training_run_id=None, **section):
+        section = {"experiment": "e", "artifact_location": str(tmp_path / "artifacts"), **section}
+        logger = MLflowLogger(tracking_uri=store, **section)
+        logger.said = []
+        names = {"method": "m", "dataset": "d", "training_run_id": training_run_id, "say": logger.said.append}
+        logger.connect(output_dir, resumed=resumed, run_id=run_id, **names)
+        logger.start()
+        return logger
+
+    return make
+
+
+def history(store, run_id, key):
+    return [(m.step, m.value) for m in MlflowClient(store).get_metric_history(run_id, key)]
+
+
+def test_every_kind_of_record_arrives_and_odd_values_do_not_stop_it(begin, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANTED_TOKEN", "planted-token-0123")
+    logger = begin(experiment="{method}/{dataset}", run_name="named")
+    cfg = {"lr": 0.1, "list": [{"a": 1}, 2], "none": None, "long": "x" * 7000, "url": "https://planted-token-0123/x"}
+    logger.log_config(OmegaConf.create(cfg))
+    logger.log_tags({"wmtp.recipe": "test", "long": "y" * 9000})
+    for step in range(3):
+        logger.log_dict({"train/loss": 1 / (step + 3), "pass@1": math.nan}, step)
+    logger.log("big", 10**400, 0)
+    logger.log("big", -math.inf, 1)
+    (tmp_path / "run" / "pages" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "pages" / "deep" / "a.html").write_text("page")
+    (tmp_path / "outside.md").write_text("report")
+    logger.log_artifact(tmp_path / "run" / "pages")
+    logger.log_artifact(tmp_path / "outside.md", "reports")
+    logger.close()
+
+    client = MlflowClient(store)
+    run = client.get_run(logger.run_id)
+    assert client.get_experiment(run.info.experiment_id).name == "m/d"
+    assert (run.info.run_name, run.info.status) == ("named", "FINISHED")
+    params = run.data.params
+    assert {k: params[k] for k in ("lr", "list.0.a", "list.1", "none")} == {
+        "lr": "0.1", "list.0.a": "1", "list.1": "2", "none": "None",
+    }  # fmt: skip
+    assert params["long"] == "x" * 6000 and params["url"] == "https://***/x"
+    assert run.data.tags["wmtp.recipe"] == "test" and run.data.tags["long"] == "y" * 8000
+    assert history(store, logger.run_id, "train/loss") == [(step, 1 / (step + 3)) for step in range(3)]
+    assert [math.isnan(value) for _, value in history(store, logger.run_id, "pass_at_1")] == [True] * 3
+    largest = 1.7976931348623157e308  # SQL knows no infinity
+    assert history(store, logger.run_id, "big") == [(0, largest), (1, -largest)]
+    files = tmp_path / "artifacts" / logger.run_id / "artifacts"
+    assert (files / "pages" / "deep" / "a.html").read_text() == "page"
+    assert (files / "reports" / "outside.md").read_text() == "report"
+    assert "planted" not in (files / "config.yaml").read_text() and "x" * 7000 in (files / "config.yaml").read_text()
+    assert sorted(path.name for path in (tmp_path / "run" / FOLDER).iterdir()) == ["lock", "run.json"]
+    assert logger.said == []
+
+
+def test_a_resumed_run_goes_on_in_the_same_run_and_a_changed_param_is_a_tag(begin, store):
+    first = begin()
+    first.log_config(OmegaConf.create({"max_steps": 4, "lr": 1}))
+    first.log_dict({"loss": 1.0}, 4)
+    first.close("FAILED")
+    second = begin(resumed=True)  # the spool knows the run
+    second.log_config(OmegaConf.create({"max_steps": 8, "lr": 1, "new": 2}))
+    second.log_dict({"loss": 0.5}, 8)
+    second.close()
+    assert second.run_id == first.run_id
+    run = MlflowClient(store).get_run(first.run_id)
+    assert run.data.params == {"max_steps": "4", "lr": "1", "new": "2"}
+    assert run.data.tags["wmtp.resumed_with.max_steps"] == "8" and "wmtp.resumed_with.lr" not in run.data.tags
+    assert history(store, first.run_id, "loss") == [(4, 1.0), (8, 0.5)]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_checkpoint_alone_leads_to_its_run_and_one_that_is_gone_is_refused(begin, tmp_path):
+    first = begin()
+    first.close()
+    again = begin(tmp_path / "other_machine", resumed=True, run_id=first.run_id)
+    again.close()
+    assert again.run_id == first.run_id
+    with pytest.raises(ValueError, match=r"cannot be used: Run with id=0+ not found"):
+        begin(tmp_path / "third", resumed=True, run_id="0" * 32)
+    assert not (tmp_path / "third").exists()
+
+
+def test_runs_can_be_nested(begin, store, tmp_path):
+    parent = begin()
+    parent.close()
+    child = begin(tmp_path / "child", parent_run_id=parent.run_id)
+    child.close()
+    evaluation = begin(tmp_path / "evaluation", parent_run_id="training", training_run_id=parent.run_id)
+    evaluation.close()
+    client = MlflowClient(store)
+    for run in (child, evaluation):
+        assert client.get_run(run.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    with pytest.raises(ValueError, match=r"parent_run_id is training, but the model's folder has no wmtp_run\.json"):
+        begin(tmp_path / "untracked", parent_run_id="training")
+
+
+def test_the_machines_figures_are_logged(begin, store):
+    logger = begin(system_metrics_seconds=0.1)
+    spool = logger._spool
+    while not any(name.startswith("system/") for record, _ in spool.unsent(100) for name in record.get("metrics", ())):
+        assert logger._system._thread.is_alive()
+        logger._system._thread.join(0.05)
+    logger.close()
+    names = set(MlflowClient(store).get_run(logger.run_id).data.metrics)
+    assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names
+    assert any(name.startswith("system/disk") for name in names)
+    assert any(name.startswith("system/network") for name in names)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The spool
+
+
+def left_behind(output_dir, records, **facts):
+    """A spool as a killed process leaves it, which never reached the store."""
+    spool = Spool(output_dir)
+    spool.set_run(experiment="e", key="k1", started=1000, run_id=None, uri_in_config=False, **facts)
+    for record in records:
+        spool.append(record)
+    spool._lock_file.close()
+
+
+METRICS = [
+    {"kind": "metrics", "time": 1000 + step, "step": step, "metrics": {"loss": 1 / 3 + step}} for step in range(5)
+]
+
+
+def test_replay_sends_what_a_killed_run_left_and_twice_changes_nothing(store, tmp_path):
+    left_behind(tmp_path / "run", [{"kind": "tags", "time": 1, "tags": {"t": "1"}}, *METRICS])
+    with (tmp_path / "run" / FOLDER / "000001.jsonl").open("a") as torn:
+        torn.write('{"kind": "metrics", "ti')  # the kill came while this was written
+    copy = {path.name: path.read_bytes() for path in (tmp_path / "run" / FOLDER).iterdir()}
+    said = replay(tmp_path / "run", store)
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("e").experiment_id
+    (run,) = client.search_runs([experiment])
+    assert said.startswith("sent 6 records") and run.info.run_id in said
+    assert (run.info.status, run.info.start_time, run.info.end_time) == ("KILLED", 1000, 1004)
+    assert replay(tmp_path / "run", store).startswith("nothing to send")
+    for name, content in copy.items():  # as if nothing had been noted down: not even the run's id
+        (tmp_path / "run" / FOLDER / name).write_bytes(content)
+    replay(tmp_path / "run", store)
+    assert [run.info.run_id for run in client.search_runs([experiment])] == [run.info.run_id]
+    assert history(store, run.info.run_id, "loss") == [(step, 1 / 3 + step) for step in range(5)]
+    assert run.data.tags[RUN_KEY] == "k1"
+
+
+def test_a_resumed_run_sends_first_what_its_killed_process_left(begin, store, tmp_path):
+    left_behind(tmp_path / "run", METRICS)
+    logger = begin(resumed=True)
+    logger.log_dict({"loss": 9.0}, 9)
+    logger.close()
+    assert read_run(tmp_path / "run")["key"] == "k1"
+    (run,) = MlflowClient(store).search_runs([MlflowClient(store).get_experiment_by_name("e").experiment_id])
+    assert history(store, run.info.run_id, "loss") == [*((step, 1 / 3 + step) for step in range(5)), (9, 9.0)]
+    assert (run.info.run_id, run.info.status) == (logger.run_id, "FINISHED")
+
+
+def test_a_record_that_the_store_never_takes_holds_up_no_other(begin, store, tmp_path):
+    logger = begin()
+    logger.log_artifact(tmp_path / "run" / "gone.txt")
+    logger._spool.append({"kind": "metrics", "time": -1, "step": "no number", "metrics": {"loss": 1.0}})
+    logger.log_dict({"loss": 2.0}, 2)
+    logger.close()
+    assert history(store, logger.run_id, "loss") == [(2, 2.0)]
+    refused = [json.loads(line) for line in (tmp_path / "run" / FOLDER / "refused.jsonl").read_text().splitlines()]
+    assert [record["kind"] for record in refused] == ["artifact", "metrics"] and all(r["why"] for r in refused)
+    assert logger.said == [f"tracking: the store refused 2 records, kept in {tmp_path / 'run' / FOLDER}/refused.jsonl"]
+
+
+def test_artifacts_that_cannot_be_stored_do_not_hold_up_metrics(begin, store, tmp_path):
+    (tmp_path / "artifacts").write_text("a file where the folder would be")
+    logger = begin(flush_seconds=0.5)
+    logger.log_text("text", "note.txt")
+    logger.log_dict({"loss": 2.0}, 2)
+    logger.close()
+    assert history(store, logger.run_id, "loss") == [(2, 2.0)]
+    assert MlflowClient(store).get_run(logger.run_id).info.status == "FINISHED"
+    assert "1 records have not reached" in logger.said[-1] and "tracking replay" in logger.said[-1]
+    (tmp_path / "artifacts").unlink()
+    replay(tmp_path / "run")
+    assert (tmp_path / "artifacts" / logger.run_id / "artifacts" / "note.txt").read_text() == "text"
+
+
+def test_two_processes_never_write_into_one_spool(begin, tmp_path):
+    logger = begin()
+    with pytest.raises(ValueError, match="is in use by another process"):
+        replay(tmp_path / "run")
+    logger.close()
+
+
+def test_a_model_exported_before_its_run_had_an_id_is_told_it(store, tmp_path):
+    file = tmp_path / "run" / "export" / "wmtp_run.json"
+    file.parent.mkdir(parents=True)
+    file.write_text('{"run_id": null, "step": 3}')
+    left_behind(tmp_path / "run", [{"kind": "run_file", "time": 1, "path": "export/wmtp_run.json"}])
+    replay(tmp_path / "run", store)
+    assert json.loads(file.read_text()) == {"run_id": read_run(tmp_path / "run")["run_id"], "step": 3}
+
+
+def test_a_deleted_experiment_is_refused(begin, store, tmp_path):
+    begin().close()
+    client = MlflowClient(store)
+    client.delete_experiment(client.get_experiment_by_name("e").experiment_id)
+    with pytest.raises(ValueError, match="experiment 'e' is deleted in"):
+        begin(tmp_path / "second")
+    assert not (tmp_path / "second").exists()
