@@ -83,19 +83,20 @@ class MlflowServer:
         self._command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
         self._command += ["--backend-store-uri", new_store(folder), "--workers", "1"]
         self._command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
-        self._environment = {**os.environ, **(environment or {})}
+        # Without its job runner, seven more processes that nothing here needs, it starts in half the time.
+        own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._environment = {**os.environ, **own, **(environment or {})}
         self._process: subprocess.Popen | None = None
 
-    def start(self, *, wait: bool = True) -> None:
+    def start(self) -> None:
+        """Return when it answers; at once where it does already."""
+        if self._process is not None:
+            return
         # A session of its own: the server's workers are stopped with it.
         self._process = subprocess.Popen(
             self._command, env=self._environment, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        if wait:
-            self.wait()
-
-    def wait(self) -> None:
         _wait_until_it_answers(self._process, f"{self.url}/health", seconds=180)
 
     def pause(self) -> None:

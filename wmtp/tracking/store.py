@@ -106,6 +106,9 @@ def _check_credentials(uri: str, where: str) -> None:
 def mlflow_client(uri: str):
     """An `MlflowClient`. mlflow's own patience is cut down to what a caller that tries again needs."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # mlflow's 7 retries take minutes
+    os.environ.setdefault(
+        "MLFLOW_DISABLE_TELEMETRY", "true"
+    )  # it would tell mlflow's makers, from a closed cluster too
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow.tracking import MlflowClient
 
