@@ -14,7 +14,7 @@ from wmtp.distributed import gather_objects
 from wmtp.models.resolve import RUN_FILE, checkpoint_sha256
 from wmtp.tracking import code_changes, environment_tags, use_store
 from wmtp.tracking.environment import config_sha256
-from wmtp.tracking.spool import FOLDER
+from wmtp.tracking.spool import FOLDER, read_run
 
 
 class RunLog:
@@ -38,6 +38,7 @@ class RunLog:
         self._file = output_dir / "metrics.jsonl"
         use_store(None if tracking is None else tracking.get("tracking_uri"))
         self._tracker = build(tracking, where="tracking") if is_main else None
+        self._told: dict[int, dict[str, float]] = {}  # what MLflow was told of steps that happen again
 
     @property
     def run_id(self) -> str | None:
@@ -102,21 +103,25 @@ class RunLog:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
-            lines = self._file.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
             self._file.write_text("".join(kept))
+            if read_run(self._output_dir):
+                for figures in map(json.loads, set(lines) - set(kept)):
+                    self._told.setdefault(figures.pop("step"), {}).update(figures)
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         """Write a step's figures down; held-out ones are shown too."""
         if not self._is_main:
             return
+        if self._tracker:
+            told = self._told.get(step, {})  # a run that goes on bit for bit says each loss to MLflow once
+            self._tracker.log_dict({name: value for name, value in metrics.items() if told.get(name) != value}, step)
         with self._file.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if evaluated:
             self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
-        if self._tracker:
-            self._tracker.log_dict(metrics, step)
 
     def result(self, metrics: dict[str, float], *files: Path, tags: Mapping[str, object] | None = None) -> None:
         """What a job without steps found: its figures, and the files that hold them, for MLflow."""

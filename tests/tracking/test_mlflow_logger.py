@@ -73,7 +73,7 @@ def test_every_kind_of_record_arrives_and_odd_values_do_not_stop_it(begin, store
     assert (files / "pages" / "deep" / "a.html").read_text() == "page"
     assert (files / "reports" / "outside.md").read_text() == "report"
     assert "planted" not in (files / "config.yaml").read_text() and "x" * 7000 in (files / "config.yaml").read_text()
-    assert sorted(path.name for path in (tmp_path / "run" / FOLDER).iterdir()) == ["lock", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "run" / FOLDER).iterdir()) == ["run.json", "spool.lock"]
     assert logger.said == []
 
 

@@ -31,7 +31,7 @@ class Spool:
     def __init__(self, output_dir: Path) -> None:
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (self.folder / "lock").open("w")
+        self._lock_file = (self.folder / "spool.lock").open("w")
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
