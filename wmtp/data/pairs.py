@@ -314,7 +314,7 @@ def _contest_problem(row: dict, where: str, language: int) -> tuple[_Programs, s
 
 
 def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    folder = Path(source)
+    folder = local_copy(source)
     if split is not None or not folder.is_dir():
         yield from read_rows(source, split)
         return

@@ -72,7 +72,7 @@ _KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an objec
 
 def _local_file(source: str | Path, split: str | None) -> Path | None:
     """The file that source and split name; None for a name on the hub."""
-    path = Path(source)
+    path = local_copy(source)
     if path.is_dir():
         return _file_of_split(path, split)
     if path.exists():

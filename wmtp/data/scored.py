@@ -67,7 +67,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
         ValueError: the scoring is not complete, or was made with another vocabulary or model; a part is missing, has
             changed, lacks the column or holds a number that is not finite.
     """
-    folder = Path(source)
+    folder = local_copy(source)
     manifest = read_manifest(folder)
     vocab_hash, made_with = tokenizer.vocab_hash(), manifest["tokenizer"]["vocab_hash"]
     if vocab_hash != made_with:

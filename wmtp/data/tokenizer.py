@@ -108,7 +108,7 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
         from wmtp.models import resolve_checkpoint
 
         path = resolve_checkpoint(str(path))
-    given = Path(path)
+    given = local_copy(path)
     if not given.exists():
         raise FileNotFoundError(f"tokenizer path {given} does not exist")
     folder = given if given.is_dir() else given.parent
