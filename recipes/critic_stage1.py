@@ -47,6 +47,7 @@ from wmtp.models import (
 )
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog
+from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,7 +59,7 @@ class CriticStage1Recipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -129,6 +130,8 @@ class CriticStage1Recipe:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
         self._log = RunLog(self._output_dir, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         resume_from = checkpoint_to_resume(self._output_dir, self._resume)
@@ -160,12 +163,15 @@ class CriticStage1Recipe:
         self._frozen = self._describe_backbone(path)
         trained = {"trained": f"{self._backbone} backbone, {self._head} head", "loss": self._full_loss_name}
         self._identity = {**self._frozen, **trained}
-        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, trained_only=True)
+        self._checkpointer = Checkpointer(
+            self._output_dir, keep_last=self._keep_checkpoints, trained_only=True, output=self._output
+        )
         self._best_weights = BestWeights(self._output_dir)
         if resume_from is not None:
             run_id = self._restore(resume_from)
         tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._frozen}
         replaces = ("checkpoints", "best", "value_model", "report.md")
+        self._output.begin(replaces if self._step == 0 else ())
         self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
         if self._world.is_main:
             self._checkpointer.remove_torn()
@@ -404,6 +410,7 @@ class CriticStage1Recipe:
         gather_objects(None)
         dtype = self._value_model_dtype
         save_value_model(self._model, folder, tokenizer=self._tokenizer, settings=settings, dtype=dtype)
+        self._output.upload(folder)
         if self._world.is_main:
             self._write_report(reports, data, folder)
         return reports
@@ -432,6 +439,7 @@ class CriticStage1Recipe:
             self._checkpointer.close()
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

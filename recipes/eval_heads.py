@@ -10,7 +10,6 @@ plain and self-speculative, on the held-out prompts, with the share of drafts th
 import json
 import shutil
 import sys
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +22,7 @@ from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.models import load_checkpoint, resolve_checkpoint, teacher_forced
+from wmtp.storage import open_output
 from wmtp.tracking import environment_tags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,7 +35,7 @@ class EvalHeadsRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
         self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
@@ -55,6 +55,8 @@ class EvalHeadsRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
+        self._output = open_output(self._output_name, self._cfg)
+        self._output_dir = self._output.folder
         holds_run = check_output_dir(self._output_dir, "a run", overwrite=self._overwrite)
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
@@ -86,6 +88,7 @@ class EvalHeadsRecipe:
             data = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
             self._tracker.log_tags({**environment_tags(), **data})
         if holds_run:
+            self._output.clear("heads.json", "config.yaml")
             shutil.rmtree(self._output_dir)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
@@ -176,6 +179,7 @@ class EvalHeadsRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

@@ -15,7 +15,6 @@ import shutil
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +29,7 @@ from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import checkpoint_sha256, load_checkpoint, resolve_checkpoint
 from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Sandbox
+from wmtp.storage import open_output
 from wmtp.tracking import environment_tags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +42,7 @@ class EvalMBPPRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -95,6 +95,8 @@ class EvalMBPPRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
         self._world = start_world(self._device_name)
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
         self._check_output_dir()
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")
@@ -182,13 +184,16 @@ class EvalMBPPRecipe:
             self._tracker.log_tags({**environment_tags(), **data, "sandbox": "; ".join(self._sandbox.layers)})
             self._say(f"tracking in {self._tracker.where}")
         if self._resume == "no":  # what overwrite=true replaces goes only now that nothing can refuse any more
+            results = ("samples.jsonl", "results.json", "report.md", "timings.json", run_file.name)
+            self._output.clear("journals", *results)
             shutil.rmtree(self._output_dir / "journals", ignore_errors=True)
-            for name in ("samples.jsonl", "results.json", "report.md", "timings.json", run_file.name):
+            for name in results:
                 (self._output_dir / name).unlink(missing_ok=True)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
         if self._tracker:
             run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
+        self._output.upload()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation
@@ -319,6 +324,7 @@ class EvalMBPPRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 def _sha256(value: object) -> str:

@@ -35,6 +35,7 @@ from wmtp.models import (
 )
 from wmtp.run_log import RunLog
 from wmtp.step_window import StepWindow
+from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,7 +47,7 @@ class FullFinetuneRecipeWMTP:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -105,6 +106,8 @@ class FullFinetuneRecipeWMTP:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
         self._log = RunLog(self._output_dir, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
@@ -137,18 +140,13 @@ class FullFinetuneRecipeWMTP:
         )
 
         self._step, run_id = 0, None
-        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints)
+        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, output=self._output)
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
         tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
-        self._log.start(
-            self._cfg,
-            self._tracking_cfg,
-            tags=tags,
-            step=self._step,
-            run_id=run_id,
-            replaces=("checkpoints", "export", "token_weights"),
-        )
+        replaces = ("checkpoints", "export", "token_weights")
+        self._output.begin(replaces if self._step == 0 else ())
+        self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
         if self._world.is_main:
             self._checkpointer.remove_torn()
 
@@ -383,6 +381,7 @@ class FullFinetuneRecipeWMTP:
             shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
         gather_objects(None)
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, dtype=self._export_dtype)
+        self._output.upload(folder)
         self._log.say(f"exported to {folder}")
 
     def cleanup(self, status: str = "FINISHED") -> None:
@@ -391,6 +390,7 @@ class FullFinetuneRecipeWMTP:
         if status == "FINISHED":
             self._checkpointer.close()
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

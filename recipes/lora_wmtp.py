@@ -42,6 +42,7 @@ from wmtp.models import (
 )
 from wmtp.run_log import RunLog
 from wmtp.step_window import StepWindow
+from wmtp.storage import open_output
 from wmtp.trunk_states import keep_trunk_states
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,7 +55,7 @@ class LoRARecipeWMTP:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -117,6 +118,8 @@ class LoRARecipeWMTP:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
         self._log = RunLog(self._output_dir, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
@@ -152,20 +155,17 @@ class LoRARecipeWMTP:
         )
 
         self._step, run_id = 0, None
-        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, trained_only=True)
+        self._checkpointer = Checkpointer(
+            self._output_dir, keep_last=self._keep_checkpoints, trained_only=True, output=self._output
+        )
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
         elif self._adapter is not None:
             load_adapter(self._model, resolve_checkpoint(self._adapter), base_weights=self._base["base_weights"])
         tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._base}
-        self._log.start(
-            self._cfg,
-            self._tracking_cfg,
-            tags=tags,
-            step=self._step,
-            run_id=run_id,
-            replaces=("checkpoints", "adapter", "export", "token_weights"),
-        )
+        replaces = ("checkpoints", "adapter", "export", "token_weights")
+        self._output.begin(replaces if self._step == 0 else ())
+        self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
         if self._world.is_main:
             self._checkpointer.remove_torn()
 
@@ -424,11 +424,13 @@ class LoRARecipeWMTP:
         gather_objects(None)
         base = {"base_weights": self._base["base_weights"], "base_name": self._checkpoint}
         save_adapter(self._model, adapter, **base)
+        self._output.upload(adapter)
         self._log.say(f"adapter in {adapter}")
         if self._merged_dtype is None:
             return
         merging = {"dtype": self._merged_dtype, "merge_quantized": self._merge_quantized}
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, **merging)
+        self._output.upload(folder)
         self._log.say(f"exported to {folder}")
 
     def cleanup(self, status: str = "FINISHED") -> None:
@@ -437,6 +439,7 @@ class LoRARecipeWMTP:
         if status == "FINISHED":
             self._checkpointer.close()
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

@@ -53,6 +53,7 @@ from wmtp.models import (
     value_tokenizer,
 )
 from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
+from wmtp.storage import open_output
 from wmtp.tracking import environment_tags
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -65,7 +66,7 @@ class ScoreReferenceRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
@@ -97,6 +98,8 @@ class ScoreReferenceRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
         self._check_output_dir()
         path = resolve_checkpoint(self._checkpoint or self._value_model_path)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
@@ -178,6 +181,7 @@ class ScoreReferenceRecipe:
             self._tracker.log_tags({**environment_tags(), **made_by})
             self._say(f"tracking in {self._tracker.where}")
         if self._resume == "no":  # what overwrite=true replaces goes only now that nothing can refuse any more
+            self._output.clear(MANIFEST, "data", run_file.name)
             (self._output_dir / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(self._output_dir / "data", ignore_errors=True)
             run_file.unlink(missing_ok=True)
@@ -187,6 +191,7 @@ class ScoreReferenceRecipe:
         OmegaConf.save(self._cfg, self._output_dir / "config.yaml", resolve=True)
         if self._tracker:
             run_file.write_text(json.dumps({"run_id": self._tracker.run_id}) + "\n")
+        self._output.upload()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Scoring
@@ -352,6 +357,7 @@ class ScoreReferenceRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 def _files(entries: dict[int, dict]) -> set[str]:

