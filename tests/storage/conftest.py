@@ -1,9 +1,13 @@
+import itertools
+
 import boto3
 import pytest
 from fault_proxy import FaultProxy
 from services import AWS_ENVIRONMENT, moto_server
 
 VARIABLES = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL", "WMTP_CACHE_LIMIT")
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +41,7 @@ class Bucket:
 
 
 @pytest.fixture
-def bucket(server, tmp_path, monkeypatch, request):
+def bucket(server, tmp_path, monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in AWS_ENVIRONMENT.items():
@@ -46,6 +50,6 @@ def bucket(server, tmp_path, monkeypatch, request):
     monkeypatch.setenv("AWS_ENDPOINT_URL", server[1].url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "3")
     monkeypatch.setattr("wmtp.storage.s3._FIRST_WAIT", 0.02)
-    made = Bucket(server, request.node.name.strip("]").replace("_", "-").replace("[", "-").lower()[:60].strip("-"))
+    made = Bucket(server, f"bucket-{next(_numbers)}")
     made.proxy.reset()
     return made

@@ -157,7 +157,7 @@ def test_a_killed_download_goes_on_and_two_processes_fetch_once(bucket, tmp_path
     bucket.put("big", body, sha256=sha256(body))
     bucket.proxy.mode, bucket.proxy.seconds = "delay", 60
     bucket.proxy.matches = lambda method, path: len(bucket.gets_of("big")) > 2
-    command = [sys.executable, "-m", "wmtp.storage", "get", f"{bucket.uri}/big"]
+    command = [sys.executable, "-c", f"from wmtp.storage import local_copy; print(local_copy('{bucket.uri}/big'))"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
     (tmp_path / "cache" / "s3" / "partial").mkdir(parents=True)
@@ -182,7 +182,7 @@ def test_the_limit_removes_what_was_used_longest_ago_and_is_not_in_use(bucket, m
     monkeypatch.setenv("WMTP_CACHE_LIMIT", "2500B")
     for name in "abc":
         bucket.put(name, name.encode() * 1000)
-    command = [sys.executable, "-c", f"from wmtp.storage.mirror import local_copy; local_copy('{bucket.uri}/a')"]
+    command = [sys.executable, "-c", f"from wmtp.storage import local_copy; local_copy('{bucket.uri}/a')"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     subprocess.run(command, env=environment, check=True)  # a process that has ended uses nothing
     kept = local_copy(f"{bucket.uri}/b")

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
@@ -80,7 +79,7 @@ class Output:
         else:
             bucket, key = split_uri(self.remote)
             self.folder = cache_folder() / "outputs" / bucket / key
-        self._uploads = self.remote is not None and (not dist.is_initialized() or dist.get_rank() == 0)
+        self._uploads = self.remote is not None and _world()[0] == 0
         self._record = self.folder.with_name(f"{self.folder.name}.uploads.json")
         self._sent: dict[str, list[int]] = {}  # size and mtime of each file when it was uploaded
         self._error: StorageError | None = None  # why the last round did not upload everything
@@ -358,14 +357,24 @@ def _strings(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _strings(child, f"{prefix}.{key}" if prefix else str(key))
 
 
+def _world() -> tuple[int, int]:
+    """Rank and size. torch is imported here: who only mirrors or uploads by hand starts without its seconds."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def _on_rank_0(work: Callable[[], None]) -> None:
     """Do something on rank 0 while the others wait, for as long as it takes; its error is every rank's."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    rank, size = _world()
+    if size == 1:
         work()
         return
+    import torch.distributed as dist
+
     # A collective would time out under a download of many gigabytes: the store waits as long as it is told to.
     store, key = dist.distributed_c10d._get_default_store(), f"wmtp/output/{next(_calls)}"
-    if dist.get_rank() == 0:
+    if rank == 0:
         failure = ""
         try:
             work()
@@ -378,7 +387,7 @@ def _on_rank_0(work: Callable[[], None]) -> None:
         finally:
             store.set(key, failure)
             until = time.monotonic() + _SECONDS_TO_READ
-            while failure and store.add(f"{key}/read", 0) < dist.get_world_size() - 1 and time.monotonic() < until:
+            while failure and store.add(f"{key}/read", 0) < size - 1 and time.monotonic() < until:
                 time.sleep(0.05)  # this rank's end takes the others with it: let each say why first
         return
     store.wait([key], timedelta(days=7))
