@@ -101,7 +101,7 @@ def test_a_lasting_fault_is_one_clear_line_and_nothing_torn(bucket, monkeypatch,
     bucket.put("model/weights.bin", body)  # without a SHA-256: the ETag must do
     bucket.proxy.mode, bucket.proxy.cut_after = fault, 1000
     bucket.proxy.matches = lambda method, path: method == "GET" and "weights.bin" in path
-    with pytest.raises(StorageError, match="weights.bin") as error:
+    with pytest.raises(StorageError, match=r"weights\.bin") as error:
         local_copy(f"{bucket.uri}/model")
     assert "\n" not in str(error.value)
     assert visible(tmp_path / "cache") == []
@@ -152,7 +152,7 @@ def test_an_object_that_is_replaced_while_it_is_read_is_never_mixed(bucket, monk
 
 
 def test_a_killed_download_goes_on_and_two_processes_fetch_once(bucket, tmp_path):
-    """Real processes: one is killed in the middle, then two at once finish what it began, with no part fetched twice."""
+    """Real processes: one is killed in the middle, then two at once finish it, with no part fetched twice."""
     body = os.urandom(4 * 16 * MB)
     bucket.put("big", body, sha256=sha256(body))
     bucket.proxy.mode, bucket.proxy.seconds = "delay", 60

@@ -37,8 +37,9 @@ def complete(bucket):
 
 
 @pytest.mark.parametrize("fault", ["cut", "corrupt", "refuse", 500, 503])
-def test_an_upload_survives_a_passing_fault(bucket, fault, tmp_path):
-    body = os.urandom(33 * MB)  # three parts
+def test_an_upload_survives_a_passing_fault(bucket, fault, tmp_path, monkeypatch):
+    monkeypatch.setattr("wmtp.storage.upload.PART_BYTES", 5 * MB)
+    body = os.urandom(11 * MB)  # three parts
     (tmp_path / "x").write_bytes(body)
     (tmp_path / "small").write_bytes(b"y" * 2000)
     bucket.proxy.mode, bucket.proxy.faults_left = fault, 2
@@ -51,11 +52,12 @@ def test_an_upload_survives_a_passing_fault(bucket, fault, tmp_path):
     assert local_copy(f"{bucket.uri}/x").read_bytes() == body  # with its SHA-256 as metadata
 
 
-def test_a_failed_upload_leaves_no_parts_behind(bucket, tmp_path):
-    (tmp_path / "x").write_bytes(bytes(33 * MB))
+def test_a_failed_upload_leaves_no_parts_behind(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr("wmtp.storage.upload.PART_BYTES", 5 * MB)
+    (tmp_path / "x").write_bytes(bytes(11 * MB))
     bucket.proxy.mode = 403
     bucket.proxy.matches = lambda method, path: "partNumber=2" in path
-    with pytest.raises(StorageError, match="x cannot be written.*AccessDenied"):
+    with pytest.raises(StorageError, match=r"x cannot be written.*AccessDenied"):
         upload(tmp_path / "x", f"{bucket.uri}/x")
     assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
     assert bucket.keys() == []
@@ -70,7 +72,7 @@ def test_everything_is_there_at_the_end_and_old_checkpoints_are_not(bucket, outp
     (output.folder / "checkpoints" / "step_00000003.tmp" / "shard.bin").write_bytes(b"torn")
     output.close()
     step = f"run/checkpoints/{newest.name}"
-    assert bucket.keys() == [f"{step}/manifest.json", f"{step}/shard.bin", "run/checkpoints/latest", "run/config.yaml"]
+    assert bucket.keys() == ["run/checkpoints/latest", f"{step}/manifest.json", f"{step}/shard.bin", "run/config.yaml"]
     assert bucket.get("run/checkpoints/latest") == newest.name.encode()
 
 

