@@ -39,11 +39,12 @@ eval: $(SETUP)  ## evaluate the quickstart's model: heads, packaged tasks, 50 MB
 test: $(SETUP)  ## all tests
 	$(RUN)/pytest
 
-bench: $(SETUP)  ## loss, judge, decoding, scoring, weights beside their alternatives; one JSON line per figure
+bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside their alternatives; one JSON line per figure
 	$(RUN)/python benchmarks/fused_loss.py
 	$(RUN)/python benchmarks/judging.py
 	$(RUN)/python benchmarks/generation.py
 	$(RUN)/python benchmarks/scoring.py
+	$(RUN)/python benchmarks/storage.py
 	$(RUN)/python benchmarks/weighting_cost.py
 	$(RUN)/python benchmarks/weighting_validity.py
 	$(RUN)/python benchmarks/lora.py

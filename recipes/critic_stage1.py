@@ -58,7 +58,7 @@ class CriticStage1Recipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -160,7 +160,9 @@ class CriticStage1Recipe:
         self._frozen = self._describe_backbone(path)
         trained = {"trained": f"{self._backbone} backbone, {self._head} head", "loss": self._full_loss_name}
         self._identity = {**self._frozen, **trained}
-        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, trained_only=True)
+        self._checkpointer = Checkpointer(
+            self._output_dir, keep_last=self._keep_checkpoints, trained_only=True, output=self._output
+        )
         self._best_weights = BestWeights(self._output_dir)
         if resume_from is not None:
             run_id = self._restore(resume_from)
@@ -413,6 +415,7 @@ class CriticStage1Recipe:
         gather_objects(None)
         dtype = self._value_model_dtype
         save_value_model(self._model, folder, tokenizer=self._tokenizer, settings=settings, dtype=dtype)
+        self._output.upload(folder)
         if self._world.is_main:
             self._write_report(reports, data, folder)
         return reports
@@ -441,6 +444,7 @@ class CriticStage1Recipe:
             self._checkpointer.close()
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -44,7 +43,7 @@ class EvalCodeContestsRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -323,6 +322,7 @@ class EvalCodeContestsRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 def _sha256(value: object) -> str:

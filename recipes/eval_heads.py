@@ -9,7 +9,6 @@ plain and self-speculative, on the held-out prompts, with the share of drafts th
 
 import json
 import sys
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -34,7 +33,7 @@ class EvalHeadsRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
         self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
@@ -166,6 +165,7 @@ class EvalHeadsRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

@@ -13,7 +13,6 @@ import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -40,7 +39,7 @@ class EvalMBPPRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -299,6 +298,7 @@ class EvalMBPPRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 def _sha256(value: object) -> str:

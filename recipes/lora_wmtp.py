@@ -42,6 +42,7 @@ from wmtp.models import (
 )
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
+from wmtp.storage import open_output
 from wmtp.trunk_states import keep_trunk_states
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -54,7 +55,7 @@ class LoRARecipeWMTP:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._seed = read.integer("seed", 0)
@@ -152,7 +153,9 @@ class LoRARecipeWMTP:
         )
 
         self._step, run_id = 0, None
-        self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, trained_only=True)
+        self._checkpointer = Checkpointer(
+            self._output_dir, keep_last=self._keep_checkpoints, trained_only=True, output=self._output
+        )
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
         elif self._adapter is not None:
@@ -440,6 +443,7 @@ class LoRARecipeWMTP:
         if status == "FINISHED":
             self._checkpointer.close()
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 @config.parse

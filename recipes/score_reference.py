@@ -63,7 +63,7 @@ class ScoreReferenceRecipe:
         """Read and check every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
-        self._output_dir = Path(read.get("output_dir"))
+        self._output_name = str(read.get("output_dir"))
         self._resume = read.choice("resume", {False: "no", True: "yes", "auto": "auto"}, False)
         self._overwrite = read.flag("overwrite", False)
         self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
@@ -330,6 +330,7 @@ class ScoreReferenceRecipe:
         if status == "FINISHED":
             gather_objects(None)
             torch.distributed.destroy_process_group()
+        self._output.close(fail=status == "FINISHED")
 
 
 def _files(entries: dict[int, dict]) -> set[str]:

@@ -22,6 +22,8 @@ _IMPORTED = [
     "recipes.full_finetune_distributed_wmtp",
     "recipes.lora_wmtp",
     "recipes.eval_mbpp",
+    "recipes.eval_heads",
+    "recipes.score_reference",
 ]
 
 

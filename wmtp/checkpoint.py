@@ -10,7 +10,6 @@ manifest, syncs, and renames. Whatever is killed at whatever moment leaves compl
 the next run removes.
 """
 
-import json
 import random
 import re
 import shutil
@@ -26,10 +25,10 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects
-from wmtp.files import file_sha256, publish, sync
+from wmtp.files import MANIFEST, publish, verify_manifest, write_manifest
 from wmtp.models.load import named_parameters
+from wmtp.storage import Output
 
-MANIFEST = "manifest.json"
 TRAINER = "trainer.pt"
 
 
@@ -40,11 +39,15 @@ class Checkpointer:
         output_dir: the run's folder, on a file system that all ranks share.
         keep_last: how many complete checkpoints stay; older ones are removed after a newer one is complete.
         trained_only: leave frozen parameters out, where the run can read them again from where they came.
+        output: told of each complete checkpoint, so that it is uploaded, and asked before an old one is removed.
     """
 
-    def __init__(self, output_dir: Path, *, keep_last: int = 2, trained_only: bool = False) -> None:
+    def __init__(
+        self, output_dir: Path, *, keep_last: int = 2, trained_only: bool = False, output: Output | None = None
+    ) -> None:
         self.folder = output_dir / "checkpoints"
         self._keep_last, self._trained_only = keep_last, trained_only
+        self._output = output or Output(str(output_dir))
         self._is_main = dist.get_rank() == 0
         # async_save's collectives run in a thread: on the default group they would meet those of the training loop.
         self._group = dist.new_group(backend="gloo")
@@ -101,8 +104,10 @@ class Checkpointer:
         pointer = self.folder / "latest.tmp"
         pointer.write_text(target.name)
         publish(pointer, self.folder / "latest")
+        self._output.upload(target)
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
-            shutil.rmtree(old)
+            if self._output.may_remove(old):  # the next save asks again
+                shutil.rmtree(old)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -176,38 +181,6 @@ def restore_rng(states: list[dict], rank: int) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def write_manifest(folder: Path) -> None:
-    """List every file with its size and SHA-256, all of it on disk when this returns."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-        sync(path)
-        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
-    sync(folder / MANIFEST)
-    sync(folder)
-
-
-def verify_manifest(folder: Path) -> None:
-    """Hold every file against the manifest.
-
-    Raises:
-        ValueError: no manifest, or a file that is missing, of another size, or of other content.
-    """
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it is not a complete checkpoint of a run")
-    for name, expected in json.loads(manifest.read_text()).items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != expected["bytes"]:
-            raise ValueError(
-                f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
-                f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
-            )
-        if file_sha256(path) != expected["sha256"]:
-            raise ValueError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")
 
 
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, trained_only: bool) -> dict:

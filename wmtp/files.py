@@ -1,8 +1,11 @@
-"""Files that are whole or not there: hashes, and what must be on disk before it counts."""
+"""Files that are whole or not there: hashes, manifests, and what must be on disk before it counts."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+
+MANIFEST = "manifest.json"
 
 
 def file_sha256(path: Path) -> str:
@@ -25,3 +28,35 @@ def publish(written: Path, path: Path) -> None:
     sync(written)
     os.replace(written, path)
     sync(path.parent)
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file with its size and SHA-256, all of it on disk when this returns."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+        sync(path)
+        files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
+    sync(folder / MANIFEST)
+    sync(folder)
+
+
+def verify_manifest(folder: Path) -> None:
+    """Hold every file against the manifest.
+
+    Raises:
+        ValueError: no manifest, or a file that is missing, of another size, or of other content.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.exists():
+        raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it is not a complete checkpoint of a run")
+    for name, expected in json.loads(manifest.read_text()).items():
+        path = folder / name
+        size = path.stat().st_size if path.exists() else None
+        if size != expected["bytes"]:
+            raise ValueError(
+                f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
+                f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
+            )
+        if file_sha256(path) != expected["sha256"]:
+            raise ValueError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from wmtp.data.mbpp import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.protocols import alphacode_prompt
 from wmtp.data.rows import read_rows, take
 from wmtp.data.stdio_tasks import PYTHON3, StdioTask
+from wmtp.storage import local_copy
 
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
 _REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"
@@ -314,7 +314,7 @@ def _contest_problem(row: dict, where: str, language: int) -> tuple[_Programs, s
 
 
 def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    folder = Path(source)
+    folder = local_copy(source)
     if split is not None or not folder.is_dir():
         yield from read_rows(source, split)
         return

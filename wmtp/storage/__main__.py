@@ -1,0 +1,33 @@
+"""By hand: `python -m wmtp.storage get s3://bucket/key`; `upload <folder> s3://bucket/prefix` after a failed one."""
+
+import argparse
+from pathlib import Path
+
+from wmtp.config import clear_errors
+from wmtp.storage.mirror import local_copy
+from wmtp.storage.output import Output
+from wmtp.storage.s3 import StorageError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m wmtp.storage", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    get = commands.add_parser("get", help="mirror an object or folder into the cache and print where it is")
+    get.add_argument("uri")
+    send = commands.add_parser("upload", help="upload what of a run's folder is not in S3 yet, manifests last")
+    send.add_argument("folder", type=Path)
+    send.add_argument("uri")
+    args = parser.parse_args()
+    with clear_errors():
+        if args.command == "get":
+            print(local_copy(args.uri))
+            return
+        if not args.folder.is_dir():
+            raise StorageError(f"folder {args.folder} does not exist")
+        output = Output(args.uri)
+        output.folder = args.folder
+        output.close()
+
+
+if __name__ == "__main__":
+    main()

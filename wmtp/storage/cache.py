@@ -1,0 +1,205 @@
+"""The cache of mirrored objects: contents by their SHA-256, folders of links to them, locks, and a size limit.
+
+$WMTP_CACHE/s3/blobs/<sha256>            contents, read-only
+               index/<object>.json       what an object's content was: ETag, size, SHA-256, the blob's mtime
+               trees/<digest>/<name>     a mirrored file or folder: hard links to blobs, there by a rename
+               partial/                  what is being fetched
+               locks/                    flock files; they stay, and are empty
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wmtp.files import file_sha256
+from wmtp.storage.s3 import RemoteFile, StorageError, endpoint_url
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_used: dict[Path, int] = {}  # trees this process uses: descriptors of their locks, held shared to its end
+
+
+def cache_folder() -> Path:
+    """Where what is fetched or made once is kept: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
+    return Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp")
+
+
+def size_limit() -> int | None:
+    """Bytes that mirrored objects may take: ``$WMTP_CACHE_LIMIT``, such as ``200GB``; None is no limit.
+
+    Raises:
+        StorageError: no such size.
+    """
+    text = os.environ.get("WMTP_CACHE_LIMIT", "").strip()
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
+    if match is None:
+        raise StorageError(f"WMTP_CACHE_LIMIT must be a size such as 200GB, got {text}")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+class Cache:
+    """The mirrored objects below one folder, for all processes of a host."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = (folder or cache_folder()) / "s3"
+        for name in ("blobs", "index", "trees", "partial", "locks"):
+            (self._folder / name).mkdir(parents=True, exist_ok=True)
+
+    # ---- one object
+
+    def digest_of(self, file: RemoteFile) -> str | None:
+        """SHA-256 of an object's content, where it is here and whole; None where it must be fetched.
+
+        Size and mtime are looked at; where they are not as noted, the whole content is.
+        """
+        try:
+            entry = json.loads(self._index(file).read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+        if (entry["etag"], entry["bytes"]) != (file.etag, file.num_bytes):
+            return None
+        blob = self.blob(entry["sha256"])
+        try:
+            stat = blob.stat()
+        except FileNotFoundError:
+            return None
+        if (stat.st_size, stat.st_mtime_ns) == (entry["bytes"], entry["mtime_ns"]):
+            return entry["sha256"]
+        if stat.st_size == entry["bytes"] and file_sha256(blob) == entry["sha256"]:
+            self.note(file, entry["sha256"])
+            return entry["sha256"]
+        blob.unlink(missing_ok=True)  # somebody wrote into it; trees that link to it are made anew
+        return None
+
+    def note(self, file: RemoteFile, sha256: str) -> None:
+        """Write down what an object's content is."""
+        stat = self.blob(sha256).stat()
+        entry = {"uri": file.uri, "etag": file.etag, "bytes": file.num_bytes, "sha256": sha256}
+        written = self._index(file).with_suffix(f".{os.getpid()}.tmp")
+        written.write_text(json.dumps({**entry, "mtime_ns": stat.st_mtime_ns}))
+        written.replace(self._index(file))
+
+    def blob(self, sha256: str) -> Path:
+        return self._folder / "blobs" / sha256
+
+    def partial(self, file: RemoteFile) -> Path:
+        """Where an object is fetched to: a name of its own for each of its contents."""
+        return self._folder / "partial" / _key(endpoint_url(), file.uri, file.etag)
+
+    @contextmanager
+    def fetching(self, file: RemoteFile) -> Iterator[None]:
+        """One process, and one thread of it, at a time for an object."""
+        with self._lock(_key("object", endpoint_url(), file.uri), fcntl.LOCK_EX):
+            yield
+
+    def _index(self, file: RemoteFile) -> Path:
+        return self._folder / "index" / f"{_key(endpoint_url(), file.uri)}.json"
+
+    # ---- mirrored files and folders
+
+    def tree(self, name: str, digests: dict[str, str]) -> Path:
+        """A folder whose files are these contents, or with the one name "" a file; kept while this process lives.
+
+        Args:
+            name: the last part of its path.
+            digests: SHA-256 of each file by its relative name; their blobs are here.
+        """
+        digest = _key("tree", *(f"{file} {sha256}" for file, sha256 in sorted(digests.items())))
+        folder = self._folder / "trees" / digest
+        self._use(folder)
+        path = folder / name
+        if not all(_same_file(path / file if file else path, self.blob(sha)) for file, sha in digests.items()):
+            made = folder.with_name(f"{digest}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+            for file, sha256 in digests.items():
+                link = made / name / file if file else made / name
+                link.parent.mkdir(parents=True, exist_ok=True)
+                os.link(self.blob(sha256), link)
+            with self._lock(f"{digest}.making", fcntl.LOCK_EX):
+                if folder.exists():  # made meanwhile, or of a blob that was damaged since
+                    shutil.rmtree(folder)
+                made.rename(folder)
+        return path
+
+    def _use(self, tree: Path) -> None:
+        lock = self._folder / "locks" / tree.name
+        if tree not in _used:
+            _used[tree] = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(_used[tree], fcntl.LOCK_SH)
+        os.utime(lock)  # when it was last used
+
+    # ---- the size limit
+
+    @contextmanager
+    def filling(self, num_bytes: int) -> Iterator[None]:
+        """Make room for so many bytes, then keep blobs that are in no tree yet from being removed."""
+        self.make_room(num_bytes)
+        with self._lock("filling", fcntl.LOCK_SH):
+            yield
+
+    def make_room(self, num_bytes: int = 0) -> None:
+        """Remove the trees that were used longest ago, as far as the limit needs and no process uses them."""
+        limit = size_limit()
+        if limit is None:
+            return
+        with self._lock("filling", fcntl.LOCK_EX, wait=False) as ours:
+            if not ours:  # a process that is filling the cache does this when it is done
+                return
+            trees = [tree for tree in (self._folder / "trees").iterdir() if not tree.name.endswith(".tmp")]
+            for tree in sorted(trees, key=self._last_use):
+                if self._sweep() + num_bytes <= limit:
+                    return
+                with self._lock(tree.name, fcntl.LOCK_EX, wait=False) as unused:
+                    if unused:
+                        shutil.rmtree(tree)
+            self._sweep()
+
+    def _sweep(self) -> int:
+        """Remove blobs that no tree links to, and leftovers of killed processes; returns the bytes that stay."""
+        total = 0
+        for torn in (self._folder / "trees").glob("*.tmp"):
+            shutil.rmtree(torn)
+        for blob in (self._folder / "blobs").iterdir():
+            stat = blob.stat()
+            if stat.st_nlink == 1:
+                blob.unlink()
+            else:
+                total += stat.st_size
+        return total + sum(part.stat().st_blocks * 512 for part in (self._folder / "partial").iterdir())
+
+    def _last_use(self, tree: Path) -> float:
+        lock = self._folder / "locks" / tree.name
+        return lock.stat().st_mtime if lock.exists() else 0.0
+
+    @contextmanager
+    def _lock(self, name: str, kind: int, *, wait: bool = True) -> Iterator[bool]:
+        """Hold a lock of the host; without waiting, give whether it was free."""
+        descriptor = os.open(self._folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            os.close(descriptor)  # which frees the lock
+
+
+def _same_file(path: Path, blob: Path) -> bool:
+    try:
+        return path.samefile(blob)
+    except FileNotFoundError:
+        return False
+
+
+def _key(*parts: object) -> str:
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()[:32]

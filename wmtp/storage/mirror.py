@@ -1,0 +1,140 @@
+"""From a path in a config to a local path: what is here is used, what is not is mirrored from S3 once per host."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from wmtp.files import MANIFEST
+from wmtp.storage.cache import Cache
+from wmtp.storage.download import download
+from wmtp.storage.s3 import (
+    SCHEME,
+    ChangedError,
+    CorruptError,
+    RemoteFile,
+    StorageError,
+    find_files,
+    is_remote,
+    split_uri,
+    where,
+)
+
+_LISTINGS = 3  # before a folder that is being written to is given up
+_FILES_AT_ONCE = 4
+
+
+def local_copy(path: str | Path) -> Path:
+    """The local path of what a config names.
+
+    Args:
+        path: a local path, which is returned as it is where it exists; ``s3://bucket/key`` of an object or of a folder,
+            which is mirrored into the cache (``$WMTP_CACHE``) and comes from there; or a relative local path that does
+            not exist, which is looked for below ``$WMTP_MIRROR`` (``s3://bucket/prefix``) where that is set. A local
+            path that is nowhere is returned too: what is said about it is the caller's.
+
+    Raises:
+        StorageError: S3 has no such object, refuses it, does not answer, or its content arrives corrupt.
+    """
+    if is_remote(path):
+        files = find_files(str(path))
+        if not files:
+            raise StorageError(f"{path} does not exist: {where()} has no such object or folder")
+        return _mirrored(str(path), files)
+    local, mirror = Path(path).expanduser(), os.environ.get("WMTP_MIRROR")
+    if local.exists() or not mirror or local.is_absolute():
+        return local
+    if not is_remote(mirror):
+        raise StorageError(f"WMTP_MIRROR must be s3://bucket/prefix, got {mirror}")
+    uri = f"{mirror.rstrip('/')}/{local.as_posix()}"
+    files = find_files(uri)
+    return _mirrored(uri, files) if files else local
+
+
+def fetch_folder(uri: str, files: list[RemoteFile], target: Path) -> None:
+    """Copy objects below a URI to the same names below a folder, outside of the cache, each verified."""
+    _, key = split_uri(uri)
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="fetch") as pool:
+        pending = []
+        for file in files:
+            path = target / _relative(file, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pending.append(pool.submit(download, file, path))
+        for future in pending:
+            future.result()
+
+
+def check_reachable(uri: str) -> None:
+    """Raise the StorageError that reading a URI would end with: credentials, bucket, no such object."""
+    if not find_files(uri):
+        raise StorageError(f"{uri} does not exist: {where()} has no such object or folder")
+
+
+def _mirrored(uri: str, files: list[RemoteFile]) -> Path:
+    for listing in range(1, _LISTINGS + 1):
+        try:
+            return _tree(uri, files)
+        except ChangedError:
+            if listing == _LISTINGS:
+                raise
+            files = find_files(uri)
+    raise AssertionError("unreachable")
+
+
+def _tree(uri: str, files: list[RemoteFile]) -> Path:
+    cache = Cache()
+    _, key = split_uri(uri)
+    with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="mirror") as pool:
+        missing = sum(file.num_bytes for file in files if cache.digest_of(file) is None)
+        with cache.filling(missing):
+            digests = list(pool.map(lambda file: _content(cache, file), files))
+            named = {_relative(file, key): digest for file, digest in zip(files, digests, strict=True)}
+            _check_manifest(cache, uri, named)
+            path = cache.tree(key.rpartition("/")[2], named)
+    if missing:
+        cache.make_room()  # what others fetched at the same time counts too
+    return path
+
+
+def _content(cache: Cache, file: RemoteFile) -> str:
+    """SHA-256 of an object's content, which is in the cache when this returns."""
+    digest = cache.digest_of(file)
+    if digest is not None:
+        return digest
+    with cache.fetching(file):
+        digest = cache.digest_of(file)  # another process may have fetched it while we waited
+        if digest is None:
+            whole = cache.partial(file)
+            digest = download(file, whole)
+            whole.chmod(0o444)
+            if not cache.blob(digest).exists():
+                whole.rename(cache.blob(digest))
+            whole.unlink(missing_ok=True)
+            cache.note(file, digest)
+        return digest
+
+
+def _check_manifest(cache: Cache, uri: str, digests: dict[str, str]) -> None:
+    """Hold a folder against its manifest of sizes and SHA-256s, where it has one of that kind."""
+    if MANIFEST not in digests:
+        return
+    try:
+        manifest = json.loads(cache.blob(digests[MANIFEST]).read_text())
+    except ValueError:
+        return  # a file of that name which is something else
+    if not isinstance(manifest, dict) or not all(isinstance(e, dict) and "sha256" in e for e in manifest.values()):
+        return
+    for name, entry in manifest.items():
+        if digests.get(name) != entry["sha256"]:
+            raise CorruptError(
+                f"{uri}/{name} is {'missing' if name not in digests else 'not the file'} that {MANIFEST} names; upload "
+                "the folder again, with its manifest last"
+            )
+
+
+def _relative(file: RemoteFile, key: str) -> str:
+    """Name of an object below the folder of that key; "" for the object itself."""
+    name = file.key.removeprefix(key).lstrip("/")
+    if ".." in Path(name).parts:
+        raise StorageError(f"{SCHEME}{file.bucket}/{file.key} would leave its folder; rename the object")
+    return name

@@ -1,0 +1,397 @@
+"""Where a run writes: a local folder, and for an output_dir of `s3://...` a copy of it there, made in the background.
+
+A checkpoint, an export or a scored dataset is complete in S3 exactly when its manifest.json is there: it goes last.
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from wmtp.files import MANIFEST, verify_manifest, write_manifest
+from wmtp.storage.cache import cache_folder
+from wmtp.storage.mirror import check_reachable, fetch_folder
+from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
+from wmtp.storage.upload import put_bytes, upload
+
+_UNFINISHED = (".tmp", ".writing", ".partial", ".part", ".parts", ".lock")  # how what is being written is called
+_REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part
+_PROBE = ".wmtp_can_write"
+_SECONDS_BETWEEN_ROUNDS = 60.0
+_SECONDS_TO_READ = 5.0
+_CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
+_calls = itertools.count()
+
+
+def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None) -> "Output":
+    """A run's output folder, checked before anything is built. Every rank calls it, after the process group is there.
+
+    Args:
+        output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache. Ranks on
+            several nodes need that folder on a file system they share, so $WMTP_CACHE too.
+        cfg: the config: every ``s3://`` in it must be readable.
+        resume: as :func:`wmtp.config.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
+            fetched where this machine has none of it or less; else only what tells that there is a run.
+
+    Raises:
+        StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there.
+    """
+    output = Output(output_dir)
+
+    def prepare() -> None:
+        _check_inputs(cfg)
+        if output.remote is not None:
+            output._probe()
+            output.fetch(whole=resume not in (None, "no"))
+            output.folder.mkdir(parents=True, exist_ok=True)
+
+    _on_rank_0(prepare)
+    if output.remote is not None and not output.folder.is_dir():
+        raise StorageError(
+            f"{output.folder}, the working folder of {output_dir}, is not there on every rank: set WMTP_CACHE to a "
+            "folder on a file system that all nodes share"
+        )
+    return output
+
+
+class Output:
+    """The folder of a run and, for ``s3://``, its remote copy. Rank 0 alone uploads; for a local folder nothing is.
+
+    From the first :meth:`upload` on, what is new goes up at each call and every minute. It never raises and never
+    waits: what failed is said on stderr, tried again the next time, and is an error in :meth:`close`. The local files
+    stay what they are.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.remote = str(output_dir).rstrip("/") if is_remote(output_dir) else None
+        if self.remote is None:
+            self.folder = Path(output_dir)
+        else:
+            bucket, key = split_uri(self.remote)
+            self.folder = cache_folder() / "outputs" / bucket / key
+        self._uploads = self.remote is not None and _world()[0] == 0
+        self._record = self.folder.with_name(f"{self.folder.name}.uploads.json")
+        self._sent: dict[str, list[int]] = {}  # size and mtime of each file when it was uploaded
+        self._error: StorageError | None = None  # why the last round did not upload everything
+        self._busy: str | None = None  # the folder that is being uploaded
+        self._lock = threading.Condition()
+        self._asked = self._done = 0  # rounds
+        self._worker: threading.Thread | None = None
+
+    def begin(self, replaces: Iterable[str] = ()) -> None:
+        """From here on the run exists: what it replaces, by name, goes from the remote copy, and uploads may start."""
+        self.clear(*replaces)
+        self.upload()
+
+    def upload(self, path: Path | None = None) -> None:
+        """Start uploading what is new or has changed below the folder, `path` among it.
+
+        Args:
+            path: a file or folder that is complete now. A folder without a manifest gets one.
+        """
+        if not self._uploads:
+            return
+        if path is not None and path.is_dir() and path != self.folder and not (path / MANIFEST).exists():
+            write_manifest(path)
+        with self._lock:
+            self._asked += 1
+            self._lock.notify_all()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="upload", daemon=True)
+            self._worker.start()
+
+    def may_remove(self, path: Path) -> bool:
+        """Whether a folder is not being uploaded just now. A removed one that was not uploaded is not missed."""
+        with self._lock:
+            return self._busy != str(path.relative_to(self.folder))
+
+    def clear(self, *names: str) -> None:
+        """Remove files and folders from the remote copy, as a new run replaces an old one.
+
+        Raises:
+            StorageError: it cannot be done.
+        """
+        if not self._uploads:
+            return
+        for name in names:
+            there = self._remote_files(name)
+            remove_files([file for file in there if (self._name(file) + "/").startswith(f"{name}/")])
+        self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
+
+    def fetch(self, *, whole: bool = True) -> None:
+        """Bring what a run left in S3 to this machine, where it has none of it, or an older checkpoint.
+
+        Args:
+            whole: the run's files and its newest complete checkpoint, verified; otherwise only its config.yaml.
+
+        Raises:
+            StorageError: it cannot be read, or is corrupt.
+        """
+        files = {self._name(file): file for file in self._remote_files()}
+        self._remember(files)
+        newest, here = _newest_checkpoint(files), _newest_checkpoint(self._local_files())
+        if (self.folder / "config.yaml").exists() and (newest is None or (here is not None and here >= newest)):
+            return
+        if not whole:
+            wanted = {name: file for name, file in files.items() if name == "config.yaml"}
+        else:
+            wanted = {name: file for name, file in files.items() if not name.startswith(_REMADE)}
+        fetch_folder(self.remote, list(wanted.values()), self.folder)
+        if whole and newest is not None:
+            target = self.folder / newest
+            self._say(f"fetching {self.remote}/{newest}")
+            torn = target.with_name(target.name + ".fetched.tmp")
+            inside = {name.removeprefix(f"{newest}/"): f for name, f in files.items() if name.startswith(f"{newest}/")}
+            fetch_folder(f"{self.remote}/{newest}", list(inside.values()), torn)
+            verify_manifest(torn)
+            shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
+            torn.rename(target)
+        for name in files:
+            if (self.folder / name).exists():
+                self._sent[name] = _stamp(self.folder / name)
+        self._write_record()
+
+    def close(self, *, fail: bool = True) -> None:
+        """Wait until everything is uploaded, after one more try where something was not.
+
+        Raises:
+            StorageError: something could not be uploaded; with ``fail`` False, for a run that has failed, it is only
+                said.
+        """
+        if not self._uploads:
+            return
+        self.upload()
+        self._wait()
+        if self._error is not None:
+            self.upload()
+            self._wait()
+        if self._error is not None:
+            line = (
+                f"not everything could be uploaded: {self._error}; it is all in {self.folder}; when S3 answers again, "
+                f"run: python -m wmtp.storage upload {self.folder} {self.remote}"
+            )
+            if fail:
+                raise StorageError(line)
+            self._say(line)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The background
+
+    def _wait(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._done >= self._asked)
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._asked > self._done, timeout=_SECONDS_BETWEEN_ROUNDS)
+                round_ = self._asked
+            try:
+                self._round()
+                self._error = None
+            except StorageError as error:
+                self._error = error
+                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {error}")
+            except Exception as error:  # whatever it is, training goes on, and close() tells
+                self._error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
+                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
+            with self._lock:
+                self._busy, self._done = None, round_
+                self._lock.notify_all()
+
+    def _round(self) -> None:
+        """Upload what is new: the run's own files, then checkpoints, newest first, then what says which is the last."""
+        try:
+            files = self._local_files()
+            self._send([name for name in files if not name.startswith("checkpoints/")])
+            for step in sorted({_step_of(name) for name in files} - {None}, reverse=True):
+                with self._lock:
+                    self._busy = step
+                self._send([name for name in self._local_files() if _step_of(name) == step])
+                with self._lock:
+                    self._busy = None
+            if "checkpoints/latest" in files:
+                self._send(["checkpoints/latest"])
+                self._prune()
+        finally:
+            self._write_record()
+
+    def _send(self, names: list[str]) -> None:
+        """Upload files that changed; manifests after all others, the deepest first."""
+        manifests = {name for name in names if Path(name).name == MANIFEST}
+        changed = {name for name in names if self._sent.get(name) != _stamp(self.folder / name)}
+        for name in manifests:
+            below = name.removesuffix(MANIFEST)
+            if _entries(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
+                # Files of that folder are about to be replaced: until all are, it must not look complete.
+                bucket, key = split_uri(f"{self.remote}/{name}")
+                remove_files([RemoteFile(bucket, key, "", 0)])
+                self._sent.pop(name, None)
+                changed.add(name)
+        for name in sorted(changed, key=lambda name: (name in manifests, -name.count("/"), name)):
+            path, stamp = self.folder / name, _stamp(self.folder / name)
+            try:
+                if name not in manifests or self._all_sent(path):
+                    upload(path, f"{self.remote}/{name}")
+                    self._sent[name] = stamp
+            except FileNotFoundError:
+                continue  # an old checkpoint, removed meanwhile: its manifest is not sent
+
+    def _all_sent(self, manifest: Path) -> bool:
+        """Whether the files that a manifest names are up."""
+        below = manifest.parent.relative_to(self.folder)
+        return all((below / name).as_posix() in self._sent for name in _entries(manifest) or {})
+
+    def _prune(self) -> None:
+        """Remove remote checkpoints that are older than the newest complete one and no longer here."""
+        files = {self._name(file): file for file in self._remote_files("checkpoints/")}
+        newest, here = _newest_checkpoint(files), {_step_of(name) for name in self._local_files()}
+        if newest is None:
+            return
+        old = {n: file for n, file in files.items() if (step := _step_of(n)) and step < newest and step not in here}
+        remove_files(list(old.values()))
+        for name in old:
+            self._sent.pop(name, None)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Files, here and there
+
+    def _local_files(self) -> list[str]:
+        """Names of all files that are not being written."""
+        found = []
+        for folder, folders, files in os.walk(self.folder):  # passes over what vanishes meanwhile
+            folders[:] = [name for name in folders if name not in _CACHES and not name.endswith(_UNFINISHED)]
+            below = Path(folder).relative_to(self.folder)
+            found += [(below / name).as_posix() for name in files if not name.endswith(_UNFINISHED)]
+        return found
+
+    def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
+        _, key = split_uri(self.remote)
+        return list_files(self.remote, prefix=f"{key}/{below}")
+
+    def _name(self, file: RemoteFile) -> str:
+        return file.key.removeprefix(split_uri(self.remote)[1]).lstrip("/")
+
+    def _probe(self) -> None:
+        """Write a tiny object and remove it: what would fail after hours fails now."""
+        bucket, key = split_uri(f"{self.remote}/{_PROBE}")
+        put_bytes(f"{self.remote}/{_PROBE}", b"wmtp")
+        remove_files([RemoteFile(bucket, key, "", 4)])
+
+    def _remember(self, there: dict[str, RemoteFile]) -> None:
+        """Take over what an earlier process uploaded, as far as it is still there."""
+        try:
+            record = json.loads(self._record.read_text())
+        except (FileNotFoundError, ValueError):
+            return
+        self._sent = {n: at for n, at in record.items() if n in there and there[n].num_bytes == at[0]}
+
+    def _write_record(self) -> None:
+        self._record.parent.mkdir(parents=True, exist_ok=True)
+        written = self._record.with_name(self._record.name + ".tmp")
+        written.write_text(json.dumps(self._sent))
+        written.replace(self._record)
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _newest_checkpoint(names) -> str | None:
+    """``checkpoints/step_N`` of the highest complete step, of files' names."""
+    complete = [m[1] for name in names if (m := re.fullmatch(rf"(checkpoints/step_\d+)/{re.escape(MANIFEST)}", name))]
+    return max(complete, default=None)
+
+
+def _step_of(name: str) -> str | None:
+    """``checkpoints/step_N`` of a file in a checkpoint."""
+    match = re.match(r"(checkpoints/step_\d+)/", name)
+    return match and match[1]
+
+
+def _entries(manifest: Path) -> dict[str, dict] | None:
+    """What a manifest says about its files; None where it is of another kind, or gone."""
+    try:
+        entries = json.loads(manifest.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    flat = isinstance(entries, dict) and all(isinstance(e, dict) and "sha256" in e for e in entries.values())
+    return entries if flat else None
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size and mtime of a file; None where it is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _check_inputs(cfg: DictConfig | None) -> None:
+    """Every S3 path of a config can be read, or the error names its key. Outputs and tracking are checked elsewhere."""
+    if cfg is None:
+        return
+    for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):
+        if is_remote(value) and key.split(".")[0] not in ("output_dir", "tracking"):
+            try:
+                check_reachable(value)
+            except StorageError as error:
+                raise StorageError(f"{key}: {error}") from None
+
+
+def _strings(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield prefix, value
+    elif isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _world() -> tuple[int, int]:
+    """Rank and size. torch is imported here: who only mirrors or uploads by hand starts without its seconds."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _on_rank_0(work: Callable[[], None]) -> None:
+    """Do something on rank 0 while the others wait, for as long as it takes; its error is every rank's."""
+    rank, size = _world()
+    if size == 1:
+        work()
+        return
+    import torch.distributed as dist
+
+    # A collective would time out under a download of many gigabytes: the store waits as long as it is told to.
+    store, key = dist.distributed_c10d._get_default_store(), f"wmtp/output/{next(_calls)}"
+    if rank == 0:
+        failure = ""
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            failure = str(error) or type(error).__name__
+            raise
+        except BaseException as error:
+            failure = type(error).__name__
+            raise
+        finally:
+            store.set(key, failure)
+            until = time.monotonic() + _SECONDS_TO_READ
+            while failure and store.add(f"{key}/read", 0) < size - 1 and time.monotonic() < until:
+                time.sleep(0.05)  # this rank's end takes the others with it: let each say why first
+        return
+    store.wait([key], timedelta(days=7))
+    failure = store.get(key).decode()
+    if failure:
+        store.add(f"{key}/read", 1)
+        raise StorageError(failure)

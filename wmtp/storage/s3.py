@@ -1,0 +1,218 @@
+"""Requests to S3 through boto3: one client per process, retries with back-off, errors as one line without a secret."""
+
+import os
+import random
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+SCHEME = "s3://"
+PART_BYTES = 16 << 20  # of a request: large enough for its overhead, small enough to lose little in a cut
+THREADS = 8  # requests under way at once
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds before the second try, doubled from try to try
+_DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
+           "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
+_ABSENT = {"404", "NoSuchKey", "NotFound"}
+_FINAL = _DENIED | _ABSENT | {"NoSuchBucket", "InvalidBucketName", "412", "PreconditionFailed", "416", "InvalidRange",
+                              "301", "PermanentRedirect", "400", "BadRequest", "NoSuchUpload"}  # fmt: skip
+_T = TypeVar("_T")
+
+
+class StorageError(ValueError):
+    """What S3 refused or could not do: one line with the URI, the reason and the way out, and never a credential."""
+
+
+class ChangedError(StorageError):
+    """The object is not the one it was a moment ago: someone has written it again."""
+
+
+class CorruptError(StorageError):
+    """Content that arrived is not what was sent."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """An object as a listing tells it."""
+
+    bucket: str
+    key: str
+    etag: str
+    num_bytes: int
+
+    @property
+    def uri(self) -> str:
+        return f"{SCHEME}{self.bucket}/{self.key}"
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a path names an object or a folder in S3: ``s3://bucket/key``."""
+    return str(path).startswith(SCHEME)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """Bucket and key, the key without slashes around it.
+
+    Raises:
+        StorageError: not ``s3://bucket/key``.
+    """
+    bucket, _, key = str(uri).removeprefix(SCHEME).partition("/")
+    if not is_remote(uri) or not bucket or not key.strip("/"):
+        raise StorageError(f"{uri} must be s3://bucket/key")
+    return bucket, key.strip("/")
+
+
+def endpoint_url() -> str | None:
+    """Where S3 is: boto's own variables first, then the one MLflow has; None is AWS."""
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
+    return next((os.environ[name] for name in names if os.environ.get(name)), None)
+
+
+def client():
+    """This process's S3 client, for the endpoint and the credentials of its environment."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
+    return _client(os.getpid(), endpoint_url(), tuple(hash(os.environ.get(name)) for name in names))
+
+
+@lru_cache(maxsize=4)
+def _client(pid: int, endpoint: str | None, identity: tuple[int, ...]):
+    import boto3
+    from botocore.config import Config
+
+    # Retries are ours, so that a part goes on from where it was cut. A custom endpoint seldom has a name per bucket.
+    config = Config(
+        retries={"total_max_attempts": 1},
+        max_pool_connections=4 * THREADS,
+        connect_timeout=10,
+        read_timeout=60,
+        s3={"addressing_style": "path" if endpoint else "auto"},
+    )
+    try:
+        return boto3.session.Session().client("s3", endpoint_url=endpoint, config=config)
+    except ValueError:
+        raise StorageError("AWS_ENDPOINT_URL is no URL; give http://host:port or https://host") from None
+
+
+def attempts() -> int:
+    """Tries of a request before it has failed: ``$AWS_MAX_ATTEMPTS``, or 8, which is about half a minute."""
+    return max(1, int(os.environ.get("AWS_MAX_ATTEMPTS") or 8))
+
+
+def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
+    """The result of a call, tried again with growing waits while the reason of its failure may pass.
+
+    Args:
+        call: makes one request and reads its answer.
+        uri, doing: for the message: ``s3://bucket/key``, ``read``.
+
+    Raises:
+        StorageError: it failed for good, or too often.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    for attempt in range(1, attempts() + 1):
+        try:
+            return call()
+        except (BotoCoreError, ClientError, CorruptError, OSError) as error:
+            if not passing(error) or attempt == attempts():
+                raise explained(error, uri, doing) from None  # the chain would carry URLs and headers
+            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
+            time.sleep(wait * random.uniform(0.75, 1.25))
+    raise AssertionError("unreachable")
+
+
+def passing(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
+
+    if isinstance(error, ClientError):
+        return _code(error) not in _FINAL
+    if isinstance(error, CorruptError):
+        return True
+    if isinstance(error, OSError):  # the network's; a full disk or a missing file does not mend itself
+        return isinstance(error, ConnectionError | TimeoutError)
+    return not isinstance(error, NoCredentialsError | PartialCredentialsError | ParamValidationError)
+
+
+def explained(error: Exception, uri: str, doing: str) -> StorageError:
+    """An error of boto3 as one line: built from its code, since its own text may quote a request."""
+    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+
+    if isinstance(error, StorageError):
+        return error
+    what, bucket = f"{uri} cannot be {doing}", uri.removeprefix(SCHEME).partition("/")[0]
+    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
+        return StorageError(
+            f"{what}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run "
+            "where the machine has a role"
+        )
+    if isinstance(error, OSError):
+        return StorageError(f"{what}: {error.strerror or type(error).__name__}")
+    if not isinstance(error, ClientError):
+        return StorageError(
+            f"{what}: {where()} does not answer as it should ({type(error).__name__}); check AWS_ENDPOINT_URL and the "
+            "network"
+        )
+    code = _code(error)
+    if code in _DENIED:
+        return StorageError(
+            f"{what}: {where()} refuses it ({code}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
+            f"AWS_SESSION_TOKEN) of somebody who may use bucket {bucket}"
+        )
+    if code == "NoSuchBucket":
+        return StorageError(f"{what}: {where()} has no bucket {bucket}; make it, or check AWS_ENDPOINT_URL")
+    if code in _ABSENT:
+        return StorageError(f"{what}: it does not exist at {where()}")
+    if code in {"412", "PreconditionFailed"}:
+        return ChangedError(f"{what}: it was written again while it was being read")
+    return StorageError(f"{what}: {where()} answers {code}")
+
+
+def where() -> str:
+    """The endpoint for messages: host and port alone, since a URL may carry a password."""
+    endpoint = endpoint_url()
+    parts = urllib.parse.urlsplit(endpoint) if endpoint else None
+    return "AWS S3" if parts is None else f"S3 at {parts.hostname}" + (f":{parts.port}" if parts.port else "")
+
+
+def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
+    """The objects of a folder, by key; ``prefix`` instead of the URI's own key and a slash."""
+    bucket, key = split_uri(uri)
+    token = None
+    while True:
+        options = {"Bucket": bucket, "Prefix": f"{key}/" if prefix is None else prefix}
+        options |= {"ContinuationToken": token} if token else {}
+        page = retrying(lambda options=options: client().list_objects_v2(**options), uri, "read")
+        for item in page.get("Contents", []):
+            if not item["Key"].endswith("/"):  # a console's mark of an empty folder
+                yield RemoteFile(bucket, item["Key"], item["ETag"], item["Size"])
+        if not page.get("IsTruncated"):
+            return
+        token = page["NextContinuationToken"]
+
+
+def find_files(uri: str) -> list[RemoteFile]:
+    """The one object that a URI names, or else the objects of the folder that it names; empty where there is nothing.
+
+    One listing rather than a HEAD: a HEAD's refusal does not say why.
+    """
+    bucket, key = split_uri(uri)
+    page = retrying(lambda: client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1), uri, "read")
+    first = next(iter(page.get("Contents", [])), None)
+    if first is not None and first["Key"] == key and not str(uri).endswith("/"):
+        return [RemoteFile(bucket, key, first["ETag"], first["Size"])]
+    return sorted(list_files(uri), key=lambda file: file.key) if first is not None else []
+
+
+def remove_files(files: list[RemoteFile]) -> None:
+    """Remove objects, manifests first: what is being taken apart does not look complete."""
+    for file in sorted(files, key=lambda file: not file.key.endswith("/manifest.json")):
+        options = {"Bucket": file.bucket, "Key": file.key}
+        retrying(lambda options=options: client().delete_object(**options), file.uri, "removed")
+
+
+def _code(error) -> str:
+    return str(error.response.get("Error", {}).get("Code", "an error"))
