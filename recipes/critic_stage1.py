@@ -47,6 +47,7 @@ from wmtp.models import (
 )
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name
+from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -129,7 +130,9 @@ class CriticStage1Recipe:
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
-        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
+        self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
         resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)

@@ -9,6 +9,7 @@ plain and self-speculative, on the held-out prompts, with the share of drafts th
 
 import json
 import sys
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -22,6 +23,7 @@ from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
 from wmtp.run_log import RunLog
+from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -53,7 +55,9 @@ class EvalHeadsRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
-        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
+        self._output = open_output(self._output_name, self._cfg)
+        self._output_dir = self._output.folder
+        self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
         check_output_dir(self._output_dir, "a run", overwrite=self._overwrite)
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")

@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -28,6 +29,7 @@ from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint
 from wmtp.run_log import RunLog
 from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Sandbox
+from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -92,7 +94,9 @@ class EvalMBPPRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
         self._world = start_world(self._device_name)
-        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
+        self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
         self._check_output_dir()
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")

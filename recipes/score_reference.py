@@ -52,6 +52,7 @@ from wmtp.models import (
 )
 from wmtp.run_log import RunLog, builder_name
 from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
+from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -95,7 +96,9 @@ class ScoreReferenceRecipe:
     def setup(self) -> None:
         """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
-        self._log = RunLog(self._output_dir, self._tracking_cfg, is_main=self._world.is_main)
+        self._output = open_output(self._output_name, self._cfg, resume=self._resume)
+        self._output_dir = self._output.folder
+        self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
         self._check_output_dir()
         path = resolve_checkpoint(self._checkpoint or self._value_model_path)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")

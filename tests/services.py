@@ -85,7 +85,7 @@ class MlflowServer:
         self._command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
         # Without its job runner, seven more processes that nothing here needs, it starts in half the time.
         own = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        self._environment = {**os.environ, **own, **(environment or {})}
+        self.environment = {**os.environ, **own, **(environment or {})}
         self._process: subprocess.Popen | None = None
 
     def start(self) -> None:
@@ -94,7 +94,7 @@ class MlflowServer:
             return
         # A session of its own: the server's workers are stopped with it.
         self._process = subprocess.Popen(
-            self._command, env=self._environment, start_new_session=True,
+            self._command, env=self.environment, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         _wait_until_it_answers(self._process, f"{self.url}/health", seconds=180)

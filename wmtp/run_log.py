@@ -12,6 +12,7 @@ from tqdm import tqdm
 from wmtp.config import build
 from wmtp.distributed import gather_objects
 from wmtp.models.resolve import RUN_FILE, checkpoint_sha256
+from wmtp.storage import Output
 from wmtp.tracking import code_changes, environment_tags, use_store
 from wmtp.tracking.environment import config_sha256
 from wmtp.tracking.spool import FOLDER, read_run
@@ -21,21 +22,18 @@ class RunLog:
     """The record of one run. Every rank has one and may call it; rank 0 alone writes.
 
     Args:
-        output_dir: the run's folder.
+        output: the run's folder and, for ``s3://``, its remote copy.
         tracking: the config's tracking section, or None. Its store is the process's until the run is closed: names
             such as ``runs:/ID/export`` are looked up there.
         is_main: whether this is rank 0.
-        remote: where output_dir is kept beside this machine, ``s3://...``, or None.
 
     Raises:
         ConfigError, ValueError: a tracking section with a mistake, a store that cannot be used or refuses.
     """
 
-    def __init__(
-        self, output_dir: Path, tracking: DictConfig | None, *, is_main: bool, remote: str | None = None
-    ) -> None:
-        self._output_dir, self._is_main, self._remote = output_dir, is_main, remote
-        self._file = output_dir / "metrics.jsonl"
+    def __init__(self, output: Output, tracking: DictConfig | None, *, is_main: bool) -> None:
+        self._output, self._output_dir, self._is_main = output, output.folder, is_main
+        self._file = output.folder / "metrics.jsonl"
         use_store(None if tracking is None else tracking.get("tracking_uri"))
         self._tracker = build(tracking, where="tracking") if is_main else None
         self._told: dict[int, dict[str, float]] = {}  # what MLflow was told of steps that happen again
@@ -88,7 +86,7 @@ class RunLog:
         if self._tracker:
             self._tracker.start()
             self._tracker.log_config(cfg)
-            remote = {"wmtp.output": self._remote} if self._remote else {}
+            remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
             self._tracker.log_tags({**environment_tags(), "wmtp.recipe": recipe, **remote, **tags})
             changes = code_changes()
             if changes:
@@ -96,11 +94,12 @@ class RunLog:
             self.say(f"tracking in {self._tracker.where}")
 
     def _prepare_folder(self, cfg: DictConfig, step: int, resumed: bool, replaces: Sequence[str]) -> None:
-        if not resumed:
-            for name in (*replaces, FOLDER, self._file.name):
-                path = self._output_dir / name
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        replaced = () if resumed else (*replaces, FOLDER, self._file.name)
+        for name in replaced:
+            path = self._output_dir / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._output_dir.mkdir(parents=True, exist_ok=True)
+        self._output.begin(replaced)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
             lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -137,8 +136,8 @@ class RunLog:
             self._tracker.log_artifact(path, folder)
 
     def exported(self, folder: Path, step: int) -> None:
-        """Write into an exported model's folder which run it is of, and give it to MLflow: as an artifact, or by
-        reference where output_dir has a remote."""
+        """Write into an exported model's folder which run it is of, upload it, and give it to MLflow: as an artifact,
+        or by reference where it is uploaded."""
         if not self._is_main:
             return
         experiment = self._tracker.experiment if self._tracker else None
@@ -147,10 +146,11 @@ class RunLog:
         self.say(f"exported to {folder}")
         if self._tracker:
             reference = None
-            if self._remote:
-                uri = f"{self._remote.rstrip('/')}/{folder.relative_to(self._output_dir).as_posix()}"
+            if self._output.remote:
+                uri = f"{self._output.remote}/{folder.relative_to(self._output_dir).as_posix()}"
                 reference = {"uri": uri, "sha256": checkpoint_sha256(folder), "run_id": self.run_id}
             self._tracker.log_model(folder, folder / RUN_FILE, reference)
+        self._output.upload(folder)
 
     def page(self, name: str, html: str) -> None:
         """Write a page below output_dir and copy it to MLflow, both under its name: ``folder/file.html``."""

@@ -184,3 +184,30 @@ def test_a_server_that_answers_503_is_waited_for_at_the_end(server, tiny_config,
     assert run.info.status == "FINISHED"
     assert in_store(client, run.info.run_id) == sorted(losses(cfg.output_dir).items())
     assert "the store answers again" in capfd.readouterr().err
+
+
+def test_an_export_that_lies_in_s3_is_tracked_by_reference(server, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.environment["MLFLOW_S3_ENDPOINT_URL"])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "cache"))
+    options = {"max_steps": 1, **SHORT, "export_dtype": "fp32", "output_dir": "s3://wmtp/runs/uniform"}
+    recipe = train(tracked(tiny_config(**options), experiment="in_s3"))
+    recipe._output.close()
+    sha256 = checkpoint_sha256(recipe._output_dir / "export")
+    client = MlflowClient(server.url)
+    run = the_run(client, "in_s3")
+    assert run.data.tags["wmtp.output"] == "s3://wmtp/runs/uniform"
+    there = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert "export.json" in there and "export" not in there
+
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "empty"))
+    fetched = resolve_checkpoint(f"runs:/{run.info.run_id}/export")
+    assert checkpoint_sha256(fetched) == sha256 and fetched.is_relative_to(tmp_path / "empty")
+    assert json.loads((fetched / "wmtp_run.json").read_text())["run_id"] == run.info.run_id
+    client.create_registered_model("in_s3")
+    client.create_model_version("in_s3", "s3://wmtp/runs/uniform/export", run.info.run_id)
+    assert resolve_checkpoint("models:/in_s3/1") == fetched
+    reference = {"uri": "s3://wmtp/runs/uniform/export", "sha256": "0" * 64}
+    client.log_text(run.info.run_id, json.dumps(reference), "export.json")
+    with pytest.raises(CheckpointError, match="holds another model now"):
+        resolve_checkpoint(f"runs:/{run.info.run_id}/export")

