@@ -171,8 +171,8 @@ class CriticStage1Recipe:
             run_id = self._restore(resume_from)
         tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._frozen}
         replaces = ("checkpoints", "best", "value_model", "report.md")
-        self._output.begin(replaces if self._step == 0 else ())
         self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
+        self._output.begin(replaces if self._step == 0 else ())
         if self._world.is_main:
             self._checkpointer.remove_torn()
             self._best_weights.forget_after(self._step)

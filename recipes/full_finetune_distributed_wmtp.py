@@ -145,8 +145,8 @@ class FullFinetuneRecipeWMTP:
             run_id = self._restore(self._resume_from)
         tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size}
         replaces = ("checkpoints", "export", "token_weights")
-        self._output.begin(replaces if self._step == 0 else ())
         self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
+        self._output.begin(replaces if self._step == 0 else ())
         if self._world.is_main:
             self._checkpointer.remove_torn()
 

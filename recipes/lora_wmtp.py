@@ -164,8 +164,8 @@ class LoRARecipeWMTP:
             load_adapter(self._model, resolve_checkpoint(self._adapter), base_weights=self._base["base_weights"])
         tags = {"data_hash": self._data.fingerprint, "world_size": self._world.size, **self._base}
         replaces = ("checkpoints", "adapter", "export", "token_weights")
-        self._output.begin(replaces if self._step == 0 else ())
         self._log.start(self._cfg, self._tracking_cfg, tags=tags, step=self._step, run_id=run_id, replaces=replaces)
+        self._output.begin(replaces if self._step == 0 else ())
         if self._world.is_main:
             self._checkpointer.remove_torn()
 
