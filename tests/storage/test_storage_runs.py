@@ -62,6 +62,7 @@ def metrics_of(bucket, name):
     return [json.loads(line) for line in bucket.get(f"runs/{name}/metrics.jsonl").splitlines()]
 
 
+@pytest.mark.slow
 def test_training_goes_on_through_faults_and_no_secret_is_written(job, bucket, tmp_path, monkeypatch, capfd):
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
@@ -105,6 +106,7 @@ def test_training_goes_on_through_faults_and_no_secret_is_written(job, bucket, t
         assert not any(secret.encode() in text for text in written), name
 
 
+@pytest.mark.slow
 def test_an_empty_machine_goes_on_and_a_run_is_not_written_over(job, bucket, tmp_path, monkeypatch):
     small = {"token_view": None, "save_every": 2, "keep_checkpoints": 1}
     run(tmp_path, (TRAIN, job("uniform", max_steps=2, **small)))
@@ -115,7 +117,8 @@ def test_an_empty_machine_goes_on_and_a_run_is_not_written_over(job, bucket, tmp
     assert "step_00000002 at step 2" in said
     assert [row["step"] for row in metrics_of(bucket, "uniform")] == [1, 2, 3, 4]
     assert {key.split("/")[3] for key in bucket.keys("runs/uniform/checkpoints/step")} == {"step_00000004"}
-    run(tmp_path, (TRAIN, job("uniform", max_steps=1, overwrite=True, token_view=None, save_every=None)))
+    config = job("uniform", max_steps=1, overwrite=True, token_view=None, save_every=None)
+    run(tmp_path, (TRAIN, config))
     assert [row["step"] for row in metrics_of(bucket, "uniform")] == [1]
     assert bucket.keys("runs/uniform/checkpoints") == []
 
@@ -136,6 +139,7 @@ def test_a_lasting_fault_ends_in_one_line_and_keeps_everything(job, bucket, tmp_
     assert len([key for key in bucket.keys("runs/uniform") if key.endswith("manifest.json")]) == 3
 
 
+@pytest.mark.slow
 def test_scoring_training_and_evaluation_hand_over_in_s3(job, bucket, tmp_path):
     reference = f"{bucket.uri}/reference"
     score = job("score_reference", checkpoint=reference, documents_per_part=16, seq_len=64)

@@ -86,10 +86,11 @@ class Output:
         self._busy: str | None = None  # the folder that is being uploaded
         self._lock = threading.Condition()
         self._asked = self._done = 0  # rounds
+        self._ending = False
         self._worker: threading.Thread | None = None
 
     def begin(self, replaces: Iterable[str] = ()) -> None:
-        """From here on the run exists: what it replaces, by name, goes from the remote copy, and uploads may start."""
+        """The run exists here, and now in S3: what it replaces, by name, goes from there, and uploads start."""
         self.clear(*replaces)
         self.upload()
 
@@ -156,9 +157,8 @@ class Output:
             verify_manifest(torn)
             shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
             torn.rename(target)
-        for name in files:
-            if (self.folder / name).exists():
-                self._sent[name] = _stamp(self.folder / name)
+        fetched = [name for name in files if name in wanted or (whole and _step_of(name) == newest)]
+        self._sent |= {name: _stamp(self.folder / name) for name in fetched}
         self._write_record()
 
     def close(self, *, fail: bool = True) -> None:
@@ -175,6 +175,7 @@ class Output:
         if self._error is not None:
             self.upload()
             self._wait()
+        self._end_worker()
         if self._error is not None:
             line = (
                 f"not everything could be uploaded: {self._error}; it is all in {self.folder}; when S3 answers again, "
@@ -183,6 +184,8 @@ class Output:
             if fail:
                 raise StorageError(line)
             self._say(line)
+        else:
+            self._say(f"uploaded to {self.remote}")
 
     # ------------------------------------------------------------------------------------------------------------------
     # The background
@@ -191,10 +194,19 @@ class Output:
         with self._lock:
             self._lock.wait_for(lambda: self._done >= self._asked)
 
+    def _end_worker(self) -> None:
+        with self._lock:
+            self._ending = True
+            self._lock.notify_all()
+        self._worker.join()
+        self._worker, self._ending = None, False
+
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._asked > self._done, timeout=_SECONDS_BETWEEN_ROUNDS)
+                self._lock.wait_for(lambda: self._ending or self._asked > self._done, _SECONDS_BETWEEN_ROUNDS)
+                if self._ending:
+                    return
                 round_ = self._asked
             try:
                 self._round()
@@ -245,7 +257,7 @@ class Output:
                     upload(path, f"{self.remote}/{name}")
                     self._sent[name] = stamp
             except FileNotFoundError:
-                continue  # an old checkpoint, removed meanwhile: its manifest is not sent
+                self._sent.pop(name, None)  # of an old checkpoint, removed meanwhile: its manifest is not sent
 
     def _all_sent(self, manifest: Path) -> bool:
         """Whether the files that a manifest names are up."""
@@ -253,12 +265,15 @@ class Output:
         return all((below / name).as_posix() in self._sent for name in _entries(manifest) or {})
 
     def _prune(self) -> None:
-        """Remove remote checkpoints that are older than the newest complete one and no longer here."""
+        """Remove remote checkpoints that are older than the newest complete one and no longer here, and old bests."""
         files = {self._name(file): file for file in self._remote_files("checkpoints/")}
         newest, here = _newest_checkpoint(files), {_step_of(name) for name in self._local_files()}
         if newest is None:
             return
         old = {n: file for n, file in files.items() if (step := _step_of(n)) and step < newest and step not in here}
+        if (self.folder / "best").is_dir():
+            best = {self._name(file): file for file in self._remote_files("best/")}
+            old |= {name: file for name, file in best.items() if not (self.folder / name).exists()}
         remove_files(list(old.values()))
         for name in old:
             self._sent.pop(name, None)

@@ -112,11 +112,12 @@ def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
         StorageError: it failed for good, or too often.
     """
     from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.parsers import ResponseParserError
 
     for attempt in range(1, attempts() + 1):
         try:
             return call()
-        except (BotoCoreError, ClientError, CorruptError, OSError) as error:
+        except (BotoCoreError, ClientError, ResponseParserError, CorruptError, OSError) as error:
             if not passing(error) or attempt == attempts():
                 raise explained(error, uri, doing) from None  # the chain would carry URLs and headers
             wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
@@ -125,21 +126,28 @@ def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
 
 
 def passing(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
-    from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError, PartialCredentialsError
+    """Whether the same request may succeed a little later: the network's errors, answers that break off, a busy S3."""
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
 
-    if isinstance(error, ClientError):
+    if isinstance(error, exceptions.ClientError):
         return _code(error) not in _FINAL
-    if isinstance(error, CorruptError):
-        return True
-    if isinstance(error, OSError):  # the network's; a full disk or a missing file does not mend itself
+    if isinstance(error, OSError):  # a full disk or a missing file does not mend itself
         return isinstance(error, ConnectionError | TimeoutError)
-    return not isinstance(error, NoCredentialsError | PartialCredentialsError | ParamValidationError)
+    network = exceptions.HTTPClientError | exceptions.ConnectionError
+    broken_off = exceptions.FlexibleChecksumError | exceptions.IncompleteReadError | ResponseParserError
+    return isinstance(error, CorruptError | network | broken_off)  # and not a missing profile, name or credential
 
 
 def explained(error: Exception, uri: str, doing: str) -> StorageError:
     """An error of boto3 as one line: built from its code, since its own text may quote a request."""
-    from botocore.exceptions import ClientError, NoCredentialsError, PartialCredentialsError, ProfileNotFound
+    from botocore.exceptions import (
+        ClientError,
+        NoCredentialsError,
+        ParamValidationError,
+        PartialCredentialsError,
+        ProfileNotFound,
+    )
 
     if isinstance(error, StorageError):
         return error
@@ -151,6 +159,8 @@ def explained(error: Exception, uri: str, doing: str) -> StorageError:
         )
     if isinstance(error, OSError):
         return StorageError(f"{what}: {error.strerror or type(error).__name__}")
+    if isinstance(error, ParamValidationError):
+        return StorageError(f"{what}: {bucket} is no name of a bucket")
     if not isinstance(error, ClientError):
         return StorageError(
             f"{what}: {where()} does not answer as it should ({type(error).__name__}); check AWS_ENDPOINT_URL and the "
