@@ -1,7 +1,9 @@
 """The real servers that tests talk to, as processes on free ports."""
 
 import atexit
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket

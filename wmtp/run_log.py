@@ -99,7 +99,6 @@ class RunLog:
             path = self._output_dir / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         self._output_dir.mkdir(parents=True, exist_ok=True)
-        self._output.begin(replaced)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
             lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -108,6 +107,7 @@ class RunLog:
             if read_run(self._output_dir):
                 for figures in map(json.loads, set(lines) - set(kept)):
                     self._told.setdefault(figures.pop("step"), {}).update(figures)
+        self._output.begin(replaced)
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         """Write a step's figures down; held-out ones are shown too."""

