@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
+from wmtp.secrets import mask_secrets
+
 
 class ConfigError(ValueError):
     """A config that cannot be run: one line saying which key, its value, and what is allowed."""
@@ -230,4 +232,4 @@ def _unknown(key: str, known: set[str], where: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return mask_secrets(" ".join(str(error).split())) or type(error).__name__
