@@ -42,7 +42,7 @@ def test_build_checks_keys_by_name_and_passes_the_recipe_s_own():
     with pytest.raises(ConfigError, match="unknown key 'weigth_decay' in optimizer; did you mean 'weight_decay'"):
         build(OmegaConf.create(lr), [], where="optimizer")
     with pytest.raises(ConfigError, match="lacks the key"):
-        build(OmegaConf.create({"_component_": "wmtp.tracking.MLflowLogger"}), where="tracking")
+        build(OmegaConf.create({"_component_": "wmtp.weighting.shuffled"}), where="weighting")
 
 
 def control(**method):
