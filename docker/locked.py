@@ -57,7 +57,7 @@ def applies(block: str) -> bool:
 
 
 def check_base(project: dict, lock: str) -> None:
-    """Refuse a base whose Python or torch is not what the project pins, and a torch that was installed over the base's."""
+    """Refuse a base whose Python or torch is not what the project pins, and a torch installed over the base's."""
     wanted = project["project"]["requires-python"]
     for sign, major, minor in re.findall(r"(>=|<)(\d+)\.(\d+)", wanted):
         newer = sys.version_info[:2] >= (int(major), int(minor))
