@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
+from wmtp.config import build
 from wmtp.weighting import Signals
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,10 +86,6 @@ def test_the_guides_weighting_method_is_one(tmp_path, monkeypatch):
     (tmp_path / "my_weighting.py").write_text(re.search(r"```python\n(.+?)```", GUIDE, re.DOTALL)[1])
     monkeypatch.syspath_prepend(tmp_path)
     section = yaml.safe_load(re.search(r"```yaml\n(.+?)```", GUIDE, re.DOTALL)[1])["weighting"]
-    from omegaconf import OmegaConf
-
-    from wmtp.config import build
-
     weighting = build(OmegaConf.create(section), where="weighting")
     labels = torch.tensor([[-100, 5, 6, 7, 8]])
     policy_ce = torch.tensor([[[9.0, 0.0, 1.0, 1.5, 8.0]]])
