@@ -32,6 +32,7 @@ setup: $(SETUP)  ## install everything, pinned, into .venv
 # What is installed is requirements.lock, by hash: a newer release on the index changes nothing. It is the committed view,
 # without any address, of uv.lock, which names the index it was made from and is therefore generated and not committed.
 $(SETUP): pyproject.toml requirements.lock | $(UV)
+	@test ! -L .venv || { echo "error: .venv is a link, to be emptied here for all who use it; remove the link" >&2; exit 1; }
 	$(UV) venv --quiet --clear --python $(PYTHON) .venv
 	$(UV) pip sync --quiet --python $(RUN)/python --require-hashes requirements.lock
 	$(UV) pip install --quiet --python $(RUN)/python --no-deps --editable .
