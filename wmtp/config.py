@@ -156,7 +156,7 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     missing = [n for n in allowed if parameters[n].default is inspect.Parameter.empty and n not in section]
     if missing:
         raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
-    values = {str(key): _built(value, f"{where}.{key}") for key, value in section.items() if key != "_component_"}
+    values = {str(key): _built(value, f"{where}.{key!s}") for key, value in section.items() if key != "_component_"}
     try:
         return component(*args, **{**values, **kwargs})
     except TypeError as error:

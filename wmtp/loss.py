@@ -192,7 +192,7 @@ def mtp_loss(
     Raises:
         ValueError: for shapes that do not fit, and what the weighting refuses.
     """
-    needs = getattr(weighting, "needs", frozenset())
+    needs: frozenset[str] = getattr(weighting, "needs", frozenset())
     heads = hidden if getattr(weighting, "per_head", False) else hidden[:1]
     ce = entropy = None
     if "policy_entropy" in needs:
