@@ -79,9 +79,10 @@ class Output:
         else:
             bucket, key = split_uri(self.remote)
             self.folder = cache_folder() / "outputs" / bucket / key
+        self._uri = self.remote or ""  # of what is there; nothing reads it where nothing is
         self._uploads = self.remote is not None and _world()[0] == 0
         self._record = self.folder.with_name(f"{self.folder.name}.uploads.json")
-        self._sent: dict[str, list[int]] = {}  # size and mtime of each file when it was uploaded
+        self._sent: dict[str, list[int] | None] = {}  # size and mtime of each file when it was uploaded
         self._error: StorageError | None = None  # why the last round did not upload everything
         self._busy: str | None = None  # the folder that is being uploaded
         self._lock = threading.Condition()
@@ -147,7 +148,7 @@ class Output:
             wanted = {name: file for name, file in files.items() if name == "config.yaml"}
         else:
             wanted = {name: file for name, file in files.items() if not name.startswith(_REMADE)}
-        fetch_folder(self.remote, list(wanted.values()), self.folder)
+        fetch_folder(self._uri, list(wanted.values()), self.folder)
         if whole and newest is not None:
             target = self.folder / newest
             self._say(f"fetching {self.remote}/{newest}")
@@ -198,7 +199,8 @@ class Output:
         with self._lock:
             self._ending = True
             self._lock.notify_all()
-        self._worker.join()
+        if self._worker is not None:
+            self._worker.join()
         self._worker, self._ending = None, False
 
     def _work(self) -> None:
@@ -226,7 +228,7 @@ class Output:
         try:
             files = self._local_files()
             self._send([name for name in files if not name.startswith("checkpoints/")])
-            for step in sorted({_step_of(name) for name in files} - {None}, reverse=True):
+            for step in sorted({step for name in files if (step := _step_of(name))}, reverse=True):
                 with self._lock:
                     self._busy = step
                 self._send([name for name in self._local_files() if _step_of(name) == step])
@@ -291,11 +293,11 @@ class Output:
         return found
 
     def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
-        _, key = split_uri(self.remote)
-        return list_files(self.remote, prefix=f"{key}/{below}")
+        _, key = split_uri(self._uri)
+        return list_files(self._uri, prefix=f"{key}/{below}")
 
     def _name(self, file: RemoteFile) -> str:
-        return file.key.removeprefix(split_uri(self.remote)[1]).lstrip("/")
+        return file.key.removeprefix(split_uri(self._uri)[1]).lstrip("/")
 
     def _probe(self) -> None:
         """Write a tiny object and remove it: what would fail after hours fails now."""

@@ -6,7 +6,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -195,7 +195,7 @@ def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
     while True:
         options = {"Bucket": bucket, "Prefix": f"{key}/" if prefix is None else prefix}
         options |= {"ContinuationToken": token} if token else {}
-        page = retrying(lambda options=options: client().list_objects_v2(**options), uri, "read")
+        page = retrying(partial(client().list_objects_v2, **options), uri, "read")
         for item in page.get("Contents", []):
             if not item["Key"].endswith("/"):  # a console's mark of an empty folder
                 yield RemoteFile(bucket, item["Key"], item["ETag"], item["Size"])
@@ -220,8 +220,7 @@ def find_files(uri: str) -> list[RemoteFile]:
 def remove_files(files: list[RemoteFile]) -> None:
     """Remove objects, manifests first: what is being taken apart does not look complete."""
     for file in sorted(files, key=lambda file: not file.key.endswith("/manifest.json")):
-        options = {"Bucket": file.bucket, "Key": file.key}
-        retrying(lambda options=options: client().delete_object(**options), file.uri, "removed")
+        retrying(partial(client().delete_object, Bucket=file.bucket, Key=file.key), file.uri, "removed")
 
 
 def _code(error) -> str:
