@@ -219,8 +219,8 @@ def draw_critic(value_model: str) -> None:
             ("delta\nV(j) - V(j-1)", deltas[0, part].tolist(), BLUE),
             ("weight, softmax\nof the whitened delta", weights[0, part].tolist(), ORANGE),
         ],
-        f"The fault is in line {task['fault_line']} (word, not word.lower()). First {len(part)} of {len(where)} targets; "
-        "mean weight 1 (dotted).",
+        f"The fault is in line {task['fault_line']} (word, not word.lower()). "
+        f"First {len(part)} of {len(where)} targets; mean weight 1 (dotted).",
     )
 
 
