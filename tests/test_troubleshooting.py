@@ -27,7 +27,7 @@ def messages() -> list[list[str]]:
                 parts = [node.value]
             else:
                 continue
-            if sum(map(len, parts)) >= 20:
+            if sum(map(len, parts)) >= 15:
                 found.append(parts)
     return found
 
