@@ -37,6 +37,8 @@ Every key of every config, written by `make docs` from the comments in `configs/
 - A section with a `_component_` builds what that dot path names, and its other keys are the arguments. Any function or
   class with fitting arguments will do, also one in a file of yours beside which the recipe is started. Rows that hold
   for some components alone name them. Weightings that no config shows are in [method.md](method.md).
+- A path may be local or `s3://bucket/key`; where a checkpoint is asked for, `runs:/RUN/export` and `models:/NAME@ALIAS`
+  name one in MLflow. See [data_and_models.md](data_and_models.md) and [operations.md](operations.md).
 - `${key}` repeats another key's value.
 """
 
