@@ -166,11 +166,18 @@ def demonstrate(shell: Shell, folder: Path) -> None:
     evaluations = {name: run_id(client, f"eval_{name}") for name in names}
 
     title("3. The first model: registered with its card, alias staging; then production, as the first")
-    shell.run(promote("register", evaluation_run=evaluations["short"]), says=f"{MODEL}@staging: nothing -> version 1")
+    limits = {"card.limits": '["trained on the very tasks that it is judged on"]'}
+    shell.run(
+        promote("register", evaluation_run=evaluations["short"], **limits),
+        says=f"{MODEL}@staging: nothing -> version 1",
+    )
     shell.run(promote("production", evaluation_run=evaluations["short"]), says="first in production")
     production("1")
     title("4. The second model, judged on the same tasks, takes its place")
-    shell.run(promote("register", evaluation_run=evaluations["long"]), says=f"{MODEL}@staging: version 1 -> version 2")
+    shell.run(
+        promote("register", evaluation_run=evaluations["long"], **limits),
+        says=f"{MODEL}@staging: version 1 -> version 2",
+    )
     shell.run(promote("production", evaluation_run=evaluations["long"]), says="not worse beyond the interval")
     production("2")
     title("5. The first one is worse than chance explains: refused, with status 1 and nothing changed")

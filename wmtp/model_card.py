@@ -83,7 +83,7 @@ def model_card(
         "## Limits",
         "\n".join(f"- {cell(line)}" for line in [*(statements.limits or ()), *_limits(export, evaluations)]),
         "## Licence",
-        _licence(statements),
+        _licence(export, statements),
         "## Where it comes from",
         table(["", ""], _provenance(export, evaluations)),
         "## Use",
@@ -167,7 +167,7 @@ def _summary(export: Export, shape: Mapping) -> str:
     heads = shape["heads"]
     what = "a next-token model" if heads == 1 else f"a multi-token-prediction model with {heads} heads"
     return (
-        f"This is {what}, fine-tuned by WMTP with token weights {cell(method)} on {cell(dataset)}. Head 1 is an "
+        f"This is {what}, trained by WMTP with token weights {cell(method)} on {cell(dataset)}. Head 1 is an "
         "ordinary causal language model that `transformers` loads; further heads predict further tokens ahead."
     )
 
@@ -233,7 +233,7 @@ def _evaluated(evaluation: Evaluation) -> list[str]:
         f"### {cell(evaluation.name)}",
         *(f"> {cell(line)}" for line in cautions(results)),
         *scores(results),
-        f"Protocol: {results['tasks']} tasks, {counts} samples a task and temperature, judged in a sandbox "
+        f"Protocol: {results['tasks']} tasks, {counts} sample(s) a task and temperature, judged in a sandbox "
         f"({'; '.join(map(cell, results['sandbox']['layers'])) or 'no protections recorded'}).",
         _yaml_block({key: settings[key] for key in _EVALUATION_KEYS if key in settings}),
     ]
@@ -256,7 +256,11 @@ def _limits(export: Export, evaluations: Sequence[Evaluation]) -> list[str]:
     return lines
 
 
-def _licence(statements: Statements) -> str:
+def _licence(export: Export, statements: Statements) -> str:
+    if statements.license is None and export.run.config.get("checkpoint", UNKNOWN) is None:
+        return (
+            "Trained from random weights: there is no base model. Nothing says under which licence these weights are."
+        )
     if statements.license is None:
         return "The licence of the base model is unknown. Find it out before you pass the model on."
     link = f" (<{statements.license_link}>)" if statements.license_link else ""

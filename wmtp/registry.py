@@ -1,6 +1,6 @@
 """A model's versions in the MLflow registry, its aliases `staging` and `production`, and the record of their moves.
 
-    registered model   tags wmtp.move.000007.1f0c...  = {"action": "production", "from": "2", "to": "3", ...}
+    registered model   tags wmtp.move.000007.1f0c...  = {"action": "production", "before": "2", "after": "3", ...}
       version 3        one export: its source, hashes, runs, evaluations and card
     aliases            staging -> 3, production -> 3
 
@@ -154,7 +154,7 @@ def ensure_version(
         version = find_version(client, name, model_sha256)
         if version is None:
             tags = {"wmtp.model_sha256": model_sha256, "wmtp.training_run_id": run_id, **tags}
-            made = client.create_model_version(name, source=source, run_id=run_id, tags=tags)
+            made = client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0)
             version = find_version(client, name, model_sha256)
             if version.number != str(made.version):  # another process registered it at the same moment
                 client.delete_model_version(name, str(made.version))
@@ -345,6 +345,9 @@ def _carry_out(client, name: str, move: Move) -> Move:
                 f"{name}@{move.alias} was set to {shown(move.after)} and points at {shown(now)}: someone moves it "
                 "outside of this record"
             )
+        if move.after is not None:  # for whoever looks at the version alone
+            said = f"move {move.number}, {move.time}, by {move.by}: {move.decision}"
+            client.set_model_version_tag(name, move.after, f"wmtp.{move.alias}", said)
         done = replace(move, state="done")
         _write(client, name, done)
     return done
