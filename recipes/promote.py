@@ -133,7 +133,7 @@ class PromoteRecipe:
 
     def rollback(self) -> None:
         """`alias` where it was before its last move, or before the move of that number."""
-        move, _ = roll_back(self._client, self._name, self._alias, by=self._by, number=self._undo)
+        move = roll_back(self._client, self._name, self._alias, by=self._by, number=self._undo)
         self._report(move, self._alias)
 
     def show(self) -> None:

@@ -262,7 +262,7 @@ def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> di
 
 
 def _yaml(text: str) -> dict:
-    return OmegaConf.to_container(OmegaConf.create(text))
+    return dict(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
 
 
 def _short(value: object) -> str:

@@ -154,10 +154,12 @@ def ensure_version(
         version = find_version(client, name, model_sha256)
         if version is None:
             tags = {"wmtp.model_sha256": model_sha256, "wmtp.training_run_id": run_id, **tags}
-            made = client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0)
-            version = find_version(client, name, model_sha256)
-            if version.number != str(made.version):  # another process registered it at the same moment
-                client.delete_model_version(name, str(made.version))
+            made = str(
+                client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0).version
+            )
+            version = find_version(client, name, model_sha256) or read_version(client, name, made)
+            if version.number != made:  # another process registered it at the same moment
+                client.delete_model_version(name, made)
         client.set_model_version_tag(name, version.number, f"{_EVALUATION}{evaluation[0]}", evaluation[1])
     return read_version(client, name, version.number)
 
@@ -187,7 +189,8 @@ def versions(client, name: str) -> list[Version]:
     """
     _require(client, name)
     with store_errors(f"the versions of {name} cannot be read"):
-        found, token = [], None
+        found: list = []
+        token = None
         while True:
             page = client.search_model_versions(f"name='{name}'", page_token=token)
             found, token = found + list(page), page.token
@@ -295,19 +298,15 @@ def move_alias(
 
 def roll_back(
     client, name: str, alias: str, *, by: str, number: int | None = None, patience: float = 30.0
-) -> tuple[Move, Move]:
+) -> Move | None:
     """Restore where an alias pointed before its last move; itself a move, so that rolling back twice changes nothing.
 
     Args:
         number: of an earlier move, to restore what was before that one.
 
-    Returns:
-        The move made, and the one undone.
-
     Raises:
         RegistryError: no such move, or the alias was moved since without a record.
     """
-    undone: list[Move] = []
 
     def choose(before: str | None, record: list[Move]) -> Choice | None:
         last = last_move(record, alias)
@@ -326,11 +325,9 @@ def roll_back(
             raise RegistryError(f"{name} has no move {number} of {alias}; there are {known}")
         if target.before == before:
             raise RegistryError(f"{name}@{alias} points at {shown(before)} already, as before move {target.number}")
-        undone[:] = [target]
         return Choice(target.before, f"undoes move {target.number}")
 
-    move = move_alias(client, name, alias, choose, action="rollback", by=by, patience=patience)
-    return move, undone[0]
+    return move_alias(client, name, alias, choose, action="rollback", by=by, patience=patience)
 
 
 def _carry_out(client, name: str, move: Move) -> Move:

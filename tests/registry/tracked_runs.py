@@ -7,6 +7,7 @@ import torch
 from omegaconf import OmegaConf
 from random_models import random_decoder
 
+from recipes.promote import PromoteRecipe
 from wmtp.data import AssertionTask, byte_tokenizer
 from wmtp.evaluation_results import evaluation_results
 from wmtp.models import checkpoint_sha256, export_hf
@@ -42,12 +43,21 @@ def results_of(letters: list[str], temperature: float = 0.8, **settings) -> dict
     )
 
 
-class Runs:
-    """Makes runs in one store."""
+def run_promote(name: str, action: str = "register", evaluation_run: str | None = None, **overrides) -> None:
+    """Run the recipe on the tiny config with overrides, in this process."""
+    cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "promote.yaml")
+    cfg.update({"name": name, "action": action, "evaluation_run": evaluation_run, "by": "someone", **overrides})
+    recipe = PromoteRecipe(cfg)
+    recipe.setup()
+    recipe.run()
 
-    def __init__(self, client, folder: Path) -> None:
+
+class Runs:
+    """Makes runs in one store, which has its own place for artifacts where none is given."""
+
+    def __init__(self, client, folder: Path, artifacts: str | None = None) -> None:
         self.client, self.folder = client, folder
-        self._experiment = client.create_experiment("wmtp/test", (folder / "artifacts").as_uri())
+        self._experiment = client.create_experiment("wmtp/test", artifacts)
         self.exports = 0
 
     def training(self, *, tags: dict | None = None, config: str = "rho1") -> str:
