@@ -142,8 +142,10 @@ def test_evaluations_that_cannot_be_promoted_are_refused(store, promote, trained
         promote("two-evaluations", "rollback")
     with pytest.raises(ValueError, match="there is no registered model nobody: register an evaluated export first"):
         promote("nobody", "show")
-    with pytest.raises(ValueError, match=r"the MLflow store sqlite:////no/such\.db does not exist"):
-        promote(name, "show", tracking_uri="sqlite:////no/such.db")
+    absent = f"sqlite:///{tmp_path}/absent.db"
+    with pytest.raises(ValueError, match=f"the MLflow store {absent} does not exist; set MLFLOW_TRACKING_URI"):
+        promote(name, "show", tracking_uri=absent)
+    assert not (tmp_path / "absent.db").exists()
 
     # An evaluation that nothing in production can be held against, and one of other tasks.
     training2 = store.training()
