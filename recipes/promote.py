@@ -75,8 +75,6 @@ class PromoteRecipe:
         """Open the store that holds runs and registry."""
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self._client = open_store(self._tracking_uri)
-        if self._tracking_uri is not None:  # resolve_checkpoint reads the same store
-            os.environ["MLFLOW_TRACKING_URI"] = self._tracking_uri
         self._statements = build(self._card_cfg, where="card") or Statements()
 
     def run(self) -> None:

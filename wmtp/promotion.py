@@ -16,6 +16,7 @@ from wmtp.evaluation import pass_at_k
 from wmtp.evaluation_results import compare_results
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.registry import Choice, RegistryError, store_errors
+from wmtp.secrets import mask_secrets
 
 # What must be equal for two evaluations to be of the same thing, beside tasks, samples a task and the protocol. What
 # tells the models apart (checkpoint, model, tokenizer), how they are computed (dtype, drafts) and the seed may differ.
@@ -254,7 +255,7 @@ def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> di
             text = Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
         except Exception as error:  # each artifact store has errors of its own
             line = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RegistryError(f"artifact {path} of run {run_id} cannot be fetched: {line}") from error
+            raise RegistryError(f"artifact {path} of run {run_id} cannot be fetched: {mask_secrets(line)}") from error
     try:
         return read(text)
     except Exception as error:  # as each format has

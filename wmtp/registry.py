@@ -15,7 +15,6 @@ Every function takes an `MlflowClient`; mlflow itself is imported where it is us
 """
 
 import json
-import os
 import random
 import re
 import secrets
@@ -24,7 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+
+from wmtp.secrets import mask_secrets
+from wmtp.tracking.store import absolute, check_store, mlflow_client, sqlite_file, store_uri, use_store
 
 ALIASES = ("staging", "production")
 _RECORD = "wmtp.move."
@@ -86,23 +87,24 @@ class Choice:
 
 
 def open_store(tracking_uri: str | None = None):
-    """An `MlflowClient` on a store that is there.
+    """An `MlflowClient` on a store that is there; `resolve_checkpoint` reads names such as ``runs:/ID`` from it too.
 
     Args:
         tracking_uri: null is ``$MLFLOW_TRACKING_URI``, else sqlite:///mlflow.db in the working directory.
 
     Raises:
-        RegistryError: no such store, or a URI that MLflow does not know.
+        ValueError: no such store, a URI that is none, or credentials that a server refuses.
     """
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    use_store(tracking_uri)
+    uri = absolute(store_uri())
+    check_store(uri)
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
         raise RegistryError(  # opening it would make an empty one
             f"the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI (or tracking_uri) to the store of the runs"
         )
-    from mlflow.tracking import MlflowClient
-
-    with store_errors("the MLflow store cannot be opened"):
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with store_errors(f"the MLflow store {mask_secrets(uri)} cannot be opened"):
+        return mlflow_client(uri)
 
 
 @contextmanager
@@ -114,7 +116,7 @@ def store_errors(what: str) -> Iterator[None]:
         yield
     except MlflowException as error:
         line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RegistryError(f"{what}: {line}") from error
+        raise RegistryError(f"{what}: {mask_secrets(line)}") from error
 
 
 def check_name(name: str) -> str:
