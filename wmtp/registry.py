@@ -1,0 +1,399 @@
+"""A model's versions in the MLflow registry, its aliases `staging` and `production`, and the record of their moves.
+
+    registered model   tags wmtp.move.000007.1f0c...  = {"action": "production", "before": "2", "after": "3", ...}
+      version 3        one export: its source, hashes, runs, evaluations and card
+    aliases            staging -> 3, production -> 3
+
+The record is append-only and says who moved which alias when, from where to where, and on which figures. MLflow sets a
+tag or an alias without looking at what is there, so two processes that promote at once could each undo the other
+unseen. A move is therefore written down first, under a key that only its own process uses, and then all records are
+read again: where another one has taken the same number, both withdraw and try again, seeing the other's result. Of two
+moves at most one can find itself alone. (This is mutual exclusion by flags; it needs only that a read sees what was
+written before.)
+
+Every function takes an `MlflowClient`; mlflow itself is imported where it is used.
+"""
+
+import json
+import random
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+
+from wmtp.secrets import mask_secrets
+from wmtp.tracking.store import absolute, check_store, mlflow_client, sqlite_file, store_uri, use_store
+
+ALIASES = ("staging", "production")
+_RECORD = "wmtp.move."
+_EVALUATION = "wmtp.evaluation."
+_MAX_DESCRIPTION = 5000  # characters that every store of MLflow's keeps
+_TRIES = 50
+
+
+class RegistryError(ValueError):
+    """What was asked of the registry cannot be done: one line that names the model and the way out."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """A version of a registered model. `number` is a string, as a server has it (a local store gives an integer)."""
+
+    number: str
+    source: str
+    run_id: str
+    tags: dict[str, str]
+    description: str
+
+    @property
+    def evaluations(self) -> dict[str, str]:
+        """The evaluations that it was registered with: name to run id."""
+        own = {key: run_id for key, run_id in self.tags.items() if key.startswith(_EVALUATION)}
+        return {key.removeprefix(_EVALUATION): run_id for key, run_id in sorted(own.items())}
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of an alias.
+
+    `state` is ``intended`` while it is under way, then ``done``, or ``abandoned`` where its process ended before the
+    alias was moved. `before` and `after` are versions, None where the alias points at nothing.
+    """
+
+    number: int
+    action: str  # register | production | rollback
+    alias: str
+    before: str | None
+    after: str | None
+    decision: str
+    by: str
+    evaluation_run: str | None = None
+    figures: dict = field(default_factory=dict)
+    time: str = ""  # UTC
+    state: str = "intended"
+    key: str = ""  # of its tag
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where an alias shall point, and why."""
+
+    after: str | None
+    decision: str
+    figures: dict = field(default_factory=dict)
+
+
+def open_store(tracking_uri: str | None = None):
+    """An `MlflowClient` on a store that is there; `resolve_checkpoint` reads names such as ``runs:/ID`` from it too.
+
+    Args:
+        tracking_uri: null is ``$MLFLOW_TRACKING_URI``, else sqlite:///mlflow.db in the working directory.
+
+    Raises:
+        ValueError: no such store, a URI that is none, or credentials that a server refuses.
+    """
+    use_store(tracking_uri)
+    uri = absolute(store_uri())
+    check_store(uri)
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise RegistryError(  # opening it would make an empty one
+            f"the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI (or tracking_uri) to the store of the runs"
+        )
+    with store_errors(f"the MLflow store {mask_secrets(uri)} cannot be opened"):
+        return mlflow_client(uri)
+
+
+@contextmanager
+def store_errors(what: str) -> Iterator[None]:
+    """MLflow's errors as one line that begins with ``what``."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RegistryError(f"{what}: {mask_secrets(line)}") from error
+
+
+def check_name(name: str) -> str:
+    """A registered model's name as it is, if it can be one in every place that names are written to.
+
+    Raises:
+        RegistryError: characters other than letters, digits, ``-``, ``_`` and ``.``.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", str(name)):
+        raise RegistryError(
+            f"name {str(name)!r} cannot be a registered model's: use letters, digits, '-', '_' and '.', such as "
+            "wmtp-smollm2-135m"
+        )
+    return str(name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Versions
+
+
+def ensure_version(
+    client, name: str, *, model_sha256: str, source: str, run_id: str, evaluation: tuple[str, str], tags: dict[str, str]
+) -> Version:
+    """The version of an export, made unless there is one of the same model; the evaluation is added to it.
+
+    Args:
+        model_sha256: `checkpoint_sha256` of the export, what tells two versions apart.
+        source: URI of the export's folder.
+        run_id: the training run.
+        evaluation: name and run id; an earlier one of the same name is replaced.
+        tags: what else a new version shall say.
+    """
+    check_name(name)
+    with store_errors(f"model {name} cannot be registered"):
+        if not _exists(client, name):
+            _create(client, name)
+        version = find_version(client, name, model_sha256)
+        if version is None:
+            tags = {"wmtp.model_sha256": model_sha256, "wmtp.training_run_id": run_id, **tags}
+            made = str(
+                client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0).version
+            )
+            version = find_version(client, name, model_sha256) or read_version(client, name, made)
+            if version.number != made:  # another process registered it at the same moment
+                client.delete_model_version(name, made)
+        client.set_model_version_tag(name, version.number, f"{_EVALUATION}{evaluation[0]}", evaluation[1])
+    return read_version(client, name, version.number)
+
+
+def find_version(client, name: str, model_sha256: str) -> Version | None:
+    """The oldest version whose model has this hash, or None."""
+    return next((v for v in versions(client, name) if v.tags.get("wmtp.model_sha256") == model_sha256), None)
+
+
+def read_version(client, name: str, number: str) -> Version:
+    """One version of a model.
+
+    Raises:
+        RegistryError: no such model or version.
+    """
+    with store_errors(f"{name} has no version {number}"):
+        found = client.get_model_version(name, number)
+    own = (found.source, found.run_id or "", dict(found.tags), found.description or "")
+    return Version(str(found.version), *own)
+
+
+def versions(client, name: str) -> list[Version]:
+    """All versions of a model, oldest first.
+
+    Raises:
+        RegistryError: no such model.
+    """
+    _require(client, name)
+    with store_errors(f"the versions of {name} cannot be read"):
+        found: list = []
+        token = None
+        while True:
+            page = client.search_model_versions(f"name='{name}'", page_token=token)
+            found, token = found + list(page), page.token
+            if not token:
+                break
+    # A search leaves tags to the store's taste: each is read by itself.
+    numbers = sorted((str(version.version) for version in found), key=int)
+    return [read_version(client, name, number) for number in numbers]
+
+
+def describe(client, name: str, version: str, card: str, where: str) -> None:
+    """Give a version its card: as description, as much as every store keeps, and a tag with the artifact's name."""
+    text = card.split("---\n", 2)[-1].lstrip()  # the YAML header is for the Hub
+    if len(text) > _MAX_DESCRIPTION:
+        note = f"\n\n[... the whole card is {where} ...]\n"
+        text = text[: _MAX_DESCRIPTION - len(note)].rpartition("\n")[0] + note
+    with store_errors(f"version {version} of {name} cannot be described"):
+        client.update_model_version(name, version, description=text)
+        client.set_model_version_tag(name, version, "wmtp.model_card", where)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Moves
+
+
+def moves(client, name: str) -> list[Move]:
+    """The record of a model, oldest first.
+
+    Raises:
+        RegistryError: no such model, or a record that is none of ours.
+    """
+    found = []
+    for key, value in _require(client, name).tags.items():
+        if key.startswith(_RECORD):
+            try:
+                found.append(replace(Move(**json.loads(value)), key=key))
+            except (TypeError, ValueError) as error:
+                raise RegistryError(f"model {name}: tag {key} is no record of a move; someone has edited it") from error
+    return sorted(found, key=lambda move: (move.number, move.key))
+
+
+def aliased(client, name: str, alias: str) -> str | None:
+    """The version that an alias points at now."""
+    version = _require(client, name).aliases.get(alias)
+    return None if version is None else str(version)
+
+
+def last_move(record: Sequence[Move], alias: str) -> Move | None:
+    """The last move of an alias that took place."""
+    return next((move for move in reversed(record) if move.alias == alias and move.state == "done"), None)
+
+
+def move_alias(
+    client,
+    name: str,
+    alias: str,
+    choose: Callable[[str | None, list[Move]], Choice | None],
+    *,
+    action: str,
+    by: str,
+    evaluation_run: str | None = None,
+    patience: float = 30.0,
+) -> Move | None:
+    """Move an alias to the version that is chosen in view of the one it points at, and write the move down.
+
+    Args:
+        alias: ``staging`` or ``production``.
+        choose: called with the alias's version and the record; called again, with what is true then, when another
+            process moved something meanwhile. None leaves everything as it is; an exception passes through and
+            nothing is changed.
+        action, by, evaluation_run: for the record.
+        patience: seconds that another move may be under way before its process counts as dead.
+
+    Returns:
+        The move, done; None where there was nothing to do.
+
+    Raises:
+        RegistryError: no such model or version, or other processes kept moving.
+    """
+    if alias not in ALIASES:
+        raise RegistryError(f"alias must be one of {', '.join(ALIASES)}, got {alias!r}")
+    for _ in range(_TRIES):
+        record = _settled(client, name, patience)
+        # Read after the record: whatever moved the alias since has left a record that the check below finds.
+        before = aliased(client, name, alias)
+        choice = choose(before, record)
+        if choice is None or choice.after == before:
+            return None
+        if choice.after is not None:
+            read_version(client, name, choice.after)  # an alias that points at nothing cannot be undone
+        number = 1 + max((move.number for move in record), default=0)
+        move = Move(
+            number, action, alias, before, choice.after, choice.decision, by, evaluation_run, choice.figures,
+            time=datetime.now(UTC).isoformat(timespec="seconds"), key=f"{_RECORD}{number:06d}.{secrets.token_hex(4)}",
+        )  # fmt: skip
+        with store_errors(f"the move of {name}@{alias} cannot be recorded"):
+            _write(client, name, move)
+            if any(other.number >= number and other.key != move.key for other in moves(client, name)):
+                client.delete_registered_model_tag(name, move.key)
+                time.sleep(random.uniform(0.02, 0.5))
+                continue
+        return _carry_out(client, name, move)
+    raise RegistryError(f"{name}@{alias} was not moved: other processes moved it {_TRIES} times meanwhile; try again")
+
+
+def roll_back(
+    client, name: str, alias: str, *, by: str, number: int | None = None, patience: float = 30.0
+) -> Move | None:
+    """Restore where an alias pointed before its last move; itself a move, so that rolling back twice changes nothing.
+
+    Args:
+        number: of an earlier move, to restore what was before that one.
+
+    Raises:
+        RegistryError: no such move, or the alias was moved since without a record.
+    """
+
+    def choose(before: str | None, record: list[Move]) -> Choice | None:
+        last = last_move(record, alias)
+        if last is None:
+            raise RegistryError(f"{name} has no recorded move of {alias}: there is nothing to roll back to")
+        if last.after != before:
+            raise RegistryError(
+                f"{name}@{alias} points at {shown(before)}, though its last recorded move, {last.number}, set it to "
+                f"{shown(last.after)}: someone moved it outside; set it back to {shown(last.after)} first"
+            )
+        target = last if number is None else next(
+            (m for m in record if (m.number, m.alias, m.state) == (number, alias, "done")), None
+        )  # fmt: skip
+        if target is None:
+            known = ", ".join(str(m.number) for m in record if (m.alias, m.state) == (alias, "done"))
+            raise RegistryError(f"{name} has no move {number} of {alias}; there are {known}")
+        if target.before == before:
+            raise RegistryError(f"{name}@{alias} points at {shown(before)} already, as before move {target.number}")
+        return Choice(target.before, f"undoes move {target.number}")
+
+    return move_alias(client, name, alias, choose, action="rollback", by=by, patience=patience)
+
+
+def _carry_out(client, name: str, move: Move) -> Move:
+    """Move the alias as the record says, look whether it is there, and mark the record as done."""
+    with store_errors(f"{name}@{move.alias} cannot be moved to {shown(move.after)}"):
+        if move.after is None:
+            client.delete_registered_model_alias(name, move.alias)
+        else:
+            client.set_registered_model_alias(name, move.alias, move.after)
+        if (now := aliased(client, name, move.alias)) != move.after:
+            raise RegistryError(
+                f"{name}@{move.alias} was set to {shown(move.after)} and points at {shown(now)}: someone moves it "
+                "outside of this record"
+            )
+        if move.after is not None:  # for whoever looks at the version alone
+            said = f"move {move.number}, {move.time}, by {move.by}: {move.decision}"
+            client.set_model_version_tag(name, move.after, f"wmtp.{move.alias}", said)
+        done = replace(move, state="done")
+        _write(client, name, done)
+    return done
+
+
+def _settled(client, name: str, patience: float) -> list[Move]:
+    """The record, once no move is under way; what a dead process left is closed by what it did."""
+    deadline = time.monotonic() + patience
+    while True:
+        record = moves(client, name)
+        under_way = [move for move in record if move.state == "intended"]
+        if not under_way:
+            return record
+        if time.monotonic() > deadline:
+            for move in under_way:
+                state = "done" if aliased(client, name, move.alias) == move.after else "abandoned"
+                with store_errors(f"move {move.number} of {name} cannot be closed"):
+                    _write(client, name, replace(move, state=state))
+            return moves(client, name)
+        time.sleep(random.uniform(0.05, 0.3))
+
+
+def _write(client, name: str, move: Move) -> None:
+    value = {key: value for key, value in asdict(move).items() if key != "key"}
+    client.set_registered_model_tag(name, move.key, json.dumps(value, allow_nan=False))
+
+
+def _require(client, name: str):
+    check_name(name)
+    with store_errors(f"there is no registered model {name}: register an evaluated export first (action=register)"):
+        return client.get_registered_model(name)
+
+
+def _exists(client, name: str) -> bool:
+    return bool(client.search_registered_models(f"name='{name}'", max_results=1))
+
+
+def _create(client, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was a moment earlier
+            raise
+
+
+def shown(version: str | None) -> str:
+    """Where an alias points, in words."""
+    return "nothing" if version is None else f"version {version}"
