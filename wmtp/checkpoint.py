@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from wmtp.config import ConfigError
@@ -85,10 +86,14 @@ class Checkpointer:
             self._publishing = self._publisher.submit(self._publish, self._writing, torn, target)
 
     def wait(self) -> None:
-        """Wait until the save under way, if any, is complete and visible; raises what went wrong in it."""
+        """Wait until the save under way, if any, is complete and visible.
+
+        Raises:
+            OSError: it could not be written: a full disk, a quota, a file system that is gone.
+        """
         for future in (self._writing, self._publishing):
             if future is not None:
-                future.result()
+                _result(future)
         self._writing = self._publishing = None
 
     def close(self) -> None:
@@ -108,6 +113,21 @@ class Checkpointer:
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
             if self._output.may_remove(old):  # the next save asks again
                 shutil.rmtree(old)
+
+
+def _result(future: Future) -> None:
+    """A future's end, with what the file system refused to any rank as one line instead of all their tracebacks."""
+    try:
+        future.result()
+    except CheckpointException as error:
+        refused = {rank: cause for rank, (cause, _) in error.failures.items() if isinstance(cause, OSError)}
+        if len(refused) < len(error.failures):
+            raise
+        reasons = "; ".join(f"rank {rank}: {cause}" for rank, cause in sorted(refused.items()))
+        raise OSError(
+            f"a checkpoint could not be written ({reasons}); make room, then resume=true goes on from the newest "
+            "complete one"
+        ) from error
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
