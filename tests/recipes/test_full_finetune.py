@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -149,6 +150,25 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(tiny_config, tmp_path):
         begin(killed).join()
         assert left_alone.wait(timeout=200) == 0
     assert series(read_metrics(killed.output_dir)) == series(read_metrics(alone.output_dir))
+
+
+def run_on_a_small_disk(recipe, config):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # bytes a file, less than a checkpoint's shard takes
+    run_recipe_file(recipe, config)
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_with_one_line(tiny_config, tmp_path):
+    cfg = tiny_config(output_dir=str(tmp_path / "run"), save_every=1, max_steps=3)
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    process = start(
+        run_on_a_small_disk, "full_finetune_distributed_wmtp", str(tmp_path / "config.yaml"), log=tmp_path / "log.txt"
+    )
+    with pytest.raises(AssertionError, match="exit codes \\[1\\]"):
+        process.join()
+    said = (tmp_path / "log.txt").read_text()
+    assert "error: a checkpoint could not be written (rank 0: " in said
+    assert "Traceback" not in said
+    assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
 
 
 def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(tiny_config, run_recipe):

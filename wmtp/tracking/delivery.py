@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from wmtp.files import MANIFEST, write_manifest
 from wmtp.secrets import mask_secrets
@@ -42,7 +43,7 @@ class Delivery:
 
     def __init__(self, uri: str, run: dict, output_dir: Path) -> None:
         self._uri, self._run, self._output_dir = uri, run, output_dir
-        self._client = None
+        self._client: Any = None
         self.run_id: str | None = run.get("run_id")
 
     def connect(self) -> None:
@@ -179,7 +180,7 @@ def deliver(spool: Spool, delivery: Delivery) -> int:
     if not waiting:
         return 0
     kind = waiting[0][0]["kind"]
-    batch = []
+    batch: list[tuple[dict, tuple[int, int]]] = []
     for record, position in waiting:
         if record["kind"] != kind or (batch and kind in _FILES):
             break

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -67,7 +68,10 @@ class MLflowLogger:
         self._parent_run_id, self._flush_seconds, self._log_export = parent_run_id, flush_seconds, log_export
         self._system_metrics_seconds = system_metrics_seconds
         self._wait_seconds = _FILE_SECONDS if self._uri.startswith("sqlite:") else _STORE_SECONDS
-        self._spool = self._sender = self._system = self._delivery = None
+        self._spool: Spool | None = None
+        self._sender: Sender | None = None
+        self._system: SystemMetrics | None = None
+        self._delivery: Delivery | None = None
 
     @property
     def run_id(self) -> str | None:
@@ -117,7 +121,7 @@ class MLflowLogger:
                     "parent_run_id to a run's id, or to null"
                 )
             parent = training_run_id
-        run = {
+        run: dict[str, Any] = {
             "experiment": _fill(self._experiment, {"method": method, "dataset": dataset}),
             "run_name": self._run_name,
             "artifact_location": self._artifact_location,
@@ -225,7 +229,7 @@ def _now() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     try:
         return float(value)
     except OverflowError:  # an int beyond float64
@@ -242,7 +246,7 @@ def _fill(template: str, values: dict[str, str]) -> str:
         ) from None
 
 
-def _flatten(value: dict | list, prefix: str = "") -> dict[str, object]:
+def _flatten(value: Any, prefix: str = "") -> dict[str, object]:
     items = value.items() if isinstance(value, dict) else enumerate(value)
     flat: dict[str, object] = {}
     for key, child in items:

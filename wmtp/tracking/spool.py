@@ -10,6 +10,7 @@ machine that loses power may lose the last seconds. To send a record twice chang
 """
 
 import fcntl
+import io
 import json
 import os
 import threading
@@ -38,7 +39,8 @@ class Spool:
             self._lock_file.close()
             raise ValueError(f"{self.folder} is in use by another process; wait until its run has ended") from None
         self._writing = threading.Lock()
-        self._file, self._closed = None, False
+        self._file: io.FileIO | None = None
+        self._closed = False
         numbers = self._numbers()
         self._next = numbers[-1] + 1 if numbers else 1
         self._position = self._read_position()
