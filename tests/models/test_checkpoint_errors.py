@@ -146,7 +146,7 @@ def test_names_that_resolve_to_nothing(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     for name, part in (
-        (tmp_path / "nowhere", "does not exist; give a local folder"),
+        (tmp_path / "nowhere", "does not exist; give a folder or a .gguf file, local or s3://"),
         (tmp_path / "model.safetensors", "is a file; give its folder"),
         (tmp_path / "broken.gguf", "cannot be read as GGUF, it may be truncated"),
         ("wheel:no_such_package", "no package 'no_such_package' is installed"),
