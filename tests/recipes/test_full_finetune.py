@@ -5,8 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from processes import run_recipe_file, start
 from services import new_store
 from transformers import AutoModelForCausalLM
 
-from runs import ROOT, read_metrics
+from runs import read_metrics
 from wmtp.checkpoint import complete_checkpoints, latest_checkpoint, verify_manifest
 from wmtp.config import StopTraining
 from wmtp.data import hf_tokenizer
@@ -133,22 +131,19 @@ def test_killed_at_any_moment_it_resumes_bit_for_bit(tiny_config, tmp_path):
     alone = tiny_config(output_dir=str(tmp_path / "alone"), **options)
     killed = tiny_config(output_dir=str(tmp_path / "killed"), **options)
     metrics = tmp_path / "killed" / "metrics.jsonl"
-    with subprocess.Popen(
-        [sys.executable, f"recipes/{recipe}.py", "--config", config_file(alone)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-    ) as left_alone:  # fmt: skip
-        for lines in (4, 11):
-            process = begin(killed)
-            while process.running() and (not metrics.exists() or metrics.read_text().count("\n") < lines):
-                time.sleep(0.005)
-            assert process.running()
-            os.kill(process.pids[0], signal.SIGKILL)
-            with pytest.raises(AssertionError, match="exit codes \\[-9\\]"):
-                process.join()
-            for checkpoint in complete_checkpoints(tmp_path / "killed" / "checkpoints"):
-                verify_manifest(checkpoint)
-        begin(killed).join()
-        assert left_alone.wait(timeout=200) == 0
+    left_alone = begin(alone)
+    for lines in (4, 11):
+        process = begin(killed)
+        while process.running() and (not metrics.exists() or metrics.read_text().count("\n") < lines):
+            time.sleep(0.005)
+        assert process.running()
+        os.kill(process.pids[0], signal.SIGKILL)
+        with pytest.raises(AssertionError, match="exit codes \\[-9\\]"):
+            process.join()
+        for checkpoint in complete_checkpoints(tmp_path / "killed" / "checkpoints"):
+            verify_manifest(checkpoint)
+    begin(killed).join()
+    left_alone.join()
     assert series(read_metrics(killed.output_dir)) == series(read_metrics(alone.output_dir))
 
 
