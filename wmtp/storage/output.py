@@ -252,11 +252,16 @@ class Output:
                 remove_files([RemoteFile(bucket, key, "", 0)])
                 self._sent.pop(name, None)
                 changed.add(name)
+        known = {
+            name.removesuffix(MANIFEST) + file: entry["sha256"]
+            for name in manifests
+            for file, entry in (_entries(self.folder / name) or {}).items()
+        }
         for name in sorted(changed, key=lambda name: (name in manifests, -name.count("/"), name)):
             path, stamp = self.folder / name, _stamp(self.folder / name)
             try:
                 if name not in manifests or self._all_sent(path):
-                    upload(path, f"{self.remote}/{name}")
+                    upload(path, f"{self.remote}/{name}", sha256=known.get(name))
                     self._sent[name] = stamp
             except FileNotFoundError:
                 self._sent.pop(name, None)  # of an old checkpoint, removed meanwhile: its manifest is not sent

@@ -10,11 +10,10 @@ from tqdm import tqdm
 
 from wmtp.storage.s3 import PART_BYTES, CorruptError, client, retrying, split_uri
 
-_BLOCK = 1 << 20
 _MOST_PARTS = 9_000  # S3 takes 10,000
 
 
-def upload(path: Path, uri: str, *, threads: int = 4) -> None:
+def upload(path: Path, uri: str, *, sha256: str | None = None, threads: int = 4) -> None:
     """Write a file's content as it is now to an object, which appears when all of it is there.
 
     A file that grows meanwhile is uploaded up to where it ended at first.
@@ -22,6 +21,8 @@ def upload(path: Path, uri: str, *, threads: int = 4) -> None:
     Args:
         path: the file.
         uri: ``s3://bucket/key``.
+        sha256: of the content where it is known, as a manifest knows it; to be kept with the object. Of a file of one
+            part it is computed. A large one is not read twice for it: the ETags of its parts prove it too.
         threads: parts under way at once.
 
     Raises:
@@ -31,12 +32,10 @@ def upload(path: Path, uri: str, *, threads: int = 4) -> None:
     with path.open("rb") as file:
         descriptor = file.fileno()
         num_bytes = os.fstat(descriptor).st_size
-        metadata = {"sha256": _sha256(descriptor, num_bytes)}
         if num_bytes <= PART_BYTES:
-            body = os.pread(descriptor, num_bytes, 0)
-            retrying(lambda: _put(uri, body, metadata), uri, "written")
+            put_bytes(uri, os.pread(descriptor, num_bytes, 0))
         else:
-            _in_parts(descriptor, num_bytes, uri, metadata, threads)
+            _in_parts(descriptor, num_bytes, uri, {} if sha256 is None else {"sha256": sha256}, threads)
 
 
 def put_bytes(uri: str, body: bytes) -> None:
@@ -72,7 +71,7 @@ def _in_parts(descriptor: int, num_bytes: int, uri: str, metadata: dict[str, str
         futures = [pool.submit(send, number) for number in range(1, -(-num_bytes // size) + 1)]
         try:
             parts = [future.result() for future in futures]
-            _complete(at, upload_id, parts, uri, metadata["sha256"])
+            _complete(at, upload_id, parts, uri)
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -80,8 +79,11 @@ def _in_parts(descriptor: int, num_bytes: int, uri: str, metadata: dict[str, str
             raise
 
 
-def _complete(at: dict, upload_id: str, parts: list[dict], uri: str, sha256: str) -> None:
+def _complete(at: dict, upload_id: str, parts: list[dict], uri: str) -> None:
     from botocore.exceptions import ClientError
+
+    md5s = b"".join(bytes.fromhex(part["ETag"].strip('"')) for part in parts if len(part["ETag"].strip('"')) == 32)
+    whole = f"{hashlib.md5(md5s, usedforsecurity=False).hexdigest()}-{len(parts)}"  # as S3 makes a whole's ETag
 
     def request() -> None:
         try:
@@ -89,7 +91,7 @@ def _complete(at: dict, upload_id: str, parts: list[dict], uri: str, sha256: str
         except ClientError as error:
             # An earlier try may have done it, and its answer was lost on the way.
             gone = error.response.get("Error", {}).get("Code") == "NoSuchUpload"
-            if not gone or client().head_object(**at).get("Metadata", {}).get("sha256") != sha256:
+            if not gone or client().head_object(**at)["ETag"].strip('"') != whole:
                 raise
 
     retrying(request, uri, "written")
@@ -111,10 +113,3 @@ def _prove(answer: dict, body: bytes, uri: str) -> None:
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
     if plain and len(etag) == 32 and etag != hashlib.md5(body, usedforsecurity=False).hexdigest():
         raise CorruptError(f"{uri} cannot be written: it arrives corrupt; check the network")
-
-
-def _sha256(descriptor: int, num_bytes: int) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, num_bytes, _BLOCK):
-        digest.update(os.pread(descriptor, min(_BLOCK, num_bytes - start), start))
-    return digest.hexdigest()
