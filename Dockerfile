@@ -17,17 +17,17 @@ RUN python locked.py base . && python locked.py select . > selected.txt
 # ---- The environment: it sees the base's packages and lies over them. --no-deps: nothing that is not in the lock.
 FROM ${BASE} AS dependencies
 COPY --from=selection /selection/selected.txt /selection/selected.txt
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m venv --system-site-packages --without-pip /opt/wmtp \
-    && python -m pip --python /opt/wmtp/bin/python install --no-deps --require-hashes --requirement /selection/selected.txt
+    && python -m pip --python /opt/wmtp/bin/python install --cache-dir /var/cache/pip --no-deps --require-hashes --requirement /selection/selected.txt
 
 # ---- The library, as a wheel; what builds it stays here.
 FROM ${BASE} AS package
 WORKDIR /package
 COPY docker/build-requirements.lock ./
-RUN --mount=type=cache,target=/root/.cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
+RUN --mount=type=cache,target=/var/cache/pip --mount=type=secret,id=pip,target=/etc/pip.conf \
     python -m venv --without-pip /opt/build \
-    && python -m pip --python /opt/build/bin/python install --no-deps --require-hashes --requirement build-requirements.lock
+    && python -m pip --python /opt/build/bin/python install --cache-dir /var/cache/pip --no-deps --require-hashes --requirement build-requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY wmtp wmtp
 RUN python -m pip --python /opt/build/bin/python wheel --no-deps --no-build-isolation --no-index --wheel-dir /wheels .

@@ -2,8 +2,11 @@
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
 
 from wmtp.files import MANIFEST
 from wmtp.storage.cache import Cache
@@ -138,3 +141,23 @@ def _relative(file: RemoteFile, key: str) -> str:
     if ".." in Path(name).parts:
         raise StorageError(f"{SCHEME}{file.bucket}/{file.key} would leave its folder; rename the object")
     return name
+
+
+def check_inputs(cfg: DictConfig | None) -> None:
+    """Every S3 path of a config can be read, or the error names its key. Outputs and tracking are checked elsewhere."""
+    if cfg is None:
+        return
+    for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):
+        if is_remote(value) and key.split(".")[0] not in ("output_dir", "tracking"):
+            try:
+                check_reachable(value)
+            except StorageError as error:
+                raise StorageError(f"{key}: {error}") from None
+
+
+def _strings(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield prefix, value
+    elif isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(child, f"{prefix}.{key}" if prefix else str(key))

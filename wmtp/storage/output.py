@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from wmtp.files import MANIFEST, verify_manifest, write_manifest
 from wmtp.storage.cache import cache_folder
-from wmtp.storage.mirror import check_reachable, fetch_folder
+from wmtp.storage.mirror import check_inputs, fetch_folder
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
 from wmtp.storage.upload import put_bytes, upload
 
@@ -49,7 +49,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
     output = Output(output_dir)
 
     def prepare() -> None:
-        _check_inputs(cfg)
+        check_inputs(cfg)
         if output.remote is not None:
             output._probe()
             output.fetch(whole=resume not in (None, "no"))
@@ -357,26 +357,6 @@ def _stamp(path: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [stat.st_size, stat.st_mtime_ns]
-
-
-def _check_inputs(cfg: DictConfig | None) -> None:
-    """Every S3 path of a config can be read, or the error names its key. Outputs and tracking are checked elsewhere."""
-    if cfg is None:
-        return
-    for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):
-        if is_remote(value) and key.split(".")[0] not in ("output_dir", "tracking"):
-            try:
-                check_reachable(value)
-            except StorageError as error:
-                raise StorageError(f"{key}: {error}") from None
-
-
-def _strings(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield prefix, value
-    elif isinstance(value, dict | list):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _strings(child, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _world() -> tuple[int, int]:
