@@ -41,6 +41,7 @@ from wmtp.data.scored import (
     write_part,
 )
 from wmtp.distributed import SharedCounters, all_reduce_sum, gather_objects, start_world
+from wmtp.errors import UserError
 from wmtp.loss import token_cross_entropy
 from wmtp.models import (
     checkpoint_sha256,
@@ -107,7 +108,7 @@ class ScoreReferenceRecipe:
         require_same_vocabulary(self._tokenizer, theirs, role)
         self._dataset = build(self._dataset_cfg, self._tokenizer, where="dataset")
         if next(self._dataset.read(lambda index: index == 0), None) is None:
-            raise ValueError(f"{self._dataset.name}: the dataset is empty")
+            raise UserError(f"{self._dataset.name}: the dataset is empty")
         self._model = self._build_model(path)
         self._binding = self._what_decides_a_score(path)
         self._complete = self._check_parts()
@@ -213,7 +214,7 @@ class ScoreReferenceRecipe:
         """A part with its rows, or with its manifest entry where it is scored already. Runs in the thread."""
         for document in part.documents:
             if int(document.tokens.max()) >= self._model.vocab_size:
-                raise ValueError(
+                raise UserError(
                     f"document {document.id} has token id {document.tokens.max()}, the model {self._model.vocab_size} "
                     "ids; use the tokenizer of the model's checkpoint"
                 )
@@ -222,7 +223,7 @@ class ScoreReferenceRecipe:
         if entry is not None:
             return part, None, entry
         if self._complete is not None and part.number >= self._complete:
-            raise ValueError(
+            raise UserError(
                 f"cannot resume: {self._dataset.name} has more documents than when {self._output_dir} was completed; "
                 "restore it, or score into another output_dir"
             )
@@ -240,7 +241,7 @@ class ScoreReferenceRecipe:
         require_same_binding(binding, self._binding, path)
         if data_sha256(part.documents) != header["data_sha256"]:
             first, last = part.documents[0].id, part.documents[-1].id
-            raise ValueError(
+            raise UserError(
                 f"cannot resume: documents {first} to {last} of {self._dataset.name} are not those that {path} was "
                 "scored from; restore the source and the tokenizer, or score into another output_dir"
             )
@@ -305,9 +306,9 @@ class ScoreReferenceRecipe:
         counts = {documents for _, documents in everyone}
         beyond = [path for path in part_paths(self._output_dir) if f"data/{path.name}" not in _files(entries)]
         if len(counts) > 1:
-            raise ValueError(f"{self._dataset.name} changed while it was read: ranks found {sorted(counts)} documents")
+            raise UserError(f"{self._dataset.name} changed while it was read: ranks found {sorted(counts)} documents")
         if beyond:
-            raise ValueError(
+            raise UserError(
                 f"cannot resume: {self._dataset.name} ends before the documents of {beyond[0]}; restore it, or score "
                 "into another output_dir"
             )

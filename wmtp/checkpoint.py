@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects
+from wmtp.errors import UserError
 from wmtp.files import MANIFEST, publish, verify_manifest, write_manifest
 from wmtp.models.load import named_parameters
 from wmtp.storage import Output
@@ -184,7 +185,7 @@ def load_sharded(
     for name, tensor in state["model"].items():
         found = getattr(saved.get(f"model.{name}"), "size", None)
         if found is None or tuple(found) != tuple(tensor.shape):
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {checkpoint} holds {name} as {tuple(found) if found else 'nothing'}, the model has "
                 f"{tuple(tensor.shape)}; resume with the model section the run was started with"
             )

@@ -15,14 +15,15 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
+from wmtp.errors import UserError
 from wmtp.secrets import mask_secrets
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot be run: one line saying which key, its value, and what is allowed."""
 
 
-class StopTraining(RuntimeError):
+class StopTraining(UserError):
     """Training cannot go on: one line saying at which step, why, and what to look at."""
 
 

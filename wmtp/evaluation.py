@@ -7,6 +7,8 @@ from math import comb
 
 import numpy as np
 
+from wmtp.errors import UserError
+
 _RESAMPLES_AT_ONCE = 1000  # bounds memory; part of what a seed means
 
 
@@ -29,9 +31,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         ValueError: not 0 <= c <= n, or not 1 <= k <= n.
     """
     if not 0 <= c <= n:
-        raise ValueError(f"the number of right samples must be between 0 and n = {n}, got {c}")
+        raise UserError(f"the number of right samples must be between 0 and n = {n}, got {c}")
     if not 1 <= k <= n:
-        raise ValueError(f"pass@k needs 1 <= k <= n, got k = {k} with n = {n} samples of a task; draw more or lower k")
+        raise UserError(f"pass@k needs 1 <= k <= n, got k = {k} with n = {n} samples of a task; draw more or lower k")
     if c + k > n:
         return 1.0
     factors = np.log1p(-max(c, k) / (n - np.arange(min(c, k), dtype=np.float64)))
@@ -57,12 +59,12 @@ def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k
         ValueError: not 0 <= C <= F <= N, not 1 <= k <= N, or n < 1.
     """
     if not 0 <= num_correct <= num_public_passes <= num_samples:
-        raise ValueError(
+        raise UserError(
             "needs 0 <= correct <= passing the public tests <= samples, "
             f"got {num_correct}, {num_public_passes}, {num_samples}"
         )
     if not 1 <= k <= num_samples or n < 1:
-        raise ValueError(f"{n}@{k} needs n >= 1 and 1 <= k <= the number of samples a task, which is {num_samples}")
+        raise UserError(f"{n}@{k} needs n >= 1 and 1 <= k <= the number of samples a task, which is {num_samples}")
     if num_correct == 0:
         return 0.0
     n = min(n, k, num_public_passes)
@@ -91,9 +93,9 @@ def bootstrap_interval(
     """
     values = np.asarray(per_task, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"needs a finite value for each of at least one task, got {values!r:.80}")
+        raise UserError(f"needs a finite value for each of at least one task, got {values!r:.80}")
     if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"level must be in (0, 1) and resamples >= 1, got {level} and {resamples}")
+        raise UserError(f"level must be in (0, 1) and resamples >= 1, got {level} and {resamples}")
     rng = np.random.default_rng(seed)
     means = []
     for start in range(0, resamples, _RESAMPLES_AT_ONCE):
@@ -124,7 +126,7 @@ def paired_difference(
     """
     unpaired = sorted(ours.keys() ^ theirs.keys())
     if unpaired:
-        raise ValueError(
+        raise UserError(
             f"a paired comparison needs the same tasks in both runs, which have {len(ours)} and {len(theirs)}: "
             f"task {unpaired[0]} is in one of them only"
         )
@@ -141,5 +143,5 @@ def oracle_temperature(scores: Mapping[float | None, float]) -> float | None:
         ValueError: no temperatures.
     """
     if not scores:
-        raise ValueError("the oracle needs the scores of at least one temperature, got none")
+        raise UserError("the oracle needs the scores of at least one temperature, got none")
     return max(scores, key=lambda t: (scores[t], -math.inf if t is None else -t))

@@ -11,6 +11,7 @@ from typing import get_args
 
 from wmtp.data.protocols import Task
 from wmtp.data.stdio_tasks import StdioTask
+from wmtp.errors import UserError
 from wmtp.evaluation import (
     Interval,
     bootstrap_interval,
@@ -65,7 +66,7 @@ def evaluation_results(
     fixed_temperature = check_samples(tasks, samples, ks=ks, n_at_ks=n_at_ks, fixed_temperature=fixed_temperature)
     for sample in samples:
         if sample.key not in judgements:
-            raise ValueError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
+            raise UserError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
     tables = {}
     for temperature, by_task in _by_temperature(tasks, samples).items():
         counts = [_counts(task_id, of_task, judgements) for task_id, of_task in by_task.items()]
@@ -114,15 +115,15 @@ def check_samples(
         ValueError: as :func:`evaluation_results`, in so far as no judgement is needed to see it.
     """
     if not tasks or not samples:
-        raise ValueError(f"nothing to report: {len(tasks)} tasks, {len(samples)} samples")
+        raise UserError(f"nothing to report: {len(tasks)} tasks, {len(samples)} samples")
     if n_at_ks and not all(isinstance(task, StdioTask) for task in tasks):
-        raise ValueError("n@k needs to know which samples pass the public tests, which only stdio tasks have")
+        raise UserError("n@k needs to know which samples pass the public tests, which only stdio tasks have")
     grouped = _by_temperature(tasks, samples)
     for temperature, by_task in grouped.items():
         task_id, fewest = min(((i, len(of_task)) for i, of_task in by_task.items()), key=lambda pair: pair[1])
         for k in [*ks, *(k for _, k in n_at_ks)]:
             if not 1 <= k <= fewest:
-                raise ValueError(
+                raise UserError(
                     f"k must be between 1 and the number of samples a task, got {k}; task {task_id} has {fewest} at "
                     f"temperature {temperature_name(temperature)}"
                 )
@@ -130,7 +131,7 @@ def check_samples(
         [fixed_temperature] = grouped
     if fixed_temperature not in grouped:
         there = ", ".join(map(temperature_name, grouped))
-        raise ValueError(
+        raise UserError(
             f"fixed_temperature must be one of those sampled ({there}), got {temperature_name(fixed_temperature)}"
         )
     return fixed_temperature
@@ -163,12 +164,12 @@ def _by_temperature(tasks, samples) -> dict[float | None, dict[str, list[Sample]
     grouped: dict[float | None, dict[str, list[Sample]]] = {}
     for sample in sorted(samples, key=lambda s: (-1.0 if s.temperature is None else s.temperature, sort_key(s))):
         if sample.task_id not in known:
-            raise ValueError(f"a sample is of task {sample.task_id}, which is none of the {len(tasks)} tasks")
+            raise UserError(f"a sample is of task {sample.task_id}, which is none of the {len(tasks)} tasks")
         grouped.setdefault(sample.temperature, {i: [] for i in task_ids})[sample.task_id].append(sample)
     for temperature, by_task in grouped.items():
         absent = [task_id for task_id, of_task in by_task.items() if not of_task]
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"no sample at temperature {temperature_name(temperature)} for {len(absent)} of {len(tasks)} tasks, "
                 f"the first is {absent[0]}; sample every task at every temperature"
             )
@@ -201,7 +202,7 @@ def _metrics(counts: list[dict], ks, n_at_ks) -> Iterable[tuple[str, int, Callab
 def _over_tasks(name: str, counts: list[dict], k: int, value: Callable, seed: int, resamples: int) -> dict:
     values = [value(c) for c in counts if c["n"] >= k]
     if not values:
-        raise ValueError(f"{name}: no task has {k} samples that the judge could judge; look at the harness errors")
+        raise UserError(f"{name}: no task has {k} samples that the judge could judge; look at the harness errors")
     return {**asdict(bootstrap_interval(values, seed, resamples=resamples)), "tasks": len(values)}
 
 
@@ -233,12 +234,12 @@ def _verdicts(judged: Iterable[Judgement]) -> dict[str, int]:
     counts = Counter(judgement.verdict for judgement in judged)
     unknown = sorted(counts.keys() - set(VERDICTS))
     if unknown:
-        raise ValueError(f"verdict {unknown[0]!r} is none of {', '.join(VERDICTS)}")
+        raise UserError(f"verdict {unknown[0]!r} is none of {', '.join(VERDICTS)}")
     return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
 
 
 def _pass_by_task(results: dict, k: int, temperature: float | None) -> dict[str, float]:
     name = results["fixed_temperature"] if temperature is None else temperature_name(temperature)
     if name not in results["temperatures"]:
-        raise ValueError(f"no temperature {name} in these results, which have {', '.join(results['temperatures'])}")
+        raise UserError(f"no temperature {name} in these results, which have {', '.join(results['temperatures'])}")
     return {c["task_id"]: pass_at_k(c["n"], c["correct"], k) for c in results["temperatures"][name]["per_task"]}

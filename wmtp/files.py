@@ -5,6 +5,8 @@ import json
 import os
 from pathlib import Path
 
+from wmtp.errors import UserError
+
 MANIFEST = "manifest.json"
 
 
@@ -49,14 +51,14 @@ def verify_manifest(folder: Path) -> None:
     """
     manifest = folder / MANIFEST
     if not manifest.exists():
-        raise ValueError(f"checkpoint {folder} has no {MANIFEST}: it is not a complete checkpoint of a run")
+        raise UserError(f"checkpoint {folder} has no {MANIFEST}: it is not a complete checkpoint of a run")
     for name, expected in json.loads(manifest.read_text()).items():
         path = folder / name
         size = path.stat().st_size if path.exists() else None
         if size != expected["bytes"]:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
                 f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
             )
         if file_sha256(path) != expected["sha256"]:
-            raise ValueError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")
+            raise UserError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wmtp.errors import UserError
 from wmtp.weighting.base import Signals
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def head_weight_tensor(
         return None
     values = list(values)
     if len(values) != num_heads or any(v < 0 for v in values) or sum(values) == 0:
-        raise ValueError(f"head_weights must be {num_heads} numbers >= 0, not all 0, got {values}")
+        raise UserError(f"head_weights must be {num_heads} numbers >= 0, not all 0, got {values}")
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 

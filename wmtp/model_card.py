@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
+from wmtp.errors import UserError
 from wmtp.evaluation_report import cautions, headline, scores
 from wmtp.markdown import cell, fenced, table
 from wmtp.models.checkpoint_formats import MTP_CONFIG, MTP_WEIGHTS
@@ -53,7 +54,7 @@ class Statements:
         for key in ("language", "limits"):
             value = getattr(self, key)
             if isinstance(value, str) or not all(isinstance(item, str) for item in value or ()):
-                raise ValueError(f"{key} must be a list of strings, got {value!r}")
+                raise UserError(f"{key} must be a list of strings, got {value!r}")
 
 
 def model_card(

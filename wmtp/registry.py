@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
+from wmtp.errors import UserError
 from wmtp.secrets import mask_secrets
 from wmtp.tracking.store import absolute, check_store, mlflow_client, sqlite_file, store_uri, use_store
 
@@ -34,7 +35,7 @@ _MAX_DESCRIPTION = 5000  # characters that every store of MLflow's keeps
 _TRIES = 50
 
 
-class RegistryError(ValueError):
+class RegistryError(UserError):
     """What was asked of the registry cannot be done: one line that names the model and the way out."""
 
 

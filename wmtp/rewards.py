@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from wmtp.data import PairDataset
 from wmtp.distributed import gather_objects
+from wmtp.errors import UserError
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.storage import cache_folder
 
@@ -80,7 +81,7 @@ class HFRewardModel:
                 "out" for i in bad
             ]  # fmt: skip
             if problems:
-                raise ValueError(problems[0])  # on every rank
+                raise UserError(problems[0])  # on every rank
         return np.array([known[key] for key in hashes]), len(missing)
 
     def _rewards(self, texts: list[str], device: torch.device | str) -> Iterator[float]:
@@ -88,7 +89,7 @@ class HFRewardModel:
         encoded = [tokenizer(text)["input_ids"] for text in texts]
         for text, ids in zip(texts, encoded, strict=True):
             if len(ids) > self._max_length:
-                raise ValueError(
+                raise UserError(
                     f"a text of {len(ids)} tokens is longer than the reward model's max_length {self._max_length}: "
                     f"{text[:40]!r}...; raise max_length, or lower seq_len"
                 )
@@ -112,11 +113,11 @@ class HFRewardModel:
                 )
                 self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
             except Exception as error:  # transformers has no base class for what can be wrong with a folder
-                raise ValueError(
+                raise UserError(
                     f"reward model {self._folder} cannot be loaded: {' '.join(str(error).split())}"
                 ) from error
             if model.config.num_labels != 1:
-                raise ValueError(
+                raise UserError(
                     f"reward model {self._folder} must give one number (num_labels 1), it has {model.config.num_labels}"
                 )
             self._model = model.eval().requires_grad_(False).to(device)
@@ -168,10 +169,10 @@ def hf_reward_model(
     """
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in dtypes:
-        raise ValueError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
+        raise UserError(f"dtype must be one of {', '.join(dtypes)}, got {dtype!r}")
     for name, value in (("batch_size", batch_size), ("max_length", max_length)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+            raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
     folder = cache_folder() / "rewards" if cache is None else Path(cache).expanduser()
     return HFRewardModel(
         resolve_checkpoint(path), cache=folder, batch_size=batch_size, max_length=max_length, dtype=dtypes[dtype]

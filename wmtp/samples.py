@@ -15,6 +15,7 @@ from wmtp.data.protocols import Task
 from wmtp.data.rows import read_rows, take
 from wmtp.data.stdio_tasks import StdioTask
 from wmtp.data.task_ids import TaskIds
+from wmtp.errors import UserError
 from wmtp.sandbox import Outcome
 
 Key = tuple[str, float | None, int]  # task id, temperature, sample
@@ -100,12 +101,12 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
         task = by_id[ids.find(row["task_id"], where)]
         if row.get("solution") is None and row.get("completion") is None:
-            raise ValueError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
+            raise UserError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
         completion = None if row.get("completion") is None else take(row, where, "completion", str)
         solution = task.program(completion) if row.get("solution") is None else take(row, where, "solution", str)
         temperature = _optional(row, where, "temperature", (int, float))
         if temperature is not None and not 0 <= temperature < math.inf:
-            raise ValueError(f"{where}: temperature must be a number >= 0, got {temperature}")
+            raise UserError(f"{where}: temperature must be a number >= 0, got {temperature}")
         number = _optional(row, where, "sample", (int,))
         sample = Sample(
             task_id=task.task_id,
@@ -119,12 +120,12 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
         )
         counts[task.task_id, temperature] += 1
         if sample.key in samples:
-            raise ValueError(f"{where}: sample {sample.sample} of task {sample.task_id} is there twice")
+            raise UserError(f"{where}: sample {sample.sample} of task {sample.task_id} is there twice")
         samples[sample.key] = sample
     sampled = {sample.task_id for sample in samples.values()}
     absent = [task_id for task_id in by_id if task_id not in sampled]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{path}: no sample for {len(absent)} of {len(by_id)} tasks, the first is {absent[0]}; "
             "add them, or choose the tasks with ids"
         )
@@ -256,10 +257,10 @@ def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journal
                     judgement = max(judgement, judgements.pop(key), key=lambda j: j.verdict != "harness_error")
                 _put(judgements, key, judgement, where)
             else:
-                raise ValueError(f"{where}: not a record of a journal: {json.dumps(record):.60}")
+                raise UserError(f"{where}: not a record of a journal: {json.dumps(record):.60}")
     lost = next((key for key in judgements if key not in samples), None)
     if lost is not None:
-        raise ValueError(f"{folder}: a judgement of {lost}, but no journal holds that sample; a journal was removed")
+        raise UserError(f"{folder}: a judgement of {lost}, but no journal holds that sample; a journal was removed")
     return Journaled(samples, judgements)
 
 
@@ -270,17 +271,17 @@ def _read_journal(path: Path) -> list[dict]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: malformed record in a journal: {error}") from None
+            raise UserError(f"{path}:{number}: malformed record in a journal: {error}") from None
     return records
 
 
 def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> None:
     if "settings" not in header:
-        raise ValueError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
+        raise UserError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
     theirs, ours = header["settings"], json.loads(json.dumps(dict(settings)))
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
-            raise ValueError(
+            raise UserError(
                 f"{path} is of an evaluation with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
                 "use another output folder, or the same settings to go on"
             )
@@ -288,7 +289,7 @@ def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> N
 
 def _put(records: dict, key: Key, value: object, where: str) -> None:
     if records.setdefault(key, value) != value:
-        raise ValueError(
+        raise UserError(
             f"{where}: contradicts what another line says of task {key[0]}, temperature {key[1]}, sample {key[2]}; "
             "two evaluations wrote into this folder: use an empty one"
         )
@@ -298,13 +299,13 @@ def _lock_alone(file, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{path} is being written by another process; use another output folder") from None
+        raise UserError(f"{path} is being written by another process; use another output folder") from None
 
 
 def _optional(row: dict, where: str, column: str, kinds: tuple[type, ...]):
     value = row.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-        raise ValueError(
+        raise UserError(
             f"{where}: field {column!r} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r:.60}"
         )
     return value

@@ -13,6 +13,7 @@ import numpy as np
 
 from wmtp.data.documents import IGNORE, Document, Documents, DocumentStream
 from wmtp.data.packing import PackedDataset, pack
+from wmtp.errors import UserError
 
 T = TypeVar("T")
 _END = object()
@@ -103,7 +104,7 @@ def require_finite(documents: Sequence[Document], columns: Sequence[np.ndarray],
     for document, column in zip(documents, columns, strict=True):
         bad = np.flatnonzero(~np.isfinite(column))
         if len(bad):
-            raise ValueError(
+            raise UserError(
                 f"document {document.id}: {what} of token {bad[0]} is {column[bad[0]]}; look at the document and the "
                 "checkpoint, or compute with dtype=fp32"
             )

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from wmtp.errors import UserError
+
 RULES = ("end", "token")
 
 
@@ -33,12 +35,12 @@ def value_drop_by_line(
     """
     values, lines = np.asarray(values, np.float64), np.asarray(line_of_token)
     if rule not in RULES:
-        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise UserError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if values.ndim != 1 or values.shape != lines.shape or not len(values):
-        raise ValueError(f"values and line_of_token must be [T], T >= 1, got {values.shape} and {lines.shape}")
+        raise UserError(f"values and line_of_token must be [T], T >= 1, got {values.shape} and {lines.shape}")
     num_lines = int(lines[-1]) if num_lines is None else num_lines
     if (np.diff(lines) < 0).any() or lines[0] < 1 or lines[-1] > num_lines:
-        raise ValueError(f"line_of_token must rise from 1 to at most {num_lines}, got {lines.tolist()!s:.80}")
+        raise UserError(f"line_of_token must rise from 1 to at most {num_lines}, got {lines.tolist()!s:.80}")
     previous = np.concatenate([[values[0] if before is None else before], values[:-1]])
     falls = previous - values  # [T]
     drops = np.full(num_lines, np.nan)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wmtp.errors import UserError
+
 LOSSES = ("mse", "pairwise")
 SPREADS = ("terminal", "uniform", "length", "gae")
 
@@ -59,7 +61,7 @@ def spread_rewards(
         ValueError: an unknown spread, or ``gae`` without values or with a factor outside [0, 1].
     """
     if spread not in SPREADS:
-        raise ValueError(f"reward_spread must be one of {', '.join(SPREADS)}, got {spread!r}")
+        raise UserError(f"reward_spread must be one of {', '.join(SPREADS)}, got {spread!r}")
     rewards = rewards[:, None]  # [B, 1]
     place = response.cumsum(dim=1)  # [B, S]: i at the i-th response token
     length = place[:, -1:]  # [B, 1]: n
@@ -71,7 +73,7 @@ def spread_rewards(
     if spread == "length":
         return rewards * place / length.clamp(min=1) * response, response
     if values is None:
-        raise ValueError("reward_spread gae needs the current values to bootstrap from")
+        raise UserError("reward_spread gae needs the current values to bootstrap from")
     return _lambda_return(rewards[:, 0], response, values.detach(), gamma, gae_lambda), response
 
 
@@ -123,16 +125,16 @@ def critic_loss(
         ValueError: an unknown name, a value out of range, or a key that this loss does not read.
     """
     if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
+        raise UserError(f"loss must be one of {', '.join(LOSSES)}, got {loss!r}")
     if loss == "pairwise" and reward_spread is not None:
-        raise ValueError(f"loss pairwise spreads no reward: set reward_spread to null, got {reward_spread!r}")
+        raise UserError(f"loss pairwise spreads no reward: set reward_spread to null, got {reward_spread!r}")
     if loss == "mse" and reward_spread not in SPREADS:
-        raise ValueError(f"loss mse needs a reward_spread, one of {', '.join(SPREADS)}, got {reward_spread!r}")
+        raise UserError(f"loss mse needs a reward_spread, one of {', '.join(SPREADS)}, got {reward_spread!r}")
     for name, factor in (("gamma", gamma), ("gae_lambda", gae_lambda)):
         if factor is not None and reward_spread != "gae":
-            raise ValueError(f"{name} is read by reward_spread gae alone: set it to null, got {factor!r}")
+            raise UserError(f"{name} is read by reward_spread gae alone: set it to null, got {factor!r}")
         if factor is not None and not 0 <= factor <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {factor!r}")
+            raise UserError(f"{name} must be in [0, 1], got {factor!r}")
     if loss == "pairwise":
         return lambda values, response, rewards: pairwise_loss(
             values[:, 0], response[:, 0], values[:, 1], response[:, 1]
@@ -149,7 +151,7 @@ def critic_loss(
 
 def _lambda_return(rewards: Tensor, response: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
     if not (0 <= gamma <= 1 and 0 <= lam <= 1 and math.isfinite(gamma + lam)):
-        raise ValueError(f"gamma and gae_lambda must be in [0, 1], got {gamma!r} and {lam!r}")
+        raise UserError(f"gamma and gae_lambda must be in [0, 1], got {gamma!r} and {lam!r}")
     targets = torch.zeros_like(values)
     after = rewards  # the return of the response token that follows; after the last one, the reward itself
     for j in range(values.shape[1] - 1, -1, -1):

@@ -13,6 +13,7 @@ from wmtp.critic.losses import response_last, response_mean
 from wmtp.critic.metrics import probabilities, score_report
 from wmtp.data import PairDataset, held_out_batches
 from wmtp.distributed import World, gather_objects
+from wmtp.errors import UserError
 from wmtp.state_file import StateFile
 
 
@@ -68,7 +69,7 @@ def score_pairs(
     table = np.array([everyone[row] for row in range(len(dataset))])  # [P, mean or last, 2]
     if not np.isfinite(table).all():
         bad = dataset.problems[~np.isfinite(table).all(axis=(1, 2))]
-        raise ValueError(
+        raise UserError(
             f"{dataset.name}: the values of {len(bad)} pairs are not finite, the first is of {str(bad[0])!r}"
         )
     return PairScores(table[:, 0], table[:, 1])

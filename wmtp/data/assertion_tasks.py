@@ -13,6 +13,7 @@ from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
 from wmtp.data.rows import read_rows, take
 from wmtp.data.task_ids import select_tasks
+from wmtp.errors import UserError
 from wmtp.sandbox import AssertionJob, Limits
 
 
@@ -83,7 +84,7 @@ def mbpp_tasks(
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
     if split not in (*SPLIT_IDS, "all"):
-        raise ValueError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
     rows = read_rows(source, split, subset)
     if split != "all":
         rows = ((where, row) for where, row in rows if take(row, where, "task_id", int) in SPLIT_IDS[split])
@@ -155,7 +156,7 @@ def _recognised(source, split, subset, challenge_tests) -> Iterator[tuple[str, A
         elif row.get("test") is not None and row.get("entry_point") is not None:
             yield where, _from_humaneval(row, where)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
                 f"prompt, canonical_solution, test, entry_point); the row has {', '.join(map(str, row)) or 'no fields'}"
             )
@@ -169,7 +170,7 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
     tests = [_parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
     for test, tree in zip(shown + hidden, tests, strict=True):
         if not any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree)):
-            raise ValueError(f"{where}: test {test!r:.60} asserts nothing, so every program would pass it")
+            raise UserError(f"{where}: test {test!r:.60} asserts nothing, so every program would pass it")
     setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
     solution = _parsed(fields["code"], f"{where}: field 'code'")
     imports = _strings(row, where, "test_imports")
@@ -190,7 +191,7 @@ def _from_humaneval(row: dict, where: str) -> AssertionTask:
     test, entry_point = take(row, where, "test", str), take(row, where, "entry_point", str)
     checks = [node for node in _parsed(test, f"{where}: field 'test'").body if isinstance(node, ast.FunctionDef)]
     if "check" not in {node.name for node in checks}:
-        raise ValueError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
+        raise UserError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
     _parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
     prompt = take(row, where, "prompt", str)
     _parsed(prompt, f"{where}: field 'prompt'")
@@ -217,7 +218,7 @@ def _task_id(row: dict, where: str, family: str) -> str:
 def _strings(row: dict, where: str, column: str) -> tuple[str, ...]:
     values = [] if row.get(column) is None else take(row, where, column, list)
     if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
+        raise UserError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
     return tuple(values)
 
 
@@ -231,7 +232,7 @@ def _parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
             warnings.simplefilter("ignore")  # MBPP has regular expressions in strings that are not raw
             return ast.parse(code, mode=mode)
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte
-        raise ValueError(f"{what} is not valid Python: {error}") from None
+        raise UserError(f"{what} is not valid Python: {error}") from None
 
 
 def _defined(program: ast.AST) -> set[str]:

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from wmtp.errors import UserError
+
 IGNORE = -100  # the label of a token that is no target
 TOKEN_COLUMNS = ("reference_ce", "values")  # optional columns of a document, one float32 a token
 
@@ -60,11 +62,11 @@ class Documents:
     def __post_init__(self) -> None:
         if not self.items:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
-            raise ValueError(f"{self.name}: the dataset is empty{f' (left out: {reasons})' if reasons else ''}")
+            raise UserError(f"{self.name}: the dataset is empty{f' (left out: {reasons})' if reasons else ''}")
         for column in TOKEN_COLUMNS:
             without = [document.id for document in self.items if getattr(document, column) is None]
             if 0 < len(without) < len(self.items):
-                raise ValueError(
+                raise UserError(
                     f"{self.name}: {len(without)} of {len(self.items)} documents have no {column}, "
                     f"the first is {without[0]}; score all of them or none"
                 )

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from wmtp.data.documents import Documents, document_from_text
 from wmtp.data.rows import read_rows, take
+from wmtp.errors import UserError
 
 PROMPTS = ("docstring", "bigcode", "3shot")
 SPLIT_IDS = {"prompt": range(1, 11), "test": range(11, 511), "validation": range(511, 601), "train": range(601, 975)}
@@ -41,9 +42,9 @@ def mbpp(
         FileNotFoundError, ValueError: source unreadable, or a row that lacks a field; the message names file and row.
     """
     if split not in (*SPLIT_IDS, "all"):
-        raise ValueError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
     if prompt not in PROMPTS:
-        raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
+        raise UserError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
     examples = few_shot_tasks(source, subset) if prompt == "3shot" else ()
     documents, skipped = [], {"tasks of other splits": 0}
     for where, row in read_rows(source, split, subset):
@@ -61,7 +62,7 @@ def mbpp_task(row: dict, where: str) -> dict:
     """The fields task_id, text, code, test_list of a row of either schema, checked, with LF line ends in the code."""
     tests = take(row, where, "test_list", list)
     if not tests or not all(isinstance(test, str) for test in tests):
-        raise ValueError(f"{where}: field 'test_list' must be a list of assert statements, got {tests!r:.60}")
+        raise UserError(f"{where}: field 'test_list' must be a list of assert statements, got {tests!r:.60}")
     return {
         "task_id": take(row, where, "task_id", int),
         "text": take(row, where, "prompt" if "text" not in row and "prompt" in row else "text", str),
@@ -88,7 +89,7 @@ def few_shot_tasks(source: str, subset: str | None = None) -> list[dict]:
     tasks = {t["task_id"]: t for t in (mbpp_task(row, where) for where, row in read_rows(source, "prompt", subset))}
     absent = [i for i in _FEW_SHOT_IDS if i not in tasks]
     if absent:
-        raise ValueError(f"prompt=3shot shows MBPP tasks 2, 3, 4, but the split 'prompt' of {source} lacks {absent}")
+        raise UserError(f"prompt=3shot shows MBPP tasks 2, 3, 4, but the split 'prompt' of {source} lacks {absent}")
     return [tasks[i] for i in _FEW_SHOT_IDS]
 
 

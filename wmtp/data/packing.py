@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Documents
+from wmtp.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -118,17 +119,17 @@ def pack(
         ValueError: no document has a target within seq_len tokens, or documents whose columns end before seq_len.
     """
     if seq_len < 2:
-        raise ValueError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
+        raise UserError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
     if documents.scored_len is not None and seq_len > documents.scored_len:
         longer = sum(len(document) > documents.scored_len for document in documents)
         if longer:
-            raise ValueError(
+            raise UserError(
                 f"{documents.name}: {longer} documents were cut to {documents.scored_len} tokens when they were "
                 f"scored, and seq_len is {seq_len}; score them with seq_len >= {seq_len}, or lower seq_len here"
             )
     kept = [i for i, d in enumerate(documents) if not require_targets or (d.labels[1:seq_len] != IGNORE).any()]
     if not kept:
-        raise ValueError(f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len")
+        raise UserError(f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len")
     lengths = {i: min(len(documents[i]), seq_len) for i in kept}
     rows = _best_fit(lengths, seq_len) if packed else [[i] for i in kept]
 
@@ -198,12 +199,12 @@ class BatchStream:
         self, dataset: PackedDataset, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool = True
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size or seed < 0:
-            raise ValueError(
+            raise UserError(
                 "batch_size must be >= 1, rank in [0, world_size) and seed >= 0, "
                 f"got batch_size {batch_size}, rank {rank}, world_size {world_size}, seed {seed}"
             )
         if len(dataset) < batch_size * world_size:
-            raise ValueError(
+            raise UserError(
                 f"the dataset has {len(dataset)} rows of {dataset.seq_len} tokens, fewer than "
                 f"batch_size {batch_size} x world size {world_size} = {batch_size * world_size}; lower batch_size or "
                 "seq_len, set packed=false, use fewer processes, or give more data"
@@ -242,7 +243,7 @@ class BatchStream:
         for key, value in self.state_dict().items():
             if key != "position" and state[key] != value:
                 what = "the data or its packing (dataset, tokenizer, seq_len, packed)" if key == "fingerprint" else key
-                raise ValueError(
+                raise UserError(
                     f"cannot resume: {what} changed since the checkpoint, {key} was {state[key]!s:.16}, now "
                     f"{value!s:.16}; restore it, or start a new run from the checkpoint's weights"
                 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from wmtp.data.documents import IGNORE, Document, document_from_text
 from wmtp.data.pairs import Pair, Pairs, text_hash
+from wmtp.errors import UserError
 
 
 def split_by_problem(pairs: Pairs, fraction: float, part: str = "heldout") -> tuple[Pairs, Pairs]:
@@ -25,12 +26,12 @@ def split_by_problem(pairs: Pairs, fraction: float, part: str = "heldout") -> tu
         ValueError: a fraction outside (0, 1), or a side without a problem.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"{part}_fraction must be in (0, 1), got {fraction!r}")
+        raise UserError(f"{part}_fraction must be in (0, 1), got {fraction!r}")
     taken = {p for p in pairs.problems if text_hash(part, p) / 2**64 < fraction}
     for where, missing, way_out in ((f"in the {part} part", not taken, "raise"), (
         f"outside the {part} part", len(taken) == len(pairs.problems), "lower")):  # fmt: skip
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{pairs.name}: there is no problem {where}, out of {len(pairs.problems)} at {part}_fraction "
                 f"{fraction}; {way_out} it, or give more problems"
             )
@@ -144,7 +145,7 @@ def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
         ValueError: no pair is left.
     """
     if seq_len < 2:
-        raise ValueError(f"seq_len must be >= 2, got {seq_len}")
+        raise UserError(f"seq_len must be >= 2, got {seq_len}")
     kept, documents = [], []
     for pair in pairs:
         both = tuple(
@@ -157,9 +158,7 @@ def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
     too_long = f"pairs longer than seq_len {seq_len}"
     skipped = {**pairs.skipped, too_long: len(pairs) - len(kept)}
     if not kept:
-        raise ValueError(
-            f"{pairs.name}: all {len(pairs)} pairs are longer than seq_len {seq_len} tokens; raise seq_len"
-        )
+        raise UserError(f"{pairs.name}: all {len(pairs)} pairs are longer than seq_len {seq_len} tokens; raise seq_len")
     return PairDataset(pairs.name, tuple(kept), tuple(documents), tokenizer.pad_id, seq_len, skipped)
 
 
@@ -188,7 +187,7 @@ def balance_lengths(dataset: PairDataset, *, seed: int = 0) -> PairDataset:
             kept.append(i)
     if not kept:
         longer = "longer" if (difference > 0).any() else "shorter"
-        raise ValueError(
+        raise UserError(
             f"{dataset.name}: no pair is left after balancing lengths, the correct program is the {longer} one in all "
             f"{len(dataset)}; set balance_lengths to false, or give more pairs"
         )

@@ -17,6 +17,7 @@ from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.protocols import alphacode_prompt
 from wmtp.data.rows import read_rows, take
 from wmtp.data.stdio_tasks import PYTHON3, StdioTask
+from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
 
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
@@ -64,7 +65,7 @@ class Pairs:
     def __post_init__(self) -> None:
         if not self.items:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
-            raise ValueError(f"{self.name}: there is no pair{f' (left out: {reasons})' if reasons else ''}")
+            raise UserError(f"{self.name}: there is no pair{f' (left out: {reasons})' if reasons else ''}")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -119,7 +120,7 @@ def condefects_pairs(source: str, split: str | None = None) -> Pairs:
     for where, row in _rows_of_files(source, split):
         task, faulty, correct, at = (take(row, where, c, str) for c in ("task", "faulty", "correct", "fault_location"))
         if not at.strip().isdecimal():
-            raise ValueError(f"{where}: field 'fault_location' must be a line number, got {at!r:.60}")
+            raise UserError(f"{where}: field 'fault_location' must be a line number, got {at!r:.60}")
         inside = 1 <= int(at) <= _num_lines(faulty)
         builder.add(Pair(task, "", correct, faulty, int(at) if inside else None))
     return builder.done()
@@ -153,7 +154,7 @@ def code_contests_pairs(
     """
     builder = _Builder(f"code_contests pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
     if max_problems is not None and max_problems < 1:
-        raise ValueError(f"max_problems must be >= 1 or null, got {max_problems}")
+        raise UserError(f"max_problems must be >= 1 or null, got {max_problems}")
     for where, row in read_rows(source, split, subset):
         builder.add_programs(*_contest_problem(row, where, language))
         if max_problems is not None and len(builder.problems) == max_problems:
@@ -197,7 +198,7 @@ def jsonl_pairs(
             continue
         programs = labelled.setdefault(problem, _Programs(problem, prompt, [], []))
         if _lf(programs.prompt) != _lf(prompt):
-            raise ValueError(f"{where}: problem {problem!r} has another prompt here than in its first row")
+            raise UserError(f"{where}: problem {problem!r} has another prompt here than in its first row")
         reward = _reward(row, where)
         good = reward > reward_threshold if row.get("is_correct") is None else take(row, where, "is_correct", bool)
         reward = float(good) if reward is None else reward
@@ -226,7 +227,7 @@ class _Builder:
 
     def __init__(self, name: str, max_pairs_per_problem: int = 16, skip_one_class: bool = False, seed: int = 0) -> None:
         if isinstance(max_pairs_per_problem, bool) or max_pairs_per_problem < 1:
-            raise ValueError(f"max_pairs_per_problem must be >= 1, got {max_pairs_per_problem}")
+            raise UserError(f"max_pairs_per_problem must be >= 1, got {max_pairs_per_problem}")
         self.name, self.skipped, self.problems = name, Counter(), set()
         self._max, self._skip_one_class, self._seed = max_pairs_per_problem, skip_one_class, seed
         self._pairs: list[Pair] = []
@@ -257,7 +258,7 @@ class _Builder:
             self.skipped[_BOTH] += 1
         if not correct or not incorrect:
             if not self._skip_one_class:
-                raise ValueError(
+                raise UserError(
                     f"{where}: problem {programs.problem!r} has {len(correct)} correct and {len(incorrect)} incorrect "
                     "programs, a pair needs one of each; set skip_one_class: true to leave such problems out"
                 )
@@ -308,7 +309,7 @@ def _contest_problem(row: dict, where: str, language: int) -> tuple[_Programs, s
         found = take(row, where, column, dict)
         languages, sources = (take(found, f"{where}: field {column!r}", c, list) for c in ("language", "solution"))
         if len(languages) != len(sources):
-            raise ValueError(f"{where}: {column} has {len(languages)} languages and {len(sources)} programs")
+            raise UserError(f"{where}: {column} has {len(languages)} languages and {len(sources)} programs")
         both.append([(s, reward) for number, s in zip(languages, sources, strict=True) if number == language])
     return _Programs(name, alphacode_prompt(task), *both), where
 
@@ -321,7 +322,7 @@ def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]
     files = sorted(f for f in folder.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz")))
     if not files:
         there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
-        raise FileNotFoundError(f"{folder} has no JSONL file; it holds {there}")
+        raise MissingError(f"{folder} has no JSONL file; it holds {there}")
     for file in files:
         yield from read_rows(file)
 
@@ -337,12 +338,12 @@ def _reward(row: dict, where: str) -> float | None:
     reward = row.get("reward")
     if reward is None:
         if row.get("is_correct") is None:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the row has a completion, but neither is_correct nor reward; it has {', '.join(row)}"
             )
         return None
     if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        raise ValueError(f"{where}: field 'reward' must be a finite number, got {reward!r:.60}")
+        raise UserError(f"{where}: field 'reward' must be a finite number, got {reward!r:.60}")
     return float(reward)
 
 
@@ -351,7 +352,7 @@ def _fault_line(row: dict, where: str) -> int | None:
         return None
     line, count = take(row, where, "fault_line", int), _num_lines(row["incorrect"])
     if not 1 <= line <= count:
-        raise ValueError(f"{where}: fault_line must be a line of the incorrect program, 1 to {count}, got {line}")
+        raise UserError(f"{where}: fault_line must be a line of the incorrect program, 1 to {count}, got {line}")
     return line
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.rows import count_rows, read_rows, take
+from wmtp.errors import UserError
 
 Rows = Iterator[tuple[str, dict]]  # of read_rows
 
@@ -138,24 +139,24 @@ def _of_tokens(rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
 
 def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Document:
     if row.get("vocab_hash") not in (None, vocab_hash):
-        raise ValueError(
+        raise UserError(
             f"{where}: tokenized with another vocabulary (vocab_hash {row['vocab_hash']!r:.14}..., that of "
             f"{tokenizer.name} is {vocab_hash:.12}...); use the tokenizer it was made with"
         )
     tokens = take(row, where, "tokens", list)
     if not tokens:
-        raise ValueError(f"{where}: field 'tokens' is empty")
+        raise UserError(f"{where}: field 'tokens' is empty")
     for position, token in enumerate(tokens):
         if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{where}: tokens[{position}] must be a whole number in [0, {tokenizer.vocab_size}), got {token!r:.40}"
             )
     labels = tokens if row.get("labels") is None else take(row, where, "labels", list)
     if len(labels) != len(tokens):
-        raise ValueError(f"{where}: labels has {len(labels)} values, tokens has {len(tokens)}")
+        raise UserError(f"{where}: labels has {len(labels)} values, tokens has {len(tokens)}")
     for position, (label, token) in enumerate(zip(labels, tokens, strict=True)):
         if label not in (IGNORE, token):
-            raise ValueError(
+            raise UserError(
                 f"{where}: labels[{position}] must be {IGNORE} or tokens[{position}] = {token}, got {label!r:.40} "
                 "(labels are unshifted)"
             )
@@ -170,13 +171,13 @@ def _with_column(document: Document, column: str, values: object, where: str) ->
     if values is None:
         return document
     if not isinstance(values, list):
-        raise ValueError(f"{where}: {column} must be a list of numbers, got {type(values).__name__}")
+        raise UserError(f"{where}: {column} must be a list of numbers, got {type(values).__name__}")
     if len(values) != len(document):
-        raise ValueError(
+        raise UserError(
             f"{where}: {column} has {len(values)} values, the document has {len(document)} tokens "
             "(prompt, completion and EOS); score it with this tokenizer"
         )
     for position, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{where}: {column}[{position}] must be a finite number, got {value!r:.40}")
+            raise UserError(f"{where}: {column}[{position}] must be a finite number, got {value!r:.40}")
     return replace(document, **{column: np.array(values, np.float32)})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from wmtp.data.assertion_tasks import AssertionTask, mbpp_tasks
 from wmtp.data.mbpp import mbpp_prompt
 from wmtp.data.stdio_tasks import StdioTask
+from wmtp.errors import UserError
 
 Task = AssertionTask | StdioTask
 Messages = list[dict[str, str]]
@@ -90,7 +91,7 @@ def three_shot_protocol(
     def render(task: Task) -> str:
         row = _mbpp_row(task, "three_shot_protocol")
         if task.task_id in shown:
-            raise ValueError(f"task {task.task_id} is one of the examples three_shot_protocol shows; set example_ids")
+            raise UserError(f"task {task.task_id} is one of the examples three_shot_protocol shows; set example_ids")
         return mbpp_prompt(row, "3shot", [_mbpp_row(example, "three_shot_protocol") for example in examples])
 
     return Protocol(f"mbpp {len(examples)}-shot", ("[DONE]",), render, _continued)
@@ -120,7 +121,7 @@ def humaneval_protocol() -> Protocol:
     def render(task: Task) -> str:
         name = task.entry_point if isinstance(task, AssertionTask) else None
         if name is None or not re.search(rf"\bdef\s+{re.escape(name)}\b", task.prompt):
-            raise ValueError(
+            raise UserError(
                 f"humaneval_protocol needs a prompt that starts the function asked for; that of task {task.task_id} "
                 "does not: use chat_protocol, or a protocol of the task's own benchmark"
             )
@@ -216,7 +217,7 @@ def _message(task: Task) -> Messages:
 
 def _mbpp_row(task: Task, protocol: str) -> dict:
     if not isinstance(task, AssertionTask) or task.prompt:
-        raise ValueError(
+        raise UserError(
             f"{protocol} shows a task's tests, which only MBPP means to be shown; "
             f"task {task.task_id} is of another benchmark: use its protocol, or chat_protocol"
         )
@@ -225,5 +226,5 @@ def _mbpp_row(task: Task, protocol: str) -> dict:
 
 def _stdio(task: Task, protocol: str) -> StdioTask:
     if not isinstance(task, StdioTask):
-        raise ValueError(f"{protocol} is for programs that read stdin; task {task.task_id} asks for a function")
+        raise UserError(f"{protocol} is for programs that read stdin; task {task.task_id} asks for a function")
     return task

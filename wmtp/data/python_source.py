@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wmtp.data.documents import Documents, document_from_text
+from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
 
 SPLITS = ("train", "reference", "heldout")
@@ -65,13 +66,13 @@ def python_functions(
     """
     folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else local_copy(root)
     if not folder.is_dir():
-        raise FileNotFoundError(f"root {folder} is no folder of Python files")
+        raise MissingError(f"root {folder} is no folder of Python files")
     if split not in (*SPLITS, "all"):
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, all, got {split!r}")
+        raise UserError(f"split must be one of {', '.join(SPLITS)}, all, got {split!r}")
     if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
-        raise ValueError(f"fractions must be three numbers >= 0 that sum to at most 1, got {list(fractions)}")
+        raise UserError(f"fractions must be three numbers >= 0 that sum to at most 1, got {list(fractions)}")
     if max_functions is not None and max_functions < 1:
-        raise ValueError(f"max_functions must be >= 1, got {max_functions}")
+        raise UserError(f"max_functions must be >= 1, got {max_functions}")
 
     found, unparsed, repeated = _distinct_functions(folder, tuple(exclude))
     of_split = [f for f in found if split in ("all", split_of(f.module, fractions))]

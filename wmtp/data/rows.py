@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -62,9 +63,9 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
 def take(row: dict, where: str, column: str, kind: type) -> object:
     """A row's field, or a ValueError that says where it is missing or wrong, and which fields are there."""
     if row.get(column) is None:
-        raise ValueError(f"{where}: field {column!r} is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+        raise UserError(f"{where}: field {column!r} is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
     if not isinstance(row[column], kind):
-        raise ValueError(
+        raise UserError(
             f"{where}: field {column!r} must be {_KIND[kind]}, got {type(row[column]).__name__} {row[column]!r:.60}"
         )
     return row[column]
@@ -81,20 +82,20 @@ def _local_file(source: str | Path, split: str | None) -> Path | None:
     if path.exists():
         return path
     if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
-        raise FileNotFoundError(f"{source} does not exist; give a file, a folder, or a hub name owner/name as source")
+        raise MissingError(f"{source} does not exist; give a file, a folder, or a hub name owner/name as source")
     return None
 
 
 def _file_of_split(folder: Path, split: str | None) -> Path:
     if split is None:
-        raise ValueError(f"{folder} is a folder; set split to the name of one of its files, or source to a file")
+        raise UserError(f"{folder} is a folder; set split to the name of one of its files, or source to a file")
     found = [folder / f"{split}{suffix}" for suffix in _SUFFIXES if (folder / f"{split}{suffix}").exists()]
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{folder} holds {' and '.join(f.name for f in found)}; set source to one of these files")
+        raise UserError(f"{folder} holds {' and '.join(f.name for f in found)}; set source to one of these files")
     there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
-    raise FileNotFoundError(f"{folder} has no {split}{'|'.join(_SUFFIXES)} for split {split!r}; it holds {there}")
+    raise MissingError(f"{folder} has no {split}{'|'.join(_SUFFIXES)} for split {split!r}; it holds {there}")
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
@@ -122,7 +123,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: not readable as {'gzipped ' * (path.suffix == '.gz')}UTF-8 text: {error}") from error
+        raise UserError(f"{path}: not readable as {'gzipped ' * (path.suffix == '.gz')}UTF-8 text: {error}") from error
 
 
 def _from_parquet(path: Path) -> Iterator[dict]:
@@ -137,27 +138,27 @@ def _parquet_file(path: Path):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not readable as parquet: {error}") from error
+        raise UserError(f"{path}: not readable as parquet: {error}") from error
 
 
 def _parse(text: str, path: Path, line: int) -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}:{line + error.lineno - 1}: malformed JSON: {error.msg} at column {error.colno}"
         ) from None
 
 
 def _checked(row: object, where: str) -> tuple[str, dict]:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
+        raise UserError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
     return where, row
 
 
 def _from_hub(name: str, subset: str | None, split: str | None, streaming: bool):
     if split is None:
-        raise ValueError(f"{name} is read from the hub; set split (such as train)")
+        raise UserError(f"{name} is read from the hub; set split (such as train)")
     return _load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
 
 
@@ -169,7 +170,7 @@ def _load_dataset(*args, **kwargs):
     except Exception as error:  # the hub's errors share no base class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         name = kwargs.get("data_files", args[0])
-        raise ValueError(
+        raise UserError(
             f"dataset {name!r} cannot be loaded ({reason}); check its name, subset and split, "
             "or download it and give a local file or folder as source"
         ) from error

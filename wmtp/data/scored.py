@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, digest_tokens
+from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish
 from wmtp.storage import local_copy
 
@@ -28,7 +29,7 @@ FORMAT = 1
 _HEADER = b"wmtp"  # key of a part's own record in its parquet metadata
 
 
-class TornPart(ValueError):
+class TornPart(UserError):
     """A part file that cannot be read, or whose content is not what its own record says."""
 
 
@@ -72,7 +73,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
     manifest = read_manifest(folder)
     vocab_hash, made_with = tokenizer.vocab_hash(), manifest["tokenizer"]["vocab_hash"]
     if vocab_hash != made_with:
-        raise ValueError(
+        raise UserError(
             f"{folder} was scored with another vocabulary (vocab_hash {made_with:.12}..., that of {tokenizer.name} is "
             f"{vocab_hash:.12}...); use the tokenizer it was made with, or score again"
         )
@@ -81,7 +82,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
 
         ours, theirs = checkpoint_sha256(resolve_checkpoint(checkpoint)), manifest["model"]["checkpoint_sha256"]
         if ours != theirs:
-            raise ValueError(
+            raise UserError(
                 f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
                 "; score again with this checkpoint, or name the one that was used"
             )
@@ -196,7 +197,7 @@ def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Pa
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             was, now = (f"{side.get(key)!s:.80}" for side in (theirs, ours))
-            raise ValueError(
+            raise UserError(
                 f"cannot resume: {key} was {was} when {path} was scored, now it is {now}; restore it, or score into "
                 "another output_dir"
             )
@@ -239,10 +240,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: the dataset is not complete, or the manifest is none.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"scored dataset {folder} does not exist; score it with recipes/score_reference.py")
+        raise MissingError(f"scored dataset {folder} does not exist; score it with recipes/score_reference.py")
     file = folder / MANIFEST
     if not file.exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} has no {MANIFEST}: its scoring is not complete ({len(part_paths(folder))} parts are there); "
             "run recipes/score_reference.py with resume=true"
         )
@@ -252,7 +253,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
-        raise ValueError(f"{file} is not the manifest of a scored dataset (format {FORMAT}); score again")
+        raise UserError(f"{file} is not the manifest of a scored dataset (format {FORMAT}); score again")
     return manifest
 
 
@@ -260,24 +261,22 @@ def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
     """All parts in one: each array is made once, at its full size, and filled part by part."""
     column, totals, entries = manifest["column"], manifest["data"], manifest["parts"]
     if _all_sha256(entries) != totals["sha256"]:
-        raise ValueError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
+        raise UserError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
     arrays = {name: np.empty(totals["tokens"], np.int32) for name in ("tokens", "labels")}
     arrays[column] = np.empty(totals["tokens"], np.float32)
     ids, lengths, start = [], [], 0
     for entry in entries:
         path = folder / entry["file"]
         if not path.exists():
-            raise ValueError(f"{path} is missing: {MANIFEST} names it; restore it, or score again")
+            raise UserError(f"{path} is missing: {MANIFEST} names it; restore it, or score again")
         if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
-            raise ValueError(
-                f"{path} has changed: its SHA-256 is not the one in {MANIFEST}; restore it, or score again"
-            )
+            raise UserError(f"{path} has changed: its SHA-256 is not the one in {MANIFEST}; restore it, or score again")
         part, _, header = read_part(path)
         if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
-            raise ValueError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
+            raise UserError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
         if not np.isfinite(part._column[column]).all():
             bad = next(d for d in part if not np.isfinite(getattr(d, column)).all())
-            raise ValueError(
+            raise UserError(
                 f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf"
             )
         for name, values in (("tokens", part._tokens), ("labels", part._labels), (column, part._column[column])):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from wmtp.data.packaged import packaged_programs
 from wmtp.data.rows import read_rows, take
 from wmtp.data.task_ids import select_tasks
+from wmtp.errors import UserError
 from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 
 PYTHON3 = 3  # the dataset's number of the language
@@ -79,7 +80,7 @@ class StdioTask:
         """
         for name, factor in (("machine_factor", machine_factor), ("memory_factor", memory_factor)):
             if not 0 < factor < math.inf:
-                raise ValueError(f"{name} must be a number > 0, got {factor!r}")
+                raise UserError(f"{name} must be a number > 0, got {factor!r}")
         limits = Limits() if limits is None else limits
         if self.time_limit_seconds is not None:
             cpu_seconds = self.time_limit_seconds * machine_factor
@@ -145,7 +146,7 @@ def _stdio_task(row: dict, where: str) -> StdioTask:
     else:
         public, private, generated = (_tests(row, where, kind) for kind in kinds)
     if not public + private + generated:
-        raise ValueError(f"{where}: no tests; a problem needs tests, or public_tests, private_tests or generated_tests")
+        raise UserError(f"{where}: no tests; a problem needs tests, or public_tests, private_tests or generated_tests")
     return StdioTask(
         name=take(row, where, "name", str),
         description=take(row, where, "description", str),
@@ -167,7 +168,7 @@ def _tests(row: dict, where: str, kind: str) -> tuple[StdioTest, ...]:
     tests = take(row, where, kind, dict)
     inputs, outputs = (take(tests, f"{where}: field {kind!r}", column, list) for column in ("input", "output"))
     if len(inputs) != len(outputs) or not all(isinstance(text, str) for text in [*inputs, *outputs]):
-        raise ValueError(
+        raise UserError(
             f"{where}: {kind} must be equally many input and output texts, got {len(inputs)} and {len(outputs)}"
         )
     return tuple(StdioTest(*pair) for pair in zip(inputs, outputs, strict=True))
@@ -179,7 +180,7 @@ def _solutions(row: dict, where: str) -> tuple[str, ...]:
     found = take(row, where, "solutions", dict)
     languages, sources = (take(found, f"{where}: field 'solutions'", c, list) for c in ("language", "solution"))
     if len(languages) != len(sources):
-        raise ValueError(f"{where}: solutions has {len(languages)} languages and {len(sources)} programs")
+        raise UserError(f"{where}: solutions has {len(languages)} languages and {len(sources)} programs")
     return tuple(source for language, source in zip(languages, sources, strict=True) if language == PYTHON3)
 
 
@@ -190,13 +191,13 @@ def _seconds(limit: object, where: str) -> float | None:
         seconds, nanos = limit.get("seconds") or 0, limit.get("nanos") or 0
         if all(isinstance(part, int | float) for part in (seconds, nanos)) and seconds + nanos * 1e-9 > 0:
             return seconds + nanos * 1e-9
-    raise ValueError(f"{where}: time_limit must be null or {{seconds, nanos}} of more than 0 s, got {limit!r:.60}")
+    raise UserError(f"{where}: time_limit must be null or {{seconds, nanos}} of more than 0 s, got {limit!r:.60}")
 
 
 def _number(row: dict, where: str, column: str) -> int:
     value = 0 if row.get(column) is None else take(row, where, column, int)
     if value < 0:
-        raise ValueError(f"{where}: field {column!r} must be >= 0 (0: unknown), got {value}")
+        raise UserError(f"{where}: field {column!r} must be >= 0 (0: unknown), got {value}")
     return value
 
 

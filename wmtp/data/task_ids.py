@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
+from wmtp.errors import UserError
+
 
 class HasTaskId(Protocol):
     @property
@@ -40,16 +42,16 @@ class TaskIds:
             ValueError: no task, or more than one, has the id; the message starts with `where`.
         """
         if isinstance(written, bool) or not isinstance(written, str | int):
-            raise ValueError(f"{where}: task_id must be a string or a whole number, got {written!r:.60}")
+            raise UserError(f"{where}: task_id must be a string or a whole number, got {written!r:.60}")
         name = str(written)
         found = {name} if name in self._exact else self._by_name.get(name.casefold(), set())
         if len(found) == 1:
             return next(iter(found))
         if found:
-            raise ValueError(f"{where}: task_id {written!r} could be {' or '.join(sorted(found)[:5])}; write it out")
+            raise UserError(f"{where}: task_id {written!r} could be {' or '.join(sorted(found)[:5])}; write it out")
         near = difflib.get_close_matches(name, self._known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the first is {self._known[0]!r}" if self._known else "none"
-        raise ValueError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks; {hint}")
+        raise UserError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks; {hint}")
 
 
 def select_tasks(
@@ -66,7 +68,7 @@ def select_tasks(
     """
     tasks = _unique(tasks)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit must be a whole number >= 1 or null, got {limit!r}")
+        raise UserError(f"limit must be a whole number >= 1 or null, got {limit!r}")
     if ids is None:
         chosen = list(itertools.islice(tasks, limit))  # read no further: a public split can hold gigabytes of tests
     else:
@@ -75,10 +77,10 @@ def select_tasks(
         names = [finder.find(written, f"{source}: ids") for written in ids]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"{source}: ids names the task {twice} more than once")
+            raise UserError(f"{source}: ids names the task {twice} more than once")
         chosen = [by_id[name] for name in names][:limit]
     if not chosen:
-        raise ValueError(f"{source}: no tasks; {'the file is empty' if ids is None else 'ids is empty'}")
+        raise UserError(f"{source}: no tasks; {'the file is empty' if ids is None else 'ids is empty'}")
     return tuple(chosen)
 
 
@@ -86,6 +88,6 @@ def _unique(tasks: Iterable[tuple[str, T]]) -> Iterator[T]:
     seen: dict[str, str] = {}
     for where, task in tasks:
         if task.task_id in seen:
-            raise ValueError(f"{where}: task_id {task.task_id!r} is also that of {seen[task.task_id]}")
+            raise UserError(f"{where}: task_id {task.task_id!r} is also that of {seen[task.task_id]}")
         seen[task.task_id] = where
         yield task

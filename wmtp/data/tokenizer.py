@@ -7,6 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
 
 
@@ -30,11 +31,11 @@ class Tokenizer:
 
     def __init__(self, hf, *, add_bos: bool | None = None, name: str = "tokenizer") -> None:
         if getattr(hf, "backend_tokenizer", None) is None:
-            raise ValueError(f"{name}: {type(hf).__name__} has no fast backend; save the tokenizer as tokenizer.json")
+            raise UserError(f"{name}: {type(hf).__name__} has no fast backend; save the tokenizer as tokenizer.json")
         if hf.eos_token_id is None:
-            raise ValueError(f"{name} names no EOS token; set eos_token in its tokenizer_config.json")
+            raise UserError(f"{name} names no EOS token; set eos_token in its tokenizer_config.json")
         if add_bos and hf.bos_token_id is None:
-            raise ValueError(f"{name} names no BOS token; set add_bos to false")
+            raise UserError(f"{name} names no BOS token; set add_bos to false")
         if add_bos is not None:
             hf.add_bos_token = add_bos
         self.name = name
@@ -69,7 +70,7 @@ class Tokenizer:
             ValueError: the tokenizer has no chat template.
         """
         if self._hf.chat_template is None:
-            raise ValueError(f"{self.name} has no chat template; use plain prompts with this model")
+            raise UserError(f"{self.name} has no chat template; use plain prompts with this model")
         return self._hf.apply_chat_template(
             messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
         )
@@ -113,12 +114,12 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
         path = resolve_checkpoint(str(path))
     given = local_copy(path)
     if not given.exists():
-        raise FileNotFoundError(f"tokenizer path {given} does not exist")
+        raise MissingError(f"tokenizer path {given} does not exist")
     folder = given if given.is_dir() else given.parent
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
         if not (folder.resolve().parent / "tokenizer.model").exists():
             there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
-            raise FileNotFoundError(f"{folder} has neither tokenizer.json nor tokenizer.model; it holds {there}")
+            raise MissingError(f"{folder} has neither tokenizer.json nor tokenizer.model; it holds {there}")
         folder = folder.resolve().parent
     return Tokenizer(_load(folder), add_bos=add_bos, name=str(given))
 
@@ -153,7 +154,7 @@ def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "re
     for i in sorted(ours.keys() | theirs.keys()):
         if ours.get(i) != theirs.get(i):
             names = [repr(v[i]) if i in v else "absent" for v in (ours, theirs)]
-            raise ValueError(
+            raise UserError(
                 f"policy and {role} must share the token ids, checked by value: id {i} is {names[0]} in the "
                 f"policy's {policy.name} ({policy.vocab_size} ids) and {names[1]} in the {role}'s "
                 f"{other.name} ({other.vocab_size} ids)"
@@ -167,7 +168,7 @@ def _load(folder: Path):
         # Not AutoTokenizer: its CodeLlamaTokenizer makes up five ids that the file does not have.
         hf = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a torn file raises bare Exceptions
-        raise ValueError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
     if not (folder / "tokenizer.json").exists() and hf.bos_token_id is not None:
         # A SentencePiece file does not say so, but Llama starts every text with BOS.
         hf.add_bos_token = True

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wmtp.errors import UserError
 from wmtp.generation.cached_decoder import CachedDecoder
 from wmtp.generation.sampling import (
     Numbers,
@@ -139,7 +140,7 @@ def generate(
             more drafts than the model has extra heads; a model that cannot decode as it is; non-finite logits.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+        raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     _check_model(model, num_drafts)
     if isinstance(requests, Sequence):
         for request in requests:
@@ -151,32 +152,32 @@ def generate(
 
 def _check_model(model: nn.Module, num_drafts: int) -> None:
     if not isinstance(model, MTPDecoder):
-        raise ValueError(f"generate needs an MTPDecoder, got {type(model).__name__}")
+        raise UserError(f"generate needs an MTPDecoder, got {type(model).__name__}")
     if isinstance(num_drafts, bool) or not isinstance(num_drafts, int) or not 0 <= num_drafts < model.num_future_tokens:
-        raise ValueError(
+        raise UserError(
             f"num_drafts must be a whole number between 0 and the model's extra heads, num_future_tokens - 1 = "
             f"{model.num_future_tokens - 1}, got {num_drafts!r}"
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError(
+        raise UserError(
             "generate needs whole weights on one device, got a sharded model; export it and load the export"
         )
     if any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in model.modules()):
-        raise ValueError("generate needs the model without dropout; call model.eval() first")
+        raise UserError("generate needs the model without dropout; call model.eval() first")
 
 
 def _check_request(request: Request, model: MTPDecoder) -> None:
     prompt = request.prompt
     if len(prompt) == 0:
-        raise ValueError(f"request {request.id!r} has an empty prompt; start it with BOS or a token of text")
+        raise UserError(f"request {request.id!r} has an empty prompt; start it with BOS or a token of text")
     if len(prompt) >= model.max_seq_len:
-        raise ValueError(
+        raise UserError(
             f"request {request.id!r} has a prompt of {len(prompt)} tokens, which leaves no room for a new one in the "
             f"model's context of {model.max_seq_len}; shorten the prompt"
         )
     if min(prompt) < 0 or max(prompt) >= model.vocab_size:
         wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-        raise ValueError(f"request {request.id!r} has token id {wrong}, outside the model's {model.vocab_size}")
+        raise UserError(f"request {request.id!r} has token id {wrong}, outside the model's {model.vocab_size}")
     key_digest(request.key)
 
 
@@ -269,9 +270,7 @@ class _Batch:
         if self._prompt is None or self._prompt.tokens != prompt:
             logits = self._decoder.prefill(prompt, self._prompt_cache)
             if not bool(logits.isfinite().all()):
-                raise ValueError(
-                    f"the model gives request {request.id!r} logits that are not finite; check its weights"
-                )
+                raise UserError(f"the model gives request {request.id!r} logits that are not finite; check its weights")
             self._prompt = _Prompt(prompt, logits)
             self._stats.prefills += 1
         room = min(self._sampling.max_new_tokens, self._model.max_seq_len - len(prompt))

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wmtp.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -32,13 +34,13 @@ class Sampling:
     def __post_init__(self) -> None:
         count = self.max_new_tokens
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"max_new_tokens must be a whole number >= 1, got {count!r}")
+            raise UserError(f"max_new_tokens must be a whole number >= 1, got {count!r}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be >= 0 (0 is greedy), got {self.temperature!r}")
+            raise UserError(f"temperature must be >= 0 (0 is greedy), got {self.temperature!r}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p!r}")
+            raise UserError(f"top_p must lie in (0, 1], got {self.top_p!r}")
         if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
+            raise UserError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
 
     @property
     def greedy(self) -> bool:
@@ -88,7 +90,7 @@ def key_digest(key: tuple) -> bytes:
     try:
         text = json.dumps(key)
     except TypeError as error:
-        raise ValueError(f"a request's key must be a tuple of strings and numbers, got {key!r}") from error
+        raise UserError(f"a request's key must be a tuple of strings and numbers, got {key!r}") from error
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 

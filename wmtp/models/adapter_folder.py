@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wmtp.errors import ExistsError
 from wmtp.models.checkpoint_formats import CheckpointError, is_rotated, key_of, to_half_split, to_interleaved
 from wmtp.models.export import full_parameter
 from wmtp.models.load import local_part, local_tensor, named_parameters, reshard
@@ -57,7 +58,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
     if not sharded and not is_main:
         return
     if folder.exists():
-        raise FileExistsError(f"adapter folder {folder} already exists; give another, or remove it")
+        raise ExistsError(f"adapter folder {folder} already exists; give another, or remove it")
     if sharded:
         dist.barrier()  # every rank has looked before rank 0 writes
     peft, ours = {}, {}

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from wmtp.errors import UserError
 from wmtp.models.shape import LlamaShape
 
 HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,7 +41,7 @@ _ROOT_KEYS = {
 }
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be used: one line saying which file, what is wrong with it, and what to do."""
 
 

@@ -24,6 +24,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from wmtp.errors import UserError
 from wmtp.models.shape import LlamaShape
 
 
@@ -38,7 +39,7 @@ class MTPDecoder(nn.Module):
     def __init__(self, config: LlamaShape, *, attention: str = "sdpa") -> None:
         super().__init__()
         if attention not in ("sdpa", "flex"):
-            raise ValueError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
+            raise UserError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         self.config = config
         self.attention = attention
         self.rope = _rope(config)  # one module for all blocks, so its cache exists once
@@ -159,7 +160,7 @@ class MTPDecoder(nn.Module):
         Of a model sharded with FSDP2, call forward with a ``loss_fn`` that returns them: only forward gathers weights.
         """
         if num_heads is not None and not 1 <= num_heads <= self.num_future_tokens:
-            raise ValueError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
+            raise UserError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
         mask, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
         h = self._run_trunk(tokens, mask, input_pos) if trunk_state is None else trunk_state.to(self.norm.scale.dtype)
         heads = [self.layers[-1], *self.extra_heads][:num_heads]
@@ -176,7 +177,7 @@ class MTPDecoder(nn.Module):
     ) -> tuple[Any, Tensor | None]:
         """The mask and positions that every block gets; (None, None) is plain causal attention."""
         if tokens.shape[1] > self.max_seq_len:
-            raise ValueError(f"the sequence length must be <= max_seq_len {self.max_seq_len}, got {tokens.shape[1]}")
+            raise UserError(f"the sequence length must be <= max_seq_len {self.max_seq_len}, got {tokens.shape[1]}")
         if mask is not None:
             return mask, input_pos
         # Rows of one document take the causal path, with no mask. To see that on CUDA would wait for the device.
@@ -186,7 +187,7 @@ class MTPDecoder(nn.Module):
         if plain and self.attention == "sdpa":
             return None, input_pos
         if self.attention == "flex" and not tokens.is_cuda:
-            raise ValueError(f"attention 'flex' needs CUDA, got tokens on {tokens.device}; use attention 'sdpa'")
+            raise UserError(f"attention 'flex' needs CUDA, got tokens on {tokens.device}; use attention 'sdpa'")
         if document_ids is None:
             document_ids = torch.zeros_like(tokens)
         if input_pos is None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wmtp.errors import ExistsError, UserError
 from wmtp.models.checkpoint_formats import (
     HF_INDEX,
     HF_WEIGHTS,
@@ -76,13 +77,13 @@ def export_hf(
     if not sharded and not is_main:
         return
     if folder.exists():
-        raise FileExistsError(f"export folder {folder} already exists; give another, or remove it")
+        raise ExistsError(f"export folder {folder} already exists; give another, or remove it")
     refuse_quantized(model, merge_quantized)
     parameters = without_adapters(model)
     adapters = {f"{name}.weight": module for name, module in lora_modules(model)}
     strangers = [name for name in parameters if key_of(name, "hf") is None]
     if strangers:
-        raise ValueError(
+        raise UserError(
             f"parameter {strangers[0]} has no place in an HF Llama folder; remove what was added to the decoder"
         )
     if tokenizer_source is not None:
@@ -193,9 +194,9 @@ def _write_config(folder: Path, shape: LlamaShape, dtype: torch.dtype, tokenizer
 def _check_tokenizer(source: Any) -> None:
     if isinstance(source, str | Path):
         if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise ValueError(f"tokenizer_source {source} holds no tokenizer.json or tokenizer.model")
+            raise UserError(f"tokenizer_source {source} holds no tokenizer.json or tokenizer.model")
     elif not hasattr(source, "save") and not hasattr(source, "save_pretrained"):
-        raise ValueError(f"tokenizer_source must be a folder or a tokenizer, got {type(source).__name__}")
+        raise UserError(f"tokenizer_source must be a folder or a tokenizer, got {type(source).__name__}")
 
 
 def _write_tokenizer(folder: Path, source: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
+from wmtp.errors import UserError
 from wmtp.models.load import keyed_generator, local_part, local_tensor, own_name
 from wmtp.models.nf4 import check_nf4_shape, is_nf4, mark_nf4, quantized_modules
 
@@ -118,33 +119,33 @@ def _check(chosen: Adapters, model: nn.Module) -> None:
     known = (*ATTENTION_TARGETS, *MLP_TARGETS)
     strangers = [str(target) for target in chosen.targets if target not in known]
     if strangers or not chosen.targets:
-        raise ValueError(f"targets must be one or more of {', '.join(known)}, got {', '.join(strangers) or 'none'}")
+        raise UserError(f"targets must be one or more of {', '.join(known)}, got {', '.join(strangers) or 'none'}")
     if isinstance(chosen.rank, bool) or not isinstance(chosen.rank, int) or chosen.rank < 1:
-        raise ValueError(f"rank must be a whole number >= 1, got {chosen.rank!r}")
+        raise UserError(f"rank must be a whole number >= 1, got {chosen.rank!r}")
     if not _is_number(chosen.alpha) or not 0 < chosen.alpha < math.inf:
-        raise ValueError(f"alpha must be a number > 0, got {chosen.alpha!r}")
+        raise UserError(f"alpha must be a number > 0, got {chosen.alpha!r}")
     if not _is_number(chosen.dropout) or not 0 <= chosen.dropout < 1:
-        raise ValueError(f"dropout must be in [0, 1), got {chosen.dropout!r}")
+        raise UserError(f"dropout must be in [0, 1), got {chosen.dropout!r}")
     for key in ("dora", "train_norms", "train_unembedding"):
         if not isinstance(getattr(chosen, key), bool):
-            raise ValueError(f"{key} must be true or false, got {getattr(chosen, key)!r}")
+            raise UserError(f"{key} must be true or false, got {getattr(chosen, key)!r}")
     for key, allowed in (("trunk", TRUNK), ("heads", HEADS), ("quantize", QUANTIZE)):
         if getattr(chosen, key) not in allowed:
             options = ", ".join("null" if option is None else option for option in allowed)
-            raise ValueError(f"{key} must be one of {options}, got {getattr(chosen, key)!r}")
+            raise UserError(f"{key} must be one of {options}, got {getattr(chosen, key)!r}")
     extra = len(model.extra_heads)
     if chosen.trunk == "frozen" and not (chosen.train_norms or chosen.train_unembedding):
         if extra == 0:
-            raise ValueError("trunk frozen leaves nothing to train in a model with one head; set num_future_tokens > 1")
+            raise UserError("trunk frozen leaves nothing to train in a model with one head; set num_future_tokens > 1")
         if chosen.heads == "frozen":
-            raise ValueError("trunk frozen and heads frozen leave nothing to train; set heads to full or lora")
+            raise UserError("trunk frozen and heads frozen leave nothing to train; set heads to full or lora")
     if chosen.trunk == "frozen" and chosen.train_unembedding and model.config.tie_word_embeddings:
-        raise ValueError(
+        raise UserError(
             "train_unembedding trains the embedding of a tied model, which lies below the frozen trunk; set it to "
             "false, or trunk to lora"
         )
     if hasattr(model, "adapters"):
-        raise ValueError("the model has adapters already; add them once, first")
+        raise UserError("the model has adapters already; add them once, first")
 
 
 @torch.no_grad()
@@ -199,7 +200,7 @@ def merge_lora(model: nn.Module, *, merge_quantized: bool = False) -> nn.Module:
         ValueError: the model is sharded (export it instead, which merges), or quantised and merge_quantized is false.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("a sharded model cannot be merged in place; export it, and the exported weights are merged")
+        raise UserError("a sharded model cannot be merged in place; export it, and the exported weights are merged")
     refuse_quantized(model, merge_quantized)
     for _, module in quantized_modules(model):
         module.weight = nn.Parameter(dequantized(module.weight), requires_grad=False)
@@ -224,7 +225,7 @@ def dequantized(weight: Tensor) -> Tensor:
 def refuse_quantized(model: nn.Module, merge_quantized: bool) -> None:
     """Raises ValueError where a model's quantised weights would be merged unasked."""
     if not merge_quantized and any(True for _ in quantized_modules(model)):
-        raise ValueError(
+        raise UserError(
             "the trunk is quantised to nf4, and merge_quantized is false: merged weights hold its rounding errors; "
             "set merge_quantized=true to have that, or keep the adapter apart (export_merged=none)"
         )
@@ -248,7 +249,7 @@ def _place(block: nn.Module, target: str) -> tuple[nn.Module, nn.Module]:
 
 def _adapted(linear: nn.Module, chosen: Adapters) -> LoRALinear | DoRALinear:
     if type(linear) is not nn.Linear:
-        raise ValueError(f"adapters go on plain linear layers, found {type(linear).__name__}; add them once, first")
+        raise UserError(f"adapters go on plain linear layers, found {type(linear).__name__}; add them once, first")
     out_dim, in_dim = linear.weight.shape
     kind = DoRALinear if chosen.dora else _LoRALinear
     with torch.device("meta"):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
+from wmtp.errors import UserError
+
 _BLOCK, _SCALE_BLOCK = 64, 256  # values that share a scale, and scales that share a scale of their own: the paper's
 
 
@@ -34,7 +36,7 @@ def quantize_nf4(weight: Tensor, name: str = "weight") -> nn.Parameter:
 def check_nf4_shape(shape: torch.Size, name: str) -> None:
     """Raises ValueError where a weight of this shape cannot be quantised."""
     if shape.numel() % _BLOCK:
-        raise ValueError(
+        raise UserError(
             f"quantize nf4 needs weights of a multiple of {_BLOCK} values, {name} is {list(shape)}; set it to null"
         )
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from wmtp.errors import UserError
+
 ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -42,19 +44,19 @@ class LlamaShape:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+                raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a number > 0, got {value!r}")
+                raise UserError(f"{name} must be a number > 0, got {value!r}")
         if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}")
+            raise UserError(f"embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads must be a multiple of num_kv_heads {self.num_kv_heads}, got {self.num_heads}")
+            raise UserError(f"num_heads must be a multiple of num_kv_heads {self.num_kv_heads}, got {self.num_heads}")
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim}")
+            raise UserError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim}")
         object.__setattr__(self, "rope_base", float(self.rope_base))
         object.__setattr__(self, "rope_scaling", _checked_scaling(self.rope_scaling))
 
@@ -67,8 +69,8 @@ def _checked_scaling(scaling: Mapping | None) -> dict | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ValueError(f"rope_scaling type must be 'llama3', got {kind!r}; leave it out for plain RoPE")
+        raise UserError(f"rope_scaling type must be 'llama3', got {kind!r}; leave it out for plain RoPE")
     missing = [key for key in ROPE_SCALING_KEYS if key not in scaling]
     if missing:
-        raise ValueError(f"rope_scaling of type 'llama3' lacks {', '.join(missing)}")
+        raise UserError(f"rope_scaling of type 'llama3' lacks {', '.join(missing)}")
     return {"rope_type": "llama3", **{key: scaling[key] for key in ROPE_SCALING_KEYS}}

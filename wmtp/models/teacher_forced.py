@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wmtp.errors import UserError
+
 
 class TeacherForced(nn.Module):
     """A next-token model seen as H heads: head k at position t gives the model's own logits at position t + k - 1.
@@ -25,7 +27,7 @@ class TeacherForced(nn.Module):
     def __init__(self, model: nn.Module, num_future_tokens: int) -> None:
         super().__init__()
         if num_future_tokens < 1:
-            raise ValueError(f"num_future_tokens must be >= 1, got {num_future_tokens}")
+            raise UserError(f"num_future_tokens must be >= 1, got {num_future_tokens}")
         self.model = model
         self.num_future_tokens = num_future_tokens
 
@@ -59,7 +61,7 @@ class TeacherForced(nn.Module):
         if x.dim() == 4 and x.shape[0] == 1:
             x = x[0]
         if x.dim() != 3:
-            raise ValueError(f"teacher_forced needs a model that gives [B, S, V] or [1, B, S, V], got {tuple(x.shape)}")
+            raise UserError(f"teacher_forced needs a model that gives [B, S, V] or [1, B, S, V], got {tuple(x.shape)}")
         heads = x.new_zeros((self.num_future_tokens, *x.shape))
         for shift in range(min(self.num_future_tokens, x.shape[1])):
             heads[shift, :, : x.shape[1] - shift] = x[:, shift:]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from wmtp.errors import ExistsError, UserError
 from wmtp.models.builders import from_checkpoint
 from wmtp.models.checkpoint_formats import CheckpointError
 from wmtp.models.decoder import MTPDecoder
@@ -45,7 +46,7 @@ class ValueHead(nn.Module):
     def __init__(self, embed_dim: int, kind: str = "linear") -> None:
         super().__init__()
         if kind not in HEADS:
-            raise ValueError(f"head must be one of {', '.join(HEADS)}, got {kind!r}")
+            raise UserError(f"head must be one of {', '.join(HEADS)}, got {kind!r}")
         self.kind = kind
         self.hidden = nn.Linear(embed_dim, embed_dim) if kind == "mlp" else None
         self.out = nn.Linear(embed_dim, 1)
@@ -87,7 +88,7 @@ class ValueModel(nn.Module):
     def __init__(self, backbone: MTPDecoder, head: str = "linear") -> None:
         super().__init__()
         if backbone.num_future_tokens != 1:
-            raise ValueError(
+            raise UserError(
                 f"a value model reads head 1 alone: build its backbone with num_future_tokens 1, "
                 f"got {backbone.num_future_tokens}"
             )
@@ -177,7 +178,7 @@ def save_value_model(
     if not sharded and not is_main:
         return
     if folder.exists():
-        raise FileExistsError(f"value model folder {folder} already exists; give another, or remove it")
+        raise ExistsError(f"value model folder {folder} already exists; give another, or remove it")
     if sharded:
         dist.barrier()  # every rank has looked before rank 0 writes
     partial = folder.with_name(f"{folder.name}.partial")

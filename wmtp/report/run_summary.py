@@ -4,6 +4,8 @@ import json
 import statistics
 from pathlib import Path
 
+from wmtp.errors import UserError
+
 
 def run_summary(output_dir: Path) -> str:
     """Held-out CE of each head before and after, and the median speed, of a run of the full fine-tuning recipe.
@@ -13,7 +15,7 @@ def run_summary(output_dir: Path) -> str:
     """
     file = output_dir / "metrics.jsonl"
     if not file.exists():
-        raise ValueError(f"{output_dir} holds no metrics.jsonl: give the output_dir of a run")
+        raise UserError(f"{output_dir} holds no metrics.jsonl: give the output_dir of a run")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     held_out = [line for line in lines if "eval/ce_head1" in line]
     speeds = [line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line]

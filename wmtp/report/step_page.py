@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 
 from torch import Tensor
 
+from wmtp.errors import UserError
 from wmtp.loss import MTPLoss
 from wmtp.report.token_views import token_views
 from wmtp.report.token_weights import token_weights_html
@@ -28,7 +29,7 @@ class TokenWeightPages:
     ) -> None:
         for name, value in {"every": every, "documents": documents}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+                raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
         self.every, self._documents, self._beside = every, documents, dict(beside or {})
 
     def check(self, needs: Set[str]) -> None:
@@ -41,7 +42,7 @@ class TokenWeightPages:
         for name, method in self._beside.items():
             lacking = sorted(getattr(method, "needs", frozenset()) - at_hand)
             if lacking:
-                raise ValueError(
+                raise UserError(
                     f"token_view.beside.{name} reads {', '.join(lacking)}, which this run's weighting does not; "
                     "leave it out"
                 )

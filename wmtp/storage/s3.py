@@ -10,6 +10,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
+from wmtp.errors import UserError
+
 SCHEME = "s3://"
 PART_BYTES = 16 << 20  # of a request: large enough for its overhead, small enough to lose little in a cut
 THREADS = 8  # requests under way at once
@@ -22,7 +24,7 @@ _FINAL = _DENIED | _ABSENT | {"NoSuchBucket", "InvalidBucketName", "412", "Preco
 _T = TypeVar("_T")
 
 
-class StorageError(ValueError):
+class StorageError(UserError):
     """What S3 refused or could not do: one line with the URI, the reason and the way out, and never a credential."""
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from wmtp.errors import UserError
 from wmtp.files import MANIFEST, write_manifest
 from wmtp.secrets import mask_secrets
 from wmtp.tracking.spool import Spool, write_whole
@@ -24,7 +25,7 @@ _FILES = ("artifact", "text")
 _RECORDS_AT_ONCE = 200
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """The store says no, and will say no again."""
 
 

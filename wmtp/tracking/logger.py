@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from wmtp.errors import UserError
 from wmtp.secrets import mask_secrets
 from wmtp.tracking.delivery import Delivery
 from wmtp.tracking.sender import Sender
@@ -54,13 +55,13 @@ class MLflowLogger:
         log_export: bool = True,
     ) -> None:
         if tracking_uri is not None and mask_secrets(tracking_uri) != tracking_uri:
-            raise ValueError(
+            raise UserError(
                 "tracking_uri holds a password, and a config is kept with the results; set it as MLFLOW_TRACKING_URI, "
                 "or the password as MLFLOW_TRACKING_PASSWORD"
             )
         for name, value in (("system_metrics_seconds", system_metrics_seconds), ("flush_seconds", flush_seconds)):
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} must be > 0, got {value}")
+                raise UserError(f"{name} must be > 0, got {value}")
         _fill(experiment, {"method": "m", "dataset": "d"})
         self._uri, self._uri_in_config = absolute(tracking_uri or store_uri()), tracking_uri is not None
         check_store(self._uri)
@@ -116,7 +117,7 @@ class MLflowLogger:
         parent = self._parent_run_id
         if parent == "training":
             if training_run_id is None:
-                raise ValueError(
+                raise UserError(
                     "parent_run_id is training, but the model's folder has no wmtp_run.json that names its run; set "
                     "parent_run_id to a run's id, or to null"
                 )
@@ -240,7 +241,7 @@ def _fill(template: str, values: dict[str, str]) -> str:
     try:
         return template.format(**values)
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"experiment {template!r} has a part {{{str(error).strip(chr(39))}}} that nothing fills in; use {{method}} "
             "and {dataset}"
         ) from None

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from wmtp.errors import UserError
 from wmtp.secrets import mask_secrets
 from wmtp.tracking.delivery import Delivery, Postponed, Refused, deliver, one_line
 from wmtp.tracking.spool import Spool, read_run
@@ -21,7 +22,7 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
         ValueError: no spool there, a run that is under way, or a store that refuses or does not answer.
     """
     if not read_run(output_dir):
-        raise ValueError(f"{output_dir} holds no tracking_spool of a run; give the output_dir of a tracked run")
+        raise UserError(f"{output_dir} holds no tracking_spool of a run; give the output_dir of a tracked run")
     spool = Spool(output_dir)
     try:
         run, count = spool.run, spool.count_unsent()
@@ -39,7 +40,7 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
         except Refused:
             raise
         except Exception as error:
-            raise ValueError(
+            raise UserError(
                 f"{spool.count_unsent()} of {count} records of {output_dir} are still unsent: {one_line(error)}; try "
                 "again when the store answers"
             ) from error

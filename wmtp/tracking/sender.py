@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from wmtp.errors import UserError
 from wmtp.tracking.delivery import Delivery, Refused, deliver, one_line
 from wmtp.tracking.spool import Spool
 
@@ -62,7 +63,7 @@ class Sender:
         with self._changed:
             self._changed.wait_for(lambda: reached() or self._refused or self._failure, seconds)
             if self._refused:
-                raise ValueError(self._refused)
+                raise UserError(self._refused)
 
     def close(self, seconds: float) -> int:
         """Send what is left, giving up when nothing went through for so many seconds; how many records are left."""

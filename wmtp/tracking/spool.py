@@ -16,6 +16,8 @@ import os
 import threading
 from pathlib import Path
 
+from wmtp.errors import UserError
+
 FOLDER = "tracking_spool"
 
 
@@ -37,7 +39,7 @@ class Spool:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock_file.close()
-            raise ValueError(f"{self.folder} is in use by another process; wait until its run has ended") from None
+            raise UserError(f"{self.folder} is in use by another process; wait until its run has ended") from None
         self._writing = threading.Lock()
         self._file: io.FileIO | None = None
         self._closed = False

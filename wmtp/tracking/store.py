@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+from wmtp.errors import UserError
 from wmtp.secrets import mask_secrets
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -53,22 +54,22 @@ def check_store(uri: str) -> None:
     shown, scheme = mask_secrets(uri), uri.partition(":")[0].partition("+")[0].lower()
     where = f"tracking_uri {shown!r}"
     if scheme == "s3":
-        raise ValueError(f"{where} is no MLflow store; S3 holds artifacts: set artifact_location to it instead")
+        raise UserError(f"{where} is no MLflow store; S3 holds artifacts: set artifact_location to it instead")
     known = ("http", "https", "databricks", *_DATABASES)
     if scheme not in known and scheme not in {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}:
-        raise ValueError(f"{where} is no MLflow store; use sqlite:///FILE, a database or http(s)://HOST")
+        raise UserError(f"{where} is no MLflow store; use sqlite:///FILE, a database or http(s)://HOST")
     file = sqlite_file(uri)
     if file is not None and not file.parent.is_dir():
-        raise ValueError(f"{where}: the folder {file.parent} does not exist; make it, or give another file")
+        raise UserError(f"{where}: the folder {file.parent} does not exist; make it, or give another file")
     if file is not None and file.is_dir():
-        raise ValueError(f"{where}: {file} is a folder; give a file in it, such as {file / 'mlflow.db'}")
+        raise UserError(f"{where}: {file} is a folder; give a file in it, such as {file / 'mlflow.db'}")
     if file is not None and file.exists() and file.stat().st_size:
         with file.open("rb") as start:
             if start.read(16) != b"SQLite format 3\0":
-                raise ValueError(f"{where}: {file} is no SQLite file; give another")
+                raise UserError(f"{where}: {file} is no SQLite file; give another")
     if scheme in ("http", "https"):
         if not urlsplit(uri).hostname:
-            raise ValueError(f"{where} names no host; use http(s)://HOST:PORT")
+            raise UserError(f"{where} names no host; use http(s)://HOST:PORT")
         _check_credentials(uri, where)
 
 
@@ -98,7 +99,7 @@ def _check_credentials(uri: str, where: str) -> None:
         urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise ValueError(refused_credentials(where, error.code)) from None
+            raise UserError(refused_credentials(where, error.code)) from None
     except (OSError, http.client.HTTPException):
         return  # down or slow: the sender tries again and says so
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from wmtp.errors import UserError
 from wmtp.weighting.rows import SCOPES, weigh_rows
 
 # What a method may need, and where it comes from when it is missing.
@@ -129,7 +130,7 @@ class Weighting:
         if self._state is not None:
             self._state.load_state_dict(state)
         elif state:
-            raise ValueError(
+            raise UserError(
                 f"this weighting keeps no state, got one with {', '.join(sorted(state))}; "
                 "resume with the weighting of the checkpoint"
             )
@@ -140,15 +141,15 @@ class Weighting:
         for name in sorted(self.needs):
             signal = getattr(signals, name)
             if signal is None:
-                raise ValueError(f"the weighting needs {name}, got none: {SIGNALS[name]}")
+                raise UserError(f"the weighting needs {name}, got none: {SIGNALS[name]}")
             if signal.shape[-2:] != signals.labels.shape:
-                raise ValueError(
+                raise UserError(
                     f"{name} must have the labels' [B, S] = {tuple(signals.labels.shape)}, got {tuple(signal.shape)}"
                 )
             ready[name] = signal.detach().float()
         if "policy_ce" in ready:
             if len(ready["policy_ce"]) < heads:
-                raise ValueError(f"per_head weights need policy_ce of all {heads} heads, got {len(ready['policy_ce'])}")
+                raise UserError(f"per_head weights need policy_ce of all {heads} heads, got {len(ready['policy_ce'])}")
             ready["policy_ce"] = ready["policy_ce"][:heads]
         return replace(signals, **ready)
 
@@ -156,13 +157,13 @@ class Weighting:
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is none of the allowed ones."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_range(name: str, value: float, ok: bool, allowed: str) -> None:
     """Refuse a number out of range, which the caller tests; NaN fails every comparison."""
     if not ok:
-        raise ValueError(f"{name} must be {allowed}, got {value}")
+        raise UserError(f"{name} must be {allowed}, got {value}")
 
 
 def check_clip(min_weight: float, max_weight: float) -> tuple[float, float]:

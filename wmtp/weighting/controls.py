@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wmtp.errors import UserError
 from wmtp.weighting.base import Signals, check_range
 from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_rows
 
@@ -73,7 +74,7 @@ class Control:
 
     def __init__(self, method: Callable[[Signals], Tensor | None], redraw: Callable, seed: int) -> None:
         if not callable(method):
-            raise ValueError(f"method must be a weighting (a section with a _component_), got {method!r}")
+            raise UserError(f"method must be a weighting (a section with a _component_), got {method!r}")
         check_range("seed", seed, isinstance(seed, int) and 0 <= seed < 2**63, "a whole number >= 0 and < 2^63")
         self._method, self._redraw, self._seed = method, redraw, seed
         self.needs: frozenset[str] = getattr(method, "needs", frozenset())
@@ -95,7 +96,7 @@ class Control:
         own = (weights if by_head else weights[None])[valid].double()
         require_finite(own, "weights of the method")
         if bool((own < 0).any()):
-            raise ValueError(f"{int((own < 0).sum())} of {own.numel()} weights of the method are below 0")
+            raise UserError(f"{int((own < 0).sum())} of {own.numel()} weights of the method are below 0")
         drawn = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
         if own.numel() > 0:
             rows = scope_rows(valid, signals.document_ids, "sequence")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from wmtp.errors import UserError
+
 SPREAD = 1e-6  # scores closer together than this say nothing: float32 noise of two equal models' CE
 SCOPES = ("sequence", "batch")
 _NEG_INF = float("-inf")
@@ -92,7 +94,7 @@ def require_finite(values: Tensor, what: str) -> None:
     """Refuse NaN and infinities, saying how many there are."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
-        raise ValueError(
+        raise UserError(
             f"{bad} of {values.numel()} {what} are not finite; look at the models and columns they come from"
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from wmtp.errors import UserError
 from wmtp.weighting.base import Signals, Weighting, check_choice, check_clip, check_range
 from wmtp.weighting.rows import SPREAD, clipped_mean_one, require_finite, weigh_rows, z_score
 
@@ -180,7 +181,7 @@ class RunningMoments:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a :meth:`state_dict`, exactly."""
         if set(state) != {"sums", "steps"}:
-            raise ValueError(
+            raise UserError(
                 f"the running whitening's state must hold sums and steps, got {', '.join(sorted(state)) or 'nothing'}; "
                 "resume with the weighting of the checkpoint"
             )
