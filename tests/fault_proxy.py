@@ -19,8 +19,9 @@ class FaultProxy:
 
     What a test sets, at any time:
         mode: "pass"; "cut" (the connection drops after `cut_after` bytes of a body: the request's where it is longer,
-            else the response's); "delay" (`seconds` before the answer); "corrupt" (a byte of such a body is flipped);
-            "refuse" (the connection is reset); or a status: 500, 503, 403.
+            else the response's); "delay" (`seconds` before the answer); "corrupt" (such a body passes through `damage`,
+            which flips a byte; of a HEAD's answer the SHA-256 that it tells is changed); "refuse" (the connection is
+            reset); or a status: 500, 503, 403.
         faults_left: so many requests meet the fault, then all pass; None for all.
         matches: which requests can meet the fault, told by (method, path); the others pass.
 
@@ -36,6 +37,7 @@ class FaultProxy:
         self._upstream = (parts.hostname, parts.port)
         self.mode: str | int = "pass"
         self.cut_after, self.seconds, self.faults_left = 1000, 1.0, None
+        self.damage: Callable[[bytes], bytes] = _flipped
         self.matches: Callable[[str, str], bool] = lambda method, path: True
         self.requests: Counter[str] = Counter()
         self.log: list[tuple[str, str]] = []
@@ -59,6 +61,7 @@ class FaultProxy:
         """Pass everything, and count from nothing."""
         with self._lock:
             self.mode, self.faults_left, self.matches, self.faults = "pass", None, lambda method, path: True, 0
+            self.damage = _flipped
             self.requests.clear()
             self.log.clear()
 
@@ -104,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "delay":
             time.sleep(self.proxy.seconds)
         if fault == "corrupt" and body:
-            body, fault = _flipped(body), "pass"
+            body, fault = self.proxy.damage(body), "pass"
         upstream = http.client.HTTPConnection(*self.proxy._upstream, timeout=120)
         try:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in _HOP_BY_HOP | {"content-length"}}
@@ -120,8 +123,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, response: http.client.HTTPResponse, fault: str) -> None:
         length = response.getheader("Content-Length")
         body = response.read() if length is None and self.command != "HEAD" else None
+        if fault == "corrupt" and self.command == "GET" and length is not None and int(length) <= _BLOCK:
+            body = self.proxy.damage(response.read())  # which may make it longer or shorter
+            length, fault = None, "pass"
         self.send_response_only(response.status, response.reason)
         for key, value in response.getheaders():
+            if fault == "corrupt" and self.command == "HEAD" and key.lower() == "x-amz-meta-sha256":
+                value = "0" * len(value)
             if key.lower() not in _HOP_BY_HOP | {"content-length"}:
                 self.send_header(key, value)
         if response.status not in (204, 304):
@@ -133,7 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not block:
                 break
             if fault == "corrupt" and sent == 0:
-                block = _flipped(block)
+                block = self.proxy.damage(block)
             if fault == "cut" and sent + len(block) > self.proxy.cut_after:
                 self.wfile.write(block[: self.proxy.cut_after - sent])
                 self.wfile.flush()

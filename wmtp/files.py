@@ -43,6 +43,16 @@ def write_manifest(folder: Path) -> None:
     sync(folder)
 
 
+def flat_manifest(file: Path) -> dict[str, dict] | None:
+    """What a manifest says about each file; None where it is gone, or a file of that name of another kind."""
+    try:
+        entries = json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    flat = isinstance(entries, dict) and all(isinstance(e, dict) and "sha256" in e for e in entries.values())
+    return entries if flat else None
+
+
 def verify_manifest(folder: Path) -> None:
     """Hold every file against the manifest.
 

@@ -1,5 +1,6 @@
 """What the judge says of programs: verdicts, and what trusted tests can do with a program's objects."""
 
+import json
 import os
 import subprocess
 import sys
@@ -428,3 +429,54 @@ def test_a_judge_whose_new_zygote_got_fewer_protections_runs_nothing(tmp_path):
         own.close()
         os.close(reader)
         os.close(writer)
+
+
+OWN_JUDGE = """
+import json, os, sys
+from wmtp.sandbox import AssertionJob, Limits
+from wmtp.sandbox.judge import Judge
+root, program, wall = sys.argv[1:]
+settings = {"without": {}, "root": root, "outside": os.path.join(root, "outside"), "bubblewrap": None, "floor": False}
+open(settings["outside"], "w").close()
+judge = Judge(settings, os.pipe()[0], bytearray(1))
+judge.report()
+print("ready", flush=True)
+sys.stdin.readline()
+outcome, by_clock = judge.judge(AssertionJob(program, ("assert f(1) == 1",), limits=Limits(wall_seconds=float(wall))))
+print(json.dumps([outcome.verdict, outcome.tests, by_clock, outcome.detail]))
+judge.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("stopped", "program", "wall", "verdict"),
+    [
+        ("zygote", "def f(x): return x", 1.2, "passed"),  # it is our lateness until the program is handed over
+        ("zygote", "import time\ntime.sleep(99)", 0.4, "timeout"),
+        ("judge", "import time\ntime.sleep(99)", 0.4, "timeout"),  # and its own from then on, whenever we look
+        ("judge", "import time\ndef f(x):\n  try: 1 / 0\n  finally: time.sleep(99)", 0.4, "timeout"),
+    ],
+)
+def test_a_verdict_does_not_depend_on_when_our_processes_get_to_run(tmp_path, stopped, program, wall, verdict):
+    """Real processes, stopped for longer than the program's clock and the tests' clock together."""
+    command = [sys.executable, "-c", OWN_JUDGE, str(tmp_path), program, str(wall)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(filesystem.PACKAGE).parent)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as own:
+        assert own.stdout.readline() == "ready\n"
+        process = psutil.Process(own.pid)
+        halted = [process] if stopped == "judge" else process.children(recursive=True)
+        if stopped == "zygote":
+            for process in halted:
+                process.suspend()
+        own.stdin.write("go\n")
+        own.stdin.flush()
+        time.sleep(0.2)
+        for process in halted:
+            process.suspend()
+        time.sleep(1.4)
+        for process in halted:
+            process.resume()
+        said, _ = own.communicate(timeout=100)
+    outcome = json.loads(said.splitlines()[-1])
+    assert outcome[:3] == [verdict, [verdict], verdict == "timeout"], outcome

@@ -1,11 +1,14 @@
 """What comes out of the cache is what is in S3, whatever happens on the way."""
 
 import hashlib
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -126,10 +129,94 @@ def test_a_corrupt_multipart_object_of_another_tool_is_noticed(bucket):
     assert local_copy(f"{bucket.uri}/big").read_bytes() == b"".join(parts)
 
 
+DAMAGES = {  # of a listing, none of which makes it unreadable
+    "an early end": lambda body: body.replace(b"<IsTruncated>true<", b"<IsTruncated>trve<"),
+    "another name": lambda body: body.replace(b"a.bin", b"e.bin"),
+    "another size": lambda body: body.replace(b"<Size>4<", b"<Size>6<"),
+    "another content": lambda body: re.sub(rb"<ETag>(&quot;|\")\w", rb"<ETag>\1x", body),
+    "a file less": lambda body: re.sub(rb"<Contents>.*?</Contents>", b"", body, count=1),
+    "no file": lambda body: re.sub(rb"<Contents>.*</Contents>", b"", body),
+    "nothing to read": lambda body: body.replace(b"<Key>", b"\xff<Key>"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_listing_is_asked_again_and_a_folder_comes_whole(bucket, monkeypatch, damage):
+    monkeypatch.setattr("wmtp.storage.s3._KEYS_PER_LISTING", 2)
+    whole = {"a.bin": b"aaaa", "b.bin": b"bbbb", "c/d.bin": b"dddd"}
+    for name, body in whole.items():
+        bucket.put(f"model/{name}", body)
+    bucket.proxy.mode, bucket.proxy.damage = "corrupt", DAMAGES[damage]
+    listings = itertools.count()
+    # Every second listing is damaged: the first page's second try, the next page's second try, ...
+    bucket.proxy.matches = lambda method, path: "list-type=2" in path and next(listings) in (1, 4, 7)
+    assert files_of(local_copy(f"{bucket.uri}/model")) == whole
+    assert bucket.proxy.faults >= 2
+
+
+def test_listings_that_never_agree_are_one_clear_line(bucket):
+    bucket.put("model/a.bin", b"aaaa")
+    bucket.proxy.mode, sizes = "corrupt", itertools.count(5)
+    bucket.proxy.damage = lambda body: body.replace(b"<Size>4<", b"<Size>%d<" % next(sizes))
+    bucket.proxy.matches = lambda method, path: "list-type=2" in path
+    with pytest.raises(StorageError, match=r"model cannot be read: no two listings in a row agree"):
+        local_copy(f"{bucket.uri}/model")
+
+
+def test_a_wrong_word_about_an_objects_content_is_asked_for_again(bucket):
+    bucket.put("x", b"whole", sha256=sha256(b"whole"))
+    bucket.proxy.mode, bucket.proxy.faults_left = "corrupt", 1
+    bucket.proxy.matches = lambda method, path: method == "HEAD"
+    assert local_copy(f"{bucket.uri}/x").read_bytes() == b"whole"
+    assert bucket.proxy.faults == 1
+
+
+def test_a_file_that_is_gone_after_the_listing_is_not_missed(bucket):
+    bucket.put("model/a.bin", b"a")
+    bucket.put("model/b.bin", b"b")
+
+    def remove(method, path):
+        if method == "HEAD":
+            bucket.client.delete_object(Bucket=bucket.name, Key="model/b.bin")
+        return False
+
+    bucket.proxy.mode, bucket.proxy.matches = "delay", remove
+    assert files_of(local_copy(f"{bucket.uri}/model")) in ({"a.bin": b"a"}, {"a.bin": b"a", "b.bin": b"b"})
+
+
+def test_a_folder_that_another_process_mirrors_too_is_never_away(bucket):
+    """Readers of a tree while others make the same one, which once took it away for a moment."""
+    cache = Cache()
+    for name in "abc":
+        bucket.put(f"model/{name}", name.encode())
+    local_copy(f"{bucket.uri}/model")
+    content = {name: sha256(name.encode()) for name in "abc"}
+    lost, together = [], threading.Barrier(3)
+
+    def read(number):
+        for turn in range(100):
+            wanted = {f"{turn}/{name}": digest for name, digest in content.items()}
+            together.wait()
+            path = cache.tree("model", wanted)
+            for _ in range(20):
+                lost.extend((turn, name) for name in wanted if not (path / name).exists())
+
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert lost == []
+
+
 def test_a_folder_must_be_what_its_manifest_says(bucket):
     bucket.put("run/a.bin", b"a")
     bucket.put("run/manifest.json", json.dumps({"a.bin": {"bytes": 1, "sha256": sha256(b"other")}}).encode())
     with pytest.raises(StorageError, match=r"a\.bin is not the file that manifest.json names"):
+        local_copy(f"{bucket.uri}/run")
+    bucket.put("run/a.bin", b"other")
+    bucket.put("run/export/manifest.json", json.dumps({"b.bin": {"bytes": 1, "sha256": sha256(b"b")}}).encode())
+    with pytest.raises(StorageError, match=r"run/export/b\.bin is missing that export/manifest.json names"):
         local_copy(f"{bucket.uri}/run")
 
 
@@ -161,7 +248,7 @@ def test_a_killed_download_goes_on_and_two_processes_fetch_once(bucket, tmp_path
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
     (tmp_path / "cache" / "s3" / "partial").mkdir(parents=True)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while time.monotonic() < until and first.poll() is None:
         notes = next((tmp_path / "cache" / "s3" / "partial").glob("*.parts"), None)
         if notes is not None and len(notes.read_text().splitlines()) == 3:  # its head and two parts
@@ -172,7 +259,7 @@ def test_a_killed_download_goes_on_and_two_processes_fetch_once(bucket, tmp_path
     assert visible(tmp_path / "cache") == []
     bucket.proxy.reset()
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    paths = {process.communicate(timeout=60)[0].strip() for process in both}
+    paths = {process.communicate(timeout=300)[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
     assert [Path(path).read_bytes() == body for path in paths] == [True]
     assert len(bucket.gets_of("big")) == 2

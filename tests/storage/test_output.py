@@ -91,6 +91,25 @@ def test_an_old_checkpoint_stays_until_a_newer_one_is_complete(bucket, output):
     assert complete(bucket) == ["run/checkpoints/step_00000002/manifest.json"]
 
 
+def test_nothing_is_removed_on_the_word_of_a_damaged_listing(bucket, output):
+    """Step 2 is not complete; a listing that calls step 1's manifest another's would make step 1 an old one."""
+    save(output, 1)
+    output.close()
+    shutil.rmtree(output.folder / "checkpoints" / "step_00000001")
+    save(output, 2)
+    output._wait()
+    bucket.client.delete_object(Bucket=bucket.name, Key="run/checkpoints/step_00000002/manifest.json")
+    bucket.put("run/checkpoints/step_00000001/manifest.json", b"{}")
+    bucket.put("run/checkpoints/step_00000001/shard.bin", b"kept")
+    bucket.proxy.mode, bucket.proxy.faults_left = "corrupt", 1
+    bucket.proxy.damage = lambda body: body.replace(b"step_00000001/manifest", b"step_00000007/manifest")
+    bucket.proxy.matches = lambda method, path: "list-type=2" in path
+    (output.folder / "checkpoints" / "latest").write_text("step_00000002 again")
+    output.close()
+    assert bucket.proxy.faults == 1
+    assert bucket.get("run/checkpoints/step_00000001/shard.bin") == b"kept"
+
+
 def test_a_failed_upload_is_loud_tried_again_and_loses_nothing(bucket, output, capsys):
     output.close()
     bucket.proxy.mode = 503

@@ -14,7 +14,8 @@ class Limits:
 
     Fields:
         cpu_seconds: CPU time of all its threads; the kernel kills at the next whole second, the verdict is exact.
-        wall_seconds: time by the clock, generous because a loaded machine must not cause timeouts.
+        wall_seconds: time by the clock from when it is handed its program, generous because a loaded machine must not
+            cause timeouts.
         memory_bytes: address space beyond what the warm interpreter has.
         output_bytes: stdout and stderr together; also the size of one answer, and a quarter of all answers.
         threads: threads beside the main one.

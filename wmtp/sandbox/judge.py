@@ -50,8 +50,6 @@ def main() -> None:
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         soft = space + _OWN_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-    signal.signal(signal.SIGALRM, _on_alarm)
-    signal.signal(signal.SIGPROF, _on_alarm)
     judge = Judge(settings, connection.fileno(), mmap.mmap(settings["flag"], 1))
     abandoned = True
     try:
@@ -90,6 +88,34 @@ def _serve(connection: socket.socket, judge: "Judge") -> None:
     raise Hangup
 
 
+def _run_limited(job: AssertionJob, session: Session, verdicts: list[Verdict]) -> tuple[Verdict, str, bool]:
+    """Run the tests in bounded time: verdict, detail, and whether the clock alone ended them.
+
+    While the judge waits for the program nothing is raised: the program's own limits hold there, so that its lateness
+    is its own whichever clock strikes first.
+    """
+
+    def strike(number: int, frame: types.FrameType | None) -> None:
+        nonlocal by_clock
+        if not session.waiting:
+            by_clock = number == signal.SIGALRM
+            raise TestStuck
+
+    by_clock = False
+    signal.signal(signal.SIGALRM, strike)
+    signal.signal(signal.SIGPROF, strike)
+    try:
+        try:
+            _limit_tests(job.limits)
+            verdict, detail = _judge_tests(job, session, verdicts)
+        finally:
+            _limit_tests(None)
+    except TestStuck as stuck:  # between two tests, or while the limit was being lifted
+        _limit_tests(None)
+        verdict, detail = _explain(stuck, session)
+    return verdict, detail, by_clock if session.failure is None else session.failure.by_clock
+
+
 def _limit_tests(limits: Limits | None) -> None:
     """Bound the time of the trusted tests, or lift the bound.
 
@@ -103,10 +129,6 @@ def _limit_tests(limits: Limits | None) -> None:
         (signal.ITIMER_VIRTUAL, cpu + _OWN_GRACE_SECONDS if limits else 0),
     ):
         signal.setitimer(timer, seconds, _OWN_GRACE_SECONDS if seconds else 0)
-
-
-def _on_alarm(number: int, frame: types.FrameType | None) -> None:
-    raise TestStuck
 
 
 class Judge:
@@ -179,14 +201,10 @@ class _Run:
         """Judge an `AssertionJob`."""
         process = Process(zygote, "assertion", self.job.limits, None, self._hangup)
         session = Session(process, TEST_MODULE, self._flag)
-        _limit_tests(self.job.limits)
         try:
-            verdict, detail = _judge_tests(self.job, session, self.tests)
-        except TestStuck:  # between two tests
-            verdict, detail = "harness_error", "the tests ran into the time limit"
+            _await_ready(process)
+            verdict, detail, self.by_clock = _run_limited(self.job, session, self.tests)
         finally:
-            _limit_tests(None)
-            self.by_clock = session.failure is not None and session.failure.by_clock
             spoke = session.failure is None and process.unasked()
             process.close()
             self.cpu_seconds = process.report.get("cpu", 0.0)
@@ -194,8 +212,8 @@ class _Run:
             verdict, detail = "violation", "the program sent an answer that was not asked for"
         if verdict == "passed" and process.cpu_exceeded():
             verdict, detail = "timeout", f"more than {self.job.limits.cpu_seconds:g} s of CPU time"
-        if verdict != "passed" and self.tests and self.tests[-1] == "passed":
-            self.tests[-1] = verdict
+        if verdict != "passed" and self.tests[-1:] in ([], ["passed"]):
+            self.tests[-1:] = [verdict]
         return verdict, detail
 
     def stdio(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
@@ -237,8 +255,11 @@ class _Run:
 
 
 def _await_ready(process: Process) -> None:
-    """The first message comes from before the program is read: it can be trusted."""
-    message = process.receive()
+    """The first message comes from before the program is read: it can be trusted, and a failure is ours."""
+    try:
+        message = process.receive()
+    except Ended as end:
+        raise ZygoteLost(f"the process did not start: {end.detail}") from None
     if "ready" not in message:
         raise ZygoteLost(str(message.get("fatal", "the process did not start")))
 
@@ -285,7 +306,6 @@ def _judge_tests(job: AssertionJob, session: Session, verdicts: list[Verdict]) -
         codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
         namespace = _make_namespace(job, session)
         known_names = len(namespace)
-        _await_ready(session.process)
         session.load(job.program, job.setup, job.entry_point)
     except TestBroken as error:
         verdicts.append("harness_error")

@@ -21,7 +21,7 @@ from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_t
 from wmtp.sandbox.supervise import clean_environment, python_command
 
 _START_SECONDS = 180.0
-_JUDGE_GRACE_SECONDS = 10.0  # what a judge may take beyond its job's limits before it is given up
+_JUDGE_GRACE_SECONDS = 30.0  # what a run may take beyond its limits, its start too, before the judge is given up
 _STOP_SECONDS = 5.0
 _LAYERS = ("landlock", "seccomp", "rlimits", "namespaces", "bubblewrap")
 
@@ -191,7 +191,7 @@ class _Worker:
         runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
         start = time.monotonic()
         try:
-            self._connection.settimeout(limits.wall_seconds * runs + _JUDGE_GRACE_SECONDS)
+            self._connection.settimeout((limits.wall_seconds + _JUDGE_GRACE_SECONDS) * runs)
             wire.send(self._connection, job_to_wire(job, limits))
             answer = wire.receive(self._connection)
         except OSError:

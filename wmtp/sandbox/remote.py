@@ -46,6 +46,7 @@ class Session:
         self.process = process
         self._flag = flag
         self.failure: Ended | None = None  # once set, no test can undo it
+        self.waiting = False  # for the program: the time that passes is the program's
         self.raised: BaseException | None = None  # last exception that came from the program
         self.raised_detail = ""
         self.requests = 0
@@ -88,13 +89,24 @@ class Session:
     def _exchange(self, message: dict) -> object:
         try:
             nonce = secrets.token_hex(8)
-            self.process.send({**message, "nonce": nonce})
-            answer = self.process.receive()
-            self.answered = True
+            answer = self._await_answer({**message, "nonce": nonce})
             return self._read_answer(answer, nonce, message.get("op"))
         except Ended as end:
             self.failure = end
             raise
+
+    def _await_answer(self, message: dict) -> dict:
+        self.waiting = True
+        try:
+            self.process.send(message)
+            answer = self.process.receive()
+            self.answered = True
+            return answer
+        except Ended as end:
+            self.failure = end
+            raise
+        finally:
+            self.waiting = False
 
     def _read_answer(self, answer: dict, nonce: str, operation: str | None) -> object:
         if answer.pop("nonce", None) != nonce or len(answer) != 1:

@@ -187,7 +187,7 @@ class Process:
     Args:
         zygote: who forks it.
         mode: `assertion` (serves requests) or `stdio` (runs as a program).
-        limits: its limits; the wall clock starts now.
+        limits: its limits; the wall clock starts when it is sent its program.
         stdin: descriptor to read from, or None for an empty input.
         hangup: descriptor whose far end closes when this judge is no longer wanted.
 
@@ -197,7 +197,8 @@ class Process:
 
     def __init__(self, zygote: ZygoteHandle, mode: str, limits: Limits, stdin: int | None, hangup: int) -> None:
         self._zygote, self.limits = zygote, limits
-        self.deadline = time.monotonic() + limits.wall_seconds
+        self._has_program = False
+        self.deadline = time.monotonic() + _START_SECONDS
         self.stdout = bytearray()
         self.report: dict | None = None
         self._keep_stdout = mode == "stdio"
@@ -233,7 +234,9 @@ class Process:
         return writer
 
     def send(self, message: dict) -> None:
-        """Queue one frame; it goes out while waiting for the answer."""
+        """Queue one frame; it goes out while waiting for the answer. The first brings the program."""
+        if not self._has_program:
+            self._has_program, self.deadline = True, time.monotonic() + self.limits.wall_seconds
         self._outbox = wire.frame(message)
         self._write()
         if self._outbox:
@@ -310,7 +313,8 @@ class Process:
         left = self.deadline - time.monotonic()
         events = self._poll.poll(max(0, left) * 1000)
         if not events:
-            raise Ended("timeout", f"no end after {self.limits.wall_seconds:g} s by the clock", by_clock=True)
+            seconds = self.limits.wall_seconds if self._has_program else _START_SECONDS
+            raise Ended("timeout", f"no end after {seconds:g} s by the clock", by_clock=True)
         channel = self._channel.fileno()
         for descriptor, event in events:
             if descriptor == channel:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-import time
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -108,23 +108,27 @@ class Cache:
     def tree(self, name: str, digests: dict[str, str]) -> Path:
         """A folder whose files are these contents, or with the one name "" a file; kept while this process lives.
 
+        What is there is never taken away, not for a moment: other processes read it.
+
         Args:
             name: the last part of its path.
-            digests: SHA-256 of each file by its relative name; their blobs are here.
+            digests: SHA-256 of each file, at least one, by its relative name; their blobs are here.
         """
         digest = _key("tree", *(f"{file} {sha256}" for file, sha256 in sorted(digests.items())))
         folder = self._folder / "trees" / digest
         self._use(folder)
         path = folder / name
-        if not all(_same_file(path / file if file else path, self.blob(sha)) for file, sha in digests.items()):
-            made = folder.with_name(f"{digest}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+        with self._lock(f"{digest}.making", fcntl.LOCK_EX):
+            made = folder if folder.exists() else Path(tempfile.mkdtemp(".tmp", f"{digest}.", folder.parent))
             for file, sha256 in digests.items():
-                link = made / name / file if file else made / name
-                link.parent.mkdir(parents=True, exist_ok=True)
-                os.link(self.blob(sha256), link)
-            with self._lock(f"{digest}.making", fcntl.LOCK_EX):
-                if folder.exists():  # made meanwhile, or of a blob that was damaged since
-                    shutil.rmtree(folder)
+                link, new = made / name / file if file else made / name, made / ".new"
+                if not _same_file(link, self.blob(sha256)):  # not there yet, or of a blob that was damaged since
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    new.unlink(missing_ok=True)
+                    os.link(self.blob(sha256), new)
+                    new.replace(link)
+            if made != folder:
+                made.chmod(0o755)
                 made.rename(folder)
         return path
 

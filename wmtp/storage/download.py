@@ -31,11 +31,10 @@ def download(file: RemoteFile, target: Path) -> str:
         CorruptError: three downloads in a row gave wrong content.
         StorageError: it cannot be read.
     """
-    expected = _expected(file)
     part, journal = target.with_name(target.name + ".part"), target.with_name(target.name + ".parts")
     for attempt in range(1, _WHOLE_TRIES + 1):
         try:
-            digest = _fetch(file, expected, part, journal)
+            digest = _fetch(file, _expected(file), part, journal)
             break
         except CorruptError:
             part.unlink(missing_ok=True)
@@ -59,7 +58,7 @@ def _expected(file: RemoteFile) -> _Expected:
     """What the object says about its content, and the parts in which to fetch it."""
     options = {"Bucket": file.bucket, "Key": file.key}
     head = retrying(lambda: client().head_object(**options, ChecksumMode="ENABLED"), file.uri, "read")
-    if head["ETag"] != file.etag:
+    if (head["ETag"], head["ContentLength"]) != (file.etag, file.num_bytes):
         raise ChangedError(f"{file.uri} cannot be read: it was written again while it was being read")
     sha256 = head.get("Metadata", {}).get("sha256")
     if sha256 is None and "-" not in (stored := head.get("ChecksumSHA256", "-")):

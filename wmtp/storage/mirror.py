@@ -1,14 +1,14 @@
 """From a path in a config to a local path: what is here is used, what is not is mirrored from S3 once per host."""
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.files import MANIFEST
+from wmtp.files import MANIFEST, flat_manifest
 from wmtp.storage.cache import Cache
 from wmtp.storage.download import download
 from wmtp.storage.s3 import (
@@ -25,6 +25,7 @@ from wmtp.storage.s3 import (
 
 _LISTINGS = 3  # before a folder that is being written to is given up
 _FILES_AT_ONCE = 4
+_T = TypeVar("_T")
 
 
 def local_copy(path: str | Path) -> Path:
@@ -40,18 +41,14 @@ def local_copy(path: str | Path) -> Path:
         StorageError: S3 has no such object, refuses it, does not answer, or its content arrives corrupt.
     """
     if is_remote(path):
-        files = find_files(str(path))
-        if not files:
-            raise StorageError(f"{path} does not exist: {where()} has no such object or folder")
-        return _mirrored(str(path), files)
+        return while_it_changes(lambda: _tree(str(path), existing_files(str(path))))
     local, mirror = Path(path).expanduser(), os.environ.get("WMTP_MIRROR")
     if local.exists() or not mirror or local.is_absolute():
         return local
     if not is_remote(mirror):
         raise StorageError(f"WMTP_MIRROR must be s3://bucket/prefix, got {mirror}")
     uri = f"{mirror.rstrip('/')}/{local.as_posix()}"
-    files = find_files(uri)
-    return _mirrored(uri, files) if files else local
+    return while_it_changes(lambda: _tree(uri, files) if (files := find_files(uri)) else local)
 
 
 def fetch_folder(uri: str, files: list[RemoteFile], target: Path) -> None:
@@ -67,20 +64,22 @@ def fetch_folder(uri: str, files: list[RemoteFile], target: Path) -> None:
             future.result()
 
 
-def check_reachable(uri: str) -> None:
-    """Raise the StorageError that reading a URI would end with: credentials, bucket, no such object."""
-    if not find_files(uri):
+def existing_files(uri: str) -> list[RemoteFile]:
+    """As :func:`find_files`; where it finds nothing, the StorageError that reading would end with."""
+    files = find_files(uri)
+    if not files:
         raise StorageError(f"{uri} does not exist: {where()} has no such object or folder")
+    return files
 
 
-def _mirrored(uri: str, files: list[RemoteFile]) -> Path:
+def while_it_changes(read: Callable[[], _T]) -> _T:
+    """What a function returns that lists objects and reads them; begun again where somebody wrote in between."""
     for listing in range(1, _LISTINGS + 1):
         try:
-            return _tree(uri, files)
+            return read()
         except ChangedError:
             if listing == _LISTINGS:
                 raise
-            files = find_files(uri)
     raise AssertionError("unreachable")
 
 
@@ -92,7 +91,9 @@ def _tree(uri: str, files: list[RemoteFile]) -> Path:
         with cache.filling(missing):
             digests = list(pool.map(lambda file: _content(cache, file), files))
             named = {_relative(file, key): digest for file, digest in zip(files, digests, strict=True)}
-            _check_manifest(cache, uri, named)
+            for name in named:
+                if Path(name).name == MANIFEST:
+                    _check_manifest(cache, uri, name, named)
             path = cache.tree(key.rpartition("/")[2], named)
     if missing:
         cache.make_room()  # what others fetched at the same time counts too
@@ -117,20 +118,13 @@ def _content(cache: Cache, file: RemoteFile) -> str:
         return digest
 
 
-def _check_manifest(cache: Cache, uri: str, digests: dict[str, str]) -> None:
-    """Hold a folder against its manifest of sizes and SHA-256s, where it has one of that kind."""
-    if MANIFEST not in digests:
-        return
-    try:
-        manifest = json.loads(cache.blob(digests[MANIFEST]).read_text())
-    except ValueError:
-        return  # a file of that name which is something else
-    if not isinstance(manifest, dict) or not all(isinstance(e, dict) and "sha256" in e for e in manifest.values()):
-        return
-    for name, entry in manifest.items():
+def _check_manifest(cache: Cache, uri: str, manifest: str, digests: dict[str, str]) -> None:
+    """Hold a folder against its manifest of sizes and SHA-256s, where it is one of that kind."""
+    for name, entry in (flat_manifest(cache.blob(digests[manifest])) or {}).items():
+        name = manifest.removesuffix(MANIFEST) + name
         if digests.get(name) != entry["sha256"]:
             raise CorruptError(
-                f"{uri}/{name} is {'missing' if name not in digests else 'not the file'} that {MANIFEST} names; upload "
+                f"{uri}/{name} is {'missing' if name not in digests else 'not the file'} that {manifest} names; upload "
                 "the folder again, with its manifest last"
             )
 
@@ -150,7 +144,7 @@ def check_inputs(cfg: DictConfig | None) -> None:
     for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):
         if is_remote(value) and key.split(".")[0] not in ("output_dir", "tracking"):
             try:
-                check_reachable(value)
+                existing_files(value)
             except StorageError as error:
                 raise StorageError(f"{key}: {error}") from None
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from wmtp.files import MANIFEST, verify_manifest, write_manifest
+from wmtp.files import MANIFEST, flat_manifest, verify_manifest, write_manifest
 from wmtp.storage.cache import cache_folder
-from wmtp.storage.mirror import check_inputs, fetch_folder
+from wmtp.storage.mirror import check_inputs, fetch_folder, while_it_changes
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
 from wmtp.storage.upload import put_bytes, upload
 
@@ -139,6 +139,9 @@ class Output:
         Raises:
             StorageError: it cannot be read, or is corrupt.
         """
+        while_it_changes(lambda: self._fetch(whole))
+
+    def _fetch(self, whole: bool) -> None:
         files = {self._name(file): file for file in self._remote_files()}
         self._remember(files)
         newest, here = _newest_checkpoint(files), _newest_checkpoint(self._local_files())
@@ -246,7 +249,7 @@ class Output:
         changed = {name for name in names if self._sent.get(name) != _stamp(self.folder / name)}
         for name in manifests:
             below = name.removesuffix(MANIFEST)
-            if _entries(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
+            if flat_manifest(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
                 # Files of that folder are about to be replaced: until all are, it must not look complete.
                 bucket, key = split_uri(f"{self.remote}/{name}")
                 remove_files([RemoteFile(bucket, key, "", 0)])
@@ -255,7 +258,7 @@ class Output:
         known = {
             name.removesuffix(MANIFEST) + file: entry["sha256"]
             for name in manifests
-            for file, entry in (_entries(self.folder / name) or {}).items()
+            for file, entry in (flat_manifest(self.folder / name) or {}).items()
         }
         for name in sorted(changed, key=lambda name: (name in manifests, -name.count("/"), name)):
             path, stamp = self.folder / name, _stamp(self.folder / name)
@@ -269,7 +272,7 @@ class Output:
     def _all_sent(self, manifest: Path) -> bool:
         """Whether the files that a manifest names are up."""
         below = manifest.parent.relative_to(self.folder)
-        return all((below / name).as_posix() in self._sent for name in _entries(manifest) or {})
+        return all((below / name).as_posix() in self._sent for name in flat_manifest(manifest) or {})
 
     def _prune(self) -> None:
         """Remove remote checkpoints that are older than the newest complete one and no longer here, and old bests."""
@@ -338,16 +341,6 @@ def _step_of(name: str) -> str | None:
     """``checkpoints/step_N`` of a file in a checkpoint."""
     match = re.match(r"(checkpoints/step_\d+)/", name)
     return match and match[1]
-
-
-def _entries(manifest: Path) -> dict[str, dict] | None:
-    """What a manifest says about its files; None where it is of another kind, or gone."""
-    try:
-        entries = json.loads(manifest.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
-    flat = isinstance(entries, dict) and all(isinstance(e, dict) and "sha256" in e for e in entries.values())
-    return entries if flat else None
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -15,6 +15,7 @@ from wmtp.errors import UserError
 SCHEME = "s3://"
 PART_BYTES = 16 << 20  # of a request: large enough for its overhead, small enough to lose little in a cut
 THREADS = 8  # requests under way at once
+_KEYS_PER_LISTING = 1000  # as many as S3 gives
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds before the second try, doubled from try to try
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
            "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
@@ -178,7 +179,7 @@ def explained(error: Exception, uri: str, doing: str) -> StorageError:
     if code == "NoSuchBucket":
         return StorageError(f"{what}: {where()} has no bucket {bucket}; make it, or check AWS_ENDPOINT_URL")
     if code in _ABSENT:
-        return StorageError(f"{what}: it does not exist at {where()}")
+        return ChangedError(f"{what}: it does not exist at {where()}")  # any more: it was listed
     if code in {"412", "PreconditionFailed"}:
         return ChangedError(f"{what}: it was written again while it was being read")
     return StorageError(f"{what}: {where()} answers {code}")
@@ -194,17 +195,36 @@ def where() -> str:
 def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
     """The objects of a folder, by key; ``prefix`` instead of the URI's own key and a slash."""
     bucket, key = split_uri(uri)
-    token = None
-    while True:
-        options = {"Bucket": bucket, "Prefix": f"{key}/" if prefix is None else prefix}
-        options |= {"ContinuationToken": token} if token else {}
-        page = retrying(partial(client().list_objects_v2, **options), uri, "read")
-        for item in page.get("Contents", []):
-            if not item["Key"].endswith("/"):  # a console's mark of an empty folder
-                yield RemoteFile(bucket, item["Key"], item["ETag"], item["Size"])
-        if not page.get("IsTruncated"):
-            return
-        token = page["NextContinuationToken"]
+    options = {"Bucket": bucket, "Prefix": f"{key}/" if prefix is None else prefix, "MaxKeys": _KEYS_PER_LISTING}
+    more = True
+    while more:
+        files, more = _page(uri, **options)
+        for file in files:
+            options["StartAfter"] = file.key  # which is sure, as a continuation token would not be
+            if not file.key.endswith("/"):  # a console's mark of an empty folder
+                yield file
+
+
+def _page(uri: str, **options: str | int) -> tuple[list[RemoteFile], bool]:
+    """Objects by key, and whether there are more.
+
+    Content is held against its hash; a listing has none. A byte that changes on the way can end it early or rename an
+    object, and what is missing in it is not fetched, what is wrong in it is removed. So two in a row must agree.
+    """
+    said = None
+
+    def ask() -> tuple[list[RemoteFile], bool]:
+        nonlocal said
+        for _ in range(2):
+            page = client().list_objects_v2(**options)
+            items = page.get("Contents", [])
+            files = [RemoteFile(options["Bucket"], item["Key"], item["ETag"], item["Size"]) for item in items]
+            before, said = said, (files, bool(files) and bool(page.get("IsTruncated")))
+            if said == before:
+                return said
+        raise CorruptError(f"{uri} cannot be read: no two listings in a row agree; wait until nobody writes there")
+
+    return retrying(ask, uri, "read")
 
 
 def find_files(uri: str) -> list[RemoteFile]:
@@ -213,11 +233,10 @@ def find_files(uri: str) -> list[RemoteFile]:
     One listing rather than a HEAD: a HEAD's refusal does not say why.
     """
     bucket, key = split_uri(uri)
-    page = retrying(lambda: client().list_objects_v2(Bucket=bucket, Prefix=key, MaxKeys=1), uri, "read")
-    first = next(iter(page.get("Contents", [])), None)
-    if first is not None and first["Key"] == key and not str(uri).endswith("/"):
-        return [RemoteFile(bucket, key, first["ETag"], first["Size"])]
-    return sorted(list_files(uri), key=lambda file: file.key) if first is not None else []
+    first, _ = _page(uri, Bucket=bucket, Prefix=key, MaxKeys=1)
+    if [file.key for file in first] == [key] and not str(uri).endswith("/"):
+        return first
+    return sorted(list_files(uri), key=lambda file: file.key) if first else []
 
 
 def remove_files(files: list[RemoteFile]) -> None:
