@@ -22,7 +22,7 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir
 from wmtp.critic import (
     BestWeights,
     HiddenStates,
@@ -35,6 +35,7 @@ from wmtp.critic import (
 )
 from wmtp.data import BatchStream, PairDataset, hf_tokenizer, pair_splits, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.errors import clear_errors, ending
 from wmtp.models import (
     ValueModel,
     checkpoint_activations,
@@ -450,18 +451,14 @@ class CriticStage1Recipe:
         self._output.close(fail=status == "FINISHED")
 
 
+@clear_errors()
 @config.parse
 def main(cfg: DictConfig) -> None:
-    with clear_errors():
-        recipe = CriticStage1Recipe(cfg)
-        recipe.setup()
-        try:
-            recipe.train()
-            recipe.finish()
-        except BaseException:
-            recipe.cleanup("FAILED")
-            raise
-        recipe.cleanup()
+    recipe = CriticStage1Recipe(cfg)
+    recipe.setup()
+    with ending(recipe.cleanup):
+        recipe.train()
+        recipe.finish()
 
 
 if __name__ == "__main__":

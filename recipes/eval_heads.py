@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from torchtune import config
 from tqdm import tqdm
 
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir, clear_errors
+from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
 from wmtp.data import held_out_batches, pack
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.errors import clear_errors, ending
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
@@ -172,17 +173,13 @@ class EvalHeadsRecipe:
         self._output.close(fail=status == "FINISHED")
 
 
+@clear_errors()
 @config.parse
 def main(cfg: DictConfig) -> None:
-    with clear_errors():
-        recipe = EvalHeadsRecipe(cfg)
-        recipe.setup()
-        try:
-            recipe.report(recipe.evaluate(), recipe.measure_speed())
-        except BaseException:
-            recipe.cleanup("FAILED")
-            raise
-        recipe.cleanup()
+    recipe = EvalHeadsRecipe(cfg)
+    recipe.setup()
+    with ending(recipe.cleanup):
+        recipe.report(recipe.evaluate(), recipe.measure_speed())
 
 
 if __name__ == "__main__":

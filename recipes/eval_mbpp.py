@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 from tqdm import tqdm
 
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir, clear_errors
+from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
 from wmtp.distributed import SharedCounters, gather_objects, start_world
+from wmtp.errors import clear_errors, ending
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
@@ -309,18 +310,14 @@ def _sha256(value: object) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "backslashreplace")).hexdigest()
 
 
+@clear_errors()
 @config.parse
 def main(cfg: DictConfig) -> None:
-    with clear_errors():
-        recipe = EvalMBPPRecipe(cfg)
-        recipe.setup()
-        try:
-            recipe.evaluate()
-            recipe.report()
-        except BaseException:
-            recipe.cleanup("FAILED")
-            raise
-        recipe.cleanup()
+    recipe = EvalMBPPRecipe(cfg)
+    recipe.setup()
+    with ending(recipe.cleanup):
+        recipe.evaluate()
+        recipe.report()
 
 
 if __name__ == "__main__":

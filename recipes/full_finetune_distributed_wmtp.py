@@ -21,9 +21,10 @@ from tqdm import tqdm
 
 from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, clear_errors
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.errors import clear_errors, ending
 from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import (
@@ -399,18 +400,14 @@ class FullFinetuneRecipeWMTP:
         self._output.close(fail=status == "FINISHED")
 
 
+@clear_errors()
 @config.parse
 def main(cfg: DictConfig) -> None:
-    with clear_errors():
-        recipe = FullFinetuneRecipeWMTP(cfg)
-        recipe.setup()
-        try:
-            recipe.train()
-            recipe.export()
-        except BaseException:
-            recipe.cleanup("FAILED")
-            raise
-        recipe.cleanup()
+    recipe = FullFinetuneRecipeWMTP(cfg)
+    recipe.setup()
+    with ending(recipe.cleanup):
+        recipe.train()
+        recipe.export()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import sys
 from omegaconf import DictConfig
 from torchtune import config
 
-from wmtp.config import ConfigError, ConfigReader, build, clear_errors
+from wmtp.config import ConfigError, ConfigReader, build
+from wmtp.errors import clear_errors
 from wmtp.model_card import Statements, log_card, model_card
 from wmtp.promotion import Evaluation, evaluated_export, production_choice, read_evaluation
 from wmtp.registry import (
@@ -198,12 +199,12 @@ def _login_name() -> str:
         return "unknown"
 
 
+@clear_errors()
 @config.parse
 def main(cfg: DictConfig) -> None:
-    with clear_errors():
-        recipe = PromoteRecipe(cfg)
-        recipe.setup()
-        recipe.run()
+    recipe = PromoteRecipe(cfg)
+    recipe.setup()
+    recipe.run()
 
 
 if __name__ == "__main__":

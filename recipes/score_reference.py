@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config
 from tqdm import tqdm
 
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir, clear_errors
+from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
 from wmtp.data import TOKEN_COLUMNS, PackedDataset, hf_tokenizer, require_same_vocabulary
 from wmtp.data.scored import (
     MANIFEST,
@@ -41,7 +41,7 @@ from wmtp.data.scored import (
     write_part,
 )
 from wmtp.distributed import SharedCounters, all_reduce_sum, gather_objects, start_world
-from wmtp.errors import UserError
+from wmtp.errors import UserError, clear_errors, ending
 from wmtp.loss import token_cross_entropy
 from wmtp.models import (
     checkpoint_sha256,
@@ -341,17 +341,13 @@ def _files(entries: dict[int, dict]) -> set[str]:
     return {entry["file"] for entry in entries.values()}
 
 
+@clear_errors()
 @config.parse
 def main(cfg: DictConfig) -> None:
-    with clear_errors():
-        recipe = ScoreReferenceRecipe(cfg)
-        recipe.setup()
-        try:
-            recipe.report(recipe.score())
-        except BaseException:
-            recipe.cleanup("FAILED")
-            raise
-        recipe.cleanup()
+    recipe = ScoreReferenceRecipe(cfg)
+    recipe.setup()
+    with ending(recipe.cleanup):
+        recipe.report(recipe.score())
 
 
 if __name__ == "__main__":

@@ -102,4 +102,8 @@ def _enter(function, args, environment, log):
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(1)
-    function(*args)
+    try:
+        function(*args)
+    except Exception:  # as the interpreter ends a script; multiprocessing would print a traceback of its own
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from wmtp.config import ConfigError, ConfigReader, build
@@ -79,3 +80,57 @@ def test_a_component_beside_where_the_recipe_is_started(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", list(sys.path))
     assert build(OmegaConf.create({"_component_": "my_weights.half", "strength": 1}), where="weighting") == 0.5
+
+
+OWN = """
+from wmtp.errors import UserError
+
+def broken(strength):
+    return len(strength)
+
+def refuses(strength):
+    raise {error}
+
+class Table(dict):
+    def __init__(self, strength):
+        self["strength"] + strength
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "kind", "says"),
+    [
+        ("broken", "0", TypeError, "object of type 'int' has no len"),
+        ("refuses", "ValueError('strength is odd')", ValueError, "strength is odd"),
+        ("refuses", "OSError('strength')", OSError, "strength"),
+        ("Table", "0", KeyError, "strength"),
+        ("refuses", "UserError('strength must be even')", ConfigError, "weighting.strength must be even"),
+        ("broken.no", "0", ConfigError, "cannot be found"),
+    ],
+)
+def test_what_a_component_of_one_s_own_raises_stays_its_own(tmp_path, monkeypatch, name, error, kind, says):
+    module = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(OWN.format(error=error))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(kind) as raised:
+        build(OmegaConf.create({"_component_": f"{module}.{name}", "strength": 1}), where="weighting")
+    assert type(raised.value) is kind
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [("import no_such_package", ModuleNotFoundError), ("x = (", SyntaxError), ("{}['x']", KeyError)],
+)
+def test_an_error_of_a_component_s_module_is_no_misspelt_name(tmp_path, monkeypatch, source, kind):
+    module = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(kind) as raised:
+        build(OmegaConf.create({"_component_": f"{module}.weights"}), where="weighting")
+    assert type(raised.value) is kind
+
+
+def test_a_value_that_a_library_refuses_is_one_line_with_the_section_s_name():
+    with pytest.raises(ConfigError, match=r"^optimizer \(torch.optim.SGD\): Invalid learning rate: -1"):
+        build(OmegaConf.create({"_component_": "torch.optim.SGD", "lr": -1}), [torch.zeros(1)], where="optimizer")

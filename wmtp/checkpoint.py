@@ -21,12 +21,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects
-from wmtp.errors import UserError
+from wmtp.errors import DiskError, UserError, disk_fault
 from wmtp.files import MANIFEST, publish, verify_manifest, write_manifest
 from wmtp.models.load import named_parameters
 from wmtp.storage import Output
@@ -90,11 +89,11 @@ class Checkpointer:
         """Wait until the save under way, if any, is complete and visible.
 
         Raises:
-            OSError: it could not be written: a full disk, a quota, a file system that is gone.
+            DiskError: it could not be written: a full disk, a quota, a file system that is gone.
         """
         for future in (self._writing, self._publishing):
             if future is not None:
-                _result(future)
+                _result(future, self.folder)
         self._writing = self._publishing = None
 
     def close(self) -> None:
@@ -116,19 +115,17 @@ class Checkpointer:
                 shutil.rmtree(old)
 
 
-def _result(future: Future) -> None:
-    """A future's end, with what the file system refused to any rank as one line instead of all their tracebacks."""
+def _result(future: Future, folder: Path) -> None:
+    """A future's end, with what the disk refused to any rank as one line instead of all their tracebacks."""
     try:
         future.result()
-    except CheckpointException as error:
-        causes = {rank: cause for rank, (cause, _) in sorted(error.failures.items())}
-        # torch.save tells a short write as an error of its zip writer.
-        if not all(isinstance(cause, OSError) or "inline_container" in str(cause) for cause in causes.values()):
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        fault = disk_fault(error, folder)
+        if fault is None:
             raise
-        reasons = "; ".join(f"rank {rank}: {cause}" for rank, cause in causes.items())
-        raise OSError(
-            f"a checkpoint could not be written ({reasons}); make room, then resume=true goes on from the newest "
-            "complete one"
+        raise DiskError(
+            f"a checkpoint could not be written: {fault}; make room, then resume=true goes on from the newest complete "
+            "one"
         ) from error
 
 

@@ -5,9 +5,7 @@ import inspect
 import math
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 
-from wmtp.errors import UserError
-from wmtp.secrets import mask_secrets
+from wmtp.errors import UserError, is_traceback, keep_tracebacks, one_line, raised_in
 
 
 class ConfigError(UserError):
@@ -28,7 +25,6 @@ class StopTraining(UserError):
 
 
 _REQUIRED = object()
-_SECONDS_FOR_RANK_0 = 10.0
 
 
 class ConfigReader:
@@ -134,7 +130,8 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
         *args, **kwargs: what the recipe itself passes.
 
     Raises:
-        ConfigError: component not found, key unknown or missing, or the component refused a value.
+        ConfigError: component not found, key unknown or missing, or a value that WMTP or a library refused. What is
+            raised in code of the user's own, which is neither, is theirs and comes as it is.
     """
     if section is None:
         return None
@@ -143,10 +140,7 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
         raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
     if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
         sys.path.append(os.getcwd())
-    try:
-        component = _get_component_from_path(path)
-    except (InstantiationError, ImportError, AttributeError) as error:
-        raise ConfigError(f"{where}._component_ {path!r} cannot be found: {_one_line(error)}") from error
+    component = _component(path, where)
     parameters = inspect.signature(component).parameters
     by_name = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     allowed = by_name - set(kwargs) - set(list(parameters)[: len(args)])
@@ -160,13 +154,27 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     values = {str(key): _built(value, f"{where}.{key!s}") for key, value in section.items() if key != "_component_"}
     try:
         return component(*args, **{**values, **kwargs})
-    except TypeError as error:
-        raise ConfigError(f"{where} ({path}): {_one_line(error)}") from error
-    except ValueError as error:
+    except UserError as error:
         # What a component says about one of its own keys gets the key's full name: weighting.method.percentile.
         if str(error).split(" ", 1)[0] in section:
-            raise ConfigError(f"{where}.{_one_line(error)}") from error
+            raise ConfigError(f"{where}.{one_line(error)}") from error
         raise
+    except (TypeError, ValueError) as error:
+        if raised_in(error) != __file__:
+            raise
+        raise ConfigError(f"{where} ({path}): {one_line(error)}") from error
+
+
+def _component(path: str, where: str) -> Any:
+    """What a dot path names. An error of the module itself, which is the user's own, comes as it is."""
+    try:
+        return _get_component_from_path(path)
+    except (InstantiationError, ImportError, ValueError) as error:
+        cause = error.__cause__ or error
+        absent = isinstance(cause, ModuleNotFoundError) and f"{path}.".startswith(f"{cause.name}.")
+        if absent or (raised_in(cause) in (__file__, "") and not isinstance(cause, SyntaxError | ModuleNotFoundError)):
+            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {one_line(error)}") from error
+        raise cause from None
 
 
 def _built(value: Any, where: str) -> Any:
@@ -190,7 +198,7 @@ def check_output_dir(folder: Path, what: str, *, overwrite: bool, resume: str | 
         ConfigError: the folder holds other files, or results that would be written over unasked.
     """
     holds = (folder / "config.yaml").exists()
-    if not holds and folder.exists() and any(folder.iterdir()):
+    if not holds and folder.exists() and not all(is_traceback(path) for path in folder.iterdir()):
         raise ConfigError(
             f"output_dir {folder} holds files that are no {what.split()[-1]}'s; give a new or empty folder"
         )
@@ -199,38 +207,11 @@ def check_output_dir(folder: Path, what: str, *, overwrite: bool, resume: str | 
         raise ConfigError(
             f"output_dir {folder} already holds {what}; set {go_on}overwrite=true to replace it, or another output_dir"
         )
+    keep_tracebacks(folder, resumes=resume is not None)
     return holds
-
-
-@contextmanager
-def clear_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line on stderr and exit status 1; other errors keep their traceback.
-
-    ValueError (of which ConfigError is one), OSError and StopTraining are for the user. WMTP_TRACEBACK=1 shows where
-    they were raised.
-    """
-    try:
-        yield
-    except (ValueError, OSError, StopTraining) as error:
-        if os.environ.get("WMTP_TRACEBACK") == "1":
-            raise
-        rank = os.environ.get("RANK")
-        prefix = f"error [rank {rank}]" if rank not in (None, "0") else "error"
-        print(f"{prefix}: {_one_line(error)}", file=sys.stderr, flush=True)
-        if prefix != "error":
-            # The launcher ends all ranks when the first one exits. Rank 0, which may be a little behind with the same
-            # error, says it in the words that people look for.
-            time.sleep(_SECONDS_FOR_RANK_0)
-        # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
-        sys.stdout.flush()
-        os._exit(1)
 
 
 def _unknown(key: str, known: set[str], where: str) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
     return f"unknown key {key!r} in {where}; {hint}"
-
-
-def _one_line(error: BaseException) -> str:
-    return mask_secrets(" ".join(str(error).split())) or type(error).__name__

@@ -1,12 +1,34 @@
-"""The errors that are for the user: what they can mend, told in one line."""
+"""The errors that are for the user: what they can mend, told in one line. And how an error ends a process.
+
+A recipe's `main` is decorated with :func:`clear_errors`, its work stands in :func:`ending`. An error is never caught
+on its way out, so that a debugger stops where it was raised; what is printed is decided last, by `sys.excepthook`.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import sysconfig
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from wmtp.secrets import mask_secrets
 
 
 class UserError(ValueError):
     """Something that the user can mend: one line that names the thing, its value and the way out.
 
     A recipe ends with that line alone; every other exception is a fault of code, WMTP's or the user's own, and keeps
-    its traceback (:func:`wmtp.config.clear_errors`).
+    its traceback (:func:`clear_errors`). A component of your own may raise it too.
     """
+
+    exit_status = 1
 
 
 class MissingError(UserError, FileNotFoundError):
@@ -15,3 +37,244 @@ class MissingError(UserError, FileNotFoundError):
 
 class ExistsError(UserError, FileExistsError):
     """A file or folder that is there already and would be written over."""
+
+
+class DiskError(UserError, OSError):
+    """A file that the machine did not write or read: a full disk, a quota, a file system that is gone."""
+
+
+_OF_THE_DISK = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the file system or ulimit -f allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk or the network file system does not answer",
+}
+_OF_A_PATH = {
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
+_SECONDS_FOR_RANK_0 = 1.0
+_WMTP = str(Path(__file__).parent) + os.sep
+_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen ")
+
+_output_dir: Path | None = None
+_resumes = False
+
+
+def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:
+    """Tell where this process's tracebacks go: ``error_rank0.txt`` in a folder that is the run's own.
+
+    Args:
+        resumes: whether the recipe can go on with what the folder holds.
+    """
+    global _output_dir, _resumes
+    _output_dir, _resumes = output_dir, resumes
+
+
+def is_traceback(path: Path) -> bool:
+    """Whether a file of an output_dir is one that :func:`keep_tracebacks` made: no sign of a run."""
+    return re.fullmatch(r"error_rank\d+\.txt", path.name) is not None
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Let the error that ends this process be the last thing on the screen, and its exit status be 1.
+
+    A :class:`UserError`, and what the machine refused (a full disk, a file that may not be read), is one line. Every
+    other error keeps its traceback, as it is the code's: WMTP's, a library's, or what someone has just written. The
+    traceback of either kind is in ``output_dir`` too; WMTP_TRACEBACK=1 shows it. Under a launcher one rank of a node
+    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.launcher`). Ctrl-C is one line and status 130.
+    """
+    before = sys.excepthook
+    sys.excepthook = _end
+    yield
+    sys.excepthook = before
+
+
+@contextmanager
+def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
+    """Call ``cleanup`` with how the work inside ended: FINISHED, KILLED (Ctrl-C) or FAILED; the error goes on.
+
+    What goes wrong in the clean-up of a run that has failed is said, and does not hide why it failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        _keep(error)  # before the clean-up, which uploads it
+        try:
+            cleanup("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        except Exception as another:
+            print(f"while the run was ended: {type(another).__name__}: {one_line(another)}", file=sys.stderr)
+        raise
+    cleanup("FINISHED")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line, without secrets; its class where it says nothing."""
+    return mask_secrets(" ".join(str(error).split())) or type(error).__name__
+
+
+def raised_in(error: BaseException) -> str:
+    """The file of the innermost frame that is no library's: it is WMTP's, or the user's own."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    own = [file for file in files if file.startswith(_WMTP) or not _is_library(file)]
+    return own[-1] if own else ""
+
+
+def disk_fault(error: BaseException, *folders: Path) -> str | None:
+    """What the disk refused, with path and free bytes, where that is the error's cause; else None.
+
+    Args:
+        error: an OSError, or what torch, safetensors or SQLite made of one.
+        folders: where it was written, for errors that do not say: by default output_dir, the working folder or the
+            cache, whichever has the least room.
+    """
+    for cause in _causes(error):
+        number = cause.errno if isinstance(cause, OSError) else None
+        text = str(cause)
+        if number is None and (match := re.search(r"\(os error (\d+)\)", text)):  # safetensors and other Rust
+            number = int(match[1])
+        if "database or disk is full" in text:
+            number = errno.ENOSPC
+        torn = re.search(r"PytorchStreamWriter failed|unexpected pos", text)  # torch.save: not what its writer met
+        said = "a file could not be written whole" if torn else _OF_THE_DISK.get(number or 0)
+        if said is not None:
+            named = [Path(os.fsdecode(cause.filename))] if isinstance(cause, OSError) and cause.filename else []
+            free = {path: _free_bytes(path) for path in named or folders or _folders()}
+            path = min(free, key=lambda at: free[at])
+            return f"{path}: {said} ({free[path] / 1e6:,.1f} MB free)"
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The end of a process
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """What `sys.excepthook` does in a recipe."""
+    file, line = _keep(error), _line(error)
+    rank = os.environ.get("RANK", "0")
+    prefix = "error" if rank == "0" else f"error [rank {rank}]"
+    shown = line is None or os.environ.get("WMTP_TRACEBACK") == "1"
+    if line is None:
+        line = f"{type(error).__name__}: {one_line(error)} (its traceback is above{f' and in {file}' * bool(file)})"
+    elif not isinstance(error, KeyboardInterrupt):
+        line += f" (traceback: {file or 'WMTP_TRACEBACK=1'})"
+    first = _is_first()
+    if first:
+        _end_progress_bars()
+        if shown:
+            if file:
+                print(f"the traceback of rank {rank} is in {file} too", file=sys.stderr)
+            print(_text(error), end="", file=sys.stderr)
+        else:
+            print(f"{prefix}: {line}", file=sys.stderr)
+    _reply(f"{prefix}: {line}" if first else "")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if not (sys.flags.interactive or sys.flags.inspect):
+        # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
+        os._exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1))
+
+
+def _line(error: BaseException) -> str | None:
+    """The one line that an error is for the user; None where its traceback is what they need."""
+    goes_on = _resumes and _output_dir is not None and (_output_dir / "config.yaml").exists()
+    resume = f"resume=true goes on from what is complete in {_output_dir}"
+    if isinstance(error, KeyboardInterrupt):
+        return f"stopped by Ctrl-C; {resume if goes_on else 'nothing was begun'}"
+    if isinstance(error, UserError):
+        return one_line(error)
+    if fault := disk_fault(error):
+        return f"{fault}; make room{f', then {resume}' * goes_on}"
+    of_a_path = isinstance(error, OSError) and error.filename is not None and error.errno in _OF_A_PATH
+    if of_a_path and raised_in(error).startswith(_WMTP):
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
+def _text(error: BaseException) -> str:
+    return mask_secrets("".join(traceback.format_exception(error)))
+
+
+def _keep(error: BaseException) -> Path | None:
+    """Write an error's traceback into output_dir, once; the file, None where there is none."""
+    kept = getattr(error, "_wmtp_kept", None)
+    # A mistake that is found before the run begins leaves no trace on disk.
+    told_early = isinstance(error, UserError | KeyboardInterrupt)
+    if kept or _output_dir is None or (told_early and not (_output_dir / "config.yaml").exists()):
+        return kept
+    file = _output_dir / f"error_rank{os.environ.get('RANK', '0')}.txt"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S%z')}\n{_text(error)}", encoding="utf-8")
+        error._wmtp_kept = file  # type: ignore[attr-defined]
+    except (OSError, AttributeError):  # a full disk; an exception without room for a mark
+        with suppress(OSError):
+            file.unlink()
+        return None
+    return file
+
+
+def _is_first() -> bool:
+    """Whether no other rank of this node has spoken. Rank 0, with the same error a little later, goes first."""
+    reply = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    spoken = None if reply is None else Path(reply).parents[1] / "wmtp_error"  # of this node's ranks and this attempt
+    if os.environ.get("RANK", "0") != "0":
+        until = time.monotonic() + _SECONDS_FOR_RANK_0
+        while time.monotonic() < until and not (spoken and spoken.exists()):
+            time.sleep(0.05)
+    try:
+        if spoken is not None:
+            spoken.touch(exist_ok=False)
+    except OSError as error:
+        return not isinstance(error, FileExistsError)
+    return True
+
+
+def _end_progress_bars() -> None:
+    """Leave the line of a progress bar, which would share it with the error, and be drawn again after it."""
+    if "tqdm" in sys.modules:
+        for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+            bar.close()
+
+
+def _reply(line: str) -> None:
+    """Tell the launcher, in torch's format; `wmtp` is the line that it ends with, empty where another rank's is it."""
+    reply = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if reply is None:
+        return
+    extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        Path(reply).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}, "wmtp": line}))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it came of, and what of it other ranks met (torch's CheckpointException)."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        found = waiting.pop(0)
+        if found is None or id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        waiting += [found.__cause__, found.__context__]
+        failures = getattr(found, "failures", None)
+        if isinstance(failures, dict):
+            waiting += [one[0] for one in failures.values() if isinstance(one, tuple)]
+
+
+def _free_bytes(path: Path) -> int:
+    there = next((at for at in (path, *path.absolute().parents) if at.exists()), Path.cwd())
+    return shutil.disk_usage(there).free
+
+
+def _folders() -> list[Path]:
+    from wmtp.storage.cache import cache_folder  # which imports this module
+
+    return [*filter(None, (_output_dir,)), Path.cwd(), cache_folder()]
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file or "/dist-packages/" in file

@@ -161,7 +161,9 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_with_one_line(tiny_config,
     with pytest.raises(AssertionError, match="exit codes \\[1\\]"):
         process.join()
     said = (tmp_path / "log.txt").read_text()
-    assert "error: a checkpoint could not be written (rank 0: " in said
+    why = f"{tmp_path}/run/checkpoints: a file could not be written whole ("
+    assert f"error: a checkpoint could not be written: {why}" in said
+    assert " MB free); make room, then resume=true goes on" in said
     assert "Traceback" not in said
     assert complete_checkpoints(tmp_path / "run" / "checkpoints") == []
 

@@ -5,6 +5,8 @@ import runpy
 
 import pytest
 
+from wmtp.errors import UserError
+
 
 def test_the_summary_gives_held_out_ce_at_both_ends_and_the_median_speed(tmp_path, monkeypatch, capsys):
     lines = [{"step": 0, "eval/ce_head1": 5.5, "eval/ce_head2": 6.25}]
@@ -23,5 +25,5 @@ def test_the_summary_gives_held_out_ce_at_both_ends_and_the_median_speed(tmp_pat
 
 def test_a_folder_without_a_run_ends_it_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
-    with pytest.raises(SystemExit, match=r"error: .* holds no metrics.jsonl: give the output_dir of a run"):
+    with pytest.raises(UserError, match=r"holds no metrics.jsonl: give the output_dir of a run"):
         runpy.run_module("wmtp.report", run_name="__main__")

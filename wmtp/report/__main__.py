@@ -3,10 +3,9 @@
 import sys
 from pathlib import Path
 
+from wmtp.errors import clear_errors
 from wmtp.report.run_summary import run_summary
 
-for argument in sys.argv[1:]:
-    try:
+with clear_errors():
+    for argument in sys.argv[1:]:
         print(run_summary(Path(argument)))
-    except ValueError as error:
-        sys.exit(f"error: {error}")

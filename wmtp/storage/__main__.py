@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from wmtp.config import clear_errors
+from wmtp.errors import clear_errors
 from wmtp.storage.mirror import local_copy
 from wmtp.storage.output import Output
 from wmtp.storage.s3 import StorageError

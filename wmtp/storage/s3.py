@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-from wmtp.errors import UserError
+from wmtp.errors import UserError, disk_fault
 
 SCHEME = "s3://"
 PART_BYTES = 16 << 20  # of a request: large enough for its overhead, small enough to lose little in a cut
@@ -162,7 +162,7 @@ def explained(error: Exception, uri: str, doing: str) -> StorageError:
             "where the machine has a role"
         )
     if isinstance(error, OSError):
-        return StorageError(f"{what}: {error.strerror or type(error).__name__}")
+        return StorageError(f"{what}: {disk_fault(error) or error.strerror or type(error).__name__}")
     if isinstance(error, ParamValidationError):
         return StorageError(f"{what}: {bucket} is no name of a bucket")
     if not isinstance(error, ClientError):

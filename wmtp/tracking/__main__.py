@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from wmtp.config import clear_errors
+from wmtp.errors import clear_errors
 from wmtp.tracking.replay import replay
 
 parser = argparse.ArgumentParser(prog="python -m wmtp.tracking", description="Records that have not reached MLflow.")

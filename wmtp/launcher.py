@@ -1,0 +1,69 @@
+"""What torchrun and `tune run` print: loaded into them by torch, through an entry point of the installed package.
+
+torch asks packages for rendezvous backends when its launcher is imported (entry points `torchrun.handlers`); this is
+the one moment at which a package is heard in that process, which never imports a recipe. What is done there concerns
+launches of WMTP's recipes alone, which answer with a `wmtp` line in their reply file (:mod:`wmtp.errors`): any other
+failure is told as torch tells it.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_NOISE = (
+    "Setting OMP_NUM_THREADS environment variable",  # torchrun's default of 1 thread a process is what is wanted
+    "no error file defined for parent",  # that the launcher has no launcher above it
+)
+
+
+def prepare() -> Callable[..., Any]:
+    """Make the launcher end with the error that a recipe told; the rendezvous backend that torch asked for is none."""
+    for name in ("torch.distributed.run", "torch.distributed.elastic.multiprocessing.errors.error_handler"):
+        logging.getLogger(name).addFilter(lambda record: not any(noise in str(record.msg) for noise in _NOISE))
+    sys.excepthook = _hook(sys.excepthook)
+    return _no_backend
+
+
+def last_words(failures: dict[int, Any]) -> tuple[list[str], int] | None:
+    """What to print of the failures of a launch, the first error last, and its exit status; None where torch's own
+    report is needed.
+
+    Args:
+        failures: torch's ProcessFailure of each rank.
+    """
+    told = {rank: failure.error_file_data.get("wmtp") for rank, failure in failures.items()}  # "": another rank's is it
+    if not any(told.values()):
+        return None
+    lines = []
+    for rank, failure in failures.items():
+        if told[rank] is None and failure.exitcode == -signal.SIGKILL:  # by the kernel, or it did not heed SIGTERM
+            lines.append(f"rank {rank} was killed (SIGKILL)")
+        elif told[rank] is None and failure.exitcode != -signal.SIGTERM:
+            return None
+    said = sorted((rank for rank in failures if told[rank]), key=lambda rank: failures[rank].timestamp, reverse=True)
+    return lines + [told[rank] for rank in said], failures[said[-1]].exitcode
+
+
+def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        words = None
+        if kind.__name__ == "ChildFailedError":
+            words = last_words(error.failures)  # type: ignore[attr-defined]
+        elif kind.__name__ == "SignalException":
+            number = int(error.sigval)  # type: ignore[attr-defined]
+            words = [f"ended by {signal.Signals(number).name}"], 128 + number
+        if words is None:
+            before(kind, error, trace)
+            return
+        sys.stdout.flush()
+        print("\n".join(words[0]), file=sys.stderr, flush=True)
+        os._exit(words[1])
+
+    return hook
+
+
+def _no_backend(parameters: Any) -> Any:
+    raise ValueError("wmtp is no rendezvous backend: use c10d or static")
