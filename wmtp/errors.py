@@ -152,6 +152,7 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """What `sys.excepthook` does in a recipe."""
+    screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook puts a buffer in the place of sys.stderr
     file, line = _keep(error), _line(error)
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error [rank {rank}]"
@@ -165,13 +166,13 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
         _end_progress_bars()
         if shown:
             if file:
-                print(f"the traceback of rank {rank} is in {file} too", file=sys.stderr)
-            print(_text(error), end="", file=sys.stderr)
+                print(f"the traceback of rank {rank} is in {file} too", file=screen)
+            print(_text(error), end="", file=screen)
         else:
-            print(f"{prefix}: {line}", file=sys.stderr)
+            print(f"{prefix}: {line}", file=screen)
     _reply(f"{prefix}: {line}" if first else "")
     sys.stdout.flush()
-    sys.stderr.flush()
+    screen.flush()
     if not (sys.flags.interactive or sys.flags.inspect):
         # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
         os._exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1))

