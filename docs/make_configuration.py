@@ -6,7 +6,8 @@
 A config belongs to the recipe that the command in its head starts with it. A key's meaning is the comment on its line,
 the same in all configs of a recipe; what holds for one config alone follows `; here: `. A component of this project
 without a comment is described by its docstring's first sentence. Defaults are read from the source of the recipe and of
-the component. Nothing is imported, so this takes a second.
+the component. After the recipes come the builders, with every key that their docstrings name (see builder_tables.py).
+Nothing is imported, so this takes a second.
 """
 
 import argparse
@@ -19,6 +20,9 @@ from functools import cache
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import builder_tables
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "configuration.md"
@@ -36,7 +40,7 @@ Every key of every config, written by `make docs` from the comments in `configs/
   by `|`, these are the values allowed.
 - A section with a `_component_` builds what that dot path names, and its other keys are the arguments. Any function or
   class with fitting arguments will do, also one in a file of yours beside which the recipe is started. Rows that hold
-  for some components alone name them. Weightings that no config shows are in [method.md](method.md).
+  for some components alone name them. All that this project can build, with every key, is under [Builders](#builders).
 - A path may be local or `s3://bucket/key`; where a checkpoint is asked for, `runs:/RUN/export` and `models:/NAME@ALIAS`
   name one in MLflow. See [data_and_models.md](data_and_models.md) and [operations.md](operations.md).
 - `${key}` repeats another key's value.
@@ -213,6 +217,13 @@ def _definition(path: str | None) -> ast.FunctionDef | ast.ClassDef | None:
     raise ValueError(f"{path}: no such function or class in {folder.relative_to(ROOT)}")
 
 
+def _functions(package: str) -> list[str]:
+    """The public functions of a package by name, by file and place."""
+    files = sorted(ROOT.joinpath(*package.split(".")).glob("*.py"))
+    nodes = (node for file in files for node in _tree(file).body)
+    return [node.name for node in nodes if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+
+
 def _arguments(function: ast.FunctionDef) -> dict[str, str]:
     positional = [*function.args.posonlyargs, *function.args.args]
     padded = [None] * (len(positional) - len(function.args.defaults)) + function.args.defaults
@@ -261,7 +272,14 @@ def render(configs: list[Config]) -> str:
     recipes = list(dict.fromkeys(config.recipe for config in configs))
     recipes.sort(key=lambda recipe: (-sum(config.recipe == recipe for config in configs), recipe))
     parts = [_HEAD, *(_recipe(recipe, [c for c in configs if c.recipe == recipe]) for recipe in recipes)]
-    return "\n".join(parts)
+    return "\n".join([*parts, *builder_tables.tables(builders(configs), _cell, REQUIRED)])
+
+
+def builders(configs: Iterable[Config]) -> dict[str, list[builder_tables.Builder]]:
+    """All that a config may name, by kind: of every package's kinds, and what configs name, in comments too."""
+    texts = ((ROOT / config.path).read_text() for config in configs)
+    named = {path for text in texts for path in re.findall(r"_component_: *(wmtp(?:\.\w+)+)", text)}
+    return builder_tables.find_builders(_functions, _definition, component_defaults, named)
 
 
 def _recipe(recipe: str, configs: list[Config]) -> str:
@@ -351,7 +369,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the file is out of date")
     check = parser.parse_args().check
     configs = read_configs()
-    wrong = complaints(configs) + unread(configs)
+    wrong = complaints(configs) + unread(configs) + builder_tables.undocumented(builders(configs))
     page = render(configs)
     if check and page != (TARGET.read_text() if TARGET.exists() else ""):
         wrong.append(f"{TARGET.relative_to(ROOT)} is out of date; run make docs")

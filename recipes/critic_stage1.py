@@ -46,6 +46,7 @@ from wmtp.models import (
     save_value_model,
     shard_model,
 )
+from wmtp.report import preview_pairs
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name
 from wmtp.storage import open_output
@@ -81,11 +82,13 @@ class CriticStage1Recipe:
         self._balance_lengths = read.flag("balance_lengths", True)
         self._seq_len = read.integer("seq_len", minimum=2)
         self._reward_cfg = read.section("reward_model", optional=True)
+        self._preview = read.integer("preview", 0)
 
         self._loss_name = read.get("loss")
         factors = {key: read.number(key, None) for key in ("gamma", "gae_lambda")}
         spread = read.get("reward_spread", None)
         self._loss = critic_loss(self._loss_name, spread, **factors)
+        self._spread = {"spread": spread, **factors}
         self._full_loss_name = self._loss_name if spread is None else f"{self._loss_name} {spread}"
         self._score = read.choice("score", {"mean": "mean", "last": "last"}, "mean")
 
@@ -189,8 +192,7 @@ class CriticStage1Recipe:
     def _build_data(self) -> tuple[PairDataset, PairDataset, PairDataset | None]:
         """Training, held-out and test pairs: disjoint by problem, each balanced by length."""
         pairs = build(self._dataset_cfg, where="dataset")
-        left_out = ", ".join(f"{count} {reason}" for reason, count in pairs.skipped.items())
-        self._log.say(f"{pairs.name}: {len(pairs)} pairs{f' (left out: {left_out})' if left_out else ''}")
+        self._log.say(pairs.summary())
         parts = pair_splits(
             self._tokenizer,
             pairs,
@@ -207,6 +209,8 @@ class CriticStage1Recipe:
             for name, data in parts.items():
                 parts[name], scored = reward_pairs(model, data, self._world.device)
                 self._log.say(f"{name} part: {scored} programs scored now, the rewards of all are in {model.file}")
+        if self._preview:
+            self._log.say(preview_pairs(self._preview, parts["train"], self._tokenizer, **self._spread))
         found, needed = len(parts["train"]), self._batch_size * self._world.size
         if found < needed:
             raise ConfigError(

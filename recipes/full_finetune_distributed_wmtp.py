@@ -34,6 +34,7 @@ from wmtp.models import (
     resolve_checkpoint,
     shard_model,
 )
+from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 from wmtp.storage import open_output
@@ -62,6 +63,7 @@ class FullFinetuneRecipeWMTP:
         self._eval_dataset_cfg = read.section("eval_dataset", optional=True)
         self._seq_len = read.integer("seq_len", minimum=2)
         self._packed = read.flag("packed", True)
+        self._preview = read.integer("preview", 0)
 
         self._weighting_cfg = read.section("weighting")
         self._head_weights = read.get("head_weights", None)
@@ -160,7 +162,9 @@ class FullFinetuneRecipeWMTP:
 
     def _pack(self, section: DictConfig, where: str):
         documents = build(section, self._tokenizer, where=where)
-        return pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
+        data = pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
+        self._log.say(f"{where}: {data.summary(self._weighting.needs)}")
+        return data
 
     def _count_steps(self) -> int:
         if self._max_steps is not None:
@@ -245,6 +249,9 @@ class FullFinetuneRecipeWMTP:
         """The loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
         model, optimizer = self._model, self._torch_optimizer
         parameters = [p for p in model.parameters() if p.requires_grad]
+        if self._preview:
+            shown = {"tokenizer": self._tokenizer, "batch_size": self._batch_size, "step": self._step}
+            self._log.say(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data is not None and self._step == 0:
             self._log.metrics(self.evaluate(), self._step)
         model.train()

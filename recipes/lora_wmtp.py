@@ -41,6 +41,7 @@ from wmtp.models import (
     save_adapter,
     shard_model,
 )
+from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 from wmtp.storage import open_output
@@ -73,6 +74,7 @@ class LoRARecipeWMTP:
         self._eval_dataset_cfg = read.section("eval_dataset", optional=True)
         self._seq_len = read.integer("seq_len", minimum=2)
         self._packed = read.flag("packed", True)
+        self._preview = read.integer("preview", 0)
 
         self._weighting_cfg = read.section("weighting")
         self._head_weights = read.get("head_weights", None)
@@ -180,7 +182,9 @@ class LoRARecipeWMTP:
 
     def _pack(self, section: DictConfig, where: str):
         documents = build(section, self._tokenizer, where=where)
-        return pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
+        data = pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
+        self._log.say(f"{where}: {data.summary(self._weighting.needs)}")
+        return data
 
     def _count_steps(self) -> int:
         if self._max_steps is not None:
@@ -279,6 +283,9 @@ class LoRARecipeWMTP:
         cached = {"dtype": self._cache_trunk, "model_key": f"{self._base} {self._dtype}", "world": self._world}
         cached |= {"folder": self._output_dir / "trunk_states", "batch_size": self._batch_size}
         self._trunk_states = keep_trunk_states(model, (self._data, self._eval_data), **cached)
+        if self._preview:
+            shown = {"tokenizer": self._tokenizer, "batch_size": self._batch_size, "step": self._step}
+            self._log.say(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data is not None and self._step == 0:
             self._log.metrics(self.evaluate(), self._step)
         model.train()

@@ -79,6 +79,49 @@ def test_what_is_wrong_with_a_config_is_said_with_file_and_line(reference, scrat
     assert reference.unread(reference.read_configs()) == ["recipes/some.py reads seed, which no config shows"]
 
 
+def test_every_key_of_every_builder_is_explained(reference, configs):
+    builders = reference.builders(configs)
+    assert reference.builder_tables.undocumented(builders) == []
+    listed = {builder.path for of_kind in builders.values() for builder in of_kind}
+    named = {entry.value for config in configs for entry in config.entries if entry.key.endswith("_component_")}
+    assert {name for name in named if name.startswith("wmtp.")} <= listed
+    assert {
+        f"wmtp.weighting.{name}" for name in ("rho1", "critic", "dft", "entropy", "shuffled", "random_matched")
+    } <= listed
+    assert {"wmtp.data.prompt_completion", "wmtp.data.tokenized", "wmtp.data.jsonl_pairs"} <= listed  # in no config
+
+
+def test_a_builders_table_is_read_from_its_docstring(reference, scratch):
+    scratch("folder: here  # where\nseed: 5   # of all\n")
+    (reference.ROOT / "wmtp").mkdir()
+    source = '''def mine(tokenizer, *, source: str, low: float = 0.5, high: float = 1.0, odd: int = 3) -> "Documents":
+    """Documents of <mine>.
+
+    Kept whole.
+
+    Args:
+        source: a file,
+            or ``a|b``.
+        low, high: in :func:`~wmtp.other`'s range.
+
+    Raises:
+        ValueError: never.
+
+    Said last.
+    """
+'''
+    (reference.ROOT / "wmtp" / "data").mkdir()
+    (reference.ROOT / "wmtp" / "data" / "own.py").write_text(source)
+    configs = reference.read_configs()
+    page = reference.render(configs)
+    assert "#### `wmtp.data.mine`\n\nDocuments of &lt;mine>.\n\nKept whole.\n\nSaid last.\n" in page
+    assert "| `source` | a file, or `a\\|b` | required |\n" in page
+    assert "| `high` | in `wmtp.other`'s range | `1.0` |\n" in page
+    assert "tokenizer" not in page and "never" not in page
+    said = reference.builder_tables.undocumented(reference.builders(configs))
+    assert said == ["wmtp.data.mine: the docstring's Args say nothing of odd"]
+
+
 def test_a_config_without_its_command_is_refused(reference, scratch):
     scratch("seed: 5  # of all\n")
     file = reference.ROOT / "configs" / "tiny" / "one.yaml"

@@ -62,7 +62,7 @@ def test_solutions_and_completions_as_human_eval_and_evalplus_write_them(tmp_pat
         ({"solution": "x"}, "field 'task_id' is missing; the row has solution"),
         ({"task_id": 11}, "needs a solution or a completion; the row has task_id"),
         ({"task_id": 11, "solution": None}, "needs a solution or a completion"),
-        ({"task_id": 11, "solution": 5}, "field 'solution' must be a string, got int 5"),
+        ({"task_id": 11, "solution": 5}, "field 'solution' must be str, got 5"),
         ({"task_id": 12, "solution": "x"}, "task_id 12 is none of the 3 tasks"),
         ({"task_id": "Mbpp/1l", "solution": "x"}, "task_id 'Mbpp/1l' is none of the 3 tasks; did you mean 'Mbpp/11'?"),
         ({"task_id": 1.5, "solution": "x"}, "task_id must be a string or a whole number, got 1.5"),

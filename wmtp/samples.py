@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import math
 import os
 import re
 import threading
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wmtp.data.protocols import Task
-from wmtp.data.rows import read_rows, take
+from wmtp.data.rows import ReadColumns, is_number, read_rows, take
 from wmtp.data.stdio_tasks import StdioTask
 from wmtp.data.task_ids import TaskIds
 from wmtp.errors import UserError
@@ -96,16 +95,18 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
     ids = TaskIds(by_id)
     samples: dict[Key, Sample] = {}
     counts: Counter = Counter()
-    for where, row in read_rows(path):
+    known = ("task_id", "solution", "completion", "sample", "temperature")
+    for where, row in ReadColumns(read_rows(path), known, known[3:]):
         if row.get("task_id") is None:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
         task = by_id[ids.find(row["task_id"], where)]
         if row.get("solution") is None and row.get("completion") is None:
             raise UserError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
-        completion = None if row.get("completion") is None else take(row, where, "completion", str)
-        solution = task.program(completion) if row.get("solution") is None else take(row, where, "solution", str)
+        # What a model wrote may be no Unicode text: that is for the judge to find.
+        completion, solution = (_optional(row, where, column, (str,)) for column in ("completion", "solution"))
+        solution = task.program(completion) if solution is None else solution
         temperature = _optional(row, where, "temperature", (int, float))
-        if temperature is not None and not 0 <= temperature < math.inf:
+        if temperature is not None and not (is_number(temperature) and temperature >= 0):
             raise UserError(f"{where}: temperature must be a number >= 0, got {temperature}")
         number = _optional(row, where, "sample", (int,))
         sample = Sample(

@@ -107,7 +107,7 @@ def test_a_row_without_its_fields_is_named(tmp_path):
     array = write(tmp_path / "t.json", [row(), broken])
     with pytest.raises(ValueError, match=r"t.json: row 2: field 'code' is missing"):
         mbpp(TOKENIZER, source=array)
-    with pytest.raises(ValueError, match=r"row 1: field 'test_list' must be a list of assert statements, got \[1\]"):
+    with pytest.raises(ValueError, match=r"row 1: field 'test_list' must be a list of strings, got \[1\]"):
         mbpp(TOKENIZER, source=write(tmp_path / "u.json", [row(test_list=[1])]))
     with pytest.raises(ValueError, match=r"row 1: field 'task_id' must be a whole number, got str 'x'"):
         mbpp(TOKENIZER, source=write(tmp_path / "u.json", [row(task_id="x")]))

@@ -84,7 +84,9 @@ def test_a_worked_example():
     assert dataset.document_ids.tolist() == [[0, 0, 0, 1, 1, 1, 1, 1], [0] * 6 + [1, 1]]
     assert dataset.num_targets == 2 + 4 + 4 + 1  # a document's first token has nothing before it
     assert (dataset.fill_rate, dataset.seq_len, dataset.max_token_id) == (1.0, 8, 115)
-    assert dataset.summary() == "2 rows of 8 tokens, 4 documents, 11 targets, 100.0% full"
+    assert dataset.summary() == (
+        "made up: 2 rows of 8 tokens, 4 documents, 11 targets, 0 cut, 0 dropped (no target within seq_len), 100.0% full"
+    )
 
 
 def test_the_targets_are_those_the_loss_counts():
@@ -98,7 +100,7 @@ def test_cut_and_left_out_documents_are_counted():
     dataset = pack(make_documents([4, 20, 20], prompts=[1, 3, 9]), 8, pad_id=PAD)
     assert (dataset.num_cut, dataset.num_dropped) == (1, 1)
     assert dataset.ids == (("d0",), ("d1",))
-    assert dataset.summary().endswith("75.0% full, 1 cut to 8 tokens, 1 left out (no target within 8)")
+    assert dataset.summary().endswith("2 documents, 8 targets, 1 cut, 1 dropped (no target within seq_len), 75.0% full")
     with pytest.raises(ValueError, match="made up: no document has a target within seq_len 8 tokens; raise seq_len"):
         pack(make_documents([20], prompts=[9]), 8, pad_id=PAD)
     with pytest.raises(ValueError, match="seq_len must be >= 2, got 1"):

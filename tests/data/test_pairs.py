@@ -180,7 +180,7 @@ def test_a_wrong_row_is_named_by_file_and_line(write, row, message):
 
 def test_a_field_that_is_missing_or_no_number_is_named(write):
     for changes, message in (
-        ({"faulty": None}, r"rows.jsonl:1: field 'faulty' is missing"),
+        ({"faulty": None}, r"rows.jsonl:1: field 'faulty' is null"),
         ({"fault_location": "two"}, r"rows.jsonl:1: field 'fault_location' must be a line number, got 'two'"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -88,7 +88,7 @@ def test_token_rows_need_no_labels(tmp_path):
         ("[1]", "a row must be a JSON object, got list"),
         ({"completion": "b"}, "field 'prompt' is missing; the row has completion"),
         ({}, "field 'prompt' is missing; the row has no fields"),
-        ({"prompt": "a", "completion": None}, "field 'completion' is missing; the row has prompt, completion"),
+        ({"prompt": "a", "completion": None}, "field 'completion' is null; give it a value"),
         ({"prompt": "a", "completion": 3}, "field 'completion' must be a string, got int 3"),
         (
             {"prompt": "a", "completion": "b", "reference_ce": [1.0]},

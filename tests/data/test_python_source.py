@@ -156,7 +156,7 @@ def test_modules_that_do_not_parse_are_counted_and_excluded_folders_not_entered(
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "test_m.py").write_text('def t():\n    """Doc."""\n    return 1\n')
     documents = python_functions(TOKENIZER, root=str(tmp_path), split="all")
-    assert documents.skipped["modules that do not parse"] == 2
+    assert documents.skipped["modules that Python cannot parse (the first is broken.py)"] == 2
     assert not any(d.id.startswith("test/") for d in documents)
     assert any(
         d.id.startswith("test/") for d in python_functions(TOKENIZER, root=str(tmp_path), split="all", exclude=[])

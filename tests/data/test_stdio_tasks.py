@@ -84,7 +84,7 @@ def test_public_passes_and_the_lenient_rule_are_read_from_the_outcome(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": None}, "field 'name' is missing"),
+        ({"name": None}, "field 'name' is null"),
         ({kind: {"input": [], "output": []} for kind in ROW if kind.endswith("_tests")}, "no tests; a problem needs"),
         ({"public_tests": {"input": ["a"], "output": []}}, "public_tests must be equally many .*, got 1 and 0"),
         ({"public_tests": {"input": [1], "output": [1]}}, "public_tests must be equally many input and output texts"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
-from wmtp.data.rows import read_rows, take
+from wmtp.data.rows import ReadColumns, read_rows, take, take_texts
 from wmtp.data.task_ids import select_tasks
 from wmtp.errors import UserError
 from wmtp.sandbox import AssertionJob, Limits
@@ -85,7 +85,7 @@ def mbpp_tasks(
     """
     if split not in (*SPLIT_IDS, "all"):
         raise UserError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
-    rows = read_rows(source, split, subset)
+    rows = _rows(source, split, subset)
     if split != "all":
         rows = ((where, row) for where, row in rows if take(row, where, "task_id", int) in SPLIT_IDS[split])
     tasks = ((where, _from_mbpp(row, where, challenge_tests)) for where, row in rows)
@@ -109,14 +109,19 @@ def humaneval_tasks(
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
-    tasks = ((where, _from_humaneval(row, where)) for where, row in read_rows(source, split))
+    tasks = ((where, _from_humaneval(row, where)) for where, row in _rows(source, split))
     return select_tasks(tasks, source, ids, limit)
 
 
 def packaged_function_tasks(
     *, challenge_tests: bool = True, ids: Sequence[int | str] | None = None, limit: int | None = None
 ) -> tuple[AssertionTask, ...]:
-    """The 36 functions of :func:`wmtp.data.packaged_functions`, with ids "packaged/1" to "packaged/36"."""
+    """The 36 functions of :func:`wmtp.data.packaged_functions`, with ids "packaged/1" to "packaged/36".
+
+    Args:
+        challenge_tests: judge by the further tests too.
+        ids, limit: as in :func:`mbpp_tasks`.
+    """
     rows = (
         (f"packaged task {row['task_id']}", row | {"task_id": f"packaged/{row['task_id']}"})
         for row in packaged_functions()
@@ -149,8 +154,13 @@ def assertion_tasks(
     return select_tasks(_recognised(source, split, subset, challenge_tests), source, ids, limit)
 
 
+def _rows(source: str, split: str | None, subset: str | None = None) -> ReadColumns:
+    judging = ("challenge_test_list", "test_setup_code", "test_imports")
+    return ReadColumns(read_rows(source, split, subset), judging, judging)
+
+
 def _recognised(source, split, subset, challenge_tests) -> Iterator[tuple[str, AssertionTask]]:
-    for where, row in read_rows(source, split, subset):
+    for where, row in _rows(source, split, subset):
         if row.get("test_list") is not None:
             yield where, _from_mbpp(row, where, challenge_tests)
         elif row.get("test") is not None and row.get("entry_point") is not None:
@@ -166,14 +176,14 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
     task_id = _task_id(row, where, "Mbpp")
     fields = mbpp_task(row | {"task_id": 0}, where)  # its own check of task_id takes whole numbers only
     shown = tuple(fields["test_list"])
-    hidden = _strings(row, where, "challenge_test_list") if challenge_tests else ()
+    hidden = tuple(take_texts(row, where, "challenge_test_list")) if challenge_tests else ()
     tests = [_parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
     for test, tree in zip(shown + hidden, tests, strict=True):
         if not any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree)):
             raise UserError(f"{where}: test {test!r:.60} asserts nothing, so every program would pass it")
     setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
     solution = _parsed(fields["code"], f"{where}: field 'code'")
-    imports = _strings(row, where, "test_imports")
+    imports = take_texts(row, where, "test_imports")
     return AssertionTask(
         task_id=task_id,
         text=fields["text"],
@@ -215,13 +225,6 @@ def _task_id(row: dict, where: str, family: str) -> str:
     return f"{family}/{take(row, where, 'task_id', int)}"
 
 
-def _strings(row: dict, where: str, column: str) -> tuple[str, ...]:
-    values = [] if row.get(column) is None else take(row, where, column, list)
-    if not all(isinstance(value, str) for value in values):
-        raise UserError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
-    return tuple(values)
-
-
 def _lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -233,6 +236,8 @@ def _parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
             return ast.parse(code, mode=mode)
     except (SyntaxError, ValueError) as error:  # ValueError: a null byte
         raise UserError(f"{what} is not valid Python: {error}") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"{what} is nested too deeply for Python to parse; leave the task out") from None
 
 
 def _defined(program: ast.AST) -> set[str]:
@@ -245,7 +250,7 @@ def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
     return next((f.id for f in calls if isinstance(f, ast.Name) and f.id in defined), None)
 
 
-def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, imports: tuple[str, ...], where: str):
+def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, imports: Sequence[str], where: str):
     """Imports that bind names the tests use, out of the solution and the setup, and standard modules used unimported.
 
     MBPP task 596 asserts with a `sys` that only its solution imports. The judge must hold these names itself: another

@@ -1,7 +1,7 @@
 """What every dataset builder returns: documents of token ids, with labels and optionally columns of a frozen model."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -48,6 +48,7 @@ class Documents:
         name: says what was read, for messages.
         items: at least one document; each of :data:`TOKEN_COLUMNS` is in all of them or in none.
         skipped: how many candidates the builder left out, by reason.
+        unread: columns of the source that the builder does not read.
         scored_len: so many tokens of a longer document have their columns' values; None where all have.
 
     Raises:
@@ -58,11 +59,11 @@ class Documents:
     items: Sequence[Document]
     skipped: dict[str, int] = field(default_factory=dict)
     scored_len: int | None = None
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.items:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
-            raise UserError(f"{self.name}: the dataset is empty{f' (left out: {reasons})' if reasons else ''}")
+            raise UserError(f"{self.name}: the dataset is empty{left_out(self.skipped)}")
         for column in TOKEN_COLUMNS:
             without = [document.id for document in self.items if getattr(document, column) is None]
             if 0 < len(without) < len(self.items):
@@ -123,6 +124,14 @@ class DocumentStream:
     def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
         """One reading: (index, document) in order, where a document that is not kept is not made, and is None."""
         return ((index, make() if keep(index) else None) for index, make in enumerate(self.makers()))
+
+
+def left_out(skipped: Mapping[str, int], unread: Iterable[str] = (), most: int = 8) -> str:
+    """What a builder left out, by reason, and which columns it does not read, to end a line with; "" for nothing."""
+    reasons, names = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count), list(unread)
+    columns = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    said = [f"left out: {reasons}"] * bool(reasons) + [f"columns not read: {columns}"] * bool(names)
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def digest_tokens(digest, document: Document) -> None:

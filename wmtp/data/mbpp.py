@@ -10,7 +10,7 @@ Prompt formats, each followed by the program as target:
 from collections.abc import Iterable
 
 from wmtp.data.documents import Documents, document_from_text
-from wmtp.data.rows import read_rows, take
+from wmtp.data.rows import ReadColumns, read_rows, take, take_texts
 from wmtp.errors import UserError
 
 PROMPTS = ("docstring", "bigcode", "3shot")
@@ -36,7 +36,8 @@ def mbpp(
         split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
             file that holds them all; ``all`` takes every row of a file.
         subset: the hub's ``full`` or ``sanitized``; both schemas are read from files as they are.
-        prompt: one of the formats above; ``3shot`` also reads tasks 2, 3, 4 from the split ``prompt`` of source.
+        prompt: ``docstring``: a docstring of the text and all tests. ``bigcode``: of the text and the first test.
+            ``3shot``: the paper's, which also reads tasks 2, 3, 4 from the split ``prompt`` of source.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a row that lacks a field; the message names file and row.
@@ -47,7 +48,8 @@ def mbpp(
         raise UserError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
     examples = few_shot_tasks(source, subset) if prompt == "3shot" else ()
     documents, skipped = [], {"tasks of other splits": 0}
-    for where, row in read_rows(source, split, subset):
+    rows = ReadColumns(read_rows(source, split, subset), ("task_id", "text", "prompt", "code", "test_list"))
+    for where, row in rows:
         task = mbpp_task(row, where)
         if split != "all" and task["task_id"] not in SPLIT_IDS[split]:
             skipped["tasks of other splits"] += 1
@@ -55,17 +57,19 @@ def mbpp(
         completion = f"{task['code']}\n[DONE]" if prompt == "3shot" else task["code"]
         text = mbpp_prompt(task, prompt, examples)
         documents.append(document_from_text(tokenizer, text, completion, f"mbpp/{task['task_id']}"))
-    return Documents(f"mbpp {split} of {source}", tuple(documents), skipped)
+    return Documents(f"mbpp {split} of {source}", tuple(documents), skipped, unread=rows.unread)
 
 
 def mbpp_task(row: dict, where: str) -> dict:
     """The fields task_id, text, code, test_list of a row of either schema, checked, with LF line ends in the code."""
-    tests = take(row, where, "test_list", list)
-    if not tests or not all(isinstance(test, str) for test in tests):
-        raise UserError(f"{where}: field 'test_list' must be a list of assert statements, got {tests!r:.60}")
+    take(row, where, "test_list", list)
+    tests = take_texts(row, where, "test_list")
+    if not tests:
+        raise UserError(f"{where}: field 'test_list' must be a list of assert statements, got []")
+    text = "prompt" if row.get("text") is None and row.get("prompt") is not None else "text"
     return {
         "task_id": take(row, where, "task_id", int),
-        "text": take(row, where, "prompt" if "text" not in row and "prompt" in row else "text", str),
+        "text": take(row, where, text, str),
         "code": take(row, where, "code", str).replace("\r\n", "\n").replace("\r", "\n"),
         "test_list": tests,
     }

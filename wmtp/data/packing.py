@@ -2,14 +2,14 @@
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Documents
+from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Documents, left_out
 from wmtp.errors import UserError
 
 
@@ -28,6 +28,7 @@ class PackedDataset:
         num_cut: documents cut to S tokens.
         num_dropped: documents left out because no target was left within S tokens.
         fingerprint: SHA-256 of the documents and of how they were packed.
+        name, skipped, unread: of the documents.
     """
 
     tokens: Tensor
@@ -41,6 +42,9 @@ class PackedDataset:
     num_cut: int
     num_dropped: int
     fingerprint: str
+    name: str
+    skipped: dict[str, int]
+    unread: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,14 +80,19 @@ class PackedDataset:
         """The names of the documents of a row, in order."""
         return self.ids[row]
 
-    def summary(self) -> str:
-        """One line: rows, documents, targets, fill rate, and what was cut or left out."""
-        documents = sum(len(ids) for ids in self.ids)
-        line = f"{len(self)} rows of {self.seq_len} tokens, {documents} documents, {self.num_targets} targets, "
-        line += f"{self.fill_rate:.1%} full"
-        if self.num_cut:
-            line += f", {self.num_cut} cut to {self.seq_len} tokens"
-        return line + (f", {self.num_dropped} left out (no target within {self.seq_len})" if self.num_dropped else "")
+    def summary(self, needs: Collection[str] | None = None) -> str:
+        """One line: rows, documents, targets, what was cut, dropped and left out, fill rate, and columns not read.
+
+        Args:
+            needs: names of the signals that the weighting reads; None where that is not known.
+        """
+        documents, columns = sum(map(len, self.ids)), (c for c in TOKEN_COLUMNS if getattr(self, c) is not None)
+        idle = () if needs is None else (column for column in columns if column not in needs)
+        return (
+            f"{self.name}: {len(self)} rows of {self.seq_len} tokens, {documents} documents, {self.num_targets} "
+            f"targets, {self.num_cut} cut, {self.num_dropped} dropped (no target within seq_len), "
+            f"{self.fill_rate:.1%} full{left_out(self.skipped, (*idle, *self.unread))}"
+        )
 
     def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Tensor | list[int]]:
         """The rows as int64 tensors [B, S], their float32 columns (reference_ce, values), and the list `rows`.
@@ -160,6 +169,9 @@ def pack(
         num_cut=sum(len(documents[i]) > seq_len for i in kept),
         num_dropped=len(documents) - len(kept),
         fingerprint=hashlib.sha256(how.encode()).hexdigest(),
+        name=documents.name,
+        skipped=documents.skipped,
+        unread=documents.unread,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmtp.data.documents import IGNORE, Document, document_from_text
+from wmtp.data.documents import IGNORE, Document, document_from_text, left_out
 from wmtp.data.pairs import Pair, Pairs, text_hash
 from wmtp.errors import UserError
 
@@ -132,10 +132,10 @@ class PairDataset:
 
     def summary(self) -> str:
         """One line: pairs, problems, tokens, and what was left out."""
-        tokens = sum(len(d) for both in self.documents for d in both)
-        line = f"{self.name}: {len(self)} pairs of {len(set(self.problems))} problems, {tokens} tokens"
-        left_out = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
-        return line + (f" (left out: {left_out})" if left_out else "")
+        tokens, targets = sum(len(d) for both in self.documents for d in both), self.lengths.sum()
+        line = f"{self.name}: {len(self)} pairs of {len(set(self.problems))} problems, {2 * len(self)} documents, "
+        line += f"{tokens} tokens, {targets} targets, none cut"
+        return line + left_out(self.skipped)
 
 
 def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
@@ -191,8 +191,8 @@ def balance_lengths(dataset: PairDataset, *, seed: int = 0) -> PairDataset:
             f"{dataset.name}: no pair is left after balancing lengths, the correct program is the {longer} one in all "
             f"{len(dataset)}; set balance_lengths to false, or give more pairs"
         )
-    left_out = {**dataset.skipped, "pairs left out to balance lengths": len(dataset) - len(kept)}
-    return replace(dataset.take(sorted(kept)), skipped=left_out)
+    skipped = {**dataset.skipped, "pairs left out to balance lengths": len(dataset) - len(kept)}
+    return replace(dataset.take(sorted(kept)), skipped=skipped)
 
 
 def pair_splits(

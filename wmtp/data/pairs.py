@@ -12,16 +12,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from wmtp.data.documents import left_out
 from wmtp.data.mbpp import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.protocols import alphacode_prompt
-from wmtp.data.rows import read_rows, take
-from wmtp.data.stdio_tasks import PYTHON3, StdioTask
+from wmtp.data.rows import ReadColumns, is_number, read_rows, take
+from wmtp.data.stdio_tasks import PYTHON3, contest_prompt_task, programs_of
 from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
 
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
 _REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"
+_BOTH_SIDES = ("solutions", "incorrect_solutions")  # columns of CodeContests
+_JUDGED = ("is_correct", "reward", "fault_line")  # columns of one's own rows that may be left out
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Pairs:
         name: says what was read, for messages.
         items: at least one pair.
         skipped: what was left out, by reason.
+        unread: columns of the source that the builder does not read.
 
     Raises:
         ValueError: there is no pair.
@@ -61,11 +65,15 @@ class Pairs:
     name: str
     items: tuple[Pair, ...]
     skipped: dict[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.items:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in self.skipped.items() if count)
-            raise UserError(f"{self.name}: there is no pair{f' (left out: {reasons})' if reasons else ''}")
+            raise UserError(f"{self.name}: there is no pair{left_out(self.skipped)}")
+
+    def summary(self) -> str:
+        """One line: how many pairs, what was left out, and what is not read."""
+        return f"{self.name}: {len(self)} pairs{left_out(self.skipped, self.unread)}"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -117,13 +125,15 @@ def condefects_pairs(source: str, split: str | None = None) -> Pairs:
         FileNotFoundError, ValueError: source unreadable, or a wrong row; the message names file and line.
     """
     builder = _Builder(f"condefects pairs of {source}")
-    for where, row in _rows_of_files(source, split):
-        task, faulty, correct, at = (take(row, where, c, str) for c in ("task", "faulty", "correct", "fault_location"))
+    columns = ("task", "faulty", "correct", "fault_location")
+    rows = ReadColumns(_rows_of_files(source, split), columns)
+    for where, row in rows:
+        task, faulty, correct, at = (take(row, where, column, str) for column in columns)
         if not at.strip().isdecimal():
             raise UserError(f"{where}: field 'fault_location' must be a line number, got {at!r:.60}")
         inside = 1 <= int(at) <= _num_lines(faulty)
         builder.add(Pair(task, "", correct, faulty, int(at) if inside else None))
-    return builder.done()
+    return builder.done(rows)
 
 
 def code_contests_pairs(
@@ -143,7 +153,7 @@ def code_contests_pairs(
         source: the hub name, a JSONL or parquet file with the dataset's fields, or a folder with `{split}` of these.
         split: ``train``, ``valid`` or ``test`` of the hub; which file of a folder; unused for a file.
         subset: of a hub dataset.
-        language: the dataset's number of the programming language; 3 is Python 3.
+        language: the dataset's number of the programming language; by default 3, Python 3.
         max_pairs_per_problem: keep so many; programs are paired in a random order that uses each as evenly as can be.
         max_problems: read only the first so many problems that give a pair.
         skip_one_class: leave out, and count, problems without a correct or without an incorrect program.
@@ -155,11 +165,12 @@ def code_contests_pairs(
     builder = _Builder(f"code_contests pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
     if max_problems is not None and max_problems < 1:
         raise UserError(f"max_problems must be >= 1 or null, got {max_problems}")
-    for where, row in read_rows(source, split, subset):
+    rows = ReadColumns(read_rows(source, split, subset), ("name", "description", *_BOTH_SIDES, "cf_tags", "cf_rating"))
+    for where, row in rows:
         builder.add_programs(*_contest_problem(row, where, language))
         if max_problems is not None and len(builder.problems) == max_problems:
             break
-    return builder.done()
+    return builder.done(rows)
 
 
 def jsonl_pairs(
@@ -190,9 +201,11 @@ def jsonl_pairs(
     """
     builder = _Builder(f"pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
     labelled: dict[str, _Programs] = {}
-    for where, row in read_rows(source, split, subset):
+    known = ("problem", "prompt", "correct", "incorrect", "completion", *_JUDGED)
+    rows = ReadColumns(read_rows(source, split, subset), known, _JUDGED)
+    for where, row in rows:
         problem, prompt = _problem_id(row, where), take(row, where, "prompt", str)
-        if row.get("completion") is None:
+        if row.get("completion") is None and ("completion" not in row or row.get("correct") is not None):
             correct, incorrect = take(row, where, "correct", str), take(row, where, "incorrect", str)
             builder.add(Pair(problem, prompt, correct, incorrect, _fault_line(row, where)))
             continue
@@ -205,7 +218,7 @@ def jsonl_pairs(
         (programs.correct if good else programs.incorrect).append((take(row, where, "completion", str), reward))
     for programs in labelled.values():
         builder.add_programs(programs, str(source))
-    return builder.done()
+    return builder.done(rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -270,8 +283,9 @@ class _Builder:
             rewards = (correct[good], incorrect[bad])
             self.add(Pair(programs.problem, programs.prompt, good, bad, None, *rewards))
 
-    def done(self) -> Pairs:
-        return Pairs(self.name, tuple(self._pairs), {reason: count for reason, count in self.skipped.items() if count})
+    def done(self, rows: ReadColumns | None = None) -> Pairs:
+        skipped = {reason: count for reason, count in self.skipped.items() if count}
+        return Pairs(self.name, tuple(self._pairs), skipped, () if rows is None else rows.unread)
 
     def _distinct(self, programs: Iterable[tuple[str, float]]) -> dict[str, float]:
         """Program to reward, each text once; the first reward of a text stays."""
@@ -301,17 +315,10 @@ def _combinations(first: int, second: int, limit: int) -> Iterator[tuple[int, in
 
 
 def _contest_problem(row: dict, where: str, language: int) -> tuple[_Programs, str]:
-    name, description = take(row, where, "name", str), take(row, where, "description", str)
-    tags = tuple(tag for tag in row.get("cf_tags") or () if tag)
-    task = StdioTask(name, description, (), (), (), rating=int(row.get("cf_rating") or 0), tags=tags)
-    both = []
-    for column, reward in (("solutions", 1.0), ("incorrect_solutions", 0.0)):
-        found = take(row, where, column, dict)
-        languages, sources = (take(found, f"{where}: field {column!r}", c, list) for c in ("language", "solution"))
-        if len(languages) != len(sources):
-            raise UserError(f"{where}: {column} has {len(languages)} languages and {len(sources)} programs")
-        both.append([(s, reward) for number, s in zip(languages, sources, strict=True) if number == language])
-    return _Programs(name, alphacode_prompt(task), *both), where
+    task = contest_prompt_task(row, where)
+    correct, incorrect = (programs_of(row, where, column, language) for column in _BOTH_SIDES)
+    both = [(text, 1.0) for text in correct], [(text, 0.0) for text in incorrect]
+    return _Programs(task.name, alphacode_prompt(task), *both), where
 
 
 def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
@@ -329,9 +336,11 @@ def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]
 
 def _problem_id(row: dict, where: str) -> str:
     found = row.get("problem")
-    if found is None or isinstance(found, bool) or not isinstance(found, str | int) or found == "":
-        return take({**row, "problem": found or None}, where, "problem", str)  # raises, with the row's fields
-    return str(found)
+    if isinstance(found, int) and not isinstance(found, bool):
+        return str(found)
+    if found == "":
+        raise UserError(f"{where}: field 'problem' is empty; give each problem an id")
+    return take(row, where, "problem", str)
 
 
 def _reward(row: dict, where: str) -> float | None:
@@ -342,7 +351,7 @@ def _reward(row: dict, where: str) -> float | None:
                 f"{where}: the row has a completion, but neither is_correct nor reward; it has {', '.join(row)}"
             )
         return None
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
+    if not is_number(reward):
         raise UserError(f"{where}: field 'reward' must be a finite number, got {reward!r:.60}")
     return float(reward)
 

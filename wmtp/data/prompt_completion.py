@@ -5,9 +5,8 @@ Each comes twice: as `Documents` in memory, for training, and as a `DocumentStre
 
 import gzip
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
-from wmtp.data.rows import count_rows, read_rows, take
+from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, take
 from wmtp.errors import UserError
 
-Rows = Iterator[tuple[str, dict]]  # of read_rows
+Rows = Iterable[tuple[str, dict]]  # of read_rows
+_TOKEN_ROW = ("tokens", "labels", "vocab_hash", *TOKEN_COLUMNS)
 
 
 def prompt_completion(
@@ -46,8 +46,13 @@ def prompt_completion(
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
     columns = (prompt_column, completion_column, reference_ce_column, id_column)
-    rows = read_rows(source, split, subset)
-    return Documents(str(source), tuple(make() for make in _of_text(rows, tokenizer, columns)))
+    rows = ReadColumns(read_rows(source, split, subset), columns, (reference_ce_column,))
+    items = tuple(make() for make in _of_text(rows, tokenizer, columns))
+    named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
+    for key, (column, default) in named.items():
+        if items and column != default:  # who gives it a name of its own has such a column
+            rows.require(key, column, source)
+    return Documents(str(source), items, unread=rows.unread)
 
 
 def prompt_completion_stream(
@@ -79,20 +84,28 @@ def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str |
     Labels are unshifted (-100, or the token at the same place); without them every token is a target. The last four
     are optional; a vocab_hash must be this tokenizer's.
 
+    Args:
+        source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name.
+        split, subset: of a folder or a hub dataset.
+
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
-    rows = read_rows(source, split, subset)
-    return Documents(str(source), tuple(make() for make in _of_tokens(rows, tokenizer)))
+    rows = _token_columns(read_rows(source, split, subset))
+    items = tuple(make() for make in _of_tokens(rows, tokenizer))
+    return Documents(str(source), items, unread=rows.unread)
 
 
 def tokenized_stream(tokenizer, *, source: str, split: str | None = None, subset: str | None = None) -> DocumentStream:
     """The documents of :func:`tokenized` without the dataset in memory.
 
+    Args:
+        source, split, subset: as in :func:`tokenized`.
+
     Raises:
         FileNotFoundError, ValueError: source unreadable; what is wrong with a row shows when it is read.
     """
-    return _stream(partial(_of_tokens, tokenizer=tokenizer), source, split, subset)
+    return _stream(lambda rows: _of_tokens(_token_columns(rows), tokenizer), source, split, subset)
 
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
@@ -129,6 +142,10 @@ def _text_document(
     texts = [take(row, where, column, str) for column in (prompt, completion)]
     document = document_from_text(tokenizer, *texts, str(row.get(id) or where))
     return _with_column(document, "reference_ce", row.get(reference_ce), where)
+
+
+def _token_columns(rows: Rows) -> ReadColumns:
+    return ReadColumns(rows, (*_TOKEN_ROW, "id"), _TOKEN_ROW)
 
 
 def _of_tokens(rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
@@ -178,6 +195,6 @@ def _with_column(document: Document, column: str, values: object, where: str) ->
             "(prompt, completion and EOS); score it with this tokenizer"
         )
     for position, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if not is_number(value):
             raise UserError(f"{where}: {column}[{position}] must be a finite number, got {value!r:.40}")
     return replace(document, **{column: np.array(values, np.float32)})

@@ -3,14 +3,17 @@
 import ast
 import functools
 import hashlib
+import os
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from wmtp.data.documents import Documents, document_from_text
+from wmtp.data.rows import printable, reading, unreadable
 from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
 
@@ -58,15 +61,17 @@ def python_functions(
         fractions: shares of the modules for train, reference and heldout; each >= 0, together at most 1.
         max_functions: keep so many, a sample that depends on nothing but their ids.
         min_body_lines, max_body_lines: bounds on the lines of the body.
-        exclude: names of folders that are not entered.
+        exclude: names of folders that are not entered; by default those of tests, of packages that are installed, and
+            of the standard library's applications.
 
     Raises:
         FileNotFoundError: root is no folder.
         ValueError: an argument out of range, or no function found.
     """
-    folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else local_copy(root)
-    if not folder.is_dir():
-        raise MissingError(f"root {folder} is no folder of Python files")
+    with reading(str(root)):
+        folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else local_copy(root)
+        if not folder.is_dir():
+            raise MissingError(f"root {folder} is no folder of Python files")
     if split not in (*SPLITS, "all"):
         raise UserError(f"split must be one of {', '.join(SPLITS)}, all, got {split!r}")
     if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
@@ -78,8 +83,9 @@ def python_functions(
     of_split = [f for f in found if split in ("all", split_of(f.module, fractions))]
     longest = float("inf") if max_body_lines is None else max_body_lines
     functions = [f for f in of_split if min_body_lines <= f.body.count("\n") <= longest]
+    first = f" (the first is {unparsed[0]})" if unparsed else ""
     skipped = {
-        "modules that do not parse": unparsed,
+        f"modules that Python cannot parse{first}": len(unparsed),
         "repeated functions": repeated,
         "bodies too short or too long": len(of_split) - len(functions),
     }
@@ -91,15 +97,19 @@ def python_functions(
 
 
 @functools.lru_cache(maxsize=2)  # a recipe asks for train and heldout of one tree
-def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Function], int, int]:
-    """The functions of all modules, each text once; the modules that do not parse, and the repeated functions."""
+def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Function], list[str], int]:
+    """The functions of all modules, each text once; the modules that do not parse; how many functions are repeated."""
     functions: dict[str, Function] = {}
-    unparsed = repeated = 0
+    unparsed, repeated = [], 0
     for path in module_paths(folder, exclude):
+        module = printable(path.relative_to(folder).as_posix())
         try:
-            found = list(functions_of(read_source(path), path.relative_to(folder).as_posix()))
-        except (SyntaxError, ValueError):  # ValueError: null bytes, or bytes outside the declared encoding
-            unparsed += 1
+            found = list(functions_of(read_source(path), module))
+        except OSError as error:
+            _refuse(error)
+        # ValueError: null bytes, or bytes outside the declared encoding; the last two: nested too deeply.
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            unparsed.append(module)
             continue
         for function in found:
             if functions.setdefault(function.prompt + function.body, function) is not function:
@@ -109,8 +119,16 @@ def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Fu
 
 def module_paths(root: Path, exclude: Sequence[str] = EXCLUDED) -> list[Path]:
     """Python files below root, sorted by path; folders whose name is excluded are not entered."""
-    kept = (p for p in root.rglob("*.py") if not set(p.relative_to(root).parts[:-1]) & set(exclude))
-    return sorted((p for p in kept if p.is_file()), key=lambda p: p.relative_to(root).as_posix())
+
+    found = []
+    for folder, below, files in os.walk(root, onerror=_refuse):
+        below[:] = [name for name in below if name not in exclude]
+        found += [path for name in files if name.endswith(".py") and (path := Path(folder, name)).is_file()]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise unreadable(error, error.filename) from error
 
 
 def split_of(module: str, fractions: Sequence[float]) -> str | None:
@@ -138,7 +156,7 @@ def functions_of(source: str, module: str) -> Iterator[Function]:
         warnings.simplefilter("ignore")  # old escapes in other people's strings
         tree = ast.parse(source)
     lines = source.split("\n")  # not splitlines: Python does not end a line at a form feed
-    for name, node in _walk(tree, ""):
+    for name, node in _walk(tree):
         if ast.get_docstring(node, clean=False) is None or len(node.body) < 2:
             continue
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
@@ -151,14 +169,16 @@ def functions_of(source: str, module: str) -> Iterator[Function]:
         yield Function(module, f"{module}:{node.lineno}:{name}", "".join(text[:cut]), "".join(text[cut:]))
 
 
-def _walk(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield prefix + child.name, child
-        elif isinstance(child, ast.ClassDef):
-            yield from _walk(child, f"{prefix}{child.name}.")
-        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
-            yield from _walk(child, prefix)
+def _walk(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    waiting: list[tuple[ast.AST, str]] = [(tree, "")]  # no recursion: an elif is nested in the one before it
+    while waiting:
+        node, prefix = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield prefix + node.name, node
+            continue
+        prefix = f"{prefix}{node.name}." if isinstance(node, ast.ClassDef) else prefix
+        inside = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.ExceptHandler | ast.match_case)]
+        waiting += [(child, prefix) for child in reversed(inside)]
 
 
 def _hash(text: str) -> int:

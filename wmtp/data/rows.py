@@ -1,12 +1,16 @@
 """Rows of a dataset as dictionaries, each with the place it came from, so that an error can name the line."""
 
+import difflib
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from wmtp.errors import MissingError, UserError
 from wmtp.storage import local_copy
@@ -14,6 +18,8 @@ from wmtp.storage import local_copy
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
+_LIKENESS = 0.8  # of two names, from which on one may be the other misspelt
 
 
 def read_rows(
@@ -27,19 +33,19 @@ def read_rows(
             folders may be local or ``s3://``, see :func:`wmtp.storage.local_copy`.
         split: which file of a folder, or which split of a hub dataset; unused for a file.
         subset: the hub dataset's configuration, such as ``sanitized``.
-        streaming: read parquet and hub rows as they come, without a copy in the cache of `datasets`. Rows of JSON lines
-            are always read so, and one JSON array always as a whole.
+        streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Rows of files
+            are always read so, but for one JSON array, which is read as a whole.
 
     Raises:
         FileNotFoundError: source, or the split's file in it, does not exist.
-        ValueError: malformed JSON, a row that is no object, or a hub dataset that cannot be loaded.
+        ValueError: a file that cannot be read, malformed JSON, a row that is no object or has a key twice, or a hub
+            dataset that cannot be loaded.
     """
     path = _local_file(source, split)
     if path is None:
         return _numbered(_from_hub(str(source), subset, split, streaming), f"{source}[{split}]")
     if path.suffix == ".parquet":
-        rows = _from_parquet(path) if streaming else _load_dataset("parquet", data_files=str(path), split="train")
-        return _numbered(rows, str(path))
+        return _numbered(_from_parquet(path), printable(path))
     return _from_json(path)
 
 
@@ -53,34 +59,117 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
     if path is None:
         info = _from_hub(str(source), subset, split, streaming=True).info
         return info.splits[split].num_examples if info.splits and split in info.splits else None
-    if path.suffix == ".parquet":
-        return _parquet_file(path).metadata.num_rows
-    with _reading(path), _open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-        return None if first.lstrip().startswith(b"[") else bool(first) + sum(1 for line in file if line.strip())
+    with reading(path):
+        if path.suffix == ".parquet":
+            with path.open("rb") as file:
+                return _parquet_file(file, path).metadata.num_rows
+        with _open(path) as file:
+            first = next((line for line in file if line.strip()), "")
+            return None if first.lstrip().startswith("[") else bool(first) + sum(1 for line in file if line.strip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fields and columns
 
 
 def take(row: dict, where: str, column: str, kind: type) -> object:
     """A row's field, or a ValueError that says where it is missing or wrong, and which fields are there."""
-    if row.get(column) is None:
+    value = row.get(column)
+    if value is None and column in row:
+        raise UserError(f"{where}: field {column!r} is null; give it a value, or leave the row out")
+    if value is None:
         raise UserError(f"{where}: field {column!r} is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
-    if not isinstance(row[column], kind):
-        raise UserError(
-            f"{where}: field {column!r} must be {_KIND[kind]}, got {type(row[column]).__name__} {row[column]!r:.60}"
-        )
-    return row[column]
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}: field {column!r} must be {_KIND[kind]}, got {type(value).__name__} {value!r:.60}")
+    return _unicode(value, f"{where}: field {column!r}") if kind is str else value
+
+
+def take_texts(row: dict, where: str, column: str) -> list[str]:
+    """A row's list of strings, empty where it has none."""
+    values = [] if row.get(column) is None else take(row, where, column, list)
+    if not all(isinstance(value, str) for value in values):
+        raise UserError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
+    return [_unicode(value, f"{where}: {column}[{place}]") for place, value in enumerate(values)]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, as float32 too; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def printable(text: object) -> str:
+    """A text that any file and terminal takes: what is no Unicode, as in the name of a file, stands there escaped."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+class ReadColumns:
+    """Rows as they pass by, with an eye on their columns.
+
+    A column that nobody reads, but that is named nearly like one that the row lacks, is refused: it is misspelt.
+
+    Args:
+        rows: of :func:`read_rows`.
+        read: the columns that are read.
+        optional: those of them that a row may lack, and that would be missed.
+
+    Attributes:
+        there: the columns of the rows so far.
+    """
+
+    def __init__(self, rows: Iterable[tuple[str, dict]], read: Collection[str], optional: Collection[str] = ()) -> None:
+        self._rows, self._read, self._optional = rows, frozenset(read), optional
+        self.there: dict[str, None] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, dict]]:
+        for where, row in self._rows:
+            for column in row.keys() - self.there.keys() - self._read:
+                lacking = [name for name in self._optional if name not in row]
+                near = difflib.get_close_matches(str(column), lacking, n=1, cutoff=_LIKENESS)
+                if near:
+                    raise UserError(
+                        f"{where}: nobody reads the column {column!r}; did you mean {near[0]!r}? Rename or remove it"
+                    )
+            self.there.update(dict.fromkeys(row))
+            yield where, row
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """The columns that were there and that nobody reads."""
+        return tuple(str(column) for column in self.there if column not in self._read)
+
+    def require(self, key: str, column: str, source: object) -> None:
+        """Refuse a config's key that names a column which no row has."""
+        if column not in self.there:
+            there = ", ".join(map(str, self.there)) or "none"
+            raise UserError(f"{key} is {column!r}, which no row of {source} has; its columns are {there}")
 
 
 _KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an object", bool: "true or false"}
 
 
+def _unicode(text: str, what: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds half a character, {text[error.start]!a} at place {error.start}, which is no Unicode text; "
+            "write the whole character, or leave the row out"
+        ) from None
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
 def _local_file(source: str | Path, split: str | None) -> Path | None:
     """The file that source and split name; None for a name on the hub."""
-    path = local_copy(source)
-    if path.is_dir():
-        return _file_of_split(path, split)
-    if path.exists():
-        return path
+    with reading(source):
+        path = local_copy(source)
+        if path.is_dir():
+            return _file_of_split(path, split)
+        if path.exists():
+            return path
     if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
         raise MissingError(f"{source} does not exist; give a file, a folder, or a hub name owner/name as source")
     return None
@@ -89,7 +178,7 @@ def _local_file(source: str | Path, split: str | None) -> Path | None:
 def _file_of_split(folder: Path, split: str | None) -> Path:
     if split is None:
         raise UserError(f"{folder} is a folder; set split to the name of one of its files, or source to a file")
-    found = [folder / f"{split}{suffix}" for suffix in _SUFFIXES if (folder / f"{split}{suffix}").exists()]
+    found = [folder / f"{split}{suffix}" for suffix in _SUFFIXES if (folder / f"{split}{suffix}").is_file()]
     if len(found) == 1:
         return found[0]
     if found:
@@ -99,55 +188,84 @@ def _file_of_split(folder: Path, split: str | None) -> Path:
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
-    with _reading(path), _open(path, "rt") as file:
+    name = printable(path)
+    with reading(path), _open(path) as file:
         first = file.read(1)
         while first.isspace():
             first = file.read(1)
         file.seek(0)
         if first == "[":
-            for number, row in enumerate(_parse(file.read(), path, 1), start=1):
-                yield _checked(row, f"{path}: row {number}")
+            for number, row in enumerate(_parse(file.read(), name, 1), start=1):
+                yield _checked(row, f"{name}: row {number}")
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield _checked(_parse(line.rstrip("\r\n"), path, number), f"{path}:{number}")
+                yield _checked(_parse(line.rstrip("\r\n"), name, number), f"{name}:{number}")
 
 
-def _open(path: Path, mode: str):
-    encoding = None if "b" in mode else "utf-8"
-    return gzip.open(path, mode, encoding=encoding) if path.suffix == ".gz" else path.open(mode, encoding=encoding)
+def _open(path: Path):
+    """A text file; the mark that some editors put before the first character is passed over."""
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+
+
+def unreadable(error: OSError, path: str | Path) -> UserError:
+    """What the file system refuses, as an error with the name of the file or folder."""
+    name = printable(error.filename or path)
+    return UserError(f"{name} cannot be read: {error.strerror}; give this user the right to, or name another source")
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: str | Path) -> Iterator[None]:
+    """What a file's bytes, or the file system, refuse, as one line with the file's name."""
+    name = printable(path)
     try:
         yield
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: not readable as {'gzipped ' * (path.suffix == '.gz')}UTF-8 text: {error}") from error
+    except UserError:
+        raise
+    except (UnicodeDecodeError, EOFError, zlib.error, pa.ArrowException, OSError) as error:
+        if getattr(error, "strerror", None):
+            raise unreadable(error, path) from error
+        kind = "parquet" if name.endswith(".parquet") else f"{'gzipped ' * name.endswith('.gz')}UTF-8 text"
+        raise UserError(f"{name}: not readable as {kind}: {' '.join(str(error).split())}") from error
 
 
 def _from_parquet(path: Path) -> Iterator[dict]:
-    for batch in _parquet_file(path).iter_batches(batch_size=_PARQUET_ROWS):
-        yield from batch.to_pylist()
+    """The rows of this very file: readers that are given a name take it for a pattern."""
+    with reading(path), path.open("rb") as file:
+        for batch in _parquet_file(file, path).iter_batches(batch_size=_PARQUET_ROWS):
+            yield from batch.to_pylist()
 
 
-def _parquet_file(path: Path):
-    import pyarrow
-    import pyarrow.parquet
+def _parquet_file(file, path: Path):
+    found = pq.ParquetFile(file)
+    names = found.schema_arrow.names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{printable(path)}: the column {twice!r} is there twice; leave one of them out")
+    return found
 
+
+def _parse(text: str, name: str, line: int) -> object:
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not readable as parquet: {error}") from error
-
-
-def _parse(text: str, path: Path, line: int) -> object:
-    try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
+        line += error.lineno - 1
         raise UserError(
-            f"{path}:{line + error.lineno - 1}: malformed JSON: {error.msg} at column {error.colno}"
+            f"{name}:{line}: malformed JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
         ) from None
+    except RecursionError:
+        raise UserError(f"{name}:{line}: JSON that is nested too deeply to be read") from None
+    except ValueError as error:  # a key that is there twice, a number of more digits than Python reads
+        raise UserError(f"{name}:{line}: malformed JSON: {error}") from None
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return row
 
 
 def _checked(row: object, where: str) -> tuple[str, dict]:
@@ -169,9 +287,8 @@ def _load_dataset(*args, **kwargs):
         return datasets.load_dataset(*args, **kwargs)
     except Exception as error:  # the hub's errors share no base class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        name = kwargs.get("data_files", args[0])
         raise UserError(
-            f"dataset {name!r} cannot be loaded ({reason}); check its name, subset and split, "
+            f"dataset {args[0]!r} cannot be loaded ({reason}); check its name, subset and split, "
             "or download it and give a local file or folder as source"
         ) from error
 

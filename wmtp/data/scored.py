@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, digest_tokens
+from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish
 from wmtp.storage import local_copy
@@ -69,8 +70,9 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
         ValueError: the scoring is not complete, or was made with another vocabulary or model; a part is missing, has
             changed, lacks the column or holds a number that is not finite.
     """
-    folder = local_copy(source)
-    manifest = read_manifest(folder)
+    with reading(source):
+        folder = local_copy(source)
+        manifest = read_manifest(folder)
     vocab_hash, made_with = tokenizer.vocab_hash(), manifest["tokenizer"]["vocab_hash"]
     if vocab_hash != made_with:
         raise UserError(
@@ -86,7 +88,8 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
                 f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
                 "; score again with this checkpoint, or name the one that was used"
             )
-    return Documents(f"scored {folder}", _read_parts(folder, manifest), scored_len=manifest["seq_len"])
+    with reading(folder):
+        return Documents(f"scored {folder}", _read_parts(folder, manifest), scored_len=manifest["seq_len"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,11 +252,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
     try:
         manifest = json.loads(file.read_text())
-        known = manifest["format"] == FORMAT and manifest["column"] in TOKEN_COLUMNS
+        known, column = manifest["format"] == FORMAT, manifest["column"]
     except (ValueError, KeyError, TypeError):
         known = False
     if not known:
         raise UserError(f"{file} is not the manifest of a scored dataset (format {FORMAT}); score again")
+    if column not in TOKEN_COLUMNS:
+        raise UserError(f"{file}: column must be one of {', '.join(TOKEN_COLUMNS)}, got {column!r:.40}; score again")
     return manifest
 
 

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wmtp.data.packaged import packaged_programs
-from wmtp.data.rows import read_rows, take
+from wmtp.data.rows import ReadColumns, is_number, read_rows, take, take_texts
 from wmtp.data.task_ids import select_tasks
 from wmtp.errors import UserError
 from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 
 PYTHON3 = 3  # the dataset's number of the language
+_KINDS = ("public_tests", "private_tests", "generated_tests")
+_JUDGING = (*_KINDS, "tests", "time_limit", "memory_limit_bytes")
 
 
 @dataclass(frozen=True)
@@ -126,25 +128,28 @@ def code_contests(
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
-    rows = read_rows(source, split)
+    rows = ReadColumns(read_rows(source, split), _JUDGING, _JUDGING)
     if reproducible_only:
         rows = ((where, row) for where, row in rows if take(row, where, "gold_passes_exactly", bool))
     return select_tasks(((where, _stdio_task(row, where)) for where, row in rows), source, ids, limit)
 
 
 def packaged_program_tasks(*, ids: Sequence[str] | None = None, limit: int | None = None) -> tuple[StdioTask, ...]:
-    """The 12 programs of :func:`wmtp.data.packaged_programs`."""
+    """The 12 programs of :func:`wmtp.data.packaged_programs`.
+
+    Args:
+        ids, limit: as in :func:`code_contests`.
+    """
     rows = ((f"packaged program {row['name']}", row) for row in packaged_programs())
     tasks = ((where, _stdio_task(row, where)) for where, row in rows)
     return select_tasks(tasks, "packaged programs", ids, limit)
 
 
 def _stdio_task(row: dict, where: str) -> StdioTask:
-    kinds = ("public_tests", "private_tests", "generated_tests")
-    if row.get("tests") is not None and all(row.get(kind) is None for kind in kinds):
+    if row.get("tests") is not None and all(row.get(kind) is None for kind in _KINDS):
         public, private, generated = (), _tests(row, where, "tests"), ()
     else:
-        public, private, generated = (_tests(row, where, kind) for kind in kinds)
+        public, private, generated = (_tests(row, where, kind) for kind in _KINDS)
     if not public + private + generated:
         raise UserError(f"{where}: no tests; a problem needs tests, or public_tests, private_tests or generated_tests")
     return StdioTask(
@@ -156,9 +161,9 @@ def _stdio_task(row: dict, where: str) -> StdioTask:
         time_limit_seconds=_seconds(row.get("time_limit"), where),
         memory_limit_bytes=_number(row, where, "memory_limit_bytes") or None,
         rating=_number(row, where, "cf_rating"),
-        tags=tuple(_list(row, where, "cf_tags" if row.get("cf_tags") is not None else "tags")),
+        tags=_tags(row, where, "cf_tags" if row.get("cf_tags") is not None else "tags"),
         difficulty=_number(row, where, "difficulty"),
-        solutions=_solutions(row, where),
+        solutions=programs_of(row, where, "solutions", PYTHON3) if row.get("solutions") is not None else (),
     )
 
 
@@ -174,14 +179,24 @@ def _tests(row: dict, where: str, kind: str) -> tuple[StdioTest, ...]:
     return tuple(StdioTest(*pair) for pair in zip(inputs, outputs, strict=True))
 
 
-def _solutions(row: dict, where: str) -> tuple[str, ...]:
-    if row.get("solutions") is None:
-        return ()
-    found = take(row, where, "solutions", dict)
-    languages, sources = (take(found, f"{where}: field 'solutions'", c, list) for c in ("language", "solution"))
+def programs_of(row: dict, where: str, column: str, language: int) -> tuple[str, ...]:
+    """A problem's `solutions` or `incorrect_solutions` in one language, by the dataset's number of it.
+
+    Raises:
+        ValueError: the field is missing, or is not equally many languages and texts.
+    """
+    found, inside = take(row, where, column, dict), f"{where}: field {column!r}"
+    languages, sources = take(found, inside, "language", list), take_texts(found, inside, "solution")
     if len(languages) != len(sources):
-        raise UserError(f"{where}: solutions has {len(languages)} languages and {len(sources)} programs")
-    return tuple(source for language, source in zip(languages, sources, strict=True) if language == PYTHON3)
+        raise UserError(f"{where}: {column} has {len(languages)} languages and {len(sources)} programs")
+    return tuple(source for number, source in zip(languages, sources, strict=True) if number == language)
+
+
+def contest_prompt_task(row: dict, where: str) -> StdioTask:
+    """What the prompt of a problem shows: its statement, rating and tags; without tests."""
+    name, description = take(row, where, "name", str), take(row, where, "description", str)
+    rating, tags = _number(row, where, "cf_rating"), _tags(row, where, "cf_tags")
+    return StdioTask(name, description, (), (), (), rating=rating, tags=tags)
 
 
 def _seconds(limit: object, where: str) -> float | None:
@@ -189,7 +204,7 @@ def _seconds(limit: object, where: str) -> float | None:
         return None
     if isinstance(limit, dict):
         seconds, nanos = limit.get("seconds") or 0, limit.get("nanos") or 0
-        if all(isinstance(part, int | float) for part in (seconds, nanos)) and seconds + nanos * 1e-9 > 0:
+        if all(map(is_number, (seconds, nanos))) and seconds + nanos * 1e-9 > 0:
             return seconds + nanos * 1e-9
     raise UserError(f"{where}: time_limit must be null or {{seconds, nanos}} of more than 0 s, got {limit!r:.60}")
 
@@ -201,5 +216,5 @@ def _number(row: dict, where: str, column: str) -> int:
     return value
 
 
-def _list(row: dict, where: str, column: str) -> list[str]:
-    return [] if row.get(column) is None else [tag for tag in take(row, where, column, list) if tag]
+def _tags(row: dict, where: str, column: str) -> tuple[str, ...]:
+    return tuple(filter(None, take_texts(row, where, column)))

