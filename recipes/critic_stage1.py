@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
+from wmtp import config
+from wmtp.base_identity import require_same_base
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
 from wmtp.critic import (
     BestWeights,
     HiddenStates,
@@ -36,6 +37,7 @@ from wmtp.critic import (
 from wmtp.data import BatchStream, PairDataset, hf_tokenizer, pair_splits, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.errors import clear_errors, ending
+from wmtp.lr_schedule import build_schedule
 from wmtp.models import (
     ValueModel,
     checkpoint_activations,
@@ -46,6 +48,7 @@ from wmtp.models import (
     save_value_model,
     shard_model,
 )
+from wmtp.optimizers import build_optimizer
 from wmtp.report import preview_pairs
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name
@@ -157,10 +160,7 @@ class CriticStage1Recipe:
         self._total_steps = self._max_steps or math.ceil(self._epochs * len(self._data) / pairs_per_step)
 
         self._model = self._build_model(path)
-        self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
-        self._scheduler = build(
-            self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
-        )
+        self._torch_optimizer = build_optimizer(self._optimizer_cfg, self._parameter_groups())
 
         self._step, run_id = 0, None
         self._best = {"step": None, "accuracy": -math.inf, "evaluations_since": 0}
@@ -173,6 +173,8 @@ class CriticStage1Recipe:
         self._best_weights = BestWeights(self._output_dir)
         if resume_from is not None:
             run_id = self._restore(resume_from)
+        steps = {"step": self._step, "num_training_steps": self._total_steps}
+        self._scheduler = build_schedule(self._scheduler_cfg, self._torch_optimizer, **steps, say=self._log.say)
         self._log.start(
             self._cfg,
             recipe=Path(__file__).stem,
@@ -268,19 +270,13 @@ class CriticStage1Recipe:
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""
         state = load_trainer(checkpoint)
+        changes = config_changes(state.get("config"), self._cfg)
         self._stream.load_state_dict(state["stream"])
-        for key, value in self._identity.items():
-            if state["identity"][key] != value:
-                raise ConfigError(
-                    f"cannot resume: {key} was {state['identity'][key]:.200}, now {value:.200}; restore it, or start a "
-                    "new run"
-                )
-        load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True)
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
+        require_same_base(state["identity"], self._identity)
+        load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True, changes=changes)
         restore_rng(state["rng"], self._world.rank)
         self._step, self._best = state["step"], state["best"]
-        self._log.say(f"resumed {checkpoint} at step {self._step}")
+        self._log.say(f"resumed {checkpoint} at step {self._step}{changes}")
         return state["run_id"]
 
     def _hidden_states(self) -> dict[str, HiddenStates]:
@@ -393,7 +389,7 @@ class CriticStage1Recipe:
         """Start saving all that a resumed run needs; the loop goes on while the shards are written."""
         trainer = {
             "stream": self._stream.state_dict(),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
             "best": dict(self._best),
             "identity": self._identity,
             "run_id": self._log.run_id,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
-from torchtune import config
 from tqdm import tqdm
 
+from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
 from wmtp.data import held_out_batches, pack
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world

@@ -15,20 +15,21 @@ import time
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
-from torchtune import config
+from omegaconf import DictConfig, OmegaConf
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
+from wmtp import config
 from wmtp.base_identity import describe_base, require_same_base
 from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, gather_objects, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
+from wmtp.lr_schedule import build_schedule
 from wmtp.models import (
     checkpoint_activations,
     describe_training,
@@ -41,6 +42,7 @@ from wmtp.models import (
     save_adapter,
     shard_model,
 )
+from wmtp.optimizers import build_optimizer
 from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
@@ -152,10 +154,7 @@ class LoRARecipeWMTP:
         self._reference = self._build_reference()
         self._value_model = self._load_value_model()
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
-        self._torch_optimizer = build(self._optimizer_cfg, self._parameter_groups(), where="optimizer")
-        self._scheduler = build(
-            self._scheduler_cfg, self._torch_optimizer, where="lr_scheduler", num_training_steps=self._total_steps
-        )
+        self._torch_optimizer = build_optimizer(self._optimizer_cfg, self._parameter_groups())
 
         self._step, run_id = 0, None
         self._checkpointer = Checkpointer(
@@ -165,6 +164,8 @@ class LoRARecipeWMTP:
             run_id = self._restore(self._resume_from)
         elif self._adapter is not None:
             load_adapter(self._model, resolve_checkpoint(self._adapter), base_weights=self._base["base_weights"])
+        steps = {"step": self._step, "num_training_steps": self._total_steps}
+        self._scheduler = build_schedule(self._scheduler_cfg, self._torch_optimizer, **steps, say=self._log.say)
         self._log.start(
             self._cfg,
             recipe=Path(__file__).stem,
@@ -261,16 +262,15 @@ class LoRARecipeWMTP:
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""
         state = load_trainer(checkpoint)
+        changes = config_changes(state.get("config"), self._cfg)
         self._stream.load_state_dict(state["stream"])
         require_same_base(state["base"], self._base)
-        load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True)
-        if self._scheduler is not None:
-            self._scheduler.load_state_dict(state["scheduler"])
+        load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True, changes=changes)
         self._weighting.load_state_dict(state["weighting"])
         self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
         self._step = state["step"]
-        self._log.say(f"resumed {checkpoint} at step {self._step}")
+        self._log.say(f"resumed {checkpoint} at step {self._step}{changes}")
         return state["run_id"]
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -423,7 +423,7 @@ class LoRARecipeWMTP:
         """Start saving all that a resumed run needs; the loop goes on while the shards are written."""
         trainer = {
             "stream": self._stream.state_dict(),
-            "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
             "weighting": self._weighting.state_dict(),
             "epoch_ce": self._epoch_ce,
             "base": self._base,

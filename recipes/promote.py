@@ -15,8 +15,8 @@ import os
 import sys
 
 from omegaconf import DictConfig
-from torchtune import config
 
+from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.errors import clear_errors
 from wmtp.model_card import Statements, log_card, model_card

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torchtune import config
 from tqdm import tqdm
 
+from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
 from wmtp.data import TOKEN_COLUMNS, PackedDataset, hf_tokenizer, require_same_vocabulary
 from wmtp.data.scored import (

@@ -1,12 +1,13 @@
 """The strict config reader and component builder."""
 
+import re
 import sys
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from wmtp.config import ConfigError, ConfigReader, build
+from wmtp.config import ConfigError, ConfigReader, build, read_command_line
 
 
 def test_a_key_that_nobody_reads_is_an_error_and_reading_it_allows_it():
@@ -30,10 +31,125 @@ def test_a_section_set_to_null_on_the_command_line_is_null():
     assert ConfigReader(cfg).section("tracking", optional=True) is None
 
 
-@pytest.mark.parametrize("value", [True, "3", float("nan"), float("inf"), -1, 11])
+@pytest.mark.parametrize("value", [True, "3 steps", "nan", float("nan"), float("inf"), -1, 11])
 def test_a_number_is_finite_and_in_its_range(value):
     with pytest.raises(ConfigError, match="x must be a number >= 0 and <= 10, got"):
         ConfigReader(OmegaConf.create({"x": value})).number("x", minimum=0, maximum=10)
+
+
+def test_a_number_in_quotes_is_that_number_wherever_one_is_meant():
+    read = ConfigReader(OmegaConf.create({"a": "1e-5", "b": " 2e3", "c": 1e5, "d": ["1", 2.0], "e": ["-1.5", 0]}))
+    assert (read.number("a"), read.integer("b"), read.integer("c")) == (1e-5, 2000, 100_000)
+    assert (read.numbers("d", whole=True), read.numbers("e")) == ([1, 2], [-1.5, 0.0])
+    adam = {"_component_": "torch.optim.AdamW", "lr": "1e-5", "betas": ["0.9", 0.99], "weight_decay": "1e-4"}
+    (group,) = build(OmegaConf.create(adam), [torch.nn.Parameter(torch.zeros(1))], where="optimizer").param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-5, (0.9, 0.99), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"lr": "fast"}, r"^optimizer\.lr must be a number, got 'fast'$"),
+        ({"betas": [0.9, "0,99"]}, r"^optimizer\.betas\.1 must be a number, got '0,99'$"),
+        ({"weight_decay": True}, r"^optimizer\.weight_decay must be a number, got True$"),
+    ],
+)
+def test_what_is_no_number_is_named_with_its_key(value, message):
+    section = OmegaConf.create({"_component_": "torch.optim.AdamW", **value})
+    with pytest.raises(ConfigError, match=message):
+        build(section, [torch.nn.Parameter(torch.zeros(1))], where="optimizer")
+
+
+def whole_only(count: int, share: "float | None" = None, names: tuple[str, ...] = (), other=2):
+    return count, share, names, other
+
+
+def test_a_parameter_gets_what_its_annotation_or_default_says():
+    def given(**keys):
+        return build(OmegaConf.create({"_component_": f"{__name__}.whole_only", **keys}), where="it")
+
+    assert given(count="3", share="0.5", names=["1", "2"], other="4") == (3, 0.5, ["1", "2"], 4)
+    assert given(count=2.0, share=None) == (2, None, (), 2)
+    with pytest.raises(ConfigError, match=r"it\.count must be a whole number, got 2\.5"):
+        given(count=2.5)
+
+
+def test_the_home_folder_s_sign_is_read_in_every_path_and_nowhere_else(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg = OmegaConf.create(
+        {
+            "output_dir": "~/runs",
+            "dataset": {"files": ["~/a", "b~"], "to": "${output_dir}"},
+            "text": "a ~/b",
+            "no": "~?x",
+        }
+    )
+    read = ConfigReader(cfg)
+    assert read.get("output_dir") == "/home/me/runs"
+    assert read.section("dataset") == {"files": ["/home/me/a", "b~"], "to": "/home/me/runs"}
+    assert (read.get("text"), read.get("no")) == ("a ~/b", "~?x")
+    with pytest.raises(ConfigError, match="a reference that leads nowhere: Interpolation key 'sead' not found"):
+        ConfigReader(OmegaConf.create({"seed": "${sead}"}))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "output_dir: a\nmax_steps: 5\ntracking: null\nweighting: {_component_: wmtp.weighting.shuffled, method: "
+        "{_component_: wmtp.weighting.rho1}}\noptimizer: {_component_: torch.optim.AdamW, lr: 1e-5, "
+        "betas: [0.9, 0.95]}\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        (["output_dir=runs/a=b"], "output_dir", "runs/a=b"),
+        (["output_dir=s3://bucket/x?y=a=b"], "output_dir", "s3://bucket/x?y=a=b"),
+        (["output_dir='a, b: c'"], "output_dir", "a, b: c"),
+        (["optimizer.lr=1e-5"], "optimizer.lr", 1e-5),
+        (["optimizer.betas.1=.99"], "optimizer.betas", [0.9, 0.99]),
+        (["optimizer.betas=[0.8, 0.9]"], "optimizer.betas", [0.8, 0.9]),
+        (
+            ["optimizer=torch.optim.SGD", "~optimizer.betas"],
+            "optimizer",
+            {"_component_": "torch.optim.SGD", "lr": 1e-5},
+        ),
+        (["weighting.method=wmtp.weighting.dft"], "weighting.method._component_", "wmtp.weighting.dft"),
+        (["optimizer=null"], "optimizer", None),
+        (["tracking.experiment=e"], "tracking", {"experiment": "e"}),
+        (["max_steps=None"], "max_steps", None),
+        (["seed=1", "max_steps=${seed}", "seed=2"], "max_steps", 2),
+    ],
+)
+def test_the_command_line_changes_the_file(config_file, changes, key, value):
+    assert OmegaConf.select(read_command_line(["--config", str(config_file), *changes]), key) == value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("max_steps", "'max_steps' on the command line: write key=value, such as max_steps=20, or ~key"),
+        ("--max_steps", "'--max_steps' on the command line: write key=value"),
+        ("max_steps=", "'max_steps=' on the command line: the value is empty; write max_steps=null"),
+        ("~max_stepz", "'~max_stepz' on the command line: the config has no such key to remove"),
+        ("output_dir=[a", "the value is no YAML, quote it: \"output_dir='[a'\""),
+        ("optimizer.betas.7=1", "'optimizer.betas.7=1' on the command line: list index out of range"),
+    ],
+)
+def test_an_argument_that_changes_nothing_is_refused_in_one_line(config_file, change, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_command_line(["--config", str(config_file), change])
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "No such file"), ("a: [1", "line 1"), ("- a", "holds a list")])
+def test_a_file_that_is_no_config_is_refused_in_one_line(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_command_line(["--config", str(tmp_path / "c.yaml")])
 
 
 def test_build_checks_keys_by_name_and_passes_the_recipe_s_own():

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.config import ConfigError
+from wmtp.config import ConfigError, differences
 from wmtp.distributed import gather_objects
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 
@@ -30,8 +30,10 @@ def describe_base(
 
 def require_same_base(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises ConfigError where a checkpoint was saved on another base than the run would go on with."""
-    for key, value in now.items():
-        if saved[key] != value:
-            raise ConfigError(
-                f"cannot resume: {key} was {saved[key]:.200}, now {value:.200}; restore it, or start a new run"
-            )
+    changed = differences(*({key: _plain(value) for key, value in base.items()} for base in (saved, now)))
+    if changed:
+        raise ConfigError(f"cannot resume with {', '.join(changed)}; restore it, or start a new run")
+
+
+def _plain(value: str) -> object:
+    return json.loads(value) if value.startswith("{") else value

@@ -1,7 +1,7 @@
 """Checkpoints of a run: sharded, asynchronous, visible only when complete.
 
     <output_dir>/checkpoints/step_00000040/    model and optimizer shards (torch.distributed.checkpoint),
-                                               trainer.pt (step, data position, scheduler, RNG of every rank),
+                                               trainer.pt (step, data position, config, RNG of every rank),
                                                manifest.json (size and SHA-256 of every file)
     <output_dir>/checkpoints/latest            the name of the newest complete one
 
@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects
 from wmtp.errors import DiskError, UserError, disk_fault
 from wmtp.files import MANIFEST, publish, verify_manifest, write_manifest
 from wmtp.models.load import named_parameters
+from wmtp.optimizers import load_optimizer_state
 from wmtp.storage import Output
 
 TRAINER = "trainer.pt"
@@ -78,7 +79,8 @@ class Checkpointer:
             torn.mkdir(parents=True)
             torch.save({**trainer, "step": step, "rng": rng}, torn / TRAINER)
         dist.barrier(group=self._group)
-        state = _state(model, optimizer, self._trained_only)
+        weights = _weights(model, self._trained_only)
+        state = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
         if not any(tensor.is_cuda for tensor in state["model"].values()):
             state = _clone(state)  # CPU tensors are shared with the optimizer, which goes on updating them in place
         self._writing = dcp.async_save(state, checkpoint_id=str(torn), process_group=self._group)
@@ -168,26 +170,36 @@ def load_trainer(checkpoint: Path) -> dict:
 
 
 def load_sharded(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, trained_only: bool = False
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    trained_only: bool = False,
+    changes: str = "",
 ) -> None:
-    """Read model and optimizer in place, each rank its shards, saved at whatever world size.
+    """Read weights and the optimizer's moments in place, each rank its shards, saved at whatever world size.
 
-    With ``trained_only``, as the checkpoint was saved, frozen parameters stay what they are.
+    The optimizer's hyperparameters stay those of the config.
+
+    Args:
+        trained_only: as the checkpoint was saved: frozen parameters stay what they are.
+        changes: what the config says otherwise than the checkpoint's (:func:`wmtp.config.config_changes`).
 
     Raises:
-        ValueError: the checkpoint's parameters are not this model's.
+        UserError: the checkpoint's parameters are not this model's, or their state not this optimizer's.
     """
-    state = _state(model, optimizer, trained_only)
+    weights = _weights(model, trained_only)
     saved = dcp.FileSystemReader(str(checkpoint)).read_metadata().state_dict_metadata
-    for name, tensor in state["model"].items():
+    for name, tensor in weights.items():
         found = getattr(saved.get(f"model.{name}"), "size", None)
         if found is None or tuple(found) != tuple(tensor.shape):
             raise UserError(
-                f"checkpoint {checkpoint} holds {name} as {tuple(found) if found else 'nothing'}, the model has "
-                f"{tuple(tensor.shape)}; resume with the model section the run was started with"
+                f"cannot resume{changes}: checkpoint {checkpoint} holds {name} as "
+                f"{tuple(found) if found else 'nothing'}, the model has {tuple(tensor.shape)}; resume with the model "
+                "section the run was started with"
             )
-    dcp.load(state, checkpoint_id=str(checkpoint))
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    load_optimizer_state(str(checkpoint), saved, model, optimizer, changes=changes)
+    dcp.load({"model": weights}, checkpoint_id=str(checkpoint))
 
 
 def restore_rng(states: list[dict], rank: int) -> None:
@@ -202,13 +214,13 @@ def restore_rng(states: list[dict], rank: int) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, trained_only: bool) -> dict:
+def _weights(model: nn.Module, trained_only: bool) -> dict[str, torch.Tensor]:
     weights = model.state_dict()
     if trained_only:
         for name, parameter in named_parameters(model):
             if not parameter.requires_grad:
                 weights.pop(name, None)
-    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
+    return weights
 
 
 def _rng_state() -> dict:

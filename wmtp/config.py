@@ -1,19 +1,25 @@
 """Reading a recipe's config strictly: every value is checked where it is read, and a key nobody read is an error."""
 
+import argparse
 import difflib
+import functools
 import inspect
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
+from yaml import YAMLError
 
 from wmtp.errors import UserError, is_traceback, keep_tracebacks, one_line, raised_in
+from wmtp.secrets import mask_secrets
 
 
 class ConfigError(UserError):
@@ -30,10 +36,16 @@ _REQUIRED = object()
 class ConfigReader:
     """Typed access to a config's keys. Call :meth:`done` when all are read: what nobody read is a misspelt key.
 
-    A recipe that reads a new key allows it; there is no schema to keep beside the code.
+    A recipe that reads a new key allows it; there is no schema to keep beside the code. Texts that begin with ``~/``
+    are paths in the home folder, everywhere in the config. A number in quotes is that number.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
+        try:
+            OmegaConf.resolve(cfg)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"the config has a reference that leads nowhere: {one_line(error)}") from error
+        _expand_home(cfg)
         self._cfg = cfg
         self._read: set[str] = set()
 
@@ -52,7 +64,7 @@ class ConfigReader:
         maximum: float = math.inf,
     ) -> float | None:  # fmt: skip
         """A finite real number in the given range; None only if that is the default."""
-        value = self.get(key, default)
+        value = as_number(self.get(key, default))
         if value is None:
             return None
         bounds = [f"> {above}"] * (above > -math.inf) + [f">= {minimum}"] * (minimum > -math.inf)
@@ -65,7 +77,7 @@ class ConfigReader:
 
     def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 0) -> int | None:
         """A whole number >= minimum; None only if that is the default."""
-        value = self.get(key, default)
+        value = _whole(as_number(self.get(key, default)))
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
@@ -77,6 +89,8 @@ class ConfigReader:
     ) -> list[float]:
         """A list of one or more different finite numbers >= minimum, whole ones if asked."""
         values = self.get(key, default)
+        if isinstance(values, Sequence) and not isinstance(values, str):
+            values = [_whole(as_number(v)) if whole else as_number(v) for v in values]
         kinds = int if whole else int | float
         good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0 and all(
             isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and v >= minimum for v in values
@@ -135,13 +149,8 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     """
     if section is None:
         return None
-    path = section.get("_component_")
-    if path is None:
-        raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
-    if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
-        sys.path.append(os.getcwd())
-    component = _component(path, where)
-    parameters = inspect.signature(component).parameters
+    component, path = component_of(section, where), section._component_
+    parameters = _parameters(component)
     by_name = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     allowed = by_name - set(kwargs) - set(list(parameters)[: len(args)])
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -152,6 +161,7 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     if missing:
         raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
     values = {str(key): _built(value, f"{where}.{key!s}") for key, value in section.items() if key != "_component_"}
+    values |= {n: _numeric(values[n], parameters[n], f"{where}.{n}") for n in values if n in by_name}
     try:
         return component(*args, **{**values, **kwargs})
     except UserError as error:
@@ -165,8 +175,18 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
         raise ConfigError(f"{where} ({path}): {one_line(error)}") from error
 
 
-def _component(path: str, where: str) -> Any:
-    """What a dot path names. An error of the module itself, which is the user's own, comes as it is."""
+def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
+    """The class or function that a section's `_component_` names.
+
+    Raises:
+        ConfigError: none is named, or it cannot be found. An error of the module itself, which is the user's own, comes
+            as it is.
+    """
+    path = section.get("_component_")
+    if path is None:
+        raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
+    if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
+        sys.path.append(os.getcwd())
     try:
         return _get_component_from_path(path)
     except (InstantiationError, ImportError, ValueError) as error:
@@ -177,6 +197,60 @@ def _component(path: str, where: str) -> Any:
         raise cause from None
 
 
+def as_number(value: Any) -> Any:
+    """The number that a text is, such as '1e-5' in quotes; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        with suppress(ValueError):
+            number = kind(value)
+            return number if math.isfinite(number) else value
+    return value
+
+
+def _whole(value: Any) -> Any:
+    """1e5 is the whole number that it is, though YAML reads a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(component, eval_str=True).parameters
+    except (NameError, TypeError, SyntaxError):  # an annotation that is only there for a type checker
+        return inspect.signature(component).parameters
+
+
+def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
+    """A value as a number where its parameter takes nothing else, by its annotation or default; also inside lists."""
+    kinds = _kinds(parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default))
+    if not kinds & {"int", "float"} or not kinds <= {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}:
+        return value
+    if isinstance(value, list):
+        return [_numeric(child, parameter, f"{where}.{i}") for i, child in enumerate(value)]
+    number = as_number(value)
+    number = number if "float" in kinds else _whole(number)
+    if isinstance(number, str) or (isinstance(number, bool) and "bool" not in kinds):
+        raise ConfigError(f"{where} must be a number, got {value!r}")
+    if isinstance(number, float) and "float" not in kinds:
+        raise ConfigError(f"{where} must be a whole number, got {value!r}")
+    return number
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """Names of the types that an annotation is made of: int, float and NoneType of ``list[int | float] | None``."""
+    parts = annotation if isinstance(annotation, list) else get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {getattr(annotation, "__name__", type(annotation).__name__)}
+
+
+def _expand_home(node: Any) -> None:
+    for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if OmegaConf.is_config(child):
+            _expand_home(child)
+        elif isinstance(child, str) and child.startswith("~"):
+            node[key] = os.path.expanduser(child)
+
+
 def _built(value: Any, where: str) -> Any:
     """A config value as plain Python, with what its sections name built."""
     if not OmegaConf.is_dict(value):
@@ -184,6 +258,102 @@ def _built(value: Any, where: str) -> Any:
     if "_component_" in value:
         return build(value, where=where)
     return {key: _built(child, f"{where}.{key}") for key, child in value.items()}
+
+
+def parse(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """Decorates a recipe's `main`: it is called with the config of :func:`read_command_line`."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        sys.exit(main(read_command_line(sys.argv[1:], about=sys.modules[main.__module__].__doc__)))
+
+    return wrapper
+
+
+def read_command_line(arguments: Sequence[str], about: str | None = None) -> DictConfig:
+    """The config of ``--config file.yaml``, with the command line's changes, in their order.
+
+    ``key=value`` sets a (dotted) key to a YAML value, which may hold further ``=``; where the key is a section, a text
+    is its new `_component_`. ``~key`` removes a key.
+
+    Args:
+        about: what ``--help`` shows.
+
+    Raises:
+        ConfigError: the file is no config, or an argument is no change of one.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file; change its keys with key=value, or ~key to remove")
+    known, changes = parser.parse_known_args(arguments)
+    file = Path(known.config).expanduser()
+    try:
+        cfg = OmegaConf.load(file)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {one_line(error)}") from error
+    if not OmegaConf.is_dict(cfg):
+        raise ConfigError(f"--config {file} holds a list; a config is keys and values")
+    for change in changes:
+        try:
+            _change(cfg, change)
+        except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{change!r} on the command line: {one_line(error)}") from error
+    return cfg
+
+
+def _change(cfg: DictConfig, change: str) -> None:
+    key, equals, text = change.partition("=")
+    if change.startswith("~"):
+        parent, _, name = key[1:].rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not OmegaConf.is_dict(node) or name not in node:
+            raise ConfigError("the config has no such key to remove")
+        del node[name]
+        return
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError("write key=value, such as max_steps=20, or ~key to remove a key")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={'null' if text == 'None' else text}"]))["value"]
+    except YAMLError as error:
+        raise ConfigError(f"the value is no YAML, quote it: \"{key}='{text}'\" ({one_line(error)})") from error
+    if value is None and text.lower() not in ("null", "none", "~"):
+        raise ConfigError(f"the value is empty; write {key}=null if nothing is meant")
+    node = OmegaConf.select(cfg, key)
+    if isinstance(value, str) and OmegaConf.is_dict(node) and "_component_" in node:
+        key += "._component_"
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)
+
+
+def config_changes(before: Mapping | None, now: DictConfig) -> str:
+    """What a run that goes on does otherwise: `` with optimizer.lr 0.003 -> 0.001, max_steps 20 -> 40``, or ''.
+
+    Args:
+        before: the config of its checkpoint, None where it holds none.
+        now: the config; its keys resume and overwrite say nothing about the run.
+    """
+    after = OmegaConf.to_container(now, resolve=True)
+    left_out = {"resume", "overwrite"} if before is not None else set(after)
+    found = [line for line in differences(before or {}, after) if line.split(" ", 1)[0] not in left_out]
+    return f" with {', '.join(found)}" if found else ""
+
+
+def differences(before: Mapping, after: Mapping, prefix: str = "") -> list[str]:
+    """Each (dotted) key whose value differs, with both values, short and without secrets; an absent one is null."""
+    found = []
+    for key in dict.fromkeys([*before, *after]):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} {_short(old)} -> {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping) and "_component_" in value:
+        value = value["_component_"]
+    return mask_secrets("null" if value is None else str(value))[:100]
 
 
 def check_output_dir(folder: Path, what: str, *, overwrite: bool, resume: str | None = None) -> bool:
