@@ -92,6 +92,12 @@ def test_a_resumed_run_goes_on_in_the_same_run_and_a_changed_param_is_a_tag(begi
     assert run.data.tags["wmtp.resumed_with.max_steps"] == "8" and "wmtp.resumed_with.lr" not in run.data.tags
     assert history(store, first.run_id, "loss") == [(4, 1.0), (8, 0.5)]
     assert run.info.status == "FINISHED"
+    third = begin(resumed=True)  # back to the first values, without one of the keys
+    third.log_config(OmegaConf.create({"max_steps": 4, "new": 2}))
+    third.close()
+    tags = MlflowClient(store).get_run(first.run_id).data.tags
+    said = {key.removeprefix("wmtp.resumed_with."): v for key, v in tags.items() if key.startswith("wmtp.resumed_")}
+    assert said == {"max_steps": "4", "lr": "None"}
 
 
 def test_a_checkpoint_alone_leads_to_its_run_and_one_that_is_gone_is_refused(begin, tmp_path):

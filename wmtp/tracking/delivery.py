@@ -122,16 +122,24 @@ class Delivery:
             self._client.log_batch(self.run_id, metrics=batch[start : start + _METRICS_PER_BATCH])
 
     def _send_params(self, records: list[dict]) -> None:
-        """What an earlier process of the run logged stays; where a value has changed since, a tag says to what."""
+        """What an earlier process of the run logged stays; where a value has changed since, a tag says to what.
+
+        A value that is changed back is said too, and one that the config no longer has is None.
+        """
         from mlflow.entities import Param
 
-        present = self._client.get_run(self.run_id).data.params
-        given = {entity_name(key): value[:MAX_PARAM] for record in records for key, value in record["params"].items()}
-        new = [Param(key, value) for key, value in given.items() if key not in present]
-        for start in range(0, len(new), _PARAMS_PER_BATCH):
-            self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_BATCH])
-        changed = {key: value for key, value in given.items() if present.get(key, value) != value}
-        self._send_tags([{"tags": {f"wmtp.resumed_with.{key}": value for key, value in changed.items()}}])
+        for record in records:
+            data = self._client.get_run(self.run_id).data
+            given = {entity_name(key): value[:MAX_PARAM] for key, value in record["params"].items()}
+            new = [Param(key, value) for key, value in given.items() if key not in data.params]
+            for start in range(0, len(new), _PARAMS_PER_BATCH):
+                self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_BATCH])
+            changed = {}
+            for key, old in data.params.items():
+                tag, value = f"wmtp.resumed_with.{key}"[:MAX_NAME], given.get(key, "None")
+                if value != old or tag in data.tags:
+                    changed[tag] = value
+            self._send_tags([{"tags": changed}])
 
     def _send_tags(self, records: list[dict]) -> None:
         from mlflow.entities import RunTag
