@@ -85,7 +85,8 @@ class EvalCodeContestsRecipe:
                 "set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples"
             )
         pairs = isinstance(self._n_at_ks, Sequence) and all(
-            isinstance(pair, Sequence) and len(pair) == 2 for pair in self._n_at_ks
+            isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
+            for pair in self._n_at_ks
         )
         if not pairs:
             raise ConfigError(f"n_at_k must be a list of pairs [n, k], got {self._n_at_ks!r}")

@@ -68,7 +68,7 @@ class FullFinetuneRecipeWMTP:
         self._preview = read.integer("preview", 0)
 
         self._weighting_cfg = read.section("weighting")
-        self._head_weights = read.get("head_weights", None)
+        self._head_weights = read.numbers("head_weights", None, distinct=False)
         self._reference_cfg = read.section("reference_model", optional=True)
         self._reference_checkpoint = read.get("reference_checkpoint", None)
         self._value_model_path = read.get("value_model", None)
@@ -361,9 +361,10 @@ class FullFinetuneRecipeWMTP:
         epoch = int(self._stream.epoch)
         if self._refresh_policy_ce == "step" or "policy_ce" not in self._weighting.needs:
             return
-        if self._epoch_ce is not None and self._epoch_ce["epoch"] == epoch:
-            return
         heads = self._model.num_future_tokens if self._weighting.per_head else 1
+        kept = self._epoch_ce
+        if kept is not None and (kept["epoch"], len(kept["ce"])) == (epoch, heads):
+            return
         table = cross_entropy_table(self._model, self._data, self._inputs, heads, self._batch_size, self._world)
         self._model.train()
         self._epoch_ce = {"epoch": epoch, "ce": table}

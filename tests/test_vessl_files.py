@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from torchtune._cli.tune import TuneCLIParser
-from torchtune.config._parse import TuneRecipeArgumentParser
-from torchtune.config._utils import _merge_yaml_and_cli_args
 from vessl_files import BadRunFile, check_run_file, read, recorded_commands
+
+from wmtp.config import read_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "vessl.yaml", *sorted((ROOT / "vessl").glob("*.yaml"))]
@@ -38,16 +38,14 @@ def test_commands_start_recipes_that_read_their_keys(path, tmp_path, monkeypatch
     for call in calls:
         arguments = TuneCLIParser()._parser.parse_args(call)
         module = importlib.import_module(arguments.recipe.removesuffix(".py").replace("/", "."))
-        parser = TuneRecipeArgumentParser()
         config_file = OmegaConf.load(arguments.recipe_args[arguments.recipe_args.index("--config") + 1])
         overrides = [argument.split("=")[0] for argument in arguments.recipe_args if "=" in argument]
         # Every key is in its config, commented: one that is not would be a misspelling.
         assert [key for key in overrides if not _has(config_file, key)] == []
-        yaml_args, cli_args = parser.parse_known_args(arguments.recipe_args)
         recipe = next(
             value for name, value in vars(module).items() if "Recipe" in name and value.__module__ == module.__name__
         )
-        recipe(_merge_yaml_and_cli_args(yaml_args, cli_args))  # reads every key, and refuses one that it does not know
+        recipe(read_command_line(arguments.recipe_args))  # reads every key, and refuses one that it does not know
 
 
 def test_two_nodes_are_one_training_whose_processes_find_each_other(tmp_path):

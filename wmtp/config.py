@@ -85,19 +85,27 @@ class ConfigReader:
         return value
 
     def numbers(
-        self, key: str, default: Any = _REQUIRED, *, minimum: float = -math.inf, whole: bool = False
-    ) -> list[float]:
-        """A list of one or more different finite numbers >= minimum, whole ones if asked."""
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        *,
+        minimum: float = -math.inf,
+        whole: bool = False,
+        distinct: bool = True,
+    ) -> list[float] | None:
+        """A list of one or more finite numbers >= minimum, different or whole ones if asked; None only by default."""
         values = self.get(key, default)
+        if values is None:
+            return None
         if isinstance(values, Sequence) and not isinstance(values, str):
             values = [_whole(as_number(v)) if whole else as_number(v) for v in values]
         kinds = int if whole else int | float
         good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0 and all(
             isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and v >= minimum for v in values
         )  # fmt: skip
-        if not good or len(set(values)) < len(values):
-            kind = "whole numbers" if whole else "numbers"
-            raise ConfigError(f"{key} must be different {kind} >= {minimum}, in a list, got {values!r}")
+        if not good or (distinct and len(set(values)) < len(values)):
+            kind = f"{'different ' * distinct}{'whole ' * whole}numbers{f' >= {minimum}' * (minimum > -math.inf)}"
+            raise ConfigError(f"{key} must be {kind}, in a list, got {values!r}")
         return list(values) if whole else [float(v) for v in values]
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:

@@ -236,8 +236,10 @@ def test_another_base_is_refused_by_hash(lora_config, base, tmp_path):
         lora_config(checkpoint=str(tmp_path / "other"), adapter=adapter), "belongs to another base: it was trained on"
     )
     again = {"output_dir": "first", "resume": True, "max_steps": 3, "save_every": 1}
-    refused(lora_config(checkpoint=str(tmp_path / "other"), **again), "cannot resume: base_weights was")
-    refused(lora_config(adapters__alpha=3.0, **again), "cannot resume: adapters was")
+    refused(
+        lora_config(checkpoint=str(tmp_path / "other"), **again), "cannot resume with base_weights [0-9a-f]{64} -> "
+    )
+    refused(lora_config(adapters__alpha=3.0, **again), r"cannot resume with adapters\.alpha .* -> 3\.0; restore")
     assert {path: path.read_bytes() for path in Path("first").rglob("*") if path.is_file()} == before
     about = json.loads((Path(adapter) / "wmtp_adapter.json").read_text())
     assert about["base_weights"] == recipe._base["base_weights"] and len(about["base_weights"]) == 64
