@@ -15,15 +15,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from wmtp.config import ConfigError, build, component_of
-from wmtp.errors import one_line
+from wmtp.config import ConfigError, build
+from wmtp.errors import one_line, raised_in
 
 
 def build_optimizer(section: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Builds the config's optimizer, after it has taken a step on stand-ins of the parameters.
 
-    FSDP2's parameters are DTensors, which not every optimizer can update: that shows here, not after an hour of
-    loading. Every rank calls it.
+    FSDP2's parameters are DTensors, which not every optimizer can update: that shows here, by name, before anything is
+    written. Every rank calls it.
 
     Args:
         section: optimizer of the config: any class whose ``step()`` needs no closure.
@@ -32,27 +32,20 @@ def build_optimizer(section: DictConfig, groups: list[dict[str, Any]]) -> torch.
     Raises:
         ConfigError: not to be found, an unknown key, a value torch refuses, or no optimizer for sharded parameters.
     """
-    name = section.get("_component_")
-    of_torch = component_of(section, "optimizer").__module__.split(".")[0] in ("torch", "torchao")
-    try:
-        # The smallest parameter of each rank: some optimizers take matrices only.
-        stand_ins = [{**g, "params": [torch.zeros_like(p) for p in _smallest(g["params"])]} for g in groups]
-        optimizer = build(section, stand_ins, where="optimizer")
-    except ValueError as error:
-        if not of_torch or isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"optimizer ({name}): {one_line(error)}") from error
+    # The smallest parameter of each number of dimensions: some optimizers take matrices only.
+    stand_ins = [{**group, "params": [torch.zeros_like(p) for p in _smallest(group["params"])]} for group in groups]
+    optimizer = build(section, stand_ins, where="optimizer")
     for group in stand_ins:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
     except Exception as error:
-        if not of_torch:  # a fault of the user's own code keeps its traceback
+        if raised_in(error) != __file__:  # in the user's own code, not in a library's
             raise
         raise ConfigError(
-            f"optimizer ({name}) cannot update this model's sharded parameters ({one_line(error):.160}); use another, "
-            "such as torch.optim.AdamW"
+            f"optimizer ({section._component_}) cannot update this model's sharded parameters "
+            f"({one_line(error):.160}); use another, such as torch.optim.AdamW"
         ) from error
     return build(section, groups, where="optimizer")
 

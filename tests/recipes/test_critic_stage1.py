@@ -234,6 +234,20 @@ def test_a_resumed_run_goes_on_bit_for_bit_early_stopping_too(critic_config):
     assert done._step == stopped and files_of("cut/value_model") == files_of("whole/value_model")
 
 
+def test_a_run_that_goes_on_has_the_rates_of_its_config(critic_config, capfd):
+    options = {"save_every": 2, "eval_every": None, "output_dir": "run"}
+    run(critic_config(max_steps=2, **options))
+    changed = critic_config(max_steps=4, **options, resume=True, lr_scheduler=None, optimizer__lr=0.25, head_lr=0.125)
+    recipe, metrics = run(changed)
+    assert [line["train/lr"] for line in metrics if "train/lr" in line][2:] == [0.125, 0.125]  # of the head, as said
+    assert recipe._torch_optimizer.defaults["lr"] == 0.25
+    said = capfd.readouterr().err
+    assert (
+        "optimizer.lr 0.01 -> 0.25, head_lr null -> 0.125, lr_scheduler wmtp.lr_schedule.cosine_with_warmup -> null"
+        in said
+    )
+
+
 def run_all(*configs):
     """What each process does: run the recipe on each config, in one process group."""
     for path in configs:
@@ -400,7 +414,9 @@ def test_another_tokenizer_or_another_backbone_is_refused(critic_config, tmp_pat
     shutil.copy("first/value_model/tokenizer.json", tokenizer)
     first.resume, first.max_steps, first.checkpoint = True, 4, str(backbone)
     before = files_of("first/value_model")
-    with pytest.raises(ValueError, match=r"cannot resume with backbone_weights random, seed 0 -> [0-9a-f]{64}; restore"):
+    with pytest.raises(
+        ValueError, match=r"cannot resume with backbone_weights random, seed 0 -> [0-9a-f]{64}; restore"
+    ):
         run(first)
     first.checkpoint, first.loss, first.reward_spread = None, "mse", "uniform"
     with pytest.raises(ValueError, match="cannot resume with loss pairwise -> mse uniform"):

@@ -190,6 +190,16 @@ def test_weights_and_pages_are_those_of_the_full_recipe(lora_config, run_recipe,
     assert losses(run(zero)[1]) == losses(run(lora_config(output_dir="uniform", max_steps=2))[1])
 
 
+def test_a_run_that_goes_on_has_the_rates_of_its_config(lora_config, capfd):
+    """Steps 3 and 4 of 4, by hand: after one step of warm-up the cosine is at 2/4 and 3/4 of its way to step 5."""
+    options = {"save_every": 2, "output_dir": "run", "lr_scheduler__num_warmup_steps": 1}
+    run(lora_config(max_steps=2, **options))
+    _, metrics = run(lora_config(max_steps=4, **options, optimizer__lr=0.02, extra_heads_lr=0.5, resume=True))
+    assert [line["train/lr"] for line in metrics][2:] == pytest.approx([0.02 * 0.5, 0.02 * (1 - 0.5**0.5) / 2])
+    said = capfd.readouterr().err
+    assert "max_steps 2 -> 4" in said and "optimizer.lr 0.003 -> 0.02" in said and "extra_heads_lr null -> 0.5" in said
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
