@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune.training import scale_grads

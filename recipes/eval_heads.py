@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import torch
 from omegaconf import DictConfig
 from tqdm import tqdm

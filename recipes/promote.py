@@ -14,6 +14,7 @@ import getpass
 import os
 import sys
 
+import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 from omegaconf import DictConfig
 
 from wmtp import config

@@ -213,3 +213,24 @@ def test_a_full_disk_is_known_in_the_words_of_every_writer(tmp_path):
             store.execute("create table t as select zeroblob(100000) as x")
     assert "no space left on the disk" in disk_fault(full.value, tmp_path)
     assert disk_fault(ValueError("shapes"), tmp_path) is None
+
+
+def test_other_packages_start_in_silence_and_their_warnings_are_heard():
+    """Told by logger and level: MLflow's tables and torchao's kernels, and the launcher's default of one thread."""
+    code = """
+import logging
+import wmtp, wmtp.launcher
+import mlflow.utils.logging_utils  # sets its loggers' levels
+wmtp.launcher.prepare()
+logging.getLogger("torchao").warning("Skipping import of cpp extensions")
+logging.getLogger("torchao").error("heard 1")
+logging.getLogger("mlflow.store.db.utils").info("Updating database tables")
+logging.getLogger("mlflow.store.db.utils").warning("heard 2")
+launcher = logging.getLogger("torch.distributed.run")
+launcher.warning("\\n****\\nSetting OMP_NUM_THREADS environment variable for each process to be %s", 1)
+launcher.warning("heard 3")
+"""
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=variables)
+    said = done.stderr.splitlines()
+    assert [line[-7:] for line in said] == ["heard 1", "heard 2", "heard 3"]

@@ -2,7 +2,13 @@
 
 import logging
 
-# torchao 0.15 lists the compiled kernels it did not find each time it is imported; no recipe uses them.
-logging.getLogger("torchao").setLevel(logging.ERROR)
+# What other packages say at the start and is known to mean nothing here, by logger and level. It would stand above the
+# first line that does. Filters, since MLflow sets the levels of its loggers anew when it is imported.
+for _name, _level in {
+    "torchao": logging.ERROR,  # the compiled kernels it did not find, which no recipe uses
+    "mlflow.store.db.utils": logging.WARNING,  # that it makes the tables of a new database,
+    "alembic.runtime.migration": logging.WARNING,  # or brings an older one's up to date, step by step
+}.items():
+    logging.getLogger(_name).addFilter(lambda record, level=_level: record.levelno >= level)
 
 __version__ = "0.1.0"

@@ -16,12 +16,14 @@ from typing import Any
 _NOISE = (
     "Setting OMP_NUM_THREADS environment variable",  # torchrun's default of 1 thread a process is what is wanted
     "no error file defined for parent",  # that the launcher has no launcher above it
+    "Redirects are currently not supported",  # of options that nobody gave, on macOS
 )
 
 
 def prepare() -> Callable[..., Any]:
     """Make the launcher end with the error that a recipe told; the rendezvous backend that torch asked for is none."""
-    for name in ("torch.distributed.run", "torch.distributed.elastic.multiprocessing.errors.error_handler"):
+    elastic = "torch.distributed.elastic.multiprocessing"
+    for name in ("torch.distributed.run", f"{elastic}.errors.error_handler", f"{elastic}.redirects"):
         logging.getLogger(name).addFilter(lambda record: not any(noise in str(record.msg) for noise in _NOISE))
     sys.excepthook = _hook(sys.excepthook)
     return _no_backend

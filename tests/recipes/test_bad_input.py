@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -132,15 +133,34 @@ def test_the_reference_ce_column_replaces_the_reference_model(tiny_config, run_r
 
 
 @pytest.mark.slow
-def test_launched_on_two_processes_it_prints_one_line_and_exits_non_zero(tiny_config, tmp_path):
-    cfg = tiny_config(batch_size=-1, tracking={"_component_": None})  # what `tracking=null` becomes
-    OmegaConf.save(cfg, tmp_path / "bad.yaml")
+def test_launched_on_two_processes_the_error_of_rank_1_alone_is_the_last_line(tiny_config, tmp_path):
+    (tmp_path / "fails_on_rank_1.py").write_text(
+        "import os\nfrom wmtp.data import byte_tokenizer\nfrom wmtp.errors import UserError\n"
+        "def tokenizer():\n    if os.environ['RANK'] == '1':\n"
+        "        raise UserError('no room on this node; use another')\n"
+        "    return byte_tokenizer()\n"
+    )
+    # The plug-in of torch's launcher as pyproject.toml declares it, whatever is installed.
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    plugin = tmp_path / "plugin-1.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    lines = [f"[{group}]\n{name} = {value}\n" for group, own in points.items() for name, value in own.items()]
+    (plugin / "entry_points.txt").write_text("".join(lines))
+    cfg = tiny_config(tokenizer={"_component_": "fails_on_rank_1.tokenizer"}, tracking={"_component_": None})
+    OmegaConf.save(cfg, tmp_path / "bad.yaml")  # `tracking=null` becomes that section
     tune = Path(sys.executable).with_name("tune")
     recipe = "recipes/full_finetune_distributed_wmtp.py"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    environment.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
         [tune, "run", "--nproc_per_node", "2", recipe, "--config", str(tmp_path / "bad.yaml")],
-        cwd=ROOT, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=400, env=environment,
     )  # fmt: skip
-    assert done.returncode != 0
-    assert "error: batch_size must be a whole number >= 1, got -1" in done.stderr
+    said = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert said[-1] == "error [rank 1]: no room on this node; use another (traceback: WMTP_TRACEBACK=1)"
+    assert "Traceback" not in done.stderr and "ChildFailedError" not in done.stderr
+    assert "OMP_NUM_THREADS" not in done.stderr
+    assert len([line for line in said if "Skipping import" in line]) <= 1  # tune's own process, before any of ours
     assert not Path(cfg.output_dir).exists()
