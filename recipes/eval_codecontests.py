@@ -27,7 +27,7 @@ from tqdm import tqdm
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
 from wmtp.distributed import SharedCounters, gather_objects, start_world
-from wmtp.errors import clear_errors, ending
+from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
@@ -130,7 +130,8 @@ class EvalCodeContestsRecipe:
         # `judges` processes run model-written code for this process; by default the host's cores are shared out.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = self._judges or max(1, (os.cpu_count() or 1) // local_processes)
-        self._sandbox = Sandbox(workers=workers, limits=self._limits, allow_unsafe=self._allow_unsafe)
+        with as_user_error(ValueError, RuntimeError):  # a kernel that offers too little; judges that do not start
+            self._sandbox = Sandbox(workers=workers, limits=self._limits, allow_unsafe=self._allow_unsafe)
 
         self._settings = self._what_decides_a_sample()
         journals = self._output_dir / "journals"

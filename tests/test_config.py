@@ -250,3 +250,8 @@ def test_an_error_of_a_component_s_module_is_no_misspelt_name(tmp_path, monkeypa
 def test_a_value_that_a_library_refuses_is_one_line_with_the_section_s_name():
     with pytest.raises(ConfigError, match=r"^optimizer \(torch.optim.SGD\): Invalid learning rate: -1"):
         build(OmegaConf.create({"_component_": "torch.optim.SGD", "lr": -1}), [torch.zeros(1)], where="optimizer")
+
+
+def test_what_the_sandbox_refuses_is_one_line_though_it_knows_no_error_of_ours():
+    with pytest.raises(ConfigError, match=r"^limits \(wmtp.sandbox.Limits\): memory_bytes must be > 0, got -1"):
+        build(OmegaConf.create({"_component_": "wmtp.sandbox.Limits", "memory_bytes": -1}), where="limits")

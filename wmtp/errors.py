@@ -55,7 +55,7 @@ _OF_A_PATH = {
 }  # fmt: skip
 _SECONDS_FOR_RANK_0 = 1.0
 _WMTP = str(Path(__file__).parent) + os.sep
-_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen ")
+_LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen ", "<string>")
 
 _output_dir: Path | None = None
 _resumes = False
@@ -114,10 +114,18 @@ def one_line(error: BaseException) -> str:
     return mask_secrets(" ".join(str(error).split())) or type(error).__name__
 
 
+@contextmanager
+def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
+    """Make one line of what a part that knows nothing of users refuses, such as the sandbox."""
+    try:
+        yield
+    except kinds as error:
+        raise UserError(one_line(error)) from error
+
+
 def raised_in(error: BaseException) -> str:
     """The file of the innermost frame that is no library's: it is WMTP's, or the user's own."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    own = [file for file in files if file.startswith(_WMTP) or not _is_library(file)]
+    own = [frame.filename for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     return own[-1] if own else ""
 
 
@@ -153,7 +161,7 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """What `sys.excepthook` does in a recipe."""
     screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook puts a buffer in the place of sys.stderr
-    file, line = _keep(error), _line(error)
+    file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")
     prefix = "error" if rank == "0" else f"error [rank {rank}]"
     shown = line is None or os.environ.get("WMTP_TRACEBACK") == "1"
@@ -178,7 +186,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
         os._exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1))
 
 
-def _line(error: BaseException) -> str | None:
+def line_for_user(error: BaseException) -> str | None:
     """The one line that an error is for the user; None where its traceback is what they need."""
     goes_on = _resumes and _output_dir is not None and (_output_dir / "config.yaml").exists()
     resume = f"resume=true goes on from what is complete in {_output_dir}"
@@ -278,4 +286,6 @@ def _folders() -> list[Path]:
 
 
 def _is_library(file: str) -> bool:
-    return file.startswith(_LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file or "/dist-packages/" in file
+    if file.startswith(_WMTP):
+        return file.startswith(_WMTP + "sandbox")  # which stands alone and knows no error of ours
+    return file.startswith(_LIBRARIES) or "/site-packages/" in file or "/dist-packages/" in file

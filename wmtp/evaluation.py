@@ -31,7 +31,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
         ValueError: not 0 <= c <= n, or not 1 <= k <= n.
     """
     if not 0 <= c <= n:
-        raise UserError(f"the number of right samples must be between 0 and n = {n}, got {c}")
+        raise ValueError(f"the number of right samples must be between 0 and n = {n}, got {c}")
     if not 1 <= k <= n:
         raise UserError(f"pass@k needs 1 <= k <= n, got k = {k} with n = {n} samples of a task; draw more or lower k")
     if c + k > n:
@@ -59,7 +59,7 @@ def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k
         ValueError: not 0 <= C <= F <= N, not 1 <= k <= N, or n < 1.
     """
     if not 0 <= num_correct <= num_public_passes <= num_samples:
-        raise UserError(
+        raise ValueError(
             "needs 0 <= correct <= passing the public tests <= samples, "
             f"got {num_correct}, {num_public_passes}, {num_samples}"
         )
@@ -93,7 +93,7 @@ def bootstrap_interval(
     """
     values = np.asarray(per_task, dtype=np.float64)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise UserError(f"needs a finite value for each of at least one task, got {values!r:.80}")
+        raise ValueError(f"needs a finite value for each of at least one task, got {values!r:.80}")
     if not 0 < level < 1 or resamples < 1:
         raise UserError(f"level must be in (0, 1) and resamples >= 1, got {level} and {resamples}")
     rng = np.random.default_rng(seed)
@@ -143,5 +143,5 @@ def oracle_temperature(scores: Mapping[float | None, float]) -> float | None:
         ValueError: no temperatures.
     """
     if not scores:
-        raise UserError("the oracle needs the scores of at least one temperature, got none")
+        raise ValueError("the oracle needs the scores of at least one temperature, got none")
     return max(scores, key=lambda t: (scores[t], -math.inf if t is None else -t))

@@ -66,7 +66,7 @@ def evaluation_results(
     fixed_temperature = check_samples(tasks, samples, ks=ks, n_at_ks=n_at_ks, fixed_temperature=fixed_temperature)
     for sample in samples:
         if sample.key not in judgements:
-            raise UserError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
+            raise ValueError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
     tables = {}
     for temperature, by_task in _by_temperature(tasks, samples).items():
         counts = [_counts(task_id, of_task, judgements) for task_id, of_task in by_task.items()]
@@ -115,7 +115,7 @@ def check_samples(
         ValueError: as :func:`evaluation_results`, in so far as no judgement is needed to see it.
     """
     if not tasks or not samples:
-        raise UserError(f"nothing to report: {len(tasks)} tasks, {len(samples)} samples")
+        raise ValueError(f"nothing to report: {len(tasks)} tasks, {len(samples)} samples")
     if n_at_ks and not all(isinstance(task, StdioTask) for task in tasks):
         raise UserError("n@k needs to know which samples pass the public tests, which only stdio tasks have")
     grouped = _by_temperature(tasks, samples)

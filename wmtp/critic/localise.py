@@ -37,10 +37,10 @@ def value_drop_by_line(
     if rule not in RULES:
         raise UserError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     if values.ndim != 1 or values.shape != lines.shape or not len(values):
-        raise UserError(f"values and line_of_token must be [T], T >= 1, got {values.shape} and {lines.shape}")
+        raise ValueError(f"values and line_of_token must be [T], T >= 1, got {values.shape} and {lines.shape}")
     num_lines = int(lines[-1]) if num_lines is None else num_lines
     if (np.diff(lines) < 0).any() or lines[0] < 1 or lines[-1] > num_lines:
-        raise UserError(f"line_of_token must rise from 1 to at most {num_lines}, got {lines.tolist()!s:.80}")
+        raise ValueError(f"line_of_token must rise from 1 to at most {num_lines}, got {lines.tolist()!s:.80}")
     previous = np.concatenate([[values[0] if before is None else before], values[:-1]])
     falls = previous - values  # [T]
     drops = np.full(num_lines, np.nan)

@@ -152,18 +152,18 @@ def generate(
 
 def _check_model(model: nn.Module, num_drafts: int) -> None:
     if not isinstance(model, MTPDecoder):
-        raise UserError(f"generate needs an MTPDecoder, got {type(model).__name__}")
+        raise ValueError(f"generate needs an MTPDecoder, got {type(model).__name__}")
     if isinstance(num_drafts, bool) or not isinstance(num_drafts, int) or not 0 <= num_drafts < model.num_future_tokens:
         raise UserError(
             f"num_drafts must be a whole number between 0 and the model's extra heads, num_future_tokens - 1 = "
             f"{model.num_future_tokens - 1}, got {num_drafts!r}"
         )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UserError(
+        raise ValueError(
             "generate needs whole weights on one device, got a sharded model; export it and load the export"
         )
     if any(isinstance(module, nn.Dropout) and module.p > 0 and module.training for module in model.modules()):
-        raise UserError("generate needs the model without dropout; call model.eval() first")
+        raise ValueError("generate needs the model without dropout; call model.eval() first")
 
 
 def _check_request(request: Request, model: MTPDecoder) -> None:

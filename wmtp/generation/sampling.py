@@ -90,7 +90,7 @@ def key_digest(key: tuple) -> bytes:
     try:
         text = json.dumps(key)
     except TypeError as error:
-        raise UserError(f"a request's key must be a tuple of strings and numbers, got {key!r}") from error
+        raise ValueError(f"a request's key must be a tuple of strings and numbers, got {key!r}") from error
     return hashlib.blake2b(text.encode(), digest_size=32).digest()
 
 

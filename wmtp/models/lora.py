@@ -145,7 +145,7 @@ def _check(chosen: Adapters, model: nn.Module) -> None:
             "false, or trunk to lora"
         )
     if hasattr(model, "adapters"):
-        raise UserError("the model has adapters already; add them once, first")
+        raise ValueError("the model has adapters already; add them once, first")
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def merge_lora(model: nn.Module, *, merge_quantized: bool = False) -> nn.Module:
         ValueError: the model is sharded (export it instead, which merges), or quantised and merge_quantized is false.
     """
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise UserError("a sharded model cannot be merged in place; export it, and the exported weights are merged")
+        raise ValueError("a sharded model cannot be merged in place; export it, and the exported weights are merged")
     refuse_quantized(model, merge_quantized)
     for _, module in quantized_modules(model):
         module.weight = nn.Parameter(dequantized(module.weight), requires_grad=False)
@@ -249,7 +249,7 @@ def _place(block: nn.Module, target: str) -> tuple[nn.Module, nn.Module]:
 
 def _adapted(linear: nn.Module, chosen: Adapters) -> LoRALinear | DoRALinear:
     if type(linear) is not nn.Linear:
-        raise UserError(f"adapters go on plain linear layers, found {type(linear).__name__}; add them once, first")
+        raise ValueError(f"adapters go on plain linear layers, found {type(linear).__name__}; add them once, first")
     out_dim, in_dim = linear.weight.shape
     kind = DoRALinear if chosen.dora else _LoRALinear
     with torch.device("meta"):

@@ -40,13 +40,13 @@ class TokenView:
 
     def __post_init__(self) -> None:
         if not self.weights:
-            raise UserError(f"document {self.id}: weights is empty; give the weights of at least one method")
+            raise ValueError(f"document {self.id}: weights is empty; give the weights of at least one method")
         fields = {"tokens": self.tokens, "is_target": self.is_target}
         fields |= {f"weights[{name!r}]": values for name, values in self.weights.items()}
         fields |= {f"signals[{name!r}]": values for name, values in self.signals.items()}
         for name, values in fields.items():
             if np.shape(values) != (len(self.pieces),):
-                raise UserError(
+                raise ValueError(
                     f"document {self.id}: {name} has shape {np.shape(values)} for {len(self.pieces)} pieces; "
                     "give one value for each token"
                 )
@@ -107,7 +107,9 @@ def token_views(
         numbers = inside[np.sort(np.unique(inside, return_index=True)[1])]  # in order of appearance
         names = ids[row] if row < len(ids) else ()
         if len(names) != len(numbers):
-            raise UserError(f"row {row} holds {len(numbers)} documents, ids names {len(names)}; give one name for each")
+            raise ValueError(
+                f"row {row} holds {len(numbers)} documents, ids names {len(names)}; give one name for each"
+            )
         for number, name in zip(numbers, names, strict=True):
             if limit is not None and len(views) >= limit:
                 return views
@@ -163,5 +165,5 @@ def _by_head(weights: Mapping[str, Tensor | None], tokens: Tensor) -> dict[str, 
 
 def _column(name: str, values: Tensor, tokens: Tensor) -> np.ndarray:
     if values.shape != tokens.shape:
-        raise UserError(f"{name} must be [B, S] = {tuple(tokens.shape)} like the tokens, got {tuple(values.shape)}")
+        raise ValueError(f"{name} must be [B, S] = {tuple(tokens.shape)} like the tokens, got {tuple(values.shape)}")
     return values.detach().double().cpu().numpy()

@@ -9,7 +9,6 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from wmtp.errors import UserError
 from wmtp.report.token_views import TokenView
 from wmtp.weighting import weight_statistics
 
@@ -48,12 +47,12 @@ def token_weights_html(documents: Sequence[TokenView], *, title: str, settings: 
         ValueError: no documents, or documents whose methods or signals differ.
     """
     if not documents:
-        raise UserError("token_weights_html got no documents; give at least one TokenView")
+        raise ValueError("token_weights_html got no documents; give at least one TokenView")
     methods, signals = list(documents[0].weights), list(documents[0].signals)
     for document in documents:
         for kind, expected, got in (("weights", methods, document.weights), ("signals", signals, document.signals)):
             if list(got) != expected:
-                raise UserError(
+                raise ValueError(
                     f"document {document.id} has {kind} {list(got)}, the first document {documents[0].id} has "
                     f"{expected}; show the same for every document of a page"
                 )

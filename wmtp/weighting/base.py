@@ -143,13 +143,13 @@ class Weighting:
             if signal is None:
                 raise UserError(f"the weighting needs {name}, got none: {SIGNALS[name]}")
             if signal.shape[-2:] != signals.labels.shape:
-                raise UserError(
+                raise ValueError(
                     f"{name} must have the labels' [B, S] = {tuple(signals.labels.shape)}, got {tuple(signal.shape)}"
                 )
             ready[name] = signal.detach().float()
         if "policy_ce" in ready:
             if len(ready["policy_ce"]) < heads:
-                raise UserError(f"per_head weights need policy_ce of all {heads} heads, got {len(ready['policy_ce'])}")
+                raise ValueError(f"per_head weights need policy_ce of all {heads} heads, got {len(ready['policy_ce'])}")
             ready["policy_ce"] = ready["policy_ce"][:heads]
         return replace(signals, **ready)
 

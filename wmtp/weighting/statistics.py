@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wmtp.errors import UserError
 from wmtp.weighting.rows import SPREAD, scope_rows
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def _relative_entropy(w: Tensor) -> float:
 
 def _pearson(x: Tensor, y: Tensor) -> float | None:
     if x.shape != y.shape:
-        raise UserError(f"each weight needs its partner: {tuple(x.shape)} weights, {tuple(y.shape)} others")
+        raise ValueError(f"each weight needs its partner: {tuple(x.shape)} weights, {tuple(y.shape)} others")
     if not all(bool(side.max() - side.min() > SPREAD) for side in (x, y)):
         return None
     x, y = x - x.mean(), y - y.mean()
