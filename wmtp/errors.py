@@ -43,6 +43,14 @@ class DiskError(UserError, OSError):
     """A file that the machine did not write or read: a full disk, a quota, a file system that is gone."""
 
 
+def hub_hint(name: object) -> str:
+    """What to add about a path that is not there, where it is a name on the Hugging Face hub; else nothing."""
+    found = re.fullmatch(r"(?:hf://|https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)", str(name))
+    if found is None:
+        return ""
+    return f"; nothing is downloaded: if it is a name on the hub, get it with `hf download {found[1]} --local-dir DIR`"
+
+
 _OF_THE_DISK = {
     errno.ENOSPC: "no space left on the disk",
     errno.EDQUOT: "the disk quota is used up",

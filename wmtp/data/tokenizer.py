@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from wmtp.errors import MissingError, UserError
+from wmtp.errors import MissingError, UserError, hub_hint
 from wmtp.storage import local_copy
 
 
@@ -114,7 +114,7 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
         path = resolve_checkpoint(str(path))
     given = local_copy(path)
     if not given.exists():
-        raise MissingError(f"tokenizer path {given} does not exist")
+        raise MissingError(f"tokenizer path {given} does not exist{hub_hint(path)}")
     folder = given if given.is_dir() else given.parent
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
         if not (folder.resolve().parent / "tokenizer.model").exists():

@@ -161,6 +161,15 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -
         except Exception as error:  # safetensors has errors of its own
             why = " ".join(str(error).split())
             raise CheckpointError(f"{file} cannot be read, it may be truncated: {why}; copy it again") from error
+        both = {key: name for name in keys for key in _peft_keys(name, model) or [name]}
+        unknown = sorted(content.keys() - both.keys())
+        if unknown:
+            raise CheckpointError(f"{file}: {unknown[0]} has no place in the model's adapters; copy the adapter again")
+        for key, name in both.items():
+            if key in content and keys[name] in content and not torch.equal(content[key], content[keys[name]]):
+                raise CheckpointError(
+                    f"{file}: {key} is not {keys[name]}, and the model has one for both; untie the base"
+                )
         for name, key in keys.items():
             expected, stored = tuple(parameters[name].shape), content.get(key)
             if stored is None or tuple(stored.shape) != expected:

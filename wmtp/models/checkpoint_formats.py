@@ -4,23 +4,40 @@ Parameter names here are torchtune's, as in :class:`~wmtp.models.MTPDecoder`; a 
 additional heads of an HF folder lie beside the model that `transformers` reads, in mtp_heads.safetensors.
 """
 
-import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from wmtp.errors import UserError
+from wmtp.models.config_files import (
+    CONFIG,
+    META_CONFIG,
+    META_WEIGHTS,
+    MTP_CONFIG,
+    MTP_WEIGHTS,
+    CheckpointError,
+    hf_shape,
+    meta_shape,
+    read_json,
+)
 from wmtp.models.shape import LlamaShape
 
+__all__ = ["MTP_CONFIG", "MTP_WEIGHTS", "CheckpointError"]
+
 HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
-MTP_WEIGHTS, MTP_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
-META_WEIGHTS, META_CONFIG = "consolidated.pth", "params.json"
+_HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_ADAPTERS = ("adapter_config.json", "wmtp_adapter.json")
+
+# What torch.compile, DDP, FSDP and activation checkpointing put into names, and peft before them.
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.|\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
+)
 
 # name inside a block -> (HF key, Meta key)
 _BLOCK_KEYS = {
@@ -39,10 +56,6 @@ _ROOT_KEYS = {
     "norm.scale": ("model.norm.weight", "norm.weight"),
     "output.weight": ("lm_head.weight", "output.weight"),
 }
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be used: one line saying which file, what is wrong with it, and what to do."""
 
 
 class StoredTensor(NamedTuple):
@@ -108,16 +121,21 @@ def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at every file of a checkpoint, without reading its tensors.
+    """Look at every file of a checkpoint, reading none of its tensors but an unembedding that should be tied.
 
     Raises:
-        CheckpointError: no checkpoint there, a file missing or truncated, or a model that is no plain Llama.
+        CheckpointError: no checkpoint there, or two; a file missing or truncated, files that contradict each other, or
+            a model that is no plain Llama.
     """
-    if (path / META_CONFIG).is_file() and (path / META_WEIGHTS).is_file():
+    if _form(path) == "meta":
         tensors = _open_pth(path / META_WEIGHTS)
         return Checkpoint(path, _meta_shape(path, tensors), tensors, "meta")
-    shape = _hf_shape(path)
-    tensors = {key: tensor for file in _hf_files(path, shape) for key, tensor in _open_safetensors(file).items()}
+    shape = hf_shape(path)
+    tensors = _hf_tensors(path)
+    if shape.num_future_tokens > 1:
+        tensors |= _open_safetensors(path / MTP_WEIGHTS)
+    if shape.tie_word_embeddings:
+        _refuse_untied(path, tensors)
     return Checkpoint(path, shape, tensors, "hf")
 
 
@@ -125,24 +143,93 @@ def read_shape(path: Path) -> LlamaShape:
     """What a checkpoint's config.json, or params.json, says about the model.
 
     Raises:
-        CheckpointError: as :func:`open_checkpoint`.
+        CheckpointError: as :func:`open_checkpoint`, of the config files alone.
     """
-    if (path / META_CONFIG).is_file() and (path / META_WEIGHTS).is_file():
-        return _meta_shape(path, _open_pth(path / META_WEIGHTS))
-    return _hf_shape(path)
+    return hf_shape(path) if _form(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
 
 
-def _hf_files(path: Path, shape: LlamaShape) -> list[Path]:
-    index = path / HF_INDEX
-    names = [HF_WEIGHTS]
+def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
+    """Refuse a checkpoint that has a key under the name that a wrapper gave it.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    wrapped = next((stored for stored in tensors if stored != key and _WRAPPERS.sub("", stored) == key), None)
+    if wrapped is not None:
+        raise CheckpointError(
+            f"{tensors[wrapped].file}: {wrapped} should be {key}: the state dict is a wrapper's (torch.compile, DDP, "
+            "FSDP or peft); save the module inside, a peft model after merge_and_unload(), or rename the keys"
+        )
+
+
+def _form(path: Path) -> str:
+    """``hf`` or ``meta``, by the files of a folder."""
+    there = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    meta = {META_CONFIG, META_WEIGHTS} <= there
+    if meta and there & {CONFIG, HF_WEIGHTS, HF_INDEX}:
+        raise CheckpointError(
+            f"{path} holds two checkpoints, {META_CONFIG} with {META_WEIGHTS} and HF's {CONFIG}; keep one in the folder"
+        )
+    if not meta and CONFIG not in there:
+        found = ", ".join(sorted(there)[:8]) or ("nothing" if path.is_dir() else "no folder")
+        gguf = sorted(name for name in there if name.endswith(".gguf"))
+        hint = f"; give the file itself, {path / gguf[0]}" if gguf else ""
+        if there & {*_ADAPTERS}:
+            hint = "; it is an adapter: give the checkpoint that it was trained on, and this folder as the adapter"
+        raise CheckpointError(
+            f"{path} is no checkpoint: expected {CONFIG} with {HF_WEIGHTS} (HF), or {META_CONFIG} with "
+            f"{META_WEIGHTS} (Meta), found {found}{hint}"
+        )
+    adapter = there & {*_ADAPTERS}
+    if adapter:
+        raise CheckpointError(
+            f"{path} holds a model and an adapter ({min(adapter)}); transformers would load the adapter's base, and the"
+            " adapter into it: move the adapter to a folder of its own, or merge it"
+        )
+    return "meta" if meta else "hf"
+
+
+def _hf_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of the model that `transformers` reads: each in one file, which the index names if there is one."""
+    index, weight_map = path / HF_INDEX, None
     if index.is_file():
-        names = sorted(set(_read_json(index, "weight_map")["weight_map"].values()))
+        weight_map = read_json(index, "weight_map")["weight_map"]
     elif not (path / HF_WEIGHTS).is_file():
         raise CheckpointError(
             f"{path} holds neither {HF_WEIGHTS} nor {HF_INDEX}; save it with transformers' save_pretrained, "
             "which writes safetensors"
         )
-    return [path / name for name in names] + [path / MTP_WEIGHTS] * (shape.num_future_tokens > 1)
+    names = [HF_WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+    strays = sorted(file.name for file in path.iterdir() if _HF_FILE.fullmatch(file.name) and file.name not in names)
+    if strays:
+        named = HF_WEIGHTS if weight_map is None else f"the files that {HF_INDEX} names"
+        raise CheckpointError(f"{path} holds {strays[0]} beside {named}: two models; remove the one that is not meant")
+    tensors = {}
+    for name in names:
+        for key, tensor in _open_safetensors(path / name).items():
+            if key in tensors:
+                raise CheckpointError(f"{path}: {tensors[key].file.name} and {name} both hold {key}; copy it again")
+            tensors[key] = tensor
+    for key in () if weight_map is None else sorted(weight_map.keys() | tensors.keys()):
+        there = tensors[key].file.name if key in tensors else "no file"
+        if weight_map.get(key) != there:
+            raise CheckpointError(
+                f"{index} has {key} in {weight_map.get(key, 'no file')}, it lies in {there}; copy the checkpoint again"
+            )
+    return tensors
+
+
+def _refuse_untied(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """A tied unembedding may be stored too, but only as what it is: `transformers` 4 and 5 read two as two models."""
+    embedding, unembedding = (tensors.get(key_of(name, "hf")) for name in ("tok_embeddings.weight", "output.weight"))
+    if embedding is None or unembedding is None:
+        return
+    rows = zip(embedding.read().split(4096), unembedding.read().split(4096), strict=False)
+    if embedding.shape != unembedding.shape or not all(torch.equal(a.float(), b.float()) for a, b in rows):
+        raise CheckpointError(
+            f"{path / CONFIG} has tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight; set it"
+            " to false to use both, as transformers 5 does, or remove lm_head.weight, which transformers 4 ignores"
+        )
 
 
 def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
@@ -173,92 +260,10 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _read_json(file: Path, *required: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; copy it again") from error
-    missing = [key for key in required if key not in content]
-    if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; it is not what its name says, copy it again")
-    return content
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What the config files say
-
-
-def _hf_shape(path: Path) -> LlamaShape:
-    file = path / "config.json"
-    if not file.is_file():
-        there = ", ".join(sorted(f.name for f in path.iterdir())[:8]) if path.is_dir() else "no folder"
-        raise CheckpointError(
-            f"{path} is no checkpoint: expected config.json with {HF_WEIGHTS} (HF), or {META_CONFIG} with "
-            f"{META_WEIGHTS} (Meta), found {there or 'nothing'}"
-        )
-    raw = _read_json(file)
-    if raw.get("model_type") != "llama":
-        raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}")
-    refused = {
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "hidden_act": ("silu",),
-        "quantization_config": (None,),
-    }
-    for key, allowed in refused.items():
-        if raw.get(key, allowed[0]) not in allowed:
-            raise CheckpointError(f"{file}: {key} must be {allowed[0]!r}, got {raw[key]!r}; this decoder has no other")
-
-    from transformers import LlamaConfig  # knows the defaults and spellings of every version's config.json
-
-    hf = LlamaConfig.from_dict(raw)
-    heads = (
-        _read_json(path / MTP_CONFIG, "num_future_tokens")["num_future_tokens"] if (path / MTP_CONFIG).is_file() else 1
-    )
-    return _shape(
-        file,
-        vocab_size=hf.vocab_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        embed_dim=hf.hidden_size,
-        intermediate_dim=hf.intermediate_size,
-        max_seq_len=hf.max_position_embeddings,
-        num_future_tokens=heads,
-        rope_base=hf.rope_parameters["rope_theta"],
-        norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        rope_scaling=hf.rope_parameters,
-        head_dim=hf.head_dim,
-    )
-
-
 def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> LlamaShape:
-    """params.json, and from the tensors what it gives only by formula (MLP width) or not at all (vocab_size: -1)."""
-    file = path / META_CONFIG
-    params = _read_json(file, "dim", "n_layers", "n_heads")
-    for key in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
+    keys = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    for key in keys:
         if key not in tensors:
+            refuse_wrapped(tensors, key)
             raise CheckpointError(f"{path / META_WEIGHTS} lacks {key}; expected the keys of Meta's Llama")
-    heads = params.get("n_future_tokens", 1)
-    return _shape(
-        file,
-        vocab_size=tensors["tok_embeddings.weight"].shape[0],
-        num_layers=params["n_layers"] - heads + 1,
-        num_heads=params["n_heads"],
-        num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
-        embed_dim=params["dim"],
-        intermediate_dim=tensors["layers.0.feed_forward.w1.weight"].shape[0],
-        max_seq_len=params.get("max_seq_len", 4096),
-        num_future_tokens=heads,
-        rope_base=params.get("rope_theta", 10_000.0),
-        norm_eps=params.get("norm_eps", 1e-5),
-        tie_word_embeddings="output.weight" not in tensors,
-    )
-
-
-def _shape(file: Path, **values: Any) -> LlamaShape:
-    try:
-        return LlamaShape(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    return meta_shape(path, *(tensors[key].shape for key in keys), tied="output.weight" not in tensors)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from wmtp.models.checkpoint_formats import HF_WEIGHTS, CheckpointError, is_rotated, key_of, to_half_split
+from wmtp.models.checkpoint_formats import HF_WEIGHTS, is_rotated, key_of, to_half_split
+from wmtp.models.config_files import CheckpointError, refuse_unknown
 
 # name inside a block -> GGUF key
 _BLOCK_KEYS = {
@@ -25,58 +26,151 @@ _ROOT_KEYS = {
     "norm.scale": "output_norm.weight",
     "output.weight": "output.weight",
 }
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_REQUIRED = """block_count context_length embedding_length feed_forward_length attention.head_count
+    attention.layer_norm_rms_epsilon"""
+_READ = """attention.head_count_kv attention.key_length attention.value_length rope.dimension_count rope.freq_base
+    vocab_size"""
+_FIXED = {
+    "llama.rope.scaling.type": ("none",),
+    "llama.rope.scaling.factor": (1,),
+    "llama.rope.scale_linear": (1,),
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.attention.causal": (True,),
+    "split.count": (0, 1),
+    "tokenizer.ggml.remove_extra_whitespaces": (False,),
+}
+_HARMLESS = """llama.rope.scaling.original_context_length llama.rope.scaling.finetuned llama.tensor_data_layout
+    split.no split.tensors.count"""
+# Read by `transformers`, or below; of the ids of special tokens only those count that a Llama has.
+_TOKENIZER = """model pre tokens scores token_type merges bos_token_id eos_token_id eot_token_id eom_token_id
+    unknown_token_id padding_token_id add_bos_token add_eos_token add_space_prefix separator_token_id
+    seperator_token_id cls_token_id mask_token_id prefix_token_id suffix_token_id middle_token_id eog_token_id
+    fim_pre_token_id fim_suf_token_id fim_mid_token_id fim_pad_token_id fim_rep_token_id fim_sep_token_id
+    token_type_count add_sep_token"""
+
+# How text is cut before the merges, by tokenizer.ggml.pre: what `transformers` reads right, with what is mended below.
+_GPT2, _DIGITS, _LLAMA3 = ("gpt-2",), ("smollm", "starcoder", "refact"), ("llama-bpe", "llama3", "llama-v3")
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write ``folder`` from ``file``: config and tokenizer through `transformers`, weights dequantised by `gguf`.
+    """Write ``folder`` from ``file``: tokenizer through `transformers`, weights dequantised by `gguf`.
 
-    `transformers` could read the weights too, but only with `accelerate` installed, and holding the model twice.
+    `transformers` could read the rest too, but it passes over what it does not know, and needs the model twice.
 
     Raises:
-        CheckpointError: the file is no Llama, or cannot be read.
+        CheckpointError: the file is no plain Llama, its tokenizer is none that is known to be read right, or it cannot
+            be read.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import LlamaConfig
 
     try:
         reader = GGUFReader(file)
-        architecture = _field(reader, "general.architecture")
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except Exception as error:
-        why = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{file} cannot be read as GGUF, it may be truncated: {why}; copy it again") from error
-    if architecture != "llama":
-        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {architecture!r}")
-    if _field(reader, "tokenizer.ggml.pre") == "smollm":
-        _split_digits(tokenizer)
+        raise _unreadable(file, error) from error
+    if fields.get("general.architecture") != "llama":
+        got = fields.get("general.architecture")
+        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}")
+    _refuse_unknown(file, fields)
+    tokenizer = _tokenizer(file, fields)
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    names = [*_ROOT_KEYS, *(f"layers.{i}.{inside}" for i in range(config.num_hidden_layers) for inside in _BLOCK_KEYS)]
+    layers = range(fields["llama.block_count"])
+    names = [*_ROOT_KEYS, *(f"layers.{i}.{inside}" for i in layers for inside in _BLOCK_KEYS)]
     keys = {name: _gguf_key(name) for name in names}
-    config.tie_word_embeddings = "output.weight" not in stored
-    if config.tie_word_embeddings:
+    tied = "output.weight" not in stored
+    if tied:
         del keys["output.weight"]
-    odd = sorted(set(stored) ^ set(keys.values()))
+    odd = sorted((set(stored) ^ set(keys.values())) - {_ROPE_FACTORS})
     if odd:
         raise CheckpointError(f"{file}: tensor {odd[0]} is {'unknown' if odd[0] in stored else 'missing'}; not a Llama")
+
+    def tensor(key: str) -> torch.Tensor:
+        return torch.from_numpy(dequantize(stored[key].data, stored[key].tensor_type).copy())
+
+    embedding = tensor(keys["tok_embeddings.weight"])
+    sizes = _sizes(file, fields, vocab_size=len(embedding))
+    factors = tensor(_ROPE_FACTORS) if _ROPE_FACTORS in stored else None
+    rope = _rope(file, fields.get("llama.rope.freq_base", 10_000.0), sizes["head_dim"], factors)
+    ids = {name: fields.get(f"tokenizer.ggml.{name}") for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    ends = list(dict.fromkeys(i for i in ids.values() if i is not None))
+    config = LlamaConfig(
+        **sizes,
+        architectures=["LlamaForCausalLM"],
+        rope_parameters=rope,
+        tie_word_embeddings=tied,
+        dtype="float32",
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+    )
     weights = {}
     for name, key in keys.items():
         # llama.cpp keeps q and k in Meta's RoPE layout.
-        weight = torch.from_numpy(dequantize(stored[key].data, stored[key].tensor_type).copy())
+        weight = tensor(key)
         weight = to_half_split(weight, config.head_dim) if is_rotated(name) else weight
         weights[key_of(name, "hf")] = weight.contiguous()
 
     folder.mkdir(parents=True)
     save_file(weights, folder / HF_WEIGHTS, metadata={"format": "pt"})
-    config.architectures, config.dtype = ["LlamaForCausalLM"], torch.float32
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _field(reader: Any, key: str) -> Any:
-    return reader.fields[key].contents() if key in reader.fields else None
+def _refuse_unknown(file: Path, fields: dict[str, Any]) -> None:
+    missing = [f"llama.{key}" for key in _REQUIRED.split() if f"llama.{key}" not in fields]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama")
+    known = {f"llama.{key}" for key in f"{_REQUIRED} {_READ}".split()} | set(_HARMLESS.split())
+    known |= {f"tokenizer.ggml.{key}" for key in _TOKENIZER.split()}
+    known |= {key for key in fields if key.startswith(("general.", "quantize.", "tokenizer.chat_template"))}
+    refuse_unknown(file, fields, known, _FIXED)
+
+
+def _sizes(file: Path, fields: dict[str, Any], *, vocab_size: int) -> dict[str, Any]:
+    dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+    head_dim = fields.get("llama.attention.key_length", dim // heads if isinstance(heads, int) else None)
+    for key, expected in (
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+        ("vocab_size", vocab_size),
+    ):
+        value = fields.get(f"llama.{key}", expected)
+        if value != expected:
+            raise CheckpointError(f"{file}: llama.{key} must be {expected}, got {value}; this decoder has no other")
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": dim,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+    }
+
+
+def _rope(file: Path, base: float, head_dim: int, factors: torch.Tensor | None) -> dict[str, Any]:
+    """RoPE as HF's config has it. Llama 3's scaling is in a GGUF only as what it makes of each frequency."""
+    plain = {"rope_type": "default", "rope_theta": base}
+    if factors is None or bool((factors == 1).all()):
+        return plain
+    length, low, high = 8192, 1.0, 4.0  # of every Llama 3
+    scaling = {"factor": float(factors.max()), "low_freq_factor": low, "high_freq_factor": high}
+    turns = length * base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * torch.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    if not torch.allclose(factors.double(), 1 / ((1 - smooth) / scaling["factor"] + smooth), rtol=1e-4, atol=0):
+        raise CheckpointError(
+            f"{file}: {_ROPE_FACTORS} scales RoPE in another way than Llama 3, which this decoder does not compute; "
+            "use another checkpoint"
+        )
+    return {**plain, "rope_type": "llama3", **scaling, "original_max_position_embeddings": length}
 
 
 def _gguf_key(name: str) -> str:
@@ -84,6 +178,49 @@ def _gguf_key(name: str) -> str:
         return _ROOT_KEYS[name]
     _, index, inside = name.split(".", 2)
     return f"blk.{index}.{_BLOCK_KEYS[inside]}"
+
+
+def _unreadable(file: Path, error: Exception) -> CheckpointError:
+    why = " ".join(str(error).split())[:200]
+    return CheckpointError(f"{file} cannot be read as GGUF, it may be truncated: {why}; copy it again")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind not in ("llama", "gpt2"):
+        raise CheckpointError(f"{file}: tokenizer.ggml.model must be 'llama' or 'gpt2', got {kind!r}")
+    if kind == "gpt2" and pre not in (*_GPT2, *_DIGITS, *_LLAMA3):
+        raise CheckpointError(
+            f"{file}: tokenizer.ggml.pre {pre!r} is none whose token ids are known to be read right "
+            f"({', '.join((*_GPT2, *_DIGITS, *_LLAMA3))}); use the model's HF folder instead"
+        )
+    try:
+        # Not AutoTokenizer, which reads the whole file twice to find that it is a Llama.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:
+        raise _unreadable(file, error) from error
+    if pre in _LLAMA3 and kind == "gpt2":
+        # A piece that is a token is that token, whatever the merges make of it, and a text starts with BOS.
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+        tokenizer.add_bos_token = fields.get("tokenizer.ggml.add_bos_token", True)
+    if pre in _DIGITS and kind == "gpt2":
+        _split_digits(tokenizer)
+    if kind == "llama" and not fields.get("tokenizer.ggml.add_space_prefix", True):
+        _without_prefix_space(tokenizer)
+    made = {i: token for token, i in tokenizer.get_vocab().items()}
+    for i, token in enumerate(fields["tokenizer.ggml.tokens"]):
+        if made.get(i) != token:
+            raise CheckpointError(
+                f"{file}: id {i} of the tokenizer is {token!r}, transformers reads {made.get(i)!r}; "
+                "use the model's HF folder instead"
+            )
+    return tokenizer
 
 
 def _split_digits(tokenizer: Any) -> None:
@@ -94,3 +231,12 @@ def _split_digits(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+
+
+def _without_prefix_space(tokenizer: Any) -> None:
+    # transformers' reader gives every SentencePiece model Llama's space before the text.
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

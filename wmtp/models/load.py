@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError, key_of, open_checkpoint
+from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError, key_of, open_checkpoint, refuse_wrapped
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.shape import LlamaShape
 
@@ -147,6 +147,7 @@ def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn
         if key is None:
             raise CheckpointError(f"the model's parameter {name} has no place in a checkpoint; load before adding it")
         if key not in checkpoint.tensors:
+            refuse_wrapped(checkpoint.tensors, key)
             raise CheckpointError(
                 f"{checkpoint.path} lacks {key} (the model's {name}); its config says {stored.num_layers} layers and "
                 f"{stored.num_future_tokens} heads, the model has {model.num_layers} and {model.num_future_tokens}: "

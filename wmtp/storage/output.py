@@ -344,12 +344,12 @@ def _step_of(name: str) -> str | None:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size and mtime of a file; None where it is gone."""
+    """What changes when a file is written or replaced; None where it is gone."""
     try:
         stat = path.stat()
     except FileNotFoundError:
         return None
-    return [stat.st_size, stat.st_mtime_ns]
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
 
 
 def _world() -> tuple[int, int]:
