@@ -76,7 +76,7 @@ def test_a_path_that_is_no_hub_name_gets_no_such_hint(tmp_path):
     for path in (tmp_path / "absent", "./absent", "a/b/c", "absent"):
         with pytest.raises(CheckpointError, match="does not exist; give a folder or") as error:
             resolve_checkpoint(path)
-        assert "hub" not in str(error.value)
+        assert "hf download" not in str(error.value)
 
 
 def test_a_file_that_does_not_change_is_hashed_once(gguf, monkeypatch):

@@ -167,9 +167,7 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -
             raise CheckpointError(f"{file}: {unknown[0]} has no place in the model's adapters; copy the adapter again")
         for key, name in both.items():
             if key in content and keys[name] in content and not torch.equal(content[key], content[keys[name]]):
-                raise CheckpointError(
-                    f"{file}: {key} is not {keys[name]}, and the model has one for both; untie the base"
-                )
+                raise CheckpointError(f"{file}: {key} is not {keys[name]}, and the model is tied; untie its base")
         for name, key in keys.items():
             expected, stored = tuple(parameters[name].shape), content.get(key)
             if stored is None or tuple(stored.shape) != expected:

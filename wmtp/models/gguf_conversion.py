@@ -1,5 +1,6 @@
 """A GGUF file of the Llama family as an HF folder in float32, tokenizer and chat template included."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,8 @@ _TOKENIZER = """model pre tokens scores token_type merges bos_token_id eos_token
 
 # How text is cut before the merges, by tokenizer.ggml.pre: what `transformers` reads right, with what is mended below.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2",), ("smollm", "starcoder", "refact"), ("llama-bpe", "llama3", "llama-v3")
+
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
@@ -190,6 +193,7 @@ def _unreadable(file: Path, error: Exception) -> CheckpointError:
 
 
 def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
@@ -202,41 +206,36 @@ def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
         )
     try:
         # Not AutoTokenizer, which reads the whole file twice to find that it is a Llama.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+        read = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:
         raise _unreadable(file, error) from error
-    if pre in _LLAMA3 and kind == "gpt2":
-        # A piece that is a token is that token, whatever the merges make of it, and a text starts with BOS.
-        tokenizer.backend_tokenizer.model.ignore_merges = True
-        tokenizer.add_bos_token = fields.get("tokenizer.ggml.add_bos_token", True)
-    if pre in _DIGITS and kind == "gpt2":
-        _split_digits(tokenizer)
+    spec, tokens = json.loads(read.backend_tokenizer.to_str()), fields["tokenizer.ggml.tokens"]
+    # transformers' classes add the special tokens of their own first model.
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < len(tokens)]
+    if kind == "gpt2" and pre in _LLAMA3:
+        spec["model"]["ignore_merges"] = True  # a piece that is a token is that token, whatever the merges make of it
+    backend = Tokenizer.from_str(json.dumps(spec))
+    if kind == "gpt2" and pre in _DIGITS:
+        # SmolLM splits off every digit before the byte-level rule; transformers' reader drops that step, which changes
+        # the ids of white space in front of a number (an indented line that starts with one).
+        digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     if kind == "llama" and not fields.get("tokenizer.ggml.add_space_prefix", True):
-        _without_prefix_space(tokenizer)
-    made = {i: token for token, i in tokenizer.get_vocab().items()}
-    for i, token in enumerate(fields["tokenizer.ggml.tokens"]):
-        if made.get(i) != token:
-            raise CheckpointError(
-                f"{file}: id {i} of the tokenizer is {token!r}, transformers reads {made.get(i)!r}; "
-                "use the model's HF folder instead"
-            )
-    return tokenizer
-
-
-def _split_digits(tokenizer: Any) -> None:
-    # SmolLM splits off every digit before the byte-level rule; transformers' reader drops that step, which changes the
-    # ids of white space in front of a number (an indented line that starts with one).
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        # transformers' reader gives every SentencePiece model Llama's space before the text.
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made = backend.get_vocab(with_added_tokens=True)
+    odd = sorted(set(made.items()) ^ {(token, i) for i, token in enumerate(tokens)}, key=lambda item: item[1])
+    if odd:
+        raise CheckpointError(
+            f"{file}: id {odd[0][1]} of the tokenizer, {odd[0][0]!r}, is another one in transformers; use the "
+            "model's HF folder instead"
+        )
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: tokens[i] for name, i in ids.items() if i is not None},
+        chat_template=fields.get("tokenizer.chat_template"),
+        # llama.cpp's default, where the file does not say it
+        add_bos_token=fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3),
     )
-
-
-def _without_prefix_space(tokenizer: Any) -> None:
-    # transformers' reader gives every SentencePiece model Llama's space before the text.
-    from tokenizers import decoders, pre_tokenizers
-
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
