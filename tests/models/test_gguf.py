@@ -200,12 +200,14 @@ def test_ids_are_the_original_tokenizers(tiny_hf, tmp_path, pre):
     texts = TEXTS
     if pre == "llama-bpe":  # a token that the merges do not make, as Llama 3 has some: it counts as a whole piece alone
         spec = json.loads(original.to_str())
-        token = "".join(spec["model"]["merges"].pop())
-        assert fields["tokenizer.ggml.merges"].pop().replace(" ", "") == token
+        merges = spec["model"]["merges"]
+        last = max(i for i, merge in enumerate(merges) if "".join(merge).isascii() and "".join(merge).isalpha())
+        token = "".join(merges.pop(last))
+        assert fields["tokenizer.ggml.merges"].pop(last).replace(" ", "") == token
         spec["model"]["ignore_merges"] = True
-        texts = [*TEXTS, original.decode([original.token_to_id(token)])]
         original = Tokenizer.from_str(json.dumps(spec))
-        assert original.encode(texts[-1], add_special_tokens=False).tokens == [token]
+        assert original.encode(token, add_special_tokens=False).tokens == [token]
+        texts = [*TEXTS, token]
     read = hf_tokenizer(write_gguf(tmp_path / "m.gguf", hf, fields))
     for text in texts:
         assert read.encode(text) == original.encode(text, add_special_tokens=False).ids
