@@ -143,7 +143,7 @@ def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path):
     said, told = process.communicate(timeout=60)
     assert process.returncode == 130
     assert said == "ended as KILLED\n"
-    assert told == f"error: stopped by Ctrl-C; resume=true goes on from what is complete in {tmp_path}/run\n"
+    assert told == f"stopped by Ctrl-C; resume=true goes on from what is complete in {tmp_path}/run\n"
 
 
 def test_one_rank_of_a_node_speaks_and_answers_the_launcher(script, tmp_path):

@@ -171,7 +171,9 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
     screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook puts a buffer in the place of sys.stderr
     file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")
-    prefix = "error" if rank == "0" else f"error [rank {rank}]"
+    prefix = "error: " if rank == "0" else f"error [rank {rank}]: "
+    if isinstance(error, KeyboardInterrupt):
+        prefix = ""
     shown = line is None or os.environ.get("WMTP_TRACEBACK") == "1"
     if line is None:
         line = f"{type(error).__name__}: {one_line(error)} (its traceback is above{f' and in {file}' * bool(file)})"
@@ -185,8 +187,8 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
                 print(f"the traceback of rank {rank} is in {file} too", file=screen)
             print(_text(error), end="", file=screen)
         else:
-            print(f"{prefix}: {line}", file=screen)
-    _reply(f"{prefix}: {line}" if first else "")
+            print(f"{prefix}{line}", file=screen)
+    _reply(f"{prefix}{line}" if first else "")
     sys.stdout.flush()
     screen.flush()
     if not (sys.flags.interactive or sys.flags.inspect):

@@ -56,12 +56,12 @@ def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
             words = last_words(error.failures)  # type: ignore[attr-defined]
         elif kind.__name__ == "SignalException":
             number = int(error.sigval)  # type: ignore[attr-defined]
-            words = [f"ended by {signal.Signals(number).name}"], 128 + number
+            words = [], 128 + number  # torch has said so, and the workers how to go on
         if words is None:
             before(kind, error, trace)
             return
         sys.stdout.flush()
-        print("\n".join(words[0]), file=sys.stderr, flush=True)
+        print(*(f"{line}\n" for line in words[0]), sep="", end="", file=sys.stderr, flush=True)
         os._exit(words[1])
 
     return hook
