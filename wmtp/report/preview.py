@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,8 @@ def preview(
         batch_size: rows at a time.
         step: optimizer step, for weightings that draw anew each step.
     """
-    was_training, tables = model.training, []
+    was_training = model.training
+    tables: list[str] = []
     model.eval()
     for start in range(0, len(data), batch_size):
         if len(tables) >= count:
@@ -71,13 +73,13 @@ def preview_pairs(count: int, data: PairDataset, tokenizer, spread: str | None =
         spread, factors: as :func:`wmtp.critic.losses.spread_rewards` takes them; ``gae`` starts from values of 0, as a
             new value head gives them. None, for the loss ``pairwise``, shows the reward at every token of a response.
     """
-    tables, factors = [], {name: value for name, value in factors.items() if value is not None}
+    tables: list[str] = []
+    given = {name: value for name, value in factors.items() if value is not None}
     for row in range(min(count, len(data))):
-        batch = data.batch([row])
+        batch: dict[str, Any] = data.batch([row])
         response, rewards = batch["response"][0], batch["rewards"][0]  # [2, S], [2]
-        targets, has_target = spread_rewards(
-            spread or "uniform", rewards, response, torch.zeros(response.shape), **factors
-        )
+        values = torch.zeros(response.shape)
+        targets, has_target = spread_rewards(spread or "uniform", rewards, response, values, **given)
         for side, document in enumerate(data.documents[row]):
             length, taught = len(document), has_target[side]
             figures = [f"{targets[side, i]:.2f}" if taught[i] else "" for i in range(length)]
