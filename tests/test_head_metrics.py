@@ -7,18 +7,19 @@ from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.loss import weighted_mtp_cross_entropy
 
 
-def test_ce_is_the_losss_and_accuracy_that_of_full_logits():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ce_is_the_losss_and_accuracy_that_of_full_logits(dtype):
     torch.manual_seed(0)
-    hidden, unembedding = torch.randn(3, 2, 11, 8), torch.randn(23, 8)
+    hidden, unembedding = torch.randn(3, 2, 11, 8, dtype=dtype) * 4, torch.randn(23, 8, dtype=dtype)
     labels = torch.randint(0, 23, (2, 11))
     labels[0, :4] = -100
     documents = torch.tensor([[0] * 11, [0] * 5 + [1] * 6])
     scores = score_heads(hidden, unembedding, labels, document_ids=documents)
     loss = weighted_mtp_cross_entropy(hidden, unembedding, labels, document_ids=documents)
     assert torch.equal(scores.valid, loss.valid)
-    torch.testing.assert_close(scores.ce, loss.ce)
+    torch.testing.assert_close(scores.ce, loss.ce, rtol=1e-5, atol=1e-5)
 
-    best = (hidden @ unembedding.T).argmax(-1)  # [H, B, S], at the position that predicts
+    best = (hidden.double() @ unembedding.double().T).argmax(-1)  # [H, B, S], at the position that predicts
     for k in (1, 2, 3):
         hits = torch.zeros(2, 11, dtype=torch.bool)
         hits[:, k:] = best[k - 1, :, :-k] == labels[:, k:]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from wmtp.loss import valid_targets
+from wmtp.products import mm_float32, operand
 
 _CHUNK_LOGITS = 2**22  # numbers in the logits that are alive at a time
 
@@ -33,10 +34,12 @@ def score_heads(
     valid = valid_targets(labels, hidden.shape[0], document_ids)
     ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
     correct = torch.zeros_like(valid)
+    matrix = operand(unembedding)
     head, row, target = valid.nonzero(as_tuple=True)  # [N] each
     for part in torch.arange(head.numel(), device=head.device).split(max(1, _CHUNK_LOGITS // unembedding.shape[0])):
         h, r, j = head[part], row[part], target[part]
-        logits = (hidden[h, r, j - h - 1] @ unembedding.T).float()  # [C, V]; head index h predicts h + 1 tokens ahead
+        # Head index h predicts h + 1 tokens ahead.
+        logits = mm_float32(operand(hidden[h, r, j - h - 1]), matrix.T)  # [C, V]
         label = labels[r, j]
         ce[h, r, j] = torch.nn.functional.cross_entropy(logits, label, reduction="none")
         correct[h, r, j] = logits.argmax(dim=1) == label

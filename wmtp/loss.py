@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
+from wmtp.products import mm_float32, operand
 from wmtp.weighting.base import Signals
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def weighted_mtp_cross_entropy(
 
     with CE_k(t) = logsumexp(z) - z[label_{t+k}], z = unembedding @ hidden[k, t]. Rows without a target are left out of
     every GEMM, rows of weight zero out of the two gradient GEMMs, and an input that needs no gradient (a frozen
-    unembedding) saves its GEMM. CE is computed in float32, the gradient of the unembedding is accumulated in float32.
+    unembedding) saves its GEMM. Logits and CE are float32 whatever the operands are (wmtp.products), and the gradient
+    of the unembedding is accumulated in float32.
 
     Args:
         hidden: [H, B, S, D] normed hidden states, float32 or bfloat16.
@@ -252,12 +254,12 @@ def token_cross_entropy_and_entropy(
     valid = valid_targets(labels, hidden.shape[0], document_ids)
     ce, entropy = hidden.new_zeros((2, *valid.shape), dtype=torch.float32)
     head, row, target = valid.nonzero(as_tuple=True)  # [N] each
-    flat_hidden = hidden.reshape(-1, dim)
+    flat_hidden, matrix = hidden.reshape(-1, dim), operand(unembedding)
     source, label = (head * batch + row) * seq + target - head - 1, labels[row, target]
     size = chunk_tokens or max(1, _default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
     for start, end in _chunks(0, source.numel(), size):
         part = slice(start, end)
-        logits = (flat_hidden[source[part]] @ unembedding.T).float()  # [C, V]
+        logits = mm_float32(operand(flat_hidden[source[part]]), matrix.T)  # [C, V]
         target_logit = logits.gather(1, label[part, None]).squeeze(1)  # [C]
         top = logits.amax(dim=1)
         shifted = logits.sub_(top[:, None])
@@ -283,11 +285,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         # The first rows take gradients, the others only their CE.
         split = num_gradient_rows if needs_hidden or needs_unembedding else 0
         row_ce = torch.empty(source.numel(), dtype=torch.float32, device=hidden.device)
-        buffer = hidden.new_empty(min(chunk_tokens, source.numel()), unembedding.shape[0])  # logits of one chunk
+        matrix = operand(unembedding)  # [V, D]
+        buffer = row_ce.new_empty(min(chunk_tokens, source.numel()), len(matrix))  # logits of one chunk
 
         for start, end in _chunks(split, source.numel(), chunk_tokens):
-            h = flat_hidden[source[start:end]]  # [C, D]
-            logits = torch.mm(h, unembedding.T, out=buffer[: end - start]).float()  # [C, V]
+            h = operand(flat_hidden[source[start:end]])  # [C, D]
+            logits = mm_float32(h, matrix.T, out=buffer[: end - start])  # [C, V]
             picked = label[start:end, None]
             target_logit = logits.gather(1, picked)  # [C, 1]
             top = logits.amax(dim=1, keepdim=True)
@@ -296,13 +299,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             row_ce[start:end] = (exp_sum.log() + top - target_logit).squeeze(1)
             if start >= split:
                 continue
-            # d loss / d logits = w * (softmax - onehot), in float32; then rounded once for the GEMMs.
+            # d loss / d logits = w * (softmax - onehot), in float32; rounded once where the operands are bfloat16.
             w = weight[start:end, None]
             d_logits = exp.mul_(w / exp_sum)
             d_logits.scatter_add_(1, picked, -w)
             d_logits = d_logits.to(h.dtype)
             if needs_hidden:
-                d_hidden[source[start:end]] = d_logits @ unembedding
+                d_hidden[source[start:end]] = (d_logits @ matrix).to(d_hidden.dtype)
             if needs_unembedding:
                 _accumulate_(d_unembedding, d_logits, h)
 
@@ -343,7 +346,5 @@ def _accumulate_(total: Tensor, d_logits: Tensor, h: Tensor) -> None:
     """total [V, D] float32 += d_logits.T @ h."""
     if h.dtype == torch.float32:
         total.addmm_(d_logits.T, h)
-    elif h.is_cuda:
-        total += torch.mm(d_logits.T, h, out_dtype=torch.float32)  # the tensor cores' own float32 accumulator
     else:
-        total += d_logits.T @ h  # rounded to bfloat16 once a chunk, summed in float32
+        total += mm_float32(d_logits.T, h)

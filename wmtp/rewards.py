@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 from wmtp.data import PairDataset
@@ -30,7 +31,8 @@ class HFRewardModel:
     def __init__(self, folder: Path, *, cache: Path, batch_size: int, max_length: int, dtype: torch.dtype) -> None:
         self._folder, self._batch_size, self._max_length, self._dtype = folder, batch_size, max_length, dtype
         self._sha256 = checkpoint_sha256(folder)
-        kind = hashlib.sha256(f"{self._sha256} {dtype}".encode()).hexdigest()
+        computed = str(dtype) if dtype == torch.float32 else f"{dtype}, last layer in float32"
+        kind = hashlib.sha256(f"{self._sha256} {computed}".encode()).hexdigest()
         self.file = cache / f"{kind[:24]}.jsonl"
         self._model = self._tokenizer = None
 
@@ -125,7 +127,7 @@ class HFRewardModel:
                 raise UserError(
                     f"reward model {self._folder} must give one number (num_labels 1), it has {model.config.num_labels}"
                 )
-            self._model = model.eval().requires_grad_(False).to(device)
+            self._model = _with_float32_reward(model.eval().requires_grad_(False)).to(device)
         return self._model, self._tokenizer
 
     def _read(self) -> dict[str, float]:
@@ -150,6 +152,15 @@ class HFRewardModel:
                 file.write(json.dumps({"text_sha256": key, "reward": reward}).encode() + b"\n")
 
 
+def _with_float32_reward(model: nn.Module) -> nn.Module:
+    """The model, whose last layer computes in float32: rewards in bfloat16 would keep 8 bits, and pairs tie."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
+    if not layers:
+        raise UserError(f"reward model {type(model).__name__} has no linear layer with one output")
+    layers[-1].float().register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+    return model
+
+
 def hf_reward_model(
     path: str,
     *,
@@ -164,7 +175,7 @@ def hf_reward_model(
         path: the model's folder, with its tokenizer.
         batch_size: texts at a time; 1 where the model's config has no pad_token_id.
         max_length: longest text in its tokens; a longer one is refused, not cut.
-        dtype: of the model's weights and computation: ``fp32`` or ``bf16``.
+        dtype: of the model's weights and computation: ``fp32`` or ``bf16``; its last layer computes in float32.
         cache: folder of the rewards already given; None is `rewards` in ``$WMTP_CACHE`` or ``~/.cache/wmtp``. A file
             is named by the model's hash, a reward found by its text's hash.
 

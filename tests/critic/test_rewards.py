@@ -70,6 +70,20 @@ def test_rewards_are_the_models_own_and_are_computed_once(write_model, tmp_path,
     assert scored == 0 and np.array_equal(again.rewards, data.rewards)
 
 
+def test_a_bf16_model_s_rewards_are_not_rounded(write_model, tmp_path):
+    """Its states are bfloat16, the product with its last layer is float32's: 1e-5 from float64's of the same states."""
+    path = write_model()
+    theirs = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.bfloat16)
+    model = hf_reward_model(path, batch_size=1, dtype="bf16", cache=str(tmp_path / "cache"))
+    data, _ = reward_pairs(model, DATA)
+    for pair, rewards in zip(data.pairs, data.rewards, strict=True):
+        for program, reward in zip((pair.correct, pair.incorrect), rewards, strict=True):
+            with torch.no_grad():
+                states = theirs.model(torch.tensor([list(f"# {program}".encode())])).last_hidden_state[0, -1]
+            assert reward == pytest.approx((states.double() @ theirs.score.weight[0].double()).item(), abs=1e-5)
+    assert model.file != hf_reward_model(path, cache=str(tmp_path / "cache")).file
+
+
 def test_another_model_or_a_torn_file_is_scored_again(write_model, tmp_path):
     cache = str(tmp_path / "cache")
     model = hf_reward_model(write_model(), cache=cache)

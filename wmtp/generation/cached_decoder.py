@@ -114,7 +114,7 @@ class CachedDecoder:
         """
         h = states.reshape(-1, self._embed_dim)
         hidden = [self._norm(self._run(i, h, places, cache)) for i in range(self._num_trunk, len(self._blocks))]
-        return self._unembed(torch.cat(hidden)).float().view(self.num_heads, *states.shape[:2], -1)
+        return self._unembed(torch.cat(hidden)).view(self.num_heads, *states.shape[:2], -1)
 
     def prefill(self, prompt: Sequence[int], cache: KVCache) -> Tensor:
         """Cache a whole prompt in row 0; the logits [heads, 1, 1, V] at its last token."""

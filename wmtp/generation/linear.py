@@ -3,8 +3,9 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from wmtp.products import mm_float32, operand
 
 Linear = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -28,8 +29,10 @@ def side_by_side(*modules: nn.Module) -> Linear:
 
 
 def times(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [N, D] -> x @ weight.T [N, V], with the weight packed as in :func:`side_by_side`."""
-    return _packed(weight) if _can_pack(weight) else lambda x: F.linear(x, weight)
+    """x [N, D] -> x @ weight.T [N, V] in float32 (wmtp.products), with the weight packed as in :func:`side_by_side`."""
+    matrix = operand(weight)
+    product = _packed(matrix) if _can_pack(matrix) else lambda x: mm_float32(x, matrix.T)
+    return lambda x: product(operand(x))
 
 
 def _can_pack(weight: Tensor) -> bool:
