@@ -41,6 +41,7 @@ from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 from wmtp.storage import open_output
+from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -119,7 +120,7 @@ class FullFinetuneRecipeWMTP:
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
 
-        self._weighting = build(self._weighting_cfg, where="weighting")
+        self._weighting = any_weighting(build(self._weighting_cfg, where="weighting"))
         self._token_view = build(self._token_view_cfg, where="token_view")
         if self._token_view is not None:
             self._token_view.check(self._weighting.needs)

@@ -143,6 +143,7 @@ class ConfigReader:
 def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> Any:
     """Call a section's `_component_` with its keys, after checking them by name; no section gives None.
 
+    A function of ``signals`` is a weighting itself: it is not called, its other keys are fixed (functools.partial).
     Sections with a `_component_` among its keys, at any depth of plain sections, are built first, with the same checks,
     as ``where.key``.
 
@@ -165,6 +166,8 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     for key in section:
         if key != "_component_" and key not in allowed and not takes_any:
             raise ConfigError(_unknown(str(key), allowed, where))
+    if "signals" in allowed and "signals" not in section:
+        component, allowed = functools.partial(functools.partial, component), allowed - {"signals"}
     missing = [n for n in allowed if parameters[n].default is inspect.Parameter.empty and n not in section]
     if missing:
         raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
 from wmtp.products import mm_float32, operand
-from wmtp.weighting.base import Signals
+from wmtp.weighting.base import Signals, any_weighting
+from wmtp.weighting.contract import check_weights, is_checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -184,19 +185,21 @@ def mtp_loss(
 
     Args:
         hidden, unembedding, labels, document_ids, head_weights: as in :func:`weighted_mtp_cross_entropy`.
-        weighting: a callable from Signals to weights; of its attributes ``needs`` and ``per_head`` are read, and a
-            plain function without them needs no CE of the policy.
+        weighting: a callable from Signals to weights, with any or none of the attributes of
+            :class:`~wmtp.weighting.AnyWeighting`; a plain function needs no CE of the policy.
         policy_ce: [B, S] or [1 or H, B, S], the policy's CE of an earlier pass (kept from the epoch's start). It takes
             the present CE's place in the weights, and only there.
         reference_ce: [B, S], the reference's CE.
         values: [B, S], the critic's values.
-        step: optimizer step, for weightings that draw anew each step.
+        step: optimizer step, for weightings that draw anew each step. In the first three and every 20th the weights
+            are held against what the weighting promises (:func:`~wmtp.weighting.check_weights`).
 
     Raises:
-        ValueError: for shapes that do not fit, and what the weighting refuses.
+        ValueError: for shapes that do not fit, weights that break the promise, and what the weighting refuses.
     """
-    needs: frozenset[str] = getattr(weighting, "needs", frozenset())
-    heads = hidden if getattr(weighting, "per_head", False) else hidden[:1]
+    weighting = any_weighting(weighting)
+    needs = weighting.needs
+    heads = hidden if weighting.per_head else hidden[:1]
     ce = entropy = None
     if "policy_entropy" in needs:
         ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, document_ids=document_ids)
@@ -216,6 +219,8 @@ def mtp_loss(
     )
     with torch.no_grad():
         weights = weighting(signals)
+    if is_checked(step):
+        check_weights(weights, signals, weighting)
     return weighted_mtp_cross_entropy(
         hidden, unembedding, labels, weights, document_ids=document_ids, head_weights=head_weights, known_ce=ce
     )

@@ -8,3 +8,34 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def read_metrics(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_own_rules():
+    """Write my_rules.py, a researcher's own weightings, into the working directory, where a config finds it."""
+    Path("my_rules.py").write_text(
+        """
+import torch
+
+from wmtp.weighting import Weighting
+
+
+def fewer_spaces(signals, least=0.5):  # a plain function of the signals, with a key
+    weights = torch.where(signals.labels == 32, least, 1.0) * signals.valid[0]
+    return weights * signals.valid[0].sum() / weights.sum()
+
+
+def surprise(power=1.0):  # a builder of one
+    def rule(signals):
+        weights = signals.policy_ce[0] ** power * signals.valid[0]
+        return weights * signals.valid[0].sum() / weights.sum()
+
+    rule.needs = {"policy_ce"}
+    return rule
+
+
+def thrice_ce():
+    return Weighting(
+        lambda signals: signals.policy_ce, lambda ce, mask: 3 * ce * mask, needs={"policy_ce"}, bounds=(0.0, 5.0)
+    )
+"""
+    )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from recipes.lora_wmtp import LoRARecipeWMTP
-from runs import ROOT, read_metrics
+from runs import ROOT, read_metrics, write_own_rules
 from wmtp.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
 
@@ -134,6 +134,18 @@ def test_held_out_ce_falls_and_the_merged_export_is_the_trained_model(lora_confi
     for name in ("adapter_model.safetensors", "wmtp_heads.safetensors"):
         ours, theirs = (load_file(folder / "adapter" / name) for folder in (Path("again"), recipe._output_dir))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_plain_function_as_weighting_trains_and_resumes(lora_config):
+    write_own_rules()
+    rule = {"_component_": "my_rules.fewer_spaces", "least": 0.25}
+    options = {"max_steps": 4, "save_every": 2, "weighting": {"_component_": "wmtp.weighting.shuffled", "method": rule}}
+    _, whole = run(lora_config(output_dir="whole", **options))
+    assert all(line["weights/mean"] == pytest.approx(1, abs=1e-5) for line in whole)
+    assert all(line["weights/p25"] < line["weights/max"] for line in whole)
+    run(lora_config(output_dir="cut", **options))
+    shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])
+    assert series(run(lora_config(output_dir="cut", resume=True, **options))[1]) == series(whole)
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])

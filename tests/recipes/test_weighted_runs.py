@@ -11,7 +11,9 @@ from services import new_store
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.score_reference import ScoreReferenceRecipe
+from runs import write_own_rules
 from wmtp.checkpoint import complete_checkpoints
+from wmtp.errors import UserError
 
 RHO1, SHUFFLED = ({"_component_": f"wmtp.weighting.{name}"} for name in ("rho1", "shuffled"))
 PAGES = {"_component_": "wmtp.report.TokenWeightPages"}
@@ -97,13 +99,36 @@ def test_what_a_weighting_remembers_survives_a_kill(train, job, overrides):
         assert whole[2]["weights/effective_sample_size"] < 1
 
 
+@pytest.mark.parametrize(
+    "section", [{"_component_": "my_rules.fewer_spaces", "least": 0.25}, {"_component_": "my_rules.surprise"}]
+)
+def test_a_plain_function_trains_and_resumes(train, section):
+    write_own_rules()
+    options = {"max_steps": 4, "save_every": 2, "dataset__max_functions": 12, "seq_len": 128, "weighting": section}
+    whole = train("uniform", "whole", **options)
+    assert all(line["weights/mean"] == pytest.approx(1, abs=1e-5) for line in whole)
+    assert all(line["weights/p25"] < line["weights/max"] for line in whole)
+    train("uniform", "cut", **options)
+    shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])
+    assert train("uniform", "cut", **options, resume=True) == whole
+
+
+def test_a_rule_that_breaks_its_promise_does_not_train(train):
+    write_own_rules()
+    with pytest.raises(UserError, match=r"weighting thrice_ce gave \d+ weights outside its bounds \[0, 5\], the first"):
+        train("uniform", "refused", max_steps=1, weighting={"_component_": "my_rules.thrice_ce"})
+    misspelt = {"_component_": "my_rules.fewer_spaces", "most": 1}
+    with pytest.raises(UserError, match="unknown key 'most' in weighting"):
+        train("uniform", "misspelt", max_steps=1, weighting=misspelt)
+
+
 @pytest.mark.parametrize("method", ["dft", "entropy", "shuffled", "random_matched"])
 def test_every_method_trains_and_logs_its_statistics(train, method):
     section = {"_component_": f"wmtp.weighting.{method}"}
     if method in ("shuffled", "random_matched"):
         section["method"] = RHO1 | {"mode": "soft"}
     (line,) = train("rho1", method, max_steps=1, weighting=section)
-    names = ("p25", "p75", "p95", "max", "kept_share", "effective_sample_size", "entropy", "ce_correlation")
+    names = ("mean", "p25", "p75", "p95", "max", "kept_share", "effective_sample_size", "entropy", "ce_correlation")
     assert {f"weights/{name}" for name in (*names, "position_correlation")} <= line.keys()
     assert line["weights/p25"] < line["weights/p95"] <= line["weights/max"]
 

@@ -11,7 +11,7 @@ from wmtp.weighting import target_table, weight_statistics
 
 def test_by_hand():
     s = weight_statistics(torch.tensor([0.0, 0.0, 2.0, 2.0]))
-    assert s["p25"] == 0 and s["p75"] == s["p95"] == s["max"] == 2
+    assert s["p25"] == 0 and s["p75"] == s["p95"] == s["max"] == 2 and s["mean"] == 1
     # half the targets, each twice: half the sample, and log 2 of log 4 nats
     assert s["kept_share"] == s["effective_sample_size"] == 0.5
     assert s["entropy"] == pytest.approx(0.5)
@@ -41,7 +41,7 @@ def test_equal_weights_one_weight_none_and_only_zeros():
     for n in (1, 7):
         s = weight_statistics(torch.ones(n), policy_ce=torch.arange(n), position=torch.arange(n))
         assert s["effective_sample_size"] == pytest.approx(1) and s["entropy"] == pytest.approx(1)
-        assert len(s) == 7 and s["entropy"] <= 1
+        assert len(s) == 8 and s["entropy"] <= 1
     assert weight_statistics(torch.zeros(0)) == {}
     assert set(weight_statistics(torch.zeros(3), position=torch.arange(3)).values()) == {0.0}
 

@@ -8,7 +8,7 @@ from wmtp.errors import UserError
 from wmtp.loss import MTPLoss
 from wmtp.report.token_views import token_views
 from wmtp.report.token_weights import token_weights_html
-from wmtp.weighting import Signals
+from wmtp.weighting import Signals, any_weighting
 
 
 class TokenWeightPages:
@@ -30,7 +30,8 @@ class TokenWeightPages:
         for name, value in {"every": every, "documents": documents}.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
-        self.every, self._documents, self._beside = every, documents, dict(beside or {})
+        self.every, self._documents = every, documents
+        self._beside = {name: any_weighting(method) for name, method in (beside or {}).items()}
 
     def check(self, needs: Set[str]) -> None:
         """Refuse a weighting that reads what the run does not have.
@@ -40,7 +41,7 @@ class TokenWeightPages:
         """
         at_hand = {"policy_ce"} | (needs & {"reference_ce", "values"})
         for name, method in self._beside.items():
-            lacking = sorted(getattr(method, "needs", frozenset()) - at_hand)
+            lacking = sorted(method.needs - at_hand)
             if lacking:
                 raise UserError(
                     f"token_view.beside.{name} reads {', '.join(lacking)}, which this run's weighting does not; "

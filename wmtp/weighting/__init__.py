@@ -4,7 +4,8 @@ A weight belongs to a target token j, the same for every head that predicts it. 
 callable that looks at the :class:`Signals` of a micro-batch and returns weights [B, S] (with ``per_head`` [H, B, S]),
 or None for all ones. Weights have mean 1 over the valid targets of their scope, lie in [min_weight, max_weight], are 0
 where there is no target, finite, and carry no gradient. The scope ``sequence`` is one document (so packing changes
-nothing), ``batch`` all documents of one micro-batch on one rank.
+nothing), ``batch`` all documents of one micro-batch on one rank. Training checks all of this in its first three steps
+and in every 20th (:func:`check_weights`), and ends with one line that names the method, the place and the value.
 
 To add a method, write one builder: a function that returns a :class:`Weighting` made of a score (a number for each
 target, from the signals) and a rule that turns the scores of one scope into weights. Name it in a config:
@@ -19,9 +20,18 @@ target, from the signals) and a rule that turns the scores of one scope into wei
 
     weighting:
       _component_: my_module.hard_tokens
+
+A plain function of ``signals`` will do too, as the ``_component_`` itself or as what a builder returns. It may have the
+attributes of :class:`AnyWeighting`; without ``needs`` it sees labels and valid pairs alone, without ``scope`` its mean
+is taken over the micro-batch:
+
+    def no_names(signals, least=0.2):
+        weights = torch.where(signals.labels == 42, least, 1.0) * signals.valid[0]
+        return weights * signals.valid[0].sum() / weights.sum().clamp(min=1e-9)
 """
 
-from wmtp.weighting.base import Signals, Weighting
+from wmtp.weighting.base import AnyWeighting, Signals, Weighting, any_weighting
+from wmtp.weighting.contract import check_weights
 from wmtp.weighting.controls import random_matched, shuffled
 from wmtp.weighting.methods import dft, entropy, rho1, uniform
 from wmtp.weighting.rows import clipped_mean, clipped_mean_one, spread, top_share, weigh_rows, z_score
@@ -29,8 +39,11 @@ from wmtp.weighting.statistics import target_table, weight_statistics
 from wmtp.weighting.values import critic, gae, value_deltas
 
 __all__ = [
+    "AnyWeighting",
     "Signals",
     "Weighting",
+    "any_weighting",
+    "check_weights",
     "clipped_mean",
     "clipped_mean_one",
     "critic",

@@ -1,9 +1,11 @@
-"""What a weighting may look at, and the one class that every method is composed of."""
+"""What a weighting may look at, what it has, and the one class that every method is composed of."""
 
+import functools
 import math
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +45,85 @@ class State(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
-class Weighting:
+class AnyWeighting:
+    """A callable from Signals to weights, with all that a recipe asks of a weighting.
+
+    Args:
+        rule: of the attributes below and the methods of :class:`State` it may have any or none. A plain function needs
+            only labels and valid pairs, gives weights >= 0 with mean 1 over the micro-batch, and remembers nothing.
+
+    Attributes:
+        name: what messages call it: the function's, or that of the builder that made it.
+        needs: names of the signals read: policy_ce, policy_entropy, reference_ce, values.
+        per_head: whether it reads the CE of all heads, for weights [H, B, S].
+        bounds: least and largest weight.
+        scope: over whose targets the mean is 1: ``sequence`` (a document) or ``batch``.
+
+    Raises:
+        ValueError: not a callable, an unknown signal or an unknown scope.
+    """
+
+    def __init__(self, rule: Callable[[Signals], Tensor | None]) -> None:
+        if not callable(rule):
+            raise UserError(f"a weighting must be a callable from Signals to weights, got {rule!r}")
+        self._rule = rule
+        while isinstance(rule, functools.partial):
+            rule = rule.func
+        self._state = rule
+        self.name: str = getattr(rule, "name", None) or builder_of(rule)
+        self.needs: frozenset[str] = frozenset(getattr(rule, "needs", ()))
+        self.per_head: bool = getattr(rule, "per_head", False)
+        self.bounds: tuple[float, float] = getattr(rule, "bounds", (0.0, math.inf))
+        self.scope: str = getattr(rule, "scope", "batch")
+        for name in self.needs:
+            check_choice("needs", name, tuple(SIGNALS))
+        check_choice("scope", self.scope, SCOPES)
+
+    @torch.no_grad()
+    def __call__(self, signals: Signals) -> Tensor | None:
+        """Weights [B, S] or [H, B, S]; None for all ones."""
+        return self._rule(signals)
+
+    def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
+        """Merge what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
+
+        Args:
+            all_reduce_sum: sum of a float64 tensor over all ranks; a collective, called only if there is a state.
+        """
+        if hasattr(self._state, "end_step"):
+            self._state.end_step(all_reduce_sum)
+
+    def state_dict(self) -> dict:
+        """What a resumed run needs, the same on every rank; {} for a method without a memory."""
+        return self._state.state_dict() if hasattr(self._state, "state_dict") else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state is another method's.
+        """
+        if hasattr(self._state, "load_state_dict"):
+            self._state.load_state_dict(state)
+        elif state:
+            raise UserError(
+                f"this weighting keeps no state, got one with {', '.join(sorted(state))}; "
+                "resume with the weighting of the checkpoint"
+            )
+
+
+def any_weighting(rule: Callable[[Signals], Tensor | None]) -> AnyWeighting:
+    """``rule`` with all that a recipe asks of a weighting: itself, or as :class:`AnyWeighting`."""
+    return rule if isinstance(rule, AnyWeighting) else AnyWeighting(rule)
+
+
+def builder_of(rule: Any) -> str:
+    """The name of a function, or of the function that made it; of an object, its class's."""
+    name: str = getattr(rule, "__qualname__", type(rule).__name__)
+    return name.split(".<locals>")[0]
+
+
+class Weighting(AnyWeighting):
     """A score for each target and a rule that turns the scores of one scope into weights.
 
         w = to_weights(score(signals))        w~ = (1 - strength) + strength * w
@@ -62,6 +142,7 @@ class Weighting:
         state: what the method remembers from step to step; None for nothing.
 
     Attributes:
+        name: the function's that made it.
         needs, per_head: as given; nothing and False at strength 0.
         bounds: least and largest weight returned, strength included.
 
@@ -89,8 +170,10 @@ class Weighting:
         self.needs: frozenset[str] = frozenset(needs) if weighted else frozenset()
         self.per_head = per_head and weighted
         self.bounds = tuple(1 - strength + strength * end for end in bounds) if weighted else (1.0, 1.0)
-        self._score, self._to_weights, self._scope, self._strength = score, to_weights, scope, strength
-        self._state = state if weighted else None
+        self.name = sys._getframe(1).f_code.co_qualname.split(".<locals>")[0]
+        self.scope = scope
+        self._score, self._to_weights, self._strength = score, to_weights, strength
+        self._state: Any = state if weighted else None
 
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
@@ -104,36 +187,9 @@ class Weighting:
         heads = signals.valid.shape[0] if self.per_head else 1
         valid = signals.valid[:heads]
         scores = self._score(self._prepared(signals, heads)).expand(valid.shape)
-        weights = weigh_rows(scores, valid, signals.document_ids, self._scope, self._to_weights)
+        weights = weigh_rows(scores, valid, signals.document_ids, self.scope, self._to_weights)
         weights = (1 - self._strength) * valid + self._strength * weights
         return weights if self.per_head else weights[0]
-
-    def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Merge what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
-
-        Args:
-            all_reduce_sum: sum of a float64 tensor over all ranks; a collective, called only if there is a state.
-        """
-        if self._state is not None:
-            self._state.end_step(all_reduce_sum)
-
-    def state_dict(self) -> dict:
-        """What a resumed run needs, the same on every rank; {} for a method without a memory."""
-        return {} if self._state is None else self._state.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        """Go on from a :meth:`state_dict`.
-
-        Raises:
-            ValueError: the state is another method's.
-        """
-        if self._state is not None:
-            self._state.load_state_dict(state)
-        elif state:
-            raise UserError(
-                f"this weighting keeps no state, got one with {', '.join(sorted(state))}; "
-                "resume with the weighting of the checkpoint"
-            )
 
     def _prepared(self, signals: Signals, heads: int) -> Signals:
         """The needed signals, checked, detached and in float32."""

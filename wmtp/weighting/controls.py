@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.weighting.base import Signals, check_range
+from wmtp.weighting.base import AnyWeighting, Signals, any_weighting, builder_of, check_range
 from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_rows
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's constants, as int64
@@ -62,7 +62,7 @@ def random_matched(method: Callable[[Signals], Tensor | None], seed: int = 0) ->
     return Control(method, redraw, seed)
 
 
-class Control:
+class Control(AnyWeighting):
     """A weighting that asks ``method`` for weights and draws them anew inside each document.
 
     Args:
@@ -76,10 +76,9 @@ class Control:
         if not callable(method):
             raise UserError(f"method must be a weighting (a section with a _component_), got {method!r}")
         check_range("seed", seed, isinstance(seed, int) and 0 <= seed < 2**63, "a whole number >= 0 and < 2^63")
-        self._method, self._redraw, self._seed = method, redraw, seed
-        self.needs: frozenset[str] = getattr(method, "needs", frozenset())
-        self.per_head: bool = getattr(method, "per_head", False)
-        self.bounds: tuple[float, float] = getattr(method, "bounds", (0.0, float("inf")))
+        super().__init__(any_weighting(method))
+        self._redraw, self._seed = redraw, seed
+        self.name = f"{builder_of(redraw)}({self.name})"
 
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
@@ -88,7 +87,7 @@ class Control:
         Raises:
             ValueError: the method gave a weight that is not finite or is below 0.
         """
-        weights = self._method(signals)
+        weights = self._rule(signals)
         if weights is None:
             return None
         by_head = weights.dim() == 3
@@ -102,20 +101,6 @@ class Control:
             rows = scope_rows(valid, signals.document_ids, "sequence")
             drawn[valid] = rows.pick(self._redraw(rows.lay(own), rows, self._keys(signals, valid, rows))).float()
         return drawn if by_head else drawn[0]
-
-    def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """The method's end of an optimizer step."""
-        if hasattr(self._method, "end_step"):
-            self._method.end_step(all_reduce_sum)
-
-    def state_dict(self) -> dict:
-        """The method's state; a control adds none."""
-        return self._method.state_dict() if hasattr(self._method, "state_dict") else {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Restore the method's state."""
-        if hasattr(self._method, "load_state_dict"):
-            self._method.load_state_dict(state)
 
     def _keys(self, signals: Signals, valid: Tensor, rows: ScopeRows) -> Tensor:
         """A random int64 for each valid target, [N]."""

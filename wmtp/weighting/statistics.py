@@ -46,7 +46,8 @@ def weight_statistics(
         position: [N], the place of each target in its document.
 
     Returns:
-        ``p25, p75, p95, max`` (linear between order statistics); ``kept_share``: share of targets with weight > 0;
+        ``mean`` (1, as every weighting promises); ``p25, p75, p95, max`` (linear between order statistics);
+        ``kept_share``: share of targets with weight > 0;
         ``effective_sample_size`` = (sum w)^2 / (N sum w^2), the share of the targets that the weights amount to (Kish
         1965), in [0, 1]; ``entropy`` of w / sum w, divided by log N, in [0, 1], 1 for equal weights;
         ``ce_correlation`` and ``position_correlation``, Pearson's, left out where one side has no spread. Both shares
@@ -57,6 +58,7 @@ def weight_statistics(
         return {}
     ordered = w.sort().values
     figures = {name: _quantile(ordered, q) for name, q in (("p25", 0.25), ("p75", 0.75), ("p95", 0.95), ("max", 1.0))}
+    figures["mean"] = w.mean().item()
     figures["kept_share"] = (w > 0).double().mean().item()
     figures["effective_sample_size"] = (w.sum().square() / (w.numel() * w.square().sum()).clamp(min=1e-300)).item()
     figures["entropy"] = _relative_entropy(w)
