@@ -322,9 +322,34 @@ def test_policy_ce_from_outside_is_used_for_the_weights_only():
 def test_a_plain_function_of_the_signals_is_a_weighting():
     hidden, unembedding, labels, weights, document_ids, _ = random_case(6, 2, 2, 9, 8, 30, False, 1.0)
     args = hidden.float(), unembedding.float(), labels
+    targets = valid_targets(labels, 1, document_ids)[0]
+    weights = weights * targets * targets.sum() / (weights * targets).sum()
     out = mtp_loss(*args, lambda signals: weights.float(), document_ids=document_ids)
     given = weighted_mtp_cross_entropy(*args, weights.float(), document_ids=document_ids)
     assert torch.equal(out.loss_sum, given.loss_sum)
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers that are read, and shapes that depend on values."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_whose_weights_are_not_checked_does_not_wait_for_the_device():
+    hidden, unembedding, labels = torch.randn(2, 1, 6, 4), torch.randn(9, 4), torch.arange(6)[None]
+    weights = torch.tensor([[0.0, 1, 1, 1, 1, 1]])
+
+    def waits(run, *args, **options):
+        with Waits() as waits:
+            run(hidden, unembedding, labels, *args, **options)
+        return waits.count
+
+    bare = waits(weighted_mtp_cross_entropy, weights)
+    assert waits(mtp_loss, lambda signals: weights, step=3) == bare < waits(mtp_loss, lambda signals: weights, step=2)
 
 
 def test_backward_twice_is_refused():

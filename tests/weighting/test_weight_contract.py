@@ -9,10 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_signals import CONTROLS, METHODS, quiet, random_signals, ready
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.errors import UserError
-from wmtp.loss import mtp_loss, weighted_mtp_cross_entropy
+from wmtp.loss import mtp_loss
 from wmtp.weighting import Weighting, any_weighting, check_weights, clipped_mean_one, shuffled
 
 # Two documents in the one row of a batch, three heads: targets are tokens 1 to 3 and 5 to 7.
@@ -90,27 +89,6 @@ def test_it_is_checked_in_the_first_three_steps_and_in_every_20th():
         except UserError:
             refused.append(step)
     assert refused == [0, 1, 2, 20, 40]
-
-
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device: numbers that are read, and shapes that depend on values."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.__name__.split(".")[0] in ("_local_scalar_dense", "nonzero", "_unique2", "masked_select")
-        return func(*args, **(kwargs or {}))
-
-
-def test_a_step_that_is_not_checked_does_not_wait_for_the_device():
-    def waits(run):
-        with Waits() as waits:
-            run()
-        return waits.count
-
-    hidden, unembedding = torch.randn(3, 1, 8, 4), torch.randn(9, 4)
-    bare = waits(lambda: weighted_mtp_cross_entropy(hidden, unembedding, LABELS, TARGETS, document_ids=DOCUMENTS))
-    assert waits(lambda: loss_with(rule(TARGETS), step=3)) == bare < waits(lambda: loss_with(rule(TARGETS), step=2))
 
 
 @settings(max_examples=60, deadline=None)
