@@ -142,7 +142,7 @@ def test_a_plain_function_as_weighting_trains_and_resumes(lora_config):
     options = {"max_steps": 4, "save_every": 2, "weighting": {"_component_": "wmtp.weighting.shuffled", "method": rule}}
     _, whole = run(lora_config(output_dir="whole", **options))
     assert all(line["weights/mean"] == pytest.approx(1, abs=1e-5) for line in whole)
-    assert all(line["weights/effective_sample_size"] < 0.95 for line in whole)
+    assert all(line["weights/max"] > 1.01 for line in whole)
     run(lora_config(output_dir="cut", **options))
     shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])
     assert series(run(lora_config(output_dir="cut", resume=True, **options))[1]) == series(whole)

@@ -107,7 +107,7 @@ def test_a_plain_function_trains_and_resumes(train, section):
     options = {"max_steps": 4, "save_every": 2, "dataset__max_functions": 12, "seq_len": 128, "weighting": section}
     whole = train("uniform", "whole", **options)
     assert all(line["weights/mean"] == pytest.approx(1, abs=1e-5) for line in whole)
-    assert all(line["weights/effective_sample_size"] < 0.95 for line in whole)
+    assert all(line["weights/max"] > 1.01 for line in whole)
     train("uniform", "cut", **options)
     shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])
     assert train("uniform", "cut", **options, resume=True) == whole
