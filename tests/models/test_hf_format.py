@@ -158,7 +158,7 @@ def test_an_export_never_overwrites_and_never_leaves_half(tiny_hf, tmp_path, mon
         export_hf(model, target)
     target.rmdir()
     with monkeypatch.context() as patch:
-        patch.setattr("wmtp.models.export._write_config", lambda *_: 1 / 0)
+        patch.setattr("wmtp.models.export._write_configs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_hf(model, target)
     assert not target.exists()
