@@ -25,7 +25,9 @@ def release_folder(version: str) -> Path:
     pins = [f"transformers=={version}", f"tokenizers=={RELEASES[version]}", "huggingface_hub==0.36.0"]
     uv = shutil.which("uv", path=f"{ROOT / '.tools/bin'}{os.pathsep}{os.environ['PATH']}")
     base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"  # a virtual environment has no pip
-    command = [uv, "pip", "install", "--python", sys.executable] if uv else [base, "-m", "pip", "install", "--retries=1"]
+    command = (
+        [uv, "pip", "install", "--python", sys.executable] if uv else [base, "-m", "pip", "install", "--retries=1"]
+    )
     with made_once(folder) as partial:
         if partial is not None:
             command += ["--quiet", "--no-deps", "--target", partial, *pins]

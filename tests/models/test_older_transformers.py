@@ -128,7 +128,7 @@ def test_transformers_4_reads_an_export_as_what_was_trained(folders, tmp_path, v
     tokenizers = [name for name in ids if version != "4.40.2" or not name.startswith("in ")]
     out, log = tmp_path / "found.pt", tmp_path / "log"
     log.touch()
-    start(read_with, release_folder(version), root, models, tokenizers, out, log=log).join()
+    start(read_with, release_folder(version), root, models, tokenizers, out, log=log).join(timeout=900)
     found = torch.load(out, weights_only=False)
     assert found["version"] == version
     for name in models:

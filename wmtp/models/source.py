@@ -56,7 +56,8 @@ def exported_configs(
             document's end, so it joins those of the source, and the others are taken where the source names none.
     """
     said = source.config if source is not None else {}
-    unnamed = {} if source is not None else {"bos_token_id": None, "eos_token_id": None}  # else Llama's 1 and 2 hold
+    # Where no file of HF's says them, transformers would take Llama's 1 and 2.
+    unnamed = {} if "model_type" in said else {"bos_token_id": None, "eos_token_id": None}
     rope = {"rope_type": "default", **(shape.rope_scaling or {})}
     token_ids = {key: i for key, i in token_ids.items() if i is None or i < shape.vocab_size}
     config = {
