@@ -1,11 +1,13 @@
 """What the files of a checkpoint say beside its weights and shape: kept with the model, said again by its export."""
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from wmtp.models.checkpoint_formats import Checkpoint, _read_json
+from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError
 from wmtp.models.shape import LlamaShape
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
@@ -36,9 +38,15 @@ def read_source(checkpoint: Checkpoint) -> Source:
     if checkpoint.form == "meta":
         return Source(config, None)
     generation = checkpoint.path / GENERATION_CONFIG
-    return Source(
-        {**config, **_read_json(checkpoint.path / CONFIG)}, _read_json(generation) if generation.is_file() else None
-    )
+    config |= _read(checkpoint.path / CONFIG)
+    return Source(config, _read(generation) if generation.is_file() else None)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; copy it again") from error
 
 
 def exported_configs(
