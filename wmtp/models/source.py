@@ -1,16 +1,15 @@
 """What the files of a checkpoint say beside its weights and shape: kept with the model, said again by its export."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError
+from wmtp.models.checkpoint_formats import Checkpoint
+from wmtp.models.config_files import CONFIG, read_json
 from wmtp.models.shape import LlamaShape
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 # What does not hold for an export: code that is not copied, weights that are no longer quantised, another H.
 _NOT_KEPT = ("auto_map", "quantization_config", "num_future_tokens")
 
@@ -38,15 +37,8 @@ def read_source(checkpoint: Checkpoint) -> Source:
     if checkpoint.form == "meta":
         return Source(config, None)
     generation = checkpoint.path / GENERATION_CONFIG
-    config |= _read(checkpoint.path / CONFIG)
-    return Source(config, _read(generation) if generation.is_file() else None)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; copy it again") from error
+    config |= read_json(checkpoint.path / CONFIG)
+    return Source(config, read_json(generation) if generation.is_file() else None)
 
 
 def exported_configs(
