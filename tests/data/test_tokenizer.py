@@ -113,6 +113,30 @@ def test_a_llama_prompt_starts_with_bos_and_the_config_can_say_otherwise(sentenc
     assert byte_tokenizer().encode_prompt("x") == [ord("x")]
 
 
+@pytest.mark.parametrize("settings", [{"add_bos_token": True}, {"add_bos_token": False}, {"legacy": False}], ids=str)
+def test_a_llama_folders_settings_say_whether_a_text_starts_with_bos(sentencepiece_folder, tmp_path, settings):
+    """As `transformers` has it: with its space before the text, the ids are the same."""
+    bos = settings.get("add_bos_token", True)
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        **settings,
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    outside = AutoTokenizer.from_pretrained(tmp_path, add_bos_token=bos)  # 5 has no default of 4's left
+    tokenizer = hf_tokenizer(tmp_path)
+    for text in [part for part in CODE.split("\n\n") if part[:1].isalpha()]:
+        assert tokenizer.encode_prompt(f" {text}") == outside.encode(text)
+    assert (tokenizer.encode_prompt("x")[0] == 1) == tokenizer.add_bos == bos
+    tokenizer.save(tmp_path / "saved")
+    # What training saw, without that space, is what an export's tokenizer gives.
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(CODE) == tokenizer.encode_prompt(CODE)
+    assert (tmp_path / "saved" / "tokenizer.model").read_bytes() == (tmp_path / "tokenizer.model").read_bytes()
+
+
 def test_meta_keeps_its_tokenizer_above_the_checkpoint_folder(sentencepiece_folder):
     checkpoint = sentencepiece_folder / "7B_200B_4"
     checkpoint.mkdir(exist_ok=True)

@@ -8,8 +8,9 @@ from wmtp.generation import Request, generate
 class Letters:
     """A tokenizer of 67 characters, one a token: id i is chr(40 + i). EOS is id 66 unless said otherwise."""
 
-    def __init__(self, eos_id=66):
+    def __init__(self, eos_id=66, special_ids=()):
         self.eos_id = eos_id
+        self.special_ids = frozenset(special_ids)
 
     def decode(self, ids):
         return "".join(chr(40 + i) for i in ids)

@@ -10,6 +10,7 @@ from torch import nn
 from wmtp.data import byte_tokenizer
 from wmtp.generation import Completion, DecodingStats, Request, Sampling, generate
 from wmtp.models import teacher_forced
+from wmtp.models.source import Source
 
 
 @torch.no_grad()
@@ -156,6 +157,36 @@ def test_eos_ends_a_completion_and_is_no_part_of_its_text(tiny, num_drafts):
         (done,) = generate(model, Letters(eos_id), request, Sampling(5), **options)
         assert done.tokens == tuple(tokens[:length]) and done.finish_reason == "eos"
         assert done.text == Letters().decode(tokens[: length - 1])
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_every_end_token_that_the_checkpoint_names_ends_a_text(tiny, num_drafts):
+    """As a chat model's: one more in config.json, another in generation_config.json, none of them the tokenizer's."""
+    model = scripted(tiny, [10, 11, 12, 13, 14])
+    requests = [Request(start, (start,), (start,)) for start in (0, 10, 11, 12, 13)]
+    model.source = Source({"eos_token_id": [12, 50]}, {"eos_token_id": 14})
+    for batch_size in (1, 3):
+        done = completions(model, Letters(), requests, Sampling(5), batch_size=batch_size, num_drafts=num_drafts)
+        assert {start: c.tokens for start, c in done.items()} == {
+            0: (10, 11, 12), 10: (11, 12), 11: (12,), 12: (13, 14), 13: (14,)
+        }  # fmt: skip
+        assert all(c.finish_reason == "eos" and c.text == Letters().decode(c.tokens[:-1]) for c in done.values())
+    # The tokenizer's ends it too, also where a checkpoint names others.
+    (done,) = completions(model, Letters(eos_id=11), requests[:1], Sampling(5), num_drafts=num_drafts).values()
+    assert (done.tokens, done.finish_reason) == ((10, 11), "eos")
+
+
+@pytest.mark.parametrize("num_drafts", [0, 2])
+def test_special_tokens_are_no_part_of_a_text_but_can_be_its_stop_string(tiny, num_drafts):
+    tokens = [ord(character) - 40 for character in "HelmoABC"]
+    model, request = scripted(tiny, tokens), [Request("r", (0,), ("r",))]
+    letters = Letters(special_ids=(tokens[2], tokens[5]))  # l and A
+    for stop, text, length in (((), "HemoBC", 8), (("A",), "Hemo", 6), (("moA",), "Hemo", 6), (("mo",), "He", 5)):
+        (done,) = completions(
+            model, letters, request, Sampling(8, stop=stop), batch_size=1, num_drafts=num_drafts
+        ).values()
+        assert (done.text, len(done.tokens)) == (text, length)
+        assert done.finish_reason == ("stop" if stop else "length")
 
 
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])

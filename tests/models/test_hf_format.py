@@ -23,6 +23,19 @@ def loaded(folder, **changes):
     return model
 
 
+def seven_and_nine():
+    """A tokenizer of `transformers` whose BOS is 7 and whose EOS is 9."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<s>": 7, "</s>": 9}, unk_token="a")),
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template="{{ messages[0].content }}",
+    )
+
+
 def hf_logits(folder):
     from transformers import AutoModelForCausalLM
 
@@ -127,18 +140,11 @@ def test_harmless_keys_are_passed_over(tiny_hf):
         torch.testing.assert_close(loaded(folder)(TOKENS)[0], hf(TOKENS).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_an_export_carries_its_tokenizer_and_ids(tiny_hf, tmp_path):
-    from tokenizers import Tokenizer, models
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+def test_an_export_carries_its_tokenizer_and_ids(tiny, tmp_path):
+    from transformers import AutoTokenizer
 
-    _, folder = tiny_hf()
-    model = loaded(folder)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "<s>": 7, "</s>": 9}, unk_token="a")),
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template="{{ messages[0].content }}",
-    )
+    model = tiny()  # of no checkpoint
+    tokenizer = seven_and_nine()
     export_hf(model, tmp_path / "object", tokenizer_source=tokenizer)
     export_hf(model, tmp_path / "folder", tokenizer_source=tmp_path / "object")
     export_hf(model, tmp_path / "none")
@@ -150,6 +156,32 @@ def test_an_export_carries_its_tokenizer_and_ids(tiny_hf, tmp_path):
     assert json.loads((tmp_path / "none" / "config.json").read_text())["eos_token_id"] is None
 
 
+def test_an_export_is_its_sources_config_with_what_training_changed(tiny_hf, tmp_path):
+    _, folder = tiny_hf(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True, max_position_embeddings=48)
+    said = json.loads((folder / "config.json").read_text())
+    said |= {"eos_token_id": [5, 6], "bos_token_id": 4, "pad_token_id": 3, "pretraining_tp": 2}
+    (folder / "config.json").write_text(json.dumps(said))
+    generation = {"eos_token_id": 8, "temperature": 0.6, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    export_hf(loaded(folder, max_seq_len=16, num_future_tokens=3), tmp_path / "short", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    spelt = {"rope_theta": 500_000.0, "rope_scaling": scaling, "rope_parameters": LLAMA3_ROPE}
+    changed = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    assert config == {**said, **spelt, **changed}
+    assert json.loads((tmp_path / "short" / "generation_config.json").read_text()) == generation
+    export_hf(loaded(folder, max_seq_len=64), tmp_path / "long")
+    assert json.loads((tmp_path / "long" / "config.json").read_text())["max_position_embeddings"] == 64
+
+    # An export of the export says the same, and a tokenizer's EOS, which training put at each end, joins the others.
+    export_hf(loaded(tmp_path / "short", max_seq_len=16), tmp_path / "again", tokenizer_source=seven_and_nine())
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again == {**config, "eos_token_id": [5, 6, 9], "dtype": "float32", "torch_dtype": "float32"}
+    again = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert again == {**generation, "eos_token_id": [8, 9]}
+    assert loaded(tmp_path / "again").source.end_ids == [5, 6, 9, 8]
+
+
 def test_an_export_never_overwrites_and_never_leaves_half(tiny_hf, tmp_path, monkeypatch):
     _, folder = tiny_hf()
     model, target = loaded(folder, num_future_tokens=2), tmp_path / "export"
@@ -158,7 +190,7 @@ def test_an_export_never_overwrites_and_never_leaves_half(tiny_hf, tmp_path, mon
         export_hf(model, target)
     target.rmdir()
     with monkeypatch.context() as patch:
-        patch.setattr("wmtp.models.export._write_config", lambda *_: 1 / 0)
+        patch.setattr("wmtp.models.export._write_configs", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_hf(model, target)
     assert not target.exists()
@@ -167,5 +199,5 @@ def test_an_export_never_overwrites_and_never_leaves_half(tiny_hf, tmp_path, mon
     model.register_parameter("value_head", torch.nn.Parameter(torch.zeros(1)))
     with pytest.raises(ValueError, match="value_head has no place in an HF Llama folder; remove what was added"):
         export_hf(model, tmp_path / "other")
-    with pytest.raises(ValueError, match="holds no tokenizer"):
+    with pytest.raises(FileNotFoundError, match=r"has neither tokenizer\.json nor"):
         export_hf(loaded(folder), tmp_path / "other", tokenizer_source=folder)

@@ -102,6 +102,9 @@ def test_every_head_equals_the_papers_forward(tmp_path, kv_heads):
     again = from_checkpoint(tmp_path / "hf")
     load_checkpoint(again, tmp_path / "hf")
     assert torch.equal(again(tokens), model(tokens))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (theta, theta)
+    assert (config["max_position_embeddings"], config["bos_token_id"], config["eos_token_id"]) == (4096, None, None)
 
 
 def test_fewer_heads_keep_the_first_and_more_start_as_head_1(tmp_path):

@@ -13,10 +13,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
+from random_models import random_decoder
 from services import new_store
 
 from runs import ROOT
-from wmtp.data import packaged_functions, packaged_programs
+from wmtp.data import byte_tokenizer, packaged_functions, packaged_programs
+from wmtp.models import export_hf
 
 RECIPES = {"eval_mbpp": "EvalMBPPRecipe", "eval_codecontests": "EvalCodeContestsRecipe"}
 
@@ -92,6 +94,22 @@ def test_programs_with_stdin_are_judged_and_n_at_k_uses_the_public_tests(tiny_co
     assert table["metrics"]["pass_at_1"]["estimate"] == 0.5
     # Both programs pass the public tests or only the right one does: the one submission is right with 1/2 or 1.
     assert 0.5 <= table["metrics"]["1_at_2"]["estimate"] <= 1.0
+
+
+def test_every_end_token_of_the_checkpoint_ends_an_answer(tiny_config, tmp_path):
+    """Each byte is an end token of a checkpoint: answers are empty, plain and self-speculative, and so are programs."""
+    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "eval_mbpp.yaml").model)
+    sizes.pop("_component_")
+    export_hf(random_decoder(**sizes), tmp_path / "model", tokenizer_source=byte_tokenizer())
+    generation = tmp_path / "model" / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": list(range(256))}))
+    for num_drafts in (0, 1):
+        cfg = tiny_config("eval_mbpp", output_dir=f"drafts_{num_drafts}", num_drafts=num_drafts, tasks__limit=2)
+        cfg.checkpoint = str(tmp_path / "model")
+        run_here(cfg)
+        rows = [json.loads(line) for line in files(cfg.output_dir)["samples.jsonl"].splitlines()]
+        assert len(rows) == 8
+        assert {(row["completion"], row["finish_reason"], row["tokens"]) for row in rows} == {("", "eos", 1)}
 
 
 @pytest.mark.slow

@@ -115,6 +115,7 @@ def test_what_is_frozen_stays_and_only_what_is_trained_has_state(lora_config, ad
 
 def test_held_out_ce_falls_and_the_merged_export_is_the_trained_model(lora_config, base):
     options = {"eval_dataset": SHIPPED.eval_dataset, "eval_every": None, "export_merged": "fp32"}
+    Path(base, "generation_config.json").write_text('{"eos_token_id": [10, 257], "temperature": 0.6}')
     recipe, metrics = run(lora_config(max_steps=20, adapters__train_norms=True, **options))
     held_out = [line for line in metrics if "eval/ce_head1" in line]
     assert held_out[-1]["eval/ce_head1"] < 0.95 * held_out[0]["eval/ce_head1"]
@@ -123,6 +124,7 @@ def test_held_out_ce_falls_and_the_merged_export_is_the_trained_model(lora_confi
     tokens = torch.arange(40).view(2, 20)
     merged = from_checkpoint(recipe._output_dir / "export")
     load_checkpoint(merged, recipe._output_dir / "export")
+    assert merged.source.generation_config == {"eos_token_id": [10, 257], "temperature": 0.6}
     recipe._model.eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens), recipe._model(tokens), atol=1e-5, rtol=1e-5)

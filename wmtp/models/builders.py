@@ -36,7 +36,8 @@ def llama_mtp(
         num_heads, num_kv_heads: attention heads; fewer key/value heads are grouped-query attention.
         embed_dim: D.
         intermediate_dim: width of the MLP.
-        max_seq_len: longest sequence; sets the size of the RoPE cache.
+        max_seq_len: longest sequence of this run; sets the size of the RoPE cache, and never shortens what an export
+            says of its checkpoint.
         num_future_tokens: H, the number of prediction heads.
         rope_base, rope_scaling: RoPE's theta, and Llama 3's long-context scaling in HF's words, if any.
         norm_eps: epsilon of RMSNorm.

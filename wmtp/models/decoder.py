@@ -26,6 +26,7 @@ from torchtune.modules import (
 
 from wmtp.errors import UserError
 from wmtp.models.shape import LlamaShape
+from wmtp.models.source import Source
 
 
 class MTPDecoder(nn.Module):
@@ -41,6 +42,7 @@ class MTPDecoder(nn.Module):
         if attention not in ("sdpa", "flex"):
             raise UserError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         self.config = config
+        self.source: Source | None = None  # what the checkpoint's files said, once load_checkpoint has read one
         self.attention = attention
         self.rope = _rope(config)  # one module for all blocks, so its cache exists once
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)

@@ -23,18 +23,7 @@ from wmtp.models.checkpoint_formats import (
 )
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
-from wmtp.models.shape import LlamaShape
-
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
+from wmtp.models.source import exported_configs
 
 
 @torch.no_grad()
@@ -50,8 +39,10 @@ def export_hf(
     """Write ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
 
     Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not look at. Low-rank
-    adapters are merged into what is written; the model itself keeps them apart. The folder appears whole or not at all:
-    it is written beside its place and renamed.
+    adapters are merged into what is written; the model itself keeps them apart. config.json and generation_config.json
+    are those of the checkpoint that the model was read from, with what training changed, and the tokenizer's files are
+    the tokenizer's own; `transformers` reads them from 4.40 on. The folder appears whole or not at all: it is written
+    beside its place and renamed.
 
     Every rank of a sharded model calls this; parameters are gathered one at a time and rank 0 writes, holding at most
     ``max_shard_bytes`` (or the additional heads, if they are larger).
@@ -59,16 +50,17 @@ def export_hf(
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`.
         folder: must not exist.
-        tokenizer_source: a folder with tokenizer files, or a tokenizer with ``save`` or ``save_pretrained``. Without it
-            the folder has no tokenizer, and config.json no bos and eos ids.
+        tokenizer_source: a :class:`wmtp.data.Tokenizer`, a folder that `hf_tokenizer` reads, or a tokenizer of
+            `transformers`. Without it the folder has no tokenizer, and its end tokens are those of the source alone.
         dtype: of the stored weights; by default each parameter's own.
         max_shard_bytes: largest size of one file.
         merge_quantized: write the weights of a quantised trunk as what their 4 bits say, adapters merged.
 
     Raises:
         FileExistsError: the folder is there already.
-        ValueError: the model has parameters that are no part of a Llama, tokenizer_source holds no tokenizer, or the
-            trunk is quantised and merge_quantized is false.
+        FileNotFoundError: tokenizer_source holds no tokenizer.
+        ValueError: the model has parameters that are no part of a Llama, the tokenizer cannot be used, or the trunk is
+            quantised and merge_quantized is false.
     """
     folder = Path(folder)
     reshard(model)
@@ -79,6 +71,7 @@ def export_hf(
     if folder.exists():
         raise ExistsError(f"export folder {folder} already exists; give another, or remove it")
     refuse_quantized(model, merge_quantized)
+    tokenizer = _as_tokenizer(tokenizer_source)
     parameters = without_adapters(model)
     adapters = {f"{name}.weight": module for name, module in lora_modules(model)}
     strangers = [name for name in parameters if key_of(name, "hf") is None]
@@ -86,8 +79,6 @@ def export_hf(
         raise UserError(
             f"parameter {strangers[0]} has no place in an HF Llama folder; remove what was added to the decoder"
         )
-    if tokenizer_source is not None:
-        _check_tokenizer(tokenizer_source)
     if sharded:
         # Every rank has looked before rank 0 writes. Gathering does not order them all: it stays inside a replica.
         dist.barrier()
@@ -127,7 +118,7 @@ def export_hf(
             save_file(heads, writing / MTP_WEIGHTS, metadata={"format": "pt"})
             (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
         stored_dtype = dtype or parameters["norm.scale"].dtype
-        _write_config(writing, model.config, stored_dtype, tokenizer_source)
+        _write_configs(writing, model, stored_dtype, tokenizer)
         writing.rename(folder)
     if sharded:
         dist.barrier()  # when it returns, on any rank, the folder is there
@@ -161,50 +152,18 @@ def _name_files(folder: Path, files: int, weight_map: dict[str, int], total: int
         (folder / HF_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, shape: LlamaShape, dtype: torch.dtype, tokenizer_source: Any) -> None:
-    from transformers import AutoTokenizer, LlamaConfig
+def _as_tokenizer(source: Any) -> Any:
+    """The tokenizer of whatever tokenizer_source is, or None."""
+    from wmtp.data.tokenizer import Tokenizer, hf_tokenizer  # which imports this package
 
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.embed_dim,
-        intermediate_size=shape.intermediate_dim,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        max_position_embeddings=shape.max_seq_len,
-        rms_norm_eps=shape.norm_eps,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", **(shape.rope_scaling or {}), "rope_theta": shape.rope_base},
-        dtype=str(dtype).removeprefix("torch."),
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    config.save_pretrained(folder)
-    if tokenizer_source is None:
-        return
-    _write_tokenizer(folder, tokenizer_source)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, key, getattr(tokenizer, key))
-    config.save_pretrained(folder)
-
-
-def _check_tokenizer(source: Any) -> None:
     if isinstance(source, str | Path):
-        if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise UserError(f"tokenizer_source {source} holds no tokenizer.json or tokenizer.model")
-    elif not hasattr(source, "save") and not hasattr(source, "save_pretrained"):
-        raise UserError(f"tokenizer_source must be a folder or a tokenizer, got {type(source).__name__}")
+        return hf_tokenizer(source)
+    return source if source is None or isinstance(source, Tokenizer) else Tokenizer(source)
 
 
-def _write_tokenizer(folder: Path, source: Any) -> None:
-    if isinstance(source, str | Path):
-        for name in _TOKENIZER_FILES:
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, folder / name)
-    elif hasattr(source, "save_pretrained"):
-        source.save_pretrained(str(folder))
-    else:
-        source.save(folder)
+def _write_configs(folder: Path, model: nn.Module, dtype: torch.dtype, tokenizer: Any) -> None:
+    ids = {} if tokenizer is None else tokenizer.config_ids()
+    for name, content in exported_configs(model.source, model.config, dtype, ids).items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save(folder)

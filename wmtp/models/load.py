@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError, key_of, open_checkpoint, refuse_wrapped
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.shape import LlamaShape
+from wmtp.models.source import read_source
 
 # Constants of the computation that no tensor's shape gives away.
 _CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps")
@@ -42,6 +43,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
             or of another shape, or constants (RoPE base, norm epsilon, ...) other than the model's.
     """
     checkpoint = open_checkpoint(Path(path))
+    source = read_source(checkpoint)
     reshard(model)
     parameters = without_adapters(model)
     sources = _sources(model.config, checkpoint, parameters)
@@ -63,6 +65,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
             continue
         local_tensor(parameter).copy_(local_part(checkpoint.read(sources[name]), parameter))
     model.reset_rope(target)
+    model.source = source
 
 
 def named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -1,0 +1,46 @@
+"""Older releases of `transformers`, each with its `tokenizers` in a folder of its own, made once and kept."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from wmtp.models.resolve import made_once
+
+ROOT = Path(__file__).resolve().parents[1]
+# The oldest release whose reading of an export is promised, and the last before 5.
+RELEASES = {"4.40.2": "0.19.1", "4.57.3": "0.22.1"}
+_OURS = ("transformers", "tokenizers", "huggingface_hub")
+# Of this environment, and no part of theirs: what they would import only because it is there.
+_ABSENT = ("sklearn", "scipy", "pandas", "torchao", "torchvision", "peft", "accelerate", "gguf", "mlflow")
+
+
+def release_folder(version: str) -> Path:
+    """The folder of a release, installed where it is not there yet; skips the test where no registry can be reached."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "wmtp-tests" / f"transformers-{version}-py{sys.version_info.minor}"
+    pins = [f"transformers=={version}", f"tokenizers=={RELEASES[version]}", "huggingface_hub==0.36.0"]
+    uv = shutil.which("uv", path=f"{ROOT / '.tools/bin'}{os.pathsep}{os.environ['PATH']}")
+    base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"  # a virtual environment has no pip
+    command = (
+        [uv, "pip", "install", "--python", sys.executable] if uv else [base, "-m", "pip", "install", "--retries=1"]
+    )
+    with made_once(folder) as partial:
+        if partial is not None:
+            command += ["--quiet", "--no-deps", "--target", partial, *pins]
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                pytest.skip(f"transformers {version} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+def become(folder: Path) -> None:
+    """Import the release in place of this environment's; for a process that was forked and does nothing else after."""
+    for name in list(sys.modules):
+        if name.split(".")[0] in _OURS:
+            del sys.modules[name]
+    sys.modules.update(dict.fromkeys(_ABSENT))
+    sys.path.insert(0, str(folder))
