@@ -101,6 +101,8 @@ class RunLog:
             self._tracker.start()
             self._tracker.log_config(cfg)
             known = environment_tags(own.values()) | mlflow_fields(resolved, self._facts, recipe)
+            if resumed:  # the description may be somebody's own by now
+                known.pop("mlflow.note.content")
             remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
             self._tracker.log_tags({**known, "wmtp.recipe": recipe, **remote, **tags})
             self._data_section = resolved.get("dataset") or resolved.get("tasks") or {}
