@@ -30,7 +30,7 @@ def own_code(cfg: object, recipe: str) -> dict[str, Path]:
         name = names.pop()
         module = sys.modules.get(name)
         file = _own_file(module)
-        if file is None or file in found.values():
+        if module is None or file is None or file in found.values():
             continue
         at = file.name if name == "__main__" else name.replace(".", "/")
         found[at if name == "__main__" else f"{at}/__init__.py" if file.name == "__init__.py" else f"{at}.py"] = file
