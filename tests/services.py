@@ -47,16 +47,27 @@ def running(command: list[str], url: str, path: str, environment: dict[str, str]
             process.wait()
 
 
+_taken: list[socket.socket] = []  # names that say which ports are this process's, to its end
+
+
 def free_port() -> int:
-    """A port that nobody listens on, below those that the system gives to outgoing connections: it stays free."""
+    """A port that nobody listens on, below those that the system gives to outgoing connections: it stays free.
+
+    Nor will another process of tests be given it, before a server listens or between two lives of one.
+    """
     for port in random.sample(range(20_000, 30_000), 100):
+        name = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe, contextlib.suppress(OSError):
+            if sys.platform == "linux":
+                name.bind(f"\0wmtp-tests-port-{port}")
             probe.bind(("127.0.0.1", port))
+            _taken.append(name)
             return port
+        name.close()
     raise RuntimeError("no free port between 20000 and 30000")
 
 
-def _wait_until_it_answers(process: subprocess.Popen, url: str, seconds: float = 60) -> None:
+def _wait_until_it_answers(process: subprocess.Popen, url: str, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -102,7 +113,7 @@ class MlflowServer:
             self._command, env=self.environment, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        _wait_until_it_answers(self._process, f"{self.url}/health", seconds=180)
+        _wait_until_it_answers(self._process, f"{self.url}/health")
 
     def pause(self) -> None:
         """It takes connections and answers nothing."""

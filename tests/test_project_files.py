@@ -110,7 +110,7 @@ def test_the_guides_weighting_method_is_one(tmp_path, monkeypatch):
     ids=["no registry", "uncommitted", "no builder"],
 )
 def test_image_and_push_refuse_in_one_line(arguments, message):
-    done = subprocess.run(["make", "--silent", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["make", "--silent", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         line for line in done.stderr.splitlines() if message in line

@@ -48,7 +48,7 @@ def recorded_commands(spec: dict, folder: Path) -> list[list[str]]:
     env = {key: "planted" if isinstance(value, dict) else str(value) for key, value in spec.get("env", {}).items()}
     for step in spec["run"]:
         environment = {**env, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-        subprocess.run(["bash", "-euo", "pipefail", "-c", step["command"]], env=environment, check=True, timeout=60)
+        subprocess.run(["bash", "-euo", "pipefail", "-c", step["command"]], env=environment, check=True, timeout=300)
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 

@@ -13,9 +13,12 @@ from wmtp.config import build
 from wmtp.distributed import gather_objects
 from wmtp.models.resolve import RUN_FILE, checkpoint_sha256
 from wmtp.storage import Output
-from wmtp.tracking import code_changes, environment_tags, use_store
+from wmtp.tracking import code_changes, environment_tags, mlflow_fields, use_store
 from wmtp.tracking.environment import config_sha256
+from wmtp.tracking.own_code import code_sha256, own_code
 from wmtp.tracking.spool import FOLDER, read_run
+
+_CODE = "code"
 
 
 class RunLog:
@@ -60,6 +63,8 @@ class RunLog:
     ) -> None:
         """Begin, or go on after ``step``; before this a mistake leaves no trace on disk. Every rank calls it.
 
+        Code of the researcher's own that the run depends on is kept in ``code/HASH``, also in MLflow.
+
         Args:
             cfg: the whole config, written to config.yaml and to MLflow.
             recipe: the recipe's name, a tag.
@@ -78,23 +83,42 @@ class RunLog:
         resolved = OmegaConf.to_container(cfg, resolve=True)
         self._facts = {"method": method, "dataset": dataset, "config_sha256": config_sha256(resolved)}
         self._facts["data_sha256"] = data_sha256
+        own = own_code(resolved, recipe)
+        if own:
+            self._facts["own_code_sha256"] = code_sha256(own)
         tags = {f"wmtp.{name}": value for name, value in self._facts.items() if value is not None} | dict(tags or {})
         if self._tracker:
             names = {"method": method, "dataset": dataset, "training_run_id": tags.get("wmtp.training_run_id")}
             self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, say=self.say)
-        self._prepare_folder(cfg, step, resumed, replaces)
+        replaced = () if resumed else (*replaces, _CODE, FOLDER, self._file.name)
+        self._prepare_folder(cfg, step, replaced)
+        kept = {f"{_CODE}/{self._facts['own_code_sha256'][:12]}/{name}": file for name, file in own.items()}
+        for name, file in kept.items():
+            (self._output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, self._output_dir / name)
+        self._output.begin(replaced)
         if self._tracker:
             self._tracker.start()
             self._tracker.log_config(cfg)
+            known = environment_tags(own.values()) | mlflow_fields(resolved, self._facts, recipe)
+            if resumed:  # the description may be somebody's own by now
+                known.pop("mlflow.note.content")
             remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
-            self._tracker.log_tags({**environment_tags(), "wmtp.recipe": recipe, **remote, **tags})
-            changes = code_changes()
-            if changes:
-                self._tracker.log_text(changes, "git_diff.patch")
+            self._tracker.log_tags({**known, "wmtp.recipe": recipe, **remote, **tags})
+            self._data_section = resolved.get("dataset") or resolved.get("tasks") or {}
+            self._track_data(data_sha256)
+            texts = {name: file.read_text(errors="replace") for name, file in kept.items()}
+            for name, text in {**texts, "git_diff.patch": code_changes(own.values())}.items():
+                if text:
+                    self._tracker.log_text(text, name)
             self.say(f"tracking in {self._tracker.where}")
 
-    def _prepare_folder(self, cfg: DictConfig, step: int, resumed: bool, replaces: Sequence[str]) -> None:
-        replaced = () if resumed else (*replaces, FOLDER, self._file.name)
+    def _track_data(self, sha256: str | None) -> None:
+        if sha256 is not None:
+            context = "evaluation" if self._facts["method"] == "eval" else "training"
+            self._tracker.log_dataset(self._facts["dataset"], sha256, self._data_section, context)
+
+    def _prepare_folder(self, cfg: DictConfig, step: int, replaced: Sequence[str]) -> None:
         for name in replaced:
             path = self._output_dir / name
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -107,7 +131,6 @@ class RunLog:
             if read_run(self._output_dir):
                 for figures in map(json.loads, set(lines) - set(kept)):
                     self._told.setdefault(figures.pop("step"), {}).update(figures)
-        self._output.begin(replaced)
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         """Write a step's figures down; held-out ones are shown too."""
@@ -127,6 +150,7 @@ class RunLog:
         if self._tracker:
             self._tracker.log_dict(metrics, 0)
             self._tracker.log_tags(tags or {})
+            self._track_data((tags or {}).get("wmtp.data_sha256"))
             for file in files:
                 self._tracker.log_artifact(file)
 

@@ -301,7 +301,7 @@ def test_mlflow_holds_the_totals_and_the_manifest_and_a_resumed_run_goes_on_in_i
     cfg.resume = True
     run_here(cfg)
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("wmtp/score_reference/python_functions")
+    experiment = client.get_experiment_by_name("wmtp/python_functions")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.metrics["score/targets"] == manifest["data"]["targets"]
     assert run.data.metrics["score/mean_ce"] == manifest["mean"]

@@ -112,15 +112,15 @@ def test_training_is_found_again_through_mlflow_alone(server, tiny_config, tmp_p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
     secret = f"planted-{os.urandom(8).hex()}"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", secret)
-    cfg = tracked(tiny_config(max_steps=1, **{**SHORT, "export_dtype": "fp32"}), experiment="wmtp/{method}/{dataset}")
+    cfg = tracked(tiny_config(max_steps=1, **{**SHORT, "export_dtype": "fp32"}))
     recipe = train(cfg)
     client = MlflowClient(server.url)
-    run = the_run(client, "wmtp/uniform/python_functions")
+    run = the_run(client, "wmtp/python_functions")
     assert run.data.tags["wmtp.data_sha256"] == recipe._data.fingerprint
     export = recipe._output_dir / "export"
     about = json.loads((export / "wmtp_run.json").read_text())
     assert about == {
-        "run_id": run.info.run_id, "experiment": "wmtp/uniform/python_functions", "step": 1,
+        "run_id": run.info.run_id, "experiment": "wmtp/python_functions", "step": 1,
         "method": "uniform", "dataset": "python_functions",
         "config_sha256": run.data.tags["wmtp.config_sha256"], "data_sha256": recipe._data.fingerprint,
     }  # fmt: skip
@@ -151,7 +151,7 @@ def test_training_is_found_again_through_mlflow_alone(server, tiny_config, tmp_p
     heads.setup()
     heads.report(heads.evaluate(), heads.measure_speed())
     heads._log.close()
-    found = the_run(client, "wmtp/eval/heads")
+    found = the_run(client, "wmtp/heads")
     assert found.data.tags["wmtp.training_run_id"] == run.info.run_id
     assert found.data.tags["mlflow.parentRunId"] == run.info.run_id
     assert found.data.tags["wmtp.model_sha256"] == sha256 and found.data.tags["wmtp.evaluation"] == "heads"

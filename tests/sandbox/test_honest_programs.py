@@ -42,7 +42,7 @@ def sandbox():
 @by_name
 def test_honest_program_passes(program, sandbox):
     skip_what_is_absent(program)
-    outcome = sandbox.submit(program.job()).result(timeout=120)
+    outcome = sandbox.submit(program.job()).result(timeout=300)
     assert outcome.verdict == "passed", outcome
     if program.stdio:
         assert outcome.tests == ("passed",) * len(program.stdio)
@@ -59,7 +59,7 @@ def test_honest_program_is_right_in_a_plain_interpreter(program, tmp_path):
             old.unlink() if old.is_file() else None
         data = text.encode("utf-8", "surrogatepass")
         done = subprocess.run(
-            [sys.executable, *arguments], input=data, capture_output=True, cwd=tmp_path, env=environment, timeout=60
+            [sys.executable, *arguments], input=data, capture_output=True, cwd=tmp_path, env=environment, timeout=300
         )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
@@ -81,7 +81,7 @@ def test_honest_program_is_right_in_a_plain_interpreter(program, tmp_path):
             for old in tmp_path.iterdir():
                 old.unlink()
             done = subprocess.run(
-                [sys.executable, source], stdin=stdin, capture_output=True, cwd=tmp_path, env=environment, timeout=60
+                [sys.executable, source], stdin=stdin, capture_output=True, cwd=tmp_path, env=environment, timeout=300
             )
         assert done.returncode == 0, done.stderr.decode()
         assert done.stdout.split() == expected.encode().split()

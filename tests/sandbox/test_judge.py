@@ -407,7 +407,7 @@ def test_a_killed_caller_leaves_nothing(tmp_path):
     assert members
     caller.kill()
     caller.wait()
-    _, alive = psutil.wait_procs(members, timeout=20)
+    _, alive = psutil.wait_procs(members, timeout=120)
     assert not alive
     assert list(tmp_path.iterdir()) == []
 

@@ -77,6 +77,24 @@ def test_every_kind_of_record_arrives_and_odd_values_do_not_stop_it(begin, store
     assert logger.said == []
 
 
+def test_the_data_are_the_runs_input_once_and_nothing_secret_with_them(begin, store, monkeypatch):
+    monkeypatch.setenv("PLANTED_TOKEN", "planted-token-0123")
+    logger = begin()
+    digest = "0123456789abcdef" * 4
+    for section in ({"source": "s3://bucket/planted-token-0123.jsonl"}, {"_component_": "my.rows"}) * 2:
+        name = "files" if "source" in section else "code"
+        logger.log_dataset(name, digest, section, "training")
+    logger.close()
+    inputs = MlflowClient(store).get_run(logger.run_id).inputs.dataset_inputs
+    found = {i.dataset.name: (i.dataset.source_type, json.loads(i.dataset.source), i.dataset.digest) for i in inputs}
+    assert len(inputs) == 2 and found == {
+        "files": ("s3", {"uri": "s3://bucket/***.jsonl"}, digest[:36]),
+        "code": ("code", {"tags": {"mlflow.source.name": "my.rows"}}, digest[:36]),
+    }
+    assert json.loads(inputs[0].dataset.profile) == {"sha256": digest}
+    assert [(tag.key, tag.value) for tag in inputs[0].tags] == [("mlflow.data.context", "training")]
+
+
 def test_a_resumed_run_goes_on_in_the_same_run_and_a_changed_param_is_a_tag(begin, store):
     first = begin()
     first.log_config(OmegaConf.create({"max_steps": 4, "lr": 1}))
@@ -201,7 +219,7 @@ def test_a_record_that_the_store_never_takes_holds_up_no_other(begin, store, tmp
 
 def test_artifacts_that_cannot_be_stored_do_not_hold_up_metrics(begin, store, tmp_path):
     (tmp_path / "artifacts").write_text("a file where the folder would be")
-    logger = begin(flush_seconds=0.5)
+    logger = begin(flush_seconds=4)  # the others have passed by then
     logger.log_text("text", "note.txt")
     logger.log_dict({"loss": 2.0}, 2)
     logger.close()

@@ -130,7 +130,7 @@ def test_the_diff_holds_changed_and_new_files_without_secrets(tmp_path, monkeypa
     (tmp_path / "recipe.py").write_text("lr = 1\n")
     git("add", ".")
     git("commit", "-qm", "first")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("wmtp.tracking.environment._SOURCE", tmp_path / "recipe.py")  # instead of WMTP's own checkout
     assert code_changes() == ""
     monkeypatch.setenv("PLANTED_KEY", "0123456789planted")
     (tmp_path / "recipe.py").write_text("lr = 2\nkey = '0123456789planted'\n")

@@ -128,7 +128,7 @@ def test_warm_up_gives_ones_for_so_many_steps():
 
 def on_two_ranks(*weightings):
     """end_step of each in a thread of its own, with a real sum between them."""
-    barrier, parts = threading.Barrier(2, timeout=30), []
+    barrier, parts = threading.Barrier(2, timeout=300), []
 
     def all_reduce_sum(sums):
         parts.append(sums)

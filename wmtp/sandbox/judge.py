@@ -94,6 +94,7 @@ def _run_limited(job: AssertionJob, session: Session, verdicts: list[Verdict]) -
     While the judge waits for the program nothing is raised: the program's own limits hold there, so that its lateness
     is its own whichever clock strikes first.
     """
+    by_clock = False
 
     def strike(number: int, frame: types.FrameType | None) -> None:
         nonlocal by_clock
@@ -101,7 +102,6 @@ def _run_limited(job: AssertionJob, session: Session, verdicts: list[Verdict]) -
             by_clock = number == signal.SIGALRM
             raise TestStuck
 
-    by_clock = False
     signal.signal(signal.SIGALRM, strike)
     signal.signal(signal.SIGPROF, strike)
     try:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from wmtp.errors import UserError, disk_fault
 
@@ -195,7 +195,8 @@ def where() -> str:
 def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
     """The objects of a folder, by key; ``prefix`` instead of the URI's own key and a slash."""
     bucket, key = split_uri(uri)
-    options = {"Bucket": bucket, "Prefix": f"{key}/" if prefix is None else prefix, "MaxKeys": _KEYS_PER_LISTING}
+    options: dict[str, Any] = {"Bucket": bucket, "MaxKeys": _KEYS_PER_LISTING}
+    options["Prefix"] = f"{key}/" if prefix is None else prefix
     more = True
     while more:
         files, more = _page(uri, **options)
@@ -205,7 +206,7 @@ def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
                 yield file
 
 
-def _page(uri: str, **options: str | int) -> tuple[list[RemoteFile], bool]:
+def _page(uri: str, **options: Any) -> tuple[list[RemoteFile], bool]:
     """Objects by key, and whether there are more.
 
     Content is held against its hash; a listing has none. A byte that changes on the way can end it early or rename an

@@ -6,13 +6,14 @@
     replay          the same without the run, for what was left behind
     store           which store, and what it accepts
     environment     what a result depends on beside its config, as tags
+    own_code        the researcher's own modules that it depends on
     system          CPU, memory, disk, network and GPU figures
 
 `python -m wmtp.tracking replay OUTPUT_DIR` sends what a run left behind. mlflow itself is imported by the thread: the
 import takes seconds, and only rank 0 of a tracked run needs it.
 """
 
-from wmtp.tracking.environment import code_changes, environment_tags
+from wmtp.tracking.environment import code_changes, environment_tags, mlflow_fields
 from wmtp.tracking.logger import MLflowLogger
 from wmtp.tracking.replay import replay
 from wmtp.tracking.store import check_store, mlflow_client, store_uri, use_store
@@ -23,6 +24,7 @@ __all__ = [
     "code_changes",
     "environment_tags",
     "mlflow_client",
+    "mlflow_fields",
     "replay",
     "store_uri",
     "use_store",

@@ -149,6 +149,14 @@ class Delivery:
         for start in range(0, len(batch), _PARAMS_PER_BATCH):
             self._client.log_batch(self.run_id, tags=batch[start : start + _PARAMS_PER_BATCH])
 
+    def _send_dataset(self, records: list[dict]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        for record in records:
+            data = Dataset(**{key: record[key] for key in ("name", "digest", "source_type", "source", "profile")})
+            tags = [InputTag("mlflow.data.context", record["context"])]
+            self._client.log_inputs(self.run_id, [DatasetInput(data, tags)])
+
     def _send_text(self, records: list[dict]) -> None:
         for record in records:
             self._client.log_text(self.run_id, record["text"], record["file"])

@@ -1,33 +1,49 @@
 """What a result depends on beside its config: code, packages, hardware."""
 
+import getpass
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from wmtp.secrets import mask_secrets
+from wmtp.tracking.own_code import recipe_module
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers", "datasets", "mlflow", "wmtp")
 _MAX_CHANGES = 2_000_000  # characters of the diff that are kept
 _CODE = {".py", ".yaml", ".yml", ".toml", ".sh"}
 _MAX_NEW_FILE = 100_000  # bytes: a larger file that git does not know, or one of another kind, is named only
+_SOURCE = Path(__file__).resolve()
 _NO_PART_OF_THE_RESULT = ("output_dir", "resume", "overwrite", "tracking")
 
 
-def environment_tags() -> dict[str, str]:
-    """The tags of every run: code version, packages, Python, hardware, number of processes."""
+def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
+    """The tags of every run: code versions, packages, Python, hardware, number of processes.
+
+    Args:
+        own: source files of the researcher's own. ``wmtp.git_dirty`` says whether any code is in no commit, and
+            ``wmtp.own_git_commit`` has the commits of the repositories that they are in.
+    """
     import torch
     import torch.distributed as dist
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     hardware = f"{devices} x {torch.cuda.get_device_name()}, " if devices else ""
-    commit, changed = _git("rev-parse", "HEAD").strip(), _git("status", "--porcelain").strip()
+    ours, theirs = repositories([_SOURCE]), repositories(own)
+    commits = {root: _git(root, "rev-parse", "HEAD").strip() for root in {*ours, *theirs}}
+    changed = any(_git(root, "status", "--porcelain").strip() for root in commits)
+    # An image has the commit it was built from in its environment, and no checkout.
+    commit = next(map(commits.get, ours), None) or os.environ.get("WMTP_GIT_COMMIT") or "unknown"
+    elsewhere = " ".join(f"{root.name}@{commits[root] or 'unknown'}" for root in theirs if root not in ours)
     return {
-        # An image has the commit it was built from in its environment, and no checkout.
-        "wmtp.git_commit": commit or os.environ.get("WMTP_GIT_COMMIT") or "unknown",
-        "wmtp.git_dirty": str(bool(changed)),
+        "wmtp.git_commit": commit,
+        "wmtp.git_dirty": str(changed or not all(map(_is_tracked, own))),
+        **({"wmtp.own_git_commit": elsewhere} if elsewhere else {}),
         "wmtp.packages": " ".join(f"{name}=={_version(name)}" for name in _PACKAGES),
         "wmtp.python": platform.python_version(),
         "wmtp.hardware": f"{hardware}{os.cpu_count()} x {_cpu_name()}",
@@ -41,35 +57,76 @@ def config_sha256(cfg: dict) -> str:
     return hashlib.sha256(repr(_sorted(kept)).encode()).hexdigest()
 
 
-def code_changes() -> str:
-    """The diff between the commit and the files as they are, new files too, without secrets; empty for none."""
-    diff = _git("diff", "HEAD", "--no-color", "--no-ext-diff")
-    root = Path(_git("rev-parse", "--show-toplevel").strip() or ".")
-    for name in filter(None, _git("-C", str(root), "ls-files", "--others", "--exclude-standard", "-z").split("\0")):
-        file = root / name
-        if file.suffix in _CODE and file.is_file() and file.stat().st_size <= _MAX_NEW_FILE:
-            diff += _git("-C", str(root), "diff", "--no-color", "--no-ext-diff", "--no-index", "/dev/null", name, ok=1)
-        else:
-            diff += f"Only in the working tree, not shown: {name}\n"
+def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[str, str]:
+    """What MLflow shows of a run in columns and at its head: source and its version, user, and a description.
+
+    Args:
+        cfg: the config as plain containers.
+        facts: method and dataset.
+        recipe: the recipe's name.
+    """
+    file = Path(getattr(sys.modules[recipe_module(recipe)], "__file__", None) or recipe)
+    commit = next((_git(root, "rev-parse", "HEAD").strip() for root in repositories([file])), "")
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = f"uid {os.getuid()}"
+    model = (cfg.get("model") or {}).get("_component_", "model")
+    lines = [
+        f"**{facts['method']}** on **{facts['dataset']}**",
+        f"{model} from {cfg.get('checkpoint') or 'random weights'}",
+        f"`{shlex.join(sys.argv)}`, {os.environ.get('WORLD_SIZE', '1')} process(es)",
+    ]
+    return {
+        "mlflow.source.name": str(file),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.git.commit": commit or os.environ.get("WMTP_GIT_COMMIT") or "unknown",
+        "mlflow.user": user,
+        "mlflow.note.content": "\n\n".join(lines),
+    }
+
+
+def repositories(files: Iterable[Path]) -> list[Path]:
+    """The checkouts that files belong to, each once. A package installed below one, which ignores it, does not."""
+    roots = [_git(file.parent, "rev-parse", "--show-toplevel").strip() for file in files if not _is_ignored(file)]
+    return [Path(root) for root in dict.fromkeys(roots) if root]
+
+
+def _is_ignored(file: Path) -> bool:
+    return bool(_git(file.parent, "check-ignore", file.name))
+
+
+def _is_tracked(file: Path) -> bool:
+    return bool(_git(file.parent, "ls-files", "--", file.name))
+
+
+def code_changes(own: Iterable[Path] = ()) -> str:
+    """The diffs between the commits and the files as they are, of WMTP's checkout and those of the researcher's own
+    files, new files too, without secrets; empty for none."""
+    diff = "".join(map(_changes, repositories([_SOURCE, *own])))
     if len(diff) > _MAX_CHANGES:
         diff = f"{diff[:_MAX_CHANGES]}\nCut here: the diff has {len(diff)} characters.\n"
     return mask_secrets(diff)
 
 
-def _git(*args: str, ok: int = 0) -> str:
-    """What git says in the checkout of the working directory, or else in that of this package; empty where it fails."""
-    for folder in (Path.cwd(), Path(__file__).resolve().parent):
-        command = ("git", "-C", str(folder), *args)
-        try:
-            inside = subprocess.run(
-                ("git", "-C", str(folder), "rev-parse", "HEAD"), capture_output=True, check=False, timeout=10
-            )
-            if inside.returncode == 0:
-                done = subprocess.run(command, capture_output=True, check=False, timeout=60)
-                return done.stdout.decode("utf-8", "replace") if done.returncode in (0, ok) else ""
-        except (OSError, subprocess.SubprocessError):
-            return ""  # no git, or it hangs: the tag says unknown
-    return ""
+def _changes(root: Path) -> str:
+    diff = _git(root, "diff", "HEAD", "--no-color", "--no-ext-diff")
+    for name in filter(None, _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0")):
+        file = root / name
+        if file.suffix in _CODE and file.is_file() and file.stat().st_size <= _MAX_NEW_FILE:
+            diff += _git(root, "diff", "--no-color", "--no-ext-diff", "--no-index", "/dev/null", name, ok=1)
+        else:
+            diff += f"Only in the working tree, not shown: {name}\n"
+    return diff and f"# In the checkout {root.name}\n{diff}"
+
+
+def _git(folder: Path, *args: str, ok: int = 0) -> str:
+    """What git says in a folder; empty where it fails, or where there is no commit."""
+    try:
+        done = subprocess.run(("git", "-C", str(folder), *args), capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""  # no git, or it hangs: the tag says unknown
+    return done.stdout.decode("utf-8", "replace") if done.returncode in (0, ok) else ""
 
 
 def _version(name: str) -> str:

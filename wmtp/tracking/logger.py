@@ -29,7 +29,8 @@ class MLflowLogger:
     `flush_seconds`. What the store has not taken by then stays in the spool.
 
     Args:
-        experiment: name of the experiment, made when absent; the recipe fills in ``{method}`` and ``{dataset}``.
+        experiment: name of the experiment, made when absent; the recipe fills in ``{dataset}`` and ``{method}``. Runs
+            to be compared belong into one experiment, so the default leaves the method out.
         run_name: name of the run; null lets MLflow invent one.
         tracking_uri: where runs are kept; null is `sqlite:///mlflow.db` in the working directory, or
             `$MLFLOW_TRACKING_URI` where that is set.
@@ -45,7 +46,7 @@ class MLflowLogger:
 
     def __init__(
         self,
-        experiment: str = "wmtp/{method}/{dataset}",
+        experiment: str = "wmtp/{dataset}",
         run_name: str | None = None,
         tracking_uri: str | None = None,
         artifact_location: str | None = None,
@@ -162,6 +163,20 @@ class MLflowLogger:
     def log_tags(self, tags: Mapping[str, object]) -> None:
         """Set tags; one that is there is replaced."""
         self._record("tags", tags={key: mask_secrets(str(value)) for key, value in tags.items()})
+
+    def log_dataset(self, name: str, sha256: str, section: Mapping[str, object], context: str) -> None:
+        """The data as MLflow's input of the run, with the first 36 digits of their hash, which is all that it holds.
+
+        Args:
+            section: the config's section that builds them; its ``source`` says where they are.
+            context: ``training`` or ``evaluation``.
+        """
+        source = section.get("source")
+        kind = "code" if source is None else "s3" if str(source).startswith("s3://") else "local"
+        where = {"tags": {"mlflow.source.name": section.get("_component_")}} if source is None else {"uri": source}
+        texts = {"source": json.dumps(where), "profile": json.dumps({"sha256": sha256})}
+        texts = {key: mask_secrets(text) for key, text in texts.items()}
+        self._record("dataset", name=name, digest=sha256[:36], source_type=kind, context=context, **texts)
 
     def log(self, name: str, data: float, step: int) -> None:
         """One metric of a step; a tensor with one element will do."""
