@@ -1,8 +1,8 @@
 """One run at a time writes an output folder: a lock of the kernel's, and for ``s3://`` a lease that is kept alive."""
 
-import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -17,7 +17,16 @@ from weakref import WeakValueDictionary, finalize, ref
 
 from tqdm import tqdm
 
-from wmtp.storage.s3 import ChangedError, RemoteFile, StorageError, client, remove_files, retrying, split_uri
+from wmtp.storage.s3 import (
+    ChangedError,
+    CorruptError,
+    RemoteFile,
+    StorageError,
+    client,
+    remove_files,
+    retrying,
+    split_uri,
+)
 from wmtp.storage.upload import put_bytes
 
 _SECONDS_TO_END = 5.0  # for a run that was just killed, and for a folder's content to come from another node
@@ -224,8 +233,15 @@ class Lease:
 
     def _write(self, **condition: str) -> None:
         self._beats += 1
-        with contextlib.suppress(ChangedError):  # somebody was faster, or an answer was lost on the way: reading tells
-            put_bytes(self._uri, json.dumps({**asdict(self._holder), "beat": self._beats}).encode(), **condition)
+        body = json.dumps({**asdict(self._holder), "beat": self._beats}).encode()
+        try:
+            put_bytes(self._uri, body, **condition)
+        except ChangedError:
+            pass  # somebody was faster, or an answer was lost on the way: reading tells
+        except StorageError as error:
+            if "NotImplemented" not in str(error):  # a store that knows no conditions
+                raise
+            put_bytes(self._uri, body)
 
     def _there(self) -> tuple[str | None, Holder | None]:
         """ETag and holder of the lease that is there; None where there is none."""
@@ -236,7 +252,10 @@ class Lease:
 
             try:
                 answer = client().get_object(Bucket=bucket, Key=key)
-                return answer["ETag"], _holder(answer["Body"].read())
+                body = answer["Body"].read()
+                if answer["Metadata"].get("sha256", "") != hashlib.sha256(body).hexdigest():
+                    raise CorruptError(f"{self._uri} cannot be read: it arrives corrupt; check the network")
+                return answer["ETag"], _holder(body)
             except ClientError as error:
                 if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
                     return None, None
