@@ -10,8 +10,11 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
+
+from wmtp.errors import Stopped
 
 _NOISE = (
     "Setting OMP_NUM_THREADS environment variable",  # torchrun's default of 1 thread a process is what is wanted
@@ -57,14 +60,25 @@ def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
         elif kind.__name__ == "SignalException":
             number = int(error.sigval)  # type: ignore[attr-defined]
             words = [f"ended by {signal.Signals(number).name}"], 128 + number
+            if _statuses(error) == {Stopped.exit_status}:  # rank 0 has said how to go on
+                words = [], Stopped.exit_status
         if words is None:
             before(kind, error, trace)
             return
         sys.stdout.flush()
-        print("\n".join(words[0]), file=sys.stderr, flush=True)
+        print("\n".join(words[0]), end="\n" * bool(words[0]), file=sys.stderr, flush=True)
         os._exit(words[1])
 
     return hook
+
+
+def _statuses(error: BaseException) -> set[int | None]:
+    """The exit statuses of the workers that the launcher waited for when a signal came."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        context = getattr(frame.f_locals.get("self"), "_pcontext", None)  # of the agent whose `run` it is
+        if workers := getattr(context, "subprocess_handlers", None):
+            return {worker.proc.returncode for worker in workers.values()}
+    return set()
 
 
 def _no_backend(parameters: Any) -> Any:

@@ -8,37 +8,19 @@ second after the first on, is the kernel's: it kills, whatever the process is wa
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from wmtp.distributed import SharedCounters, a_rank_failed, gather_objects, tell_failure, wait_for_all
+from wmtp.errors import Stopped
 
-RESUMABLE = 75  # the exit status: EX_TEMPFAIL of sysexits.h, "try again later"
 _SECONDS_ONE_SIGNAL = 1.0  # a launcher passes on what its workers were sent too: that is one signal, not two
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _seen: str | None = None  # the signal that came
 _flagged = False  # it is asked for, rather than ending the process where it is
-
-
-class Stopped(SystemExit):
-    """The run ended early and can go on. Its message is what the user reads; the exit status is RESUMABLE.
-
-    Args:
-        agreed: every rank ends so, and at its own pace.
-    """
-
-    def __init__(self, message: str, *, agreed: bool = False) -> None:
-        super().__init__(RESUMABLE)
-        self.message, self.agreed = message, agreed
-
-    def __str__(self) -> str:
-        return self.message
 
 
 class StopFlag:
@@ -98,7 +80,11 @@ class StopFlag:
 
 @contextmanager
 def stopping() -> Iterator[None]:
-    """Around a recipe: the first SIGTERM or SIGINT ends it in order, with one line and the exit status 75."""
+    """Around a recipe: the first SIGTERM or SIGINT ends it in order, with one line and the exit status 75.
+
+    Raises:
+        Stopped: a signal came, or the recipe's :class:`StopFlag` said so.
+    """
     global _seen, _flagged
     _seen, _flagged = None, False
     # What is ignored stays so: a shell starts background jobs with SIGINT ignored.
@@ -109,12 +95,7 @@ def stopping() -> Iterator[None]:
     except Stopped as stopped:
         if stopped.agreed:
             wait_for_all()  # the launcher ends all ranks when the first one has ended
-        failed = a_rank_failed()  # then the signal is the launcher's, which ends us: the error is said elsewhere
-        if _is_main() and not failed:
-            tqdm.write(str(stopped), file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1 if failed else RESUMABLE)  # no thread that waits for a rank that has ended holds this one back
+        raise
     except BaseException:
         tell_failure()
         raise
@@ -123,9 +104,10 @@ def stopping() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def status_of(error: BaseException) -> str:
-    """How an MLflow run ends that this ended: KILLED or FAILED."""
-    return "KILLED" if isinstance(error, Stopped) and not a_rank_failed() else "FAILED"
+class _Ended(Stopped):
+    """The end of a rank, silent, because another one failed."""
+
+    exit_status = 1
 
 
 def _is_main() -> bool:
@@ -138,7 +120,9 @@ def _on_signal(number: int, frame: object) -> None:
         return  # the same one, told twice
     _seen = signal.Signals(number).name
     threading.Thread(target=_let_the_next_one_kill, name="second-signal", daemon=True).start()
-    if not _flagged or a_rank_failed():
+    if a_rank_failed():  # then it is the launcher's, which ends us: the error is said elsewhere
+        raise _Ended("")
+    if not _flagged:
         raise Stopped(f"stopped by {_seen}; to go on from what is saved: the same command with resume=auto")
     if _is_main():
         os.write(2, f"\n{_seen}: stopping after this step; a second signal ends it at once\n".encode())
