@@ -16,7 +16,8 @@ from services import new_store
 from runs import read_metrics
 from wmtp.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.config import ConfigError
-from wmtp.stopping import Stopped.exit_status, StopFlag, Stopped, status_of, stopping
+from wmtp.errors import Stopped, clear_errors
+from wmtp.stopping import StopFlag, stopping
 
 RECIPE = "full_finetune_distributed_wmtp"
 QUICK = {"eval_every": None, "save_every": None, "export_dtype": "none"}
