@@ -233,13 +233,10 @@ def _keep(error: BaseException) -> Path | None:
     kept = getattr(error, "_wmtp_kept", None)
     # A mistake that is found before the run begins leaves no trace on disk.
     told_early = isinstance(error, UserError | KeyboardInterrupt)
-    if (
-        kept
-        or _output_dir is None
-        or isinstance(error, Stopped)
-        or (told_early and not (_output_dir / "config.yaml").exists())
-    ):
+    if kept or _output_dir is None or isinstance(error, Stopped):
         return kept
+    if told_early and not (_output_dir / "config.yaml").exists():
+        return None
     file = _output_dir / f"error_rank{os.environ.get('RANK', '0')}.txt"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
