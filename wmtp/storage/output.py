@@ -194,9 +194,10 @@ class Output:
                 self.upload()
                 self._wait()
             self._end_worker()
-        for held in (self.lease, self.lock):
-            if held is not None:
-                held.release()
+        if self.lease is not None:
+            self.lease.release()
+        if self.lock is not None and fail:  # where a run failed, other ranks may still be at work: it ends with them
+            self.lock.release()
         if not self._uploads:
             return
         if self._error is not None:
