@@ -24,7 +24,7 @@ from tqdm import tqdm
 from wmtp import config
 from wmtp.base_identity import require_same_base
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.critic import (
     BestWeights,
     HiddenStates,
@@ -50,6 +50,7 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
+from wmtp.output_dir import check_output_dir
 from wmtp.report import preview_pairs
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name

@@ -17,13 +17,14 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
+from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import held_out_batches, pack
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
+from wmtp.output_dir import check_output_dir
 from wmtp.run_log import RunLog
 from wmtp.stopping import stopping
 from wmtp.storage import open_output

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from wmtp import config
 from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
 from wmtp.distributed import all_reduce_sum, end_world, start_world, wait_for_all
 from wmtp.errors import clear_errors, ending
@@ -37,6 +37,7 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
+from wmtp.output_dir import check_output_dir
 from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow

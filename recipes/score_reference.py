@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
+from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import TOKEN_COLUMNS, PackedDataset, hf_tokenizer, require_same_vocabulary
 from wmtp.data.scored import (
     MANIFEST,
@@ -52,6 +52,7 @@ from wmtp.models import (
     shard_model,
     value_tokenizer,
 )
+from wmtp.output_dir import check_output_dir
 from wmtp.run_log import RunLog, builder_name
 from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.stopping import StopFlag, stopping

@@ -140,6 +140,6 @@ def _enter(function, args, environment, log):
     torch.set_num_threads(1)
     try:
         function(*args)
-    except Exception:  # as the interpreter ends a script; multiprocessing would print a traceback of its own
+    except (Exception, KeyboardInterrupt):  # as the interpreter ends a script; multiprocessing would print a traceback of its own
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

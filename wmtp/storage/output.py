@@ -39,7 +39,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
         output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache. Ranks on
             several nodes need that folder on a file system they share, so $WMTP_CACHE too.
         cfg: the config: every ``s3://`` in it must be readable.
-        resume: as :func:`wmtp.config.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
+        resume: as :func:`wmtp.output_dir.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
             fetched where this machine has none of it or less; else only its files' names.
 
     Raises:
