@@ -24,7 +24,7 @@ from tqdm import tqdm
 from wmtp import config
 from wmtp.base_identity import require_same_base
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.critic import (
     BestWeights,
     HiddenStates,
@@ -36,7 +36,7 @@ from wmtp.critic import (
     pair_values,
 )
 from wmtp.data import BatchStream, PairDataset, hf_tokenizer, pair_splits, require_same_vocabulary
-from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import clear_errors, ending
 from wmtp.lr_schedule import build_schedule
 from wmtp.models import (
@@ -50,12 +50,15 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
+from wmtp.output_dir import check_output_dir
 from wmtp.report import preview_pairs
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name
+from wmtp.stopping import StopFlag, stopping
 from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = ("checkpoints", "best", "value_model", "report.md")  # what a run leaves in output_dir, beside metrics.jsonl
 
 
 class CriticStage1Recipe:
@@ -113,6 +116,7 @@ class CriticStage1Recipe:
         self._eval_every = read.integer("eval_every", None, minimum=1)
         self._patience = read.integer("patience", None, minimum=1)
         self._save_every = read.integer("save_every", None, minimum=1)
+        self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
         self._value_model_dtype = read.choice("value_model_dtype", DTYPES, "fp32")
         self._log_model = read.flag("log_model", False)
@@ -141,7 +145,7 @@ class CriticStage1Recipe:
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
-        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        check_output_dir(self._output, "a run", results=RESULTS, overwrite=self._overwrite, resume=self._resume)
         resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
 
@@ -186,7 +190,7 @@ class CriticStage1Recipe:
             step=self._step,
             resumed=resume_from is not None,
             run_id=run_id,
-            replaces=("checkpoints", "best", "value_model", "report.md"),
+            replaces=RESULTS,
         )
         if self._world.is_main:
             self._checkpointer.remove_torn()
@@ -264,7 +268,7 @@ class CriticStage1Recipe:
         """What the frozen part of the model is: checkpoints do not hold it, so a resumed run must find the same."""
         weights = f"random, seed {self._seed}"
         if path is not None:
-            weights = gather_objects(checkpoint_sha256(path) if self._world.is_main else None)[0]
+            weights = on_rank_0(lambda: checkpoint_sha256(path))
         model = json.dumps(OmegaConf.to_container(self._model_cfg, resolve=True), sort_keys=True)
         return {"backbone_weights": weights, "backbone_model": model}
 
@@ -276,8 +280,9 @@ class CriticStage1Recipe:
         require_same_base(state["identity"], self._identity)
         load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True, changes=changes)
         restore_rng(state["rng"], self._world.rank)
-        self._step, self._best = state["step"], state["best"]
-        self._log.say(f"resumed {checkpoint} at step {self._step}{changes}")
+        self._step = self._checkpointer.saved_step = state["step"]
+        self._best = state["best"]
+        self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
     def _hidden_states(self) -> dict[str, HiddenStates]:
@@ -306,9 +311,9 @@ class CriticStage1Recipe:
         progress = tqdm(
             total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
         )
-        while self._step < self._total_steps and not self._out_of_patience():
+        while self._step < self._total_steps and not self._out_of_patience() and not self._stop.agreed:
             started = time.perf_counter()
-            sums = torch.zeros(3, dtype=torch.float64, device=self._world.device)  # loss, its count, tokens
+            sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)  # loss, its count, tokens, stop
             rows = []
             for _ in range(self._accumulation_steps):
                 batch = self._stream.next_batch()
@@ -317,10 +322,12 @@ class CriticStage1Recipe:
                 out = self._loss(values, response, batch["rewards"].to(values.device))
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
-                sums += torch.stack([out.loss_sum.detach(), out.count, response.sum()]).double()
+                sums[:3] += torch.stack([out.loss_sum.detach(), out.count, response.sum()]).double()
                 rows += batch["rows"]
 
-            loss_sum, count, tokens = all_reduce_sum(sums).tolist()
+            sums[3] = self._stop.wanted()
+            loss_sum, count, tokens, stop = all_reduce_sum(sums).tolist()
+            self._stop.agree(stop)
             loss = loss_sum / count
             scale_grads(model, torch.tensor(1.0 / count, device=self._world.device))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
@@ -349,10 +356,13 @@ class CriticStage1Recipe:
             if last or (self._eval_every and self._step % self._eval_every == 0):
                 self._keep_best(self.evaluate(self._heldout))
                 model.train()
-            if self._save_every and (last or self._step % self._save_every == 0 or self._out_of_patience()):
+            if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
         progress.close()
+        if self._checkpointer.saved_step != self._step:  # however it ended
+            self.save_checkpoint()
         self._checkpointer.wait()
+        self._stop.end(f"after step {self._step} of {self._total_steps}")
 
     def _values(self, batch: dict, data: PairDataset) -> torch.Tensor:
         """[P, 2, S] values of a batch of a data set, from its tokens or from the states kept of them."""
@@ -417,7 +427,7 @@ class CriticStage1Recipe:
         folder = self._output_dir / "value_model"
         if self._world.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
-        gather_objects(None)
+        wait_for_all()
         dtype = self._value_model_dtype
         save_value_model(self._model, folder, tokenizer=self._tokenizer, settings=settings, dtype=dtype)
         self._output.upload(folder)
@@ -447,12 +457,12 @@ class CriticStage1Recipe:
         self._log.close(status)
         if status == "FINISHED":
             self._checkpointer.close()
-            gather_objects(None)
-            torch.distributed.destroy_process_group()
+            end_world()
         self._output.close(fail=status == "FINISHED")
 
 
 @clear_errors()
+@stopping()
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = CriticStage1Recipe(cfg)

@@ -25,19 +25,22 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
-from wmtp.distributed import SharedCounters, gather_objects, start_world
+from wmtp.config import ConfigError, ConfigReader, build
+from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint
+from wmtp.output_dir import check_output_dir
 from wmtp.run_log import RunLog
 from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Sandbox
+from wmtp.stopping import stopping
 from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = ("journals", "samples.jsonl", "results.json", "report.md", "timings.json")  # what it leaves in output_dir
 
 
 class EvalCodeContestsRecipe:
@@ -144,9 +147,9 @@ class EvalCodeContestsRecipe:
             data_sha256=self._settings["tasks_sha256"],
             tags={**self._model_tags, "wmtp.evaluation": self._name, "wmtp.sandbox": "; ".join(self._sandbox.layers)},
             resumed=self._resume != "no",
-            replaces=("journals", "samples.jsonl", "results.json", "report.md", "timings.json"),
+            replaces=RESULTS,
         )
-        gather_objects(None)
+        wait_for_all()
         self._samples = dict(kept.samples) if kept else {}
         self._judgements = dict(kept.judgements) if kept else {}
         self._journal = Journal(journals, self._world.rank, self._settings)
@@ -155,7 +158,9 @@ class EvalCodeContestsRecipe:
 
     def _check_output_dir(self) -> None:
         """Refuse to write over an evaluation, or into a folder that is none."""
-        there = check_output_dir(self._output_dir, "an evaluation", overwrite=self._overwrite, resume=self._resume)
+        there = check_output_dir(
+            self._output, "an evaluation", results=RESULTS, overwrite=self._overwrite, resume=self._resume
+        )
         if self._resume == "yes" and not there:
             raise ConfigError(f"resume=true, but {self._output_dir} holds no evaluation")
 
@@ -193,8 +198,7 @@ class EvalCodeContestsRecipe:
         settings["prompts_sha256"] = _sha256(self._prompts)
         self._model_tags = {}
         if self._model is not None and self._checkpoint is not None:
-            tags = model_tags(resolve_checkpoint(self._checkpoint)) if self._world.is_main else None
-            self._model_tags = gather_objects(tags)[0]
+            self._model_tags = on_rank_0(lambda: model_tags(resolve_checkpoint(self._checkpoint)))
             settings["checkpoint_sha256"] = self._model_tags["wmtp.model_sha256"]
         return settings
 
@@ -328,8 +332,7 @@ class EvalCodeContestsRecipe:
         self._sandbox.close()
         self._log.close(status)
         if status == "FINISHED":
-            gather_objects(None)
-            torch.distributed.destroy_process_group()
+            end_world()
         self._output.close(fail=status == "FINISHED")
 
 
@@ -338,6 +341,7 @@ def _sha256(value: object) -> str:
 
 
 @clear_errors()
+@stopping()
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = EvalCodeContestsRecipe(cfg)

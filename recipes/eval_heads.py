@@ -17,17 +17,20 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
+from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import held_out_batches, pack
-from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
+from wmtp.output_dir import check_output_dir
 from wmtp.run_log import RunLog
+from wmtp.stopping import stopping
 from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = ("heads.json",)  # what it leaves in output_dir
 
 
 class EvalHeadsRecipe:
@@ -60,7 +63,7 @@ class EvalHeadsRecipe:
         self._output = open_output(self._output_name, self._cfg)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
-        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite)
+        check_output_dir(self._output, "a run", results=RESULTS, overwrite=self._overwrite)
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._documents = build(self._dataset_cfg, self._tokenizer, where="dataset")
@@ -82,7 +85,7 @@ class EvalHeadsRecipe:
         else:
             load_checkpoint(self._model, path, device=self._world.device)
         self._model.requires_grad_(False).eval()
-        tags = {} if path is None or not self._world.is_main else model_tags(path)
+        tags = on_rank_0(lambda: model_tags(path))
         self._log.start(
             self._cfg,
             recipe=Path(__file__).stem,
@@ -90,7 +93,7 @@ class EvalHeadsRecipe:
             dataset="heads",
             data_sha256=self._data.fingerprint,
             tags={**tags, "wmtp.evaluation": "heads"},
-            replaces=("heads.json",),
+            replaces=RESULTS,
         )
 
     @torch.no_grad()
@@ -170,12 +173,12 @@ class EvalHeadsRecipe:
         """End the MLflow run and leave the process group."""
         self._log.close(status)
         if status == "FINISHED":
-            gather_objects(None)
-            torch.distributed.destroy_process_group()
+            end_world()
         self._output.close(fail=status == "FINISHED")
 
 
 @clear_errors()
+@stopping()
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = EvalHeadsRecipe(cfg)

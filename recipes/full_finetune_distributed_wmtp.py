@@ -22,9 +22,9 @@ from tqdm import tqdm
 from wmtp import config
 from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
-from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.distributed import all_reduce_sum, end_world, start_world, wait_for_all
 from wmtp.errors import clear_errors, ending
 from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
@@ -37,13 +37,16 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
+from wmtp.output_dir import check_output_dir
 from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
+from wmtp.stopping import StopFlag, stopping
 from wmtp.storage import open_output
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = ("checkpoints", "export", "token_weights")  # what a run leaves in output_dir, beside metrics.jsonl
 
 
 class FullFinetuneRecipeWMTP:
@@ -94,6 +97,7 @@ class FullFinetuneRecipeWMTP:
         self._log_every = read.integer("log_every", 1, minimum=1)
         self._eval_every = read.integer("eval_every", None, minimum=1)
         self._save_every = read.integer("save_every", None, minimum=1)
+        self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
         self._export_dtype = read.choice("export_dtype", {**DTYPES, "none": None}, "bf16")
         self._token_view_cfg = read.section("token_view", optional=True)
@@ -116,7 +120,7 @@ class FullFinetuneRecipeWMTP:
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
-        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        check_output_dir(self._output, "a run", results=RESULTS, overwrite=self._overwrite, resume=self._resume)
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
 
@@ -158,7 +162,7 @@ class FullFinetuneRecipeWMTP:
             step=self._step,
             resumed=self._resume_from is not None,
             run_id=run_id,
-            replaces=("checkpoints", "export", "token_weights"),
+            replaces=RESULTS,
         )
         if self._world.is_main:
             self._checkpointer.remove_torn()
@@ -240,8 +244,8 @@ class FullFinetuneRecipeWMTP:
         self._weighting.load_state_dict(state["weighting"])
         self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
-        self._step = state["step"]
-        self._log.say(f"resumed {checkpoint} at step {self._step}{changes}")
+        self._step = self._checkpointer.saved_step = state["step"]
+        self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -260,7 +264,7 @@ class FullFinetuneRecipeWMTP:
         progress = tqdm(
             total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
         )
-        while self._step < self._total_steps:
+        while self._step < self._total_steps and not self._stop.agreed:
             started = time.perf_counter()
             window = StepWindow()
             self._score_epoch()
@@ -282,7 +286,7 @@ class FullFinetuneRecipeWMTP:
                 (out.loss_sum * self._world.size).backward()
                 window.add(batch, out)
 
-            sums = window.sums()
+            sums = window.sums(self._stop)
             if sums.num_targets == 0:
                 raise StopTraining(f"step {self._step + 1}: no target token; {window.documents(self._data)}")
             loss = sums.loss_sum / sums.num_targets
@@ -317,10 +321,13 @@ class FullFinetuneRecipeWMTP:
             if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
                 self._log.metrics(self.evaluate(), self._step)
                 model.train()
-            if self._save_every and (last or self._step % self._save_every == 0):
+            if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
         progress.close()
+        if self._checkpointer.saved_step != self._step:  # however it ended
+            self.save_checkpoint()
         self._checkpointer.wait()
+        self._stop.end(f"after step {self._step} of {self._total_steps}")
 
     def _window_full(self, window: StepWindow) -> bool:
         """Whether the step has all its micro-batches: so many, or so many target tokens over all ranks."""
@@ -397,7 +404,7 @@ class FullFinetuneRecipeWMTP:
         folder = self._output_dir / "export"
         if self._world.is_main:
             shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
-        gather_objects(None)
+        wait_for_all()
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, dtype=self._export_dtype)
         self._log.exported(folder, self._step)
 
@@ -406,11 +413,12 @@ class FullFinetuneRecipeWMTP:
         self._log.close(status)
         if status == "FINISHED":
             self._checkpointer.close()
-            torch.distributed.destroy_process_group()
+            end_world()
         self._output.close(fail=status == "FINISHED")
 
 
 @clear_errors()
+@stopping()
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = FullFinetuneRecipeWMTP(cfg)

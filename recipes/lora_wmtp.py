@@ -24,9 +24,9 @@ from wmtp import config
 from wmtp.base_identity import describe_base, require_same_base
 from wmtp.beside import runs_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, check_output_dir, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
-from wmtp.distributed import all_reduce_sum, gather_objects, start_world
+from wmtp.distributed import all_reduce_sum, end_world, start_world, wait_for_all
 from wmtp.errors import clear_errors, ending
 from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
@@ -44,14 +44,17 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
+from wmtp.output_dir import check_output_dir
 from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
+from wmtp.stopping import StopFlag, stopping
 from wmtp.storage import open_output
 from wmtp.trunk_states import keep_trunk_states
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = ("checkpoints", "adapter", "export", "token_weights")  # what a run leaves in output_dir, beside metrics.jsonl
 
 
 class LoRARecipeWMTP:
@@ -105,6 +108,7 @@ class LoRARecipeWMTP:
         self._log_every = read.integer("log_every", 1, minimum=1)
         self._eval_every = read.integer("eval_every", None, minimum=1)
         self._save_every = read.integer("save_every", None, minimum=1)
+        self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
         self._merged_dtype = read.choice("export_merged", {**DTYPES, "none": None}, "none")
         self._merge_quantized = read.flag("merge_quantized", False)
@@ -128,7 +132,7 @@ class LoRARecipeWMTP:
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
-        check_output_dir(self._output_dir, "a run", overwrite=self._overwrite, resume=self._resume)
+        check_output_dir(self._output, "a run", results=RESULTS, overwrite=self._overwrite, resume=self._resume)
         self._resume_from = checkpoint_to_resume(self._output_dir, self._resume)
         torch.manual_seed(self._seed)
 
@@ -149,7 +153,7 @@ class LoRARecipeWMTP:
         self._total_steps = self._count_steps()
 
         shaping = {"base_model": self._model_cfg, "adapters": self._adapters_cfg}
-        self._base = describe_base(self._checkpoint, shaping, seed=self._seed, rank=self._world.rank)
+        self._base = describe_base(self._checkpoint, shaping, seed=self._seed)
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
         self._log.say(describe_training(self._model, self._world.size))
         self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
@@ -178,7 +182,7 @@ class LoRARecipeWMTP:
             step=self._step,
             resumed=self._resume_from is not None,
             run_id=run_id,
-            replaces=("checkpoints", "adapter", "export", "token_weights"),
+            replaces=RESULTS,
         )
         if self._world.is_main:
             self._checkpointer.remove_torn()
@@ -271,8 +275,8 @@ class LoRARecipeWMTP:
         self._weighting.load_state_dict(state["weighting"])
         self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
-        self._step = state["step"]
-        self._log.say(f"resumed {checkpoint} at step {self._step}{changes}")
+        self._step = self._checkpointer.saved_step = state["step"]
+        self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -294,7 +298,7 @@ class LoRARecipeWMTP:
         progress = tqdm(
             total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
         )
-        while self._step < self._total_steps:
+        while self._step < self._total_steps and not self._stop.agreed:
             started = time.perf_counter()
             window = StepWindow()
             self._score_epoch()
@@ -317,7 +321,7 @@ class LoRARecipeWMTP:
                 (out.loss_sum * self._world.size).backward()
                 window.add(batch, out)
 
-            sums = window.sums()
+            sums = window.sums(self._stop)
             if sums.num_targets == 0:
                 raise StopTraining(f"step {self._step + 1}: no target token; {window.documents(self._data)}")
             loss = sums.loss_sum / sums.num_targets
@@ -352,10 +356,13 @@ class LoRARecipeWMTP:
             if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
                 self._log.metrics(self.evaluate(), self._step)
                 model.train()
-            if self._save_every and (last or self._step % self._save_every == 0):
+            if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
         progress.close()
+        if self._checkpointer.saved_step != self._step:  # however it ended
+            self.save_checkpoint()
         self._checkpointer.wait()
+        self._stop.end(f"after step {self._step} of {self._total_steps}")
 
     def _window_full(self, window: StepWindow) -> bool:
         """Whether the step has all its micro-batches: so many, or so many target tokens over all ranks."""
@@ -440,7 +447,7 @@ class LoRARecipeWMTP:
         if self._world.is_main:
             for old in (adapter, folder):
                 shutil.rmtree(old, ignore_errors=True)  # of this very run, resumed after its end
-        gather_objects(None)
+        wait_for_all()
         base = {"base_weights": self._base["base_weights"], "base_name": self._checkpoint}
         save_adapter(self._model, adapter, **base)
         self._log.exported(adapter, self._step)
@@ -455,11 +462,12 @@ class LoRARecipeWMTP:
         self._log.close(status)
         if status == "FINISHED":
             self._checkpointer.close()
-            torch.distributed.destroy_process_group()
+            end_world()
         self._output.close(fail=status == "FINISHED")
 
 
 @clear_errors()
+@stopping()
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = LoRARecipeWMTP(cfg)

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, build, check_output_dir
+from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import TOKEN_COLUMNS, PackedDataset, hf_tokenizer, require_same_vocabulary
 from wmtp.data.scored import (
     MANIFEST,
@@ -41,7 +41,7 @@ from wmtp.data.scored import (
     write_manifest,
     write_part,
 )
-from wmtp.distributed import SharedCounters, all_reduce_sum, gather_objects, start_world
+from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import UserError, clear_errors, ending
 from wmtp.loss import token_cross_entropy
 from wmtp.models import (
@@ -52,11 +52,14 @@ from wmtp.models import (
     shard_model,
     value_tokenizer,
 )
+from wmtp.output_dir import check_output_dir
 from wmtp.run_log import RunLog, builder_name
 from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
+from wmtp.stopping import StopFlag, stopping
 from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RESULTS = (MANIFEST, "data")  # what a run leaves in output_dir
 
 
 class ScoreReferenceRecipe:
@@ -82,6 +85,7 @@ class ScoreReferenceRecipe:
 
         self._batch_size = read.integer("batch_size", 1, minimum=1)
         self._documents_per_part = read.integer("documents_per_part", 4096, minimum=1)
+        self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._fully_shard = read.flag("fully_shard", False)
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
@@ -121,16 +125,18 @@ class ScoreReferenceRecipe:
             data_sha256=None,  # the whole data have been read only at the end
             tags={"wmtp.model_sha256": self._binding["model"]["checkpoint_sha256"]},
             resumed=self._resume != "no",
-            replaces=(MANIFEST, "data"),
+            replaces=RESULTS,
         )
         if self._world.is_main:
             for torn in self._output_dir.rglob("*.tmp"):
                 torn.unlink()
-        gather_objects(None)
+        wait_for_all()
 
     def _check_output_dir(self) -> None:
         """Refuse to write over a scored dataset, or into a folder that is none."""
-        there = check_output_dir(self._output_dir, "a scored dataset", overwrite=self._overwrite, resume=self._resume)
+        there = check_output_dir(
+            self._output, "a scored dataset", results=RESULTS, overwrite=self._overwrite, resume=self._resume
+        )
         if self._resume == "yes" and not there:
             raise ConfigError(f"resume=true, but {self._output_dir} holds no scored dataset")
 
@@ -155,12 +161,11 @@ class ScoreReferenceRecipe:
 
     def _what_decides_a_score(self, path: Path) -> dict:
         """What the column depends on beside the documents: the manifest names it, and a resumed run must share it."""
-        digest = checkpoint_sha256(path) if self._world.is_main else None
         section = None if self._model_cfg is None else OmegaConf.to_container(self._model_cfg, resolve=True)
         return {
             "column": self._column,
             "tokenizer": {"vocab_hash": self._tokenizer.vocab_hash()},
-            "model": {"checkpoint_sha256": gather_objects(digest)[0], "section": section},
+            "model": {"checkpoint_sha256": on_rank_0(lambda: checkpoint_sha256(path)), "section": section},
             "seq_len": self._seq_len,
             "dtype": self._dtype_name,
             "documents_per_part": self._documents_per_part,
@@ -194,6 +199,8 @@ class ScoreReferenceRecipe:
         self._reader = PartReader(self._dataset, self._documents_per_part, lambda number: number % size == rank)
         entries = {}
         for part, rows, entry in prefetch(map(self._prepare, self._reader)):
+            if self._stop.wanted_by_any(self._counters):
+                break
             if entry is None:
                 entry = self._score_part(part, rows)
             else:
@@ -209,6 +216,7 @@ class ScoreReferenceRecipe:
             time.sleep(0.1)
         self._show_progress()
         self._progress.close()
+        self._stop.end(f"with {self._counters.add('documents')} documents scored")
         return entries
 
     def _prepare(self, part: Part) -> tuple[Part, PackedDataset | None, dict | None]:
@@ -280,7 +288,7 @@ class ScoreReferenceRecipe:
 
     def _any_rank_works(self, works: bool) -> bool:
         """Whether any rank has a batch: a sharded model's forward is a collective, so all ranks run equally many."""
-        return all_reduce_sum(torch.tensor(float(works))).item() > 0
+        return any(gather_objects(works))
 
     def _empty_batch(self) -> dict:
         """Padding alone: what a rank runs that has no batch while others have."""
@@ -333,8 +341,7 @@ class ScoreReferenceRecipe:
         """End the MLflow run and leave the process group."""
         self._log.close(status)
         if status == "FINISHED":
-            gather_objects(None)
-            torch.distributed.destroy_process_group()
+            end_world()
         self._output.close(fail=status == "FINISHED")
 
 
@@ -343,6 +350,7 @@ def _files(entries: dict[int, dict]) -> set[str]:
 
 
 @clear_errors()
+@stopping()
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = ScoreReferenceRecipe(cfg)

@@ -7,6 +7,7 @@ how a recipe is launched (torchrun, `tune run`, plain python) needs the real thi
 import multiprocessing
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -52,19 +53,20 @@ class Processes:
     def running(self) -> bool:
         return all(process.is_alive() for process in self.members)
 
-    def join(self, timeout: float = 300) -> None:
-        """Wait for the end of all; when one fails, or at the time-out, end the others and say what was printed."""
+    def join(self, timeout: float = 300, *, code: int = 0) -> None:
+        """Wait for the end of all, with this exit code; when one has another, or at the time-out, end the others and
+        say what was printed."""
         waiting = {process.sentinel: process for process in self.members}
         while waiting:
             ended = [waiting.pop(sentinel) for sentinel in wait(list(waiting), timeout)]
-            if not ended or any(process.exitcode for process in ended):
+            if not ended or any(process.exitcode != code for process in ended):
                 break
         for process in waiting.values():
             process.kill()
         for process in self.members:
             process.join()
         codes = [process.exitcode for process in self.members]
-        assert codes == [0] * len(codes), f"exit codes {codes}: {self.log.read_text()[-3000:]}"
+        assert codes == [code] * len(codes), f"exit codes {codes}: {self.log.read_text()[-3000:]}"
 
 
 def start(function, *args, size: int = 1, log: Path) -> Processes:
@@ -88,6 +90,40 @@ def start(function, *args, size: int = 1, log: Path) -> Processes:
     return Processes(members, Path(log), store)
 
 
+def start_launched(function, *args, size: int, log: Path) -> tuple[Processes, list[int]]:
+    """The same through a launcher that can be killed, with workers in sessions of their own, as torchrun's are.
+
+    Returns:
+        The launcher's process, and the workers' pids.
+    """
+    context = fork_server()
+    pids, told = context.Pipe(duplex=False)
+    launcher = context.Process(target=_launch, args=(function, args, dict(os.environ), size, str(log), told))
+    launcher.start()
+    return Processes([launcher], Path(log), None), pids.recv()
+
+
+def _launch(function, args, environment, size, log, told):
+    store = dist.TCPStore("localhost", 0, size, is_master=True, wait_for_workers=False)
+    world = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_RUN_ID": "test"}
+    pids = []
+    for rank in range(size):
+        own = {**environment, **{key: str(v) for key, v in {**world, "RANK": rank, "LOCAL_RANK": rank}.items()}}
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            os.setsid()
+            try:
+                _enter(function, args, own, log)
+            except SystemExit as end:
+                os._exit(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)
+    told.send(pids)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
+
+
 def run_recipe_file(name: str, config: str) -> None:
     """What `python recipes/{name}.py --config {config}` does."""
     sys.argv = [f"recipes/{name}.py", "--config", config]
@@ -104,6 +140,6 @@ def _enter(function, args, environment, log):
     torch.set_num_threads(1)
     try:
         function(*args)
-    except Exception:  # as the interpreter ends a script; multiprocessing would print a traceback of its own
+    except (Exception, KeyboardInterrupt):  # as the interpreter ends a script; multiprocessing prints its own way
         sys.excepthook(*sys.exc_info())
         sys.exit(1)

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from omegaconf import DictConfig, OmegaConf
 
 from wmtp.config import ConfigError, differences
-from wmtp.distributed import gather_objects
+from wmtp.distributed import on_rank_0
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 
 
-def describe_base(
-    checkpoint: str | None, sections: Mapping[str, DictConfig], *, seed: int, rank: int
-) -> dict[str, str]:
+def describe_base(checkpoint: str | None, sections: Mapping[str, DictConfig], *, seed: int) -> dict[str, str]:
     """``base_weights``, the SHA-256 of the base's files, and the config sections that shape the model, as JSON.
 
     Every rank calls it; rank 0 reads the files.
@@ -23,7 +21,7 @@ def describe_base(
     weights = f"random, seed {seed}"
     if checkpoint is not None:
         path = resolve_checkpoint(checkpoint)
-        weights = gather_objects(checkpoint_sha256(path) if rank == 0 else None)[0]
+        weights = on_rank_0(lambda: checkpoint_sha256(path))
     plain = {name: OmegaConf.to_container(section, resolve=True) for name, section in sections.items()}
     return {"base_weights": weights, **{name: json.dumps(value, sort_keys=True) for name, value in plain.items()}}
 

@@ -5,15 +5,17 @@
                                                manifest.json (size and SHA-256 of every file)
     <output_dir>/checkpoints/latest            the name of the newest complete one
 
-A checkpoint is written to `step_N.tmp`; once every rank's shards are on disk, rank 0 hashes the files, writes the
-manifest, syncs, and renames. Whatever is killed at whatever moment leaves complete checkpoints and a `.tmp` folder that
-the next run removes.
+A checkpoint is written to `step_N.tmp`; once every rank's shards are on disk, rank 0 sees to it that all are there,
+hashes the files, writes the manifest, syncs, and renames. Whatever is killed at whatever moment leaves complete
+checkpoints and a `.tmp` folder that the next run removes.
 """
 
 import random
 import re
 import shutil
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from wmtp.config import ConfigError
-from wmtp.distributed import gather_objects
+from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import DiskError, UserError, disk_fault
 from wmtp.files import MANIFEST, publish, verify_manifest, write_manifest
 from wmtp.models.load import named_parameters
@@ -32,6 +34,7 @@ from wmtp.optimizers import load_optimizer_state
 from wmtp.storage import Output
 
 TRAINER = "trainer.pt"
+_SECONDS_TO_APPEAR = 5.0  # for what another node wrote to be seen here
 
 
 class Checkpointer:
@@ -42,6 +45,9 @@ class Checkpointer:
         keep_last: how many complete checkpoints stay; older ones are removed after a newer one is complete.
         trained_only: leave frozen parameters out, where the run can read them again from where they came.
         output: told of each complete checkpoint, so that it is uploaded, and asked before an old one is removed.
+
+    Attributes:
+        saved_step: of the newest checkpoint, complete or being written; None where there is none.
     """
 
     def __init__(
@@ -51,8 +57,11 @@ class Checkpointer:
         self._keep_last, self._trained_only = keep_last, trained_only
         self._output = output or Output(str(output_dir))
         self._is_main = dist.get_rank() == 0
-        # async_save's collectives run in a thread: on the default group they would meet those of the training loop.
-        self._group = dist.new_group(backend="gloo")
+        self.saved_step: int | None = None
+        wait_for_all()  # a rank may have taken long to read its model
+        # async_save's collectives run in a thread: on the default group they would meet those of the training loop. In
+        # them the fastest disk waits for the slowest.
+        self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
         self._publishing: Future | None = None
@@ -71,6 +80,7 @@ class Checkpointer:
             trainer: small state of the loop; the RNG states of all ranks are added.
         """
         self.wait()  # at most one save under way: memory holds one copy
+        self.saved_step = step
         target = self.folder / f"step_{step:08d}"
         torn = target.with_name(target.name + ".tmp")
         rng = gather_objects(_rng_state())
@@ -105,9 +115,7 @@ class Checkpointer:
     def _publish(self, writing: Future, torn: Path, target: Path) -> None:
         # Rank 0's future ends after the metadata is written, which happens only when every rank's shards are on disk.
         writing.result()
-        write_manifest(torn)
-        shutil.rmtree(target, ignore_errors=True)
-        torn.rename(target)
+        publish_shards(torn, target)
         pointer = self.folder / "latest.tmp"
         pointer.write_text(target.name)
         publish(pointer, self.folder / "latest")
@@ -115,6 +123,34 @@ class Checkpointer:
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
             if self._output.may_remove(old):  # the next save asks again
                 shutil.rmtree(old)
+
+
+def publish_shards(torn: Path, target: Path) -> None:
+    """Give a folder that `torch.distributed.checkpoint` wrote its name, with a manifest, if it is whole. One rank only.
+
+    Raises:
+        UserError: a file that its metadata name is not there, or shorter or longer: another rank's went elsewhere.
+    """
+    needed: dict[str, int] = {}
+    for piece in dcp.FileSystemReader(str(torn)).read_metadata().storage_data.values():
+        needed[piece.relative_path] = max(needed.get(piece.relative_path, 0), piece.offset + piece.length)
+    until = time.monotonic() + _SECONDS_TO_APPEAR
+    while any(_size(torn / name) != size for name, size in needed.items()) and time.monotonic() < until:
+        time.sleep(0.1)
+    listed = {name: entry["bytes"] for name, entry in write_manifest(torn).items()}
+    lost = [name for name, size in sorted(needed.items()) if listed.get(name) != size]
+    if lost:
+        (torn / MANIFEST).unlink()
+        raise UserError(
+            f"checkpoint {torn} lacks {', '.join(lost)}, or a part of it, which another process wrote: output_dir must "
+            "be on a file system that all processes share; the checkpoint before it stays the newest"
+        )
+    shutil.rmtree(target, ignore_errors=True)
+    torn.rename(target)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
 
 
 def _result(future: Future, folder: Path) -> None:
@@ -164,8 +200,8 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
 
 
 def load_trainer(checkpoint: Path) -> dict:
-    """The loop's state, after every file of the checkpoint was held against its manifest."""
-    verify_manifest(checkpoint)
+    """The loop's state, after every file of the checkpoint was held against its manifest, by rank 0 for all."""
+    on_rank_0(lambda: verify_manifest(checkpoint))
     return torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
 
 

@@ -18,7 +18,7 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from yaml import YAMLError
 
-from wmtp.errors import UserError, is_traceback, keep_tracebacks, one_line, raised_in
+from wmtp.errors import UserError, one_line, raised_in
 from wmtp.secrets import mask_secrets
 
 
@@ -365,31 +365,6 @@ def _short(value: Any) -> str:
     if isinstance(value, Mapping) and "_component_" in value:
         value = value["_component_"]
     return mask_secrets("null" if value is None else str(value))[:100]
-
-
-def check_output_dir(folder: Path, what: str, *, overwrite: bool, resume: str | None = None) -> bool:
-    """Whether a folder holds the results of an earlier run of the recipe, which its config.yaml tells.
-
-    Args:
-        what: what the recipe makes, with its article, for messages: ``a run``.
-        overwrite: replace what is there.
-        resume: ``no``, ``yes`` or ``auto``; None for a recipe that cannot resume.
-
-    Raises:
-        ConfigError: the folder holds other files, or results that would be written over unasked.
-    """
-    holds = (folder / "config.yaml").exists()
-    if not holds and folder.exists() and not all(is_traceback(path) for path in folder.iterdir()):
-        raise ConfigError(
-            f"output_dir {folder} holds files that are no {what.split()[-1]}'s; give a new or empty folder"
-        )
-    if holds and not overwrite and resume in (None, "no"):
-        go_on = "" if resume is None else "resume=true to go on with it, "
-        raise ConfigError(
-            f"output_dir {folder} already holds {what}; set {go_on}overwrite=true to replace it, or another output_dir"
-        )
-    keep_tracebacks(folder, resumes=resume is not None)
-    return holds
 
 
 def _unknown(key: str, known: set[str], where: str) -> str:

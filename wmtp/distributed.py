@@ -1,15 +1,28 @@
-"""Starting the process group, and the few collectives a recipe's loop needs."""
+"""Starting the process group, the few collectives a recipe's loop needs, and waits for ranks that are slower."""
 
+import contextlib
+import ctypes
 import itertools
 import os
-from collections.abc import Iterator
+import pickle
+import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from wmtp.config import ConfigError
+from wmtp.errors import UserError
+
+T = TypeVar("T")
+_PR_SET_PDEATHSIG = 1
+_SECONDS_TO_READ = 5.0
+_arrivals = itertools.count(1)
+_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ def start_world(device: str, *, replicas: int = 1) -> World:
     Raises:
         ConfigError: CUDA asked for but absent, or replicas that do not divide the world size.
     """
+    _end_with_launcher()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -67,11 +81,113 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def gather_objects(value: object) -> list:
-    """Every rank's value, on every rank."""
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, on every rank. Waits as :func:`wait_for_all` does."""
+    wait_for_all()
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here, however late the slowest one is.
+
+    A collective gives up after the process group's timeout, though the rank that it waits for is at work. This wait
+    ends with that rank alone: the launcher ends all processes when one dies. Python's signal handlers run in it.
+    """
+    size = dist.get_world_size()
+    if size == 1:
+        return
+    store, number = _store("arrivals"), next(_arrivals)
+    store.add(str(number), 1)
+    pause = 0.0005
+    while store.add(str(number), 0) < size:
+        time.sleep(pause)
+        pause = min(0.2, 1.5 * pause)
+    if dist.get_rank() == 0:
+        store.delete_key(str(number - 1))  # which nobody asks for any more
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What `work` returns, on every rank: rank 0 does it, for as long as it takes. Its error is every rank's.
+
+    Args:
+        work: returns a value that can be pickled.
+
+    Raises:
+        UserError: on the other ranks, rank 0's own where it is one.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return work()
+    store, others = _store(f"rank_0/{next(_calls)}"), dist.get_world_size() - 1
+    if dist.get_rank() == 0:
+        try:
+            value = work()
+        except BaseException as error:
+            told = error if isinstance(error, UserError) else UserError(f"rank 0: {error or type(error).__name__}")
+            store.set("value", pickle.dumps((None, told)))
+            until = time.monotonic() + _SECONDS_TO_READ
+            while store.add("read", 0) < others and time.monotonic() < until:
+                time.sleep(0.05)  # this rank's end takes the others with it: let each say why first
+            raise
+        store.set("value", pickle.dumps((value, None)))
+        return value
+    pause = 0.001
+    while not store.check(["value"]):
+        time.sleep(pause)
+        pause = min(0.2, 1.5 * pause)
+    value, told = pickle.loads(store.get("value"))
+    if store.add("read", 1) == others:
+        store.delete_key("value")
+    if told is not None:
+        raise told
+    return value
+
+
+def end_world() -> None:
+    """Leave the process group, when all ranks have come here."""
+    wait_for_all()
+    dist.destroy_process_group()
+
+
+def tell_failure() -> None:
+    """Let the other ranks know that this one ends with an error, before the launcher ends them."""
+    if dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # the store is gone with its launcher
+            _store("ending").set("failed", "1")
+
+
+def a_rank_failed() -> bool:
+    """Whether a rank has ended with an error."""
+    try:
+        return dist.is_initialized() and _store("ending").check(["failed"])
+    except RuntimeError:
+        return True
+
+
+def _store(name: str) -> dist.PrefixStore:
+    return dist.PrefixStore(f"wmtp/{name}", dist.distributed_c10d._get_default_store())
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel end this process when the launcher that started it dies, by whatever signal.
+
+    torchrun's workers have sessions of their own: a killed launcher would leave them training, beside the next run on
+    the same folder. A process that was started without a launcher outlives its shell, as `nohup` users expect.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have died before that, and an orphan's parent is init; or the launcher itself is process 1 of a container.
+    if os.getppid() == 1 and not _runs_python(1):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs_python(pid: int) -> bool:
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    except OSError:
+        return False
 
 
 class SharedCounters:
@@ -83,8 +199,7 @@ class SharedCounters:
     _sets = itertools.count()
 
     def __init__(self) -> None:
-        prefix = f"wmtp/counters/{next(SharedCounters._sets)}"
-        self._store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
+        self._store = _store(f"counters/{next(SharedCounters._sets)}")
 
     def add(self, key: str, amount: int = 0) -> int:
         """Add to a counter and return its new value; without an amount, its value."""

@@ -31,6 +31,20 @@ class UserError(ValueError):
     exit_status = 1
 
 
+class Stopped(KeyboardInterrupt):
+    """A run ended early and can go on (:mod:`wmtp.stopping`): its text is the last line, its exit status 75.
+
+    Args:
+        agreed: every rank ends so, when its own work is done.
+    """
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+    def __init__(self, text: str, *, agreed: bool = False) -> None:
+        super().__init__(text)
+        self.agreed = agreed
+
+
 class MissingError(UserError, FileNotFoundError):
     """A file or folder that is not there."""
 
@@ -110,7 +124,8 @@ def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
     except BaseException as error:
         _keep(error)  # before the clean-up, which uploads it
         try:
-            cleanup("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            ended = isinstance(error, KeyboardInterrupt) and getattr(error, "exit_status", None) != 1
+            cleanup("KILLED" if ended else "FAILED")
         except Exception as another:
             print(f"while the run was ended: {type(another).__name__}: {one_line(another)}", file=sys.stderr)
         raise
@@ -179,7 +194,11 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
         line = f"{type(error).__name__}: {one_line(error)} (its traceback is above{f' and in {file}' * bool(file)})"
     elif not isinstance(error, KeyboardInterrupt):
         line += f" (traceback: {file or 'WMTP_TRACEBACK=1'})"
-    first = _is_first()
+    if isinstance(error, Stopped):
+        prefix, shown = "", False
+    else:
+        prefix += ": "
+    first = bool(line) and _is_first()
     if first:
         _end_progress_bars()
         if shown:
@@ -193,13 +212,16 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
     screen.flush()
     if not (sys.flags.interactive or sys.flags.inspect):
         # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
-        os._exit(128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1))
+        interrupted = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        os._exit(getattr(error, "exit_status", interrupted))
 
 
 def line_for_user(error: BaseException) -> str | None:
     """The one line that an error is for the user; None where its traceback is what they need."""
     goes_on = _resumes and _output_dir is not None and (_output_dir / "config.yaml").exists()
     resume = f"resume=true goes on from what is complete in {_output_dir}"
+    if isinstance(error, Stopped):
+        return one_line(error) if str(error) else ""
     if isinstance(error, KeyboardInterrupt):
         return f"stopped by Ctrl-C; {resume if goes_on else 'nothing was begun'}"
     if isinstance(error, UserError):
@@ -221,8 +243,10 @@ def _keep(error: BaseException) -> Path | None:
     kept = getattr(error, "_wmtp_kept", None)
     # A mistake that is found before the run begins leaves no trace on disk.
     told_early = isinstance(error, UserError | KeyboardInterrupt)
-    if kept or _output_dir is None or (told_early and not (_output_dir / "config.yaml").exists()):
+    if kept or _output_dir is None or isinstance(error, Stopped):
         return kept
+    if told_early and not (_output_dir / "config.yaml").exists():
+        return None
     file = _output_dir / f"error_rank{os.environ.get('RANK', '0')}.txt"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -32,15 +32,16 @@ def publish(written: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file with its size and SHA-256, all of it on disk when this returns."""
-    files = {}
+def write_manifest(folder: Path) -> dict[str, dict]:
+    """List every file with its size and SHA-256, all of it on disk when this returns. What was listed."""
+    files: dict[str, dict] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         sync(path)
         files[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1))
     sync(folder / MANIFEST)
     sync(folder)
+    return files
 
 
 def flat_manifest(file: Path) -> dict[str, dict] | None:

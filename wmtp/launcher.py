@@ -10,8 +10,11 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
+
+from wmtp.errors import Stopped
 
 _NOISE = (
     "Setting OMP_NUM_THREADS environment variable",  # torchrun's default of 1 thread a process is what is wanted
@@ -57,6 +60,8 @@ def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
         elif kind.__name__ == "SignalException":
             number = int(error.sigval)  # type: ignore[attr-defined]
             words = [], 128 + number  # torch has said so, and the workers how to go on
+            if _statuses(error) == {Stopped.exit_status}:
+                words = [], Stopped.exit_status
         if words is None:
             before(kind, error, trace)
             return
@@ -65,6 +70,15 @@ def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
         os._exit(words[1])
 
     return hook
+
+
+def _statuses(error: BaseException) -> set[int | None]:
+    """The exit statuses of the workers that the launcher waited for when a signal came."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        context = getattr(frame.f_locals.get("self"), "_pcontext", None)  # of the agent whose `run` it is
+        if workers := getattr(context, "subprocess_handlers", None):
+            return {worker.proc.returncode for worker in workers.values()}
+    return set()
 
 
 def _no_backend(parameters: Any) -> Any:

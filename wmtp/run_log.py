@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from wmtp.config import build
-from wmtp.distributed import gather_objects
+from wmtp.distributed import on_rank_0, wait_for_all
 from wmtp.models.resolve import RUN_FILE, checkpoint_sha256
 from wmtp.storage import Output
 from wmtp.tracking import code_changes, environment_tags, mlflow_fields, use_store
@@ -39,6 +39,7 @@ class RunLog:
         self._file = output.folder / "metrics.jsonl"
         use_store(None if tracking is None else tracking.get("tracking_uri"))
         self._tracker = build(tracking, where="tracking") if is_main else None
+        self._kept: set[str] = set()  # lines of the step that the run goes on from
         self._told: dict[int, dict[str, float]] = {}  # what MLflow was told of steps that happen again
 
     @property
@@ -77,9 +78,7 @@ class RunLog:
             run_id: MLflow's id of the run that goes on, where a checkpoint knows it.
             replaces: names in output_dir that belong to the run which a new one replaces.
         """
-        gather_objects(None)  # every rank has checked the folder before rank 0 changes it
-        if not self._is_main:
-            return
+        wait_for_all()  # every rank has checked the folder before rank 0 changes it
         resolved = OmegaConf.to_container(cfg, resolve=True)
         self._facts = {"method": method, "dataset": dataset, "config_sha256": config_sha256(resolved)}
         self._facts["data_sha256"] = data_sha256
@@ -87,31 +86,37 @@ class RunLog:
         if own:
             self._facts["own_code_sha256"] = code_sha256(own)
         tags = {f"wmtp.{name}": value for name, value in self._facts.items() if value is not None} | dict(tags or {})
-        if self._tracker:
-            names = {"method": method, "dataset": dataset, "training_run_id": tags.get("wmtp.training_run_id")}
-            self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, say=self.say)
-        replaced = () if resumed else (*replaces, _CODE, FOLDER, self._file.name)
-        self._prepare_folder(cfg, step, replaced)
-        kept = {f"{_CODE}/{self._facts['own_code_sha256'][:12]}/{name}": file for name, file in own.items()}
-        for name, file in kept.items():
-            (self._output_dir / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, self._output_dir / name)
-        self._output.begin(replaced)
-        if self._tracker:
-            self._tracker.start()
-            self._tracker.log_config(cfg)
-            known = environment_tags(own.values()) | mlflow_fields(resolved, self._facts, recipe)
-            if resumed:  # the description may be somebody's own by now
-                known.pop("mlflow.note.content")
-            remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
-            self._tracker.log_tags({**known, "wmtp.recipe": recipe, **remote, **tags})
-            self._data_section = resolved.get("dataset") or resolved.get("tasks") or {}
-            self._track_data(data_sha256)
-            texts = {name: file.read_text(errors="replace") for name, file in kept.items()}
-            for name, text in {**texts, "git_diff.patch": code_changes(own.values())}.items():
-                if text:
-                    self._tracker.log_text(text, name)
-            self.say(f"tracking in {self._tracker.where}")
+
+        def begin() -> None:
+            if self._tracker:
+                names = {"method": method, "dataset": dataset, "training_run_id": tags.get("wmtp.training_run_id")}
+                self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, say=self.say)
+            replaced = () if resumed else (*replaces, _CODE, FOLDER, self._file.name)
+            if not resumed and (steps := _last_step(self._file)):
+                self.say(f"{self._output_dir} held a run of {steps} steps, which this one replaces")
+            self._prepare_folder(cfg, step, replaced)
+            kept = {f"{_CODE}/{self._facts['own_code_sha256'][:12]}/{name}": file for name, file in own.items()}
+            for name, file in kept.items():
+                (self._output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, self._output_dir / name)
+            self._output.begin(replaced)
+            if self._tracker:
+                self._tracker.start()
+                self._tracker.log_config(cfg)
+                known = environment_tags(own.values()) | mlflow_fields(resolved, self._facts, recipe)
+                if resumed:  # the description may be somebody's own by now
+                    known.pop("mlflow.note.content")
+                remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
+                self._tracker.log_tags({**known, "wmtp.recipe": recipe, **remote, **tags})
+                self._data_section = resolved.get("dataset") or resolved.get("tasks") or {}
+                self._track_data(data_sha256)
+                texts = {name: file.read_text(errors="replace") for name, file in kept.items()}
+                for name, text in {**texts, "git_diff.patch": code_changes(own.values())}.items():
+                    if text:
+                        self._tracker.log_text(text, name)
+                self.say(f"tracking in {self._tracker.where}")
+
+        on_rank_0(begin)
 
     def _track_data(self, sha256: str | None) -> None:
         if sha256 is not None:
@@ -128,6 +133,7 @@ class RunLog:
             lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             self._file.write_text("".join(kept))
+            self._kept = {line for line in kept if json.loads(line)["step"] == step}
             if read_run(self._output_dir):
                 for figures in map(json.loads, set(lines) - set(kept)):
                     self._told.setdefault(figures.pop("step"), {}).update(figures)
@@ -139,8 +145,10 @@ class RunLog:
         if self._tracker:
             told = self._told.get(step, {})  # a run that goes on bit for bit says each loss to MLflow once
             self._tracker.log_dict({name: value for name, value in metrics.items() if told.get(name) != value}, step)
-        with self._file.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = json.dumps({"step": step, **metrics}) + "\n"
+        if line not in self._kept:  # a run that is resumed after its last step says again what it found there
+            with self._file.open("a") as file:
+                file.write(line)
         evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if evaluated:
             self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
@@ -194,6 +202,12 @@ class RunLog:
         if self._tracker:
             self._tracker.close(status)
         use_store(None)
+
+
+def _last_step(metrics: Path) -> int:
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return max((json.loads(line)["step"] for line in lines), default=0)
 
 
 def builder_name(section: DictConfig) -> str:

@@ -187,9 +187,10 @@ class Journal:
         try:
             _lock_alone(self._file, path)
             records = _read_journal(path)
-            whole = path.read_bytes().rfind(b"\n") + 1
-            os.truncate(path, whole)  # a torn last line would swallow the next record
-            if records:
+            # A torn last line would swallow the next record; a head alone may be that of other settings.
+            whole = path.read_bytes().rfind(b"\n") + 1 if len(records) > 1 else 0
+            os.truncate(path, whole)
+            if whole:
                 _require_same(records[0], settings, path)
             else:
                 self._append({"settings": dict(settings)})
@@ -245,7 +246,7 @@ def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journal
     judgements: dict[Key, Judgement] = {}
     for path in sorted(Path(folder).glob("journal-*.jsonl")):
         records = _read_journal(path)
-        for number, record in enumerate(records, start=1):
+        for number, record in enumerate(records if len(records) > 1 else [], start=1):
             where = f"{path}:{number}"
             if number == 1:
                 _require_same(record, settings, path)

@@ -8,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from wmtp.distributed import World, gather_objects
+from wmtp.distributed import World, gather_objects, wait_for_all
 
 
 class StateFile:
@@ -57,7 +56,7 @@ class StateFile:
             with self._file.open("wb") as file:
                 file.truncate(self.num_bytes)
         if not alone:
-            dist.barrier()
+            wait_for_all()
         descriptor = os.open(self._file, os.O_WRONLY)
 
         def write(start: int, states: Tensor) -> None:
@@ -71,11 +70,11 @@ class StateFile:
         finally:
             os.close(descriptor)
         if not alone:
-            dist.barrier()
+            wait_for_all()
         if is_main:
             self._note.write_text(json.dumps({"tokens": self._tokens, "embed_dim": self._dim}) + "\n")
         if not alone:
-            dist.barrier()
+            wait_for_all()
 
     def read(self, start: int, end: int) -> Tensor:
         """[end - start, D] states, mapped from the file."""

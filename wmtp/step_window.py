@@ -8,6 +8,7 @@ from torch import Tensor
 from wmtp.data import PackedDataset
 from wmtp.distributed import all_reduce_sum, gather_objects
 from wmtp.loss import MTPLoss
+from wmtp.stopping import StopFlag
 from wmtp.weighting import target_table, weight_statistics
 
 
@@ -38,14 +39,18 @@ class StepWindow:
         """Target tokens so far, over all ranks."""
         return all_reduce_sum(sum(out.valid[0].sum() for out in self.outs)).item()
 
-    def sums(self) -> StepSums:
-        """In one collective."""
+    def sums(self, stop: StopFlag | None = None) -> StepSums:
+        """In one collective, in which the ranks also agree whether the run ends after this step."""
         ce = sum(out.ce.double().sum(dim=(1, 2)) for out in self.outs)  # [H]
         count = sum(out.valid.sum(dim=(1, 2)) for out in self.outs).double()  # [H]
         tokens = sum((batch["document_ids"] >= 0).sum() for batch in self.batches)
         scalars = [sum(out.loss_sum.double() for out in self.outs), sum(out.num_targets.double() for out in self.outs)]
-        scalars.append(tokens.double())
-        loss_sum, num_targets, tokens, *both = all_reduce_sum(torch.cat([torch.stack(scalars), ce, count])).tolist()
+        scalars += [tokens.double(), torch.full_like(scalars[0], float(stop is not None and stop.wanted()))]
+        loss_sum, num_targets, tokens, wanted, *both = all_reduce_sum(
+            torch.cat([torch.stack(scalars), ce, count])
+        ).tolist()
+        if stop is not None:
+            stop.agree(wanted)
         heads = len(ce)
         means = [s / max(n, 1) for s, n in zip(both[:heads], both[heads:], strict=True)]
         return StepSums(loss_sum, num_targets, tokens, means)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from wmtp.checkpoint import complete_checkpoints, verify_manifest, write_manifest
+from wmtp.checkpoint import complete_checkpoints, publish_shards, verify_manifest
+from wmtp.distributed import on_rank_0, wait_for_all
 from wmtp.models.load import named_parameters, reshard
 
 
@@ -38,16 +39,14 @@ class BestWeights:
         if dist.get_rank() == 0:
             shutil.rmtree(torn, ignore_errors=True)
             torn.mkdir(parents=True)
-        dist.barrier()
+        wait_for_all()
         dcp.save(_trained(model), checkpoint_id=str(torn))
         if dist.get_rank() == 0:
-            write_manifest(torn)
-            shutil.rmtree(target, ignore_errors=True)
-            torn.rename(target)
+            publish_shards(torn, target)
             oldest = next((p.name for p in complete_checkpoints(checkpoints)), target.name)
             for old in [p for p in complete_checkpoints(self.folder) if p.name <= oldest][:-1]:
                 shutil.rmtree(old)
-        dist.barrier()
+        wait_for_all()
 
     def forget_after(self, step: int) -> None:
         """Remove what was saved after a step that the run goes back to. Rank 0 only."""
@@ -61,7 +60,7 @@ class BestWeights:
         Raises:
             ValueError: they are not there, or a file is not what its manifest says.
         """
-        verify_manifest(self._of(step))
+        on_rank_0(lambda: verify_manifest(self._of(step)))
         reshard(model)
         state = _trained(model)
         dcp.load(state, checkpoint_id=str(self._of(step)))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError
 from wmtp.models.checkpoint_formats import CheckpointError, is_rotated, key_of, to_half_split, to_interleaved
 from wmtp.models.export import full_parameter
@@ -60,7 +61,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
     if folder.exists():
         raise ExistsError(f"adapter folder {folder} already exists; give another, or remove it")
     if sharded:
-        dist.barrier()  # every rank has looked before rank 0 writes
+        wait_for_all()  # every rank has looked before rank 0 writes
     peft, ours = {}, {}
     for name, parameter in named_parameters(model):
         if not parameter.requires_grad:
@@ -90,7 +91,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
         (writing / ADAPTER).write_text(json.dumps(about, indent=2) + "\n")
         writing.rename(folder)
     if sharded:
-        dist.barrier()  # when it returns, on any rank, the folder is there
+        wait_for_all()  # when it returns, on any rank, the folder is there
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:

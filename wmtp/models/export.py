@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
 from wmtp.models.checkpoint_formats import (
     HF_INDEX,
@@ -81,7 +82,7 @@ def export_hf(
         )
     if sharded:
         # Every rank has looked before rank 0 writes. Gathering does not order them all: it stays inside a replica.
-        dist.barrier()
+        wait_for_all()
 
     writing = folder.with_name(f"{folder.name}.writing")
     if is_main:
@@ -121,7 +122,7 @@ def export_hf(
         _write_configs(writing, model, stored_dtype, tokenizer)
         writing.rename(folder)
     if sharded:
-        dist.barrier()  # when it returns, on any rank, the folder is there
+        wait_for_all()  # when it returns, on any rank, the folder is there
 
 
 def full_parameter(parameter: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
 from wmtp.models.builders import from_checkpoint
 from wmtp.models.checkpoint_formats import CheckpointError
@@ -180,12 +181,12 @@ def save_value_model(
     if folder.exists():
         raise ExistsError(f"value model folder {folder} already exists; give another, or remove it")
     if sharded:
-        dist.barrier()  # every rank has looked before rank 0 writes
+        wait_for_all()  # every rank has looked before rank 0 writes
     partial = folder.with_name(f"{folder.name}.partial")
     if is_main:
         shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
     if sharded:
-        dist.barrier()
+        wait_for_all()
     export_hf(model.backbone, partial, tokenizer_source=tokenizer, dtype=dtype)
     head = {own_name(name): full_parameter(p) for name, p in model.value_head.named_parameters()}
     if is_main:
@@ -196,7 +197,7 @@ def save_value_model(
         (partial / VALUE_CONFIG).write_text(json.dumps(about, indent=2) + "\n")
         partial.rename(folder)
     if sharded:
-        dist.barrier()  # when it returns, on any rank, the folder is there
+        wait_for_all()  # when it returns, on any rank, the folder is there
 
 
 def load_value_model(

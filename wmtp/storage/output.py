@@ -3,16 +3,14 @@
 A checkpoint, an export or a scored dataset is complete in S3 exactly when its manifest.json is there: it goes last.
 """
 
-import itertools
 import json
 import os
 import re
 import shutil
+import socket
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -20,6 +18,7 @@ from tqdm import tqdm
 
 from wmtp.files import MANIFEST, flat_manifest, verify_manifest, write_manifest
 from wmtp.storage.cache import cache_folder
+from wmtp.storage.lock import FolderLock, Holder, Lease
 from wmtp.storage.mirror import check_inputs, fetch_folder, while_it_changes
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
 from wmtp.storage.upload import put_bytes, upload
@@ -28,39 +27,52 @@ _UNFINISHED = (".tmp", ".writing", ".partial", ".part", ".parts", ".lock")  # ho
 _REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part
 _PROBE = ".wmtp_can_write"
 _SECONDS_BETWEEN_ROUNDS = 60.0
-_SECONDS_TO_READ = 5.0
 _CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
-_calls = itertools.count()
 
 
 def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None) -> "Output":
-    """A run's output folder, checked before anything is built. Every rank calls it, after the process group is there.
+    """A run's output folder, checked before anything is built, and this run's alone until it is closed.
+
+    Every rank calls it, after the process group is there.
 
     Args:
         output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache. Ranks on
             several nodes need that folder on a file system they share, so $WMTP_CACHE too.
         cfg: the config: every ``s3://`` in it must be readable.
-        resume: as :func:`wmtp.config.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
-            fetched where this machine has none of it or less; else only what tells that there is a run.
+        resume: as :func:`wmtp.output_dir.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
+            fetched where this machine has none of it or less; else only its files' names.
 
     Raises:
-        StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there.
+        StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there; another
+            run writes there; or the folder is not the same one for all ranks.
     """
+    from wmtp.distributed import gather_objects, on_rank_0  # torch: who only mirrors starts without its seconds
+
     output = Output(output_dir)
+    output.lock = FolderLock.of(output.folder)
+    rank, size = _world()
 
-    def prepare() -> None:
+    def prepare() -> tuple[Holder, list[str]]:
         check_inputs(cfg)
-        if output.remote is not None:
-            output._probe()
-            output.fetch(whole=resume not in (None, "no"))
-            output.folder.mkdir(parents=True, exist_ok=True)
+        holder = output.lock.take()
+        if output.remote is None:
+            return holder, []
+        output._probe()
+        output.lease = Lease(output.remote, holder, output.lock.previous)
+        output.lease.take()
+        output.fetch(whole=resume not in (None, "no"))
+        output.folder.mkdir(parents=True, exist_ok=True)
+        return holder, output.remote_names
 
-    _on_rank_0(prepare)
-    if output.remote is not None and not output.folder.is_dir():
-        raise StorageError(
-            f"{output.folder}, the working folder of {output_dir}, is not there on every rank: set WMTP_CACHE to a "
-            "folder on a file system that all nodes share"
-        )
+    holder, output.remote_names = on_rank_0(prepare)
+    if size > 1:
+        seen = gather_objects((rank == 0 or output.lock.join(holder, rank), socket.gethostname()))
+        if blind := [f"rank {number} on {host}" for number, (sees, host) in enumerate(seen) if not sees]:
+            what, key = (output_dir, "output_dir") if output.remote is None else (output.folder, "WMTP_CACHE")
+            raise StorageError(
+                f"{what} is not one folder for all processes: {', '.join(blind)} does not see what rank 0 on "
+                f"{seen[0][1]} writes; give as {key} an absolute path on a file system that all nodes share"
+            )
     return output
 
 
@@ -82,6 +94,9 @@ class Output:
         self._uri = self.remote or ""  # of what is there; nothing reads it where nothing is
         self._uploads = self.remote is not None and _world()[0] == 0
         self._record = self.folder.with_name(f"{self.folder.name}.uploads.json")
+        self.lock: FolderLock | None = None
+        self.lease: Lease | None = None
+        self.remote_names: list[str] = []  # of what an earlier run left in S3
         self._sent: dict[str, list[int] | None] = {}  # size and mtime of each file when it was uploaded
         self._error: StorageError | None = None  # why the last round did not upload everything
         self._busy: str | None = None  # the folder that is being uploaded
@@ -134,7 +149,7 @@ class Output:
         """Bring what a run left in S3 to this machine, where it has none of it, or an older checkpoint.
 
         Args:
-            whole: the run's files and its newest complete checkpoint, verified; otherwise only its config.yaml.
+            whole: the run's files and its newest complete checkpoint, verified; otherwise only their names.
 
         Raises:
             StorageError: it cannot be read, or is corrupt.
@@ -144,15 +159,15 @@ class Output:
     def _fetch(self, whole: bool) -> None:
         files = {self._name(file): file for file in self._remote_files()}
         self._remember(files)
+        self.remote_names = list(files)
+        if not whole:
+            return
         newest, here = _newest_checkpoint(files), _newest_checkpoint(self._local_files())
         if (self.folder / "config.yaml").exists() and (newest is None or (here is not None and here >= newest)):
             return
-        if not whole:
-            wanted = {name: file for name, file in files.items() if name == "config.yaml"}
-        else:
-            wanted = {name: file for name, file in files.items() if not name.startswith(_REMADE)}
+        wanted = {name: file for name, file in files.items() if not name.startswith(_REMADE)}
         fetch_folder(self._uri, list(wanted.values()), self.folder)
-        if whole and newest is not None:
+        if newest is not None:
             target = self.folder / newest
             self._say(f"fetching {self.remote}/{newest}")
             torn = target.with_name(target.name + ".fetched.tmp")
@@ -161,7 +176,7 @@ class Output:
             verify_manifest(torn)
             shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
             torn.rename(target)
-        fetched = [name for name in files if name in wanted or (whole and _step_of(name) == newest)]
+        fetched = [name for name in files if name in wanted or _step_of(name) == newest]
         self._sent |= {name: _stamp(self.folder / name) for name in fetched}
         self._write_record()
 
@@ -172,14 +187,19 @@ class Output:
             StorageError: something could not be uploaded; with ``fail`` False, for a run that has failed, it is only
                 said.
         """
-        if not self._uploads:
-            return
-        self.upload()
-        self._wait()
-        if self._error is not None:
+        if self._uploads:
             self.upload()
             self._wait()
-        self._end_worker()
+            if self._error is not None:
+                self.upload()
+                self._wait()
+            self._end_worker()
+        if self.lease is not None:
+            self.lease.release()
+        if self.lock is not None and fail:  # where a run failed, other ranks may still be at work: it ends with them
+            self.lock.release()
+        if not self._uploads:
+            return
         if self._error is not None:
             line = (
                 f"not everything could be uploaded: {self._error}; it is all in {self.folder}; when S3 answers again, "
@@ -302,7 +322,8 @@ class Output:
 
     def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
         _, key = split_uri(self._uri)
-        return list_files(self._uri, prefix=f"{key}/{below}")
+        there = list_files(self._uri, prefix=f"{key}/{below}")
+        return (file for file in there if not file.key.endswith(_UNFINISHED))  # the lease among them
 
     def _name(self, file: RemoteFile) -> str:
         return file.key.removeprefix(split_uri(self._uri)[1]).lstrip("/")
@@ -357,36 +378,3 @@ def _world() -> tuple[int, int]:
     import torch.distributed as dist
 
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def _on_rank_0(work: Callable[[], None]) -> None:
-    """Do something on rank 0 while the others wait, for as long as it takes; its error is every rank's."""
-    rank, size = _world()
-    if size == 1:
-        work()
-        return
-    import torch.distributed as dist
-
-    # A collective would time out under a download of many gigabytes: the store waits as long as it is told to.
-    store, key = dist.distributed_c10d._get_default_store(), f"wmtp/output/{next(_calls)}"
-    if rank == 0:
-        failure = ""
-        try:
-            work()
-        except (ValueError, OSError) as error:
-            failure = str(error) or type(error).__name__
-            raise
-        except BaseException as error:
-            failure = type(error).__name__
-            raise
-        finally:
-            store.set(key, failure)
-            until = time.monotonic() + _SECONDS_TO_READ
-            while failure and store.add(f"{key}/read", 0) < size - 1 and time.monotonic() < until:
-                time.sleep(0.05)  # this rank's end takes the others with it: let each say why first
-        return
-    store.wait([key], timedelta(days=7))
-    failure = store.get(key).decode()
-    if failure:
-        store.add(f"{key}/read", 1)
-        raise StorageError(failure)

@@ -21,7 +21,8 @@ _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNot
            "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _FINAL = _DENIED | _ABSENT | {"NoSuchBucket", "InvalidBucketName", "412", "PreconditionFailed", "416", "InvalidRange",
-                              "301", "PermanentRedirect", "400", "BadRequest", "NoSuchUpload"}  # fmt: skip
+                              "301", "PermanentRedirect", "400", "BadRequest", "NoSuchUpload",
+                              "NotImplemented"}  # fmt: skip
 _T = TypeVar("_T")
 
 

@@ -38,15 +38,22 @@ def upload(path: Path, uri: str, *, sha256: str | None = None, threads: int = 4)
             _in_parts(descriptor, num_bytes, uri, {} if sha256 is None else {"sha256": sha256}, threads)
 
 
-def put_bytes(uri: str, body: bytes) -> None:
-    """Write a small object."""
+def put_bytes(uri: str, body: bytes, **condition: str) -> None:
+    """Write a small object.
+
+    Args:
+        condition: ``IfNoneMatch="*"`` where there is none, ``IfMatch=etag`` where it is still that one.
+
+    Raises:
+        ChangedError: the condition does not hold.
+    """
     metadata = {"sha256": hashlib.sha256(body).hexdigest()}
-    retrying(lambda: _put(uri, body, metadata), uri, "written")
+    retrying(lambda: _put(uri, body, metadata, condition), uri, "written")
 
 
-def _put(uri: str, body: bytes, metadata: dict[str, str]) -> None:
+def _put(uri: str, body: bytes, metadata: dict[str, str], condition: dict[str, str]) -> None:
     bucket, key = split_uri(uri)
-    _prove(client().put_object(Bucket=bucket, Key=key, Body=body, Metadata=metadata), body, uri)
+    _prove(client().put_object(Bucket=bucket, Key=key, Body=body, Metadata=metadata, **condition), body, uri)
 
 
 def _in_parts(descriptor: int, num_bytes: int, uri: str, metadata: dict[str, str], threads: int) -> None:

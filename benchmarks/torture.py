@@ -1,0 +1,357 @@
+"""Kill runs at random moments, let them go on, and hold what comes out against runs that nobody killed.
+
+    python benchmarks/torture.py [--kills 30] [--seed 0] [--keep FOLDER]
+
+Full fine-tuning, LoRA, the critic and scoring, on configs/tiny, started by `tune run` with one process and with two. A
+victim is one rank, all ranks, the launcher, or all ranks in the middle of a save or of an upload to S3 (a moto server
+here); the signal is SIGKILL. Each run is then started again with resume=auto, to be killed again or to end. After a
+kill no process of it may live on; at the end every metric of every step, the weights and the files of scores must be
+those of the uninterrupted run, bit for bit, and no checkpoint may be torn, here or in S3.
+
+About 35 minutes on 2 cores. One JSON line for each kill, and one for all: tried, survived (it went on and ended well),
+equal. Exit status 1 unless the three agree.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import boto3
+import psutil
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from services import AWS_ENVIRONMENT, moto_server  # noqa: E402
+
+from wmtp.files import MANIFEST, file_sha256, verify_manifest  # noqa: E402
+
+BUCKET = "torture"
+SECONDS = 300.0  # to wait for anything
+# Each is the end of (how many processes, whether output_dir is in S3) -> who is killed, and when.
+VICTIMS = {
+    (1, False): ("all ranks", "launcher", "in a save"),
+    (2, False): ("one rank", "all ranks", "launcher", "in a save"),
+    (2, True): ("in an upload",),
+}
+SPEEDS = ("tokens_per_second", "pairs_per_second")  # the only figures that may differ
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe on a tiny config, with enough steps to be killed between them."""
+
+    recipe: str
+    config: str
+    changes: dict
+
+    @property
+    def trains(self) -> bool:
+        return self.recipe != "score_reference"
+
+
+_TRAINING = {"max_steps": 60, "save_every": 3, "eval_every": 20, "tracking": None}
+JOBS = {
+    "full": Job("full_finetune_distributed_wmtp", "rho1", {**_TRAINING, "token_view": None}),
+    "lora": Job("lora_wmtp", "lora_rho1", {**_TRAINING, "token_view": None}),
+    "critic": Job("critic_stage1", "critic_stage1", {**_TRAINING, "patience": None}),
+    "scoring": Job("score_reference", "score_reference", {"tracking": None, "documents_per_part": 2, "batch_size": 1}),
+}
+
+
+class Failed(RuntimeError):
+    """A run that did not do what it should, with the end of what it printed."""
+
+
+class Run:
+    """One run of a job in its folder: started, killed, and started again."""
+
+    def __init__(self, job: Job, processes: int, folder: Path, reference: Path, remote: str | None = None) -> None:
+        self.job, self.processes, self.folder, self.remote = job, processes, folder, remote
+        folder.mkdir(parents=True)
+        self.cache = folder / "cache"  # of this machine: an empty one stands for another machine
+        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{job.config}.yaml")
+        cfg.output_dir, cfg.resume = remote or str(folder / "output"), "auto"
+        for key, value in job.changes.items():
+            cfg[key] = value
+        for key in ("reference_checkpoint", "checkpoint"):
+            if cfg.get(key) is not None:
+                cfg[key] = str(reference)
+        self.config, self.log = folder / "config.yaml", folder / "log.txt"
+        OmegaConf.save(cfg, self.config)
+
+    @property
+    def output(self) -> Path:
+        """The folder that the run works in, on this machine."""
+        return self.cache / "outputs" / self.remote.removeprefix("s3://") if self.remote else self.folder / "output"
+
+    def progress(self) -> int:
+        """Grows with what the run has done."""
+        if not self.job.trains:
+            return len(list(self.output.glob("data/part-*.parquet")))
+        file = self.output / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    def saving(self) -> bool:
+        """Whether something is being written just now."""
+        pattern = "checkpoints/step_*.tmp" if self.job.trains else "data/*.tmp"
+        return next(self.output.glob(pattern), None) is not None
+
+    def uploading(self) -> bool:
+        """Whether a checkpoint (of scoring, a part) is in S3, and the manifest that completes it is not."""
+        names = [name for name, _ in self.uploaded()]
+        if not self.job.trains:
+            return any(name.endswith(".parquet") for name in names) and MANIFEST not in names
+        steps = {name.rpartition("/")[0] for name in names if name.startswith("checkpoints/step_")}
+        return any(f"{step}/{MANIFEST}" not in names for step in steps)
+
+    def uploaded(self) -> Iterator[tuple[str, int]]:
+        """Name and size of each object of the run in S3."""
+        prefix = self.remote.removeprefix(f"s3://{BUCKET}/") + "/"
+        pages = boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        for item in (item for page in pages for item in page.get("Contents", ())):
+            yield item["Key"].removeprefix(prefix), item["Size"]
+
+    def result(self) -> dict[str, object]:
+        """All that may not depend on kills: each step's metrics, and the hashes of weights and scores."""
+        files = [path for path in self.output.rglob("*") if path.suffix in (".safetensors", ".parquet")]
+        found: dict[str, object] = {str(f.relative_to(self.output)): file_sha256(f) for f in sorted(files)}
+        if self.job.trains:
+            lines = map(json.loads, (self.output / "metrics.jsonl").read_text().splitlines())
+            found["metrics"] = [{k: v for k, v in line.items() if not k.endswith(SPEEDS)} for line in lines]
+        return found
+
+    def torn(self) -> list[str]:
+        """What looks complete and is not, and what was left half-written."""
+        bad = [str(path) for path in self.output.rglob("*.tmp")]
+        for folder in self.output.glob("checkpoints/step_*[0-9]"):
+            try:
+                verify_manifest(folder)
+            except ValueError as error:
+                bad.append(str(error))
+        if self.remote:
+            sizes = dict(self.uploaded())
+            for name in [name for name in sizes if name.startswith("checkpoints/") and name.endswith(MANIFEST)]:
+                below = name.removesuffix(MANIFEST)
+                key = f"{self.remote.removeprefix(f's3://{BUCKET}/')}/{name}"
+                entries = json.loads(boto3.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"].read())
+                bad += [f"{name}: {f}" for f, entry in entries.items() if sizes.get(below + f) != entry["bytes"]]
+        return bad
+
+
+class Started:
+    """The processes of a run that goes on, started by `tune run`."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self._before = run, run.progress()
+        command = [str(Path(sys.executable).with_name("tune")), "run", "--nproc_per_node", str(run.processes)]
+        command += [f"recipes/{run.job.recipe}.py", "--config", str(run.config)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WMTP_CACHE": str(run.cache)}
+        with run.log.open("a") as log:
+            self._launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+
+    def launcher(self) -> list[psutil.Process]:
+        """The process that started the ranks, while it lives."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [psutil.Process(self._launcher.pid)]
+        return []
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes that train, by rank; as many as are there."""
+        found = {}
+        for launcher in self.launcher():
+            for child in launcher.children():
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                    rank = child.environ().get("RANK")
+                    if rank is not None:
+                        found[int(rank)] = child
+        return [found[rank] for rank in sorted(found)]
+
+    def running(self) -> bool:
+        return self._launcher.poll() is None
+
+    def wait(self) -> int:
+        """The exit status."""
+        try:
+            return self._launcher.wait(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            self._launcher.kill()
+            raise Failed(f"no end after {SECONDS:.0f} s: {self.run.log.read_text()[-2000:]}") from None
+
+    # What follows holds however the processes were started.
+
+    def wait_until(self, what: Callable[[], bool], seconds: float = SECONDS) -> bool:
+        """Whether it came true before the run ended."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if what():
+                return True
+            if not self.running():
+                return False
+            time.sleep(0.002)
+        return False
+
+    def going_on(self) -> bool:
+        """Whether it has done something since it was started."""
+        return self.run.progress() > self._before
+
+    def kill(self, victim: str, chance: random.Random) -> None:
+        """End one rank, the launcher, or all ranks, without a word of warning, and wait until nobody is left."""
+        launcher, ranks = self.launcher(), self.ranks()
+        chosen = {"one rank": chance.sample(ranks, min(1, len(ranks))), "launcher": launcher}
+        for process in chosen.get(victim, ranks):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.wait()
+        _, alive = psutil.wait_procs([*launcher, *ranks], timeout=60)
+        for process in alive:
+            process.kill()
+        if alive:
+            raise Failed(f"{victim} killed, and {len(alive)} of {len(ranks)} ranks lived on")
+
+    def end(self) -> None:
+        """Wait for a good end."""
+        status = self.wait()
+        if status:
+            raise Failed(f"exit status {status}: {self.run.log.read_text()[-3000:]}")
+
+
+def strike(started: Started, victim: str, seconds: float, chance: random.Random) -> bool:
+    """Wait for the moment and kill; False where the run ended first.
+
+    Args:
+        seconds: how long an uninterrupted run works after its first progress.
+    """
+    if victim in ("in a save", "in an upload"):
+        reached = started.wait_until(started.going_on)
+        for _ in range(chance.randrange(4)):  # not always the first one
+            reached = reached and started.wait_until(lambda: not started.run.saving())
+            reached = reached and started.wait_until(started.run.saving)
+        moment = started.run.saving if victim == "in a save" else started.run.uploading
+        reached = reached and started.wait_until(moment)
+        time.sleep(chance.random() * 0.02)
+    elif chance.random() < 0.2:  # while it starts
+        reached = started.wait_until(lambda: len(started.ranks()) == started.run.processes)
+        reached = reached and not started.wait_until(lambda: False, chance.random() * 15)
+        reached = reached and started.running()
+    else:
+        reached = started.wait_until(started.going_on)
+        reached = reached and not started.wait_until(lambda: False, chance.random() * seconds)
+        reached = reached and started.running()
+    if reached:
+        started.kill(victim, chance)
+    return reached
+
+
+class Torture:
+    """Kills by plan, one run after the other, each held against the uninterrupted run of its job and process count."""
+
+    def __init__(
+        self, folder: Path, reference: Path, chance: random.Random, start: Callable[[Run], Started] = Started
+    ) -> None:
+        self.folder, self.reference, self.chance, self._start = folder, reference, chance, start
+        self.tried = self.survived = self.equal = 0
+        self._calm: dict[tuple[str, int], tuple[dict, float]] = {}  # result, and seconds from first progress to end
+        self._runs = 0
+
+    def run(self, name: str, processes: int, remote: bool, victims: list[str]) -> None:
+        """Run a job to its end, with these kills on the way."""
+        expected, seconds = self._uninterrupted(name, processes)
+        victims, misses = list(victims), 0
+        while victims and misses < 3:
+            run, struck = self._new(name, processes, remote), 0
+            try:
+                while victims and strike(self._start(run), victims[0], seconds, self.chance):
+                    victim = victims.pop(0)
+                    self.tried, struck = self.tried + 1, struck + 1
+                    print(json.dumps({"job": name, "processes": processes, "killed": victim}), flush=True)
+                    if remote and self.chance.random() < 0.5:
+                        shutil.rmtree(run.cache)  # it goes on elsewhere, from what S3 holds
+                self._start(run).end()  # where the run has ended already, nothing is left to do
+            except Failed as failure:
+                print(f"{name}, {processes} processes: {failure}", file=sys.stderr, flush=True)
+                misses += not struck
+                continue
+            misses += not struck
+            self.survived += struck
+            torn, differing = run.torn(), different(run.result(), expected)
+            for line in (*torn, *differing):
+                print(f"{name}, {processes} processes: {line}", file=sys.stderr, flush=True)
+            self.equal += 0 if torn or differing else struck
+            shutil.rmtree(run.folder)
+
+    def _new(self, name: str, processes: int, remote: bool) -> Run:
+        self._runs += 1
+        uri = f"s3://{BUCKET}/{self._runs}" if remote else None
+        return Run(JOBS[name], processes, self.folder / f"{self._runs:02d}_{name}", self.reference, uri)
+
+    def _uninterrupted(self, name: str, processes: int) -> tuple[dict, float]:
+        if (name, processes) not in self._calm:
+            run = self._new(name, processes, remote=False)
+            started = self._start(run)
+            started.wait_until(started.going_on)
+            begin = time.monotonic()
+            started.end()
+            self._calm[name, processes] = (run.result(), time.monotonic() - begin)
+            shutil.rmtree(run.folder)
+        return self._calm[name, processes]
+
+
+def different(found: dict, expected: dict) -> list[str]:
+    """What is not as in the uninterrupted run, a line each."""
+    return [f"{name} is not the uninterrupted run's" for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)]  # fmt: skip
+
+
+def plan(kills: int, chance: random.Random) -> dict[tuple[str, int, bool], list[str]]:
+    """Who is killed in which run: all kinds in turn, as many as asked for, in random order within a run."""
+    every = [(name, *how, victim) for how, victims in VICTIMS.items() for victim in victims for name in JOBS]
+    chance.shuffle(every)
+    planned: dict[tuple[str, int, bool], list[str]] = {}
+    for number in range(kills):
+        name, processes, remote, victim = every[number % len(every)]
+        planned.setdefault((name, processes, remote), []).append(victim)
+    return planned
+
+
+def train_reference(folder: Path) -> Path:
+    """A trained model of the tiny configs' shape, which Rho-1 and scoring read."""
+    run = Run(Job("full_finetune_distributed_wmtp", "reference", {"tracking": None}), 1, folder, folder)
+    Started(run).end()
+    return run.output / "export"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="leave failed runs and their logs in this folder")
+    arguments = parser.parse_args()
+    folder = arguments.keep or Path(tempfile.mkdtemp(prefix="torture-"))
+    with moto_server() as url:
+        os.environ |= {**AWS_ENVIRONMENT, "AWS_ENDPOINT_URL": url}
+        boto3.client("s3").create_bucket(Bucket=BUCKET)
+        chance = random.Random(arguments.seed)
+        torture = Torture(folder, train_reference(folder / "reference"), chance)
+        for (name, processes, remote), victims in sorted(plan(arguments.kills, chance).items()):
+            torture.run(name, processes, remote, victims)
+    counts = {"tried": torture.tried, "survived": torture.survived, "equal": torture.equal}
+    print(json.dumps({"name": "torture", **counts}), flush=True)
+    if arguments.keep is None:
+        shutil.rmtree(folder)
+    sys.exit(len({arguments.kills, *counts.values()}) > 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Ending a run early so that it can go on: on SIGTERM, SIGINT (Ctrl-C) or after max_minutes.
+
+In a training loop a signal is a flag: all ranks agree on it in the step's own collective, finish that step, save, and
+leave. Anywhere else it ends the process at once, since nothing is lost that was not saved. A second signal, from a
+second after the first on, is the kernel's: it kills, whatever the process is waiting for.
+"""
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from wmtp.distributed import SharedCounters, a_rank_failed, gather_objects, tell_failure, wait_for_all
+from wmtp.errors import Stopped
+
+_SECONDS_ONE_SIGNAL = 1.0  # a launcher passes on what its workers were sent too: that is one signal, not two
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+_seen: str | None = None  # the signal that came
+_flagged = False  # it is asked for, rather than ending the process where it is
+
+
+class StopFlag:
+    """Whether a run is to end early, and what all ranks have agreed on.
+
+    Args:
+        max_minutes: how long the run may take, from now on; None for no limit.
+
+    Attributes:
+        agreed: that the loop ends after this step, or part: the same on every rank.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._until = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._limit = f"max_minutes={max_minutes:g}" if max_minutes is not None else None
+        self.agreed = False
+
+    def wanted(self) -> bool:
+        """Whether this rank wants to end. From the first question on a signal waits to be asked for."""
+        global _flagged
+        _flagged = True
+        return self._reason() is not None
+
+    def agree(self, ranks: float) -> None:
+        """Take what a collective found: how many ranks want to end."""
+        self.agreed = self.agreed or ranks > 0
+
+    def wanted_by_any(self, counters: SharedCounters) -> bool:
+        """Whether a rank wants to end, as far as it has been asked; for ranks that do not work in step."""
+        if self.wanted():
+            counters.add("stop", 1)
+        return counters.add("stop") > 0
+
+    def end(self, where: str) -> None:
+        """After the loop, when all is saved: every rank calls it.
+
+        Args:
+            where: ``after step 40 of 100``, for the line.
+
+        Raises:
+            Stopped: on every rank, if any wanted to end.
+        """
+        global _flagged
+        reasons = [reason for reason in gather_objects(self._reason()) if reason is not None]
+        _flagged = False
+        if self.agreed or reasons:
+            why = reasons[0] if reasons else "a signal"
+            raise Stopped(
+                f"stopped by {why} {where}, and saved; to go on: the same command with resume=true", agreed=True
+            )
+
+    def _reason(self) -> str | None:
+        if _seen is not None:
+            return _seen
+        return self._limit if self._until is not None and time.monotonic() >= self._until else None
+
+
+@contextmanager
+def stopping() -> Iterator[None]:
+    """Around a recipe: the first SIGTERM or SIGINT ends it in order, with one line and the exit status 75.
+
+    Raises:
+        Stopped: a signal came, or the recipe's :class:`StopFlag` said so.
+    """
+    global _seen, _flagged
+    _seen, _flagged = None, False
+    # What is ignored stays so: a shell starts background jobs with SIGINT ignored.
+    handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _on_signal) for number in handled}
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.agreed:
+            wait_for_all()  # the launcher ends all ranks when the first one has ended
+        raise
+    except BaseException:
+        tell_failure()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Ended(Stopped):
+    """The end of a rank, silent, because another one failed."""
+
+    exit_status = 1
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _on_signal(number: int, frame: object) -> None:
+    global _seen
+    if _seen is not None:
+        return  # the same one, told twice
+    _seen = signal.Signals(number).name
+    threading.Thread(target=_let_the_next_one_kill, name="second-signal", daemon=True).start()
+    if a_rank_failed():  # then it is the launcher's, which ends us: the error is said elsewhere
+        raise _Ended("")
+    if not _flagged:
+        raise Stopped(f"stopped by {_seen}; to go on from what is saved: the same command with resume=auto")
+    if _is_main():
+        os.write(2, f"\n{_seen}: stopping after this step; a second signal ends it at once\n".encode())
+
+
+def _let_the_next_one_kill() -> None:
+    time.sleep(_SECONDS_ONE_SIGNAL)
+    for number in _SIGNALS:  # the kernel's default, through libc: Python sets it in the main thread only
+        ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(None))
