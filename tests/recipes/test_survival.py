@@ -20,7 +20,7 @@ from wmtp.errors import Stopped, clear_errors
 from wmtp.stopping import StopFlag, stopping
 
 RECIPE = "full_finetune_distributed_wmtp"
-QUICK = {"eval_every": None, "save_every": None, "export_dtype": "none"}
+QUICK = {"eval_dataset": None, "save_every": None, "export_dtype": "none"}
 
 
 def series(output_dir):
@@ -46,7 +46,7 @@ def test_stopped_killed_with_its_launcher_and_finished_it_equals_a_run_left_alon
     uri = new_store(tmp_path)
     log = tmp_path / "log.txt"
     tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
-    options = {**QUICK, "max_steps": 60, "resume": "auto", "output_dir": str(tmp_path / "run")}
+    options = {**QUICK, "max_steps": 30, "resume": "auto", "output_dir": str(tmp_path / "run")}
     cfg = tiny_config(**options, tracking=tracking)
     OmegaConf.save(cfg, tmp_path / "run.yaml")
     OmegaConf.save(tiny_config(**options | {"output_dir": str(tmp_path / "alone")}), tmp_path / "alone.yaml")
@@ -61,7 +61,7 @@ def test_stopped_killed_with_its_launcher_and_finished_it_equals_a_run_left_alon
     step = int(stopped.name.removeprefix("step_"))
     assert read_metrics(tmp_path / "run")[-1]["step"] == step
     told = log.read_text().splitlines()[-1]
-    assert told == f"stopped by SIGTERM after step {step} of 60, and saved; to go on: the same command with resume=true"
+    assert told == f"stopped by SIGTERM after step {step} of 30, and saved; to go on: the same command with resume=true"
     client = MlflowClient(uri)
     assert [run.info.status for run in client.search_runs(["1"])] == ["KILLED"]
 
@@ -70,7 +70,7 @@ def test_stopped_killed_with_its_launcher_and_finished_it_equals_a_run_left_alon
     os.kill(launcher.pids[0], signal.SIGKILL)
     launcher.members[0].join()
     while not all(map(gone, pids)):  # or this test never ends: they would train on for ever, and into the next run
-        assert metrics.read_text().count("\n") < 60
+        assert metrics.read_text().count("\n") < 30
         time.sleep(0.01)
 
     start(*job, size=2, log=log).join()
