@@ -4,11 +4,12 @@ import logging
 
 # What other packages say at the start and is known to mean nothing here, by logger and level. It would stand above the
 # first line that does. Filters, since MLflow sets the levels of its loggers anew when it is imported.
-for _name, _level in {
+_FROM_LEVEL = {
     "torchao": logging.ERROR,  # the compiled kernels it did not find, which no recipe uses
     "mlflow.store.db.utils": logging.WARNING,  # that it makes the tables of a new database,
     "alembic.runtime.migration": logging.WARNING,  # or brings an older one's up to date, step by step
-}.items():
-    logging.getLogger(_name).addFilter(lambda record, level=_level: record.levelno >= level)
+}
+for _name in _FROM_LEVEL:
+    logging.getLogger(_name).addFilter(lambda record: record.levelno >= _FROM_LEVEL[record.name])
 
 __version__ = "0.1.0"

@@ -228,9 +228,8 @@ def line_for_user(error: BaseException) -> str | None:
         return one_line(error)
     if fault := disk_fault(error):
         return f"{fault}; make room{f', then {resume}' * goes_on}"
-    of_a_path = isinstance(error, OSError) and error.filename is not None and error.errno in _OF_A_PATH
-    if of_a_path and raised_in(error).startswith(_WMTP):
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_A_PATH:
+        return f"{error.filename}: {error.strerror}" if raised_in(error).startswith(_WMTP) else None
     return None
 
 
