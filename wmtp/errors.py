@@ -186,18 +186,15 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
     screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook puts a buffer in the place of sys.stderr
     file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")
-    prefix = "error: " if rank == "0" else f"error [rank {rank}]: "
-    if isinstance(error, KeyboardInterrupt):
-        prefix = ""
+    in_order = isinstance(error, KeyboardInterrupt | Stopped)
+    prefix = "" if in_order else "error: " if rank == "0" else f"error [rank {rank}]: "
     shown = line is None or os.environ.get("WMTP_TRACEBACK") == "1"
     if line is None:
         line = f"{type(error).__name__}: {one_line(error)} (its traceback is above{f' and in {file}' * bool(file)})"
-    elif not isinstance(error, KeyboardInterrupt):
+    elif not in_order:
         line += f" (traceback: {file or 'WMTP_TRACEBACK=1'})"
     if isinstance(error, Stopped):
-        prefix, shown = "", False
-    else:
-        prefix += ": "
+        shown = False
     first = bool(line) and _is_first()
     if first:
         _end_progress_bars()
