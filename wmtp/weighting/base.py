@@ -169,7 +169,8 @@ class Weighting(AnyWeighting):
         weighted = strength > 0
         self.needs: frozenset[str] = frozenset(needs) if weighted else frozenset()
         self.per_head = per_head and weighted
-        self.bounds = tuple(1 - strength + strength * end for end in bounds) if weighted else (1.0, 1.0)
+        low, high = (1 - strength + strength * end for end in bounds) if weighted else (1.0, 1.0)
+        self.bounds = low, high
         self.name = sys._getframe(1).f_code.co_qualname.split(".<locals>")[0]
         self.scope = scope
         self._score, self._to_weights, self._strength = score, to_weights, strength
