@@ -124,13 +124,13 @@ def on_rank_0(work: Callable[[], T]) -> T:
         try:
             value = work()
         except BaseException as error:
-            told = error if isinstance(error, UserError) else UserError(f"rank 0: {error or type(error).__name__}")
-            store.set("value", pickle.dumps((None, told)))
+            told = error if isinstance(error, UserError) else UserError(f"rank 0: {str(error) or type(error).__name__}")
+            _tell(store, None, told)
             until = time.monotonic() + _SECONDS_TO_READ
             while store.add("read", 0) < others and time.monotonic() < until:
                 time.sleep(0.05)  # this rank's end takes the others with it: let each say why first
             raise
-        store.set("value", pickle.dumps((value, None)))
+        _tell(store, value, None)
         return value
     pause = 0.001
     while not store.check(["value"]):
@@ -142,6 +142,10 @@ def on_rank_0(work: Callable[[], T]) -> T:
     if told is not None:
         raise told
     return value
+
+
+def _tell(store: dist.Store, value: object, error: UserError | None) -> None:
+    store.set("value", pickle.dumps((value, error)))  # type: ignore[arg-type]  # bytes are taken; the stubs say str
 
 
 def end_world() -> None:

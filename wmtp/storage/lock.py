@@ -12,6 +12,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from weakref import WeakValueDictionary, finalize, ref
 
@@ -65,7 +66,9 @@ class FolderLock:
         return found
 
     def __init__(self, folder: Path, path: Path) -> None:
-        self._folder, self._path, self._file = folder, path, None
+        self._folder, self._path = folder, path
+        self._file: FileIO | None = None
+        self._locks = True  # whether the file system has locks
         self.holder: Holder | None = None  # this process, once it has the lock on rank 0
         self.previous: str | None = None  # id of the holder before, whose process has ended
 
@@ -85,15 +88,15 @@ class FolderLock:
                     "run, or give another output_dir"
                 )
             time.sleep(0.1)
-        before = _holder(os.pread(self._file.fileno(), 4096, 0))  # not by name: closing any descriptor ends the lock
+        file = self._open()
+        before = _holder(os.pread(file.fileno(), 4096, 0))  # not by name: closing any descriptor ends the lock
         self.previous = before.id if before else None
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self.holder = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started)
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(json.dumps(asdict(self.holder)).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file.seek(0)
+        file.truncate()
+        file.write(json.dumps(asdict(self.holder)).encode())
+        os.fsync(file.fileno())
         return self.holder
 
     def join(self, holder: Holder, rank: int) -> bool:
@@ -103,7 +106,6 @@ class FolderLock:
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)
-        self._open()
         self._lock(rank, 1)
         return True
 
@@ -117,29 +119,29 @@ class FolderLock:
 
     def _lock_all(self) -> bool:
         """Lock rank 0's byte, if every byte is free and the file is still the one of that name."""
-        self._open()
+        file = self._open()
         if not self._lock(0, 0):
             return False
         if not self._is_current():
-            self._file.close()
+            file.close()
             self._file = None
             return False
         if self._locks:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 0, 1)
+            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
         return True
 
-    def _open(self) -> None:
-        if self._file is not None:
-            return
-        try:
-            self._file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+b", 0)
-        except OSError as error:
-            raise StorageError(f"output_dir {self._folder} cannot be written: {self._path}: {error.strerror}") from None
-        self._locks = True
+    def _open(self) -> FileIO:
+        if self._file is None:
+            try:
+                self._file = FileIO(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), "r+")
+            except OSError as error:
+                why = f"{self._path}: {error.strerror}"
+                raise StorageError(f"output_dir {self._folder} cannot be written: {why}") from None
+        return self._file
 
     def _lock(self, start: int, length: int) -> bool:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+            fcntl.lockf(self._open(), fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 return False
@@ -190,7 +192,7 @@ class Lease:
             if there is None:
                 self._write(IfNoneMatch="*")
             elif there.id in (self._holder.id, self._previous) or (etag == seen and time.monotonic() - since > _EXPIRY):
-                self._write(IfMatch=etag)
+                self._write(IfMatch=etag or "")
             elif seen is None:
                 seen, since = etag, time.monotonic()
                 tqdm.write(f"{self._folder} was last written by {there}; waiting up to {_EXPIRY:.0f} s to see whether "

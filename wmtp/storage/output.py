@@ -49,16 +49,16 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
     from wmtp.distributed import gather_objects, on_rank_0  # torch: who only mirrors starts without its seconds
 
     output = Output(output_dir)
-    output.lock = FolderLock.of(output.folder)
+    lock = output.lock = FolderLock.of(output.folder)
     rank, size = _world()
 
     def prepare() -> tuple[Holder, list[str]]:
         check_inputs(cfg)
-        holder = output.lock.take()
+        holder = lock.take()
         if output.remote is None:
             return holder, []
         output._probe()
-        output.lease = Lease(output.remote, holder, output.lock.previous)
+        output.lease = Lease(output.remote, holder, lock.previous)
         output.lease.take()
         output.fetch(whole=resume not in (None, "no"))
         output.folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
 
     holder, output.remote_names = on_rank_0(prepare)
     if size > 1:
-        seen = gather_objects((rank == 0 or output.lock.join(holder, rank), socket.gethostname()))
+        seen = gather_objects((rank == 0 or lock.join(holder, rank), socket.gethostname()))
         if blind := [f"rank {number} on {host}" for number, (sees, host) in enumerate(seen) if not sees]:
             what, key = (output_dir, "output_dir") if output.remote is None else (output.folder, "WMTP_CACHE")
             raise StorageError(
