@@ -129,7 +129,7 @@ def test_a_lasting_fault_ends_in_one_line_and_keeps_everything(job, bucket, tmp_
     config = job("uniform", max_steps=2, save_every=1, token_view=None)
     log = run(tmp_path, (TRAIN, config), fails=True)
     assert "UPLOAD FAILED" in log and "error: not everything could be uploaded" in log
-    command = log.rpartition("run: python -m wmtp.storage ")[2].split("\n")[0].split()
+    command = log.rpartition("run: python -m wmtp.storage ")[2].split(" (traceback")[0].split()
     assert (Path(command[1]) / "export" / "config.json").exists()
     bucket.proxy.reset()
     sys.argv = ["wmtp.storage", *command]

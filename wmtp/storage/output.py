@@ -97,7 +97,7 @@ class Output:
         self.lock: FolderLock | None = None
         self.lease: Lease | None = None
         self.remote_names: list[str] = []  # of what an earlier run left in S3
-        self._sent: dict[str, list[int] | None] = {}  # size and mtime of each file when it was uploaded
+        self._sent: dict[str, list[int] | None] = {}  # inode, size and mtime of each file when it was uploaded
         self._error: StorageError | None = None  # why the last round did not upload everything
         self._busy: str | None = None  # the folder that is being uploaded
         self._lock = threading.Condition()
@@ -340,7 +340,7 @@ class Output:
             record = json.loads(self._record.read_text())
         except (FileNotFoundError, ValueError):
             return
-        self._sent = {n: at for n, at in record.items() if n in there and there[n].num_bytes == at[0]}
+        self._sent = {n: at for n, at in record.items() if n in there and there[n].num_bytes == at[-2]}
 
     def _write_record(self) -> None:
         self._record.parent.mkdir(parents=True, exist_ok=True)
