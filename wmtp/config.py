@@ -303,7 +303,7 @@ def read_command_line(arguments: Sequence[str], about: str | None = None) -> Dic
         cfg = OmegaConf.load(file)
     except (OSError, ValueError, YAMLError) as error:
         raise ConfigError(f"--config {file} cannot be read: {one_line(error)}") from error
-    if not OmegaConf.is_dict(cfg):
+    if not isinstance(cfg, DictConfig):
         raise ConfigError(f"--config {file} holds a list; a config is keys and values")
     for change in changes:
         try:
@@ -325,7 +325,8 @@ def _change(cfg: DictConfig, change: str) -> None:
     if not equals or not key or key.startswith("-"):
         raise ConfigError("write key=value, such as max_steps=20, or ~key to remove a key")
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={'null' if text == 'None' else text}"]))["value"]
+        value = OmegaConf.from_dotlist([f"value={'null' if text == 'None' else text}"])["value"]
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     except YAMLError as error:
         raise ConfigError(f"the value is no YAML, quote it: \"{key}='{text}'\" ({one_line(error)})") from error
     if value is None and text.lower() not in ("null", "none", "~"):
@@ -343,7 +344,7 @@ def config_changes(before: Mapping | None, now: DictConfig) -> str:
         before: the config of its checkpoint, None where it holds none.
         now: the config; its keys resume and overwrite say nothing about the run.
     """
-    after = OmegaConf.to_container(now, resolve=True)
+    after = dict(OmegaConf.to_container(now, resolve=True))  # type: ignore[arg-type]
     left_out = {"resume", "overwrite"} if before is not None else set(after)
     found = [line for line in differences(before or {}, after) if line.split(" ", 1)[0] not in left_out]
     return f" with {', '.join(found)}" if found else ""
