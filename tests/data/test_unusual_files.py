@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -96,26 +98,31 @@ def test_a_folder_is_no_file_of_its_split(tmp_path):
     assert "has no train.jsonl|" in refused(read_rows, tmp_path, "train")
 
 
-def test_what_this_user_may_not_read_is_one_line(tmp_path):
-    source = rows_file(tmp_path / "d.jsonl", ROW)
-    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "d.parquet")
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "m.py").write_text("x = 1\n")
-    tmp_path.chmod(0o755)
-    for folder in (*tmp_path.parents[:2],):
-        folder.chmod(0o755)
+@pytest.fixture
+def everybodys():
+    """A folder that other users reach, which pytest's own is not."""
+    with TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_what_this_user_may_not_read_is_one_line(everybodys):
+    source = rows_file(everybodys / "d.jsonl", ROW)
+    pq.write_table(pa.table({"prompt": ["a"]}), everybodys / "d.parquet")
+    (everybodys / "code").mkdir()
+    (everybodys / "code" / "m.py").write_text("x = 1\n")
     for name in ("d.jsonl", "d.parquet", "code/m.py"):
-        (tmp_path / name).chmod(0)
+        (everybodys / name).chmod(0)
     with as_nobody():
         for read in (read_rows, count_rows):
             for name in ("d.jsonl", "d.parquet"):
                 with pytest.raises(UserError, match=rf"{name} cannot be read: Permission denied; give this user"):
-                    list(read(tmp_path / name))
+                    list(read(everybodys / name))
         assert "m.py cannot be read: Permission denied" in refused(
-            python_functions, TOKENIZER, root=str(tmp_path / "code")
+            python_functions, TOKENIZER, root=str(everybodys / "code")
         )
-    (tmp_path / "code").chmod(0)
-    tmp_path.chmod(0o700)
+    (everybodys / "code").chmod(0)
+    everybodys.chmod(0o700)
     with as_nobody():
         assert "cannot be read: Permission denied" in refused(read_rows, source)
 

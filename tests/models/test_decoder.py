@@ -117,7 +117,10 @@ def test_rotation_angles_survive_bfloat16_and_the_meta_device(tiny):
         ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads 3, got 4"),
         ({"head_dim": 7}, "head_dim must be an even number"),
         ({"rope_base": 0}, "rope_base must be a number > 0, got 0"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling type must be 'llama3', got 'yarn'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}},
+            "rope_scaling type must be 'llama3', or 'default' for plain RoPE, got 'yarn'",
+        ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
         ({"attention": "eager"}, "attention must be 'sdpa' or 'flex', got 'eager'"),
     ],

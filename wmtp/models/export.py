@@ -165,6 +165,6 @@ def _as_tokenizer(source: Any) -> Any:
 def _write_configs(folder: Path, model: nn.Module, dtype: torch.dtype, tokenizer: Any) -> None:
     ids = {} if tokenizer is None else tokenizer.config_ids()
     for name, content in exported_configs(model.source, model.config, dtype, ids).items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
