@@ -22,6 +22,7 @@ _IMPORTED = [
     "transformers.models.llama",
     "recipes.full_finetune_distributed_wmtp",
     "recipes.lora_wmtp",
+    "recipes.critic_stage1",
     "recipes.eval_mbpp",
     "recipes.eval_heads",
     "recipes.score_reference",

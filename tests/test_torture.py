@@ -1,46 +1,17 @@
 """The short form of benchmarks/torture.py: runs that are killed go on to what an uninterrupted one gives."""
 
 import random
-import time
 from dataclasses import replace
 
-import psutil
 import pytest
 from omegaconf import OmegaConf
-from processes import ROOT, run_recipe_file, start
+from processes import ROOT
 from random_models import random_decoder
 
-from benchmarks.torture import JOBS, Run, Started, Torture, different
+from benchmarks.torture import JOBS, Run, Torture, different
 from wmtp.data import byte_tokenizer
 from wmtp.files import write_manifest
 from wmtp.models import export_hf
-
-
-class Forked(Started):
-    """The processes of a run without their start-up, and without a launcher: when one dies, we end the others."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self._before = run, run.progress()
-        file = (run.job.recipe, str(run.config))
-        self._processes = start(run_recipe_file, *file, size=run.processes, log=run.log)  # with the store they meet at
-        self._members = self._processes.members
-
-    def launcher(self):
-        return []
-
-    def ranks(self):
-        return [psutil.Process(member.pid) for member in self._members if member.is_alive()]
-
-    def running(self):
-        return all(member.is_alive() for member in self._members)
-
-    def wait(self):
-        while any(member.is_alive() for member in self._members):
-            if any(member.exitcode for member in self._members):
-                for member in self._members:
-                    member.kill()
-            time.sleep(0.02)
-        return next((member.exitcode for member in self._members if member.exitcode), 0)
 
 
 @pytest.fixture
@@ -55,9 +26,9 @@ def reference(tmp_path):
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path, reference, monkeypatch):
     short = {**JOBS["full"].changes, "max_steps": 12, "eval_every": 6, "save_every": 2}
     monkeypatch.setitem(JOBS, "full", replace(JOBS["full"], changes=short))
-    torture = Torture(tmp_path / "runs", reference, random.Random(0), start=Forked)
-    torture.run("full", 2, False, ["in a save", "one rank"])
-    torture.run("scoring", 1, False, ["all ranks"])
+    torture = Torture(tmp_path / "runs", reference, random.Random(0))
+    torture.run("full", 2, "local", "forked", ["in a save", "one rank"])
+    torture.run("scoring", 1, "local", "forked", ["all ranks"])
     assert (torture.tried, torture.survived, torture.equal) == (3, 3, 3)
 
 
