@@ -46,13 +46,13 @@ def test_rates_weights_and_moments_of_a_run_that_goes_on_otherwise(tiny_config, 
     assert saved["config"]["optimizer"]["lr"] == 3e-3
 
     unchanged = set_up(tiny_config(**SHORT, max_steps=4, resume=True))
-    assert "at step 4\n" in capfd.readouterr().err  # nothing else changed, so nothing else is said
+    assert "at step 4 of 4\n" in capfd.readouterr().err  # nothing else changed, so nothing else is said
     new = {"max_steps": 8, "optimizer__lr": 1e-3, "optimizer__betas": [0.8, 0.99], "optimizer__weight_decay": 0.1}
     changed = set_up(tiny_config(**SHORT, **new, resume=True))
     said = capfd.readouterr().err
     assert (
-        "at step 4 with max_steps 4 -> 8, optimizer.lr 0.003 -> 0.001, optimizer.betas [0.9, 0.95] -> [0.8, 0.99], "
-        "optimizer.weight_decay 0.0 -> 0.1\n" in said
+        "at step 4 of 8 with max_steps 4 -> 8, optimizer.lr 0.003 -> 0.001, optimizer.betas [0.9, 0.95] -> [0.8, 0.99]"
+        ", optimizer.weight_decay 0.0 -> 0.1\n" in said
     )
     group = changed._torch_optimizer.param_groups[0]
     assert (group["initial_lr"], group["betas"], group["weight_decay"]) == (1e-3, (0.8, 0.99), 0.1)
