@@ -325,8 +325,8 @@ def _change(cfg: DictConfig, change: str) -> None:
     if not equals or not key or key.startswith("-"):
         raise ConfigError("write key=value, such as max_steps=20, or ~key to remove a key")
     try:
-        value = OmegaConf.from_dotlist([f"value={'null' if text == 'None' else text}"])["value"]
-        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        read = OmegaConf.from_dotlist([f"value={'null' if text == 'None' else text}"])
+        value = dict(OmegaConf.to_container(read))["value"]  # type: ignore[arg-type]
     except YAMLError as error:
         raise ConfigError(f"the value is no YAML, quote it: \"{key}='{text}'\" ({one_line(error)})") from error
     if value is None and text.lower() not in ("null", "none", "~"):
