@@ -28,7 +28,8 @@ def describe_base(checkpoint: str | None, sections: Mapping[str, DictConfig], *,
 
 def require_same_base(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raises ConfigError where a checkpoint was saved on another base than the run would go on with."""
-    changed = differences(*({key: _plain(value) for key, value in base.items()} for base in (saved, now)))
+    before, after = ({key: _plain(value) for key, value in base.items()} for base in (saved, now))
+    changed = differences(before, after)
     if changed:
         raise ConfigError(f"cannot resume with {', '.join(changed)}; restore it, or start a new run")
 

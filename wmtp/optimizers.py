@@ -66,7 +66,7 @@ def load_optimizer_state(
     Raises:
         ConfigError: the optimizer keeps other state than the checkpoint holds.
     """
-    state = get_optimizer_state_dict(model, optimizer)
+    state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
     named = _hyperparameters(type(optimizer)) | {"params", "initial_lr"}
     counters = [{key: value for key, value in group.items() if key not in named} for group in state["param_groups"]]
     held = {key.removeprefix("optimizer.") for key in saved if key.startswith("optimizer.")}
@@ -83,7 +83,7 @@ def load_optimizer_state(
             f"cannot resume{changes}: {type(optimizer).__name__} keeps the state {names[0]}, the checkpoint holds "
             f"{names[1]}; restore the section optimizer, or start a new run from the checkpoint's weights"
         )
-    loaded = {"optimizer": wanted}
+    loaded: dict[str, Any] = {"optimizer": wanted}
     dcp.load(loaded, checkpoint_id=checkpoint)
     for group, counter in zip(state["param_groups"], loaded["optimizer"]["param_groups"], strict=True):
         group.update(counter)

@@ -21,7 +21,7 @@ _HF_READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_att
     head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
     original_max_position_embeddings num_future_tokens"""
 # The only values that this decoder computes.
-_HF_FIXED = {
+_HF_FIXED: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
     "mlp_bias": (False,),
@@ -81,15 +81,16 @@ def refuse_unknown(
         CheckpointError: a key that is neither known nor fixed, or a fixed one with another value than allowed.
     """
     for key, value in given.items():
+        allowed = (fixed or {}).get(key)
         if value is None or key in known:
             continue
-        if key not in (fixed or {}):
+        if allowed is None:
             raise CheckpointError(
                 f"{file}: {key} is {value!r:.100}, which WMTP does not know; if it does not change the model's logits, "
                 "take it out of the file, else use another checkpoint"
             )
-        if value not in fixed[key]:
-            raise CheckpointError(f"{file}: {key} must be {fixed[key][0]!r}, got {value!r}; this decoder has no other")
+        if value not in allowed:
+            raise CheckpointError(f"{file}: {key} must be {allowed[0]!r}, got {value!r}; this decoder has no other")
 
 
 def hf_shape(path: Path) -> LlamaShape:
@@ -169,7 +170,7 @@ def _hf_rope(file: Path, raw: Mapping[str, Any]) -> tuple[float, dict | None]:
     Versions differ in which of two values they take, so that no choice here could be right for all of them.
     """
     given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
-    bases = {"rope_theta": raw.get("rope_theta")}
+    bases: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
     bases |= {f"{key}.rope_theta": value.get("rope_theta") for key, value in given.items()}
     bases = {key: value for key, value in bases.items() if value is not None}
     try:
