@@ -24,6 +24,7 @@ from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
+from wmtp.evaluation_golds import settle_tests
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
@@ -71,6 +72,7 @@ class EvalMBPPRecipe:
 
         self._ks = read.numbers("pass_at", [1], minimum=1, whole=True)
         self._resamples = read.integer("bootstrap_resamples", 10_000, minimum=1)
+        self._tests = read.choice("tests", {"protected": "protected", "inside": "inside"}, "protected")
         self._limits_cfg = read.section("limits")
         self._judges = read.integer("judges", None, minimum=1)
         self._allow_unsafe = read.flag("allow_unsafe", False)
@@ -114,12 +116,16 @@ class EvalMBPPRecipe:
             self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
             self._protocol = build(self._protocol_cfg, where="protocol")
             self._prompts = {task.task_id: self._protocol.prompt(task, self._tokenizer) for task in self._tasks}
-            self._model = self._build_model()
         # `judges` processes run model-written code for this process; by default the host's cores are shared out.
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = self._judges or max(1, (os.cpu_count() or 1) // local_processes)
         with as_user_error(ValueError, RuntimeError):  # a kernel that offers too little; judges that do not start
             self._sandbox = Sandbox(workers=workers, limits=self._limits, allow_unsafe=self._allow_unsafe)
+        self._tasks = settle_tests(
+            self._tasks, self._sandbox, tests=self._tests, limits=self._limits, say=self._log.say
+        )
+        if self._prompts is not None:
+            self._model = self._build_model()
 
         self._settings = self._what_decides_a_sample()
         journals = self._output_dir / "journals"
@@ -179,6 +185,8 @@ class EvalMBPPRecipe:
         keys += ("top_p", "max_new_tokens", "num_drafts")
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
         settings["tasks_sha256"] = _sha256([task.job("") for task in self._tasks])
+        if inside := [task.task_id for task in self._tasks if task.inside]:
+            settings["judged_inside"] = inside
         settings["samples_sha256"] = _sha256(self._given)
         settings["prompts_sha256"] = _sha256(self._prompts)
         self._model_tags = {}

@@ -108,6 +108,51 @@ def test_stdio_figures_n_at_k_and_the_lenient_rule():
         evaluation_results(TASKS, *judged({"2": "p", "11": "p", "100": "w"}), n_at_ks=((1, 1),))
 
 
+def test_tasks_judged_inside_are_counted_apart_and_said_first():
+    samples, judgements = judged({"2": "pw", "11": "pp", "100": "tt"})
+    protected = evaluation_results(TASKS, samples, judgements)
+    assert protected["judged_inside"] == {"tasks": 0, "task_ids": [], "verdicts": {}}
+    assert "protected_metrics" not in protected["temperatures"]["0.2"]
+    for key, judgement in judgements.items():
+        if key[0] == "Mbpp/11":
+            judgements[key] = replace(judgement, judged="inside")
+    results = evaluation_results(TASKS, samples, judgements)
+    assert results["judged_inside"] == {"tasks": 1, "task_ids": ["Mbpp/11"], "verdicts": {"passed": 2}}
+    table = results["temperatures"]["0.2"]
+    assert table["metrics"]["pass_at_1"]["estimate"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert table["protected_metrics"]["pass_at_1"]["estimate"] == pytest.approx((1 / 2 + 0) / 2)
+    caution = (
+        "CAUTION: 1 of 3 tasks are judged inside, with their tests in the program's process: a program can fool these. "
+        "Without them pass@1 = 25.0 %."
+    )
+    assert headline(results)[0] == caution
+    page = report_page(results, TASKS, samples, judgements)
+    assert f"> {caution}" in page and "Of these judged inside: passed 2. Tasks: Mbpp/11." in page
+    assert "### passed (judged inside): Mbpp/11" in page and "### passed: Mbpp/2" in page
+    del protected["judged_inside"]  # as in results that were written before there was such a mode
+    assert compare_results(protected, protected).estimate == 0 and headline(protected)[0].startswith("pass@1")
+    with pytest.raises(
+        ValueError, match=r"task Mbpp/11 is judged inside in one of the runs and protected in the other"
+    ):
+        compare_results(results, protected)
+    assert compare_results(results, results).estimate == 0
+    everything = evaluation_results(TASKS, samples, {k: replace(j, judged="inside") for k, j in judgements.items()})
+    assert headline(everything)[0].endswith("There are no others.")
+
+
+def test_base_tests_are_reported_beside_base_and_plus():
+    samples, judgements = judged({"2": "pw", "11": "pp", "100": "tt"})
+    for n, sample in enumerate(samples):  # every program passes the base tests, save the last
+        judgements[sample.key] = replace(judgements[sample.key], passes_base=n < 5)
+    results = evaluation_results(TASKS, samples, judgements, ks=(1, 2))
+    metrics = results["temperatures"]["0.2"]["metrics"]
+    assert list(metrics) == ["pass_at_1", "pass_at_2", "base_pass_at_1", "base_pass_at_2"]
+    assert metrics["pass_at_1"]["estimate"] == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert metrics["base_pass_at_1"]["estimate"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert headline(results)[2].startswith("base pass@1 = 83.3 %")
+    assert "Base: the dataset's own tests alone" in report_page(results, TASKS, samples, judgements)
+
+
 def test_failure_classes_and_tokens():
     samples, judgements = judged({"2": "pp", "11": "ww", "100": "ww"}, tokens=30, forwards=10)
     samples[-1] = replace(samples[-1], finish_reason="length", tokens=40)

@@ -111,6 +111,14 @@ def cautions(results: dict) -> list[str]:
             f"WARNING: {excluded} of {results['samples']} samples are excluded: the judge itself failed on them "
             "(harness_error). They count neither for nor against the model."
         )
+    inside = results.get("judged_inside", {"tasks": 0})["tasks"]  # older results have none
+    if inside:
+        protected = results["temperatures"][results["fixed_temperature"]].get("protected_metrics", {})
+        without = ", ".join(f"{_metric(name)} = {_percent(each['estimate'])} %" for name, each in protected.items())
+        lines.append(
+            f"CAUTION: {inside} of {results['tasks']} tasks are judged inside, with their tests in the program's "
+            f"process: a program can fool these. {f'Without them {without}' if without else 'There are no others'}."
+        )
     for name, of_temperature in results["temperatures"].items():
         for metric, figure in of_temperature["metrics"].items():
             if figure["tasks"] < results["tasks"]:
@@ -148,6 +156,8 @@ def scores(results: dict) -> list[str]:
     )
     if any("_at_" in metric and "pass" not in metric for metric in metrics):
         note += " n@k: n submissions out of k samples, filtered by the public tests (Li et al. 2022)."
+    if any(metric.startswith("base") for metric in metrics):
+        note += " Base: the dataset's own tests alone; without it, EvalPlus's plus tests count too (Liu et al. 2023)."
     if any(metric.startswith("lenient") for metric in metrics):
         note += " Lenient: DeepMind's comparison of outputs, beside the exact one."
     parts.append(note)
@@ -169,7 +179,11 @@ def _verdict_table(results: dict) -> list[str]:
         if count:
             cut = results["cut_at_max_tokens"].get(verdict, 0)
             rows.append([verdict, str(count), f"{100 * count / results['samples']:.1f} %", str(cut), _MEANING[verdict]])
+    inside = results.get("judged_inside", {"tasks": 0})
     parts = ["## Verdicts", table(["verdict", "samples", "share", "of them cut at max_new_tokens", "meaning"], rows)]
+    if inside["tasks"]:
+        counted = ", ".join(f"{verdict} {count}" for verdict, count in inside["verdicts"].items())
+        parts.append(f"Of these judged inside: {counted}. Tasks: {cell(', '.join(inside['task_ids']))}.")
     if results["exceptions"]:
         listed = ", ".join(f"{name} {count}" for name, count in list(results["exceptions"].items())[:12])
         parts.append(f"Exceptions: {listed}.")
@@ -188,7 +202,10 @@ def _examples(tasks, samples, judgements, prompts) -> list[str]:
                 chosen.setdefault(sample.task_id, sample)
         for sample in chosen.values():
             temperature = temperature_name(sample.temperature)
-            parts.append(f"### {verdict}: {cell(sample.task_id)}, temperature {temperature}, sample {sample.sample}")
+            inside = " (judged inside)" * (judgements[sample.key].judged == "inside")
+            parts.append(
+                f"### {verdict}{inside}: {cell(sample.task_id)}, temperature {temperature}, sample {sample.sample}"
+            )
             if judgements[sample.key].detail:
                 parts += ["Detail:", fenced(judgements[sample.key].detail, limit=500)]
             if sample.task_id in prompts:

@@ -57,7 +57,10 @@ def evaluation_results(
     A `harness_error` is not the model's failure: such samples are left out of n and counted as
     `excluded_harness_errors`. A task with fewer than k samples left does not count for pass@k: `tasks` of each figure
     says how many do. Where every stdio sample was judged to the end, `lenient_pass_at_k` is pass@k under DeepMind's
-    rule of comparison.
+    rule of comparison. Where all tasks have plus tests (MBPP+), `base_pass_at_k` is pass@k by the base tests alone.
+
+    Tasks judged with their tests inside the program's process are listed as `judged_inside`; where there are any,
+    `protected_metrics` has each figure over the other tasks alone.
 
     Raises:
         ValueError: a task without samples at a temperature, a sample without a judgement or of no task, k larger than
@@ -67,6 +70,8 @@ def evaluation_results(
     for sample in samples:
         if sample.key not in judgements:
             raise ValueError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
+    judged_inside = [sample for sample in samples if judgements[sample.key].judged == "inside"]
+    inside = {sample.task_id for sample in judged_inside}
     tables = {}
     for temperature, by_task in _by_temperature(tasks, samples).items():
         counts = [_counts(task_id, of_task, judgements) for task_id, of_task in by_task.items()]
@@ -79,6 +84,13 @@ def evaluation_results(
             **_totals([sample for of_task in by_task.values() for sample in of_task], judgements),
             "per_task": counts,
         }
+        protected = [c for c in counts if c["task_id"] not in inside]
+        if inside and protected:
+            tables[temperature]["protected_metrics"] = {
+                name: _over_tasks(name, protected, k, value, seed, resamples)
+                for name, k, value in _metrics(counts, ks, n_at_ks)
+                if any(c["n"] >= k for c in protected)
+            }
     oracle = {}
     for name in tables[fixed_temperature]["metrics"]:
         scores = {t: table["metrics"][name]["estimate"] for t, table in tables.items() if name in table["metrics"]}
@@ -89,6 +101,11 @@ def evaluation_results(
         "sandbox": {name: list((sandbox or {}).get(name, ())) for name in ("layers", "missing")},
         "tasks": len(tasks),
         "samples": len(samples),
+        "judged_inside": {
+            "tasks": len(inside),
+            "task_ids": [task.task_id for task in tasks if task.task_id in inside],
+            "verdicts": _verdicts(judgements[sample.key] for sample in judged_inside),
+        },
         "excluded_harness_errors": sum(judgements[s.key].verdict == "harness_error" for s in samples),
         "bootstrap": {"over": "tasks", "seed": seed, "resamples": resamples, "level": 0.95},
         "fixed_temperature": temperature_name(fixed_temperature),
@@ -146,8 +163,15 @@ def compare_results(
         temperature: None takes each run's fixed temperature.
 
     Raises:
-        ValueError: the runs have other tasks than each other, no such temperature, or too few samples for k.
+        ValueError: the runs have other tasks than each other, judged some in other modes, have no such temperature, or
+            too few samples for k.
     """
+    inside = [set(results.get("judged_inside", {}).get("task_ids", ())) for results in (ours, theirs)]
+    if inside[0] != inside[1]:
+        raise UserError(
+            f"task {min(inside[0] ^ inside[1])} is judged inside in one of the runs and protected in the other, which "
+            "cannot be compared; evaluate both with the same tests=protected|inside"
+        )
     values = [_pass_by_task(results, k, temperature) for results in (ours, theirs)]
     return paired_difference(*values, seed, resamples=resamples)
 
@@ -185,6 +209,8 @@ def _counts(task_id: str, samples: Sequence[Sample], judgements: Mapping[Key, Ju
         counts["public"] = sum(bool(j.passes_public) for j in judged)
     if all(j.passes_lenient is not None for j in judged):
         counts["lenient"] = sum(bool(j.passes_lenient) for j in judged)
+    if all(j.passes_base is not None for j in judged):
+        counts["base"] = sum(bool(j.passes_base) for j in judged)
     return counts | {"verdicts": _verdicts(all_judged)}
 
 
@@ -194,9 +220,10 @@ def _metrics(counts: list[dict], ks, n_at_ks) -> Iterable[tuple[str, int, Callab
         yield f"pass_at_{k}", k, lambda c, k=k: pass_at_k(c["n"], c["correct"], k)
     for n, k in n_at_ks:
         yield f"{n}_at_{k}", k, lambda c, n=n, k=k: n_at_k(c["n"], c["public"], c["correct"], n, k)
-    if all("lenient" in c for c in counts):
-        for k in ks:
-            yield f"lenient_pass_at_{k}", k, lambda c, k=k: pass_at_k(c["n"], c["lenient"], k)
+    for kind in ("base", "lenient"):
+        if all(kind in c for c in counts):
+            for k in ks:
+                yield f"{kind}_pass_at_{k}", k, lambda c, k=k, kind=kind: pass_at_k(c["n"], c[kind], k)
 
 
 def _over_tasks(name: str, counts: list[dict], k: int, value: Callable, seed: int, resamples: int) -> dict:

@@ -59,19 +59,23 @@ class Judgement:
         detail: one line for people.
         passes_public: stdio tasks: all public tests passed.
         passes_lenient: stdio tasks: all tests passed under DeepMind's comparison; None where judging stopped earlier.
+        passes_base: tasks with plus tests: all others passed.
+        judged: "protected", or "inside": by tests in the program's process, which can fool them.
     """
 
     verdict: str
     detail: str = ""
     passes_public: bool | None = None
     passes_lenient: bool | None = None
+    passes_base: bool | None = None
+    judged: str = "protected"
 
     @classmethod
     def of(cls, task: Task, outcome: Outcome) -> "Judgement":
         """Of a sandbox's outcome."""
         detail = re.sub(r"\b0x[0-9a-fA-F]{6,}", "0x...", " ".join(outcome.detail.split()))[:_MAX_DETAIL]
         if not isinstance(task, StdioTask):
-            return cls(outcome.verdict, detail)
+            return cls(outcome.verdict, detail, passes_base=task.passes_base(outcome), judged=outcome.judged)
         return cls(outcome.verdict, detail, task.passes_public(outcome), task.passes_lenient(outcome))
 
 

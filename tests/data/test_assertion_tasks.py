@@ -21,6 +21,7 @@ from wmtp.data import (
     three_shot_protocol,
 )
 from wmtp.data.protocols import first_code_block
+from wmtp.sandbox import Outcome
 
 TOKENIZER = byte_tokenizer()
 
@@ -130,8 +131,21 @@ def test_any_file_with_either_schema(tmp_path):
     ("row", "message"),
     [
         ({**MBPP_ROW, "test_list": []}, r"field 'test_list' must be a list of assert statements, got \[\]"),
-        ({**MBPP_ROW, "test_list": ["f(1)"]}, r"test 'f\(1\)' asserts nothing, so every program would pass it"),
         ({**MBPP_ROW, "test_list": ["assert f(1"]}, r"test 'assert f\(1' is not valid Python: '\(' was never closed"),
+        ({**MBPP_ROW, "test": "assert g(1) == 2"}, r"field 'test' uses nothing that field 'code' defines \('assert g"),
+        ({**MBPP_ROW, "test": "assert f(1"}, r"field 'test' is not valid Python: '\(' was never closed"),
+        ({**MBPP_ROW, "test": ["assert f(1)"]}, "field 'test' must be a string, got list"),
+        (
+            {**MBPP_ROW, "plus_input": [[1]]},
+            "nobody runs what the column 'plus_input' holds, .* put it into test_list,",
+        ),
+        (
+            {**MBPP_ROW, "hiddenTests": "f(1)"},
+            "nobody runs what the column 'hiddenTests' holds, .* or remove the column",
+        ),
+        ({**MBPP_ROW, "assertion": "f(1) == 2"}, "nobody runs what the column 'assertion' holds"),
+        ({**HUMANEVAL_ROW, "base_input": [[1]]}, r"nobody runs .* 'base_input' .* put it into test, as assertions of"),
+        ({**HUMANEVAL_ROW, "input_output": "[]"}, "nobody runs what the column 'input_output' holds"),
         ({**MBPP_ROW, "test_imports": [1]}, r"field 'test_imports' must be a list of strings, got \[1\]"),
         ({**MBPP_ROW, "code": "def f(x) return"}, "field 'code' is not valid Python: expected ':'"),
         ({**MBPP_ROW, "task_id": None}, "field 'task_id' is null; give it a value"),
@@ -161,16 +175,26 @@ def test_empty_files_and_repeated_ids(tmp_path):
         mbpp_tasks(source, "dev")
 
 
+def test_a_bad_row_can_be_left_out(tmp_path):
+    source = write(tmp_path / "t.jsonl", {**MBPP_ROW, "test": "assert"}, {**MBPP_ROW, "task_id": 12})
+    assert [task.task_id for task in mbpp_tasks(source, exclude=[11])] == ["Mbpp/12"]
+    assert [task.task_id for task in assertion_tasks(source, ids=[12])] == ["Mbpp/12"]
+
+
 def test_ids_and_limit_choose_tasks(tmp_path):
     source = write(tmp_path / "t.jsonl", *({**MBPP_ROW, "task_id": i} for i in range(11, 20)))
     chosen = lambda **options: [task.task_id for task in mbpp_tasks(source, **options)]
     assert chosen(limit=2) == ["Mbpp/11", "Mbpp/12"]
     assert chosen(ids=[19, "12", "MBPP/11", "Mbpp/15"]) == ["Mbpp/19", "Mbpp/12", "Mbpp/11", "Mbpp/15"]
+    assert chosen(exclude=[11, "Mbpp/13"], limit=2) == ["Mbpp/12", "Mbpp/14"]
+    assert chosen(ids=[19, 12], exclude=["19"]) == ["Mbpp/12"]
     for options, message in [
         ({"ids": [20]}, r"t\.jsonl \(split test\): ids: task_id 20 is none of the 9 tasks"),
         ({"ids": ["Mpbb/11"]}, "did you mean 'Mbpp/11'?"),
         ({"ids": [11, "11"]}, "ids names the task Mbpp/11 more than once"),
         ({"ids": []}, "no tasks; ids is empty"),
+        ({"exclude": [20]}, r"t\.jsonl \(split test\): exclude: task_id 20 is none of the 9 tasks"),
+        ({"ids": [11], "exclude": [11]}, "no tasks; exclude leaves none"),
         ({"limit": 0}, "limit must be a whole number >= 1 or null, got 0"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -182,6 +206,48 @@ def test_the_packaged_functions():
     assert [task.task_id for task in tasks] == [f"packaged/{i}" for i in range(1, 37)]
     assert [task.task_id for task in packaged_function_tasks(ids=[3])] == ["packaged/3"]
     assert all(passes(task, task.solution) for task in tasks)
+
+
+PLUS_TEST = """import math
+
+def assertion(out, exp):
+    assert out == exp or math.isclose(out, exp)
+
+inputs = [[1], [2.5]]
+for inp, exp in zip(inputs, [2, 5.0]):
+    assertion(f(*inp), exp)
+"""
+
+
+def test_mbpp_plus_is_judged_by_the_base_tests_and_then_by_the_plus_tests(tmp_path):
+    row = {**MBPP_ROW, "prompt": MBPP_ROW["text"], "test": PLUS_TEST, "source_file": "v2.ipynb", "contest": "tests"}
+    del row["text"], row["challenge_test_list"], row["test_setup_code"]
+    for [task] in (mbpp_tasks(write(tmp_path / "p.jsonl", row)), assertion_tasks(str(tmp_path / "p.jsonl"))):
+        assert task.plus_tests == (PLUS_TEST,) and task.job("p").tests == (*MBPP_ROW["test_list"], PLUS_TEST)
+        assert PLUS_TEST not in docstring_protocol().render(task)
+        recited = "def f(x):\n    return {1: 2, 'a': 'aa'}.get(x, 0)\n"
+        assert passes(task, task.solution) and not passes(task, recited)
+        for tests, base in (
+            ("passed passed passed", True),
+            ("passed passed timeout", True),
+            ("passed exception", False),
+        ):
+            assert task.passes_base(Outcome("", "", tuple(tests.split()), (), 0.0, 0.0)) is base
+    [plain] = mbpp_tasks(write(tmp_path / "t.jsonl", {**MBPP_ROW, "test": ""}))
+    assert plain.plus_tests == () and plain.passes_base(Outcome("passed", "", ("passed",), (), 0.0, 0.0)) is None
+    assert plain.unused_tests == 1 and mbpp_tasks(str(tmp_path / "t.jsonl"), challenge_tests=True)[0].unused_tests == 0
+
+
+def test_columns_of_relatives_that_add_no_test_are_taken(tmp_path):
+    leetcode = {**HUMANEVAL_ROW, "query": "Add.", "input_output": "[{'input': 'x = 1', 'output': '3'}]"}
+    pack = {
+        **HUMANEVAL_ROW,
+        "task_id": "Python/0",
+        "test_setup": "",
+        "example_test": "def check(f): pass",
+        "input": None,
+    }
+    assert len(assertion_tasks(write(tmp_path / "t.jsonl", leetcode, pack))) == 2
 
 
 @needs("mbpp")

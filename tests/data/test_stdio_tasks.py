@@ -88,6 +88,7 @@ def test_public_passes_and_the_lenient_rule_are_read_from_the_outcome(tmp_path):
         ({kind: {"input": [], "output": []} for kind in ROW if kind.endswith("_tests")}, "no tests; a problem needs"),
         ({"public_tests": {"input": ["a"], "output": []}}, "public_tests must be equally many .*, got 1 and 0"),
         ({"public_tests": {"input": [1], "output": [1]}}, "public_tests must be equally many input and output texts"),
+        ({"hidden_tests": {"input": ["a"], "output": ["b"]}}, "nobody runs what the column 'hidden_tests' holds"),
         ({"public_tests": [1]}, "field 'public_tests' must be an object, got list"),
         ({"public_tests": {"input": ["a"]}}, "field 'public_tests': field 'output' is missing; the row has input"),
         ({"time_limit": {"seconds": 0, "nanos": 0}}, "time_limit must be null or {seconds, nanos} of more than 0 s"),

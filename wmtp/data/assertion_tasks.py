@@ -6,15 +6,21 @@ A builder is a plain function with config keys as arguments, named as `_componen
 import ast
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
-from wmtp.data.rows import ReadColumns, read_rows, take, take_texts
+from wmtp.data.rows import ReadColumns, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.data.task_ids import select_tasks
 from wmtp.errors import UserError
-from wmtp.sandbox import AssertionJob, Limits
+from wmtp.sandbox import AssertionJob, Limits, Outcome
+
+# Columns that tell of tests: those of MBPP, its sanitized edition and MBPP+, and of HumanEval and its relatives.
+_MBPP_COLUMNS = frozenset({"test_list", "test_setup_code", "challenge_test_list", "test_imports", "test"})
+_HUMANEVAL_COLUMNS = frozenset({"test", "example_test"})  # HumanEvalPack's examples are those of the prompt
+_LEETCODE_COLUMNS = _HUMANEVAL_COLUMNS | {"input_output"}  # the very cases of its test
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class AssertionTask:
         preamble: code the judge runs before the tests, among theirs: imports, helper functions.
         tests: judged one after the other, all must pass; those of MBPP may be shown in a prompt.
         challenge_tests: judged too, never shown.
+        plus_tests: judged last, never shown: EvalPlus's additions, without which a program passes the base tests.
+        unused_tests: number of the dataset's tests that are not judged.
+        inside: judged with the tests inside the program's process, see :class:`wmtp.sandbox.AssertionJob`.
     """
 
     task_id: str
@@ -43,6 +52,9 @@ class AssertionTask:
     preamble: str
     tests: tuple[str, ...]
     challenge_tests: tuple[str, ...] = ()
+    plus_tests: tuple[str, ...] = ()
+    unused_tests: int = 0
+    inside: bool = False
 
     def program(self, completion: str) -> str:
         """The program that a plain continuation of the prompt makes."""
@@ -52,12 +64,18 @@ class AssertionTask:
         """What the sandbox judges; limits None leaves them to the sandbox."""
         return AssertionJob(
             program=program,
-            tests=self.tests + self.challenge_tests,
+            tests=self.tests + self.challenge_tests + self.plus_tests,
             setup=self.setup,
             preamble=self.preamble,
             entry_point=self.entry_point,
             limits=limits,
+            inside=self.inside,
         )
+
+    def passes_base(self, outcome: Outcome) -> bool | None:
+        """Whether a program passed all tests but the plus tests; None where there are none of these."""
+        base = len(self.tests + self.challenge_tests)
+        return outcome.tests[:base] == ("passed",) * base if self.plus_tests else None
 
 
 def mbpp_tasks(
@@ -67,17 +85,20 @@ def mbpp_tasks(
     subset: str | None = None,
     challenge_tests: bool = False,
     ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
     limit: int | None = None,
 ) -> tuple[AssertionTask, ...]:
-    """MBPP (Austin et al. 2021, arXiv 2108.07732), either schema.
+    """MBPP (Austin et al. 2021, arXiv 2108.07732) in either schema, or EvalPlus's MBPP+ (Liu et al. 2023, 2305.01210).
 
     Args:
-        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
+        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name; ``evalplus/mbppplus``,
+            or a file with its columns, for MBPP+, whose `test` is judged after test_list.
         split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
             file that holds them all; ``all`` takes every row of a file.
         subset: the hub's ``full`` or ``sanitized``.
         challenge_tests: judge by challenge_test_list too.
         ids: only these tasks, in this order; 11, "11" and "Mbpp/11" are the same.
+        exclude: without these tasks.
         limit: only the first so many.
 
     Raises:
@@ -88,8 +109,8 @@ def mbpp_tasks(
     rows = _rows(source, split, subset)
     if split != "all":
         rows = ((where, row) for where, row in rows if take(row, where, "task_id", int) in SPLIT_IDS[split])
-    tasks = ((where, _from_mbpp(row, where, challenge_tests)) for where, row in rows)
-    return select_tasks(tasks, f"{source} (split {split})", ids, limit)
+    make = partial(_from_mbpp, challenge_tests=challenge_tests)
+    return select_tasks(rows, _mbpp_id, make, f"{source} (split {split})", ids, exclude, limit)
 
 
 def humaneval_tasks(
@@ -97,6 +118,7 @@ def humaneval_tasks(
     split: str = "test",
     *,
     ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
     limit: int | None = None,
 ) -> tuple[AssertionTask, ...]:
     """HumanEval (Chen et al. 2021, arXiv 2107.03374), or a file with its fields.
@@ -104,30 +126,33 @@ def humaneval_tasks(
     Args:
         source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
         split: which file of a folder, or which split of a hub dataset.
-        ids, limit: as in :func:`mbpp_tasks`.
+        ids, exclude, limit: as in :func:`mbpp_tasks`.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
-    tasks = ((where, _from_humaneval(row, where)) for where, row in _rows(source, split))
-    return select_tasks(tasks, source, ids, limit)
+    return select_tasks(_rows(source, split), _humaneval_id, _from_humaneval, source, ids, exclude, limit)
 
 
 def packaged_function_tasks(
-    *, challenge_tests: bool = True, ids: Sequence[int | str] | None = None, limit: int | None = None
+    *,
+    challenge_tests: bool = True,
+    ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
+    limit: int | None = None,
 ) -> tuple[AssertionTask, ...]:
     """The 36 functions of :func:`wmtp.data.packaged_functions`, with ids "packaged/1" to "packaged/36".
 
     Args:
         challenge_tests: judge by the further tests too.
-        ids, limit: as in :func:`mbpp_tasks`.
+        ids, exclude, limit: as in :func:`mbpp_tasks`.
     """
     rows = (
         (f"packaged task {row['task_id']}", row | {"task_id": f"packaged/{row['task_id']}"})
         for row in packaged_functions()
     )
-    tasks = ((where, _from_mbpp(row, where, challenge_tests)) for where, row in rows)
-    return select_tasks(tasks, "packaged functions", ids, limit)
+    make = partial(_from_mbpp, challenge_tests=challenge_tests)
+    return select_tasks(rows, _mbpp_id, make, "packaged functions", ids, exclude, limit)
 
 
 def assertion_tasks(
@@ -137,12 +162,13 @@ def assertion_tasks(
     subset: str | None = None,
     challenge_tests: bool = False,
     ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
     limit: int | None = None,
 ) -> tuple[AssertionTask, ...]:
     """Tasks of any file with the fields of MBPP or of HumanEval, row by row.
 
     Args:
-        source, subset, challenge_tests, ids, limit: as in :func:`mbpp_tasks`; a row's task_id may also be a string.
+        source, subset, challenge_tests, ids, exclude, limit: as in :func:`mbpp_tasks`; a row's task_id may also be a string.
         split: which file of a folder, or which split of a hub dataset.
 
     A row is taken for MBPP's where it has `test_list`, else for HumanEval's where it has `test` and `entry_point`
@@ -151,41 +177,52 @@ def assertion_tasks(
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
-    return select_tasks(_recognised(source, split, subset, challenge_tests), source, ids, limit)
+
+    def id_of(row: dict, where: str) -> str:
+        return (_mbpp_id if _is_mbpp(row, where) else _humaneval_id)(row, where)
+
+    def make(row: dict, where: str) -> AssertionTask:
+        return _from_mbpp(row, where, challenge_tests) if _is_mbpp(row, where) else _from_humaneval(row, where)
+
+    return select_tasks(_rows(source, split, subset), id_of, make, source, ids, exclude, limit)
 
 
 def _rows(source: str, split: str | None, subset: str | None = None) -> ReadColumns:
     judging = ("challenge_test_list", "test_setup_code", "test_imports")
-    return ReadColumns(read_rows(source, split, subset), judging, judging)
+    # HumanEvalPack has an empty `test_setup`; one that holds something is refused with the row.
+    return ReadColumns(read_rows(source, split, subset), (*judging, "test_setup"), judging)
 
 
-def _recognised(source, split, subset, challenge_tests) -> Iterator[tuple[str, AssertionTask]]:
-    for where, row in _rows(source, split, subset):
-        if row.get("test_list") is not None:
-            yield where, _from_mbpp(row, where, challenge_tests)
-        elif row.get("test") is not None and row.get("entry_point") is not None:
-            yield where, _from_humaneval(row, where)
-        else:
-            raise UserError(
-                f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
-                f"prompt, canonical_solution, test, entry_point); the row has {', '.join(map(str, row)) or 'no fields'}"
-            )
+def _is_mbpp(row: dict, where: str) -> bool:
+    """Whether a row has MBPP's shape; else it has HumanEval's."""
+    if row.get("test_list") is None and (row.get("test") is None or row.get("entry_point") is None):
+        raise UserError(
+            f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
+            f"prompt, canonical_solution, test, entry_point); the row has {', '.join(map(str, row)) or 'no fields'}"
+        )
+    return row.get("test_list") is not None
 
 
 def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
-    task_id = _task_id(row, where, "Mbpp")
+    refuse_unread_tests(row, where, _MBPP_COLUMNS, "test_list, or code that runs in test")
     fields = mbpp_task(row | {"task_id": 0}, where)  # its own check of task_id takes whole numbers only
     shown = tuple(fields["test_list"])
-    hidden = tuple(take_texts(row, where, "challenge_test_list")) if challenge_tests else ()
-    tests = [_parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
-    for test, tree in zip(shown + hidden, tests, strict=True):
-        if not any(isinstance(node, ast.Assert | ast.Raise) for node in ast.walk(tree)):
-            raise UserError(f"{where}: test {test!r:.60} asserts nothing, so every program would pass it")
+    further = tuple(take_texts(row, where, "challenge_test_list"))
+    hidden = further if challenge_tests else ()
+    plus = (take(row, where, "test", str),) if row.get("test") else ()
+    tests = [parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
     setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
-    solution = _parsed(fields["code"], f"{where}: field 'code'")
+    solution = parsed(fields["code"], f"{where}: field 'code'")
     imports = take_texts(row, where, "test_imports")
+    if plus:
+        tests.append(parsed(plus[0], f"{where}: field 'test'"))
+        if not bound_names(solution) & {node.id for node in ast.walk(tests[-1]) if isinstance(node, ast.Name)}:
+            raise UserError(
+                f"{where}: field 'test' uses nothing that field 'code' defines ({plus[0]!r:.60}), so it tests nothing; "
+                "mend or remove it, or leave the task out with exclude"
+            )
     return AssertionTask(
-        task_id=task_id,
+        task_id=_mbpp_id(row, where),
         text=fields["text"],
         prompt="",
         entry_point=_called(tests, _defined(solution)),
@@ -194,21 +231,25 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
         preamble="\n".join([*imports, *_imports_of_tests(tests, solution, setup, imports, where)]),
         tests=shown,
         challenge_tests=hidden,
+        plus_tests=plus,
+        unused_tests=0 if challenge_tests else len(further),
     )
 
 
 def _from_humaneval(row: dict, where: str) -> AssertionTask:
+    known = _LEETCODE_COLUMNS if row.get("query") is not None else _HUMANEVAL_COLUMNS
+    refuse_unread_tests(row, where, known, "test, as assertions of check(candidate)")
     test, entry_point = take(row, where, "test", str), take(row, where, "entry_point", str)
-    checks = [node for node in _parsed(test, f"{where}: field 'test'").body if isinstance(node, ast.FunctionDef)]
+    checks = [node for node in parsed(test, f"{where}: field 'test'").body if isinstance(node, ast.FunctionDef)]
     if "check" not in {node.name for node in checks}:
         raise UserError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
-    _parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
+    parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
     prompt = take(row, where, "prompt", str)
-    _parsed(prompt, f"{where}: field 'prompt'")
+    parsed(prompt, f"{where}: field 'prompt'")
     solution = "completion" if row.get("canonical_solution") is None and "completion" in row else "canonical_solution"
     text = next((name for name in ("text", "query") if row.get(name) is not None), None)
     return AssertionTask(
-        task_id=_task_id(row, where, "HumanEval"),
+        task_id=_humaneval_id(row, where),
         text="" if text is None else take(row, where, text, str),
         prompt=prompt,
         entry_point=entry_point,
@@ -225,11 +266,15 @@ def _task_id(row: dict, where: str, family: str) -> str:
     return f"{family}/{take(row, where, 'task_id', int)}"
 
 
+_mbpp_id, _humaneval_id = partial(_task_id, family="Mbpp"), partial(_task_id, family="HumanEval")
+
+
 def _lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
+def parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
+    """The syntax tree of a dataset's code; `what` names it in the error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MBPP has regular expressions in strings that are not raw
@@ -242,6 +287,13 @@ def _parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
 
 def _defined(program: ast.AST) -> set[str]:
     return {node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def bound_names(program: ast.AST) -> set[str]:
+    """Names that a parsed program's top level defines or assigns."""
+    assigned = (node for node in program.body if isinstance(node, ast.Assign | ast.AnnAssign))
+    names = (node for statement in assigned for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return _defined(program) | {node.id for node in names if isinstance(node.ctx, ast.Store)}
 
 
 def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
@@ -261,14 +313,14 @@ def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, impor
     open_names -= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     modules = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
     for code in imports:
-        open_names -= {name for name, _ in _imported(_parsed(code, f"{where}: test_imports {code!r:.60}"))}
+        open_names -= {name for name, _ in _imported(parsed(code, f"{where}: test_imports {code!r:.60}"))}
     found = []
-    for tree in (_parsed(setup, f"{where}: field 'test_setup_code'"), solution):
+    for tree in (parsed(setup, f"{where}: field 'test_setup_code'"), solution):
         for name, statement in _imported(tree):
             if name in open_names:
                 found.append(statement)
                 open_names.discard(name)
-    open_names -= {n.id for n in ast.walk(_parsed(setup, where)) if isinstance(n, ast.Name)}  # the setup's variables
+    open_names -= {n.id for n in ast.walk(parsed(setup, where)) if isinstance(n, ast.Name)}  # the setup's variables
     return found + [f"import {name}" for name in sorted(open_names & modules) if name in sys.stdlib_module_names]
 
 

@@ -19,6 +19,22 @@ _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
+_OF_TESTS = frozenset(
+    [
+        "test",
+        "tests",
+        "testcase",
+        "testcases",
+        "assert",
+        "asserts",
+        "assertion",
+        "assertions",
+        "input",
+        "inputs",
+        "output",
+        "outputs",
+    ]
+)
 _LIKENESS = 0.8  # of two names, from which on one may be the other misspelt
 
 
@@ -90,6 +106,22 @@ def take_texts(row: dict, where: str, column: str) -> list[str]:
     if not all(isinstance(value, str) for value in values):
         raise UserError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
     return [_unicode(value, f"{where}: {column}[{place}]") for place, value in enumerate(values)]
+
+
+def refuse_unread_tests(row: dict, where: str, known: Collection[str], instead: str) -> None:
+    """Refuse a row with a column that looks like tests, and that nobody runs: programs would pass without them.
+
+    Args:
+        known: columns that are run, or known to say nothing that the tests do not say.
+        instead: where tests belong.
+    """
+    for column, value in row.items():
+        if value and isinstance(value, str | list | dict) and column not in known:
+            if _OF_TESTS & set(re.findall("[a-z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", str(column)).lower())):
+                raise UserError(
+                    f"{where}: nobody runs what the column {column!r} holds, which looks like tests; "
+                    f"put it into {instead}, or remove the column"
+                )
 
 
 def is_number(value: object) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from wmtp.data.packaged import packaged_programs
-from wmtp.data.rows import ReadColumns, is_number, read_rows, take, take_texts
+from wmtp.data.rows import ReadColumns, is_number, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.data.task_ids import select_tasks
 from wmtp.errors import UserError
 from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
@@ -13,6 +13,9 @@ from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 PYTHON3 = 3  # the dataset's number of the language
 _KINDS = ("public_tests", "private_tests", "generated_tests")
 _JUDGING = (*_KINDS, "tests", "time_limit", "memory_limit_bytes")
+_COLUMNS = frozenset(
+    {*_JUDGING, "input_file", "output_file"}
+)  # that tell of tests; the last two are the contest's names
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def code_contests(
     split: str = "test",
     *,
     ids: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
     limit: int | None = None,
     reproducible_only: bool = False,
 ) -> tuple[StdioTask, ...]:
@@ -118,6 +122,7 @@ def code_contests(
         source: a JSON, JSONL (.gz too) or Parquet file, a folder with one `{split}` of these, or the hub name.
         split: which file of a folder, or which split of a hub dataset.
         ids: only the problems with these names, in this order.
+        exclude: without the problems with these names.
         limit: only the first so many.
         reproducible_only: keep only rows whose `gold_passes_exactly` is true: a known correct program's output equals
             the expected one (other problems have several valid answers, which no comparison of texts can judge).
@@ -131,21 +136,27 @@ def code_contests(
     rows = ReadColumns(read_rows(source, split), _JUDGING, _JUDGING)
     if reproducible_only:
         rows = ((where, row) for where, row in rows if take(row, where, "gold_passes_exactly", bool))
-    return select_tasks(((where, _stdio_task(row, where)) for where, row in rows), source, ids, limit)
+    return select_tasks(rows, _name, _stdio_task, source, ids, exclude, limit)
 
 
-def packaged_program_tasks(*, ids: Sequence[str] | None = None, limit: int | None = None) -> tuple[StdioTask, ...]:
+def packaged_program_tasks(
+    *, ids: Sequence[str] | None = None, exclude: Sequence[str] | None = None, limit: int | None = None
+) -> tuple[StdioTask, ...]:
     """The 12 programs of :func:`wmtp.data.packaged_programs`.
 
     Args:
-        ids, limit: as in :func:`code_contests`.
+        ids, exclude, limit: as in :func:`code_contests`.
     """
     rows = ((f"packaged program {row['name']}", row) for row in packaged_programs())
-    tasks = ((where, _stdio_task(row, where)) for where, row in rows)
-    return select_tasks(tasks, "packaged programs", ids, limit)
+    return select_tasks(rows, _name, _stdio_task, "packaged programs", ids, exclude, limit)
+
+
+def _name(row: dict, where: str) -> str:
+    return take(row, where, "name", str)
 
 
 def _stdio_task(row: dict, where: str) -> StdioTask:
+    refuse_unread_tests(row, where, _COLUMNS, "tests, or public_tests, private_tests or generated_tests")
     if row.get("tests") is not None and all(row.get(kind) is None for kind in _KINDS):
         public, private, generated = (), _tests(row, where, "tests"), ()
     else:

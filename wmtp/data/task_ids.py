@@ -2,18 +2,13 @@
 
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from wmtp.errors import UserError
 
-
-class HasTaskId(Protocol):
-    @property
-    def task_id(self) -> str: ...
-
-
-T = TypeVar("T", bound=HasTaskId)
+T = TypeVar("T")
 
 
 class TaskIds:
@@ -55,39 +50,51 @@ class TaskIds:
 
 
 def select_tasks(
-    tasks: Iterable[tuple[str, T]], source: object, ids: Sequence | None, limit: int | None
+    rows: Iterable[tuple[str, dict]],
+    id_of: Callable[[dict, str], str],
+    make: Callable[[dict, str], T],
+    source: object,
+    ids: Sequence | None,
+    exclude: Sequence | None,
+    limit: int | None,
 ) -> tuple[T, ...]:
-    """The tasks with the given ids, in the order of `ids`, or all of them; the first `limit` of these.
+    """The tasks of the rows with the given ids, in the order of `ids`, or of all; the first `limit` of these.
 
     Args:
-        tasks: (where it was read, task).
+        rows: (where it was read, row).
+        id_of: a row's task id; gets the row and where it was read, as `make`, its task.
         source: for messages.
+        exclude: ids of rows that are left out before they become tasks, so that a bad one can be.
 
     Raises:
-        ValueError: no tasks, two with one id, an element of `ids` without a task or given twice, or limit < 1.
+        ValueError: no tasks, two with one id, an element of `ids` or `exclude` without a row, one of `ids` given twice,
+            or limit < 1.
     """
-    tasks = _unique(tasks)
+    named = _unique((where, row, id_of(row, where)) for where, row in rows)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be a whole number >= 1 or null, got {limit!r}")
-    if ids is None:
-        chosen = list(itertools.islice(tasks, limit))  # read no further: a public split can hold gigabytes of tests
+    if ids is None and not exclude:
+        chosen = itertools.islice(named, limit)  # read no further: a public split can hold gigabytes of tests
     else:
-        by_id = {task.task_id: task for task in tasks}
+        by_id = {task_id: (where, row, task_id) for where, row, task_id in named}
         finder = TaskIds(by_id)
-        names = [finder.find(written, f"{source}: ids") for written in ids]
-        twice = next((name for name in names if names.count(name) > 1), None)
+        names = list(by_id) if ids is None else [finder.find(written, f"{source}: ids") for written in ids]
+        twice = next((name for name, count in Counter(names).items() if count > 1), None)
         if twice is not None:
             raise UserError(f"{source}: ids names the task {twice} more than once")
-        chosen = [by_id[name] for name in names][:limit]
-    if not chosen:
-        raise UserError(f"{source}: no tasks; {'the file is empty' if ids is None else 'ids is empty'}")
-    return tuple(chosen)
+        left_out = {finder.find(written, f"{source}: exclude") for written in exclude or ()}
+        chosen = itertools.islice((by_id[name] for name in names if name not in left_out), limit)
+    tasks = tuple(make(row, where) for where, row, _ in chosen)
+    if not tasks:
+        reason = "exclude leaves none" if exclude else "the file is empty" if ids is None else "ids is empty"
+        raise UserError(f"{source}: no tasks; {reason}")
+    return tasks
 
 
-def _unique(tasks: Iterable[tuple[str, T]]) -> Iterator[T]:
+def _unique(rows: Iterable[tuple[str, dict, str]]) -> Iterator[tuple[str, dict, str]]:
     seen: dict[str, str] = {}
-    for where, task in tasks:
-        if task.task_id in seen:
-            raise UserError(f"{where}: task_id {task.task_id!r} is also that of {seen[task.task_id]}")
-        seen[task.task_id] = where
-        yield task
+    for where, row, task_id in rows:
+        if task_id in seen:
+            raise UserError(f"{where}: task_id {task_id!r} is also that of {seen[task_id]}")
+        seen[task_id] = where
+        yield where, row, task_id

@@ -7,6 +7,7 @@ is its own answers.
 import atexit
 import builtins
 import fcntl
+import functools
 import gc
 import io
 import operator
@@ -35,7 +36,7 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
 
     Args:
         confinement: layers to apply before anything of the program's is read.
-        request: `{"mode": "assertion" or "stdio", "limits": ...}`.
+        request: `{"mode": "assertion", "inside" or "stdio", "limits": ...}`.
         descriptors: channel, stdout, stderr and, for stdio, stdin.
         scratch: the working folder.
     """
@@ -53,7 +54,7 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
         wire.send(channel, {"ready": os.getpid()})
         message = wire.receive(channel)
         if message is not None:
-            (_serve if request["mode"] == "assertion" else _run_main)(channel, message, limits)
+            {"assertion": _serve, "inside": _run_tests, "stdio": _run_main}[request["mode"]](channel, message, limits)
     except BaseException:
         os._exit(70)
     os._exit(0)
@@ -152,6 +153,32 @@ def _drop_main_module() -> None:
             for name in list(names):
                 if name != "__builtins__" and private == (name[:1] == "_" and name[1:2] != "_"):
                     names[name] = None
+
+
+def _run_tests(channel: socket.socket, message: dict, limits: dict) -> None:
+    """Run program and tests in one namespace, and report each step as it ends; the first that fails is the last."""
+    namespace = _new_module("program").__dict__
+
+    def prepare() -> None:  # what fails here is not the program's fault
+        for index, test in enumerate(message["tests"]):
+            compile(test, f"test {index}", "exec", dont_inherit=True)
+        _execute(message["preamble"], "preamble.py", namespace)
+
+    def load() -> None:
+        _execute(message["program"], "program.py", namespace)
+        _execute(message["setup"], "setup.py", namespace)
+        if entry_point := message["entry_point"]:
+            namespace["candidate"] = eval(entry_point, namespace)
+            namespace.setdefault(entry_point.rpartition(".")[2], namespace["candidate"])
+
+    tests = (functools.partial(_execute, test, "test.py", namespace) for test in message["tests"])
+    for step in (prepare, load, *tests):
+        try:
+            step()
+        except BaseException as error:
+            wire.send(channel, {"nonce": message["nonce"], "error": describe(error)})
+            return
+        wire.send(channel, {"nonce": message["nonce"], "error": None})
 
 
 class Server:

@@ -1,6 +1,6 @@
 """What is judged and what comes out: the limits, the two kinds of job, the outcome. Plain data, no behaviour."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 Verdict = Literal[
@@ -33,10 +33,10 @@ class Limits:
     file_bytes: int = 16 << 20
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for each in fields(self):
+            value = getattr(self, each.name)
             if not value > 0:
-                raise ValueError(f"{field.name} must be > 0, got {value} (Limits)")
+                raise ValueError(f"{each.name} must be > 0, got {value} (Limits)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class AssertionJob:
         entry_point: expression evaluated once in the program's namespace, bound to `candidate` and, where it is a
             plain name or ends in one (`Solution().twoSum`), to that name.
         limits: overrides the sandbox's.
+        inside: the tests run in the confined process, in one namespace with the program (preamble, program, set-up,
+            tests), as other harnesses do. Every limit holds and ending early never passes, but a program that sets out
+            to fool these tests can. For tests that the protected judge cannot express, and to be flagged as such.
 
     The program gets copies of the arguments: a test that looks for a change made in place fails.
     """
@@ -63,6 +66,8 @@ class AssertionJob:
     preamble: str = ""
     entry_point: str | None = None
     limits: Limits | None = None
+    # Not in the repr, by which tasks are hashed: runs are of the same tasks however these are judged.
+    inside: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.tests or isinstance(self.tests, str):
@@ -105,6 +110,7 @@ class Outcome:
         lenient_tests: stdio only: each judged test under DeepMind's lenient rule (`compare.lenient_match`).
         cpu_seconds: of the program, over all its tests.
         wall_seconds: of the judging.
+        judged: "inside" where the tests ran in the program's process (`AssertionJob.inside`), which can fool them.
     """
 
     verdict: Verdict
@@ -113,6 +119,7 @@ class Outcome:
     lenient_tests: tuple[bool, ...]
     cpu_seconds: float
     wall_seconds: float
+    judged: Literal["protected", "inside"] = "protected"
 
 
 def job_to_wire(job: Job, limits: Limits) -> dict:

@@ -20,6 +20,7 @@ import types
 from dataclasses import asdict
 
 from wmtp.sandbox import compare, confine, wire
+from wmtp.sandbox.inside import judge_inside
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, StdioTest, Verdict, job_from_wire
 from wmtp.sandbox.names import TEST_MODULE, make_namespace
 from wmtp.sandbox.remote import Session, Unencodable
@@ -199,11 +200,16 @@ class _Run:
 
     def assertions(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
         """Judge an `AssertionJob`."""
-        process = Process(zygote, "assertion", self.job.limits, None, self._hangup)
+        mode = "inside" if self.job.inside else "assertion"
+        process = Process(zygote, mode, self.job.limits, None, self._hangup)
         session = Session(process, TEST_MODULE, self._flag)
         try:
             _await_ready(process)
-            verdict, detail, self.by_clock = _run_limited(self.job, session, self.tests)
+            if self.job.inside:
+                verdict, detail = judge_inside(self.job, session, self.tests)
+                self.by_clock = session.failure is not None and session.failure.by_clock
+            else:
+                verdict, detail, self.by_clock = _run_limited(self.job, session, self.tests)
         finally:
             spoke = session.failure is None and process.unasked()
             process.close()

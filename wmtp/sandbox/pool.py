@@ -14,6 +14,7 @@ import time
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from types import TracebackType
 
 from wmtp.sandbox import wire
@@ -272,7 +273,8 @@ def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limit
         except BaseException as error:
             future.set_exception(error)
         else:
-            future.set_result(outcome)
+            inside = isinstance(job, AssertionJob) and job.inside
+            future.set_result(replace(outcome, judged="inside") if inside else outcome)
 
 
 class _Gate:
