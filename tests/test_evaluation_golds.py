@@ -54,7 +54,7 @@ def test_tasks_that_need_it_are_refused_or_judged_inside(settle):
     line = refusal(settle, rows)
     assert line.startswith("2 of 3 tasks cannot be judged (b: protected tests cannot express it: ")
     assert "set tests=inside to run the tests of b, c in the program's process" in line
-    assert line.endswith("or leave out tasks with tasks.exclude=[b,c]")
+    assert line.endswith("or leave tasks out with tasks.exclude=[b,c]")
     modes, [said] = settle(rows, "inside")
     assert modes == {"a": False, "b": True, "c": True}
     assert said.startswith("2 of 3 tasks are judged inside") and said.endswith(": b, c")
@@ -80,12 +80,12 @@ ASSERTING_NOTHING = {
     "a call": "f(1)",
     "a comparison": "f(1) == 1",
     "what is never called": "def check(candidate):\n  assert candidate(1) == 1\nx = f(1)",
-    "a class that nobody runs": "import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(f(1), 1)",
+    "a class that nobody runs": "from unittest import *\nclass T(TestCase):\n  def test(self): self.assertTrue(f(1))",
 }
 
 
 def test_tests_may_assert_without_the_word(settle):
-    """They are accepted where they fail a program that answers nothing; those that do not are named, all in one line."""
+    """They are accepted where they fail a program that answers nothing; the others are named, all in one line."""
     rows = {name: {**ROW, "test_list": [test]} for name, test in (ASSERTING | ASSERTING_NOTHING).items()}
     assert {name for name, row in rows.items() if asserts_literally(row["test_list"][0])} == {"a helper"}
     modes, _ = settle({name: rows[name] for name in ASSERTING})
@@ -105,7 +105,7 @@ def test_tests_that_never_use_the_program_are_no_tests_inside_either(settle):
 
 def test_challenge_tests_that_are_not_run_are_said(settle):
     row = {**ROW, "challenge_test_list": ["assert f(2) == 2", "assert f(3) == 3"]}
-    modes, [said] = settle({"a": row, "b": ROW, "c": row})
+    _, [said] = settle({"a": row, "b": ROW, "c": row})
     assert said == "4 challenge tests of 2 tasks are not run; tasks.challenge_tests=true runs them too"
     assert settle({"a": row}, challenge_tests=True) == ({"a": False}, [])
 

@@ -49,9 +49,8 @@ def settle_tests(
             f"program can fool them: {_listed(inside)}"
         )
     if unused := [task.unused_tests for task in asserting if task.unused_tests]:
-        say(
-            f"{sum(unused)} challenge tests of {len(unused)} tasks are not run; tasks.challenge_tests=true runs them too"
-        )
+        counts = f"{sum(unused)} challenge tests of {len(unused)} tasks"
+        say(f"{counts} are not run; tasks.challenge_tests=true runs them too")
     return tuple(replace(task, inside=True) if task.task_id in inside else task for task in tasks)
 
 
@@ -66,24 +65,24 @@ def _find_inside(
     empty = _find_empty(tasks, inside, sandbox, limits)
     bad = {}
     for task_id, outcome in in_no_mode.items():
-        first = protected[task_id]
-        same = first.detail == outcome.detail
-        bad[task_id] = f"its own solution fails: {_reason(outcome)}" + (
-            "" if same else f"; protected: {_reason(first)}"
-        )
-    bad |= {
-        task_id: f"test {test!r:.60} asserts nothing, so every program would pass it" for task_id, test in empty.items()
-    }
+        reasons = dict.fromkeys([_reason(outcome), _reason(protected[task_id])])
+        bad[task_id] = f"its own solution fails: {'; protected: '.join(reasons)}"
+    for task_id, test in empty.items():
+        bad[task_id] = f"test {test!r:.60} asserts nothing, so every program would pass it"
     only_inside = [task.task_id for task in inside if task.task_id not in bad] if tests == "protected" else []
-    bad |= {task_id: f"protected tests cannot express it: {_reason(protected[task_id])}" for task_id in only_inside}
+    for task_id in only_inside:
+        bad[task_id] = f"protected tests cannot express it: {_reason(protected[task_id])}"
     if bad:
         few = "; ".join(f"{task_id}: {reason}" for task_id, reason in list(bad.items())[:_NAMED])
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        way = f"set tests=inside to run the tests of {_listed(only_inside)} in the program's process, where a program "
-        way += f"can fool them, or leave out tasks with tasks.exclude=[{_listed(bad, ',')}]"
-        if not only_inside:
-            way = f"mend them, or leave them out with tasks.exclude=[{_listed(bad, ',')}]"
-        raise UserError(f"{len(bad)} of {len(tasks)} tasks cannot be judged ({few}{more}); {way}")
+        way = "mend them, or leave them out"
+        if only_inside:
+            way = f"set tests=inside to run the tests of {_listed(only_inside)} in the program's process, where a "
+            way += "program can fool them, or leave tasks out"
+        raise UserError(
+            f"{len(bad)} of {len(tasks)} tasks cannot be judged ({few}{more}); {way} with "
+            f"tasks.exclude=[{_listed(list(bad), ',')}]"
+        )
     return tuple(task.task_id for task in inside)
 
 
@@ -150,5 +149,4 @@ def _reason(outcome: Outcome) -> str:
 
 
 def _listed(task_ids: Sequence[str], comma: str = ", ") -> str:
-    ids = list(task_ids)
-    return comma.join(ids[:_LISTED]) + (f"{comma}..." if len(ids) > _LISTED else "")
+    return comma.join([*task_ids[:_LISTED], *["..."] * (len(task_ids) > _LISTED)])

@@ -137,11 +137,11 @@ def test_any_file_with_either_schema(tmp_path):
         ({**MBPP_ROW, "test": ["assert f(1)"]}, "field 'test' must be a string, got list"),
         (
             {**MBPP_ROW, "plus_input": [[1]]},
-            "nobody runs what the column 'plus_input' holds, .* put it into test_list,",
+            "nobody runs what the column 'plus_input' holds, .* into test_list,",
         ),
         (
             {**MBPP_ROW, "hiddenTests": "f(1)"},
-            "nobody runs what the column 'hiddenTests' holds, .* or remove the column",
+            "nobody runs what the column 'hiddenTests' holds, .*, or remove",
         ),
         ({**MBPP_ROW, "assertion": "f(1) == 2"}, "nobody runs what the column 'assertion' holds"),
         ({**HUMANEVAL_ROW, "base_input": [[1]]}, r"nobody runs .* 'base_input' .* put it into test, as assertions of"),
@@ -228,7 +228,7 @@ def test_mbpp_plus_is_judged_by_the_base_tests_and_then_by_the_plus_tests(tmp_pa
         recited = "def f(x):\n    return {1: 2, 'a': 'aa'}.get(x, 0)\n"
         assert passes(task, task.solution) and not passes(task, recited)
         for tests, base in (
-            ("passed passed passed", True),
+            ("passed " * 3, True),
             ("passed passed timeout", True),
             ("passed exception", False),
         ):
@@ -244,7 +244,7 @@ def test_columns_of_relatives_that_add_no_test_are_taken(tmp_path):
         **HUMANEVAL_ROW,
         "task_id": "Python/0",
         "test_setup": "",
-        "example_test": "def check(f): pass",
+        "example_test": "def check(f): 1",
         "input": None,
     }
     assert len(assertion_tasks(write(tmp_path / "t.jsonl", leetcode, pack))) == 2

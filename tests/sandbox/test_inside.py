@@ -21,6 +21,7 @@ def judge(sandbox, program, *tests, inside=True, **fields):
 
 # Names, local variables and a frame's own code are no values that another process could give back.
 TEST = "assert f(3) == 3 and f.__code__.co_varnames == ('x',)"
+RAISES = "import pytest\nwith pytest.raises(ValueError): f(3)"
 IDENTITY = "def f(x): return x\n"
 
 VERDICTS = {
@@ -35,7 +36,7 @@ VERDICTS = {
     "os._exit at the top": (IDENTITY + "import os\nos._exit(0)", TEST, "exception"),
     "os._exit in a call": ("import os\ndef f(x): os._exit(0)", TEST, "exception"),
     "os._exit in a thread": (
-        "import os, threading\ndef f(x): threading.Thread(target=os._exit, args=(0,)).start(); threading.Event().wait()",
+        "import os\nfrom threading import *\ndef f(x): Thread(target=os._exit, args=(0,)).start(); Event().wait()",
         TEST,
         "exception",
     ),
@@ -65,9 +66,9 @@ VERDICTS = {
     ),
     "closes the channel": ("import os\ndef f(x): os.close(3); return x", TEST, "exception"),
     "a test that does not compile": (IDENTITY, "assert f(3) ==", "harness_error"),
-    "pytest.raises, as asked": ("def f(x): raise ValueError", "import pytest\nwith pytest.raises(ValueError): f(3)", "passed"),
-    "pytest.raises, nothing raised": (IDENTITY, "import pytest\nwith pytest.raises(ValueError): f(3)", "wrong_answer"),
-}  # fmt: skip
+    "pytest.raises, as asked": ("def f(x): raise ValueError", RAISES, "passed"),
+    "pytest.raises, nothing raised": (IDENTITY, RAISES, "wrong_answer"),
+}
 
 
 @pytest.mark.parametrize("case", VERDICTS)

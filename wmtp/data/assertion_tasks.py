@@ -168,7 +168,7 @@ def assertion_tasks(
     """Tasks of any file with the fields of MBPP or of HumanEval, row by row.
 
     Args:
-        source, subset, challenge_tests, ids, exclude, limit: as in :func:`mbpp_tasks`; a row's task_id may also be a string.
+        source, subset, challenge_tests, ids, exclude, limit: as in :func:`mbpp_tasks`; a row's task_id may be a string.
         split: which file of a folder, or which split of a hub dataset.
 
     A row is taken for MBPP's where it has `test_list`, else for HumanEval's where it has `test` and `entry_point`

@@ -13,9 +13,7 @@ from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 PYTHON3 = 3  # the dataset's number of the language
 _KINDS = ("public_tests", "private_tests", "generated_tests")
 _JUDGING = (*_KINDS, "tests", "time_limit", "memory_limit_bytes")
-_COLUMNS = frozenset(
-    {*_JUDGING, "input_file", "output_file"}
-)  # that tell of tests; the last two are the contest's names
+_COLUMNS = frozenset({*_JUDGING, "input_file", "output_file"})  # the last two are CodeContests' own
 
 
 @dataclass(frozen=True)
