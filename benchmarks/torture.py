@@ -9,8 +9,8 @@ may live on; at the end every metric of every step, the weights and the files of
 uninterrupted run, bit for bit, and no checkpoint may be torn, here or in S3.
 
 Where the launcher is the victim it is `tune run`; other runs are forked from a process that has imported torch, which
-saves half a minute a start. About half an hour on 2 cores. One JSON line for each kill, and one for all: tried, survived
-(it went on and ended well), equal. Exit status 1 unless the three agree.
+saves half a minute a start. About half an hour on 2 cores. One JSON line for each kill, and one for all: tried,
+survived (it went on and ended well), equal. Exit status 1 unless the three agree.
 """
 
 import argparse
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import boto3
 import psutil
@@ -37,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from processes import run_recipe_file, start  # noqa: E402
 from services import AWS_ENVIRONMENT, moto_server  # noqa: E402
 
+from wmtp.checkpoint import complete_checkpoints  # noqa: E402
 from wmtp.files import MANIFEST, file_sha256, verify_manifest  # noqa: E402
 
 BUCKET = "torture"
@@ -136,10 +138,14 @@ class Run:
             found["metrics"] = [{k: v for k, v in line.items() if not k.endswith(SPEED)} for line in lines]
         return found
 
+    def left_over(self) -> list[str]:
+        """What was left half-written: after a kill it may be there, after a run's end not."""
+        return [str(path) for path in self.output.rglob("*.tmp")]
+
     def torn(self) -> list[str]:
-        """What looks complete and is not, and what was left half-written."""
-        bad = [str(path) for path in self.output.rglob("*.tmp")]
-        for folder in self.output.glob("checkpoints/step_*[0-9]"):
+        """What looks complete and is not, which may be there at no time."""
+        bad = []
+        for folder in complete_checkpoints(self.output / "checkpoints"):
             try:
                 verify_manifest(folder)
             except ValueError as error:
@@ -158,7 +164,7 @@ class Started:
     """The processes of a run that goes on, started by `tune run`."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self._before = run, run.progress()
+        self.run, self._least = run, run.progress()
         command = [str(Path(sys.executable).with_name("tune")), "run", "--nproc_per_node", str(run.processes)]
         command += [f"recipes/{run.job.recipe}.py", "--config", str(run.config)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WMTP_CACHE": str(run.cache)}
@@ -207,8 +213,9 @@ class Started:
         return False
 
     def going_on(self) -> bool:
-        """Whether it has done something since it was started."""
-        return self.run.progress() > self._before
+        """Whether it has done something since it was started, and took back what came after the last checkpoint."""
+        self._least = min(self._least, progress := self.run.progress())
+        return progress > self._least
 
     def kill(self, victim: str, chance: random.Random) -> None:
         """End one rank, the launcher, or all ranks, without a word of warning, and wait until nobody is left."""
@@ -235,10 +242,10 @@ class Forked(Started):
     """The processes of a run without their start-up, and without a launcher: when one dies, this ends the others."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self._before = run, run.progress()
-        os.environ["WMTP_CACHE"] = str(run.cache)
+        self.run, self._least = run, run.progress()
         file = (run.job.recipe, str(run.config))
-        self._processes = start(run_recipe_file, *file, size=run.processes, log=run.log)  # with the store they meet at
+        with mock.patch.dict(os.environ, WMTP_CACHE=str(run.cache)):
+            self._processes = start(run_recipe_file, *file, size=run.processes, log=run.log)  # and where they meet
         self._members = self._processes.members
 
     def launcher(self) -> list[psutil.Process]:
@@ -251,10 +258,15 @@ class Forked(Started):
         return all(member.is_alive() for member in self._members)
 
     def wait(self) -> int:
+        end = time.monotonic() + SECONDS
         while any(member.is_alive() for member in self._members):
-            if any(member.exitcode for member in self._members):
+            late = time.monotonic() > end
+            if late or any(member.exitcode for member in self._members):
                 for member in self._members:
                     member.kill()
+                    member.join()
+            if late:
+                raise Failed(f"no end after {SECONDS:.0f} s: {self.run.log.read_text()[-2000:]}")
             time.sleep(0.02)
         return next((member.exitcode for member in self._members if member.exitcode), 0)
 
@@ -262,30 +274,34 @@ class Forked(Started):
 STARTS = {"forked": Forked, "tune run": Started}
 
 
-def strike(started: Started, victim: str, seconds: float, chance: random.Random) -> bool:
+@dataclass(frozen=True)
+class Kill:
+    """Who is killed, and when: at a share of what an uninterrupted run does (for a save or upload: the next one then),
+    or, where `share` is None, while the run starts, after so many seconds or with its first progress."""
+
+    victim: str
+    share: float | None
+    seconds: float = 0.0
+
+
+def strike(started: Started, kill: Kill, progress: float, chance: random.Random) -> bool:
     """Wait for the moment and kill; False where the run ended first.
 
     Args:
-        seconds: how long an uninterrupted run works after its first progress.
+        progress: the run's at the moment of the kill.
     """
-    if victim in ("in a save", "in an upload"):
-        reached = started.wait_until(started.going_on)
-        for _ in range(chance.randrange(4)):  # not always the first one
-            reached = reached and started.wait_until(lambda: not started.run.saving())
-            reached = reached and started.wait_until(started.run.saving)
-        moment = started.run.saving if victim == "in a save" else started.run.uploading
-        reached = reached and started.wait_until(moment)
-        time.sleep(chance.random() * 0.02)
-    elif chance.random() < 0.2:  # while it starts
-        reached = started.wait_until(lambda: len(started.ranks()) == started.run.processes)
-        reached = reached and not started.wait_until(lambda: False, chance.random() * 15)
-        reached = reached and started.running()
+    if kill.share is None:
+        started.wait_until(lambda: len(started.ranks()) == started.run.processes)
+        started.wait_until(started.going_on, kill.seconds)
+        reached = started.running()
     else:
-        reached = started.wait_until(started.going_on)
-        reached = reached and not started.wait_until(lambda: False, chance.random() * seconds)
-        reached = reached and started.running()
+        reached = started.wait_until(lambda: started.run.progress() >= progress)
+        if kill.victim in ("in a save", "in an upload"):
+            moment = started.run.saving if kill.victim == "in a save" else started.run.uploading
+            reached = reached and started.wait_until(moment)
+            time.sleep(chance.random() * 0.02)
     if reached:
-        started.kill(victim, chance)
+        started.kill(kill.victim, chance)
     return reached
 
 
@@ -295,20 +311,22 @@ class Torture:
     def __init__(self, folder: Path, reference: Path, chance: random.Random) -> None:
         self.folder, self.reference, self.chance = folder, reference, chance
         self.tried = self.survived = self.equal = 0
-        self._calm: dict[tuple[str, int], tuple[dict, float]] = {}  # result, and seconds from first progress to end
+        self._calm: dict[tuple[str, int], tuple[dict, int]] = {}  # result, and progress at the end
         self._runs = 0
 
-    def run(self, name: str, processes: int, where: str, how: str, victims: list[str]) -> None:
-        """Run a job to its end, with these kills on the way."""
-        expected, seconds = self._uninterrupted(name, processes)
-        victims, misses = list(victims), 0
-        while victims and misses < 3:
-            run, struck = self._new(name, processes, where), 0
+    def run(self, name: str, processes: int, where: str, how: str, kills: list[Kill]) -> None:
+        """Run a job to its end, with these kills on the way, each within its part of the run."""
+        expected, whole = self._uninterrupted(name, processes)
+        kills, misses = list(kills), 0
+        while kills and misses < 3:
+            run, struck, parts, torn = self._new(name, processes, where), 0, len(kills), []
             try:
-                while victims and strike(STARTS[how](run), victims[0], seconds, self.chance):
-                    victim = victims.pop(0)
-                    self.tried, struck = self.tried + 1, struck + 1
-                    print(json.dumps({"job": name, "processes": processes, "killed": victim}), flush=True)
+                while kills and strike(
+                    STARTS[how](run), kills[0], (struck + (kills[0].share or 0)) / parts * whole, self.chance
+                ):
+                    kill = kills.pop(0)
+                    self.tried, struck, torn = self.tried + 1, struck + 1, torn + run.torn()
+                    print(json.dumps({"job": name, "processes": processes, "killed": kill.victim}), flush=True)
                     if run.remote and self.chance.random() < 0.5:
                         shutil.rmtree(run.cache)  # it goes on elsewhere, from what S3 holds
                 STARTS[how](run).end()  # where the run has ended already, nothing is left to do
@@ -318,10 +336,10 @@ class Torture:
                 continue
             misses += not struck
             self.survived += struck
-            torn, differing = run.torn(), different(run.result(), expected)
-            for line in (*torn, *differing):
+            wrong = [*torn, *run.torn(), *run.left_over(), *different(run.result(), expected)]
+            for line in wrong:
                 print(f"{name}, {processes} processes: {line}", file=sys.stderr, flush=True)
-            self.equal += 0 if torn or differing else struck
+            self.equal += 0 if wrong else struck
             shutil.rmtree(run.folder)
 
     def _new(self, name: str, processes: int, where: str) -> Run:
@@ -329,14 +347,11 @@ class Torture:
         uri = f"s3://{BUCKET}/{self._runs}" if where == "s3" else None
         return Run(JOBS[name], processes, self.folder / f"{self._runs:02d}_{name}", self.reference, uri)
 
-    def _uninterrupted(self, name: str, processes: int) -> tuple[dict, float]:
+    def _uninterrupted(self, name: str, processes: int) -> tuple[dict, int]:
         if (name, processes) not in self._calm:
             run = self._new(name, processes, "local")
-            started = Forked(run)
-            started.wait_until(started.going_on)
-            begin = time.monotonic()
-            started.end()
-            self._calm[name, processes] = (run.result(), time.monotonic() - begin)
+            Forked(run).end()
+            self._calm[name, processes] = (run.result(), run.progress())
             shutil.rmtree(run.folder)
         return self._calm[name, processes]
 
@@ -347,14 +362,16 @@ def different(found: dict, expected: dict) -> list[str]:
             if found.get(name) != expected.get(name)]  # fmt: skip
 
 
-def plan(kills: int, chance: random.Random) -> dict[tuple[str, int, str, str], list[str]]:
+def plan(kills: int, chance: random.Random) -> dict[tuple[str, int, str, str], list[Kill]]:
     """Who is killed in which run: all kinds in turn, as many as asked for, in random order within a run."""
     every = [(name, *how, victim) for how, victims in VICTIMS.items() for victim in victims for name in JOBS]
     chance.shuffle(every)
-    planned: dict[tuple[str, int, str, str], list[str]] = {}
+    planned: dict[tuple[str, int, str, str], list[Kill]] = {}
     for number in range(kills):
         *run, victim = every[number % len(every)]
-        planned.setdefault(tuple(run), []).append(victim)
+        starting = victim not in ("in a save", "in an upload") and chance.random() < 0.2
+        share = None if starting else chance.uniform(0.1, 0.7)
+        planned.setdefault(tuple(run), []).append(Kill(victim, share, chance.random() * 15))
     return planned
 
 
@@ -377,8 +394,8 @@ def main() -> None:
         boto3.client("s3").create_bucket(Bucket=BUCKET)
         chance = random.Random(arguments.seed)
         torture = Torture(folder, train_reference(folder / "reference"), chance)
-        for run, victims in sorted(plan(arguments.kills, chance).items()):
-            torture.run(*run, victims)
+        for run, planned in sorted(plan(arguments.kills, chance).items()):
+            torture.run(*run, planned)
     counts = {"tried": torture.tried, "survived": torture.survived, "equal": torture.equal}
     print(json.dumps({"name": "torture", **counts}), flush=True)
     if arguments.keep is None:

@@ -26,6 +26,7 @@ _IMPORTED = [
     "recipes.eval_mbpp",
     "recipes.eval_heads",
     "recipes.score_reference",
+    "warm",
 ]
 
 
@@ -34,7 +35,8 @@ def fork_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_IMPORTED)
     # The project's recipes come before torchtune's package of that name; one thread, as torchrun would have it.
-    with mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}):
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    with mock.patch.dict(os.environ, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}):
         forkserver.ensure_running()
     return context
 
@@ -101,6 +103,7 @@ def start_launched(function, *args, size: int, log: Path) -> tuple[Processes, li
     pids, told = context.Pipe(duplex=False)
     launcher = context.Process(target=_launch, args=(function, args, dict(os.environ), size, str(log), told))
     launcher.start()
+    told.close()  # or its end, before it has told them, is no end of the pipe
     return Processes([launcher], Path(log), None), pids.recv()
 
 

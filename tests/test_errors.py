@@ -148,16 +148,12 @@ def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path):
 
 def test_one_rank_of_a_node_speaks_and_answers_the_launcher(script, tmp_path):
     """As torchrun starts them; rank 1, which fails first, waits for rank 0, which has the same error."""
-    processes = []
+    processes, command = [], script("raise UserError('both')")
     for rank in (1, 0):
         folder = tmp_path / "attempt_0" / str(rank)
         folder.mkdir(parents=True)
         place = {"RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(folder / "error.json"), "PYTHONPATH": str(ROOT)}
-        processes.append(
-            subprocess.Popen(
-                script("raise UserError('both')"), stderr=subprocess.PIPE, text=True, env=os.environ | place
-            )
-        )
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | place))
     said = [process.communicate(timeout=60)[1] for process in processes]
     assert sum(bool(line) for line in said) == 1
     assert [process.returncode for process in processes] == [1, 1]

@@ -122,7 +122,7 @@ class Checkpointer:
         self._output.upload(target)
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
             if self._output.may_remove(old):  # the next save asks again
-                shutil.rmtree(old)
+                shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))  # at no time half a complete one
 
 
 def publish_shards(torn: Path, target: Path) -> None:

@@ -90,7 +90,7 @@ def test_a_file_that_does_not_change_is_hashed_once(gguf, monkeypatch):
     assert note.read_text() == hashlib.sha256(b"first").hexdigest()
     note.write_text("read again")
     assert resolve_checkpoint(gguf) != folder  # the note is what counts now
-    gguf.write_bytes(b"other")
+    gguf.write_bytes(b"another")
     assert resolve_checkpoint(gguf) not in (folder, gguf)
     assert len([note for note in notes.iterdir() if note.read_text()]) == 2
 
@@ -98,7 +98,7 @@ def test_a_file_that_does_not_change_is_hashed_once(gguf, monkeypatch):
 def test_a_file_that_changes_while_it_is_converted_is_not_kept(gguf, monkeypatch):
     def slow(file, folder):
         folder.mkdir()
-        file.write_bytes(b"other")
+        file.write_bytes(b"another")
 
     monkeypatch.setattr(resolve, "convert_gguf", slow)
     with pytest.raises(CheckpointError, match="changed while it was read"):

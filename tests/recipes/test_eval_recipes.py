@@ -2,9 +2,6 @@
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -32,15 +29,6 @@ def run_here(cfg, recipe="eval_mbpp"):
     results = evaluation.report()
     evaluation._sandbox.close()
     return results
-
-
-def launch(cfg, path, processes=1, recipe="eval_mbpp", **options):
-    OmegaConf.save(cfg, path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
-    if processes == 1:
-        command = [sys.executable]
-    command += [str(ROOT / "recipes" / f"{recipe}.py"), "--config", str(path)]
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, **options)
 
 
 def files(output_dir):
@@ -121,9 +109,8 @@ def test_processes_kills_and_batch_sizes_do_not_change_the_result(tiny_config, t
     run_here(alone)
 
     two = tiny_config("eval_mbpp", output_dir=str(tmp_path / "two"), batch_size=3, **common)
-    process = launch(two, tmp_path / "two.yaml", 2, stderr=subprocess.PIPE)
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == 0, stderr[-2000:]
+    OmegaConf.save(two, tmp_path / "two.yaml")
+    start(run_recipe_file, "eval_mbpp", str(tmp_path / "two.yaml"), size=2, log=tmp_path / "two.txt").join()
     assert files(two.output_dir) == files(alone.output_dir)
 
     killed = tiny_config("eval_mbpp", output_dir=str(tmp_path / "killed"), batch_size=1, **common)

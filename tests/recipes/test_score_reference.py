@@ -1,22 +1,19 @@
 """Scoring end to end: the column against a plain forward pass, kills, processes, and what a resumed run refuses."""
 
-import contextlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
 import torch.nn.functional as F
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from processes import start
 from random_models import random_decoder
+from score_configs import score_configs
 from services import new_store
 
 from recipes.score_reference import ScoreReferenceRecipe
@@ -149,20 +146,16 @@ def test_processes_sharding_and_kills_do_not_change_a_byte(score_config, tmp_pat
     )
     paths = []
     for cfg in (two, shared, killed):
-        paths.append(tmp_path / f"{Path(cfg.output_dir).name}.yaml")
+        paths.append(str(tmp_path / f"{Path(cfg.output_dir).name}.yaml"))
         OmegaConf.save(cfg, paths[-1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(ROOT / "tests" / "recipes" / "score_configs.py"), *map(str, paths)]
-    with (tmp_path / "stderr").open("w") as stderr:
-        process = subprocess.Popen(command, cwd=ROOT, stderr=stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and len(complete(killed)) < 6:
+    processes = start(score_configs, *paths, size=2, log=tmp_path / "log.txt")
+    while len(complete(killed)) < 6:
+        assert processes.running(), processes.log.read_text()[-2000:]
         time.sleep(0.002)
-    assert process.poll() is None, (tmp_path / "stderr").read_text()[-2000:]
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:  # torchrun puts its workers into sessions of their own
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(family)
+    for process in processes.members:
+        process.kill()
+    for process in processes.members:
+        process.join()
     there = complete(killed)
     assert 6 <= len(there) < 60
     assert not (Path(killed.output_dir) / "manifest.json").exists()

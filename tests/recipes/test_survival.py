@@ -37,7 +37,7 @@ def gone(pid):
     """Whether a process has ended; one that only its parent has not asked about has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # before it is opened, and before it is read
         return True
 
 
@@ -97,6 +97,8 @@ def test_a_finished_run_is_found_finished_whatever_save_every_was(tiny_config, r
     assert read_metrics(folder) == before
     assert (folder / "export").is_dir()
     cfg.overwrite = True
+    run_recipe(cfg)
+    assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step_00000002"]
     assert series(folder) == [{k: v for k, v in line.items() if "per_second" not in k} for line in before]
 
 
@@ -128,7 +130,7 @@ def test_max_minutes_stops_after_a_step_and_says_so(tiny_config):
 
 
 def stop_in_order(kind, ready):
-    """A loop that asks, or a set-up that does not; or a process that is deaf because it waits in the kernel."""
+    """A loop that asks after each step, a set-up that does not ask, or a step without an end, deaf to the first."""
     with clear_errors(), stopping():
         flag = StopFlag()
         if kind != "set-up":
@@ -137,9 +139,6 @@ def stop_in_order(kind, ready):
         while kind != "loop" or not flag.wanted():
             time.sleep(0.01)
         print("one more step", flush=True)
-        if kind == "deaf":
-            while True:
-                time.sleep(1)
         raise Stopped("after the step")
 
 
@@ -164,6 +163,7 @@ def test_a_signal_ends_a_set_up_at_once_a_loop_after_its_step_and_twice_anything
         assert ("one more step" in log.read_text()) == (kind == "loop")
     process, log = running["deaf"]
     while "a second signal ends it at once" not in log.read_text():
+        assert process.running(), log.read_text()
         time.sleep(0.01)
     while process.running():  # the first one told twice within a second is one signal
         os.kill(process.pids[0], number)
@@ -176,14 +176,14 @@ def test_scoring_finishes_its_part_and_goes_on_byte_for_byte(tiny_config, models
         cfg = tiny_config(
             "score_reference", checkpoint=str(models / "reference"), output_dir=str(tmp_path / name), **more
         )
-        cfg.documents_per_part, cfg.batch_size = 2, 1
+        cfg.documents_per_part, cfg.batch_size, cfg.dataset.max_functions = 1, 1, 256
         OmegaConf.save(cfg, tmp_path / f"{name}.yaml")
         return run_recipe_file, "score_reference", str(tmp_path / f"{name}.yaml")
 
     start(*job("alone"), log=tmp_path / "alone.txt").join()
     log = tmp_path / "log.txt"
     process = start(*job("run", resume="auto"), size=2, log=log)
-    while not list((tmp_path / "run").glob("data/*.parquet")):
+    while not (tmp_path / "run" / "data" / "part-00001.parquet").exists():  # the one that is told has begun, too
         assert process.running(), log.read_text()
         time.sleep(0.005)
     os.kill(process.pids[1], signal.SIGTERM)

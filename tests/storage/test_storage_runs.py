@@ -92,7 +92,7 @@ def test_training_goes_on_through_faults_and_no_secret_is_written(job, bucket, t
     bucket.proxy.mode = 403
     refused = run(tmp_path, (TRAIN, job("uniform")), size=2, fails=True).removeprefix(printed)
     lines = [line for line in refused.splitlines() if line.startswith("error")]
-    assert lines[0].startswith("error: ")  # rank 1, with the same error, gives rank 0 the time to say it
+    assert lines  # of whichever rank is first: all have the same error
     assert all("AccessDenied" in line and "set AWS_ACCESS_KEY_ID" in line for line in lines)
 
     bucket.proxy.reset()
