@@ -288,3 +288,52 @@ def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
     assert speed["plain"]["tokens_per_forward"] == 1.0 and speed["plain"]["speedup"] == 1.0
     assert speed["drafts_1"]["same_text_share"] == 1.0 and speed["drafts_1"]["tokens_per_forward"] >= 1.0
     assert json.loads((recipe._output_dir / "heads.json").read_text())["heads"] == heads
+
+
+def judge_file(tiny_config, folder, rows, programs, **options):
+    """The tiny evaluation of samples, on tasks of a file."""
+    cfg = tiny_config("eval_mbpp", samples=write_jsonl(folder / "samples.jsonl", programs), pass_at=[1], **options)
+    cfg.tasks = {"_component_": "wmtp.data.assertion_tasks", "source": write_jsonl(folder / "tasks.jsonl", rows)}
+    cfg.model = cfg.tokenizer = cfg.protocol = cfg.fixed_temperature = None
+    return cfg
+
+
+def test_tests_that_the_judge_cannot_express_are_refused_or_flagged_everywhere(tiny_config, tmp_path):
+    row = {"text": "t", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]}
+    rows = [row | {"task_id": "a"}, row | {"task_id": "b", "test_list": ["assert f.__code__.co_varnames == ('x',)"]}]
+    programs = [{"task_id": name, "solution": f"def f({x}): return {x}"} for name in "ab" for x in "xy"]
+    cfg = judge_file(tiny_config, tmp_path, rows, programs)
+    with pytest.raises(ValueError, match=r"1 of 2 tasks cannot be judged \(b: .*set tests=inside .*exclude=\[b\]"):
+        run_here(cfg)
+    assert not Path(cfg.output_dir).exists()
+    cfg.tests = "inside"
+    results = run_here(cfg)
+    assert results["judged_inside"] == {"tasks": 1, "task_ids": ["b"], "verdicts": {"passed": 1, "wrong_answer": 1}}
+    (table,) = results["temperatures"].values()
+    assert table["metrics"]["pass_at_1"]["estimate"] == 0.75
+    assert table["protected_metrics"]["pass_at_1"]["estimate"] == 1.0
+    samples = [json.loads(line) for line in files(cfg.output_dir)["samples.jsonl"].splitlines()]
+    assert [(s["task_id"], s["verdict"], s["judged"]) for s in samples] == [
+        ("a", "passed", "protected"), ("a", "passed", "protected"),
+        ("b", "passed", "inside"), ("b", "wrong_answer", "inside"),
+    ]  # fmt: skip
+    assert "CAUTION: 1 of 2 tasks are judged inside" in (Path(cfg.output_dir) / "report.md").read_text()
+    # A run that judged other tasks inside is not continued.
+    (journal,) = Path(cfg.output_dir).glob("journals/*.jsonl")
+    journal.write_text(journal.read_text().replace('"judged_inside": ["b"]', '"judged_inside": ["a"]'))
+    cfg.resume = True
+    with pytest.raises(ValueError, match=r"is of an evaluation with judged_inside=\['a'\], this one has \['b'\]"):
+        run_here(cfg)
+
+
+def test_mbpp_plus_finds_the_program_that_recites_the_tests_shown(tiny_config, tmp_path):
+    tests = [f"assert double({x}) == {2 * x}" for x in (1, 2, 3)]
+    plus = "inputs = [[1], [50], [-7]]\nfor inp, exp in zip(inputs, [2, 100, -14]):\n    assert double(*inp) == exp\n"
+    code = "def double(x): return 2 * x"
+    row = {"task_id": 11, "prompt": "Double it.", "code": code, "test_list": tests, "test": plus, "test_imports": []}
+    cheat = "def double(x): return {1: 2, 2: 4, 3: 6}.get(x)"
+    wrong = "def double(x): return x"
+    programs = [{"task_id": 11, "solution": text} for text in (code, cheat, wrong, cheat)]
+    (table,) = run_here(judge_file(tiny_config, tmp_path, [row], programs))["temperatures"].values()
+    figures = {name: figure["estimate"] for name, figure in table["metrics"].items()}
+    assert figures == pytest.approx({"pass_at_1": 0.25, "base_pass_at_1": 0.75})

@@ -23,6 +23,11 @@ def humaneval() -> list:
     return gold_jobs(humaneval_tasks(str(DATA / "humaneval" / "HumanEval.jsonl.gz")))
 
 
+def mbppplus() -> list:
+    """Tasks of MBPP+, as many as lie there."""
+    return list(mbpp_tasks(str(DATA / "mbppplus" / "sample30.jsonl.gz"), "all"))
+
+
 def leetcode(count: int) -> list:
     """`count` LeetCode solutions, spread over the data set."""
     tasks = assertion_tasks(str(DATA / "leetcode" / "LeetCodeDataset-v0.2.0-train.jsonl.gz"))

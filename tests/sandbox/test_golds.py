@@ -38,6 +38,35 @@ def test_humaneval(sandbox):
     assert failures(sandbox, tasks) == {}
 
 
+@needs("mbppplus")
+def test_mbppplus(sandbox):
+    """Their solutions pass base and plus; a table of the tests shown passes base alone."""
+    tasks = golds.mbppplus()
+    assert len(tasks) == 30 and failures(sandbox, golds.gold_jobs(tasks)) == {}
+    outcomes = sandbox.judge(task.job(recited(task)) for task in tasks)
+    known = {task.task_id: outcome for task, outcome in zip(tasks, outcomes, strict=True)}
+    assert all(task.passes_base(known[task.task_id]) for task in tasks), known
+    assert [name for name, outcome in known.items() if outcome.verdict == "passed"] == []
+
+
+def recited(task) -> str:
+    """A program that knows the answers to the shown tests by their arguments, from the task's own solution."""
+    return f"""
+{task.solution}
+def _table():
+    known, right = {{}}, {task.entry_point}
+    def note(*arguments):
+        known[repr(arguments)] = right(*arguments)
+        return known[repr(arguments)]
+    for test in {task.tests!r}:
+        exec(test, dict(globals(), {task.entry_point}=note))
+    return known
+_known = _table()
+def {task.entry_point}(*arguments):
+    return _known.get(repr(arguments))
+"""
+
+
 @needs("leetcode")
 def test_leetcode(sandbox):
     tasks = golds.leetcode(100)

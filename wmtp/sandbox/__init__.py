@@ -41,6 +41,8 @@ What is not guaranteed:
 - Arguments are copies: a test that looks for a change made in place fails. A test that passes a function of its own
   is a `harness_error`.
 - A program that knows the dataset can recite it.
+- Tests of a job with `inside=True` run in the program's process, for what no other process can answer. They can be
+  fooled, though not by ending early; such an outcome says `judged="inside"`.
 - The set-up runs in the program's process: what it defines is the program's to read and to change, so it must hold no
   expected value.
 - A test that does not come to an end with the program's answer is held against the program (`timeout`, `memory`).
