@@ -7,10 +7,11 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -172,7 +173,9 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     if missing:
         raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
     values = {str(key): _built(value, f"{where}.{key!s}") for key, value in section.items() if key != "_component_"}
-    values |= {n: _numeric(values[n], parameters[n], f"{where}.{n}") for n in values if n in by_name}
+    for n in [n for n in values if n in by_name]:
+        _refuse_text_as_list(values[n], parameters[n], f"{where}.{n}")
+        values[n] = _numeric(values[n], parameters[n], f"{where}.{n}")
     try:
         return component(*args, **{**values, **kwargs})
     except UserError as error:
@@ -245,6 +248,15 @@ def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
     if isinstance(number, float) and "float" not in kinds:
         raise ConfigError(f"{where} must be a whole number, got {value!r}")
     return number
+
+
+def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
+    """A text is a sequence of letters to Python, but no list of names to whoever writes a config."""
+    annotation = parameter.annotation
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = {get_origin(option) or option for option in options}
+    if isinstance(value, str) and str not in kinds and kinds & {Sequence, Collection, list, tuple}:
+        raise ConfigError(f"{where} must be a list, got {value!r}; write [{value}]")
 
 
 def _kinds(annotation: Any) -> set[str]:

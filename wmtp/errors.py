@@ -71,6 +71,7 @@ _OF_THE_DISK = {
     errno.EFBIG: "the file is larger than the file system or ulimit -f allows",
     errno.EROFS: "the file system is read-only",
     errno.EIO: "the disk or the network file system does not answer",
+    errno.ESTALE: "the network file system has lost the file",
 }
 _OF_A_PATH = {
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
@@ -175,6 +176,22 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
             path = min(free, key=lambda at: free[at])
             return f"{path}: {said} ({free[path] / 1e6:,.1f} MB free)"
     return None
+
+
+def cannot_be_read(error: Exception, name: object, otherwise: str, doubt: str = "") -> str:
+    """One line on a file that cannot be read. A fault of the disk, or of rights, has a way out of its own.
+
+    Args:
+        name: of the file.
+        otherwise: the way out of every other fault.
+        doubt: what may be wrong with the bytes, where the file system gave them.
+    """
+    if fault := disk_fault(error):
+        return f"{fault}; mend that, or {otherwise}"
+    if isinstance(error, OSError) and error.strerror:
+        right = "give this user the right to, or " * isinstance(error, PermissionError)
+        return f"{name} cannot be read: {error.strerror}; {right}{otherwise}"
+    return f"{name} cannot be read{doubt}: {one_line(error)[:200]}; {otherwise}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

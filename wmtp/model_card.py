@@ -15,7 +15,7 @@ from safetensors import safe_open
 from wmtp.errors import UserError
 from wmtp.evaluation_report import cautions, headline, scores
 from wmtp.markdown import cell, fenced, table
-from wmtp.models.checkpoint_formats import MTP_CONFIG, MTP_WEIGHTS
+from wmtp.models.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.promotion import Evaluation, Export
 
 UNKNOWN = "unknown"

@@ -99,8 +99,7 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
     ids = TaskIds(by_id)
     samples: dict[Key, Sample] = {}
     counts: Counter = Counter()
-    known = ("task_id", "solution", "completion", "sample", "temperature")
-    for where, row in ReadColumns(read_rows(path), known, known[3:]):
+    for where, row in ReadColumns(read_rows(path), {"sample": int, "temperature": float}):
         if row.get("task_id") is None:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
         task = by_id[ids.find(row["task_id"], where)]

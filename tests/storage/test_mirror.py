@@ -16,7 +16,7 @@ import pytest
 
 from wmtp.data.rows import read_rows
 from wmtp.models import resolve_checkpoint
-from wmtp.models.checkpoint_formats import CheckpointError
+from wmtp.models.config_files import CheckpointError
 from wmtp.storage import StorageError, local_copy
 from wmtp.storage.cache import Cache
 

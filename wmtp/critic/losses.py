@@ -6,7 +6,6 @@ response is the program and its EOS, the prompt is never a target. Values are fl
 float64.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -150,7 +149,7 @@ def critic_loss(
 
 
 def _lambda_return(rewards: Tensor, response: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1 and math.isfinite(gamma + lam)):
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
         raise UserError(f"gamma and gae_lambda must be in [0, 1], got {gamma!r} and {lam!r}")
     targets = torch.zeros_like(values)
     after = rewards  # the return of the response token that follows; after the last one, the reward itself

@@ -188,9 +188,9 @@ def assertion_tasks(
 
 
 def _rows(source: str, split: str | None, subset: str | None = None) -> ReadColumns:
-    judging = ("challenge_test_list", "test_setup_code", "test_imports")
+    judging = {"challenge_test_list": list[str], "test_setup_code": str, "test_imports": list[str]}
     # HumanEvalPack has an empty `test_setup`; one that holds something is refused with the row.
-    return ReadColumns(read_rows(source, split, subset), (*judging, "test_setup"), judging)
+    return ReadColumns(read_rows(source, split, subset), judging, ("test_setup",))
 
 
 def _is_mbpp(row: dict, where: str) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from wmtp.errors import UserError
 
 IGNORE = -100  # the label of a token that is no target
+_MOST = 8  # names of columns in a line
 TOKEN_COLUMNS = ("reference_ce", "values")  # optional columns of a document, one float32 a token
 
 
@@ -48,8 +49,8 @@ class Documents:
         name: says what was read, for messages.
         items: at least one document; each of :data:`TOKEN_COLUMNS` is in all of them or in none.
         skipped: how many candidates the builder left out, by reason.
-        unread: columns of the source that the builder does not read.
         scored_len: so many tokens of a longer document have their columns' values; None where all have.
+        unread: columns of the source that the builder does not read.
 
     Raises:
         ValueError: no document, or a column that only some of them have.
@@ -126,10 +127,10 @@ class DocumentStream:
         return ((index, make() if keep(index) else None) for index, make in enumerate(self.makers()))
 
 
-def left_out(skipped: Mapping[str, int], unread: Iterable[str] = (), most: int = 8) -> str:
+def left_out(skipped: Mapping[str, int], unread: Iterable[str] = ()) -> str:
     """What a builder left out, by reason, and which columns it does not read, to end a line with; "" for nothing."""
     reasons, names = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count), list(unread)
-    columns = ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    columns = ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
     said = [f"left out: {reasons}"] * bool(reasons) + [f"columns not read: {columns}"] * bool(names)
     return f" ({'; '.join(said)})" if said else ""
 

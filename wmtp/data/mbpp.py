@@ -48,7 +48,7 @@ def mbpp(
         raise UserError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
     examples = few_shot_tasks(source, subset) if prompt == "3shot" else ()
     documents, skipped = [], {"tasks of other splits": 0}
-    rows = ReadColumns(read_rows(source, split, subset), ("task_id", "text", "prompt", "code", "test_list"))
+    rows = ReadColumns(read_rows(source, split, subset), {}, ("task_id", "text", "prompt", "code", "test_list"))
     for where, row in rows:
         task = mbpp_task(row, where)
         if split != "all" and task["task_id"] not in SPLIT_IDS[split]:

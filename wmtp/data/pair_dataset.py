@@ -131,7 +131,7 @@ class PairDataset:
         return {"rows": list(rows), "tokens": tokens, "response": response, "rewards": rewards}
 
     def summary(self) -> str:
-        """One line: pairs, problems, tokens, and what was left out."""
+        """One line: pairs, problems, documents, tokens, targets, and what was left out; no document is ever cut."""
         tokens, targets = sum(len(d) for both in self.documents for d in both), self.lengths.sum()
         line = f"{self.name}: {len(self)} pairs of {len(set(self.problems))} problems, {2 * len(self)} documents, "
         line += f"{tokens} tokens, {targets} targets, none cut"

@@ -24,7 +24,7 @@ from wmtp.storage import local_copy
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
 _REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"
 _BOTH_SIDES = ("solutions", "incorrect_solutions")  # columns of CodeContests
-_JUDGED = ("is_correct", "reward", "fault_line")  # columns of one's own rows that may be left out
+_JUDGED = {"is_correct": bool, "reward": float, "fault_line": int}  # columns of one's own rows that may be left out
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def condefects_pairs(source: str, split: str | None = None) -> Pairs:
     """
     builder = _Builder(f"condefects pairs of {source}")
     columns = ("task", "faulty", "correct", "fault_location")
-    rows = ReadColumns(_rows_of_files(source, split), columns)
+    rows = ReadColumns(_rows_of_files(source, split), {}, columns)
     for where, row in rows:
         task, faulty, correct, at = (take(row, where, column, str) for column in columns)
         if not at.strip().isdecimal():
@@ -165,7 +165,8 @@ def code_contests_pairs(
     builder = _Builder(f"code_contests pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
     if max_problems is not None and max_problems < 1:
         raise UserError(f"max_problems must be >= 1 or null, got {max_problems}")
-    rows = ReadColumns(read_rows(source, split, subset), ("name", "description", *_BOTH_SIDES, "cf_tags", "cf_rating"))
+    known = ("name", "description", *_BOTH_SIDES, "cf_tags", "cf_rating")
+    rows = ReadColumns(read_rows(source, split, subset), {}, known)
     for where, row in rows:
         builder.add_programs(*_contest_problem(row, where, language))
         if max_problems is not None and len(builder.problems) == max_problems:
@@ -201,8 +202,8 @@ def jsonl_pairs(
     """
     builder = _Builder(f"pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
     labelled: dict[str, _Programs] = {}
-    known = ("problem", "prompt", "correct", "incorrect", "completion", *_JUDGED)
-    rows = ReadColumns(read_rows(source, split, subset), known, _JUDGED)
+    known = ("problem", "prompt", "correct", "incorrect", "completion")
+    rows = ReadColumns(read_rows(source, split, subset), _JUDGED, known)
     for where, row in rows:
         problem, prompt = _problem_id(row, where), take(row, where, "prompt", str)
         if row.get("completion") is None and ("completion" not in row or row.get("correct") is not None):

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, take
 from wmtp.errors import UserError
 
 Rows = Iterable[tuple[str, dict]]  # of read_rows
-_TOKEN_ROW = ("tokens", "labels", "vocab_hash", *TOKEN_COLUMNS)
+_TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(TOKEN_COLUMNS, list[float])}
+_FIRST_ROWS = 1000  # of a stream, in which a column that the config names must be
 
 
 def prompt_completion(
@@ -29,8 +31,8 @@ def prompt_completion(
     subset: str | None = None,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
-    reference_ce_column: str = "reference_ce",
-    id_column: str = "id",
+    reference_ce_column: str | None = "reference_ce",
+    id_column: str | None = "id",
 ) -> Documents:
     """One document a row: prompt + completion + EOS, where completion and EOS are the targets.
 
@@ -39,18 +41,20 @@ def prompt_completion(
         split, subset: of a folder or a hub dataset.
         prompt_column, completion_column: text fields, taken as they are: nothing is stripped or put between them.
         reference_ce_column: optional field: one CE for each token of the document (prompt, completion and EOS, and BOS
-            in front where the tokenizer adds one).
-        id_column: optional field that names the document in messages; its place in source otherwise.
+            in front where the tokenizer adds one). Null for data that has none.
+        id_column: optional field that names the document in messages; its place in source otherwise, or where null.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
     columns = (prompt_column, completion_column, reference_ce_column, id_column)
-    rows = ReadColumns(read_rows(source, split, subset), columns, (reference_ce_column,))
+    way_out = f"Set reference_ce_column to it, or to null if the data has no {reference_ce_column}"
+    missed = {reference_ce_column: list[float]} if reference_ce_column is not None else {}
+    rows = ReadColumns(read_rows(source, split, subset), missed, columns, way_out=way_out)
     items = tuple(make() for make in _of_text(rows, tokenizer, columns))
     named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
     for key, (column, default) in named.items():
-        if items and column != default:  # who gives it a name of its own has such a column
+        if items and column not in (None, default):  # who gives it a name of its own has such a column
             rows.require(key, column, source)
     return Documents(str(source), items, unread=rows.unread)
 
@@ -63,7 +67,7 @@ def prompt_completion_stream(
     subset: str | None = None,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
-    id_column: str = "id",
+    id_column: str | None = "id",
 ) -> DocumentStream:
     """The documents of :func:`prompt_completion` without the dataset in memory; a hub dataset is not downloaded whole.
 
@@ -71,8 +75,13 @@ def prompt_completion_stream(
         source, split, subset, prompt_column, completion_column, id_column: as in :func:`prompt_completion`.
 
     Raises:
-        FileNotFoundError, ValueError: source unreadable; what is wrong with a row shows when it is read.
+        FileNotFoundError, ValueError: source unreadable, or an id_column of another name that none of the first 1,000
+            rows has; what is wrong with a row shows when it is read.
     """
+    if id_column not in (None, "id"):
+        rows = ReadColumns(read_rows(source, split, subset, streaming=True), {})
+        if all(id_column not in row for _, row in islice(rows, _FIRST_ROWS)) and rows.there:
+            rows.require("id_column", id_column, f"the first {_FIRST_ROWS:,} rows of {source}")
     columns = (prompt_column, completion_column, None, id_column)
     return _stream(partial(_of_text, tokenizer=tokenizer, columns=columns), source, split, subset)
 
@@ -137,15 +146,19 @@ def _of_text(rows: Rows, tokenizer, columns: tuple[str | None, ...]) -> Iterator
 
 
 def _text_document(
-    tokenizer, where: str, row: dict, prompt: str, completion: str, reference_ce: str | None, id: str
+    tokenizer, where: str, row: dict, prompt: str, completion: str, reference_ce: str | None, id: str | None
 ) -> Document:
     texts = [take(row, where, column, str) for column in (prompt, completion)]
-    document = document_from_text(tokenizer, *texts, str(row.get(id) or where))
+    document = document_from_text(tokenizer, *texts, _name(row.get(id), where))
     return _with_column(document, "reference_ce", row.get(reference_ce), where)
 
 
+def _name(id: object, where: str) -> str:
+    return where if id is None or id == "" else str(id)
+
+
 def _token_columns(rows: Rows) -> ReadColumns:
-    return ReadColumns(rows, (*_TOKEN_ROW, "id"), _TOKEN_ROW)
+    return ReadColumns(rows, _TOKEN_ROW, ("id",))
 
 
 def _of_tokens(rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
@@ -177,7 +190,7 @@ def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Docume
                 f"{where}: labels[{position}] must be {IGNORE} or tokens[{position}] = {token}, got {label!r:.40} "
                 "(labels are unshifted)"
             )
-    document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), str(row.get("id") or where))
+    document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), _name(row.get("id"), where))
     for column in TOKEN_COLUMNS:
         document = _with_column(document, column, row.get(column), where)
     return document

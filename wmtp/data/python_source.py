@@ -68,10 +68,13 @@ def python_functions(
         FileNotFoundError: root is no folder.
         ValueError: an argument out of range, or no function found.
     """
-    with reading(str(root)):
-        folder = Path(sysconfig.get_paths()["stdlib"]) if root is None else local_copy(root)
+    root = sysconfig.get_paths()["stdlib"] if root is None else root
+    with reading(root):
+        folder = local_copy(root)
         if not folder.is_dir():
             raise MissingError(f"root {folder} is no folder of Python files")
+    if isinstance(exclude, str):
+        raise UserError(f"exclude must be a list of folder names, got {exclude!r}; write [{exclude}]")
     if split not in (*SPLITS, "all"):
         raise UserError(f"split must be one of {', '.join(SPLITS)}, all, got {split!r}")
     if len(fractions) != 3 or min(fractions) < 0 or sum(fractions) > 1 + 1e-9:
@@ -119,7 +122,6 @@ def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Fu
 
 def module_paths(root: Path, exclude: Sequence[str] = EXCLUDED) -> list[Path]:
     """Python files below root, sorted by path; folders whose name is excluded are not entered."""
-
     found = []
     for folder, below, files in os.walk(root, onerror=_refuse):
         below[:] = [name for name in below if name not in exclude]

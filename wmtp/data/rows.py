@@ -5,14 +5,15 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp.errors import MissingError, UserError
+from wmtp.errors import MissingError, UserError, cannot_be_read
 from wmtp.storage import local_copy
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
@@ -122,30 +123,45 @@ def printable(text: object) -> str:
 class ReadColumns:
     """Rows as they pass by, with an eye on their columns.
 
-    A column that nobody reads, but that is named nearly like one that the row lacks, is refused: it is misspelt.
+    A column that nobody reads, but that has the type and nearly the name of one that the row lacks, is refused: it is
+    misspelt.
 
     Args:
         rows: of :func:`read_rows`.
-        read: the columns that are read.
-        optional: those of them that a row may lack, and that would be missed.
+        optional: columns that are read, that a row may lack, and that would be missed; with the type of their values,
+            such as ``list[float]``.
+        read: the other columns that are read; needed for :attr:`unread`.
+        way_out: what to do about a column that is refused.
 
     Attributes:
         there: the columns of the rows so far.
     """
 
-    def __init__(self, rows: Iterable[tuple[str, dict]], read: Collection[str], optional: Collection[str] = ()) -> None:
-        self._rows, self._read, self._optional = rows, frozenset(read), optional
+    def __init__(
+        self,
+        rows: Iterable[tuple[str, dict]],
+        optional: Mapping[str, Any],
+        read: Collection[str] = (),
+        *,
+        way_out: str = "Rename or remove it",
+    ) -> None:
+        self._rows, self._read, self._optional = rows, frozenset((*optional, *read)), optional
+        self._way_out = way_out
+        self._harmless: set[str] = set()
         self.there: dict[str, None] = {}
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         for where, row in self._rows:
-            for column in row.keys() - self.there.keys() - self._read:
-                lacking = [name for name in self._optional if name not in row]
+            for column in row.keys() - self._read - self._harmless:
+                if row[column] is None:  # its type shows in a later row
+                    continue
+                lacking = [n for n, kind in self._optional.items() if n not in row and _is_a(row[column], kind)]
                 near = difflib.get_close_matches(str(column), lacking, n=1, cutoff=_LIKENESS)
                 if near:
                     raise UserError(
-                        f"{where}: nobody reads the column {column!r}; did you mean {near[0]!r}? Rename or remove it"
+                        f"{where}: nobody reads the column {column!r}; did you mean {near[0]!r}? {self._way_out}"
                     )
+                self._harmless.add(column)
             self.there.update(dict.fromkeys(row))
             yield where, row
 
@@ -159,6 +175,13 @@ class ReadColumns:
         if column not in self.there:
             there = ", ".join(map(str, self.there)) or "none"
             raise UserError(f"{key} is {column!r}, which no row of {source} has; its columns are {there}")
+
+
+def _is_a(value: object, kind: Any) -> bool:
+    """Whether a value has a type, as far as its first element tells; a whole number is a float, a bool no number."""
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(element, get_args(kind)[0]) for element in value[:1])
+    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
 
 
 _KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an object", bool: "true or false"}
@@ -227,8 +250,7 @@ def _open(path: Path):
 
 def unreadable(error: OSError, path: str | Path) -> UserError:
     """What the file system refuses, as an error with the name of the file or folder."""
-    name = printable(error.filename or path)
-    return UserError(f"{name} cannot be read: {error.strerror}; give this user the right to, or name another source")
+    return UserError(cannot_be_read(error, printable(error.filename or path), "name another source"))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 
 PYTHON3 = 3  # the dataset's number of the language
 _KINDS = ("public_tests", "private_tests", "generated_tests")
-_JUDGING = (*_KINDS, "tests", "time_limit", "memory_limit_bytes")
+_JUDGING = {**dict.fromkeys((*_KINDS, "tests", "time_limit"), dict), "memory_limit_bytes": int}
 _COLUMNS = frozenset({*_JUDGING, "input_file", "output_file"})  # the last two are CodeContests' own
 
 
@@ -131,7 +131,7 @@ def code_contests(
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
-    rows = ReadColumns(read_rows(source, split), _JUDGING, _JUDGING)
+    rows = ReadColumns(read_rows(source, split), _JUDGING)
     if reproducible_only:
         rows = ((where, row) for where, row in rows if take(row, where, "gold_passes_exactly", bool))
     return select_tasks(rows, _name, _stdio_task, source, ids, exclude, limit)

@@ -122,9 +122,9 @@ def generate(
     number of processes, up to rounding: attention adds in an order that varies with the shape of the batch, which moves
     logits by about 1e-6 of their size in float32 and makes another token win only where two are closer than that. In
     bfloat16 on a CPU a row's products do not depend on the others, and attention hardly: SmolLM2's texts were the same
-    at batch sizes 1, 3 and 10. A window of drafts changes its shape more, so there one greedy text in ten parted from
-    plain decoding's, at a tie (of logits that were still rounded to bfloat16; now they are float32, and only the states
-    below them are rounded). On CUDA such logits differ by about 1e-2 between batch shapes, and texts do part.
+    at batch sizes 1, 3 and 10. A window of drafts changes its shape more, so there a greedy text may part from plain
+    decoding's where two tokens' logits nearly tie. On CUDA states in bfloat16 move logits by about 1e-2 between batch
+    shapes, and texts do part.
 
     A text ends with the tokenizer's EOS, and with every token that the files of the model's checkpoint name as one
     (``eos_token_id`` of config.json and generation_config.json, which chat models have several of).

@@ -2,7 +2,8 @@
 
 from wmtp.models.adapter_folder import check_adapter, load_adapter, read_adapter, save_adapter
 from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, smollm2_135m
-from wmtp.models.checkpoint_formats import CheckpointError, read_shape
+from wmtp.models.checkpoint_formats import read_shape
+from wmtp.models.config_files import CheckpointError
 from wmtp.models.decoder import MTPDecoder, positions_in_documents
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint

@@ -22,7 +22,8 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError
-from wmtp.models.checkpoint_formats import CheckpointError, is_rotated, key_of, to_half_split, to_interleaved
+from wmtp.models.checkpoint_formats import is_rotated, key_of, to_half_split, to_interleaved
+from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.export import full_parameter
 from wmtp.models.load import local_part, local_tensor, named_parameters, reshard
 from wmtp.models.lora import Adapters
@@ -103,14 +104,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / ADAPTER
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no adapter ({ADAPTER}); train one with lora_wmtp.py")
-    try:
-        about = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; copy the folder again") from error
-    missing = [key for key in ("base_weights", "adapters", "num_future_tokens") if key not in about]
-    if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; copy the folder again")
-    return about
+    return read_json(file, "base_weights", "adapters", "num_future_tokens")
 
 
 @torch.no_grad()
@@ -160,8 +154,7 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -
         try:
             content = load_file(file)
         except Exception as error:  # safetensors has errors of its own
-            why = " ".join(str(error).split())
-            raise CheckpointError(f"{file} cannot be read, it may be truncated: {why}; copy it again") from error
+            raise unreadable(file, error) from error
         both = {key: name for name in keys for key in _peft_keys(name, model) or [name]}
         unknown = sorted(content.keys() - both.keys())
         if unknown:

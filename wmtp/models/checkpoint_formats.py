@@ -19,16 +19,14 @@ from wmtp.models.config_files import (
     CONFIG,
     META_CONFIG,
     META_WEIGHTS,
-    MTP_CONFIG,
     MTP_WEIGHTS,
     CheckpointError,
     hf_shape,
     meta_shape,
     read_json,
+    unreadable,
 )
 from wmtp.models.shape import LlamaShape
-
-__all__ = ["MTP_CONFIG", "MTP_WEIGHTS", "CheckpointError"]
 
 HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -140,10 +138,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_shape(path: Path) -> LlamaShape:
-    """What a checkpoint's config.json, or params.json, says about the model.
+    """What a checkpoint's config.json says about the model, or params.json with the shapes in consolidated.pth.
 
     Raises:
-        CheckpointError: as :func:`open_checkpoint`, of the config files alone.
+        CheckpointError: as :func:`open_checkpoint`, of the files that are read.
     """
     return hf_shape(path) if _form(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
 
@@ -194,6 +192,8 @@ def _hf_tensors(path: Path) -> dict[str, StoredTensor]:
     index, weight_map = path / HF_INDEX, None
     if index.is_file():
         weight_map = read_json(index, "weight_map")["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: weight_map must name files, got {weight_map!r:.60}; copy it again")
     elif not (path / HF_WEIGHTS).is_file():
         raise CheckpointError(
             f"{path} holds neither {HF_WEIGHTS} nor {HF_INDEX}; save it with transformers' save_pretrained, "
@@ -238,7 +238,7 @@ def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
     try:
         handle = safe_open(file, framework="pt")  # maps the file, and checks its length against its header
     except Exception as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
     return {key: StoredTensor(file, shape, partial(handle.get_tensor, key)) for key, shape in shapes.items()}
 
@@ -247,17 +247,10 @@ def _open_pth(file: Path) -> dict[str, StoredTensor]:
     try:
         state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise CheckpointError(f"{file} is no state dict of tensors; expected Meta's consolidated.pth")
     return {key: StoredTensor(file, tuple(tensor.shape), lambda t=tensor: t) for key, tensor in state.items()}
-
-
-def _unreadable(file: Path, error: Exception) -> CheckpointError:
-    why = " ".join(str(error).split())[:200]
-    return CheckpointError(
-        f"{file} ({file.stat().st_size} bytes) cannot be read, it may be truncated: {why}; copy it again"
-    )
 
 
 def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> LlamaShape:

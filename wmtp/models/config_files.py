@@ -5,11 +5,12 @@ missing from the computation without a word.
 """
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from wmtp.errors import UserError
+from wmtp.errors import UserError, cannot_be_read
 from wmtp.models.shape import LlamaShape, checked_scaling
 
 CONFIG = "config.json"
@@ -52,21 +53,32 @@ _META_READ = """dim n_layers n_heads n_kv_heads norm_eps rope_theta use_scaled_r
 _META_HARMLESS = "multiple_of ffn_dim_multiplier max_batch_size model_parallel_size"
 
 
+OTHER_MODEL = "use a checkpoint of the Llama family (Llama, CodeLlama, SmolLM2)"
+
+
 class CheckpointError(UserError):
     """A checkpoint that cannot be used: one line saying which file, what is wrong with it, and what to do."""
 
 
+def unreadable(file: Path, error: Exception, kind: str = "") -> CheckpointError:
+    """What to raise for a file of a checkpoint that a reader of its kind, or the file system, refuses."""
+    name = f"{file} ({os.path.getsize(file)} bytes)" if os.path.isfile(file) else file
+    return CheckpointError(cannot_be_read(error, name, "copy it again", f"{kind}, it may be truncated"))
+
+
 def read_json(file: Path, *required: str) -> dict[str, Any]:
-    """A JSON file's content.
+    """The object in a JSON file.
 
     Raises:
-        CheckpointError: it cannot be read, or lacks a required key.
+        CheckpointError: it cannot be read, is no object, or lacks a required key or its value.
     """
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; copy it again") from error
-    missing = [key for key in required if key not in content]
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(file, error) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} must hold an object, {{...}}, got {content!r:.60}; copy it again")
+    missing = [key for key in required if content.get(key) is None]
     if missing:
         raise CheckpointError(f"{file} lacks {missing[0]}; it is not what its name says, copy it again")
     return content
@@ -90,7 +102,9 @@ def refuse_unknown(
                 "take it out of the file, else use another checkpoint"
             )
         if value not in allowed:
-            raise CheckpointError(f"{file}: {key} must be {allowed[0]!r}, got {value!r}; this decoder has no other")
+            raise CheckpointError(
+                f"{file}: {key} must be {allowed[0]!r}, got {value!r}; this decoder has no other, {OTHER_MODEL}"
+            )
 
 
 def hf_shape(path: Path) -> LlamaShape:
@@ -104,7 +118,7 @@ def hf_shape(path: Path) -> LlamaShape:
     file = path / CONFIG
     raw = read_json(file)
     if raw.get("model_type") != "llama":
-        raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}")
+        raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}; {OTHER_MODEL}")
     refuse_unknown(file, raw, f"{_HF_READ} {_HF_HARMLESS}".split(), _HF_FIXED)
     rope_base, rope_scaling = _hf_rope(file, raw)
     heads = _num_heads(path, raw)
@@ -144,15 +158,21 @@ def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, 
     file = path / META_CONFIG
     params = read_json(file, "dim", "n_layers", "n_heads")
     refuse_unknown(file, params, f"{_META_READ} {_META_HARMLESS}".split())
+    params = {key: value for key, value in params.items() if value is not None}
     if params.get("vocab_size", -1) not in (-1, embedding[0]):
-        raise CheckpointError(f"{file}: vocab_size is {params['vocab_size']}, the embedding has {embedding[0]} rows")
-    heads = params.get("n_future_tokens", 1)
+        raise CheckpointError(
+            f"{file}: vocab_size is {params['vocab_size']}, the embedding has {embedding[0]} rows; copy both again"
+        )
+    heads, layers = params.get("n_future_tokens", 1), params["n_layers"]
+    for key, value in (("n_future_tokens", heads), ("n_layers", layers)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise CheckpointError(f"{file}: {key} must be a whole number, got {value!r}; copy it again")
     return _shape(
         file,
         vocab_size=embedding[0],
-        num_layers=params["n_layers"] - heads + 1,
+        num_layers=layers - heads + 1,
         num_heads=params["n_heads"],
-        num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+        num_kv_heads=params.get("n_kv_heads", params["n_heads"]),
         embed_dim=params["dim"],
         intermediate_dim=mlp[0],
         max_seq_len=params.get("max_seq_len", 4096),
@@ -169,9 +189,12 @@ def _hf_rope(file: Path, raw: Mapping[str, Any]) -> tuple[float, dict | None]:
 
     Versions differ in which of two values they take, so that no choice here could be right for all of them.
     """
-    given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key)}
+    given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) not in (None, {})}
     bases: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
-    bases |= {f"{key}.rope_theta": value.get("rope_theta") for key, value in given.items()}
+    for key, value in given.items():
+        if isinstance(value, Mapping):  # whose base `transformers` 5 writes beside the scaling
+            bases[f"{key}.rope_theta"] = value.get("rope_theta")
+            given[key] = {k: v for k, v in value.items() if k != "rope_theta"}
     bases = {key: value for key, value in bases.items() if value is not None}
     try:
         scalings = {key: checked_scaling(value) for key, value in given.items()}
@@ -204,14 +227,19 @@ def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
         heads = about["num_future_tokens"]
     elif there:
         raise CheckpointError(f"{path / MTP_CONFIG} is missing, {MTP_WEIGHTS} lies there; copy the checkpoint again")
-    declared = raw.get("num_future_tokens", heads)
-    if declared != heads:
+    declared = raw.get("num_future_tokens")
+    if declared not in (None, heads):
         raise CheckpointError(
             f"{path / CONFIG} declares num_future_tokens {declared}, {MTP_CONFIG} "
             f"{f'gives {heads}' if (path / MTP_CONFIG).is_file() else 'is missing'}; copy the checkpoint again, whole"
         )
     if heads != 1 and not there:
         raise CheckpointError(f"{path / MTP_WEIGHTS} is missing, {MTP_CONFIG} declares {heads} heads; copy it again")
+    if heads == 1 and there:
+        raise CheckpointError(
+            f"{path / MTP_WEIGHTS} holds extra heads, {MTP_CONFIG} declares 1 head, which needs none; copy both again, "
+            "or remove both to use head 1 alone"
+        )
     return heads
 
 
@@ -228,7 +256,7 @@ def _meta_scaling(file: Path, params: Mapping[str, Any]) -> dict | None:
         "rope_type": "llama3",
         "factor": params["rope_scaling_factor"],
         "low_freq_factor": 1.0,
-        "high_freq_factor": params.get("rope_high_freq_factor") or 4.0,
+        "high_freq_factor": params.get("rope_high_freq_factor", 4.0),
         "original_max_position_embeddings": 8192,
     }
 

@@ -13,15 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
-from wmtp.models.checkpoint_formats import (
-    HF_INDEX,
-    HF_WEIGHTS,
-    MTP_CONFIG,
-    MTP_WEIGHTS,
-    is_rotated,
-    key_of,
-    to_half_split,
-)
+from wmtp.models.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
+from wmtp.models.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
 from wmtp.models.source import exported_configs

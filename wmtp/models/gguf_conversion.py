@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from wmtp.models.checkpoint_formats import HF_WEIGHTS, is_rotated, key_of, to_half_split
-from wmtp.models.config_files import CheckpointError, refuse_unknown
+from wmtp.models.config_files import OTHER_MODEL, CheckpointError, refuse_unknown, unreadable
 
 # name inside a block -> GGUF key
 _BLOCK_KEYS = {
@@ -75,10 +75,10 @@ def convert_gguf(file: Path, folder: Path) -> None:
         reader = GGUFReader(file)
         fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     except Exception as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error, " as GGUF") from error
     if fields.get("general.architecture") != "llama":
         got = fields.get("general.architecture")
-        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}")
+        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}; {OTHER_MODEL}")
     _refuse_unknown(file, fields)
     tokenizer = _tokenizer(file, fields)
 
@@ -91,7 +91,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
         del keys["output.weight"]
     odd = sorted((set(stored) ^ set(keys.values())) - {_ROPE_FACTORS})
     if odd:
-        raise CheckpointError(f"{file}: tensor {odd[0]} is {'unknown' if odd[0] in stored else 'missing'}; not a Llama")
+        what = "unknown" if odd[0] in stored else "missing"
+        raise CheckpointError(f"{file}: tensor {odd[0]} is {what}; not a Llama, {OTHER_MODEL}")
 
     def tensor(key: str) -> torch.Tensor:
         return torch.from_numpy(dequantize(stored[key].data, stored[key].tensor_type).copy())
@@ -128,7 +129,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def _refuse_unknown(file: Path, fields: dict[str, Any]) -> None:
     missing = [f"llama.{key}" for key in _REQUIRED.split() if f"llama.{key}" not in fields]
     if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama")
+        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {OTHER_MODEL}")
     known = {f"llama.{key}" for key in f"{_REQUIRED} {_READ}".split()} | set(_HARMLESS.split())
     known |= {f"tokenizer.ggml.{key}" for key in _TOKENIZER.split()}
     known |= {key for key in fields if key.startswith(("general.", "quantize.", "tokenizer.chat_template"))}
@@ -145,7 +146,9 @@ def _sizes(file: Path, fields: dict[str, Any], *, vocab_size: int) -> dict[str, 
     ):
         value = fields.get(f"llama.{key}", expected)
         if value != expected:
-            raise CheckpointError(f"{file}: llama.{key} must be {expected}, got {value}; this decoder has no other")
+            raise CheckpointError(
+                f"{file}: llama.{key} must be {expected}, got {value}; this decoder has no other, {OTHER_MODEL}"
+            )
     return {
         "vocab_size": vocab_size,
         "hidden_size": dim,
@@ -183,11 +186,6 @@ def _gguf_key(name: str) -> str:
     return f"blk.{index}.{_BLOCK_KEYS[inside]}"
 
 
-def _unreadable(file: Path, error: Exception) -> CheckpointError:
-    why = " ".join(str(error).split())[:200]
-    return CheckpointError(f"{file} cannot be read as GGUF, it may be truncated: {why}; copy it again")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The tokenizer
 
@@ -198,7 +196,7 @@ def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
 
     kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind not in ("llama", "gpt2"):
-        raise CheckpointError(f"{file}: tokenizer.ggml.model must be 'llama' or 'gpt2', got {kind!r}")
+        raise CheckpointError(f"{file}: tokenizer.ggml.model must be 'llama' or 'gpt2', got {kind!r}; {OTHER_MODEL}")
     if kind == "gpt2" and pre not in (*_GPT2, *_DIGITS, *_LLAMA3):
         raise CheckpointError(
             f"{file}: tokenizer.ggml.pre {pre!r} is none whose token ids are known to be read right "
@@ -208,7 +206,7 @@ def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
         # Not AutoTokenizer, which reads the whole file twice to find that it is a Llama.
         read = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     except Exception as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error, " as GGUF") from error
     spec, tokens = json.loads(read.backend_tokenizer.to_str()), fields["tokenizer.ggml.tokens"]
     # transformers' classes add the special tokens of their own first model.
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < len(tokens)]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from wmtp.models.checkpoint_formats import Checkpoint, CheckpointError, key_of, open_checkpoint, refuse_wrapped
+from wmtp.models.checkpoint_formats import Checkpoint, key_of, open_checkpoint, refuse_wrapped
+from wmtp.models.config_files import CheckpointError
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.shape import LlamaShape
 from wmtp.models.source import read_source

@@ -48,7 +48,7 @@ def add_lora(
     rank: int = 16,
     alpha: float = 32.0,
     dropout: float = 0.0,
-    targets: Sequence[str] = (*ATTENTION_TARGETS, *MLP_TARGETS),
+    targets: str | Sequence[str] = (*ATTENTION_TARGETS, *MLP_TARGETS),
     dora: bool = False,
     trunk: str = "lora",
     heads: str = "lora",

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from wmtp.models.checkpoint_formats import CheckpointError
+from wmtp.models.config_files import CheckpointError
 from wmtp.models.resolve import checkpoint_sha256, made_once
 from wmtp.secrets import mask_secrets
 from wmtp.storage import cache_folder, is_remote, local_copy

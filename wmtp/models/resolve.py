@@ -14,7 +14,7 @@ from pathlib import Path
 
 from wmtp.errors import hub_hint
 from wmtp.files import MANIFEST, file_sha256
-from wmtp.models.checkpoint_formats import CheckpointError
+from wmtp.models.config_files import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
 from wmtp.storage import cache_folder, local_copy
 

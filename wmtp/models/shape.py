@@ -55,8 +55,8 @@ class LlamaShape:
             raise UserError(f"num_heads must be a multiple of num_kv_heads {self.num_kv_heads}, got {self.num_heads}")
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise UserError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim}")
+        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
+            raise UserError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim!r}")
         object.__setattr__(self, "rope_base", float(self.rope_base))
         object.__setattr__(self, "rope_scaling", checked_scaling(self.rope_scaling))
 
@@ -69,22 +69,25 @@ def checked_scaling(scaling: Mapping | None) -> dict | None:
     """
     if scaling is None:
         return None
-    kinds = {scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None} or {"default"}
-    if len(kinds) > 1 or not kinds <= {"llama3", "default"}:
-        got = ", ".join(map(repr, sorted(kinds)))
+    if not isinstance(scaling, Mapping):
+        raise UserError(f"rope_scaling must be null or a mapping with rope_type and its factors, got {scaling!r:.60}")
+    kinds = [scaling[key] for key in ("rope_type", "type") if scaling.get(key) is not None] or ["default"]
+    kind = kinds[0]
+    if kind not in ("llama3", "default") or kinds[-1] != kind:
+        got = ", ".join(sorted({f"{kind!r:.60}" for kind in kinds}))
         raise UserError(
             f"rope_scaling type must be 'llama3', or 'default' for plain RoPE, got {got};"
             " this decoder has no other, and without its scaling the model would be another one"
         )
-    kind = kinds.pop()
     keys = ROPE_SCALING_KEYS if kind == "llama3" else ()
     for key, value in scaling.items():
         whole = key == "partial_rotary_factor" and value == 1
-        if value is not None and not whole and key not in ("rope_type", "type", "rope_theta", *keys):
-            raise UserError(f"rope_scaling of type {kind!r} has no {key}, got {value!r}; take it out, or mend the type")
+        if value is not None and not whole and key not in ("rope_type", "type", *keys):
+            way_out = "give it as rope_base" if key == "rope_theta" else "take it out, or mend the type"
+            raise UserError(f"rope_scaling of type {kind!r} has no {key}, got {value!r}; {way_out}")
     missing = [key for key in keys if scaling.get(key) is None]
     if missing:
-        raise UserError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}")
+        raise UserError(f"rope_scaling of type {kind!r} lacks {', '.join(missing)}; add it, or mend the type")
     for key in keys:
         if isinstance(scaling[key], bool) or not isinstance(scaling[key], int | float) or not scaling[key] > 0:
             raise UserError(f"rope_scaling {key} must be a number > 0, got {scaling[key]!r}")

@@ -63,7 +63,7 @@ def exported_configs(
     config = {
         **unnamed,
         **token_ids,
-        **{key: value for key, value in said.items() if key not in _NOT_KEPT},
+        **{k: v for k, v in said.items() if k not in _NOT_KEPT and not (v is None and k in token_ids)},
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
 from wmtp.models.builders import from_checkpoint
-from wmtp.models.checkpoint_formats import CheckpointError
+from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf, full_parameter
 from wmtp.models.load import keyed_generator, load_checkpoint, local_part, local_tensor, own_name, reshard
@@ -248,14 +248,7 @@ def value_model_config(path: str | Path) -> dict[str, Any]:
     file = resolve_checkpoint(path) / VALUE_CONFIG
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no value model ({VALUE_CONFIG}); train one with critic_stage1.py")
-    try:
-        about = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; copy the folder again") from error
-    missing = [key for key in ("head", "embed_dim", "vocab_size", "vocab_hash", "settings") if key not in about]
-    if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; copy the folder again")
-    return about
+    return read_json(file, "head", "embed_dim", "vocab_size", "vocab_hash", "settings")
 
 
 def value_tokenizer(path: str | Path):
@@ -283,8 +276,7 @@ def _load_head(head: ValueHead, file: Path) -> None:
     try:
         stored = safe_open(file, framework="pt")
     except Exception as error:  # safetensors has errors of its own
-        why = " ".join(str(error).split())
-        raise CheckpointError(f"{file} cannot be read, it may be truncated: {why}; copy it again") from error
+        raise unreadable(file, error) from error
     parameters = dict(head.named_parameters())
     shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}

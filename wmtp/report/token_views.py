@@ -99,7 +99,6 @@ def token_views(
     figures = {name: _column(f"signals[{name!r}]", s, tokens) for name, s in (signals or {}).items()}
     tokens = tokens.cpu().numpy()
     documents = np.zeros_like(tokens) if documents is None else documents.cpu().numpy()
-    special = frozenset(i for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) if i is not None)
 
     views: list[TokenView] = []
     for row in range(len(tokens)):
@@ -121,9 +120,8 @@ def token_views(
             }
             its_tokens = tokens[row][here].tolist()
             its_weights = {method: column[row][here] for method, column in columns.items()}
-            views.append(
-                TokenView(name, token_pieces(tokenizer, its_tokens), its_tokens, target, its_weights, shown, special)
-            )
+            pieces, special = token_pieces(tokenizer, its_tokens), tokenizer.special_ids
+            views.append(TokenView(name, pieces, its_tokens, target, its_weights, shown, special))
     return views
 
 
