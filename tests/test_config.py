@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -72,6 +73,20 @@ def test_a_parameter_gets_what_its_annotation_or_default_says():
     assert given(count=2.0, share=None) == (2, None, (), 2)
     with pytest.raises(ConfigError, match=r"it\.count must be a whole number, got 2\.5"):
         given(count=2.5)
+
+
+def listed(names: "Sequence[str] | None" = None, ids: Sequence[int | str] = (), either: str | Sequence[str] = "a"):
+    return names, ids, either
+
+
+def test_a_text_is_no_list_of_its_letters():
+    def given(**keys):
+        return build(OmegaConf.create({"_component_": f"{__name__}.listed", **keys}), where="it")
+
+    assert given(names=["ab"], ids=[1, "2"], either="ab") == (["ab"], [1, "2"], "ab")
+    for key in ("names", "ids"):
+        with pytest.raises(ConfigError, match=rf"^it\.{key} must be a list, got 'tests'; write \[tests\]$"):
+            given(**{key: "tests"})
 
 
 def test_the_home_folder_s_sign_is_read_in_every_path_and_nowhere_else(monkeypatch):

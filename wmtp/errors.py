@@ -178,20 +178,22 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
     return None
 
 
-def cannot_be_read(error: Exception, name: object, otherwise: str, doubt: str = "") -> str:
+def cannot_be_read(error: Exception, path: str | Path, otherwise: str, doubt: str = "") -> str:
     """One line on a file that cannot be read. A fault of the disk, or of rights, has a way out of its own.
 
     Args:
-        name: of the file.
         otherwise: the way out of every other fault.
-        doubt: what may be wrong with the bytes, where the file system gave them.
+        doubt: what may be wrong with the file's bytes, where it is not the path that is at fault.
     """
-    if fault := disk_fault(error):
+    lost = isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE)
+    if fault := disk_fault(error, *[Path(path)] * lost):  # else it was a copy, in the cache, that could not be written
         return f"{fault}; mend that, or {otherwise}"
+    why = one_line(error)[:200]
     if isinstance(error, OSError) and error.strerror:
-        right = "give this user the right to, or " * isinstance(error, PermissionError)
-        return f"{name} cannot be read: {error.strerror}; {right}{otherwise}"
-    return f"{name} cannot be read{doubt}: {one_line(error)[:200]}; {otherwise}"
+        why, doubt = error.strerror, "" if error.errno in _OF_A_PATH else doubt
+    size = f" ({os.path.getsize(path)} bytes)" if doubt and os.path.isfile(path) else ""
+    right = "give this user the right to, or " * isinstance(error, PermissionError)
+    return f"{path}{size} cannot be read{doubt}: {why}; {right}{otherwise}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

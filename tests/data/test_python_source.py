@@ -176,6 +176,7 @@ def test_the_standard_library_splits_are_large_enough_and_pack_well():
         ({"split": "test"}, "split must be one of train, reference, heldout, all, got 'test'"),
         ({"fractions": (0.9, 0.2, 0.1)}, r"fractions must be three numbers >= 0 that sum to at most 1, got \[0.9"),
         ({"max_functions": 0}, "max_functions must be >= 1, got 0"),
+        ({"exclude": "tests"}, r"exclude must be a list of folder names, got 'tests'; write \[tests\]"),
         ({"min_body_lines": 1000}, r"the dataset is empty \(left out: 2 bodies too short or too long\)"),
     ],
 )

@@ -145,6 +145,7 @@ def test_the_alphacode_prompt_asks_for_a_correct_solution(tmp_path):
     bare = replace(task, rating=0, tags=())
     assert alphacode_prompt(bare) == f"# LANGUAGE IS python3\n# CORRECT SOLUTION\n{statement}"
     assert alphacode_prompt(bare, correct=False).splitlines()[1] == "# INCORRECT SOLUTION"
+    assert alphacode_protocol(rating=0, tags=[]).render(task) == alphacode_prompt(bare)
     assert alphacode_protocol(rating=3500, tags=["dp"]).render(task).startswith("# RATING: 3500\n# TAGS: dp\n")
     with pytest.raises(ValueError, match="is for programs that read stdin; task packaged/1 asks for a function"):
         protocol.prompt(packaged_function_tasks(limit=1)[0], TOKENIZER)

@@ -1,5 +1,6 @@
 """Files as they come: what can be read is read exactly, and what cannot is one line with the place and the way out."""
 
+import errno
 import gzip
 import json
 import os
@@ -28,8 +29,9 @@ from wmtp.data import (
     tokenized,
     tokenized_stream,
 )
-from wmtp.data.rows import count_rows
+from wmtp.data.rows import count_rows, reading
 from wmtp.errors import UserError
+from wmtp.models.config_files import CheckpointError, read_json
 from wmtp.samples import read_samples
 
 TOKENIZER = byte_tokenizer()
@@ -127,6 +129,27 @@ def test_what_this_user_may_not_read_is_one_line(everybodys):
         assert "cannot be read: Permission denied" in refused(read_rows, source)
 
 
+def test_a_fault_of_the_disk_has_another_way_out(tmp_path):
+    def full():
+        with reading("s3://bucket/d.jsonl"):
+            Path("/dev/full").write_text("what the cache should hold")
+
+    def gone():
+        with reading(tmp_path / "d.jsonl"):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    lost = "/proc/self/mem"  # whose first bytes cannot be read
+    for read, cause in (
+        (full, ": no space left on the disk ("),
+        (gone, f"{tmp_path / 'd.jsonl'}: the network file system has lost the file ("),
+        (lambda: list(read_rows(lost)), f"{lost}: the disk or the network file system does not answer ("),
+    ):
+        line = refused(read)
+        assert cause in line and line.endswith(" MB free); mend that, or name another source")
+    with pytest.raises(CheckpointError, match=rf"^{lost}: the disk .*; mend that, or copy it again$"):
+        read_json(Path(lost))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bytes
 
@@ -180,7 +203,7 @@ def test_json_that_cannot_be_read_is_named_by_its_line(line, message, tmp_path):
         ({"reference_ce": [0.0, 0.0, True]}, "reference_ce[2] must be a finite number, got True"),
         (
             {"referense_ce": [0.0, 0.0, 0.0]},
-            "nobody reads the column 'referense_ce'; did you mean 'reference_ce'? Rename",
+            "nobody reads the column 'referense_ce'; did you mean 'reference_ce'? Set reference_ce_column to it",
         ),
     ],
 )
@@ -241,6 +264,51 @@ def test_every_reader_names_what_it_cannot_use(read, row, message, tmp_path):
     named = {"split": None} if read in (jsonl_pairs, condefects_pairs, code_contests_pairs, code_contests) else {}
     line = refused(read, *first, source=source, **named)
     assert "d.jsonl:1" in line and message in line
+
+
+@pytest.mark.parametrize(
+    ("read", "row", "columns"),
+    [
+        (prompt_completion, ROW, {"reference": "gold", "references": ["gold", "other"]}),
+        (tokenized, {"tokens": [1]}, {"label": 3, "value": 0.5, "token": "a", "tokenized": ["a"], "vocabhash": 1}),
+        (jsonl_pairs, PAIR, {"rewards": [1.0], "is_correct_": "yes", "fault_lines": [1]}),
+        (assertion_tasks, MBPP, {"test_import": "import os", "test_setup_codes": ["x"], "challenge_test_lists": {}}),
+        (code_contests, CONTEST, {"memory_limit": "256 MB", "time_limits": [1], "private_test": None}),
+    ],
+)
+def test_a_column_of_another_type_is_not_taken_for_a_misspelt_one(read, row, columns, tmp_path):
+    first = (TOKENIZER,) if read in (prompt_completion, tokenized) else ()
+    found = read(*first, source=rows_file(tmp_path / "d.jsonl", row | columns), split=None)
+    assert set(columns) <= set(getattr(found, "unread", columns))
+
+
+def test_a_misspelt_column_that_is_null_at_first_and_one_that_the_data_keeps(tmp_path):
+    scored = {"referense_ce": [0.0, 1.0, 2.0]}
+    source = rows_file(tmp_path / "d.jsonl", ROW | {"referense_ce": None}, ROW | scored)
+    assert "d.jsonl:2: nobody reads the column 'referense_ce'" in refused(prompt_completion, TOKENIZER, source=source)
+    kept = prompt_completion(TOKENIZER, source=source, reference_ce_column=None)
+    assert kept.columns == () and kept.unread == ("referense_ce",)
+    source = rows_file(tmp_path / "d.jsonl", ROW | scored)
+    assert prompt_completion(TOKENIZER, source=source, reference_ce_column="referense_ce").columns == ("reference_ce",)
+
+
+def test_an_id_is_a_name_whatever_its_value_and_a_misspelt_id_column_is_refused(tmp_path):
+    source = rows_file(tmp_path / "d.jsonl", *[ROW | {"id": i} for i in (0, None, "", 7)])
+    names = ["0", f"{source}:2", f"{source}:3", "7"]
+    assert [document.id for document in prompt_completion(TOKENIZER, source=source)] == names
+    assert [document.id for _, document in prompt_completion_stream(TOKENIZER, source=source).read()] == names
+    places = [document.id for document in prompt_completion(TOKENIZER, source=source, id_column=None)]
+    assert places == [f"{source}:{line}" for line in (1, 2, 3, 4)]
+    tokens = rows_file(tmp_path / "t.jsonl", {"tokens": [1], "id": 0})
+    assert tokenized(TOKENIZER, source=tokens)[0].id == "0"
+    for read, of in ((prompt_completion, source), (prompt_completion_stream, f"the first 1,000 rows of {source}")):
+        with pytest.raises(UserError) as error:
+            read(TOKENIZER, source=source, id_column="idd")
+        line = f"id_column is 'idd', which no row of {of} has; its columns are prompt, completion, id"
+        assert str(error.value) == line
+    later = rows_file(tmp_path / "l.jsonl", ROW, ROW | {"name": "n"})
+    stream = prompt_completion_stream(TOKENIZER, source=later, id_column="name")
+    assert [document.id for _, document in stream.read()] == [f"{later}:1", "n"]
 
 
 def test_samples_may_hold_what_a_model_wrote_but_no_misspelt_column(tmp_path):

@@ -125,7 +125,10 @@ def test_a_tied_model_refuses_an_untied_checkpoint(tiny_hf, tiny):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"model_type": "qwen2"}, "model_type must be 'llama', got 'qwen2'"),
+        (
+            {"model_type": "qwen2"},
+            "model_type must be 'llama', got 'qwen2'; use a checkpoint of the Llama family",
+        ),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config must be None"),

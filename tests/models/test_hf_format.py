@@ -182,6 +182,19 @@ def test_an_export_is_its_sources_config_with_what_training_changed(tiny_hf, tmp
     assert loaded(tmp_path / "again").source.end_ids == [5, 6, 9, 8]
 
 
+def test_ids_that_the_source_leaves_null_are_the_tokenizers(tiny_hf, tmp_path):
+    _, folder = tiny_hf()
+    said = json.loads((folder / "config.json").read_text())
+    said |= {"eos_token_id": 5, "bos_token_id": None, "pad_token_id": None}
+    (folder / "config.json").write_text(json.dumps(said))
+    export_hf(loaded(folder), tmp_path / "with", tokenizer_source=seven_and_nine())
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (7, [5, 9])
+    export_hf(loaded(folder), tmp_path / "without")
+    config = json.loads((tmp_path / "without" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (None, 5, None)
+
+
 def test_an_export_never_overwrites_and_never_leaves_half(tiny_hf, tmp_path, monkeypatch):
     _, folder = tiny_hf()
     model, target = loaded(folder, num_future_tokens=2), tmp_path / "export"

@@ -1,12 +1,15 @@
 """A checkpoint whose files say two things, or something that nobody reads, is refused by name."""
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wmtp.models import CheckpointError, export_hf, from_checkpoint, load_checkpoint, read_shape
+from wmtp.errors import UserError
+from wmtp.models import CheckpointError, export_hf, from_checkpoint, llama_mtp, load_checkpoint, read_shape
 
 TOKENS = torch.randint(0, 67, (2, 24), generator=torch.Generator().manual_seed(2))
 
@@ -119,6 +122,61 @@ def test_heads_are_declared_and_there_or_neither(tiny_hf, tmp_path):
     refused(tmp_path / "export", "mtp_heads.safetensors is missing, mtp_config.json declares 3 heads")
 
 
+def test_heads_that_are_there_are_not_passed_over(tiny_hf, tmp_path):
+    _, folder = tiny_hf()
+    model = from_checkpoint(folder, num_future_tokens=3)
+    load_checkpoint(model, folder)
+    export_hf(model, tmp_path / "export")
+    edit_config(tmp_path / "export", num_future_tokens=None)  # a key that says nothing
+    assert read_shape(tmp_path / "export").num_future_tokens == 3
+    edit_config(tmp_path / "export", "mtp_config.json", num_future_tokens=1)
+    refused(tmp_path / "export", "mtp_heads.safetensors holds extra heads, mtp_config.json declares 1 head")
+    for name in ("mtp_config.json", "mtp_heads.safetensors"):
+        (tmp_path / "export" / name).unlink()
+    assert read_shape(tmp_path / "export").num_future_tokens == 1
+
+
+SIZES = {"vocab_size": 11, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 8, "intermediate_dim": 9}
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"rope_scaling": "linear"}, "rope_scaling must be null or a mapping with rope_type and its factors, got 'lin"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rope_scaling type must be 'llama3', or 'default' for plain RoPE"),
+        (
+            {"rope_scaling": {"rope_type": "default", "rope_theta": 500_000}},
+            "rope_scaling of type 'default' has no rope_theta, got 500000; give it as rope_base",
+        ),
+        ({"head_dim": "4"}, "head_dim must be an even number >= 2 (RoPE turns pairs), got '4'"),
+    ],
+)
+def test_a_builder_takes_nothing_that_it_does_not_read(change, part):
+    with pytest.raises(UserError, match=re.escape(part)):
+        llama_mtp(**SIZES, max_seq_len=8, **change)
+
+
+def test_values_of_another_json_type_are_one_line(tiny_hf):
+    _, folder = tiny_hf("one")
+    for change, part in (
+        ({"rope_scaling": "linear"}, "rope_scaling must be null or a mapping"),
+        ({"rope_scaling": False}, "rope_scaling must be null or a mapping"),
+        ({"rope_parameters": {"rope_type": ["x"]}}, "for plain RoPE, got ['x']"),
+        ({"rms_norm_eps": None}, "mend it, or copy it again"),
+    ):
+        good = (folder / "config.json").read_text()
+        edit_config(folder, **change)
+        refused(folder, str(folder / "config.json"), part)
+        (folder / "config.json").write_text(good)
+    for text, part in (("[]", "must hold an object, {...}, got []"), ("[" * 10**5, "(100000 bytes) cannot be read")):
+        (folder / "config.json").write_text(text)
+        refused(folder, str(folder / "config.json"), part, "copy it again")
+    _, shards = tiny_hf("shards", max_shard_size="8KB")
+    for weight_map in ([], {"model.norm.weight": 3}):
+        (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        refused(shards, "weight_map must name files, got ")
+
+
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 
 
@@ -228,11 +286,18 @@ def test_metas_params(tiny, tmp_path):
     for change, part in (
         ({"use_scaled_rope": True}, "use_scaled_rope is true without rope_scaling_factor"),
         ({"vocab_size": 66}, "vocab_size is 66, the embedding has 67 rows"),
+        ({"n_layers": None}, "lacks n_layers"),
+        ({"n_layers": "3"}, "n_layers must be a whole number, got '3'"),
+        ({"n_future_tokens": [2]}, "n_future_tokens must be a whole number, got [2]"),
+        ({"n_kv_heads": 0}, "num_kv_heads must be a whole number >= 1, got 0"),
         ({"sliding_window": 8}, "sliding_window is 8, which WMTP does not know"),
         ({"quantization_args": {"group_size": 32}}, "quantization_args is {'group_size': 32}"),
     ):
         file.write_text(json.dumps({**params, **change}))
         refused(tmp_path, str(file), part)
+    silent = dict.fromkeys(("n_future_tokens", "max_seq_len", "norm_eps", "vocab_size"))
+    file.write_text(json.dumps({**params, **silent}))
+    assert from_checkpoint(tmp_path).config == replace(model.config, rope_base=5e5, max_seq_len=4096)
     scaled = {"use_scaled_rope": True, "rope_scaling_factor": 32, "multiple_of": 8, "max_batch_size": 4}
     file.write_text(json.dumps({**params, **scaled, "max_seq_len": 32}))
     meta = from_checkpoint(tmp_path)

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from wmtp.data import byte_tokenizer, pack
 from wmtp.data.documents import Document, Documents, document_from_text
+from wmtp.data.tokenizer import Tokenizer as WmtpTokenizer
 from wmtp.report import TokenView, token_pieces, token_views, token_weights_html
 
 TOKENIZER = byte_tokenizer()
@@ -93,6 +95,19 @@ def test_each_column_is_the_code_exactly_and_each_token_has_its_numbers():
         else:
             assert [float(figure) for figure in figures[:4]] == pytest.approx([float(x) for x in expected], rel=1e-3)
         assert float(figures[4]) == pytest.approx(float(signals["value"][0, i]), rel=1e-3)
+
+
+def test_every_special_token_of_the_tokenizer_is_shown_as_one():
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE({"a": 0, "<s>": 1, "</s>": 2, "<|im_start|>": 3}, [])),
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<|im_start|>"],
+    )
+    tokens = np.array([3, 0, 2], np.int32)
+    batch, ids = batch_of(Document(tokens, tokens, "chat"), seq_len=4)
+    (seen,) = token_views(WmtpTokenizer(hf), batch, {"m": None}, ids=ids)
+    assert seen.special_ids == {1, 2, 3}
 
 
 REORDERING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"

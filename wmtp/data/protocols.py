@@ -153,9 +153,9 @@ def alphacode_prompt(
 
     Args:
         correct: state that the solution is correct, or that it is not.
-        rating, tags: None states the task's own; the line is left out where it has none.
+        rating, tags: None states the task's own; the line is left out for 0 and for no tags, as where it has none.
     """
-    rating, tags = rating or task.rating, task.tags if tags is None else tags
+    rating, tags = task.rating if rating is None else rating, task.tags if tags is None else tags
     lines = [f"RATING: {rating}"] * bool(rating) + [f"TAGS: {','.join(tags)}"] * bool(tags)
     lines += ["LANGUAGE IS python3", "CORRECT SOLUTION" if correct else "INCORRECT SOLUTION"]
     return "".join(f"# {line}".rstrip() + "\n" for line in [*lines, *task.description.splitlines()])

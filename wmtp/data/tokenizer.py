@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from wmtp.errors import MissingError, UserError, hub_hint
+from wmtp.errors import MissingError, UserError, cannot_be_read, hub_hint
 from wmtp.storage import local_copy
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -201,7 +201,7 @@ def _load(folder: Path):
         # Not AutoTokenizer: its CodeLlamaTokenizer makes up five ids that the file does not have.
         return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a torn file raises bare Exceptions
-        raise UserError(f"the tokenizer in {folder} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(cannot_be_read(error, f"the tokenizer in {folder}", "copy it again")) from error
 
 
 def _says_bos(folder: Path, hf) -> bool | None:

@@ -5,7 +5,6 @@ missing from the computation without a word.
 """
 
 import json
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,8 +61,7 @@ class CheckpointError(UserError):
 
 def unreadable(file: Path, error: Exception, kind: str = "") -> CheckpointError:
     """What to raise for a file of a checkpoint that a reader of its kind, or the file system, refuses."""
-    name = f"{file} ({os.path.getsize(file)} bytes)" if os.path.isfile(file) else file
-    return CheckpointError(cannot_be_read(error, name, "copy it again", f"{kind}, it may be truncated"))
+    return CheckpointError(cannot_be_read(error, file, "copy it again", f"{kind}, it may be truncated"))
 
 
 def read_json(file: Path, *required: str) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def hf_shape(path: Path) -> LlamaShape:
     try:
         hf = LlamaConfig.from_dict({key: value for key, value in raw.items() if not key.startswith("rope_")})
     except Exception as error:  # huggingface_hub has errors of its own for values of a wrong type
-        raise CheckpointError(f"{file}: {' '.join(str(error).split())}") from error
+        raise CheckpointError(f"{file}: {' '.join(str(error).split())}; mend it, or copy it again") from error
     return _shape(
         file,
         vocab_size=hf.vocab_size,
