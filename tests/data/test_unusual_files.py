@@ -272,7 +272,7 @@ def test_every_reader_names_what_it_cannot_use(read, row, message, tmp_path):
         (prompt_completion, ROW, {"reference": "gold", "references": ["gold", "other"]}),
         (tokenized, {"tokens": [1]}, {"label": 3, "value": 0.5, "token": "a", "tokenized": ["a"], "vocabhash": 1}),
         (jsonl_pairs, PAIR, {"rewards": [1.0], "is_correct_": "yes", "fault_lines": [1]}),
-        (assertion_tasks, MBPP, {"test_import": "import os", "test_setup_codes": ["x"], "challenge_test_lists": {}}),
+        (assertion_tasks, MBPP, {"test_import": "", "test_setup_codes": [], "challenge_test_lists": {}}),
         (code_contests, CONTEST, {"memory_limit": "256 MB", "time_limits": [1], "private_test": None}),
     ],
 )
