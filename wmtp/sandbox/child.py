@@ -10,6 +10,7 @@ import fcntl
 import functools
 import gc
 import io
+import mmap
 import operator
 import os
 import random
@@ -21,7 +22,7 @@ import types
 import weakref
 from collections.abc import Callable
 
-from wmtp.sandbox import wire
+from wmtp.sandbox import memory, wire
 from wmtp.sandbox.codec import AnswerTooLarge, Decoder, Encoder
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.landlock import Ruleset
@@ -29,6 +30,7 @@ from wmtp.sandbox.landlock import Ruleset
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
 _ABOVE = 64  # descriptors are moved up there first, so that none is overwritten while they are put in place
 MAX_DETAIL = 500
+_memory_bytes = 0  # the limit, for messages
 
 
 def run(confinement: Confinement, request: dict, descriptors: list[int], scratch: str) -> None:
@@ -40,11 +42,13 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
         descriptors: channel, stdout, stderr and, for stdio, stdin.
         scratch: the working folder.
     """
+    global _memory_bytes
     try:
         channel = _arrange(descriptors, confinement.ruleset)
         os.chdir(scratch)
         os.umask(0o077)
         limits = request["limits"]
+        _memory_bytes = limits["memory_bytes"]
         try:
             confinement.apply(limits)
         except (OSError, ValueError) as error:
@@ -92,6 +96,7 @@ def prepare_interpreter() -> None:
     sys.stdout = sys.__stdout__ = _text(1, "w")
     sys.stderr = sys.__stderr__ = _text(2, "w", errors="backslashreplace")
     sys.set_int_max_str_digits(0)
+    mmap.mmap = memory.PrivateMap
     sys.argv = ["program.py"]
 
 
@@ -289,4 +294,7 @@ def describe(error: BaseException) -> dict:
     except BaseException as again:
         message = f"<its message raised {type(again).__name__}>"
     bases = [base.__name__ for base in cls.__mro__ if base.__module__ == "builtins"]
+    if memory.is_refused_memory(error):
+        bases = ["MemoryError", *bases]  # whatever a library makes of it
+        message = f"limits.memory_bytes is {_memory_bytes}{': ' * bool(message)}{message}"
     return {"type": cls.__name__[:MAX_DETAIL], "bases": bases, "message": message[:MAX_DETAIL]}

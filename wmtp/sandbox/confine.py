@@ -7,7 +7,7 @@ import resource
 import signal
 import struct
 
-from wmtp.sandbox import syscalls
+from wmtp.sandbox import memory, syscalls
 from wmtp.sandbox.landlock import Ruleset
 from wmtp.sandbox.seccomp import Filter
 
@@ -26,6 +26,8 @@ class Confinement:
         limit_resources: whether to set rlimits.
         warm_bytes: address space of the warm interpreter, which a program's own memory comes on top of.
         limit_tasks: whether RLIMIT_NPROC counts this process's own user (see `own_task_counter`).
+        watch_memory: whether the zygote ends a process that holds too much memory. Rlimits then leave room for what is
+            asked for and never used, and bound what could be taken before the zygote looks.
     """
 
     def __init__(
@@ -35,12 +37,14 @@ class Confinement:
         limit_resources: bool,
         warm_bytes: int,
         limit_tasks: bool,
+        watch_memory: bool = False,
     ) -> None:
         self.ruleset = ruleset
         self.filter = filter
         self.limit_resources = limit_resources
         self.warm_bytes = warm_bytes
         self.limit_tasks = limit_tasks
+        self.watch_memory = watch_memory
 
     def apply(self, limits: dict) -> None:
         """Confine this process for good; raises OSError or ValueError where any step fails (then nothing may run)."""
@@ -71,7 +75,11 @@ class Confinement:
             lower(resource.RLIMIT_RTPRIO, 0)
             lower(resource.RLIMIT_SIGPENDING, 256)
         if self.warm_bytes:
-            lower(resource.RLIMIT_AS, self.warm_bytes + limits["memory_bytes"])
+            allowed = self.warm_bytes + limits["memory_bytes"]
+            if self.watch_memory:
+                lower(resource.RLIMIT_DATA, allowed + memory.UNTOUCHED_BYTES)
+                allowed += memory.MAPPED_BYTES
+            lower(resource.RLIMIT_AS, allowed)
 
 
 def lower(kind: int, value: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from wmtp.sandbox import landlock
 
-DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+DEVICES = ("/dev/null", "/dev/urandom", "/dev/random")  # a map of /dev/zero would be memory that no limit sees
 PACKAGE = str(Path(__file__).resolve().parent.parent)  # holds tasks with their solutions: never shown
 SCRATCH_BYTES = 64 << 20
 SCRATCH_FILES = 4096
@@ -49,6 +49,21 @@ def is_inside(path: str, folder: str) -> bool:
 def hidden_paths(readable: Iterable[str]) -> list[str]:
     """This package where it is installed inside a readable folder."""
     return [PACKAGE] if any(is_inside(PACKAGE, os.path.realpath(path)) for path in readable) else []
+
+
+def bubblewrap_options(base: str) -> list[str]:
+    """Options of `bwrap` that show what a program may read, an empty scratch folder at `base`, and nothing else."""
+    command = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    sandbox = str(Path(__file__).resolve().parent)
+    loader = [path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if os.path.isdir(path)]
+    readable = outermost([*readable_paths(), *loader, sandbox, sys.prefix, sys.base_prefix])
+    for path in outermost([*readable, *(os.path.realpath(path) for path in readable)]):
+        command += ["--ro-bind", path, path]
+    for device in DEVICES:
+        command += ["--dev-bind", device, device]
+    for path in hidden_paths(readable):
+        command += ["--tmpfs", path, "--ro-bind", sandbox, sandbox]
+    return [*command, "--size", str(SCRATCH_BYTES), "--tmpfs", base, "--"]
 
 
 def landlock_rules(readable: Iterable[str], hidden: list[str], box: str) -> list[tuple[str, int]]:

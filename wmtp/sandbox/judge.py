@@ -84,8 +84,8 @@ def _serve(connection: socket.socket, judge: "Judge") -> None:
     while (message := wire.receive(connection)) is not None:
         if message["kind"] == "close":
             return
-        outcome, by_clock = judge.judge(job_from_wire(message))
-        wire.send(connection, {"outcome": asdict(outcome), "by_clock": by_clock})
+        outcome, starved = judge.judge(job_from_wire(message))
+        wire.send(connection, {"outcome": asdict(outcome), "starved": starved})
     raise Hangup
 
 
@@ -165,7 +165,7 @@ class Judge:
             self._zygote = None
 
     def judge(self, job: Job) -> tuple[Outcome, bool]:
-        """The outcome of `job`, and whether it ran out of time by the clock only.
+        """The outcome of `job`, and whether the machine is to blame for a timeout by the clock.
 
         A zygote that was disturbed is replaced; the job is then a harness error.
         """
@@ -183,7 +183,7 @@ class Judge:
             run.tests.append(verdict)
         wall = time.monotonic() - start
         outcome = Outcome(verdict, _one_line(detail), tuple(run.tests), tuple(run.lenient), run.cpu_seconds, wall)
-        return outcome, verdict == "timeout" and run.by_clock
+        return outcome, verdict == "timeout" and run.starved
 
 
 class _Run:
@@ -195,7 +195,7 @@ class _Run:
         self.tests: list[Verdict] = []
         self.lenient: list[bool] = []
         self.cpu_seconds = 0.0
-        self.by_clock = False
+        self.starved = False  # late by the clock, and for want of a CPU
         self._hangup = hangup
 
     def assertions(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
@@ -207,17 +207,19 @@ class _Run:
             _await_ready(process)
             if self.job.inside:
                 verdict, detail = judge_inside(self.job, session, self.tests)
-                self.by_clock = session.failure is not None and session.failure.by_clock
+                by_clock = session.failure is not None and session.failure.by_clock
             else:
-                verdict, detail, self.by_clock = _run_limited(self.job, session, self.tests)
+                verdict, detail, by_clock = _run_limited(self.job, session, self.tests)
         finally:
             spoke = session.failure is None and process.unasked()
             process.close()
             self.cpu_seconds = process.report.get("cpu", 0.0)
+        self.starved = by_clock and process.starved()
         if verdict == "passed" and spoke:
             verdict, detail = "violation", "the program sent an answer that was not asked for"
-        if verdict == "passed" and process.cpu_exceeded():
-            verdict, detail = "timeout", f"more than {self.job.limits.cpu_seconds:g} s of CPU time"
+        exceeded = process.exceeded()
+        if verdict == "passed" and exceeded is not None:
+            verdict, detail = exceeded.verdict, exceeded.detail
         if verdict != "passed" and self.tests[-1:] in ([], ["passed"]):
             self.tests[-1:] = [verdict]
         return verdict, detail
@@ -248,10 +250,9 @@ class _Run:
         finally:
             process.close()
             self.cpu_seconds += process.report.get("cpu", 0.0)
-        if process.cpu_exceeded():
-            failure = Ended("timeout", f"more than {self.job.limits.cpu_seconds:g} s of CPU time")
+        failure = process.exceeded() or failure
         if failure is not None:
-            self.by_clock = self.by_clock or failure.by_clock
+            self.starved = self.starved or (failure.by_clock and process.starved())
             return failure.verdict, failure.detail, False
         output, expected = bytes(process.stdout), test.output.encode("utf-8", "surrogatepass")
         lenient = compare.lenient_match(output, expected)
@@ -276,7 +277,8 @@ def _stdio_failure(process: Process) -> Ended | None:
     message = process.take_frame()
     if message is not None and type(message.get("done")) is dict:
         error = message["done"]
-        verdict: Verdict = "memory" if error.get("type") == "MemoryError" else "exception"
+        bases = error.get("bases")
+        verdict: Verdict = "memory" if type(bases) is list and "MemoryError" in bases else "exception"
         return Ended(verdict, f"{error.get('type')}: {error.get('message')}")
     status = process.report.get("status")
     return process.ended() if status != 0 else None

@@ -18,13 +18,15 @@ from dataclasses import replace
 from types import TracebackType
 
 from wmtp.sandbox import wire
+from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_to_wire, outcome_from_wire
-from wmtp.sandbox.supervise import clean_environment, python_command
 
 _START_SECONDS = 180.0
 _JUDGE_GRACE_SECONDS = 30.0  # what a run may take beyond its limits, its start too, before the judge is given up
 _STOP_SECONDS = 5.0
-_LAYERS = ("landlock", "seccomp", "rlimits", "namespaces", "bubblewrap")
+_RETRY_SECONDS = 60.0  # for judging again alone, while the others wait: at least, and
+_RETRY_SHARE = 0.25  # of the time since the start
+_LAYERS = ("landlock", "seccomp", "rlimits", "resident memory", "namespaces", "bubblewrap")
 
 
 class Sandbox:
@@ -186,8 +188,7 @@ class _Worker:
     def judge(self, job: Job, limits: Limits) -> tuple[Outcome, bool]:
         """The outcome of `job`, and whether another try could end otherwise. A judge that dies or hangs is replaced.
 
-        That is so for failures of ours, and where the clock ran out before the CPU time did: the machine may have
-        been loaded.
+        That is so for failures of ours, and where the clock ran out for want of a CPU or a disk.
         """
         runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
         start = time.monotonic()
@@ -201,8 +202,7 @@ class _Worker:
             return Outcome("harness_error", "the sandbox was closed", (), (), 0.0, time.monotonic() - start), False
         if answer is not None:
             outcome = outcome_from_wire(answer["outcome"])
-            starved = answer["by_clock"] and outcome.cpu_seconds < limits.cpu_seconds
-            return outcome, starved or outcome.verdict == "harness_error"
+            return outcome, answer["starved"] or outcome.verdict == "harness_error"
         answered = self._flag[0] == 1
         self._stop()
         verdict, detail = _blame(self._process.returncode, answered)
@@ -268,8 +268,12 @@ def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limit
             with gate.shared():
                 outcome, doubtful = worker.judge(job, job.limits or limits)
             if doubtful:
-                with gate.alone():
-                    outcome, _ = worker.judge(job, job.limits or limits)
+                with gate.alone() as granted:
+                    if granted:
+                        outcome, _ = worker.judge(job, job.limits or limits)
+                    else:
+                        reason = "not judged again alone: the time for that is spent"
+                        outcome = replace(outcome, detail=f"{outcome.detail} ({reason})")
         except BaseException as error:
             future.set_exception(error)
         else:
@@ -278,12 +282,23 @@ def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limit
 
 
 class _Gate:
-    """Many jobs at once, or one alone."""
+    """Many jobs at once, or one alone, for as long as the others can be made to wait.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: for being alone, at least.
+        share: of the time since the start for being alone, where that is more.
+
+    Attributes:
+        times_alone: jobs that ran alone.
+    """
+
+    def __init__(self, seconds: float = _RETRY_SECONDS, share: float = _RETRY_SHARE) -> None:
         self._condition = threading.Condition()
         self._running = 0
         self._waiting = 0
+        self._seconds, self._share = seconds, share
+        self._start, self._spent = time.monotonic(), 0.0
+        self.times_alone = 0
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
@@ -299,16 +314,22 @@ class _Gate:
                 self._condition.notify_all()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Run with no other job beside it."""
+    def alone(self) -> Iterator[bool]:
+        """Run with no other job beside it; False, at once, where the time for that is spent."""
+        start = time.monotonic()
         with self._condition:
-            self._waiting += 1
-            self._condition.wait_for(lambda: not self._running)
-            self._running = 1
+            granted = self._spent < max(self._seconds, self._share * (start - self._start))
+            if granted:
+                self.times_alone += 1
+                self._waiting += 1
+                self._condition.wait_for(lambda: not self._running)
+                self._running = 1
         try:
-            yield
+            yield granted
         finally:
-            with self._condition:
-                self._running = 0
-                self._waiting -= 1
-                self._condition.notify_all()
+            if granted:
+                with self._condition:
+                    self._running = 0
+                    self._waiting -= 1
+                    self._spent += time.monotonic() - start  # the others wait from the moment it asks
+                    self._condition.notify_all()

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from wmtp.sandbox import namespaces, syscalls
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.jobs import Limits
+from wmtp.sandbox.memory import UNTOUCHED_BYTES, PrivateMap, ResidentMemory
 
 if TYPE_CHECKING:
     from wmtp.sandbox.zygote import Zygote
@@ -39,8 +41,8 @@ def report(zygote: "Zygote", spaces: str, settings: dict, missing: list[str]) ->
             layers.append(name)
         return not problems
 
-    def alone(ruleset=None, filter=None, limit_resources=False, limit_tasks=False) -> Confinement:
-        return Confinement(ruleset, filter, limit_resources, full.warm_bytes, limit_tasks)
+    def alone(ruleset=None, filter=None, limit_resources=False, limit_tasks=False, watch_memory=False) -> Confinement:
+        return Confinement(ruleset, filter, limit_resources, full.warm_bytes, limit_tasks, watch_memory)
 
     outside = settings["outside"]
     if full.ruleset is not None:
@@ -57,6 +59,9 @@ def report(zygote: "Zygote", spaces: str, settings: dict, missing: list[str]) ->
         full.limit_tasks = holds("thread limit", alone(limit_resources=True, limit_tasks=True), _task_limit_problems)
     elif rlimits:
         missing.append("thread limit: RLIMIT_NPROC would count processes that are not the program's")
+    if full.watch_memory:
+        bounded = alone(limit_resources=True, watch_memory=True)
+        full.watch_memory = holds("resident memory", bounded, lambda: _memory_problems(zygote.memory))
     if syscalls.SUPPORTED:
         holds("no_new_privs and no capabilities", alone(), _privilege_problems)
     apart = False
@@ -160,6 +165,29 @@ def _rlimit_problems() -> list[str]:
     soft, hard = resource.getrlimit(resource.RLIMIT_CPU)
     if soft != hard or soft == resource.RLIM_INFINITY:
         problems.append(f"the CPU limit is {soft}, {hard}")
+    return problems
+
+
+def _memory_problems(watch: ResidentMemory) -> list[str]:
+    size = _PROBE_LIMITS["memory_bytes"] // 8
+    reader, writer = os.pipe()
+    holder = os.fork()
+    if holder == 0:
+        held = bytearray(b"x" * size), PrivateMap(-1, size)
+        held[1][::4096] = b"x" * len(range(0, size, 4096))
+        os.write(writer, b"x")
+        signal.pause()
+    os.close(writer)
+    os.read(reader, 1)
+    more = watch.of(os.pidfd_open(holder)) - watch.own()
+    os.kill(holder, signal.SIGKILL)
+    os.wait()
+    problems = [] if 2 * size <= more <= 3 * size else [f"{2 * size} bytes were taken, {more} are seen"]
+    try:
+        bytearray(_PROBE_LIMITS["memory_bytes"] + 2 * UNTOUCHED_BYTES)
+        problems.append("memory beyond any limit could be had")
+    except MemoryError:
+        pass
     return problems
 
 

@@ -2,8 +2,9 @@
 
 Everything that is not listed fails with EPERM: no new process (fork, vfork, clone without CLONE_THREAD, execve), no
 signal to another process, no socket but a connected pair, no ptrace, mount, namespace, bpf, keyctl, io_uring, perf, no
-change of owner, mode or times of a file (Landlock does not watch those). `clone3` and `openat2` say ENOSYS, because
-their flags lie in memory where a filter cannot look: libc then falls back to `clone` and `openat`.
+change of owner, mode or times of a file (Landlock does not watch those), no shared anonymous memory. `clone3` and
+`openat2` say ENOSYS, because their flags lie in memory where a filter cannot look: libc then falls back to `clone` and
+`openat`.
 """
 
 import ctypes
@@ -40,6 +41,7 @@ class When:
 
 _CLONE_THREAD = 0x00010000
 _CLONE_NAMESPACES = 0x7E020000  # user, pid, net, ipc, uts, cgroup and mount namespaces
+_MAP_SHARED, _MAP_ANONYMOUS = 0x1, 0x20
 _OPEN_MODE = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 
 # Calls that are allowed under all of the conditions given; every other call of the table is allowed as it is.
@@ -53,6 +55,8 @@ _CONDITIONS: dict[str, tuple[When, ...]] = {
     "prctl": (When(0, (3, 15, 16, 21, 0x53564D41)),),  # dumpable?, set name, get name, seccomp?, name a mapping
     # terminal? (libc asks of every stdout), window size, bytes to read, non-blocking, close-on-exec
     "ioctl": (When(1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)),),
+    # no shared anonymous map: what it holds shows in no count of the process's memory once it is let go of
+    "mmap": (When(3, (_MAP_SHARED | _MAP_ANONYMOUS,), mask=_MAP_SHARED | _MAP_ANONYMOUS, but_not=True),),
     # dup, descriptor and status flags, record locks; not F_SETOWN and F_SETSIG, which aim SIGIO at other processes
     "fcntl": (When(1, (0, 1, 2, 3, 4, 5, 6, 7, 1030, 1032)),),
     # not truncating what is opened for reading: before Landlock's ABI 3 nothing else stops it

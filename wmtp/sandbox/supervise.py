@@ -6,27 +6,21 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 from wmtp.sandbox import confine, filesystem, wire
+from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import Limits, Verdict
+from wmtp.sandbox.usage import own_usage, starved
 
 _START_SECONDS = 120.0  # a loaded machine may take long to start an interpreter
 _CHUNK = 1 << 16
 _FRAME_SLACK = 1 << 16  # tags, nonce and escapes around an answer of the size allowed
 _MAX_CONTAINERS = 2_000_000  # each costs tens of bytes once parsed, whatever its size on the wire
 _ANSWERS_PER_LIMIT = 4  # all answers of a program together, in units of the size of one
-_BOOTSTRAP = """
-import sys, types
-for name, folder in (("wmtp", {package!r}), ("wmtp.sandbox", {sandbox!r})):
-    sys.modules[name] = types.ModuleType(name)  # neither __init__ is run: they import what is not needed here
-    sys.modules[name].__path__ = [folder]
-from wmtp.sandbox.{module} import main
-main()
-"""
+_LAST_WORDS = 4096  # bytes of output that are kept to tell what a program died of
+_NEAR = 0.9  # of the memory limit: a fault there comes from memory that was refused
 
 
 class Ended(BaseException):
@@ -45,29 +39,6 @@ class Hangup(BaseException):
 
 class ZygoteLost(Exception):
     """The zygote is gone or cannot start."""
-
-
-def python_command(module: str, *args: str) -> list[str]:
-    """Command line of an interpreter that runs `wmtp.sandbox.<module>.main` and imports nothing else of the library."""
-    # -P and -s with an environment of our own isolate like -I, which would also ignore PYTHONHASHSEED.
-    sandbox = str(Path(__file__).resolve().parent)
-    code = _BOOTSTRAP.format(package=filesystem.PACKAGE, sandbox=sandbox, module=module)
-    return [sys.executable, "-P", "-s", "-c", code, *args]
-
-
-def clean_environment() -> dict[str, str]:
-    """Variables of the sandbox's processes: none of the caller's, but where to find shared libraries."""
-    environment = {
-        "PATH": os.defpath,
-        "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # the order of a set must not change a verdict from run to run
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "MALLOC_ARENA_MAX": "1",  # each further arena would reserve 64 MiB of the address space allowed
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
-    }
-    if "LD_LIBRARY_PATH" in os.environ:
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    return environment
 
 
 class ZygoteHandle:
@@ -103,7 +74,7 @@ class ZygoteHandle:
         settings |= {"wrapped": wrapped, "address_space": confine.address_space()}
         command = python_command("zygote", json.dumps(settings))
         if wrapped:
-            command = [self._bubblewrap, *_bubblewrap_options(self.base), *command]
+            command = [self._bubblewrap, *filesystem.bubblewrap_options(self.base), *command]
         with theirs:
             self._process = subprocess.Popen(
                 command,
@@ -166,21 +137,6 @@ class ZygoteHandle:
             os.rmdir(self.base)
 
 
-def _bubblewrap_options(base: str) -> list[str]:
-    """Options that show what `filesystem` allows, an empty scratch folder, and nothing else."""
-    command = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    sandbox = str(Path(__file__).resolve().parent)
-    loader = [path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if os.path.isdir(path)]
-    readable = filesystem.outermost([*filesystem.readable_paths(), *loader, sandbox, sys.prefix, sys.base_prefix])
-    for path in filesystem.outermost([*readable, *(os.path.realpath(path) for path in readable)]):
-        command += ["--ro-bind", path, path]
-    for device in filesystem.DEVICES:
-        command += ["--dev-bind", device, device]
-    for path in filesystem.hidden_paths(readable):
-        command += ["--tmpfs", path, "--ro-bind", sandbox, sandbox]
-    return [*command, "--size", str(filesystem.SCRATCH_BYTES), "--tmpfs", base, "--"]
-
-
 class Process:
     """One confined process.
 
@@ -202,6 +158,9 @@ class Process:
         self.stdout = bytearray()
         self.report: dict | None = None
         self._keep_stdout = mode == "stdio"
+        self._last_words = b""
+        self._started, self._wall = time.monotonic(), 0.0
+        self._own = own_usage()
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
         self._channel, theirs = socket.socketpair()
@@ -272,24 +231,50 @@ class Process:
         report = self.report
         if "failed" in report:
             raise ZygoteLost(report["failed"])
+        exceeded = self.exceeded()
+        if exceeded is not None:
+            return exceeded
         status = report["status"]
         killed = os.WIFSIGNALED(status)
         number = os.WTERMSIG(status)
         # The kernel kills on a count of timer ticks, which can run well ahead of the exact one that it reports.
-        if self.cpu_exceeded() or (number == signal.SIGKILL and report["cpu"] > 0.5 * self.limits.cpu_seconds):
-            return Ended("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time")
+        if number == signal.SIGKILL and report["cpu"] > 0.5 * self.limits.cpu_seconds:
+            return self._ended_by("cpu_seconds")
+        if self._broke_on_memory(number if killed else 0):
+            return self._ended_by("memory_bytes")
         if killed:
             verdict: Verdict = "violation" if number == signal.SIGSYS else "exception"
             return Ended(verdict, f"killed by {signal.Signals(number).name}")
         return Ended("exception", f"the process exited with status {os.WEXITSTATUS(status)} instead of returning")
 
-    def cpu_exceeded(self) -> bool:
-        """Whether the ended process used more CPU time than it may."""
-        return self.report is not None and self.report.get("cpu", 0.0) >= self.limits.cpu_seconds
+    def starved(self) -> bool:
+        """Whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
+        ours = {name: value - self._own[name] for name, value in own_usage().items()}
+        return "cpu" in self.report and starved(self._wall, self.report, ours)
+
+    def exceeded(self) -> Ended | None:
+        """The verdict on an ended process that used more than it may, whatever else is known of it."""
+        report = self.report or {}
+        if report.get("swollen"):
+            return self._ended_by("memory_bytes")
+        return self._ended_by("cpu_seconds") if report.get("cpu", 0.0) >= self.limits.cpu_seconds else None
+
+    def _ended_by(self, limit: str) -> Ended:
+        if limit == "cpu_seconds":
+            return Ended("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time")
+        return Ended("memory", f"more than {self.limits.memory_bytes} bytes of memory (limits.memory_bytes)")
+
+    def _broke_on_memory(self, number: int) -> bool:
+        """Whether the signal (0: none) that the process died of is that of a program that was refused memory."""
+        near = self.report["peak"] > _NEAR * self.limits.memory_bytes
+        if number == signal.SIGABRT and b"bad_alloc" in self._last_words:
+            return True
+        return near and number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 
     def close(self) -> None:
         """Kill the process where it still runs and take its report; raises `ZygoteLost`."""
         try:
+            self._wall = time.monotonic() - self._started
             self._zygote.end()
             if self.report is None:
                 self.report = self._zygote.read_report()
@@ -355,6 +340,7 @@ class Process:
             os.close(descriptor)
             return
         self._output_bytes += len(data)
+        self._last_words = (self._last_words + data)[-_LAST_WORDS:]
         if self._keep_stdout and descriptor == self._stdout_stream:
             self.stdout += data
         if self._output_bytes > self.limits.output_bytes:

@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 
-from wmtp.sandbox import child, confine, filesystem, landlock, namespaces, probe, seccomp, syscalls, wire
+from wmtp.sandbox import child, confine, filesystem, landlock, memory, namespaces, probe, seccomp, syscalls, wire
+from wmtp.sandbox.usage import usage_of
 
 # What programs import most; anything else is imported when a program asks, at its own cost.
 _WARM_MODULES = """
@@ -56,6 +57,7 @@ class Zygote:
         self._base = settings["base"]
         limit_tasks = self._count_tasks()
         confine.die_with_parent()  # after the change of user, which would undo it
+        self.memory = self._layer("resident memory", memory.ResidentMemory)  # before /proc is out of sight
         spaces = self._enter_namespaces(settings)
         for name in _WARM_MODULES.split():
             importlib.import_module(name)
@@ -81,12 +83,14 @@ class Zygote:
             limit_resources="rlimits" not in self._without,
             warm_bytes=warm_bytes,
             limit_tasks=limit_tasks or ("user+" in spaces),
+            watch_memory=self.memory is not None,
         )
         if not self.confinement.limit_resources:
             self._missing.append(f"rlimits: {self._without['rlimits']}")
         child.prepare_interpreter()
         gc.collect()
         gc.freeze()  # the collector never touches, and so never copies, the pages shared with the children
+        self._warm_memory = self.memory.own() if self.memory else 0
         self.report = probe.report(self, spaces, settings, self._missing)
 
     def _count_tasks(self) -> bool:
@@ -154,31 +158,39 @@ class Zygote:
         if pid == 0:
             child.run(self.confinement, request, descriptors, self.scratch)
         _close(descriptors)
-        status, usage = self._wait(pid, request["limits"]["cpu_seconds"])
+        status, usage, swollen = self._wait(pid, request["limits"])
         self.clear_scratch()
-        return {"status": status, "cpu": usage.ru_utime + usage.ru_stime}
+        return {"status": status, "swollen": swollen, "peak": 1024 * usage.ru_maxrss, **usage_of(usage)}
 
-    def _wait(self, pid: int, cpu_seconds: float) -> tuple[int, resource.struct_rusage]:
-        """Reap the process once it has ended, killing it at its CPU limit, or when the judge says so or hangs up.
+    def _wait(self, pid: int, limits: dict) -> tuple[int, resource.struct_rusage, bool]:
+        """Reap the process once it has ended, killing it at a limit, or when the judge says so or hangs up.
 
         It is killed only while it is not reaped, so that its id cannot be another process's.
+
+        Returns:
+            Its status and usage, and whether it was killed because it held too much memory.
         """
         try:
             ended = os.pidfd_open(pid)
         except (AttributeError, OSError):  # no process descriptors: look again and again
             ended = None
         events = [self._control] if ended is None else [self._control, ended]
+        watched = self.confinement.watch_memory and ended is not None
+        headroom = limits["memory_bytes"]
         try:
             while True:
-                left = cpu_seconds - _cpu_seconds_of(pid)
-                pause = _POLL_SECONDS if ended is None else max(left / _CPUS, _POLL_SECONDS)
+                left = limits["cpu_seconds"] - _cpu_seconds_of(pid)
+                pause = left / _CPUS if not watched else min(left / _CPUS, memory.seconds_until(headroom))
+                pause = _POLL_SECONDS if ended is None else max(pause, _POLL_SECONDS)
                 ready, _, _ = select.select(events, [], [], pause)
-                if self._control in ready or left <= 0:
+                if watched and not ready:
+                    headroom = self._warm_memory + limits["memory_bytes"] - self.memory.of(ended)
+                exceeded = left <= 0 or headroom < 0
+                if self._control in ready or exceeded:
                     os.kill(pid, signal.SIGKILL)
-                done = ready or left <= 0
-                reaped, status, usage = os.wait4(pid, 0 if done else os.WNOHANG)
+                reaped, status, usage = os.wait4(pid, 0 if ready or exceeded else os.WNOHANG)
                 if reaped:
-                    return status, usage
+                    return status, usage, headroom < 0
         finally:
             if ended is not None:
                 os.close(ended)
