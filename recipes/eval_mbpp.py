@@ -12,13 +12,11 @@ import hashlib
 import os
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import torch
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
@@ -28,10 +26,11 @@ from wmtp.evaluation_golds import settle_tests
 from wmtp.evaluation_report import headline, write_report
 from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.judging import Judging
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint
 from wmtp.output_dir import check_output_dir
 from wmtp.run_log import RunLog
-from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
+from wmtp.samples import Journal, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Sandbox
 from wmtp.stopping import stopping
 from wmtp.storage import open_output
@@ -201,15 +200,16 @@ class EvalMBPPRecipe:
     def evaluate(self) -> None:
         """Generate what is missing and judge it meanwhile; a finished sample goes to the journal, then to the judge."""
         self._tasks_by_id = {task.task_id: task for task in self._tasks}
-        self._pending: dict[Future, Sample] = {}
         self._stats, self._seconds = DecodingStats(), 0.0
         self._counters = SharedCounters()
         temperatures = self._temperatures if self._samples_file is None else []
         there = self._samples | {sample.key: sample for sample in self._given}
         to_judge = [sample for key, sample in there.items() if key not in self._judgements]
         to_generate = {t: self._units(t) for t in temperatures}
-        self._total = len(to_judge) + sum(len(unit) for units in to_generate.values() for unit in units)
-        self._progress = tqdm(total=self._total, disable=not self._world.is_main, desc=self._name, unit="sample")
+        total = len(to_judge) + sum(len(unit) for units in to_generate.values() for unit in units)
+        self._judging = Judging(
+            self._sandbox, self._journal, self._counters, total=total, name=self._name, show=self._world.is_main
+        )
 
         for index in self._counters.take("judge", len(to_judge)):
             if to_judge[index].key not in self._samples:
@@ -230,13 +230,7 @@ class EvalMBPPRecipe:
                 self._journal.add_sample(sample)
                 self._submit(sample)
         self._seconds = time.perf_counter() - started
-        while self._pending:
-            self._collect(wait(self._pending, return_when=FIRST_COMPLETED).done)
-        while self._counters.add("judged") < self._total:  # other ranks are at work; a dead one ends us all
-            self._show_progress()
-            time.sleep(0.2)
-        self._show_progress()
-        self._progress.close()
+        self._judging.finish()
 
     def _units(self, temperature: float) -> list[list[tuple[str, int]]]:
         """What is still to generate, as (task, sample) of one task each: its samples share the prompt's prefill."""
@@ -255,23 +249,7 @@ class EvalMBPPRecipe:
 
     def _submit(self, sample: Sample) -> None:
         task = self._tasks_by_id[sample.task_id]
-        self._pending[self._sandbox.submit(task.job(sample.solution, limits=self._limits))] = sample
-        self._collect([future for future in self._pending if future.done()])
-
-    def _collect(self, futures) -> None:
-        for future in futures:
-            sample = self._pending.pop(future)
-            judgement = Judgement.of(self._tasks_by_id[sample.task_id], future.result())
-            self._journal.add_judgement(sample, judgement)
-            self._counters.add("passed", int(judgement.verdict == "passed"))
-            self._counters.add("judged", 1)
-        self._show_progress()
-
-    def _show_progress(self) -> None:
-        if self._world.is_main:
-            judged, passed = self._counters.add("judged"), self._counters.add("passed")
-            self._progress.update(judged - self._progress.n)
-            self._progress.set_postfix(passed=f"{passed}/{judged} = {passed / max(judged, 1):.3f}")
+        self._judging.submit(task, sample, task.job(sample.solution, limits=self._limits))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Results

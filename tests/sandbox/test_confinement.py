@@ -501,6 +501,7 @@ def test_the_filter_decides_by_number_and_arguments(machine):
         "prctl": [((15,), ALLOW), ((22, 2), EPERM), ((4, 1), EPERM), ((38, 1), EPERM)],
         "ioctl": [((0, 0x5401), ALLOW), ((0, 0x5412), EPERM), ((0, 0x8901), EPERM)],
         "fcntl": [((0, 3), ALLOW), ((0, 8), EPERM), ((0, 10), EPERM), ((0, 1024), EPERM)],
+        "mmap": [((0, 0, 0, 0x22), ALLOW), ((0, 0, 0, 1), ALLOW), ((0, 0, 0, 0x21), EPERM), ((0, 0, 0, 0x23), EPERM)],
         "openat": [((0, 0, 0), ALLOW), ((0, 0, 0o1000), EPERM), ((0, 0, 0o1001), ALLOW), ((0, 0, 0o1102), ALLOW)],
     }
     assert set(cases) | {"open"} == set(seccomp._CONDITIONS)
