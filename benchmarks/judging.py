@@ -31,12 +31,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "sandbox")]
 import golds  # noqa: E402  (beside the tests, found by the line above)
 from figures import report  # noqa: E402
 
-from wmtp.sandbox import AssertionJob, Sandbox  # noqa: E402
+from wmtp.sandbox import AssertionJob, Limits, Sandbox  # noqa: E402
 
 warnings.simplefilter("ignore")  # some of the data sets' programs have invalid escapes
 
 POOL_BAR_SECONDS = 12
 PROGRAM_BAR_MILLISECONDS = 8
+SLEEPERS, SLEEP_SECONDS, SLEEPERS_BAR = 4, 5, 1.3
+SLEEPER = f"import time\n\n\ndef f(x):\n    time.sleep({SLEEP_SECONDS})\n    return x\n"
 
 
 def fresh_interpreter(job: AssertionJob) -> bool:
@@ -78,6 +80,27 @@ def one_at_a_time(jobs: list[AssertionJob], rounds: int) -> dict[str, list[float
     return milliseconds
 
 
+def beside_sleepers(golds_: list[AssertionJob], wall_seconds: float) -> tuple[float, int]:
+    """Time of right programs with sleepers among them, in units of what it must take, and how often a job was repeated.
+
+    It must take the sleep shared over two workers, and the golds alone, which are judged in the same pool before.
+    """
+    job = AssertionJob(SLEEPER, ("assert f(1) == 1",), limits=Limits(wall_seconds=wall_seconds))
+    mixed, step = list(golds_), len(golds_) // SLEEPERS
+    for index in reversed(range(SLEEPERS)):
+        mixed.insert(index * step, job)
+    with Sandbox(workers=2) as sandbox:
+        started = time.perf_counter()
+        require([outcome.verdict == "passed" for outcome in sandbox.judge(golds_)])
+        alone = time.perf_counter() - started
+        started = time.perf_counter()
+        outcomes = sandbox.judge(mixed)
+        seconds = time.perf_counter() - started
+        slept = [outcome.verdict for outcome, each in zip(outcomes, mixed, strict=True) if each is job]
+        require([verdict == ("timeout" if wall_seconds <= SLEEP_SECONDS else "passed") for verdict in slept])
+        return seconds / (SLEEPERS * SLEEP_SECONDS / 2 + alone), sandbox.times_alone
+
+
 def require(passed: list[bool]) -> None:
     if not all(passed):
         raise SystemExit(f"error: {passed.count(False)} right programs did not pass; the times would mean nothing")
@@ -87,6 +110,11 @@ def times(args) -> None:
     jobs = [job for _, job in golds.mbpp("test")][: args.programs]
     seconds = statistics.median(in_the_pool(jobs) for _ in range(args.rounds))
     report(f"{len(jobs)} MBPP solutions on 2 workers", seconds, "s", f"bar <= {POOL_BAR_SECONDS} for 500")
+    for wall_seconds in (SLEEP_SECONDS, 30):
+        ratio, repeated = beside_sleepers(jobs[:200], wall_seconds)
+        name = f"{SLEEPERS} sleepers of {SLEEP_SECONDS} s among {len(jobs[:200])} solutions, limit {wall_seconds} s"
+        against = f"sleep / 2 workers + solutions alone; bar <= {SLEEPERS_BAR}; {repeated} judged again alone"
+        report(name, ratio, "x", against)
     milliseconds = one_at_a_time(jobs, args.rounds)
     sandbox, fresh = (statistics.median(values) for values in milliseconds.values())
     report("one program, one worker, median", sandbox, "ms", f"bar <= {PROGRAM_BAR_MILLISECONDS}")

@@ -1,6 +1,7 @@
 """Judging many samples beside whatever makes them: a queue in front of the sandbox, the journal, the progress bar."""
 
 import queue
+import sys
 import time
 from concurrent.futures import Future
 
@@ -13,7 +14,8 @@ from wmtp.sandbox import Sandbox
 from wmtp.sandbox.jobs import Job
 
 _MOST_WAITING = 1000  # samples that a process keeps for its judges: more would take memory, and work from other ranks
-_SHOW_SECONDS = 0.25  # at least, between two redraws of the bar and two additions to the counters
+_TELL_SECONDS = 0.25  # at least, between two additions to the counters of all ranks, and two redraws of the bar
+_LOG_SECONDS = 2.0  # the same in a file, where every redraw is a line that stays
 
 
 class Judging:
@@ -39,7 +41,8 @@ class Judging:
         self._waiting = 0
         self._new = {"passed": 0, "judged": 0}  # not yet in the counters
         self._next_show = 0.0
-        self._progress = tqdm(total=total, disable=not show, desc=name, unit="sample", mininterval=0, miniters=1)
+        seconds = _TELL_SECONDS / 2 if sys.stderr.isatty() else _LOG_SECONDS  # half: `_tell` keeps the time already
+        self._progress = tqdm(total=total, disable=not show, desc=name, unit="sample", mininterval=seconds, miniters=1)
 
     def submit(self, task: Task, sample: Sample, job: Job) -> None:
         """Have a sample of `task` judged as `job`; waits where many are being judged already."""
@@ -55,7 +58,7 @@ class Judging:
             self._record()
         self._tell()
         while self._counters.add("judged") < self._total:
-            time.sleep(_SHOW_SECONDS)
+            time.sleep(_TELL_SECONDS)
             self._tell()
         self._progress.close()
 
@@ -73,7 +76,7 @@ class Judging:
         """Bring the counters of all ranks, and the bar, up to date."""
         passed, judged = (self._counters.add(name, new) for name, new in self._new.items())
         self._new = dict.fromkeys(self._new, 0)
-        self._next_show = time.monotonic() + _SHOW_SECONDS
+        self._next_show = time.monotonic() + _TELL_SECONDS
         if self._show:
             self._progress.set_postfix_str(f"passed={passed}/{judged} = {passed / max(judged, 1):.3f}", refresh=False)
             self._progress.update(judged - self._progress.n)

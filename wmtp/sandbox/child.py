@@ -26,6 +26,7 @@ from wmtp.sandbox import memory, wire
 from wmtp.sandbox.codec import AnswerTooLarge, Decoder, Encoder
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.landlock import Ruleset
+from wmtp.sandbox.usage import own_usage
 
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
 _ABOVE = 64  # descriptors are moved up there first, so that none is overwritten while they are put in place
@@ -55,7 +56,7 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
             wire.send(channel, {"fatal": f"confinement failed: {error}"})
             os._exit(71)
         _fresh_state()
-        wire.send(channel, {"ready": os.getpid()})
+        wire.send(channel, {"ready": own_usage()})
         message = wire.receive(channel)
         if message is not None:
             {"assertion": _serve, "inside": _run_tests, "stdio": _run_main}[request["mode"]](channel, message, limits)

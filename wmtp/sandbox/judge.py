@@ -269,6 +269,7 @@ def _await_ready(process: Process) -> None:
         raise ZygoteLost(f"the process did not start: {end.detail}") from None
     if "ready" not in message:
         raise ZygoteLost(str(message.get("fatal", "the process did not start")))
+    process.usage_at_start = message["ready"]
 
 
 def _stdio_failure(process: Process) -> Ended | None:

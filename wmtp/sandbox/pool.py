@@ -117,6 +117,11 @@ class Sandbox:
         futures = [self.submit(job) for job in jobs]
         return [future.result() for future in futures]
 
+    @property
+    def times_alone(self) -> int:
+        """Jobs that were judged a second time, with all others waiting."""
+        return self._gate.times_alone
+
     def close(self) -> None:
         """Finish the jobs that have begun, cancel those that have not, end every process."""
         with self._closing:

@@ -12,7 +12,7 @@ import time
 from wmtp.sandbox import confine, filesystem, wire
 from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import Limits, Verdict
-from wmtp.sandbox.usage import own_usage, starved
+from wmtp.sandbox.usage import between, own_usage, starved
 
 _START_SECONDS = 120.0  # a loaded machine may take long to start an interpreter
 _CHUNK = 1 << 16
@@ -159,8 +159,10 @@ class Process:
         self.report: dict | None = None
         self._keep_stdout = mode == "stdio"
         self._last_words = b""
-        self._started, self._wall = time.monotonic(), 0.0
-        self._own = own_usage()
+        self._wall, self.usage_at_start = (
+            0.0,
+            {},
+        )  # the latter: of the confined process, as it says before it is given a program
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
         self._channel, theirs = socket.socketpair()
@@ -196,6 +198,7 @@ class Process:
         """Queue one frame; it goes out while waiting for the answer. The first brings the program."""
         if not self._has_program:
             self._has_program, self.deadline = True, time.monotonic() + self.limits.wall_seconds
+            self._own = own_usage()
         self._outbox = wire.frame(message)
         self._write()
         if self._outbox:
@@ -249,8 +252,10 @@ class Process:
 
     def starved(self) -> bool:
         """Whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
-        ours = {name: value - self._own[name] for name, value in own_usage().items()}
-        return "cpu" in self.report and starved(self._wall, self.report, ours)
+        if not self._has_program or "cpu" not in self.report:
+            return False
+        usages = between(self.usage_at_start, self.report), between(self._own, own_usage())
+        return starved(self._wall, *usages)
 
     def exceeded(self) -> Ended | None:
         """The verdict on an ended process that used more than it may, whatever else is known of it."""
@@ -274,7 +279,7 @@ class Process:
     def close(self) -> None:
         """Kill the process where it still runs and take its report; raises `ZygoteLost`."""
         try:
-            self._wall = time.monotonic() - self._started
+            self._wall = time.monotonic() - (self.deadline - self.limits.wall_seconds)
             self._zygote.end()
             if self.report is None:
                 self.report = self._zygote.read_report()

@@ -3,11 +3,12 @@
 import resource
 
 _BLOCKS_A_READ = 256  # of 512 bytes: what the kernel reads ahead in a file
-# A process that wants to run and may not is put aside and taken up again at least ten times a second: every few
-# milliseconds where it takes turns with others, every 100 ms under a container's CPU quota. One that sleeps, or waits
-# for a lock that nobody frees, goes of its own accord and is hardly ever put aside.
-_PUT_ASIDE_SECONDS = 0.1
-_READ_SECONDS = 0.1  # a slow disk's answer
+# A process that wants to run and may not is put aside and taken up again many times: every 10 to 140 ms beside 5 to 15
+# busy processes on its CPU, every 20 ms under a container's quota of a tenth of one. One that sleeps, whole or in naps
+# of a millisecond, or waits for a lock that nobody frees, goes of its own accord: it is put aside once a second or
+# less, whatever runs beside it. The line is drawn at 0.3 s (half of the idle time must be accounted for).
+_PUT_ASIDE_SECONDS = 0.15
+_READ_SECONDS = 0.02  # of a busy disk
 
 Usage = dict[str, float]
 
@@ -24,6 +25,11 @@ def usage_of(usage: resource.struct_rusage) -> Usage:
 def own_usage() -> Usage:
     """Of this process."""
     return usage_of(resource.getrusage(resource.RUSAGE_SELF))
+
+
+def between(before: Usage, after: Usage) -> Usage:
+    """What was used from one time to another."""
+    return {name: after[name] - value for name, value in before.items()}
 
 
 def starved(wall: float, *usages: Usage) -> bool:
