@@ -51,7 +51,7 @@ print(json.dumps({"layers": layers, "outcomes": [[outcome.verdict, outcome.detai
 '''
 
 FORBIDDEN = '''
-import ctypes, fcntl, os, resource, shutil, signal, socket, subprocess, sys
+import ctypes, fcntl, mmap, os, resource, shutil, signal, socket, subprocess, sys
 
 libc = ctypes.CDLL(None, use_errno=True)
 OUTSIDE, PACKAGE = @OUTSIDE@, @PACKAGE@
@@ -110,6 +110,8 @@ ACTS = {
     "mount": lambda: call("mount", b"none", b".", b"tmpfs", 0, None),
     "shared memory that stays": lambda: call("shmget", 0x1234, 4096, 0o1600),
     "memory without a limit": lambda: os.memfd_create("x"),
+    "memory that nobody counts": lambda: mmap.mmap.__base__(-1, 4096),
+    "memory from a device": lambda: open("/dev/zero", "rb"),
     "loosen itself": lambda: call("prctl", 4, 1, 0, 0, 0),
     "the next program's module": lambda: open(os.path.join(os.path.dirname(os.__file__), "planted.py"), "w"),
 }
@@ -216,6 +218,7 @@ def test_in_a_container_that_forbids_namespaces_landlock_is_enough(offered, tmp_
     layers, missing = try_out(tmp_path, container=True)
     assert any(layer.startswith("landlock") for layer in layers)
     assert any(reason.startswith("namespaces: ") for reason in missing)
+    assert ("resident memory" in layers) == ("resident" in offered)
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
@@ -267,6 +270,7 @@ def test_an_ordinary_user_with_python_under_a_private_home(offered, ordinary, co
     imports = "import private_module\nassert private_module.VALUE == 5"
     layers, missing = try_out(home, user=NOT_ROOT, python=python, path=path, imports=imports, container=container)
     assert any(layer.startswith("landlock" if container else "namespaces user") for layer in [*layers, *missing])
+    assert ("resident memory" in layers) == ("resident" in offered)
 
 
 @pytest.mark.parametrize("without", [("seccomp",), ("rlimits",), tuple(sorted(FILES_APART))], ids=str)
@@ -285,7 +289,7 @@ def test_an_unknown_layer_is_refused():
         Sandbox(workers=1, _without=("magic",))
 
 
-PROBES = ("landlock", "seccomp", "rlimits", "threads", "isolation")
+PROBES = ("landlock", "seccomp", "rlimits", "memory", "threads", "isolation")
 
 
 @pytest.mark.parametrize("layer", PROBES)
@@ -298,6 +302,7 @@ def test_a_probe_notices_that_its_layer_does_not_hold(layer, tmp_path):
     layer, path = {layer!r}, {str(tmp_path / "outside")!r}
     checks = dict(landlock=lambda: probe._landlock_problems(path, 6), seccomp=probe._seccomp_problems)
     checks |= dict(rlimits=probe._rlimit_problems, threads=probe._task_limit_problems)
+    checks |= dict(memory=lambda: probe._memory_problems(probe.ResidentMemory()))
     checks |= dict(isolation=lambda: probe._isolation_problems(path, "pid"))
     print(json.dumps(probe._try(probe.Confinement(None, None, False, 0, False), {str(tmp_path)!r}, checks[layer])))
     """

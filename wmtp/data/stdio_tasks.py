@@ -73,8 +73,8 @@ class StdioTask:
         Args:
             program: source.
             machine_factor: CPU time allowed, in time limits: contests set theirs for their own machines.
-            memory_factor: address space allowed, in memory limits: contests limit resident memory, while the stack
-                size a thread asks for and an allocator's arenas take address space that is never touched.
+            memory_factor: memory allowed, in memory limits: contests set theirs for compiled languages, and where only
+                the address space can be limited, stacks and arenas that are never touched count too.
             limits: used as they are where the contest's limit is unknown; the factors do not apply to them.
             stop_at_first_failure: False judges all tests, which :meth:`passes_lenient` needs of a failing program.
 

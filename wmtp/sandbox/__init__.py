@@ -23,8 +23,17 @@ What is guaranteed against a program that does its worst, and by what:
   emptied after it (Landlock; a read-only root in a mount namespace; for root, no capabilities either). It cannot see
   this package, which holds tasks with solutions. Modes, owners and times of files cannot be changed (seccomp).
 - It ends: CPU time (killed by the zygote on the exact count, by RLIMIT_CPU a little later), wall clock (by the
-  judge), memory (RLIMIT_AS), output and answers (counted by the judge), threads (RLIMIT_NPROC), size of files
-  (RLIMIT_FSIZE, tmpfs).
+  judge), memory, output and answers (counted by the judge), threads (RLIMIT_NPROC), size of files (RLIMIT_FSIZE,
+  tmpfs).
+- It holds no more memory than `memory_bytes`: the zygote looks at its anonymous and swapped pages before it could have
+  touched what is left (at 8 GB a second, but no oftener than every 2 ms), and kills it beyond the limit: at most 6 MB
+  beyond, measured beside 18 busy processes on 2 cores. RLIMIT_DATA refuses what is 1 GiB above the limit in any case,
+  RLIMIT_AS 8 GiB. No page escapes the count: shared anonymous maps are refused (seccomp; `mmap.mmap(-1, n)` makes a
+  private one), there is no memfd and no /dev/zero. Beside it come 64 MiB of scratch and the buffers of its pipes. Where
+  /proc cannot be read (bubblewrap) or the kernel has no process descriptors, `missing` names `resident memory`, and
+  RLIMIT_AS counts all that is mapped, touched or not.
+- It steals no time from its neighbours by sleeping: only a program that the kernel kept from running (`usage`), and a
+  failure of ours, is judged again alone, and all that together takes at most a quarter of the time, or one minute.
 - It leaves nothing: killed and reaped before its outcome is known, scratch emptied, and the zygote never shares
   memory with it, so that the next program starts from the same state.
 

@@ -16,7 +16,9 @@ class Limits:
         cpu_seconds: CPU time of all its threads; the kernel kills at the next whole second, the verdict is exact.
         wall_seconds: time by the clock from when it is handed its program, generous because a loaded machine must not
             cause timeouts.
-        memory_bytes: address space beyond what the warm interpreter has.
+        memory_bytes: resident memory of its own (anonymous or swapped pages, not those of files) beyond what the warm
+            interpreter has; where `Sandbox.missing` names `resident memory`, address space. `import torch` holds 0.3 GB
+            and takes 3 GB of address space.
         output_bytes: stdout and stderr together; also the size of one answer, and a quarter of all answers.
         threads: threads beside the main one.
         open_files: highest file descriptor + 1.
