@@ -77,7 +77,7 @@ bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside thei
 ops-demo: $(SETUP)  ## S3 and MLflow servers here: train, evaluate, register, promote, roll back, find all again
 	$(RUN)/python benchmarks/ops_demo.py
 
-docs: $(SETUP)  ## rewrite docs/configuration.md from the comments in configs/
+docs: $(SETUP)  ## rewrite docs/configuration.md from the comments in configs/ and the builders' docstrings
 	$(RUN)/python docs/make_configuration.py
 
 lint: $(SETUP)  ## ruff, the Dockerfile, the workflows: as CI runs it, without the network

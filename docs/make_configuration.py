@@ -32,7 +32,8 @@ REQUIRED, UNKNOWN = "required", ""
 
 _HEAD = """# Configuration
 
-Every key of every config, written by `make docs` from the comments in `configs/` and from the code: do not edit.
+Every key of every config, written by `make docs` from the comments in `configs/` and from the code with its docstrings:
+do not edit.
 
 - Any key can be overridden on the command line: `max_steps=20 weighting.percentile=0.7 tracking=null`.
 - A key that nobody reads is an error, and so is a value out of its range; both name the key.

@@ -356,10 +356,11 @@ class CriticStage1Recipe:
             if last or (self._eval_every and self._step % self._eval_every == 0):
                 self._keep_best(self.evaluate(self._heldout))
                 model.train()
+                self._stop.ask_all()
             if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
         progress.close()
-        if self._checkpointer.saved_step != self._step:  # however it ended
+        if self._step and self._checkpointer.saved_step != self._step:  # however it ended
             self.save_checkpoint()
         self._checkpointer.wait()
         self._stop.end(f"after step {self._step} of {self._total_steps}")

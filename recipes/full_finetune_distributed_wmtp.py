@@ -321,10 +321,11 @@ class FullFinetuneRecipeWMTP:
             if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
                 self._log.metrics(self.evaluate(), self._step)
                 model.train()
+                self._stop.ask_all()
             if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
         progress.close()
-        if self._checkpointer.saved_step != self._step:  # however it ended
+        if self._step and self._checkpointer.saved_step != self._step:  # however it ended
             self.save_checkpoint()
         self._checkpointer.wait()
         self._stop.end(f"after step {self._step} of {self._total_steps}")

@@ -19,7 +19,11 @@ _ABSENT = ("sklearn", "scipy", "pandas", "torchao", "torchvision", "peft", "acce
 
 
 def release_folder(version: str) -> Path:
-    """The folder of a release, installed where it is not there yet; skips the test where no registry can be reached."""
+    """The folder of a release, installed where it is not there yet.
+
+    Where it cannot be, the test is skipped, and pytest's summary says so (`-ra`): a machine without a package index is
+    no fault of the exports.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "wmtp-tests" / f"transformers-{version}-py{sys.version_info.minor}"
     pins = [f"transformers=={version}", f"tokenizers=={RELEASES[version]}", "huggingface_hub==0.36.0"]
@@ -31,9 +35,13 @@ def release_folder(version: str) -> Path:
     with made_once(folder) as partial:
         if partial is not None:
             command += ["--quiet", "--no-deps", "--target", partial, *pins]
-            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-            if done.returncode:
-                pytest.skip(f"transformers {version} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+            try:
+                done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+                why = done.stderr.strip().splitlines()[-1:] if done.returncode else None
+            except subprocess.TimeoutExpired:
+                why = "no end after 300 s"
+            if why is not None:
+                pytest.skip(f"NOT TESTED with transformers {version}, which cannot be installed here: {why}")
     return folder
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from wmtp.errors import UserError, clear_errors, ending, keep_tracebacks
 from wmtp.files import file_sha256, sync
+from wmtp.stopping import stopping
 
 OUTPUT_DIR = Path({output_dir!r})
 
@@ -28,6 +29,7 @@ def work():
     {work}
 
 @clear_errors()
+@stopping()
 def main():
     OUTPUT_DIR.mkdir(exist_ok=True)
     (OUTPUT_DIR / "config.yaml").touch()  # the run has begun
@@ -141,9 +143,9 @@ def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path):
     assert process.stdout.readline() == "at work\n"
     process.send_signal(signal.SIGINT)
     said, told = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 75
     assert said == "ended as KILLED\n"
-    assert told == f"stopped by Ctrl-C; resume=true goes on from what is complete in {tmp_path}/run\n"
+    assert told == "stopped by SIGINT; to go on from what is saved: the same command with resume=auto\n"
 
 
 def test_one_rank_of_a_node_speaks_and_answers_the_launcher(script, tmp_path):
@@ -176,6 +178,11 @@ def test_the_launcher_s_last_line_is_the_first_error():
     )
     stuck = {0: failure(-signal.SIGKILL), 1: failure(1, "error [rank 1]: x")}
     assert last_words(stuck) == (["rank 0 was killed (SIGKILL)", "error [rank 1]: x"], 1)
+    stopped = failure(75, "stopped by SIGTERM; to go on from what is saved: ...")
+    assert last_words({0: failure(-signal.SIGKILL), 1: stopped}) == (
+        ["stopped by SIGTERM; to go on from what is saved: ...", "rank 0 was killed (SIGKILL)"],
+        1,  # not 75: a loop that restarts what was stopped would run out of memory for ever
+    )
     assert last_words({0: failure(-signal.SIGSEGV), 1: failure(1, "consequence")}) is None  # torch tells all it knows
     assert last_words({0: failure(2), 1: ended}) is None  # no recipe of ours
 

@@ -42,5 +42,6 @@ def wait_beyond_the_timeout():
         on_rank_0(break_down)
 
 
+@pytest.mark.slow
 def test_a_wait_ends_when_the_slow_rank_comes_not_at_the_groups_timeout(tmp_path):
     start(wait_beyond_the_timeout, size=2, log=tmp_path / "log.txt").join()

@@ -350,7 +350,7 @@ def _change(cfg: DictConfig, change: str) -> None:
 
 
 def config_changes(before: Mapping | None, now: DictConfig) -> str:
-    """What a run that goes on does otherwise: `` with optimizer.lr 0.003 -> 0.001, max_steps 20 -> 40``, or ''.
+    """What a run that goes on does otherwise: `` with max_steps 20 -> 40, optimizer.lr 0.003 -> 0.001``, or ''.
 
     Args:
         before: the config of its checkpoint, None where it holds none.

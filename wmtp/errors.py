@@ -106,7 +106,8 @@ def clear_errors() -> Iterator[None]:
     A :class:`UserError`, and what the machine refused (a full disk, a file that may not be read), is one line. Every
     other error keeps its traceback, as it is the code's: WMTP's, a library's, or what someone has just written. The
     traceback of either kind is in ``output_dir`` too; WMTP_TRACEBACK=1 shows it. Under a launcher one rank of a node
-    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.launcher`). Ctrl-C is one line and status 130.
+    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.launcher`). Ctrl-C is one line
+    and status 130 where the recipe does not stop in order (:mod:`wmtp.stopping`).
     """
     before = sys.excepthook
     sys.excepthook = _end

@@ -49,7 +49,10 @@ def last_words(failures: dict[int, Any]) -> tuple[list[str], int] | None:
         elif told[rank] is None and failure.exitcode != -signal.SIGTERM:
             return None
     said = sorted((rank for rank in failures if told[rank]), key=lambda rank: failures[rank].timestamp, reverse=True)
-    return lines + [told[rank] for rank in said], failures[said[-1]].exitcode
+    words, status = [told[rank] for rank in said], failures[said[-1]].exitcode
+    if lines and status == Stopped.exit_status:  # they were stopped because one was killed, as it may be again
+        return words + lines, 1
+    return lines + words, status
 
 
 def _hook(before: Callable[..., Any]) -> Callable[..., Any]:

@@ -48,6 +48,10 @@ class StopFlag:
         """Take what a collective found: how many ranks want to end."""
         self.agreed = self.agreed or ranks > 0
 
+    def ask_all(self) -> None:
+        """Agree in a collective of its own, after work that takes longer than a step; every rank calls it."""
+        self.agree(sum(gather_objects(self.wanted())))
+
     def wanted_by_any(self, counters: SharedCounters) -> bool:
         """Whether a rank wants to end, as far as it has been asked; for ranks that do not work in step."""
         if self.wanted():

@@ -23,10 +23,10 @@ def without_strings(tree: ast.AST) -> str:
 
 
 @pytest.mark.slow
-def test_every_function_of_the_standard_library_is_valid_python_and_unchanged():
+def test_functions_of_the_standard_library_are_valid_python_and_unchanged():
     root = Path(sysconfig.get_paths()["stdlib"])
     count = 0
-    for path in module_paths(root):
+    for path in module_paths(root)[::4]:
         source = read_source(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -45,7 +45,7 @@ def test_every_function_of_the_standard_library_is_valid_python_and_unchanged():
                 original = originals[int(function.id.split(":")[1])]
                 assert without_strings(node) == without_strings(original), function.id
                 count += 1
-    assert count > 5000
+    assert count > 1000
 
 
 MODULE = '''

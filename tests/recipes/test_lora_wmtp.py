@@ -133,6 +133,7 @@ def test_held_out_ce_falls_and_the_merged_export_is_the_trained_model(lora_confi
     again.adapter = str(recipe._output_dir / "adapter")
     _, evaluated = run(again)
     assert evaluated == [{"step": 0, **{k: v for k, v in held_out[-1].items() if k != "step"}}]
+    assert complete_checkpoints(Path("again/checkpoints")) == []
     for name in ("adapter_model.safetensors", "wmtp_heads.safetensors"):
         ours, theirs = (load_file(folder / "adapter" / name) for folder in (Path("again"), recipe._output_dir))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -171,6 +172,40 @@ def test_a_signal_ends_a_set_up_at_once_a_loop_after_its_step_and_twice_anything
     process.join(code=-number)
 
 
+def run_and_stop_in_its_first_evaluation(recipe, config):
+    (kind,) = (v for v in vars(sys.modules[f"recipes.{recipe}"]).values() if getattr(v, "evaluate", None))
+    evaluate = kind.evaluate
+
+    def signalled(self, *data):
+        if self._step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, *data)
+
+    kind.evaluate = signalled
+    run_recipe_file(recipe, config)
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_is_heeded_after_it_not_after_one_more_step(tiny_config, models, tmp_path):
+    running = []
+    for recipe, job in ((RECIPE, "uniform"), ("lora_wmtp", "lora_rho1"), ("critic_stage1", "critic_stage1")):
+        cfg = tiny_config(job, max_steps=9, eval_every=1, save_every=None, export_dtype="none")
+        for key in ("checkpoint", "reference_checkpoint"):
+            if cfg.get(key) is not None:
+                cfg[key] = str(models / "reference")
+        OmegaConf.save(cfg, tmp_path / f"{job}.yaml")
+        log = tmp_path / f"{job}.txt"
+        args = (recipe, str(tmp_path / f"{job}.yaml"))
+        running.append((start(run_and_stop_in_its_first_evaluation, *args, log=log), cfg.output_dir))
+    for process, output_dir in running:
+        process.join(code=75)
+        last = process.log.read_text().splitlines()[-1]
+        assert last.startswith("stopped by SIGTERM after step 1 of 9, and saved"), last
+        lines = read_metrics(output_dir)
+        assert lines[-1]["step"] == 1 and any(key.startswith("eval/") for key in lines[-1])
+
+
+@pytest.mark.slow
 def test_scoring_finishes_its_part_and_goes_on_byte_for_byte(tiny_config, models, tmp_path):
     def job(name, **more):
         cfg = tiny_config(

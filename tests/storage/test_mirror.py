@@ -146,12 +146,19 @@ def test_a_damaged_listing_is_asked_again_and_a_folder_comes_whole(bucket, monke
     whole = {"a.bin": b"aaaa", "b.bin": b"bbbb", "c/d.bin": b"dddd"}
     for name, body in whole.items():
         bucket.put(f"model/{name}", body)
-    bucket.proxy.mode, bucket.proxy.damage = "corrupt", DAMAGES[damage]
+    changed = []
+
+    def damaged(body):
+        worse = DAMAGES[damage](body)
+        changed.append(worse != body)
+        return worse
+
+    bucket.proxy.mode, bucket.proxy.damage = "corrupt", damaged
     listings = itertools.count()
     # Every second listing is damaged: the first page's second try, the next page's second try, ...
     bucket.proxy.matches = lambda method, path: "list-type=2" in path and next(listings) in (1, 4, 7)
     assert files_of(local_copy(f"{bucket.uri}/model")) == whole
-    assert bucket.proxy.faults >= 2
+    assert any(changed)
 
 
 def test_listings_that_never_agree_are_one_clear_line(bucket):
@@ -181,7 +188,7 @@ def test_a_file_that_is_gone_after_the_listing_is_not_missed(bucket):
         return False
 
     bucket.proxy.mode, bucket.proxy.matches = "delay", remove
-    assert files_of(local_copy(f"{bucket.uri}/model")) in ({"a.bin": b"a"}, {"a.bin": b"a", "b.bin": b"b"})
+    assert files_of(local_copy(f"{bucket.uri}/model")) == {"a.bin": b"a"}
 
 
 def test_a_folder_that_another_process_mirrors_too_is_never_away(bucket):

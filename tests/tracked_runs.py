@@ -13,7 +13,7 @@ from wmtp.evaluation_results import evaluation_results
 from wmtp.models import checkpoint_sha256, export_hf
 from wmtp.samples import Judgement, Sample
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "tasks_sha256": "t" * 64,
     "prompts_sha256": "p" * 64,
