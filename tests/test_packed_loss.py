@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wmtp.data import byte_tokenizer, pack, python_functions
+from wmtp.data import Documents, byte_tokenizer, pack, python_functions
 from wmtp.loss import mtp_loss
 from wmtp.models import llama_mtp
 from wmtp.weighting import rho1, uniform
@@ -13,7 +13,8 @@ TOKENIZER = byte_tokenizer()
 
 @pytest.fixture(scope="module")
 def documents():
-    return python_functions(TOKENIZER, max_functions=12, max_body_lines=4)
+    found = python_functions(TOKENIZER, max_functions=100, max_body_lines=4)
+    return Documents("short functions", [document for document in found if len(document) <= 400][:12])
 
 
 @pytest.mark.parametrize("weighting", [uniform(), rho1("select"), rho1("soft"), rho1("soft", per_head=True)])
