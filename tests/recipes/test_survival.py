@@ -189,7 +189,7 @@ def run_and_stop_in_its_first_evaluation(recipe, config):
 def test_a_signal_in_an_evaluation_is_heeded_after_it_not_after_one_more_step(tiny_config, models, tmp_path):
     running = []
     for recipe, job in ((RECIPE, "uniform"), ("lora_wmtp", "lora_rho1"), ("critic_stage1", "critic_stage1")):
-        cfg = tiny_config(job, max_steps=9, eval_every=1, save_every=None, export_dtype="none")
+        cfg = tiny_config(job, max_steps=9, eval_every=1, save_every=None)
         for key in ("checkpoint", "reference_checkpoint"):
             if cfg.get(key) is not None:
                 cfg[key] = str(models / "reference")
