@@ -21,7 +21,7 @@ from pathlib import Path
 
 from wmtp.errors import UserError, clear_errors, ending, keep_tracebacks
 from wmtp.files import file_sha256, sync
-from wmtp.stopping import stopping
+{imports}
 
 OUTPUT_DIR = Path({output_dir!r})
 
@@ -29,7 +29,7 @@ def work():
     {work}
 
 @clear_errors()
-@stopping()
+{decorator}
 def main():
     OUTPUT_DIR.mkdir(exist_ok=True)
     (OUTPUT_DIR / "config.yaml").touch()  # the run has begun
@@ -46,8 +46,14 @@ if __name__ == "__main__":
 def script(tmp_path):
     """The command that runs a recipe which does `work`."""
 
-    def write(work):
-        (tmp_path / "recipe.py").write_text(SCRIPT.format(output_dir=str(tmp_path / "run"), work=work))
+    def write(work, stops=False):
+        more = (
+            ("from wmtp.stopping import stopping", "@stopping()")
+            if stops
+            else ("", "# not of those that stop in order")
+        )
+        parts = {"output_dir": str(tmp_path / "run"), "work": work, "imports": more[0], "decorator": more[1]}
+        (tmp_path / "recipe.py").write_text(SCRIPT.format(**parts))
         return [sys.executable, str(tmp_path / "recipe.py")]
 
     return write
@@ -135,17 +141,24 @@ def test_a_debugger_stops_where_an_error_was_raised(run):
     assert "42" in stopped.stdout and stopped.returncode == 0
 
 
-def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path):
-    command = script("print('at work', flush=True); time.sleep(100)")
+@pytest.mark.parametrize(
+    ("stops", "status", "line"),
+    [
+        (True, 75, "stopped by SIGINT; to go on from what is saved: the same command with resume=auto"),
+        (False, 130, "stopped by Ctrl-C; resume=true goes on from what is complete in {run}"),
+    ],
+)
+def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path, stops, status, line):
+    command = script("print('at work', flush=True); time.sleep(100)", stops)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert process.stdout.readline() == "at work\n"
     process.send_signal(signal.SIGINT)
     said, told = process.communicate(timeout=60)
-    assert process.returncode == 75
+    assert process.returncode == status
     assert said == "ended as KILLED\n"
-    assert told == "stopped by SIGINT; to go on from what is saved: the same command with resume=auto\n"
+    assert told == line.format(run=tmp_path / "run") + "\n"
 
 
 def test_one_rank_of_a_node_speaks_and_answers_the_launcher(script, tmp_path):
