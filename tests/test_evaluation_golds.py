@@ -53,8 +53,11 @@ def test_tasks_that_need_it_are_refused_or_judged_inside(settle):
     assert settle({"a": ROW}) == settle({"a": ROW}, "inside") == ({"a": False}, [])
     line = refusal(settle, rows)
     assert line.startswith("2 of 3 tasks cannot be judged (b: protected tests cannot express it: ")
-    assert "set tests=inside to run the tests of b, c in the program's process" in line
-    assert line.endswith("or leave tasks out with tasks.exclude=[b,c]")
+    assert "; set tests=inside to run the tests of 2 in the program's process" in line
+    assert line.endswith("or leave all out with tasks.exclude=[b,c]")
+    line = refusal(settle, {**rows, "d": FAILING})
+    assert "; set tests=inside and tasks.exclude=[d] to run the tests of 2 in" in line
+    assert line.endswith("or leave all out with tasks.exclude=[d,b,c]")
     modes, [said] = settle(rows, "inside")
     assert modes == {"a": False, "b": True, "c": True}
     assert said.startswith("2 of 3 tasks are judged inside") and said.endswith(": b, c")

@@ -75,14 +75,8 @@ def _find_inside(
     if bad:
         few = "; ".join(f"{task_id}: {reason}" for task_id, reason in list(bad.items())[:_NAMED])
         more = f"; and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
-        way = "mend them, or leave them out"
-        if only_inside:
-            way = f"set tests=inside to run the tests of {_listed(only_inside)} in the program's process, where a "
-            way += "program can fool them, or leave tasks out"
-        raise UserError(
-            f"{len(bad)} of {len(tasks)} tasks cannot be judged ({few}{more}); {way} with "
-            f"tasks.exclude=[{_listed(list(bad), ',')}]"
-        )
+        way = _way_out([task_id for task_id in bad if task_id not in only_inside], only_inside)
+        raise UserError(f"{len(bad)} of {len(tasks)} tasks cannot be judged ({few}{more}); {way}")
     return tuple(task.task_id for task in inside)
 
 
@@ -146,6 +140,20 @@ def _stub(task: AssertionTask) -> str:
 def _reason(outcome: Outcome) -> str:
     detail = f"{outcome.verdict}, {outcome.detail}"
     return detail if len(detail) <= _DETAIL else f"{detail[:_DETAIL]}..."
+
+
+def _way_out(in_no_mode: list[str], only_inside: list[str]) -> str:
+    if not only_inside:
+        return f"mend them, or leave them out with {_exclude(in_no_mode)}"
+    beside = f" and {_exclude(in_no_mode)}" if in_no_mode else ""
+    return (
+        f"set tests=inside{beside} to run the tests of {len(only_inside)} in the program's process, where a program "
+        f"can fool them, or leave all out with {_exclude(in_no_mode + only_inside)}"
+    )
+
+
+def _exclude(task_ids: list[str]) -> str:
+    return f"tasks.exclude=[{_listed(task_ids, ',')}]"
 
 
 def _listed(task_ids: Sequence[str], comma: str = ", ") -> str:

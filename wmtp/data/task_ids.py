@@ -49,6 +49,12 @@ class TaskIds:
         raise UserError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks; {hint}")
 
 
+class Tasks(tuple):
+    """Tasks, and the ids of those that were left out on purpose: a sample of one of these is no mistake."""
+
+    left_out: frozenset[str] = frozenset()
+
+
 def select_tasks(
     rows: Iterable[tuple[str, dict]],
     id_of: Callable[[dict, str], str],
@@ -64,7 +70,7 @@ def select_tasks(
         rows: (where it was read, row).
         id_of: a row's task id; gets the row and where it was read, as `make`, its task.
         source: for messages.
-        exclude: ids of rows that are left out before they become tasks, so that a bad one can be.
+        exclude: ids of rows that are left out before they become tasks, so that a bad one can be; see `Tasks.left_out`.
 
     Raises:
         ValueError: no tasks, two with one id, an element of `ids` or `exclude` without a row, one of `ids` given twice,
@@ -73,6 +79,7 @@ def select_tasks(
     named = _unique((where, row, id_of(row, where)) for where, row in rows)
     if limit is not None and limit < 1:
         raise UserError(f"limit must be a whole number >= 1 or null, got {limit!r}")
+    left_out: set[str] = set()
     if ids is None and not exclude:
         chosen = itertools.islice(named, limit)  # read no further: a public split can hold gigabytes of tests
     else:
@@ -84,7 +91,8 @@ def select_tasks(
             raise UserError(f"{source}: ids names the task {twice} more than once")
         left_out = {finder.find(written, f"{source}: exclude") for written in exclude or ()}
         chosen = itertools.islice((by_id[name] for name in names if name not in left_out), limit)
-    tasks = tuple(make(row, where) for where, row, _ in chosen)
+    tasks = Tasks(make(row, where) for where, row, _ in chosen)
+    tasks.left_out = frozenset(left_out)
     if not tasks:
         reason = "exclude leaves none" if exclude else "the file is empty" if ids is None else "ids is empty"
         raise UserError(f"{source}: no tasks; {reason}")
