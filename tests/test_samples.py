@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp.data import AssertionTask, packaged_program_tasks
+from wmtp.data import AssertionTask, packaged_function_tasks, packaged_program_tasks
 from wmtp.data.task_ids import TaskIds
 from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Outcome
@@ -85,6 +85,16 @@ def test_every_task_must_have_a_sample(tmp_path):
         read_samples(path, TASKS)
     with pytest.raises(ValueError, match="no sample for 3 of 3 tasks"):
         read_samples(write(tmp_path / "e.jsonl"), TASKS)
+
+
+def test_samples_of_tasks_that_were_left_out_are_passed_over(tmp_path):
+    samples = tmp_path / "s.jsonl"
+    samples.write_text("".join(json.dumps({"task_id": f"packaged/{n}", "solution": "x"}) + "\n" for n in (1, 2, 3)))
+    assert [s.task_id for s in read_samples(samples, packaged_function_tasks(ids=[1, 2, 3], exclude=[2]))] == [
+        "packaged/1", "packaged/3",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="task_id 'packaged/2' is none of the 2 tasks"):
+        read_samples(samples, packaged_function_tasks(ids=[1, 3]))
 
 
 def test_a_number_alone_must_name_one_task():

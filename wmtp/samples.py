@@ -96,13 +96,16 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
             with the same index, or a task without a sample.
     """
     by_id = {task.task_id: task for task in tasks}
-    ids = TaskIds(by_id)
+    left_out = getattr(tasks, "left_out", frozenset())
+    ids = TaskIds([*by_id, *left_out])
     samples: dict[Key, Sample] = {}
     counts: Counter = Counter()
     for where, row in ReadColumns(read_rows(path), {"sample": int, "temperature": float}):
         if row.get("task_id") is None:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
-        task = by_id[ids.find(row["task_id"], where)]
+        if (task_id := ids.find(row["task_id"], where)) in left_out:
+            continue
+        task = by_id[task_id]
         if row.get("solution") is None and row.get("completion") is None:
             raise UserError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
         # What a model wrote may be no Unicode text: that is for the judge to find.
