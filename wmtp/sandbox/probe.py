@@ -60,8 +60,8 @@ def report(zygote: "Zygote", spaces: str, settings: dict, missing: list[str]) ->
     elif rlimits:
         missing.append("thread limit: RLIMIT_NPROC would count processes that are not the program's")
     if full.watch_memory:
-        bounded = alone(limit_resources=True, watch_memory=True)
-        full.watch_memory = holds("resident memory", bounded, lambda: _memory_problems(zygote.memory))
+        watched = alone(limit_resources=True, watch_memory=True)
+        full.watch_memory = holds("resident memory", watched, lambda: _memory_problems(zygote.memory))
     if syscalls.SUPPORTED:
         holds("no_new_privs and no capabilities", alone(), _privilege_problems)
     apart = False
