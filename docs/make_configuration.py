@@ -146,13 +146,14 @@ def unread(configs: Iterable[Config]) -> list[str]:
     found, shown = [], {}
     for config in configs:
         known = recipe_defaults(config.recipe)
-        shown.setdefault(config.recipe, set()).update(entry.key for entry in config.entries if "." not in entry.key)
+        shown.setdefault(config.recipe, set()).update(entry.key for entry in config.entries)
         for entry in config.entries:
             section, _, name = entry.key.rpartition(".")
             if not section and name not in known:
                 found.append(f"{entry.where}: {entry.key} is no key of recipes/{config.recipe}.py")
             arguments = component_defaults(entry.component) if section and name != "_component_" else None
-            if arguments is not None and not section.count(".") and name not in arguments:
+            own = entry.key in known  # a key of the recipe's in a section that a component is built of
+            if arguments is not None and not own and not section.count(".") and name not in arguments:
                 found.append(f"{entry.where}: {entry.key} is no argument of {entry.component}")
     for recipe, keys in shown.items():
         found += [
@@ -167,7 +168,7 @@ def unread(configs: Iterable[Config]) -> list[str]:
 
 @cache
 def recipe_defaults(recipe: str) -> dict[str, str]:
-    """The top-level keys that a recipe reads, and what they are where they are left out."""
+    """The keys that a recipe reads, and what they are where they are left out."""
     defaults, tree = {}, _tree(ROOT / "recipes" / f"{recipe}.py")
     loops = [
         node for node in ast.walk(tree) if isinstance(node, ast.comprehension) and isinstance(node.iter, ast.Tuple)
@@ -191,7 +192,7 @@ def recipe_defaults(recipe: str) -> dict[str, str]:
             rest = rest[1:] if call.func.attr == "choice" else rest
             node = rest[0] if rest else named.get("default")
             default = REQUIRED if node is None else _as_yaml(node)
-        defaults.update(dict.fromkeys((key.split(".")[0] for key in keys), default))
+        defaults.update(dict.fromkeys(keys, default))
     return defaults
 
 
@@ -339,8 +340,8 @@ def _default(recipe: str, entry: Entry) -> str:
     section, _, name = entry.key.rpartition(".")
     if name == "_component_":
         return UNKNOWN
-    if not section:
-        return recipe_defaults(recipe).get(name, UNKNOWN)
+    if not section or entry.key in recipe_defaults(recipe):
+        return recipe_defaults(recipe).get(entry.key, UNKNOWN)
     arguments = component_defaults(entry.component)
     return UNKNOWN if arguments is None or "." in section else arguments.get(name, UNKNOWN)
 

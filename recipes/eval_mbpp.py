@@ -54,8 +54,11 @@ class EvalMBPPRecipe:
         self._dtype = read.choice("dtype", DTYPES, "fp32")
 
         self._name = read.get("name")
-        self._tasks_cfg = read.section("tasks")
+        self._tasks_cfg = read.section("tasks").copy()
+        self._only_sampled = read.choice("tasks.only", {"all": False, "with_samples": True}, "all")
+        self._tasks_cfg.pop("only", None)  # which is the recipe's own
         self._samples_file = read.get("samples", None)
+        self._sanitize = read.choice("sanitize", {"auto": "auto", "off": "off", False: "off"}, "auto")  # YAML's off
         self._checkpoint = read.get("checkpoint", None)
         self._model_cfg = read.section("model", optional=True)
         self._tokenizer_cfg = read.section("tokenizer", optional=True)
@@ -107,8 +110,12 @@ class EvalMBPPRecipe:
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")
         self._model = self._prompts = None
+        self._of_tasks = len(self._tasks)
         if self._samples_file is not None:
-            self._given = read_samples(self._samples_file, self._tasks)
+            self._given = on_rank_0(self._read_samples)
+            if self._only_sampled:
+                sampled = {sample.task_id for sample in self._given}
+                self._tasks = tuple(task for task in self._tasks if task.task_id in sampled)
             check_samples(self._tasks, self._given, ks=self._ks, fixed_temperature=self._fixed_temperature)
         else:
             self._given = []
@@ -154,6 +161,14 @@ class EvalMBPPRecipe:
         if self._resume == "yes" and not there:
             raise ConfigError(f"resume=true, but {self._output_dir} holds no evaluation")
 
+    def _read_samples(self) -> list[Sample]:
+        """The samples to judge; a protocol, where there is one, reads their completions as it does a model's."""
+        protocol = None if self._protocol_cfg is None else build(self._protocol_cfg, where="protocol")
+        return read_samples(
+            self._samples_file, self._tasks,
+            protocol=protocol, clean=self._sanitize == "auto", some_tasks=self._only_sampled,
+        )  # fmt: skip
+
     def _build_model(self) -> torch.nn.Module:
         """The whole model on this process's device, its weights in the dtype of the computation."""
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
@@ -180,12 +195,13 @@ class EvalMBPPRecipe:
 
     def _what_decides_a_sample(self) -> dict:
         """The settings without which a resumed run would mix two evaluations."""
-        keys = ("seed", "dtype", "tasks", "samples", "checkpoint", "model", "tokenizer", "protocol", "limits")
+        keys = ("seed", "dtype", "tasks", "checkpoint", "model", "tokenizer", "protocol", "limits")
         keys += ("top_p", "max_new_tokens", "num_drafts")
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
         settings["tasks_sha256"] = _sha256([task.job("") for task in self._tasks])
         if inside := [task.task_id for task in self._tasks if task.inside]:
             settings["judged_inside"] = inside
+        settings["sanitize"] = self._sanitize
         settings["samples_sha256"] = _sha256(self._given)
         settings["prompts_sha256"] = _sha256(self._prompts)
         self._model_tags = {}
@@ -265,7 +281,8 @@ class EvalMBPPRecipe:
         results = evaluation_results(
             self._tasks, samples, kept.judgements,
             ks=self._ks, fixed_temperature=self._fixed_temperature, seed=self._seed, resamples=self._resamples,
-            settings=self._settings, sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
+            settings=self._settings | {"samples": self._samples_file}, of_tasks=self._of_tasks,
+            sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
         prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}

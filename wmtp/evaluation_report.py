@@ -119,6 +119,17 @@ def cautions(results: dict) -> list[str]:
             f"CAUTION: {inside} of {results['tasks']} tasks are judged inside, with their tests in the program's "
             f"process: a program can fool these. {f'Without them {without}' if without else 'There are no others'}."
         )
+    if unreadable := results.get("unreadable"):
+        share = unreadable["samples"] / results["samples"]
+        lines.append(
+            f"WARNING: {unreadable['samples']} of {results['samples']} samples ({_percent(share)} %) are no Python "
+            f"programs: {unreadable['likely_cause']}."
+        )
+    if results.get("of_tasks", results["tasks"]) > results["tasks"]:  # older results do not say
+        lines.append(
+            f"Judged are {results['tasks']} of {results['of_tasks']} tasks, those with samples "
+            "(tasks.only=with_samples): no figure of the whole set."
+        )
     for name, of_temperature in results["temperatures"].items():
         for metric, figure in of_temperature["metrics"].items():
             if figure["tasks"] < results["tasks"]:

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import get_args
+from typing import Any, get_args
 
 from wmtp.data.protocols import Task
 from wmtp.data.stdio_tasks import StdioTask
@@ -20,11 +20,12 @@ from wmtp.evaluation import (
     paired_difference,
     pass_at_k,
 )
-from wmtp.samples import Judgement, Key, Sample, sort_key
+from wmtp.samples import Judgement, Key, Sample, sort_key, why_unreadable
 from wmtp.sandbox import Verdict
 
 VERDICTS = get_args(Verdict)
 ORACLE_NOTE = "chosen on the test score itself: optimistic, not to be compared with a temperature fixed beforehand"
+_NO_PYTHON = ("SyntaxError", "IndentationError", "TabError")
 _EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Warning)\b")
 
 
@@ -40,6 +41,7 @@ def evaluation_results(
     resamples: int = 10_000,
     settings: Mapping[str, object] | None = None,
     sandbox: Mapping[str, Sequence[str]] | None = None,
+    of_tasks: int | None = None,
 ) -> dict:
     """Everything an evaluation found, as JSON values in a fixed order.
 
@@ -53,6 +55,7 @@ def evaluation_results(
         seed, resamples: of the bootstrap over tasks.
         settings: of the run, JSON values, kept as they are.
         sandbox: {"layers": [...], "missing": [...]}, protections in use and not in use.
+        of_tasks: how many tasks the benchmark has, where only those with samples are given.
 
     A `harness_error` is not the model's failure: such samples are left out of n and counted as
     `excluded_harness_errors`. A task with fewer than k samples left does not count for pass@k: `tasks` of each figure
@@ -100,6 +103,7 @@ def evaluation_results(
         "settings": dict(settings or {}),
         "sandbox": {name: list((sandbox or {}).get(name, ())) for name in ("layers", "missing")},
         "tasks": len(tasks),
+        "of_tasks": len(tasks) if of_tasks is None else of_tasks,
         "samples": len(samples),
         "judged_inside": {
             "tasks": len(inside),
@@ -112,6 +116,7 @@ def evaluation_results(
         "temperatures": {temperature_name(temperature): table for temperature, table in tables.items()},
         "oracle": {"note": ORACLE_NOTE, "metrics": oracle},
         **_totals(samples, judgements),
+        **_unreadable(tasks, samples, judgements, settings or {}),
     }
 
 
@@ -255,6 +260,20 @@ def _totals(samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> d
             forwards = sum(sample.forwards for sample in samples)
             totals["tokens"] |= {"forwards": forwards, "per_forward": tokens / forwards if forwards else 0.0}
     return totals
+
+
+def _unreadable(tasks, samples, judgements, settings: Mapping[str, Any]) -> dict:
+    """How many samples are no Python, and why, where these are most: a score near 0 that says nothing of the model."""
+    details = ((sample, judgements[sample.key].detail) for sample in samples)
+    broken = [
+        sample for sample, detail in details if (found := _EXCEPTION.search(detail)) and found.group() in _NO_PYTHON
+    ]
+    if 2 * len(broken) <= len(samples):
+        return {}
+    cleaned = settings.get("samples") is not None and settings.get("sanitize") == "auto"
+    protocol = (settings.get("protocol") or {}).get("_component_")
+    cause = why_unreadable({task.task_id: task for task in tasks}, broken, cleaned=cleaned, protocol=protocol)
+    return {"unreadable": {"samples": len(broken), "likely_cause": cause}}
 
 
 def _verdicts(judged: Iterable[Judgement]) -> dict[str, int]:

@@ -1,21 +1,23 @@
 """Samples of an evaluation: read from files in the field's format, kept in a journal that survives kill -9, merged."""
 
 import fcntl
+import functools
 import json
 import os
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wmtp.data.protocols import Task
+from wmtp.data.protocols import Protocol, Task
 from wmtp.data.rows import ReadColumns, is_number, read_rows, take
 from wmtp.data.stdio_tasks import StdioTask
 from wmtp.data.task_ids import TaskIds
 from wmtp.errors import UserError
 from wmtp.sandbox import Outcome
+from wmtp.sanitize import is_program, open_names, sanitize
 
 Key = tuple[str, float | None, int]  # task id, temperature, sample
 _MAX_DETAIL = 500  # characters of a verdict's detail that are kept
@@ -34,6 +36,7 @@ class Sample:
         finish_reason: "stop", "eos" or "length"; None where it is not known.
         tokens: number of tokens generated.
         forwards: number of forward passes of the model that made them; fewer than tokens with self-speculation.
+        raw: the text that the program was cut out of, where that is not the completion.
     """
 
     task_id: str
@@ -44,6 +47,7 @@ class Sample:
     finish_reason: str | None = None
     tokens: int | None = None
     forwards: int | None = None
+    raw: str | None = None
 
     @property
     def key(self) -> Key:
@@ -79,27 +83,39 @@ class Judgement:
         return cls(outcome.verdict, detail, task.passes_public(outcome), task.passes_lenient(outcome))
 
 
-def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
+def read_samples(
+    path: str | Path,
+    tasks: Sequence[Task],
+    *,
+    protocol: Protocol | None = None,
+    clean: bool = False,
+    some_tasks: bool = False,
+) -> list[Sample]:
     """Samples from a file with `task_id` and `solution` or `completion` in each row, as human-eval and EvalPlus write.
 
-    A completion goes on from the task's prompt; a solution is a whole program, and is what is judged where a row has
-    both (EvalPlus's rule, and that of the files written here). `sample`, `temperature`, `finish_reason`, `tokens` and
-    `forwards` are read where a row has them; without `sample`, a task's samples are numbered in the order of the file.
+    A completion goes on from the task's prompt, or is read as the protocol says; a solution is a whole program, and is
+    what is judged where a row has both (EvalPlus's rule, and that of the files written here). `sample`, `temperature`,
+    `finish_reason`, `tokens` and `forwards` are read where a row has them; without `sample`, a task's samples are
+    numbered in the order of the file.
 
     Args:
-        path: JSON lines or an array, .gz too.
-        tasks: those the samples are for; every one of them must have a sample.
+        path: JSON lines or an array, .gz too; or a pipe.
+        tasks: those the samples are for.
+        protocol: cuts a completion at its stop strings, and makes the program of it.
+        clean: judge the program that a text holds, see :func:`wmtp.sanitize.sanitize`, instead of the text.
+        some_tasks: not every task needs a sample.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a malformed or incomplete row (the message names file and line), a sample of an unknown task, two
-            with the same index, or a task without a sample.
+            with the same index, a task without a sample, or, with `clean`, no text that holds a program.
     """
     by_id = {task.task_id: task for task in tasks}
     left_out = getattr(tasks, "left_out", frozenset())
     ids = TaskIds([*by_id, *left_out])
     samples: dict[Key, Sample] = {}
     counts: Counter = Counter()
+    readable, asked = not clean, functools.cache(lambda task_id: _asked(by_id[task_id]))
     for where, row in ReadColumns(read_rows(path), {"sample": int, "temperature": float}):
         if row.get("task_id") is None:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
@@ -110,7 +126,14 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
             raise UserError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
         # What a model wrote may be no Unicode text: that is for the judge to find.
         completion, solution = (_optional(row, where, column, (str,)) for column in ("completion", "solution"))
-        solution = task.program(completion) if solution is None else solution
+        prompt, text = "", solution
+        if text is None:
+            prompt, text = (
+                (task.program(""), completion) if protocol is None else ("", protocol.program(task, completion))
+            )
+        cleaned = sanitize(text, **asked(task.task_id), prompt=prompt) if clean else None
+        readable = readable or cleaned is not None
+        program = prompt + text if cleaned is None else cleaned
         temperature = _optional(row, where, "temperature", (int, float))
         if temperature is not None and not (is_number(temperature) and temperature >= 0):
             raise UserError(f"{where}: temperature must be a number >= 0, got {temperature}")
@@ -119,11 +142,12 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
             task_id=task.task_id,
             sample=counts[task.task_id, temperature] if number is None else number,
             temperature=None if temperature is None else float(temperature),
-            solution=solution,
+            solution=program,
             completion=completion,
             finish_reason=_optional(row, where, "finish_reason", (str,)),
             tokens=_optional(row, where, "tokens", (int,)),
             forwards=_optional(row, where, "forwards", (int,)),
+            raw=solution if solution not in (None, program) else _raw(row),
         )
         counts[task.task_id, temperature] += 1
         if sample.key in samples:
@@ -131,12 +155,58 @@ def read_samples(path: str | Path, tasks: Sequence[Task]) -> list[Sample]:
         samples[sample.key] = sample
     sampled = {sample.task_id for sample in samples.values()}
     absent = [task_id for task_id in by_id if task_id not in sampled]
-    if absent:
+    if not samples:
+        raise UserError(f"{path}: no samples; the file is empty")
+    if absent and not some_tasks:
         raise UserError(
-            f"{path}: no sample for {len(absent)} of {len(by_id)} tasks, the first is {absent[0]}; "
-            "add them, or choose the tasks with ids"
+            f"{path}: no sample for {len(absent)} of {len(by_id)} tasks, the first is {absent[0]}; add them, or set "
+            "tasks.only=with_samples to judge the others alone"
         )
+    if not readable:
+        cause = why_unreadable(by_id, list(samples.values()), cleaned=True, protocol=protocol and protocol.name)
+        raise UserError(f"{path}: none of the {len(samples)} samples is a Python program: {cause}")
     return list(samples.values())
+
+
+def why_unreadable(tasks: Mapping[str, Task], samples: Sequence[Sample], *, cleaned: bool, protocol: str | None) -> str:
+    """Why samples may be no Python programs, and the way out, from the first of them.
+
+    Args:
+        tasks: by id.
+        samples: of them, that Python does not parse.
+        cleaned: whether programs were cut out of the texts.
+        protocol: the name of the protocol that cut the answers; None where there was none.
+    """
+    first = samples[:20]
+
+    def most(is_so: Callable[[Sample], bool]) -> bool:
+        return 2 * sum(map(is_so, first)) > len(first)
+
+    if not cleaned and most(lambda sample: re.search("^ *(```|~~~)", sample.solution, re.MULTILINE) is not None):
+        return "they hold Markdown fences, and are judged as they are; give them as samples=FILE with sanitize=auto"
+    if most(lambda s: s.completion is None and is_program(tasks[s.task_id].program(s.raw or s.solution))):
+        return "they go on from the tasks' prompts; name their column completion, not solution"
+    if protocol is not None and most(lambda sample: sample.completion is not None):
+        return (
+            f"the protocol {protocol} may not be the one that they answer; set protocol to theirs, or to null with "
+            "samples=FILE"
+        )
+    if not cleaned:
+        return "they are judged as they are; give them as samples=FILE with sanitize=auto, which cuts a program out"
+    return "look at some: they may be cut off, of another language, or no answers at all"
+
+
+def _asked(task: Task) -> dict:
+    """What is asked of a program, as :func:`wmtp.sanitize.sanitize` takes it."""
+    if isinstance(task, StdioTask):
+        return {}
+    job = task.job("")
+    return {"entry_point": job.entry_point, "names": open_names("\n".join([*job.tests, job.setup]))}
+
+
+def _raw(row: dict) -> str | None:
+    """Of a file that was written here; another one's column of that name may hold anything."""
+    return row["raw"] if isinstance(row.get("raw"), str) else None
 
 
 def write_samples(

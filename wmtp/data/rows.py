@@ -2,13 +2,14 @@
 
 import difflib
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, BinaryIO, TextIO, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,8 +32,9 @@ def read_rows(
 
     Args:
         source: a ``.json`` (one array, or one object a line), ``.jsonl`` or ``.parquet`` file, the first two also with
-            ``.gz``; a folder that holds ``{split}`` with one of these endings; or a hub name ``owner/name``. Files and
-            folders may be local or ``s3://``, see :func:`wmtp.storage.local_copy`.
+            ``.gz``; a pipe with what one of the first two holds; a folder that holds ``{split}`` with one of these
+            endings; or a hub name ``owner/name``. Files and folders may be local or ``s3://``, see
+            :func:`wmtp.storage.local_copy`.
         split: which file of a folder, or which split of a hub dataset; unused for a file.
         subset: the hub dataset's configuration, such as ``sanitized``.
         streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Rows of files
@@ -210,6 +212,11 @@ def _local_file(source: str | Path, split: str | None) -> Path | None:
             return _file_of_split(path, split)
         if path.exists():
             return path
+    if str(source).startswith("/dev/"):
+        raise MissingError(
+            f"{source} does not exist in this process: what the shell writes for <(...) is open in one process only; "
+            "run with one process, or give a file, a named pipe, or /dev/stdin"
+        )
     if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
         raise MissingError(f"{source} does not exist; give a file, a folder, or a hub name owner/name as source")
     return None
@@ -243,9 +250,15 @@ def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
                 yield _checked(_parse(line.rstrip("\r\n"), name, number), f"{name}:{number}")
 
 
-def _open(path: Path):
-    """A text file; the mark that some editors put before the first character is passed over."""
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else path.open(encoding="utf-8-sig")
+def _open(path: Path) -> TextIO:
+    """A text file, from its start; the mark that some editors put before the first character is passed over.
+
+    What is no file, such as a pipe, is read once, as a whole.
+    """
+    file: BinaryIO = path.open("rb") if path.is_file() else io.BytesIO(path.read_bytes())
+    zipped = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+    file.seek(0)
+    return io.TextIOWrapper(gzip.open(file) if zipped else file, encoding="utf-8-sig")
 
 
 def unreadable(error: OSError, path: str | Path) -> UserError:

@@ -3,10 +3,18 @@
 import difflib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from wmtp.data.mbpp import SPLIT_IDS
 from wmtp.errors import UserError
+
+# What stands before the number of a published task: the set's name, and the numbers of its splits.
+_PUBLISHED: dict[str, tuple[str, Mapping[str, range]]] = {
+    "mbpp": ("MBPP", SPLIT_IDS),
+    "humaneval": ("HumanEval", {"test": range(164)}),
+    "packaged": ("the packaged functions", {"test": range(1, 37)}),
+}
 
 T = TypeVar("T")
 
@@ -44,9 +52,36 @@ class TaskIds:
             return next(iter(found))
         if found:
             raise UserError(f"{where}: task_id {written!r} could be {' or '.join(sorted(found)[:5])}; write it out")
-        near = difflib.get_close_matches(name, self._known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the first is {self._known[0]!r}" if self._known else "none"
-        raise UserError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks; {hint}")
+        if (hint := self._of_another_set(name)) is None:
+            near = difflib.get_close_matches(name, self._known, n=1)
+            first = f"the first is {self._known[0]!r}" if self._known else "none"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; {first}"
+        raise UserError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks{hint}")
+
+    def _of_another_set(self, name: str) -> str | None:
+        """Which published set or split an id is of, and how to get its tasks; None where it is of none."""
+        ours = {known.rpartition("/")[0].casefold() for known in self._known}
+        family, _, number = name.casefold().rpartition("/")
+        family = family or (next(iter(ours)) if len(ours) == 1 else "")  # 602 among MBPP's is MBPP's
+        if family not in _PUBLISHED or not number.isdecimal():
+            return None
+        title, splits = _PUBLISHED[family]
+        split = next((split for split, ids in splits.items() if int(number) in ids), None)
+        if split is None:
+            return f"; {title} has no such task, its ids go up to {max(ids[-1] for ids in splits.values())}"
+        if ours != {family}:
+            names = sorted(_PUBLISHED[our][0] if our in _PUBLISHED else our or "another set" for our in ours)
+            return f": it is of {title}, and these are of {', '.join(names)}; set tasks to {title}'s, or leave it out"
+        here = {int(known.rpartition("/")[2]) for known in self._known if known.rpartition("/")[2].isdecimal()}
+        their = [other for other, ids in splits.items() if here & set(ids)]
+        if split in their:
+            return (
+                f": it is of {title}, but not of those chosen; set tasks.limit, tasks.ids or tasks.source so that it is"
+            )
+        return (
+            f": it is of {title}'s split {split}, and these are of its split {' and '.join(their)}; "
+            f"set tasks.split={split}, or all, or leave it out"
+        )
 
 
 class Tasks(tuple):
