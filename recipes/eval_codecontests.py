@@ -90,6 +90,8 @@ class EvalCodeContestsRecipe:
             raise ConfigError(
                 "set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples"
             )
+        if self._only_sampled and self._samples_file is None:
+            raise ConfigError("tasks.only=with_samples needs samples=FILE, whose tasks it means")
         pairs = isinstance(self._n_at_ks, Sequence) and all(
             isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(n, int) for n in pair)
             for pair in self._n_at_ks

@@ -85,6 +85,8 @@ class EvalMBPPRecipe:
             raise ConfigError(
                 "set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples"
             )
+        if self._only_sampled and self._samples_file is None:
+            raise ConfigError("tasks.only=with_samples needs samples=FILE, whose tasks it means")
         if self._samples_file is None and max(self._ks) > self._num_samples:
             raise ConfigError(
                 f"pass_at {max(self._ks)} needs as many samples a task, num_samples is {self._num_samples}"

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +15,11 @@ from processes import run_recipe_file, start
 from random_models import random_decoder
 from services import new_store
 
+from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
+from wmtp.config import read_command_line
 from wmtp.data import byte_tokenizer, packaged_functions, packaged_programs
+from wmtp.evaluation_report import headline
 from wmtp.models import export_hf
 
 RECIPES = {"eval_mbpp": "EvalMBPPRecipe", "eval_codecontests": "EvalCodeContestsRecipe"}
@@ -73,6 +78,50 @@ def test_existing_samples_are_judged_without_a_model(tiny_config, gold):
     again = tiny_config("eval_mbpp", samples=str(Path(cfg.output_dir) / "samples.jsonl"), output_dir="again")
     again.fixed_temperature, again.temperatures = None, [0.0]
     assert run_here(again)["verdicts"] == results["verdicts"]
+
+
+def test_samples_of_some_tasks_as_people_have_them(tiny_config, tmp_path):
+    """Fenced golds of three of eight tasks, out of a pipe, by two processes; and the same without sanitising."""
+    rows = [
+        {"task_id": row["task_id"], "solution": f"Here it is:\n```python\n{row['code']}\n```\nIt isn't hard."}
+        for row in packaged_functions()[:3]
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    os.mkfifo(tmp_path / "pipe")
+    common = {"fixed_temperature": None, "pass_at": [1], "tasks__only": "with_samples"}
+    cfg = tiny_config("eval_mbpp", samples=str(tmp_path / "pipe"), **common)
+    OmegaConf.save(cfg, tmp_path / "c.yaml")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=(content,)).start()
+    start(run_recipe_file, "eval_mbpp", str(tmp_path / "c.yaml"), size=2, log=tmp_path / "log.txt").join()
+    results = json.loads(files(cfg.output_dir)["results.json"])
+    assert (results["verdicts"], results["tasks"], results["of_tasks"]) == ({"passed": 3}, 3, 8)
+    assert results["settings"]["sanitize"] == "auto"
+    assert "> Judged are 3 of 8 tasks, those with samples" in (Path(cfg.output_dir) / "report.md").read_text()
+    sample = json.loads(files(cfg.output_dir)["samples.jsonl"].splitlines()[0])
+    assert (
+        sample["raw"] == rows[0]["solution"] and sample["solution"].strip() == packaged_functions()[0]["code"].strip()
+    )
+    before = files(cfg.output_dir)
+    cfg.resume, cfg.samples = True, write_jsonl(tmp_path / "file.jsonl", rows)  # the content decides
+    assert run_here(cfg)["verdicts"] == {"passed": 3}
+    assert files(cfg.output_dir)["samples.jsonl"] == before["samples.jsonl"]
+
+    off = tiny_config("eval_mbpp", samples=cfg.samples, output_dir=str(tmp_path / "off"), sanitize=False, **common)
+    results = run_here(off)
+    assert results["verdicts"] == {"exception": 3} and results["settings"]["sanitize"] == "off"
+    warning = "WARNING: 3 of 3 samples (100.0 %) are no Python programs: they hold Markdown fences"
+    assert any(line.startswith(warning) for line in headline(results))
+
+
+@pytest.mark.parametrize("benchmark", ["mbpp", "humaneval", "mbppplus"])
+def test_the_configs_for_samples_need_a_file_and_name_no_model(benchmark):
+    config = ["--config", str(ROOT / "configs" / "eval" / f"{benchmark}_samples.yaml")]
+    cfg = read_command_line([*config, "samples=FILE"])
+    EvalMBPPRecipe(cfg)
+    assert not {"model", "checkpoint", "tokenizer"} & set(cfg)
+    assert cfg.output_dir == f"runs/eval/{benchmark}_samples"
+    with pytest.raises(ValueError, match="or samples=FILE to judge samples"):
+        EvalMBPPRecipe(read_command_line(config))
 
 
 def test_programs_with_stdin_are_judged_and_n_at_k_uses_the_public_tests(tiny_config, gold):
@@ -153,8 +202,6 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
     cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), temperatures=[0.0], fixed_temperature=None)
     cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     cfg.tracking.artifact_location = str(tmp_path / "artifacts")
-    from recipes.eval_mbpp import EvalMBPPRecipe
-
     recipe = EvalMBPPRecipe(cfg)
     recipe.setup()
     recipe.evaluate()
@@ -192,6 +239,9 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"resume": True}, "holds no evaluation"),
         ({"protocol___component_": "wmtp.data.alphacode_protocol"}, "for programs that read stdin"),
         ({"samples": "no/such/file.jsonl"}, "no/such/file.jsonl"),
+        ({"sanitize": "on"}, "sanitize must be one of auto, off"),
+        ({"tasks__only": "some"}, "tasks.only must be one of all, with_samples, got 'some'"),
+        ({"tasks__only": "with_samples"}, "tasks.only=with_samples needs samples=FILE"),
     ],
 )
 def test_bad_input_is_refused_in_one_line_and_leaves_no_trace(tiny_config, overrides, message):
@@ -231,7 +281,7 @@ def test_a_given_sample_that_was_kept_but_not_judged_is_judged_once(tiny_config,
         ),
         ('{"task_id": "packaged/99", "solution": "a"}\n', r"samples.jsonl:1.*packaged/99"),
         ('{"task_id": "packaged/1"}\n', r"samples.jsonl:1: needs a solution or a completion"),
-        ('{"task_id": "packaged/1", "solution": "a"}\n', r"no sample for 7 of 8 tasks, the first is packaged/2"),
+        ('{"task_id": "packaged/1", "solution": "a"}\n', r"no sample for 7 of 8 tasks, .*tasks.only=with"),
     ],
 )
 def test_bad_samples_are_named_by_file_and_line(tiny_config, tmp_path, rows, message):
