@@ -122,6 +122,7 @@ NEEDED = [
     "class T:\n    pass\nT.__lt__ = lambda self, other: True",
     "def T():\n    return 1\nT = (lambda old: lambda: old() + 1)(T)",
     "T = 1\nT += 1",
+    "T = [[2, 1]]\nfor row in T:\n    row.sort()",
 ]
 
 
@@ -139,7 +140,7 @@ def test_names_that_the_tests_use_stay_and_a_program_without_the_function_stays_
     assert sanitize(program, "f") == "def f(x):\n    return x\n"
     assert sanitize(program, "g") == program
     dynamic = "def helper():\n    return 1\ndef f(x):\n    return eval(x)\n"
-    assert sanitize(dynamic, "f") == dynamic
+    assert sanitize(f"{dynamic}n = int(input())\nprint(f(n))\n", "f") == dynamic
 
 
 def test_a_program_that_reads_stdin_is_cut_out_of_its_text_and_stays_whole():

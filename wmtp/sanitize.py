@@ -27,14 +27,8 @@ _LABEL = re.compile(r"\A\s*(?:~{3,}[ \t]*\w*|(?i:python3?|py))[ \t]*\n")
 _LEADING_TAB = re.compile(r"^ *\t", re.MULTILINE)
 _DYNAMIC = {"eval", "exec", "globals", "locals", "vars", "__import__"}  # they reach names that are not written out
 _STREAMS = {"stdin", "stdout", "stderr"}
-_WITHOUT_EFFECT = _STREAMS | {
-    "exit",
-    "_exit",
-    "main",
-    "testmod",
-    "sleep",
-    "show",
-}  # of modules, on what a function answers
+_WITHOUT_EFFECT = {*_STREAMS, "exit", "_exit", "main", "testmod", "sleep", "show"}  # of modules, on later answers
+_BLOCKS = ast.For | ast.AsyncFor | ast.While | ast.If | ast.With | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
 _MOST_CHARACTERS = 1_000_000  # that the parser is given in the search for one span
 
 
@@ -205,8 +199,9 @@ def _reduced(program: str, entry: set[str], asked: set[str]) -> str:
     if not entry & top.bound.keys():
         return program  # it is for the judge to say what is missing
     reached = top.reached_from(asked)
-    if reached & _DYNAMIC:
-        reached |= top.reached_from(top.bound)
+    if reached & _DYNAMIC - top.bound.keys():
+        unasked = (s for s in statements if not top.reached_from(s.uses) & ({"input"} | entry))
+        reached |= top.reached_from(name for s in unasked for name in s.binds)
     rest = [s for s in statements if not (isinstance(s.node, ast.Import | ast.ImportFrom) or _is_idle(s.node))]
     while matters := [s for s in rest if s.binds & reached or top.changed_by(s, reached, entry)]:
         rest = [s for s in rest if s not in matters]
@@ -293,6 +288,9 @@ class _TopLevel:
                     return True
                 given = {n.id for n in [*node.args, *(k.value for k in node.keywords)] if isinstance(n, ast.Name)}
                 if not is_example and (given | self._effects_of(name)) & data:
+                    return True
+            elif isinstance(node, ast.Name) and isinstance(statement.node, _BLOCKS):  # `for row in T: row.sort()`
+                if node.id in data and not is_example:
                     return True
             elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not is_example:
                 callers = [_root(n)[0] for n in [*node.decorator_list, *getattr(node, "bases", ())]]
