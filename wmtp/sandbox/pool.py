@@ -26,6 +26,7 @@ _JUDGE_GRACE_SECONDS = 30.0  # what a run may take beyond its limits, its start 
 _STOP_SECONDS = 5.0
 _RETRY_SECONDS = 60.0  # for judging again alone, while the others wait: at least, and
 _RETRY_SHARE = 0.25  # of the time since the start
+_RETRY_FACTOR = 2.0  # by the clock, for a program that was not let compute
 _LAYERS = ("landlock", "seccomp", "rlimits", "resident memory", "namespaces", "bubblewrap")
 
 
@@ -275,6 +276,9 @@ def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limit
             if doubtful:
                 with gate.alone() as granted:
                     if granted:
+                        if outcome.verdict == "timeout":  # others than ours may keep the machine busy
+                            own = job.limits or limits
+                            job = replace(job, limits=replace(own, wall_seconds=_RETRY_FACTOR * own.wall_seconds))
                         outcome, _ = worker.judge(job, job.limits or limits)
                     else:
                         reason = "not judged again alone: the time for that is spent"
