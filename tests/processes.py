@@ -147,3 +147,29 @@ def _enter(function, args, environment, log):
     except (Exception, KeyboardInterrupt):  # as the interpreter ends a script; multiprocessing prints its own way
         sys.excepthook(*sys.exc_info())
         sys.exit(1)
+
+
+def forked(work, *args) -> tuple[int, str]:
+    """Run work(*args) in a process forked from this one, which ends as the interpreter ends a script.
+
+    Returns:
+        Its exit status and what it wrote on stderr.
+    """
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        os.dup2(writing, 2)
+        os.close(writing)
+        sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, closefd=False)  # not what pytest captures
+        try:
+            work(*args)
+            os._exit(0)
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(99)  # which no hook of ours gives
+    os.close(writing)
+    with open(reading) as told:
+        said = told.read()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said

@@ -1,5 +1,6 @@
 """How an error ends a process: what is on the screen last, what is kept, and where a debugger stops."""
 
+import errno
 import json
 import os
 import resource
@@ -10,9 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import forked
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from wmtp.errors import disk_fault, is_traceback
-from wmtp.launcher import last_words
+from wmtp.errors import UserError, clear_errors, disk_fault, ending, is_traceback, keep_tracebacks
+from wmtp.launcher import _hook, last_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -131,6 +134,50 @@ def test_a_clean_up_that_fails_is_said_and_does_not_hide_the_error(run):
     assert second.startswith("error: why the run failed (")
 
 
+@clear_errors()
+def fail_in(folder, error, *, screen_is_gone=False):
+    keep_tracebacks(folder, resumes=True)
+    if screen_is_gone:
+        reading, writing = os.pipe()
+        os.close(reading)
+        os.dup2(writing, 2)
+    with ending(lambda status: os.write(2, b"cleaned up\n") if not screen_is_gone else None):
+        raise error
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        return {}["text"]
+
+
+@pytest.mark.parametrize(
+    ("number", "fault"),
+    [
+        (errno.EIO, "the disk or the network file system does not answer"),
+        (errno.ESTALE, "the network file system has lost the file"),
+        (errno.ENOTCONN, "the file system is no longer connected"),
+    ],
+)
+def test_a_disk_that_does_not_answer_ends_the_process_too_with_one_line(tmp_path, number, fault):
+    """Path.exists raises there; a name that is too long is what raises it on a healthy disk."""
+    folder = tmp_path / ("x" * 300)
+    with pytest.raises(OSError):
+        folder.exists()
+    status, said = forked(fail_in, folder, OSError(number, "said so", str(folder / "shard")))
+    assert status == 1 and said.count("\n") == 2
+    assert said.startswith(f"cleaned up\nerror: {folder}/shard: {fault} (")
+    assert disk_fault(OSError(errno.ENOTCONN, "of a socket")) is None
+
+
+def test_the_process_ends_whatever_goes_wrong_in_telling_why(tmp_path):
+    def without_a_screen():
+        fail_in(tmp_path, UserError("unheard"), screen_is_gone=True)
+
+    assert forked(without_a_screen)[0] == 1
+    status, said = forked(fail_in, tmp_path, Unspeakable())
+    assert status == 1 and "raise error\n" in said and said.endswith("Unspeakable: <exception str() failed>\n")
+
+
 def test_a_debugger_stops_where_an_error_was_raised(run):
     done = run(
         "value = 41; raise UserError('stop here')", options=["-m", "pdb", "-c", "continue"], input="p value+1\nq\n"
@@ -145,10 +192,10 @@ def test_a_debugger_stops_where_an_error_was_raised(run):
     ("stops", "status", "line"),
     [
         (True, 75, "stopped by SIGINT; to go on from what is saved: the same command with resume=auto"),
-        (False, 130, "stopped by Ctrl-C; resume=true goes on from what is complete in {run}"),
+        (False, 130, "stopped by Ctrl-C"),
     ],
 )
-def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path, stops, status, line):
+def test_ctrl_c_ends_the_run_as_killed_with_one_line(script, stops, status, line):
     command = script("print('at work', flush=True); time.sleep(100)", stops)
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -158,7 +205,7 @@ def test_ctrl_c_ends_the_run_as_killed_and_says_how_to_go_on(script, tmp_path, s
     said, told = process.communicate(timeout=60)
     assert process.returncode == status
     assert said == "ended as KILLED\n"
-    assert told == line.format(run=tmp_path / "run") + "\n"
+    assert told == f"{line}\n"
 
 
 def test_one_rank_of_a_node_speaks_and_answers_the_launcher(script, tmp_path):
@@ -198,6 +245,29 @@ def test_the_launcher_s_last_line_is_the_first_error():
     )
     assert last_words({0: failure(-signal.SIGSEGV), 1: failure(1, "consequence")}) is None  # torch tells all it knows
     assert last_words({0: failure(2), 1: ended}) is None  # no recipe of ours
+
+
+def end_launch(*statuses):
+    """The launcher, which a signal ends while its workers have these exit statuses."""
+
+    class Agent:
+        _pcontext = SimpleNamespace(
+            subprocess_handlers={n: SimpleNamespace(proc=SimpleNamespace(returncode=s)) for n, s in enumerate(statuses)}
+        )
+
+        def run(self):
+            raise SignalException("Process got signal: 15", signal.SIGTERM)
+
+    sys.excepthook = _hook(sys.excepthook)
+    Agent().run()
+
+
+def test_a_signal_to_a_launch_without_recipes_is_told_as_torch_tells_it():
+    assert forked(end_launch, 75, 75) == (75, "")
+    assert forked(end_launch, 75, 1) == (143, "")
+    assert forked(end_launch, 143) == (143, "")  # of a recipe that cannot go on
+    status, said = forked(end_launch, -signal.SIGTERM, 0)
+    assert status == 99 and "SignalException: Process got signal: 15" in said
 
 
 def test_a_full_disk_is_known_in_the_words_of_every_writer(tmp_path):

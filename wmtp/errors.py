@@ -71,6 +71,7 @@ _OF_THE_DISK = {
     errno.EFBIG: "the file is larger than the file system or ulimit -f allows",
     errno.EROFS: "the file system is read-only",
     errno.EIO: "the disk or the network file system does not answer",
+    errno.ENOTCONN: "the file system is no longer connected",
     errno.ESTALE: "the network file system has lost the file",
 }
 _OF_A_PATH = {
@@ -106,8 +107,8 @@ def clear_errors() -> Iterator[None]:
     A :class:`UserError`, and what the machine refused (a full disk, a file that may not be read), is one line. Every
     other error keeps its traceback, as it is the code's: WMTP's, a library's, or what someone has just written. The
     traceback of either kind is in ``output_dir`` too; WMTP_TRACEBACK=1 shows it. Under a launcher one rank of a node
-    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.launcher`). Ctrl-C is one line
-    and status 130 where the recipe does not stop in order (:mod:`wmtp.stopping`).
+    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.launcher`). Ctrl-C, where no
+    :func:`wmtp.stopping.stopping` takes it, is one line and status 130.
     """
     before = sys.excepthook
     sys.excepthook = _end
@@ -124,8 +125,8 @@ def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        _keep(error)  # before the clean-up, which uploads it
         try:
+            _keep(error)  # before the clean-up, which uploads it
             ended = isinstance(error, KeyboardInterrupt) and getattr(error, "exit_status", None) != 1
             cleanup("KILLED" if ended else "FAILED")
         except Exception as another:
@@ -164,6 +165,8 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
     """
     for cause in _causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
+        if number == errno.ENOTCONN and not cause.filename:  # type: ignore[attr-defined]
+            continue  # a socket's; a file system in user space has it too
         text = str(cause)
         if number is None and (match := re.search(r"\(os error (\d+)\)", text)):  # safetensors and other Rust
             number = int(match[1])
@@ -202,20 +205,32 @@ def cannot_be_read(error: Exception, path: str | Path, otherwise: str, doubt: st
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """What `sys.excepthook` does in a recipe."""
+    """What `sys.excepthook` does in a recipe. Whatever goes wrong in it, the process ends."""
+    try:
+        _say(error)
+    except Exception:  # the screen is gone, or the error's own text is an error
+        with suppress(Exception):
+            print(_text(error), end="", file=sys.__stderr__, flush=True)
+    finally:
+        if not (sys.flags.interactive or sys.flags.inspect):
+            # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
+            interrupted = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+            os._exit(getattr(error, "exit_status", interrupted))
+
+
+def _say(error: BaseException) -> None:
     screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook puts a buffer in the place of sys.stderr
     file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")
-    in_order = isinstance(error, KeyboardInterrupt | Stopped)
+    in_order = isinstance(error, KeyboardInterrupt)
     prefix = "" if in_order else "error: " if rank == "0" else f"error [rank {rank}]: "
-    shown = line is None or os.environ.get("WMTP_TRACEBACK") == "1"
+    shown = line is None or (os.environ.get("WMTP_TRACEBACK") == "1" and not isinstance(error, Stopped))
     if line is None:
         line = f"{type(error).__name__}: {one_line(error)} (its traceback is above{f' and in {file}' * bool(file)})"
     elif not in_order:
         line += f" (traceback: {file or 'WMTP_TRACEBACK=1'})"
-    if isinstance(error, Stopped):
-        shown = False
     first = bool(line) and _is_first()
+    _reply(f"{prefix}{line}" if first else "")
     if first:
         _end_progress_bars()
         if shown:
@@ -224,23 +239,18 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
             print(_text(error), end="", file=screen)
         else:
             print(f"{prefix}{line}", file=screen)
-    _reply(f"{prefix}{line}" if first else "")
-    sys.stdout.flush()
     screen.flush()
-    if not (sys.flags.interactive or sys.flags.inspect):
-        # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
-        interrupted = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-        os._exit(getattr(error, "exit_status", interrupted))
+    sys.stdout.flush()
 
 
 def line_for_user(error: BaseException) -> str | None:
     """The one line that an error is for the user; None where its traceback is what they need."""
-    goes_on = _resumes and _output_dir is not None and (_output_dir / "config.yaml").exists()
+    goes_on = _resumes and _output_dir is not None and os.path.exists(_output_dir / "config.yaml")
     resume = f"resume=true goes on from what is complete in {_output_dir}"
     if isinstance(error, Stopped):
         return one_line(error) if str(error) else ""
     if isinstance(error, KeyboardInterrupt):
-        return f"stopped by Ctrl-C; {resume if goes_on else 'nothing was begun'}"
+        return "stopped by Ctrl-C"
     if isinstance(error, UserError):
         return one_line(error)
     if fault := disk_fault(error):
@@ -261,7 +271,7 @@ def _keep(error: BaseException) -> Path | None:
     told_early = isinstance(error, UserError | KeyboardInterrupt)
     if kept or _output_dir is None or isinstance(error, Stopped):
         return kept
-    if told_early and not (_output_dir / "config.yaml").exists():
+    if told_early and not os.path.exists(_output_dir / "config.yaml"):
         return None
     file = _output_dir / f"error_rank{os.environ.get('RANK', '0')}.txt"
     try:
@@ -281,7 +291,7 @@ def _is_first() -> bool:
     spoken = None if reply is None else Path(reply).parents[1] / "wmtp_error"  # of this node's ranks and this attempt
     if os.environ.get("RANK", "0") != "0":
         until = time.monotonic() + _SECONDS_FOR_RANK_0
-        while time.monotonic() < until and not (spoken and spoken.exists()):
+        while time.monotonic() < until and not (spoken and os.path.exists(spoken)):
             time.sleep(0.05)
     try:
         if spoken is not None:
@@ -325,8 +335,11 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _free_bytes(path: Path) -> int:
-    there = next((at for at in (path, *path.absolute().parents) if at.exists()), Path.cwd())
-    return shutil.disk_usage(there).free
+    try:
+        there = next(at for at in (path.absolute(), *path.absolute().parents) if os.path.exists(at))
+        return shutil.disk_usage(there).free
+    except OSError:  # the one that does not answer
+        return 0
 
 
 def _folders() -> list[Path]:

@@ -1,9 +1,9 @@
 """What torchrun and `tune run` print: loaded into them by torch, through an entry point of the installed package.
 
 torch asks packages for rendezvous backends when its launcher is imported (entry points `torchrun.handlers`); this is
-the one moment at which a package is heard in that process, which never imports a recipe. What is done there concerns
-launches of WMTP's recipes alone, which answer with a `wmtp` line in their reply file (:mod:`wmtp.errors`): any other
-failure is told as torch tells it.
+the one moment at which a package is heard in that process, which never imports a recipe. So it is done in every launch
+of that environment: three lines of torch's are silenced in all, and failures are told otherwise where WMTP's recipes
+ran, which show it by a `wmtp` line in their reply file (:mod:`wmtp.errors`) or by their exit status after a signal.
 """
 
 import logging
@@ -61,10 +61,9 @@ def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
         if kind.__name__ == "ChildFailedError":
             words = last_words(error.failures)  # type: ignore[attr-defined]
         elif kind.__name__ == "SignalException":
-            number = int(error.sigval)  # type: ignore[attr-defined]
-            words = [], 128 + number  # torch has said so, and the workers how to go on
-            if _statuses(error) == {Stopped.exit_status}:
-                words = [], Stopped.exit_status
+            by_signal, statuses = 128 + int(error.sigval), _statuses(error)  # type: ignore[attr-defined]
+            if statuses & {Stopped.exit_status, by_signal}:  # torch has said so, and the workers how to go on
+                words = [], Stopped.exit_status if statuses == {Stopped.exit_status} else by_signal
         if words is None:
             before(kind, error, trace)
             return
