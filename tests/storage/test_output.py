@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 
 from wmtp.files import verify_manifest, write_manifest
 from wmtp.storage import Output, StorageError, local_copy, open_output
+from wmtp.storage.__main__ import main as upload_by_hand
 from wmtp.storage.upload import upload
 
 MB = 1 << 20
@@ -185,6 +187,65 @@ def test_what_was_uploaded_is_not_uploaded_again(bucket, output):
     again.close()
     put = [path for method, path in bucket.proxy.log if method == "PUT"]
     assert [path for path in put if "can_write" not in path and "run.lock" not in path] == []
+
+
+def test_an_upload_by_hand_sends_what_is_lacking_and_takes_nothing_away(bucket, output, monkeypatch, tmp_path):
+    save(output, 1)
+    output.close()
+    bucket.proxy.mode = 503
+    save(output, 2)
+    with pytest.raises(StorageError, match=r"python -m wmtp\.storage upload"):
+        output.close()
+    bucket.proxy.reset()
+    moved = output.folder.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    monkeypatch.setattr("sys.argv", ["wmtp.storage", "upload", str(moved), f"{bucket.uri}/run"])
+    monkeypatch.setattr("wmtp.storage.lock._EXPIRY", 0.2)  # of the run's lease, which it could not give back
+    monkeypatch.setattr("wmtp.storage.lock._HEARTBEAT", 0.2)
+    upload_by_hand()
+    sent = [path.partition("/run/")[2] for method, path in bucket.proxy.log if method == "PUT" and "/run/" in path]
+    assert sorted(name for name in sent if name.startswith("checkpoints/step")) == [
+        f"checkpoints/step_00000002/{name}" for name in ("manifest.json", "shard.bin")
+    ]
+    assert len(complete(bucket)) == 2
+    taken = [path for method, path in bucket.proxy.log if method == "DELETE"]
+    assert not [path for path in taken if "step_00000001" in path] and bucket.keys("run/run.lock") == []
+    monkeypatch.setattr("sys.argv", ["wmtp.storage", "upload", str(moved), "runs/not-in-s3"])
+    with pytest.raises(StorageError, match="must be s3://bucket/key"):
+        upload_by_hand()
+
+
+def test_what_another_machine_added_to_a_run_without_checkpoints_comes_back(bucket, output, monkeypatch, tmp_path):
+    """As of an evaluation, whose journals grow, or of a scoring, whose parts do."""
+    journal = output.folder / "journals" / "journal-00000.jsonl"
+    journal.parent.mkdir()
+    journal.write_text("1\n2\n")
+    (output.folder / "spool.jsonl").write_text("all sent")
+    output.upload()
+    output.close()
+    (output.folder / "spool.jsonl").unlink()
+    here = os.environ["WMTP_CACHE"]
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "another machine"))
+    there = open_output(f"{bucket.uri}/run", resume="auto")
+    there.upload()
+    with (there.folder / "journals" / journal.name).open("a") as file:
+        file.write("3\n4\n")
+    (there.folder / "journals" / "journal-00001.jsonl").write_text("5\n")
+    there.close()
+    monkeypatch.setenv("WMTP_CACHE", here)
+    (output.folder / "mine.jsonl").write_text("not sent yet")
+    again = open_output(f"{bucket.uri}/run", resume="auto")
+    assert journal.read_text() == "1\n2\n3\n4\n"
+    assert sorted(p.name for p in journal.parent.iterdir()) == ["journal-00000.jsonl", "journal-00001.jsonl"]
+    assert not (output.folder / "spool.jsonl").exists()
+    again.upload()
+    again.close()
+    assert bucket.get("run/journals/journal-00000.jsonl") == b"1\n2\n3\n4\n"
+    assert bucket.get("run/mine.jsonl") == b"not sent yet"
+    with journal.open("a") as file:  # more than what is there: stays
+        file.write("6\n")
+    open_output(f"{bucket.uri}/run", resume="auto").close()
+    assert bucket.get("run/journals/journal-00000.jsonl") == journal.read_bytes() == b"1\n2\n3\n4\n6\n"
 
 
 def test_a_local_output_does_nothing(tmp_path, monkeypatch):

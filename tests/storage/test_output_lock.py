@@ -99,6 +99,21 @@ def on_separate_disks(tmp_path):
     assert not Path("run/checkpoints/latest").exists()
 
 
+def test_without_locks_of_the_kernel_the_holder_before_may_live(tmp_path):
+    path = tmp_path / ".run.run.lock"
+    first = FolderLock(tmp_path / "run", path)
+    first.take()
+    left = path.read_bytes()
+    first.release()
+    for locks in (True, False):  # as where the file system answers ENOLCK
+        path.write_bytes(left)
+        second = FolderLock(tmp_path / "run", path)
+        second._locks = locks
+        second.take()
+        assert (second.previous is not None) == locks  # its lease in S3 is taken over at once only where it is dead
+        second.release()
+
+
 def test_ranks_without_a_common_folder_are_refused_and_publish_nothing(tmp_path):
     start(on_separate_disks, str(tmp_path), size=2, log=tmp_path / "log.txt").join()
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from wmtp.errors import clear_errors
 from wmtp.storage.mirror import local_copy
-from wmtp.storage.output import Output
-from wmtp.storage.s3 import StorageError
+from wmtp.storage.output import open_output
+from wmtp.storage.s3 import StorageError, split_uri
 
 
 def main() -> None:
@@ -24,9 +24,8 @@ def main() -> None:
             return
         if not args.folder.is_dir():
             raise StorageError(f"folder {args.folder} does not exist")
-        output = Output(args.uri)
-        output.folder = args.folder
-        output.close()
+        split_uri(args.uri)
+        open_output(args.uri, folder=args.folder).close()
 
 
 if __name__ == "__main__":

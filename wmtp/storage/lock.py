@@ -90,7 +90,7 @@ class FolderLock:
             time.sleep(0.1)
         file = self._open()
         before = _holder(os.pread(file.fileno(), 4096, 0))  # not by name: closing any descriptor ends the lock
-        self.previous = before.id if before else None
+        self.previous = before.id if before and self._locks else None  # without locks it may well live
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self.holder = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started)
         file.seek(0)

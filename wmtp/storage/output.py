@@ -16,7 +16,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from wmtp.files import MANIFEST, flat_manifest, verify_manifest, write_manifest
+from wmtp.files import MANIFEST, flat_manifest, verify_manifest, write_manifest, write_whole
 from wmtp.storage.cache import cache_folder
 from wmtp.storage.lock import FolderLock, Holder, Lease
 from wmtp.storage.mirror import check_inputs, fetch_folder, while_it_changes
@@ -30,7 +30,9 @@ _SECONDS_BETWEEN_ROUNDS = 60.0
 _CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
 
 
-def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None) -> "Output":
+def open_output(
+    output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None, folder: Path | None = None
+) -> "Output":
     """A run's output folder, checked before anything is built, and this run's alone until it is closed.
 
     Every rank calls it, after the process group is there.
@@ -41,6 +43,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
         cfg: the config: every ``s3://`` in it must be readable.
         resume: as :func:`wmtp.output_dir.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
             fetched where this machine has none of it or less; else only its files' names.
+        folder: where the run's folder is, by hand; by default as above.
 
     Raises:
         StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there; another
@@ -48,7 +51,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
     """
     from wmtp.distributed import gather_objects, on_rank_0  # torch: who only mirrors starts without its seconds
 
-    output = Output(output_dir)
+    output = Output(output_dir, folder)
     lock = output.lock = FolderLock.of(output.folder)
     rank, size = _world()
 
@@ -84,16 +87,16 @@ class Output:
     stay what they are.
     """
 
-    def __init__(self, output_dir: str) -> None:
+    def __init__(self, output_dir: str, folder: Path | None = None) -> None:
         self.remote = str(output_dir).rstrip("/") if is_remote(output_dir) else None
-        if self.remote is None:
-            self.folder = Path(output_dir)
-        else:
+        here = Path(output_dir)
+        if self.remote is not None:
             bucket, key = split_uri(self.remote)
-            self.folder = cache_folder() / "outputs" / bucket / key
+            here = cache_folder() / "outputs" / bucket / key
+        self.folder = folder or here
         self._uri = self.remote or ""  # of what is there; nothing reads it where nothing is
         self._uploads = self.remote is not None and _world()[0] == 0
-        self._record = self.folder.with_name(f"{self.folder.name}.uploads.json")
+        self._record = here.with_name(f"{here.name}.uploads.json")  # by inode, so also of a folder that was moved
         self.lock: FolderLock | None = None
         self.lease: Lease | None = None
         self.remote_names: list[str] = []  # of what an earlier run left in S3
@@ -146,10 +149,11 @@ class Output:
         self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
 
     def fetch(self, *, whole: bool = True) -> None:
-        """Bring what a run left in S3 to this machine, where it has none of it, or an older checkpoint.
+        """Bring what a run left in S3 to this machine, where it has none of it, or less.
 
         Args:
-            whole: the run's files and its newest complete checkpoint, verified; otherwise only their names.
+            whole: the run's files and its newest complete checkpoint, verified; otherwise only their names. Of a run
+                without checkpoints, what another machine has added.
 
         Raises:
             StorageError: it cannot be read, or is corrupt.
@@ -163,9 +167,13 @@ class Output:
         if not whole:
             return
         newest, here = _newest_checkpoint(files), _newest_checkpoint(self._local_files())
-        if (self.folder / "config.yaml").exists() and (newest is None or (here is not None and here >= newest)):
-            return
         wanted = {name: file for name, file in files.items() if not name.startswith(_REMADE)}
+        if (self.folder / "config.yaml").exists():
+            if newest is not None and here is not None and here >= newest:
+                return
+            if newest is None:  # journals and parts only grow; what this machine sent, and no longer has, is not missed
+                sizes = {name: (_stamp(self.folder / name) or (0, -1))[1] for name in wanted.keys() - self._sent.keys()}
+                wanted = {name: wanted[name] for name, size in sizes.items() if size < wanted[name].num_bytes}
         fetch_folder(self._uri, list(wanted.values()), self.folder)
         if newest is not None:
             target = self.folder / newest
@@ -176,7 +184,7 @@ class Output:
             verify_manifest(torn)
             shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
             torn.rename(target)
-        fetched = [name for name in files if name in wanted or _step_of(name) == newest]
+        fetched = [name for name in files if name in wanted or (newest is not None and _step_of(name) == newest)]
         self._sent |= {name: _stamp(self.folder / name) for name in fetched}
         self._write_record()
 
@@ -340,13 +348,10 @@ class Output:
             record = json.loads(self._record.read_text())
         except (FileNotFoundError, ValueError):
             return
-        self._sent = {n: at for n, at in record.items() if n in there and there[n].num_bytes == at[-2]}
+        self._sent = {n: at for n, at in record.items() if at and n in there and there[n].num_bytes == at[-2]}
 
     def _write_record(self) -> None:
-        self._record.parent.mkdir(parents=True, exist_ok=True)
-        written = self._record.with_name(self._record.name + ".tmp")
-        written.write_text(json.dumps(self._sent))
-        written.replace(self._record)
+        write_whole(self._record, json.dumps(self._sent))
 
     def _say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
