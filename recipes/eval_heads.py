@@ -8,7 +8,6 @@ plain and self-speculative, on the held-out prompts, with the share of drafts th
 """
 
 import json
-import sys
 from pathlib import Path
 
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
@@ -79,6 +78,8 @@ class EvalHeadsRecipe:
             )
         if self._seq_len > self._model.max_seq_len:
             raise ConfigError(f"seq_len {self._seq_len} is longer than model.max_seq_len {self._model.max_seq_len}")
+        if self._speed_prompts and self._model.num_future_tokens > 1:
+            self._check_speed()
         if path is None:
             self._log.say("checkpoint=null: the model's weights are random")
             self._model.to(self._world.device)
@@ -95,6 +96,17 @@ class EvalHeadsRecipe:
             tags={**tags, "wmtp.evaluation": "heads"},
             replaces=RESULTS,
         )
+
+    def _check_speed(self) -> None:
+        """What measuring speed would find out after the whole evaluation."""
+        longest = self._model.max_seq_len
+        if self._max_new_tokens >= longest:
+            raise ConfigError(
+                f"max_new_tokens {self._max_new_tokens} leaves no room for a prompt in model.max_seq_len {longest}; "
+                "lower it, or set speed_prompts=0"
+            )
+        if not any(document.prompt for document in self._documents):
+            raise ConfigError("no document of dataset has a prompt to measure speed with; set speed_prompts=0")
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
@@ -118,7 +130,7 @@ class EvalHeadsRecipe:
         if not self._world.is_main or self._speed_prompts == 0 or self._model.num_future_tokens == 1:
             return {}
         requests = []
-        for document in list(self._documents)[: self._speed_prompts]:
+        for document in [document for document in self._documents if document.prompt][: self._speed_prompts]:
             room = self._model.max_seq_len - self._max_new_tokens
             requests.append(Request(document.id, document.prompt[:room], (self._seed, document.id, 0)))
         sampling = Sampling(self._max_new_tokens)
@@ -178,7 +190,7 @@ class EvalHeadsRecipe:
 
 
 @clear_errors()
-@stopping()
+@stopping(resumes=False)
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = EvalHeadsRecipe(cfg)
@@ -188,4 +200,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,8 @@
 
 In a training loop a signal is a flag: all ranks agree on it in the step's own collective, finish that step, save, and
 leave. Anywhere else it ends the process at once, since nothing is lost that was not saved. A second signal, from a
-second after the first on, is the kernel's: it kills, whatever the process is waiting for.
+second after the first on, is the kernel's: it kills, whatever the process is waiting for, also in C, where Python's
+handlers do not run.
 """
 
 import ctypes
@@ -21,6 +22,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _seen: str | None = None  # the signal that came
 _flagged = False  # it is asked for, rather than ending the process where it is
+_resumes = True  # the recipe can go on with what it saved
+os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))  # a child's signals are not its parent's
 
 
 class StopFlag:
@@ -83,17 +86,27 @@ class StopFlag:
 
 
 @contextmanager
-def stopping() -> Iterator[None]:
+def stopping(*, resumes: bool = True) -> Iterator[None]:
     """Around a recipe: the first SIGTERM or SIGINT ends it in order, with one line and the exit status 75.
+
+    Args:
+        resumes: whether the recipe can go on with what it saved; else the status is 128 and the signal's number.
 
     Raises:
         Stopped: a signal came, or the recipe's :class:`StopFlag` said so.
     """
-    global _seen, _flagged
-    _seen, _flagged = None, False
+    global _seen, _flagged, _resumes
+    _seen, _flagged, _resumes = None, False, resumes
     # What is ignored stays so: a shell starts background jobs with SIGINT ignored.
     handled = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _on_signal) for number in handled}
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    woken = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)  # written to by the C handler, at once
+    ended = threading.Event()
+    threading.Thread(
+        target=_let_the_second_kill, args=(reading, handled, ended), name="second-signal", daemon=True
+    ).start()
     try:
         yield
     except Stopped as stopped:
@@ -104,6 +117,9 @@ def stopping() -> Iterator[None]:
         tell_failure()
         raise
     finally:
+        ended.set()
+        signal.set_wakeup_fd(woken)
+        os.close(writing)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -123,16 +139,22 @@ def _on_signal(number: int, frame: object) -> None:
     if _seen is not None:
         return  # the same one, told twice
     _seen = signal.Signals(number).name
-    threading.Thread(target=_let_the_next_one_kill, name="second-signal", daemon=True).start()
     if a_rank_failed():  # then it is the launcher's, which ends us: the error is said elsewhere
         raise _Ended("")
     if not _flagged:
-        raise Stopped(f"stopped by {_seen}; to go on from what is saved: the same command with resume=auto")
+        how = "; to go on from what is saved: the same command with resume=auto" if _resumes else ""
+        stopped = Stopped(f"stopped by {_seen}{how}")
+        if not _resumes:
+            stopped.exit_status = 128 + number
+        raise stopped
     if _is_main():
         os.write(2, f"\n{_seen}: stopping after this step; a second signal ends it at once\n".encode())
 
 
-def _let_the_next_one_kill() -> None:
-    time.sleep(_SECONDS_ONE_SIGNAL)
-    for number in _SIGNALS:  # the kernel's default, through libc: Python sets it in the main thread only
-        ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(None))
+def _let_the_second_kill(reading: int, handled: list[signal.Signals], ended: threading.Event) -> None:
+    with os.fdopen(reading, "rb", 0) as signals:
+        while (told := signals.read(1)) and told[0] not in handled:
+            pass
+    if told and not ended.wait(_SECONDS_ONE_SIGNAL):
+        for number in handled:  # the kernel's default, through libc: Python sets it in the main thread only
+            ctypes.CDLL(None).signal(int(number), ctypes.c_void_p(None))

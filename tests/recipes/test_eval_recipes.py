@@ -17,7 +17,7 @@ from services import new_store
 
 from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
-from wmtp.config import read_command_line
+from wmtp.config import ConfigError, read_command_line
 from wmtp.data import byte_tokenizer, packaged_functions, packaged_programs
 from wmtp.evaluation_report import headline
 from wmtp.models import export_hf
@@ -202,6 +202,7 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
     cfg = tiny_config("eval_mbpp", samples=gold("eval_mbpp"), temperatures=[0.0], fixed_temperature=None)
     cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     cfg.tracking.artifact_location = str(tmp_path / "artifacts")
+    cfg.resume = "auto"  # which finds nothing: a new run
     recipe = EvalMBPPRecipe(cfg)
     recipe.setup()
     recipe.evaluate()
@@ -214,7 +215,8 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
     assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {
         "config.yaml", "report.md", "results.json", "samples.jsonl"
     }  # fmt: skip
-    assert {"wmtp.git_commit", "wmtp.data_sha256", "wmtp.sandbox"} <= set(run.data.tags)
+    told = {"wmtp.git_commit", "wmtp.data_sha256", "wmtp.sandbox", "mlflow.note.content"}
+    assert told <= set(run.data.tags)
 
 
 @pytest.mark.parametrize(
@@ -320,6 +322,23 @@ def test_an_evaluation_is_never_overwritten_unless_told(tiny_config, gold):
     cfg.tracking, cfg.name = None, "replaced"
     run_here(cfg)
     assert (Path(cfg.output_dir) / "report.md").read_text().startswith("# replaced")
+
+
+def test_what_speed_cannot_be_measured_with_is_refused_before_the_evaluation(tiny_config, tmp_path):
+    from recipes.eval_heads import EvalHeadsRecipe
+
+    text = tmp_path / "text.jsonl"
+    write_jsonl(text, [{"prompt": "", "completion": "def f(x):\n    return x\n" * 9}])
+    plain = {"_component_": "wmtp.data.prompt_completion", "source": str(text)}
+    for overrides, message in (
+        ({"max_new_tokens": 4096}, "max_new_tokens 4096 leaves no room for a prompt in model.max_seq_len 4096; lower"),
+        ({"dataset": plain}, "no document of dataset has a prompt to measure speed with; set speed_prompts=0"),
+    ):
+        cfg = tiny_config("eval_heads")
+        cfg.update(overrides)
+        with pytest.raises(ConfigError, match=message):
+            EvalHeadsRecipe(cfg).setup()
+        assert not Path(cfg.output_dir).exists()
 
 
 def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
