@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from wmtp.config import ConfigError, ConfigReader, build, read_command_line
+from wmtp.config import ConfigError, ConfigReader, build, parse, read_command_line
+from wmtp.errors import clear_errors
 
 
 def test_a_key_that_nobody_reads_is_an_error_and_reading_it_allows_it():
@@ -27,9 +28,50 @@ def test_null_is_the_default_and_a_required_key_must_be_there():
         read.integer("a")
 
 
-def test_a_section_set_to_null_on_the_command_line_is_null():
-    cfg = OmegaConf.create({"tracking": {"_component_": None, "experiment": "e"}})
-    assert ConfigReader(cfg).section("tracking", optional=True) is None
+def test_a_choice_is_one_of_its_options_whatever_is_given():
+    read = ConfigReader(OmegaConf.create({"a": None, "b": ["bf16"], "c": {"bf16": 1}, "d": "fp32"}))
+    dtypes = {"bf16": 16, "fp32": 32}
+    assert read.choice("a", dtypes, "bf16") == 16 and read.choice("d", dtypes) == 32
+    assert read.choice("a", {**dtypes, "none": None}, "bf16") is None  # export_dtype=null: no export
+    assert read.choice("absent", {**dtypes, "none": None}, "bf16") == 16
+    for key in ("b", "c"):
+        with pytest.raises(ConfigError, match=rf"^{key} must be one of bf16, fp32, got "):
+            read.choice(key, dtypes)
+
+
+@pytest.mark.parametrize(
+    ("component", "message"),
+    [
+        ("wmtp.weighting", r"^x\._component_ 'wmtp\.weighting' is a module, not a class or function with keys$"),
+        ("torch.zeros", r"^x\._component_ 'torch\.zeros' is a builtin_function_or_method, not a class or function"),
+        (5, r"^x\._component_ must be the dot path of a class or function, got 5$"),
+        (["wmtp.weighting.rho1"], r"^x\._component_ must be the dot path of a class or function, got \['wmtp"),
+        (None, r"^x has no _component_: name the class or function"),
+    ],
+)
+def test_what_is_no_component_is_refused_by_name(component, message):
+    with pytest.raises(ConfigError, match=message):
+        build(OmegaConf.create({"_component_": component}), where="x")
+
+
+def named(dtype: str = "fp32", note: "str | None" = None):
+    return dtype, note
+
+
+def test_a_list_or_a_section_is_no_text():
+    given = lambda **keys: build(OmegaConf.create({"_component_": f"{__name__}.named", **keys}), where="x")
+    assert given(dtype="bf16", note=None) == ("bf16", None)
+    for value in (["bf16"], {"bf16": 1}):
+        with pytest.raises(ConfigError, match=r"^x\.dtype must be a text, got "):
+            given(dtype=value)
+
+
+def test_a_recipe_that_ends_well_raises_nothing(config_file, monkeypatch):
+    """Neither is its end taken for a failure, nor does its hook for errors outlive it."""
+    monkeypatch.setattr("sys.argv", ["recipe", "--config", str(config_file)])
+    before, seen = sys.excepthook, []
+    assert clear_errors()(parse(lambda cfg: seen.append(cfg) or 3))() is None
+    assert len(seen) == 1 and sys.excepthook is before
 
 
 @pytest.mark.parametrize("value", [True, "3 steps", "nan", float("nan"), float("inf"), -1, 11])

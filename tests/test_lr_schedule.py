@@ -83,6 +83,11 @@ def test_a_step_without_a_rate_is_said_in_one_line():
             {"component": "torch.optim.lr_scheduler.ReduceLROnPlateau"},
             "ReduceLROnPlateau.step needs metrics at each step",
         ),
+        (
+            {"component": "torch.optim.lr_scheduler.OneCycleLR", "max_lr": 1.0, "total_steps": 3},
+            "OneCycleLR is not for 5 steps: Tried to step",
+        ),
+        ({"component": "torch.nn.Flatten"}, r"lr_scheduler gives a Flatten, which is no schedule: it has no step\(\)"),
         ({"num_warmup_steps": -1}, r"lr_scheduler\.num_warmup_steps must be >= 0, got -1"),
         ({"min_lr_ratio": 1.5}, r"lr_scheduler\.min_lr_ratio must be in \[0, 1\], got 1.5"),
         ({"num_cycles": 0.5}, "unknown key 'num_cycles' in lr_scheduler"),

@@ -117,21 +117,20 @@ class ConfigReader:
         return value
 
     def choice(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
-        """The option the value names."""
+        """The option the value names; null is the default, or None where that is an option."""
         value = self.get(key, default)
-        if value not in options:
-            raise ConfigError(f"{key} must be one of {', '.join(map(str, options))}, got {value!r}")
-        return options[value]
+        if None in options.values() and key in self._cfg and self._cfg[key] is None:
+            return None
+        for name, option in options.items():
+            if name == value:
+                return option
+        raise ConfigError(f"{key} must be one of {', '.join(map(str, options))}, got {value!r}")
 
     def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
         """A nested part of the config, to be given to :func:`build`."""
         value = self.get(key, None if optional else _REQUIRED)
         if value is not None and not OmegaConf.is_dict(value):
             raise ConfigError(f"{key} must be a section with a _component_, got {value!r}")
-        # On the command line `tracking=null` reaches us as tracking._component_=null: torchtune's parser reads a value
-        # given to a section as its component.
-        if optional and value is not None and "_component_" in value and value._component_ is None:
-            return None
         return value
 
     def done(self) -> None:
@@ -199,16 +198,24 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
     path = section.get("_component_")
     if path is None:
         raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
+    if not isinstance(path, str):
+        raise ConfigError(f"{where}._component_ must be the dot path of a class or function, got {path!r}")
     if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
         sys.path.append(os.getcwd())
     try:
-        return _get_component_from_path(path)
+        component = _get_component_from_path(path)
     except (InstantiationError, ImportError, ValueError) as error:
         cause = error.__cause__ or error
         absent = isinstance(cause, ModuleNotFoundError) and f"{path}.".startswith(f"{cause.name}.")
         if absent or (raised_in(cause) in (__file__, "") and not isinstance(cause, SyntaxError | ModuleNotFoundError)):
             raise ConfigError(f"{where}._component_ {path!r} cannot be found: {one_line(error)}") from error
         raise cause from None
+    try:
+        _parameters(component)
+    except (TypeError, ValueError):
+        kind = type(component).__name__
+        raise ConfigError(f"{where}._component_ {path!r} is a {kind}, not a class or function with keys") from None
+    return component
 
 
 def as_number(value: Any) -> Any:
@@ -230,13 +237,15 @@ def _whole(value: Any) -> Any:
 def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(component, eval_str=True).parameters
-    except (NameError, TypeError, SyntaxError):  # an annotation that is only there for a type checker
+    except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation that is only there for a type checker
         return inspect.signature(component).parameters
 
 
 def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
     """A value as a number where its parameter takes nothing else, by its annotation or default; also inside lists."""
     kinds = _kinds(parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default))
+    if "str" in kinds <= {"str", "NoneType"} and isinstance(value, list | dict):
+        raise ConfigError(f"{where} must be a text, got {value!r}")
     if not kinds & {"int", "float"} or not kinds <= {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}:
         return value
     if isinstance(value, list):
@@ -288,7 +297,7 @@ def parse(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def wrapper() -> None:
-        sys.exit(main(read_command_line(sys.argv[1:], about=sys.modules[main.__module__].__doc__)))
+        main(read_command_line(sys.argv[1:], about=sys.modules[main.__module__].__doc__))
 
     return wrapper
 
@@ -356,9 +365,10 @@ def config_changes(before: Mapping | None, now: DictConfig) -> str:
         before: the config of its checkpoint, None where it holds none.
         now: the config; its keys resume and overwrite say nothing about the run.
     """
+    if before is None:
+        return ""
     after = dict(OmegaConf.to_container(now, resolve=True))  # type: ignore[arg-type]
-    left_out = {"resume", "overwrite"} if before is not None else set(after)
-    found = [line for line in differences(before or {}, after) if line.split(" ", 1)[0] not in left_out]
+    found = [line for line in differences(before, after) if line.split(" ", 1)[0] not in ("resume", "overwrite")]
     return f" with {', '.join(found)}" if found else ""
 
 

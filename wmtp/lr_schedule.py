@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch.optim.lr_scheduler import LambdaLR
 
 from wmtp.config import ConfigError, build, component_of
-from wmtp.errors import UserError
+from wmtp.errors import UserError, one_line, raised_in
 
 
 def cosine_with_warmup(
@@ -101,6 +101,8 @@ def build_schedule(
 
 def _rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
     """Each step's largest learning rate while the schedule goes so many steps."""
+    if not callable(getattr(schedule, "step", None)):
+        raise ConfigError(f"lr_scheduler gives a {type(schedule).__name__}, which is no schedule: it has no step()")
     required = [p.name for p in inspect.signature(schedule.step).parameters.values() if p.default is p.empty]
     if required:
         raise ConfigError(
@@ -112,7 +114,13 @@ def _rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(steps):
             rates.append(max(float(group["lr"]) for group in optimizer.param_groups))
-            schedule.step()
+            try:
+                schedule.step()
+            except ValueError as error:
+                if raised_in(error) != __file__:  # it is of the user's own
+                    raise
+                name = type(schedule).__name__
+                raise ConfigError(f"lr_scheduler: {name} is not for {steps} steps: {one_line(error)}") from error
     return rates
 
 
