@@ -128,6 +128,24 @@ def test_uncommitted_code_of_ones_own_is_dirty(repository, monkeypatch):
     assert tags["wmtp.git_dirty"] == "True" and "wmtp.own_git_commit" not in tags
 
 
+def test_code_that_cannot_be_read_as_it_runs_is_kept_all_the_same(tmp_path, monkeypatch):
+    """A script that tries a relative import first, and a module that was changed after it was imported."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one_utils.py").write_text("")
+    (tmp_path / "one_broken.py").write_text("")
+    both = "try:\n    from .one_utils import f\nexcept ImportError:\n    import one_utils\nimport one_broken\n"
+    (tmp_path / "one_script.py").write_text(both)
+    importlib.import_module("one_script")
+    (tmp_path / "one_broken.py").write_text("def f(:\n")
+    kept = {f"one_{name}.py" for name in ("script", "utils", "broken")}
+    try:
+        assert set(own_code({"_component_": "one_script.f"}, "none")) == kept
+    finally:
+        for name in ("one_script", "one_utils", "one_broken"):
+            sys.modules.pop(name)
+
+
 def test_wmtps_own_and_installed_code_is_nobodys_own():
     import recipes.full_finetune_distributed_wmtp as recipe
 

@@ -2,6 +2,10 @@
 
 import json
 import math
+import resource
+import signal
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
@@ -9,7 +13,7 @@ from omegaconf import OmegaConf
 from services import new_store
 
 from wmtp.tracking import MLflowLogger, replay
-from wmtp.tracking.delivery import RUN_KEY
+from wmtp.tracking.delivery import RUN_KEY, deliver
 from wmtp.tracking.spool import FOLDER, Spool, read_run
 
 
@@ -229,6 +233,47 @@ def test_artifacts_that_cannot_be_stored_do_not_hold_up_metrics(begin, store, tm
     (tmp_path / "artifacts").unlink()
     replay(tmp_path / "run")
     assert (tmp_path / "artifacts" / logger.run_id / "artifacts" / "note.txt").read_text() == "text"
+
+
+def test_a_full_disk_leaves_whole_records_and_names_its_file(tmp_path):
+    spool = Spool(tmp_path)
+    spool.append({"kind": "text", "text": "first"})
+    file = tmp_path / FOLDER / "000001.jsonl"
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, before[1]))  # a part of the next one fits
+    try:
+        with pytest.raises(OSError) as error:
+            spool.append({"kind": "text", "text": "x" * 1000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert Path(error.value.filename) == file
+    spool.append({"kind": "text", "text": "third"})
+    assert [record["text"] for record, _ in spool.unsent(10)] == ["first", "third"]
+    spool.close()
+
+
+def test_a_run_whose_end_cannot_be_recorded_is_closed_all_the_same(begin, store):
+    logger = begin()
+    logger.log_dict({"loss": 1.0}, 1)
+    logger._spool._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the spool closes it
+    logger.close()
+    assert any("that the run is FINISHED could not be recorded: [Errno 28]" in line for line in logger.said)
+    assert history(store, logger.run_id, "loss") == [(1, 1.0)]
+    begin(resumed=True).close()  # the spool is free
+
+
+def test_no_part_of_a_secret_is_written_of_a_refused_record(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLANTED_TOKEN", "planted-token-0123")
+
+    def send(records):
+        raise FileNotFoundError("x" * 292 + "planted-token-0123")
+
+    spool = Spool(tmp_path)
+    spool.append({"kind": "tags", "tags": {}})
+    assert deliver(spool, SimpleNamespace(send=send)) == 1
+    assert json.loads((spool.folder / "refused.jsonl").read_text())["why"] == "x" * 292 + "***"
+    spool.close()
 
 
 def test_two_processes_never_write_into_one_spool(begin, tmp_path):

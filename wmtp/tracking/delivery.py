@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wmtp.errors import UserError
-from wmtp.files import MANIFEST, write_manifest
+from wmtp.errors import UserError, one_line
+from wmtp.files import MANIFEST, write_manifest, write_whole
 from wmtp.secrets import mask_secrets
-from wmtp.tracking.spool import Spool, write_whole
+from wmtp.tracking.spool import Spool
 from wmtp.tracking.store import (
     MAX_NAME,
     MAX_PARAM,
@@ -65,7 +65,7 @@ class Delivery:
                 raise Refused(refused_credentials(where, status)) from error
             local = sqlite_file(self._uri) is not None and "locked" not in str(error)
             if local or (400 <= status < 500 and status not in (408, 429)):
-                raise Refused(f"{where} cannot be used: {one_line(error)}") from error
+                raise Refused(f"{where} cannot be used: {one_line(error):.300}") from error
             raise
         if found is not None and found.lifecycle_stage == "deleted":
             raise Refused(
@@ -176,7 +176,7 @@ class Delivery:
         """Nothing for the store: a model that was exported before its run had an id is told the id now."""
         for record in records:
             path = self._output_dir / record["path"]
-            write_whole(path, {**json.loads(path.read_text()), "run_id": self.run_id})
+            write_whole(path, json.dumps({**json.loads(path.read_text()), "run_id": self.run_id}, indent=1) + "\n")
             if (path.parent / MANIFEST).exists():
                 write_manifest(path.parent)
 
@@ -208,7 +208,7 @@ def deliver(spool: Spool, delivery: Delivery) -> int:
         if kind in _FILES and not _never(error):
             spool.append(batch[0][0])
             spool.mark_sent(batch[0][1])
-            raise Postponed(f"{batch[0][0].get('path') or batch[0][0].get('file')}: {one_line(error)}") from error
+            raise Postponed(f"{batch[0][0].get('path') or batch[0][0].get('file')}: {one_line(error):.300}") from error
         if not _never(error):
             raise
         for record, position in batch:  # one of them is to blame
@@ -217,16 +217,11 @@ def deliver(spool: Spool, delivery: Delivery) -> int:
             except Exception as again:
                 if not _never(again):
                     raise
-                spool.refuse(record, one_line(again))
+                spool.refuse(record, f"{one_line(again):.300}")
             spool.mark_sent(position)
     else:
         spool.mark_sent(batch[-1][1])
     return len(batch)
-
-
-def one_line(error: BaseException) -> str:
-    """An error's first words, without secrets."""
-    return mask_secrets(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def _http_status(error: BaseException) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.errors import UserError
+from wmtp.errors import UserError, one_line
 from wmtp.secrets import mask_secrets
 from wmtp.tracking.delivery import Delivery
 from wmtp.tracking.sender import Sender
@@ -218,7 +218,10 @@ class MLflowLogger:
             return
         if self._system is not None:
             self._system.stop()
-        self._record("status", status=status)
+        try:
+            self._record("status", status=status)
+        except OSError as error:  # of a full disk; what is recorded is sent all the same
+            self._say(f"WARNING: tracking: that the run is {status} could not be recorded: {one_line(error)}")
         left = self._sender.close(self._flush_seconds)
         refused = self._spool.folder / "refused.jsonl"
         if refused.exists():

@@ -68,12 +68,19 @@ def _own_file(module: ModuleType | None) -> Path | None:
 def _imports(module: ModuleType, file: Path) -> Iterator[str]:
     """Names of what a module imports anywhere in its source, as far as they may be modules."""
     package = getattr(module, "__package__", None) or ""
-    for node in ast.walk(ast.parse(file.read_bytes())):
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # it was changed after it was imported
+        return
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield from _with_packages(alias.name)
         elif isinstance(node, ast.ImportFrom):
-            name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            try:
+                name = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:  # `from .utils` in a script, which then tries `from utils`
+                continue
             for alias in node.names:
                 yield from _with_packages(f"{name}.{alias.name}")
 

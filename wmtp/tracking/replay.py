@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from wmtp.errors import UserError
+from wmtp.errors import UserError, one_line
 from wmtp.secrets import mask_secrets
-from wmtp.tracking.delivery import Delivery, Postponed, Refused, deliver, one_line
+from wmtp.tracking.delivery import Delivery, Postponed, Refused, deliver
 from wmtp.tracking.spool import Spool, read_run
 from wmtp.tracking.store import check_store, store_uri
 
@@ -41,8 +41,8 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
             raise
         except Exception as error:
             raise UserError(
-                f"{spool.count_unsent()} of {count} records of {output_dir} are still unsent: {one_line(error)}; try "
-                "again when the store answers"
+                f"{spool.count_unsent()} of {count} records of {output_dir} are still unsent: {one_line(error):.300}; "
+                "try again when the store answers"
             ) from error
         return f"sent {count} records of {output_dir} to run {delivery.run_id} in {mask_secrets(uri)}"
     finally:

@@ -4,8 +4,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from wmtp.errors import UserError
-from wmtp.tracking.delivery import Delivery, Refused, deliver, one_line
+from wmtp.errors import UserError, one_line
+from wmtp.tracking.delivery import Delivery, Refused, deliver
 from wmtp.tracking.spool import Spool
 
 _SECONDS_BETWEEN_BATCHES = 1.0
@@ -150,10 +150,10 @@ class Sender:
         with self._changed:
             if self._failure is None and not self._closing:
                 self._say(
-                    f"tracking: the store does not take what it is sent ({one_line(error)}); the run goes on, all is "
-                    "kept in its tracking_spool and sent again"
+                    f"tracking: the store does not take what it is sent ({one_line(error):.300}); the run goes on, all "
+                    "is kept in its tracking_spool and sent again"
                 )
-            self._failure = one_line(error)
+            self._failure = f"{one_line(error):.300}"
             self._changed.notify_all()
         self._sleep(delay)
         return delay

@@ -14,9 +14,11 @@ import io
 import json
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from wmtp.errors import UserError
+from wmtp.files import write_whole
 
 FOLDER = "tracking_spool"
 
@@ -57,18 +59,29 @@ class Spool:
 
     def set_run(self, **facts: object) -> None:
         """Change facts of run.json, which is whole at every moment."""
-        write_whole(self.folder / "run.json", {**self.run, **facts})
+        write_whole(self.folder / "run.json", json.dumps({**self.run, **facts}, indent=1) + "\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Records
 
     def append(self, record: dict) -> None:
-        """Write a record down. Any thread may call it."""
+        """Write a record down, whole or not at all. Any thread may call it.
+
+        Raises:
+            OSError: the disk is full; it names the file.
+        """
         line = (json.dumps(record) + "\n").encode()
         with self._writing:
             if self._file is None:
                 self._file = (self.folder / f"{self._next:06d}.jsonl").open("ab", buffering=0)
-            self._file.write(line)
+            start = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:  # a disk that gets full takes a part
+                    line = line[self._file.write(line) :]
+            except OSError as error:
+                with suppress(OSError):
+                    self._file.truncate(start)  # or the next record would go on in this one's line
+                raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def unsent(self, limit: int) -> list[tuple[dict, tuple[int, int]]]:
         """The next records to send, at most so many, each with the position to give to :meth:`mark_sent`."""
@@ -97,7 +110,7 @@ class Spool:
         if self._closed:
             return
         self._position = position
-        write_whole(self.folder / "sent.json", {"file": position[0], "offset": position[1]})
+        write_whole(self.folder / "sent.json", json.dumps({"file": position[0], "offset": position[1]}) + "\n")
         for number in self._numbers():
             if number < position[0]:
                 (self.folder / f"{number:06d}.jsonl").unlink()
@@ -134,10 +147,3 @@ def read_run(output_dir: Path) -> dict:
     """What a folder's spool says about its run, without opening it; empty where there is none."""
     file = output_dir / FOLDER / "run.json"
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def write_whole(path: Path, value: dict) -> None:
-    """Write a JSON file that is the old one or the new one at every moment."""
-    written = path.with_name(path.name + ".tmp")
-    written.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(written, path)
