@@ -11,7 +11,6 @@ correct programs from incorrect ones, beside a rule that looks at their length a
 import json
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -413,6 +412,8 @@ class CriticStage1Recipe:
 
     def finish(self) -> dict[str, dict[str, float]]:
         """Go back to the best weights, report on them, and write the value model."""
+        if self._best["step"] is None:  # it ended without an evaluation
+            self._keep_best(self.evaluate(self._heldout))
         if self._out_of_patience():
             self._log.say(f"stopped at step {self._step}: no better for {self._patience} evaluations")
         self._best_weights.restore(self._best["step"], self._model)
@@ -474,4 +475,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ killed run goes on with `resume=true` and gives the same result. Model-written c
 
 import hashlib
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -108,7 +107,7 @@ class EvalMBPPRecipe:
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
-        self._check_output_dir()
+        resumed = self._check_output_dir()
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")
         self._model = self._prompts = None
@@ -137,7 +136,7 @@ class EvalMBPPRecipe:
 
         self._settings = self._what_decides_a_sample()
         journals = self._output_dir / "journals"
-        kept = read_journals(journals, self._settings) if self._resume != "no" else None
+        kept = on_rank_0(lambda: read_journals(journals, self._settings)) if resumed else None
         self._log.start(
             self._cfg,
             recipe=Path(__file__).stem,
@@ -145,7 +144,7 @@ class EvalMBPPRecipe:
             dataset=self._name,
             data_sha256=self._settings["tasks_sha256"],
             tags={**self._model_tags, "wmtp.evaluation": self._name, "wmtp.sandbox": "; ".join(self._sandbox.layers)},
-            resumed=self._resume != "no",
+            resumed=resumed,
             replaces=RESULTS,
         )
         wait_for_all()
@@ -155,13 +154,14 @@ class EvalMBPPRecipe:
         if self._samples:
             self._log.say(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
 
-    def _check_output_dir(self) -> None:
-        """Refuse to write over an evaluation, or into a folder that is none."""
+    def _check_output_dir(self) -> bool:
+        """Refuse to write over an evaluation, or into a folder that is none; whether one goes on there."""
         there = check_output_dir(
             self._output, "an evaluation", results=RESULTS, overwrite=self._overwrite, resume=self._resume
         )
         if self._resume == "yes" and not there:
             raise ConfigError(f"resume=true, but {self._output_dir} holds no evaluation")
+        return there and self._resume != "no"
 
     def _read_samples(self) -> list[Sample]:
         """The samples to judge; a protocol, where there is one, reads their completions as it does a model's."""
@@ -332,4 +332,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

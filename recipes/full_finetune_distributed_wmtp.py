@@ -9,7 +9,6 @@ The recipe is meant to be copied and edited: the loop is in `train`, plain PyTor
 
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -430,4 +429,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,7 +10,6 @@ The recipe is `full_finetune_distributed_wmtp.py` with adapters: a diff shows wh
 
 import math
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -479,4 +478,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

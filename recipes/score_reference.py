@@ -105,7 +105,7 @@ class ScoreReferenceRecipe:
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
-        self._check_output_dir()
+        resumed = self._check_output_dir()
         path = resolve_checkpoint(self._checkpoint or self._value_model_path)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         role = "reference" if self._column == "reference_ce" else "value model"
@@ -124,7 +124,7 @@ class ScoreReferenceRecipe:
             dataset=builder_name(self._dataset_cfg),
             data_sha256=None,  # the whole data have been read only at the end
             tags={"wmtp.model_sha256": self._binding["model"]["checkpoint_sha256"]},
-            resumed=self._resume != "no",
+            resumed=resumed,
             replaces=RESULTS,
         )
         if self._world.is_main:
@@ -132,13 +132,14 @@ class ScoreReferenceRecipe:
                 torn.unlink()
         wait_for_all()
 
-    def _check_output_dir(self) -> None:
-        """Refuse to write over a scored dataset, or into a folder that is none."""
+    def _check_output_dir(self) -> bool:
+        """Refuse to write over a scored dataset, or into a folder that is none; whether one goes on there."""
         there = check_output_dir(
             self._output, "a scored dataset", results=RESULTS, overwrite=self._overwrite, resume=self._resume
         )
         if self._resume == "yes" and not there:
             raise ConfigError(f"resume=true, but {self._output_dir} holds no scored dataset")
+        return there and self._resume != "no"
 
     def _build_model(self, path: Path) -> torch.nn.Module:
         """The frozen model, whole on this process's device in the dtype of the computation, or a shard of it."""
@@ -360,4 +361,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

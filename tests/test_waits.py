@@ -1,14 +1,21 @@
 """Ranks that wait for a slower one, and what they tell each other at a failure."""
 
+import hashlib
+import os
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 from processes import start
 
+from wmtp.checkpoint import checkpoint_to_resume
+from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import UserError
+from wmtp.output_dir import check_output_dir
+from wmtp.storage import Output
 
 
 def wait_beyond_the_timeout():
@@ -40,6 +47,31 @@ def wait_beyond_the_timeout():
 
     with pytest.raises(RuntimeError if rank == 0 else UserError, match="a fault of code"):
         on_rank_0(break_down)
+
+
+def what_rank_0_sees(folder):
+    """On a file system that is slow to show rank 1 what is there; here it never does."""
+    dist.init_process_group("gloo")
+    own = Path(folder) / f"seen_by_{dist.get_rank()}"
+    checkpoint = Path("run/checkpoints/step_00000001")
+    if dist.get_rank() == 0:
+        (own / checkpoint).mkdir(parents=True)
+        (own / checkpoint / "manifest.json").touch()
+        (own / "run" / "config.yaml").touch()
+    else:
+        (own / "run").mkdir(parents=True)
+    os.chdir(own)
+    named = {"results": ("checkpoints",), "overwrite": False}
+    assert check_output_dir(Output("run"), "a run", resume="yes", **named) is True
+    assert checkpoint_to_resume(Path("run"), "yes") == checkpoint
+    with pytest.raises(ConfigError, match="already holds a run; set resume=true to go on"):
+        check_output_dir(Output("run"), "a run", resume="no", **named)
+    large = on_rank_0(lambda: os.urandom(20 << 20))  # of an evaluation's journals
+    assert len(large) == 20 << 20 and len(set(gather_objects(hashlib.sha256(large).hexdigest()))) == 1
+
+
+def test_what_there_is_to_go_on_from_is_what_rank_0_sees(tmp_path):
+    start(what_rank_0_sees, str(tmp_path), size=2, log=tmp_path / "log.txt").join()
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that a run goes on from, None for a new run.
+    """The checkpoint that a run goes on from, None for a new run: what rank 0 sees, on every rank.
 
     Args:
         resume: ``no``, ``yes`` (there must be one) or ``auto``.
@@ -193,7 +193,7 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
     """
     if resume == "no":
         return None
-    checkpoint = latest_checkpoint(output_dir)
+    checkpoint = on_rank_0(lambda: latest_checkpoint(output_dir))
     if resume == "yes" and checkpoint is None:
         raise ConfigError(f"resume=true, but {output_dir}/checkpoints holds no complete checkpoint")
     return checkpoint

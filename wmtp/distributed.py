@@ -6,6 +6,7 @@ import itertools
 import os
 import pickle
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from wmtp.errors import UserError
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_READ = 5.0
+_BYTES_AT_ONCE = 4 << 20  # the store refuses values of more than 8 MiB
 _arrivals = itertools.count(1)
 _calls = itertools.count()
 
@@ -136,16 +138,22 @@ def on_rank_0(work: Callable[[], T]) -> T:
     while not store.check(["value"]):
         time.sleep(pause)
         pause = min(0.2, 1.5 * pause)
-    value, told = pickle.loads(store.get("value"))
+    parts = [f"part{i}" for i in range(int(store.get("value")))]
+    value, told = pickle.loads(b"".join(map(store.get, parts)))
     if store.add("read", 1) == others:
-        store.delete_key("value")
+        for key in ("value", *parts):
+            store.delete_key(key)
     if told is not None:
         raise told
     return value
 
 
 def _tell(store: dist.Store, value: object, error: UserError | None) -> None:
-    store.set("value", pickle.dumps((value, error)))  # type: ignore[arg-type]  # bytes are taken; the stubs say str
+    whole = pickle.dumps((value, error))
+    starts = range(0, len(whole), _BYTES_AT_ONCE)
+    for i, start in enumerate(starts):  # bytes are taken; the stubs say str
+        store.set(f"part{i}", whole[start : start + _BYTES_AT_ONCE])  # type: ignore[arg-type]
+    store.set("value", str(len(starts)))
 
 
 def end_world() -> None:
@@ -179,7 +187,7 @@ def _end_with_launcher() -> None:
     torchrun's workers have sessions of their own: a killed launcher would leave them training, beside the next run on
     the same folder. A process that was started without a launcher outlives its shell, as `nohup` users expect.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # It may have died before that, and an orphan's parent is init; or the launcher itself is process 1 of a container.

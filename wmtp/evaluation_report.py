@@ -10,8 +10,9 @@ from pathlib import Path
 
 from wmtp.data.protocols import Task
 from wmtp.evaluation_results import ORACLE_NOTE, VERDICTS, temperature_name
+from wmtp.files import write_whole
 from wmtp.markdown import cell, fenced, table
-from wmtp.samples import Judgement, Key, Sample, replace_file, sort_key
+from wmtp.samples import Judgement, Key, Sample, sort_key
 
 _MEANING = {
     "passed": "all tests passed",
@@ -47,10 +48,10 @@ def write_report(
     """
     folder = Path(folder)
     page = report_page(results, tasks, samples, judgements, title=title, prompts=prompts, timings=timings)
-    replace_file(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    replace_file(folder / "report.md", page)
+    write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / "report.md", page)
     if timings is not None:
-        replace_file(folder / "timings.json", json.dumps(dict(timings), indent=1) + "\n")
+        write_whole(folder / "timings.json", json.dumps(dict(timings), indent=1) + "\n")
 
 
 def headline(results: dict) -> list[str]:

@@ -32,6 +32,14 @@ def publish(written: Path, path: Path) -> None:
     sync(path.parent)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 so that whatever ends the process leaves the old one or the new one, whole."""
+    written = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    publish(written, path)
+
+
 def write_manifest(folder: Path) -> dict[str, dict]:
     """List every file with its size and SHA-256, all of it on disk when this returns. What was listed."""
     files: dict[str, dict] = {}

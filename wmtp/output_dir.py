@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wmtp.config import ConfigError
+from wmtp.distributed import on_rank_0
 from wmtp.errors import is_traceback, keep_tracebacks
 from wmtp.storage import Output
 
@@ -11,7 +12,7 @@ from wmtp.storage import Output
 def check_output_dir(
     output: Output, what: str, *, results: Sequence[str], overwrite: bool, resume: str | None = None
 ) -> bool:
-    """Whether a folder holds an earlier run of the recipe, which its config.yaml tells.
+    """Whether a folder holds an earlier run of the recipe, which its config.yaml tells: as rank 0 sees it.
 
     A run that left no result, because it ended in its set-up, is no reason to refuse anything.
 
@@ -23,8 +24,14 @@ def check_output_dir(
         resume: ``no``, ``yes`` or ``auto``; None for a recipe that cannot resume.
 
     Raises:
-        ConfigError: the folder holds other files, or results that would be written over unasked.
+        ConfigError: on every rank: the folder holds other files, or results that would be written over unasked.
     """
+    holds = on_rank_0(lambda: _look(output, what, results, overwrite, resume))
+    keep_tracebacks(output.folder, resumes=resume is not None)
+    return holds
+
+
+def _look(output: Output, what: str, results: Sequence[str], overwrite: bool, resume: str | None) -> bool:
     folder = output.folder
     here = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     ours = lambda name: not name.endswith(".lock") and not is_traceback(Path(name))
@@ -44,7 +51,6 @@ def check_output_dir(
             f"output_dir {folder} already holds {what}{lacks}; set {go_on}overwrite=true to replace it, or another "
             "output_dir"
         )
-    keep_tracebacks(folder, resumes=resume is not None)
     return holds
 
 
@@ -56,5 +62,6 @@ def _is_result(path: Path, parts: Sequence[str], results: Sequence[str]) -> bool
         return True  # in S3
     if path.suffix != ".jsonl":
         return path.stat().st_size > 0
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn
-    return any(b'"settings":' not in line[:20] and not line.startswith(b'{"step": 0,') for line in lines)
+    with path.open("rb") as lines:  # what follows the last line end was torn
+        whole = (line for line in lines if line.endswith(b"\n"))
+        return any(b'"settings":' not in line[:20] and not line.startswith(b'{"step": 0,') for line in whole)

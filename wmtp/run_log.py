@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from wmtp.config import build
 from wmtp.distributed import on_rank_0, wait_for_all
+from wmtp.files import write_whole
 from wmtp.models.resolve import RUN_FILE, checkpoint_sha256
 from wmtp.storage import Output
 from wmtp.tracking import code_changes, environment_tags, mlflow_fields, use_store
@@ -126,13 +127,13 @@ class RunLog:
     def _prepare_folder(self, cfg: DictConfig, step: int, replaced: Sequence[str]) -> None:
         for name in replaced:
             path = self._output_dir / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
             lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self._file.write_text("".join(kept))
+            write_whole(self._file, "".join(kept))
             self._kept = {line for line in kept if json.loads(line)["step"] == step}
             if read_run(self._output_dir):
                 for figures in map(json.loads, set(lines) - set(kept)):

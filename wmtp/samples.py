@@ -16,6 +16,7 @@ from wmtp.data.rows import ReadColumns, is_number, read_rows, take
 from wmtp.data.stdio_tasks import StdioTask
 from wmtp.data.task_ids import TaskIds
 from wmtp.errors import UserError
+from wmtp.files import write_whole
 from wmtp.sandbox import Outcome
 from wmtp.sanitize import is_program, open_names, sanitize
 
@@ -220,7 +221,7 @@ def write_samples(
     for sample in sorted(samples, key=sort_key):
         row = asdict(sample) | (asdict(judgements[sample.key]) if judgements and sample.key in judgements else {})
         lines.append(json.dumps({name: value for name, value in row.items() if value is not None}) + "\n")
-    replace_file(path, "".join(lines))
+    write_whole(Path(path), "".join(lines))
 
 
 def sort_key(sample: Sample) -> tuple:
@@ -228,17 +229,6 @@ def sort_key(sample: Sample) -> tuple:
     parts = re.split(r"(\d+)", sample.task_id)  # texts and numbers in turn
     natural = [int(part) if odd else part for odd, part in zip([False, True] * len(parts), parts, strict=False)]
     return natural, -1.0 if sample.temperature is None else sample.temperature, sample.sample
-
-
-def replace_file(path: str | Path, text: str) -> None:
-    """Write a text file in UTF-8 so that a crash leaves the old one or the new one, whole."""
-    torn = Path(f"{path}.part")
-    torn.parent.mkdir(parents=True, exist_ok=True)
-    with torn.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(torn, path)
 
 
 class Journal:

@@ -21,6 +21,7 @@ from runs import ROOT, read_metrics
 from wmtp.checkpoint import complete_checkpoints, load_trainer, verify_manifest
 from wmtp.config import StopTraining
 from wmtp.data import hf_tokenizer
+from wmtp.errors import Stopped
 from wmtp.models import CheckpointError, MTPDecoder, load_value_model, resolve_checkpoint
 
 
@@ -103,6 +104,17 @@ def test_it_learns_stops_in_time_and_writes_the_value_model_of_the_best_step(cri
     assert values.abs().max() > 0.1
     about = json.loads((folder / "value_model.json").read_text())
     assert about["settings"]["best_step"] == first and about["settings"]["loss"] == "pairwise"
+
+
+def test_a_run_that_ends_without_an_evaluation_is_evaluated_once(critic_config):
+    options = {"eval_every": None, "output_dir": "run"}
+    stopped = CriticStage1Recipe(critic_config(max_steps=100, max_minutes=1e-9, **options))
+    stopped.setup()
+    with pytest.raises(Stopped, match="after step 1 of 100"):
+        stopped.train()
+    recipe, metrics = run(critic_config(max_steps=1, resume=True, **options))
+    assert [line["step"] for line in metrics if "eval/auc" in line] == [1]
+    assert "best at step 1" in (recipe._output_dir / "report.md").read_text()
 
 
 def test_mse_learns_the_size_of_rewards(critic_config, tmp_path):

@@ -289,6 +289,7 @@ def test_mlflow_holds_the_totals_and_the_manifest_and_a_resumed_run_goes_on_in_i
     cfg = tiny_config("score_reference", checkpoint=str(models / "reference"))
     cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "tracking_uri": uri}
     cfg.tracking.artifact_location = str(tmp_path / "artifacts")
+    cfg.resume = "auto"
     manifest = run_here(cfg)
     assert manifest["data"]["documents"] == cfg.dataset.max_functions and len(manifest["parts"]) == 4
     cfg.resume = True
@@ -301,4 +302,5 @@ def test_mlflow_holds_the_totals_and_the_manifest_and_a_resumed_run_goes_on_in_i
     first, second = client.get_metric_history(run.info.run_id, "score/tokens_per_second")
     assert first.value > 0 and second.value == 0  # all parts were there
     assert run.data.tags["wmtp.data_sha256"] == manifest["data"]["sha256"] and "wmtp.git_commit" in run.data.tags
+    assert "score_reference" in run.data.tags["mlflow.note.content"]  # of the first start, which found nothing
     assert {a.path for a in client.list_artifacts(run.info.run_id)} >= {"config.yaml", "manifest.json"}
