@@ -56,7 +56,7 @@ def what_rank_0_sees(folder):
     checkpoint = Path("run/checkpoints/step_00000001")
     if dist.get_rank() == 0:
         (own / checkpoint).mkdir(parents=True)
-        (own / checkpoint / "manifest.json").touch()
+        (own / checkpoint / "manifest.json").write_text("{}")
         (own / "run" / "config.yaml").touch()
     else:
         (own / "run").mkdir(parents=True)

@@ -38,7 +38,8 @@ class SystemMetrics:
                 figures |= probe.aggregate_metrics()
                 probe.clear_metrics()
             if not self._stop.is_set():
-                self._log({f"system/{name}": value for name, value in figures.items()})
+                with suppress(OSError):  # a full disk, of which the run's own figures tell
+                    self._log({f"system/{name}": value for name, value in figures.items()})
             if self._stop.wait(self._seconds):
                 return
 
