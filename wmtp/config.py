@@ -244,8 +244,6 @@ def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter
 def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
     """A value as a number where its parameter takes nothing else, by its annotation or default; also inside lists."""
     kinds = _kinds(parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default))
-    if "str" in kinds <= {"str", "NoneType"} and isinstance(value, list | dict):
-        raise ConfigError(f"{where} must be a text, got {value!r}")
     if not kinds & {"int", "float"} or not kinds <= {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}:
         return value
     if isinstance(value, list):
@@ -260,12 +258,14 @@ def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
 
 
 def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
-    """A text is a sequence of letters to Python, but no list of names to whoever writes a config."""
+    """A text is a sequence of letters to Python, but no list of names to whoever writes a config; nor is a list one."""
     annotation = parameter.annotation
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     kinds = {get_origin(option) or option for option in options}
     if isinstance(value, str) and str not in kinds and kinds & {Sequence, Collection, list, tuple}:
         raise ConfigError(f"{where} must be a list, got {value!r}; write [{value}]")
+    if isinstance(value, list | dict) and str in kinds and kinds <= {str, type(None)}:
+        raise ConfigError(f"{where} must be a text, got {value!r}")
 
 
 def _kinds(annotation: Any) -> set[str]:
