@@ -4,6 +4,7 @@ A builder is a plain function with config keys as arguments, named as `_componen
 """
 
 import ast
+import builtins
 import sys
 import warnings
 from collections.abc import Sequence
@@ -297,9 +298,14 @@ def bound_names(program: ast.AST) -> set[str]:
 
 
 def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
-    """The outermost call of the first test to something the solution defines: MBPP task 126 asks for a `sum`."""
-    calls = (node.func for node in ast.walk(tests[0]) if isinstance(node, ast.Call))  # breadth first
-    return next((f.id for f in calls if isinstance(f, ast.Name) and f.id in defined), None)
+    """The outermost call of the first test to something the solution defines.
+
+    A builtin's name is meant (MBPP task 126 asks for a `sum`) only where no test calls anything else of the solution's:
+    one that has a helper `sum` of its own does not change what `assert sum(f(x)) == 6` adds up with.
+    """
+    calls = [node.func for tree in tests for node in ast.walk(tree) if isinstance(node, ast.Call)]  # breadth first
+    called = [f.id for f in calls if isinstance(f, ast.Name) and f.id in defined]
+    return next((name for name in called if not hasattr(builtins, name)), called[0] if called else None)
 
 
 def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, imports: Sequence[str], where: str):

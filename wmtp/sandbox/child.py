@@ -5,27 +5,23 @@ is its own answers.
 """
 
 import atexit
-import builtins
 import fcntl
 import functools
 import gc
 import io
 import mmap
-import operator
 import os
 import random
 import resource
 import socket
 import sys
 import threading
-import types
 import weakref
-from collections.abc import Callable
 
 from wmtp.sandbox import memory, wire
-from wmtp.sandbox.codec import AnswerTooLarge, Decoder, Encoder
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.landlock import Ruleset
+from wmtp.sandbox.server import Server, execute, new_module
 from wmtp.sandbox.usage import own_usage
 
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
@@ -111,22 +107,11 @@ def _text(number: int, mode: str, errors: str = "surrogateescape") -> io.TextIOW
     return stream
 
 
-def _new_module(name: str) -> types.ModuleType:
-    module = types.ModuleType(name)
-    sys.modules[name] = module  # dataclasses, pickle and typing look their classes' module up
-    return module
-
-
-def _execute(source: str, name: str, namespace: dict) -> None:
-    code = compile(source.removeprefix("\ufeff"), name, "exec", dont_inherit=True)
-    exec(code, namespace)
-
-
 def _run_main(channel: socket.socket, message: dict, limits: dict) -> None:
     """Run the program as `__main__`, let it end as the interpreter would, and say whether it raised."""
     failure = None
     try:
-        _execute(message["program"], "program.py", _new_module("__main__").__dict__)
+        execute(message["program"], "program.py", new_module("__main__").__dict__)
     except SystemExit as stop:
         if stop.code is not None and stop.code != 0:
             failure = describe(stop)
@@ -163,21 +148,21 @@ def _drop_main_module() -> None:
 
 def _run_tests(channel: socket.socket, message: dict, limits: dict) -> None:
     """Run program and tests in one namespace, and report each step as it ends; the first that fails is the last."""
-    namespace = _new_module("program").__dict__
+    namespace = new_module("program").__dict__
 
     def prepare() -> None:  # what fails here is not the program's fault
         for index, test in enumerate(message["tests"]):
             compile(test, f"test {index}", "exec", dont_inherit=True)
-        _execute(message["preamble"], "preamble.py", namespace)
+        execute(message["preamble"], "preamble.py", namespace)
 
     def load() -> None:
-        _execute(message["program"], "program.py", namespace)
-        _execute(message["setup"], "setup.py", namespace)
+        execute(message["program"], "program.py", namespace)
+        execute(message["setup"], "setup.py", namespace)
         if entry_point := message["entry_point"]:
             namespace["candidate"] = eval(entry_point, namespace)
             namespace.setdefault(entry_point.rpartition(".")[2], namespace["candidate"])
 
-    tests = (functools.partial(_execute, test, "test.py", namespace) for test in message["tests"])
+    tests = (functools.partial(execute, test, "test.py", namespace) for test in message["tests"])
     for step in (prepare, load, *tests):
         try:
             step()
@@ -187,104 +172,8 @@ def _run_tests(channel: socket.socket, message: dict, limits: dict) -> None:
         wire.send(channel, {"nonce": message["nonce"], "error": None})
 
 
-class Server:
-    """Answers the judge's requests about one program's namespace."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.namespace = _new_module("program").__dict__
-        self._objects: list[object] = []  # handle -> object
-        self._expressions: dict[str, object] = {}  # entry points, evaluated once
-        self._instances: list[object] = []  # objects of the request being answered
-        self._encoder = Encoder(self._handle, max_bytes)
-        self._decoder = Decoder(self._resolve)
-
-    def _handle(self, value: object) -> dict:
-        self._objects.append(value)
-        return {"h": [len(self._objects) - 1, type(value).__name__]}
-
-    def _resolve(self, tag: str, content: object) -> object:
-        if tag == "@":
-            return self._name(content)
-        if tag == "h":
-            return self._objects[content]
-        if tag == "o":
-            return self._instances[content]
-        if tag == "p":
-            return getattr(builtins, content)
-        raise ValueError(f"unknown tag {tag!r}")
-
-    def _name(self, name: str) -> object:
-        if name in self._expressions:
-            return self._expressions[name]
-        if name in self.namespace:
-            return self.namespace[name]
-        if hasattr(builtins, name):
-            return getattr(builtins, name)
-        raise NameError(f"name {name!r} is not defined")
-
-    def _make_instances(self, described: list) -> None:
-        """Objects of the test's own classes become objects of the program's class of that name."""
-        self._instances = [self._new_instance(name) for name, _ in described]
-        for instance, (_, attributes) in zip(self._instances, described, strict=True):
-            for name, data in attributes:
-                object.__setattr__(instance, name, self._decoder.decode(data))
-
-    def _new_instance(self, name: str) -> object:
-        cls = self.namespace.get(name)
-        return object.__new__(cls) if isinstance(cls, type) else types.SimpleNamespace()
-
-    def load(self, program: str, setup: str, entry_point: str | None) -> None:
-        _execute(program, "program.py", self.namespace)
-        if setup:
-            _execute(setup, "setup.py", self.namespace)
-        if entry_point:
-            self._expressions[entry_point] = eval(entry_point, self.namespace)
-
-    def answer(self, request: dict) -> object:
-        """Do what `request` says and encode the result; whatever the program raises comes through."""
-        self._make_instances(request.get("o", ()))
-        arguments = [self._decoder.decode(data) for data in request["a"]]
-        keywords = {name: self._decoder.decode(data) for name, data in request.get("k", {}).items()}
-        return self._encoder.encode(OPERATIONS[request["op"]](*arguments, **keywords))
-
-
-OPERATIONS: dict[str, Callable] = {
-    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
-    "get": lambda value: value,
-    "attr": getattr,
-    "set_attr": setattr,
-    "item": operator.getitem,
-    "set_item": operator.setitem,
-    "delete_item": operator.delitem,
-    "iter": iter,
-    "next": next,
-    "len": len,
-    "bool": bool,
-    "str": str,
-    "is_instance": isinstance,
-}
-
-
 def _serve(channel: socket.socket, message: dict, limits: dict) -> None:
-    server = Server(limits["output_bytes"])
-    reply = _attempt(
-        message["nonce"], lambda: server.load(message["program"], message["setup"], message["entry_point"])
-    )
-    while True:
-        wire.send(channel, reply)
-        request = wire.receive(channel)
-        if request is None:
-            return
-        reply = _attempt(request["nonce"], lambda request=request: server.answer(request))
-
-
-def _attempt(nonce: str, action: Callable[[], object]) -> dict:
-    try:
-        return {"nonce": nonce, "value": action()}
-    except AnswerTooLarge as error:
-        return {"nonce": nonce, "too_large": str(error)}
-    except BaseException as error:
-        return {"nonce": nonce, "error": describe(error)}
+    Server(channel, limits["output_bytes"]).serve(message)
 
 
 def describe(error: BaseException) -> dict:

@@ -7,7 +7,7 @@ ends early (`sys.exit(0)`, `os._exit(0)`, a thread) cannot: nothing but a report
 import secrets
 
 from wmtp.sandbox.jobs import AssertionJob, Verdict
-from wmtp.sandbox.remote import Session
+from wmtp.sandbox.session import Session
 from wmtp.sandbox.supervise import Ended
 
 

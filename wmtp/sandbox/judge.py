@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 from dataclasses import asdict
 
 from wmtp.sandbox import compare, confine, wire
 from wmtp.sandbox.inside import judge_inside
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, StdioTest, Verdict, job_from_wire
-from wmtp.sandbox.names import TEST_MODULE, make_namespace
-from wmtp.sandbox.remote import Session, Unencodable
+from wmtp.sandbox.names import TEST_MODULE, compiled, make_namespace, name_exceptions
+from wmtp.sandbox.session import Session
 from wmtp.sandbox.supervise import Ended, Hangup, Process, ZygoteHandle, ZygoteLost
 
 MAX_DETAIL = 300
@@ -179,7 +180,7 @@ class Judge:
             verdict, detail = run.assertions(zygote) if isinstance(job, AssertionJob) else run.stdio(zygote)
         except ZygoteLost as error:
             self.close()
-            verdict, detail = "harness_error", str(error)
+            verdict, detail = "violation" if self._flag[0] else "harness_error", str(error)
             run.tests.append(verdict)
         wall = time.monotonic() - start
         outcome = Outcome(verdict, _one_line(detail), tuple(run.tests), tuple(run.lenient), run.cpu_seconds, wall)
@@ -303,7 +304,7 @@ def _input_file(text: str):
 @functools.lru_cache(maxsize=512)
 def _compiled(source: str, name: str) -> types.CodeType:
     try:
-        return compile(source, name, "exec", dont_inherit=True)
+        return compiled(source, name)
     except (SyntaxError, ValueError) as error:
         raise TestBroken(f"{name} does not compile: {error}") from None
 
@@ -311,25 +312,26 @@ def _compiled(source: str, name: str) -> types.CodeType:
 def _judge_tests(job: AssertionJob, session: Session, verdicts: list[Verdict]) -> tuple[Verdict, str]:
     """Run the tests one after the other until one fails; appends to `verdicts`."""
     random.seed(0)
-    try:
-        codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
-        namespace = _make_namespace(job, session)
-        known_names = len(namespace)
-        session.load(job.program, job.setup, job.entry_point)
-    except TestBroken as error:
-        verdicts.append("harness_error")
-        return "harness_error", str(error)
-    except BaseException as error:
-        verdict, detail = _explain(error, session)
-        verdicts.append(verdict)
-        return verdict, f"loading: {detail}"
-    for index, code in enumerate(codes):
-        if len(namespace) == known_names:  # else a test may hold an answer that an earlier one was given
-            session.answered = False
-        verdict, detail = _judge_test(code, namespace, session)
-        verdicts.append(verdict)
-        if verdict != "passed":
-            return verdict, f"test {index}: {detail}"
+    with warnings.catch_warnings():  # a test's filters are not the next job's
+        warnings.showwarning = lambda *args, **kwargs: None
+        try:
+            codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
+            namespace = _make_namespace(job, session)
+            session.load(job.program, job.setup, job.entry_point)
+            name_exceptions(job, session, namespace)
+        except TestBroken as error:
+            verdicts.append("harness_error")
+            return "harness_error", str(error)
+        except BaseException as error:
+            verdict, detail = _explain(error, session)
+            verdicts.append(verdict)
+            return verdict, f"loading: {detail}"
+        session.answered = False  # nothing of what has come is left; from the next byte on all is the program's doing
+        for index, code in enumerate(codes):
+            verdict, detail = _judge_test(code, namespace, session)
+            verdicts.append(verdict)
+            if verdict != "passed":
+                return verdict, f"test {index}: {detail}"
     if not session.requests:
         verdicts[-1] = "harness_error"
         return "harness_error", "the tests never used the program"
@@ -347,26 +349,35 @@ def _judge_test(code: types.CodeType, namespace: dict, session: Session) -> tupl
 
 
 def _explain(error: BaseException, session: Session) -> tuple[Verdict, str]:
-    """Whose fault an exception is that came out of a test."""
+    """Whose fault an exception is that came out of a test. Once a byte has come from the program, it is never ours."""
     if isinstance(error, ZygoteLost | Hangup):
         raise error
     if session.failure is not None:
         return session.failure.verdict, session.failure.detail
     if error is session.raised:
         return ("memory" if isinstance(error, MemoryError) else "exception"), session.raised_detail
-    detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, Unencodable):
-        return "harness_error", str(error)
+    detail = _described(error)
     if isinstance(error, AssertionError):
         return "wrong_answer", detail
     if not session.answered:
         return "harness_error", f"the test itself failed: {detail}"
-    # The program has answered in this test, and the test could not cope with the answer.
+    # The program has answered, and the test could not cope with the answer.
     if isinstance(error, TestStuck):
         return "timeout", "the test did not come to an end with the program's answer"
     if isinstance(error, MemoryError):
         return "memory", "the test ran out of memory on the program's answer"
     return "wrong_answer", f"the answer does not fit the test: {detail}"
+
+
+def _described(error: BaseException) -> str:
+    """Type and message; the message may be an answer, and what comes of showing that is no verdict."""
+    try:
+        message = str(error)
+    except (Hangup, ZygoteLost):
+        raise
+    except BaseException as again:
+        message = f"<its message raised {type(again).__name__}>"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _make_namespace(job: AssertionJob, session: Session) -> dict:

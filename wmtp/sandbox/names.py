@@ -1,4 +1,8 @@
-"""What the names in trusted tests mean: the tests' own, the judge's builtins and modules, or the program's objects."""
+"""What trusted tests mean: the names in them, and the few expressions that a stand-in cannot answer by itself.
+
+A name is the tests' own, a builtin or a standard library module of the judge's, whatever the program defines, or else
+the program's. Only where the entry point itself has a builtin's name (MBPP asks for a `sum`) does the program's win.
+"""
 
 import ast
 import builtins
@@ -7,14 +11,18 @@ import functools
 import importlib
 import re
 import sys
+import types
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from wmtp.sandbox.jobs import AssertionJob
-from wmtp.sandbox.remote import Remote, Session
+from wmtp.sandbox.remote import Name, Own
+from wmtp.sandbox.session import Session
 
 TEST_MODULE = "tests"
 CANDIDATE = "candidate"
+_SAME, _ASK = "__wmtp_same__", "__wmtp_ask__"
+_TAKES_CLASSES = re.compile("raises|assertRaises(Regex)?|suppress|warns|assertWarns(Regex)?|isinstance|issubclass")
 
 
 class Namespace(dict):
@@ -30,32 +38,37 @@ class Namespace(dict):
             raise KeyError(name)  # the interpreter goes on to the builtins, or makes its own (__annotations__)
         if name in self._modules:
             return importlib.import_module(name)
-        return self.remote(name)
-
-    def remote(self, expression: str) -> Remote:
-        """The program's object of that name."""
-        return Remote(self._session, {"@": expression}, f"<{expression} of the program>")
+        return self._session.name(name)
 
 
 def make_namespace(job: AssertionJob, session: Session, preamble: object) -> Namespace:
     """Globals for the tests of `job`, after running its compiled `preamble`."""
     names = names_in(job.tests, job.setup)
     namespace = Namespace(session, names.modules)
+    namespace.update(zip((_SAME, _ASK), (functools.partial(_same, session), _ask), strict=True))
     _import_what_setup_imports(job.setup, namespace)
     exec(preamble, namespace)
     if job.entry_point:
-        target = namespace.remote(job.entry_point)
+        target = session.name(job.entry_point)
         namespace[CANDIDATE] = target
-        if match := re.search(r"(\w+)\s*$", job.entry_point):
+        match = re.search(r"(\w+)\s*$", job.entry_point)
+        if match and not (hasattr(builtins, match[1]) and (match[1] != job.entry_point or CANDIDATE in names.free)):
             namespace[match[1]] = target
-    free = names.free - namespace.keys()
-    if names.first_called in free and all(hasattr(builtins, name) for name in free - names.modules):
-        # `assert sum(10, 15) == 6`: nothing else is named that the program could have defined, so it defines `sum`.
-        namespace[names.first_called] = namespace.remote(names.first_called)
-    for name in free - namespace.keys():
+    for name in names.free - namespace.keys():
         with contextlib.suppress(KeyError):  # a class body looks its globals up without __missing__
             namespace[name] = namespace[name]
     return namespace
+
+
+def name_exceptions(job: AssertionJob, session: Session, namespace: Namespace) -> None:
+    """Once the program is loaded: names used as exception classes get classes, which `except` needs."""
+    for name in names_in(job.tests, job.setup).exceptions:
+        if type(found := namespace.get(name)) is Name:
+            with contextlib.suppress(Exception):  # there is no such name: that is for the test to say
+                cls = found._remote("get")
+                if issubclass(cls, BaseException):
+                    namespace[name] = cls
+    session.requests = 0
 
 
 class Names(NamedTuple):
@@ -65,12 +78,12 @@ class Names(NamedTuple):
         free: names that they use and do not themselves assign, define or import.
         modules: names of standard library modules that they use only as `name.attribute`. The program imports them
             too, but what it has under such a name would then compute an expected value.
-        first_called: the first name that is called.
+        exceptions: names that they use where exception classes are used.
     """
 
     free: frozenset[str]
     modules: frozenset[str]
-    first_called: str | None
+    exceptions: frozenset[str]
 
 
 @functools.lru_cache(maxsize=512)
@@ -82,9 +95,21 @@ def names_in(tests: tuple[str, ...], setup: str) -> Names:
     free = {node.id for node in loaded} - _defined(nodes)
     plain = {node.id for node in loaded if id(node) not in bases}
     modules = (free - plain - _defined(ast.walk(_parse(setup)))) & sys.stdlib_module_names
-    calls = (node.func for node in nodes if isinstance(node, ast.Call))
-    first_called = next((function.id for function in calls if isinstance(function, ast.Name)), None)
-    return Names(frozenset(free), frozenset(modules), first_called)
+    exceptions = {name.id for node in nodes for name in _classes(node) if isinstance(name, ast.Name)}
+    return Names(frozenset(free), frozenset(modules), frozenset(exceptions & free))
+
+
+def _classes(node: ast.AST) -> Iterable[ast.AST]:
+    """What stands in `node` where an exception class is expected: after `except` or `raise`, or in `raises(...)`."""
+    if isinstance(node, ast.ExceptHandler) and node.type:
+        return ast.walk(node.type)
+    if isinstance(node, ast.Call):
+        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if _TAKES_CLASSES.fullmatch(called):
+            return [part for argument in node.args for part in ast.walk(argument)]
+    if isinstance(node, ast.Raise) and node.exc:
+        return [getattr(node.exc, "func", node.exc)]
+    return ()
 
 
 def _import_what_setup_imports(setup: str, namespace: dict) -> None:
@@ -120,3 +145,55 @@ def _parse(setup: str) -> ast.Module:
         return ast.parse(setup)
     except (SyntaxError, ValueError):  # the program's side, which runs it, reports it
         return ast.Module([], [])
+
+
+def compiled(source: str, name: str) -> types.CodeType:
+    """Trusted code; raises SyntaxError or ValueError.
+
+    `is`, `type(x)`, `hash(x)` and `x.__class__` are turned into calls of helpers: a stand-in has no say in them.
+    """
+    tree: str | ast.AST = source
+    if _REWRITTEN.search(source):
+        tree = ast.fix_missing_locations(_Rewrite().visit(ast.parse(source)))
+    return compile(tree, name, "exec", dont_inherit=True)
+
+
+_REWRITTEN = re.compile(r"\bis\b|\b(type|hash)\s*\(|__class__")
+
+
+class _Rewrite(ast.NodeTransformer):
+    def visit_Compare(self, node: ast.Compare) -> ast.AST:
+        self.generic_visit(node)
+        if len(node.ops) > 1 or not isinstance(node.ops[0], ast.Is | ast.IsNot):
+            return node
+        if isinstance(node.left, ast.Constant) or isinstance(node.comparators[0], ast.Constant):
+            return node
+        same = ast.Call(ast.Name(_SAME, ast.Load()), [node.left, node.comparators[0]], [])
+        return same if isinstance(node.ops[0], ast.Is) else ast.UnaryOp(ast.Not(), same)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Name) and node.func.id in ("type", "hash") and len(node.args) == 1:
+            return ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(node.func.id), node.func, *node.args], [])
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        if node.attr == "__class__" and isinstance(node.ctx, ast.Load):
+            return ast.Call(
+                ast.Name(_ASK, ast.Load()), [ast.Constant("type"), ast.Name("type", ast.Load()), node.value], []
+            )
+        return node
+
+
+def _same(session: Session, left: object, right: object) -> bool:
+    """`left is right`; between two objects of the program's that is the program's to say, so nobody does."""
+    if issubclass(type(left), Own) and issubclass(type(right), Own) and left is not right:
+        raise session.refuse("asks whether two objects of the program's own are one")
+    return left is right
+
+
+def _ask(operation: str, function: object, value: object) -> object:
+    """`type(value)` or `hash(value)`, which for an object of the program's is an answer."""
+    own = function is getattr(builtins, operation) and issubclass(type(value), Own)
+    return value._remote(operation) if own else function(value)

@@ -1,206 +1,130 @@
 """Stand-ins, in the judge, for objects that live in the program's process.
 
-A trusted test uses a `Remote` like the object itself. What comes back is a fresh builtin value, or, for anything else
-(an instance of the program's class, a generator, a function), another `Remote`. Nothing of the program's ever runs in
-the judge, and no comparison is ever put to the program: an object that is no value equals nothing.
+A trusted test uses a `Remote` like the object itself. What comes back is a fresh value, or, for anything else (an
+instance of the program's class, a generator, a function), another `Remote`. Nothing of the program's ever runs in the
+judge, and no comparison is ever put to the program: an object that is no value equals no value. What compares two of
+the program's own objects is refused aloud, as it cannot be judged from outside; so is what computes with one of them
+and a value of the test's, for that may be the expected one (`abs(f(x) - 7.5) < 1e-6`).
 """
 
-import builtins
-import mmap
+from __future__ import annotations
+
+import functools
+import inspect
 import operator
-import secrets
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING, NoReturn
 
-from wmtp.sandbox.codec import MALFORMED, Decoder, Encoder
-from wmtp.sandbox.supervise import Ended, Process
+if TYPE_CHECKING:
+    from wmtp.sandbox.session import Session
 
-_CONTROL_FLOW = ("StopIteration", "StopAsyncIteration")  # from a call, they would end the test's own loops early
-
-
-_SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__")  # special attributes that tests look at
-
-
-class RemoteError(Exception):
-    """An exception of a type that the judge does not have, raised by the program."""
-
-
-class RemoteExit(BaseException):
-    """SystemExit, KeyboardInterrupt and the like, raised by the program inside a call."""
-
-
-class Unencodable(TypeError):
-    """A test hands the program something that cannot be sent, such as a function of its own."""
-
-
-class Session:
-    """Requests to one program, and what became of them.
-
-    Args:
-        process: a process in mode `assertion`, already sent its program.
-        test_module: `__module__` of classes that the tests themselves define; their instances are sent by attributes.
-        flag: one byte, 1 once the program has answered (see `answered`). It may lie in shared memory, so that it can
-            be read when an answer has brought the judge down.
-    """
-
-    def __init__(self, process: Process, test_module: str, flag: bytearray | mmap.mmap) -> None:
-        self.process = process
-        self._flag = flag
-        self.failure: Ended | None = None  # once set, no test can undo it
-        self.waiting = False  # for the program: the time that passes is the program's
-        self.raised: BaseException | None = None  # last exception that came from the program
-        self.raised_detail = ""
-        self.requests = 0
-        self._test_module = test_module
-        self._instances: list[object] = []
-        self._encoder = Encoder(self._reference)
-        self._decoder = Decoder(self._resolve)
-
-    @property
-    def answered(self) -> bool:
-        """Whether the program has given an answer since this was last set to False."""
-        return self._flag[0] == 1
-
-    @answered.setter
-    def answered(self, value: bool) -> None:
-        self._flag[0] = int(value)
-
-    def load(self, program: str, setup: str, entry_point: str | None) -> None:
-        """Send the program; raises what its top level raises."""
-        self._exchange({"program": program, "setup": setup, "entry_point": entry_point})
-
-    def request(self, operation: str, *args: object, **kwargs: object) -> object:
-        """Have `operation` done on the program's side; returns its value or raises its exception.
-
-        Raises:
-            Ended: the program broke off, for good.
-            Unencodable: an argument cannot be sent.
-        """
-        if self.failure is not None:
-            raise self.failure
-        self.requests += 1
-        self._instances = []
-        message: dict = {"op": operation, "a": [self._encoder.encode(arg) for arg in args]}
-        if kwargs:
-            message["k"] = {name: self._encoder.encode(arg) for name, arg in kwargs.items()}
-        if self._instances:
-            message["o"] = self._describe_instances()
-        return self._exchange(message)
-
-    def _exchange(self, message: dict) -> object:
-        try:
-            nonce = secrets.token_hex(8)
-            answer = self._await_answer({**message, "nonce": nonce})
-            return self._read_answer(answer, nonce, message.get("op"))
-        except Ended as end:
-            self.failure = end
-            raise
-
-    def _await_answer(self, message: dict) -> dict:
-        self.waiting = True
-        try:
-            self.process.send(message)
-            answer = self.process.receive()
-            self.answered = True
-            return answer
-        except Ended as end:
-            self.failure = end
-            raise
-        finally:
-            self.waiting = False
-
-    def _read_answer(self, answer: dict, nonce: str, operation: str | None) -> object:
-        if answer.pop("nonce", None) != nonce or len(answer) != 1:
-            raise Ended("violation", "the program sent an answer to what was not asked")
-        ((kind, content),) = answer.items()
-        if kind == "too_large":
-            raise Ended("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
-        try:
-            if kind == "error":
-                bases = [name for name in content["bases"] if name not in _CONTROL_FLOW or operation == "next"]
-                self.raised = rebuild_exception(content["type"], bases, content["message"])
-                self.raised_detail = f"{content['type']}: {content['message']}"
-            elif kind == "value":
-                return self._decoder.decode(content)
-            else:
-                raise ValueError(f"unknown answer {kind!r}")
-        except MALFORMED as error:
-            raise Ended("violation", f"the program sent a malformed answer ({type(error).__name__})") from None
-        raise self.raised
-
-    def _resolve(self, tag: str, content: list) -> "Remote":
-        if tag != "h":
-            raise ValueError(f"unknown tag {tag!r}")
-        handle, type_name = content
-        return Remote(self, {"h": int(handle)}, f"<{type_name!s:.60} object>")
-
-    def _reference(self, value: object) -> dict:
-        """What stands for an argument that is no value."""
-        if type(value) is Remote:
-            return value._remote_reference
-        if getattr(type(value), "__module__", None) == self._test_module:
-            for index, known in enumerate(self._instances):
-                if known is value:
-                    return {"o": index}
-            self._instances.append(value)
-            return {"o": len(self._instances) - 1}
-        name = getattr(value, "__name__", None)
-        if isinstance(name, str) and getattr(builtins, name, None) is value:
-            return {"p": name}
-        raise Unencodable(f"a test passes a {type(value).__name__} to the program, which cannot be sent")
-
-    def _describe_instances(self) -> list:
-        """Class name and attributes of each instance sent; encoding attributes may add instances to the list."""
-        described = []
-        for instance in self._instances:
-            attributes = [[name, self._encoder.encode(value)] for name, value in vars(instance).items()]
-            described.append([type(instance).__name__, attributes])
-        return described
+_SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
+_BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+    "lshift",
+    "rshift",
+)
+_UNARY = ("neg", "pos", "abs", "invert", "int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
 
 
-def rebuild_exception(type_name: str, bases: list[str], message: str) -> BaseException:
-    """The program's exception as one of the judge's: the first builtin base that it names, else `RemoteError`."""
-    for name in bases:
-        cls = getattr(builtins, name, None)
-        if not isinstance(cls, type) or not issubclass(cls, BaseException) or cls in (Exception, BaseException):
-            continue
-        if not issubclass(cls, Exception):
-            return RemoteExit(f"{type_name}: {message}")
-        try:
-            return cls(message if name == type_name else f"{type_name}: {message}")
-        except TypeError:
-            continue  # UnicodeDecodeError and ExceptionGroup want more: their base class will do
-    return RemoteError(f"{type_name}: {message}")
+class Own:
+    """Base of all that stands for an object of the program's; what is asked of that object goes to the program."""
 
-
-class Remote:
-    """An object of the program's: by name (looked up afresh at each use) or by handle.
-
-    A name that holds a builtin value behaves as that value; as an argument, either kind is the program's object itself.
-    """
-
-    __slots__ = ("_remote_label", "_remote_reference", "_remote_session")
-
-    def __init__(self, session: Session, reference: dict, label: str) -> None:
-        object.__setattr__(self, "_remote_session", session)
-        object.__setattr__(self, "_remote_reference", reference)
-        object.__setattr__(self, "_remote_label", label)
+    __slots__ = ()
+    _remote_session: Session
+    _remote_reference: dict
+    _remote_changed: frozenset[str] = frozenset()  # operators that the program's class changes
 
     def _remote(self, operation: str, *args: object, **kwargs: object) -> object:
         return self._remote_session.request(operation, self, *args, **kwargs)
 
-    def _remote_value(self) -> object:
-        return self if "h" in self._remote_reference else self._remote("get")
-
-    def __call__(self, /, *args: object, **kwargs: object) -> object:
-        return self._remote("call", *args, **kwargs)
+    def _remote_text(self, operation: str, *args: object) -> str:
+        return str(self._remote(operation, *args))
 
     def __getattr__(self, name: str) -> object:
+        if name == "__signature__":
+            return self._remote_signature()
         if name.startswith("__") and name.endswith("__") and name not in _SERVED:
             raise AttributeError(name)  # copy, pickle, numpy and others look for protocols
         return self._remote("attr", name)
 
+    def _remote_signature(self) -> inspect.Signature:
+        return inspect.Signature(
+            [
+                inspect.Parameter(
+                    name, inspect._ParameterKind(kind), default=default if given else inspect.Parameter.empty
+                )
+                for name, kind, given, default in self._remote("signature")
+            ]
+        )
+
+
+class Remote(Own):
+    """An object of the program's, by its handle.
+
+    Args:
+        session: what asks the program.
+        reference: the handle, as the program's side knows it.
+        abilities: which of the special methods it has; the class must be that of `remote_class` for them.
+        base: name of the builtin container of whose subclass it is an instance; it then has that container's data.
+        changed: operators that the subclass changes.
+    """
+
+    __slots__ = (
+        *("_remote_abilities", "_remote_base", "_remote_changed", "_remote_looked", "_remote_reference"),
+        "_remote_session",
+    )
+
+    def __init__(
+        self,
+        session: Session,
+        reference: dict,
+        abilities: str = "",
+        base: str | None = None,
+        changed: frozenset[str] = frozenset(),
+    ) -> None:
+        values = (abilities, base, changed, (-1, None), reference, session)
+        for name, value in zip(Remote.__slots__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def _remote_look(self, operation: str) -> object:
+        """Answer to `operation`, asked once for as long as the program has done nothing else."""
+        epoch, value = self._remote_looked
+        if epoch != self._remote_session.epoch:
+            value = self._remote(operation)
+            object.__setattr__(self, "_remote_looked", (self._remote_session.epoch, value))
+        return value
+
+    def _remote_value(self) -> object:
+        """The data of an instance of a builtin container's subclass, else the object itself."""
+        return self if self._remote_base is None else self._remote_look("data")
+
+    def _remote_items(self) -> list | dict:
+        """All items of a container: as many as it says it has, or its answer is wrong whatever is made of it."""
+        if self._remote_base is not None:
+            return self._remote_value()
+        size, items = self._remote_look("items")
+        if type(items) is not list or size != len(items):
+            raise self._remote_session.stop("wrong_answer", f"an object of {size!s:.40} items yields others")
+        return items
+
     def __setattr__(self, name: str, value: object) -> None:
         self._remote("set_attr", name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self._remote("delete_attr", name)
 
     def __getitem__(self, key: object) -> object:
         return self._remote("item", key)
@@ -212,59 +136,230 @@ class Remote:
         self._remote("delete_item", key)
 
     def __contains__(self, item: object) -> bool:
-        return any(item == other for other in self)  # compared here, not by the program's __eq__
+        if not set("in") & set(self._remote_abilities):
+            raise self._remote_session.refuse("asks an object of the program's own what it contains")
+        return any(item is other or item == other for other in self)  # compared here, not by the program's __eq__
 
-    def __iter__(self) -> Iterator:
-        value = self._remote_value()
-        if type(value) is not Remote:
-            return iter(value)
-        iterator = value._remote("iter")
-        return iterator if type(iterator) is Remote else iter(iterator)
-
-    def __next__(self) -> object:
-        return self._remote("next")
-
-    def __len__(self) -> int:
-        return operator.index(self._remote("len"))
+    @property
+    def __class__(self):
+        return _BASES.get(self._remote_base, type(self))
 
     def __bool__(self) -> bool:
-        return self._remote("bool") is True
+        if self._remote_base is None and "b" in self._remote_abilities:
+            return self._remote("bool") is True
+        return _length(self) > 0 if "l" in self._remote_abilities else True
 
     def __str__(self) -> str:
-        return str(self._remote("str"))
+        return self._remote_text("str")
 
     def __repr__(self) -> str:
-        return self._remote_label
+        return self._remote_text("repr")
+
+    def __format__(self, spec: str) -> str:
+        return self._remote_text("format", spec)
 
     def __instancecheck__(self, instance: object) -> bool:
-        return self._remote_session.request("is_instance", instance, self) is True
+        return self._remote("has_instance", instance) is True
+
+    def __subclasscheck__(self, cls: type) -> bool:
+        return self._remote("has_subclass", cls) is True
 
     def __eq__(self, other: object) -> bool:
-        value, other = self._remote_value(), other._remote_value() if type(other) is Remote else other
-        return False if Remote in (type(value), type(other)) else value == other
+        left, right = value_of(self), value_of(other)
+        if is_remote(left) and is_remote(right):
+            raise self._remote_session.refuse("compares two objects of the program's own")
+        return False if is_remote(left) or is_remote(right) else left == right
 
     def __ne__(self, other: object) -> bool:
-        return not self == other
+        left, right = value_of(self), value_of(other)
+        return left != right if not (is_remote(left) or is_remote(right)) else not self == other
 
     def __hash__(self) -> int:
-        return id(self)
+        return 0  # the same for all: two of them in one set or dict are compared, and that is refused
 
     def __deepcopy__(self, memo: dict) -> object:
-        return self._remote_value()
+        return value_of(self)
 
 
-def _forward(name: str) -> None:
-    """Let a name that holds a builtin value take part in the operator `name`, as that value."""
+class Name(Remote):
+    """What the program has under a name, looked up afresh at each use.
 
-    def apply(self: Remote, *others: object) -> object:
-        value = self._remote_value()
-        return NotImplemented if type(value) is Remote else getattr(operator, name)(value, *others)
+    A name that holds a value behaves as that value; as an argument it is the program's object itself.
+    """
 
-    setattr(Remote, f"__{name.strip('_')}__", apply)
+    __slots__ = ()
+
+    def _remote_value(self) -> object:
+        return value_of(self._remote_look("get"))
+
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
+        return self._remote("call", *args, **kwargs)
+
+
+def is_remote(value: object) -> bool:
+    """Whether it is a stand-in for an object, by its real class: its `__class__` may be another."""
+    return issubclass(type(value), Remote)
+
+
+def value_of(value: object) -> object:
+    """What a stand-in's data are, where it has data; anything else as it is."""
+    return value._remote_value() if is_remote(value) else value
+
+
+def _unary(name: str) -> Callable:
+    local = {"int": int, "float": float, "complex": complex, "round": round}.get(name)
+
+    def apply(self: Remote, *args: object) -> object:
+        value = value_of(self)
+        if is_remote(value):
+            return value._remote(name, *args)
+        return local(value, *args) if local else getattr(value, f"__{name}__")()
+
+    return apply
+
+
+def _binary(name: str, reflected: bool = False) -> Callable:
+    """An operator: put to the program where both operands are its own, done here where both are data."""
+    local = getattr(operator, f"__{name}__")
+
+    def apply(self: Own, other: object) -> object:
+        left, right = (other, self) if reflected else (self, other)
+        values = [value_of(left), value_of(right)]
+        if any(map(is_remote, values)) or name in self._remote_changed:
+            if not (issubclass(type(left), Own) and issubclass(type(right), Own)):
+                raise self._remote_session.refuse(
+                    f"computes ({name}) with an object of the program's and another value"
+                )
+            return self._remote_session.request(name, left, right)
+        return local(*values)
+
+    return apply
+
+
+def _ordering(name: str) -> Callable:
+    def apply(self: Remote, other: object) -> object:
+        values = [value_of(self), value_of(other)]
+        if any(map(is_remote, values)):
+            raise self._remote_session.refuse("orders objects of the program's own")
+        return getattr(operator, name)(*values)
+
+    return apply
+
+
+def _iterate(self: Remote) -> Iterator:
+    if self._remote_base is not None or "l" in self._remote_abilities:
+        return iter(self._remote_items())
+    iterator = self._remote("iter")
+    return iterator if is_remote(iterator) else iter(iterator)
+
+
+def _length(self: Remote) -> int:
+    if self._remote_base is None and "i" not in self._remote_abilities:
+        return operator.index(self._remote("len"))
+    return len(self._remote_items())
+
+
+def _leave(operation: str) -> Callable:
+    def leave(self: Remote, kind: type | None, error: BaseException | None, traceback: object) -> bool:
+        """Tell the program's context manager; what the test raises it may not keep from coming out."""
+        if self._remote_session.failure is None and self._remote(operation, kind and kind.__name__) and kind:
+            raise self._remote_session.refuse("needs a context manager of the program's to swallow an exception")
+        return False
+
+    return leave
+
+
+def _await(self: Remote) -> Generator:
+    return self._remote("run")
+    yield
+
+
+def _send(self: Remote, _: object) -> NoReturn:
+    raise StopIteration(self._remote("run"))
+
+
+def _throw(self: Remote, error: BaseException, *_: object) -> NoReturn:
+    raise error
+
+
+def _asked(operation: str) -> Callable:
+    return lambda self, *args, **kwargs: self._remote(operation, *args, **kwargs)
+
+
+def _asked_later(operation: str) -> Callable:
+    async def ask(self: Remote) -> object:
+        return self._remote(operation)
+
+    return ask
+
+
+def _leave_later(operation: str) -> Callable:
+    leave = _leave(operation)
+
+    async def later(self: Remote, *args: object) -> bool:
+        return leave(self, *args)
+
+    return later
+
+
+_METHODS: dict[str, dict[str, Callable]] = {
+    "l": {"__len__": _length},
+    "i": {"__iter__": _iterate},
+    "n": {"__next__": _asked("next"), "__iter__": lambda self: self},
+    "c": {"__call__": lambda self, /, *args, **kwargs: self._remote("call", *args, **kwargs)},
+    "w": {"__enter__": _asked("enter"), "__exit__": _leave("exit")},
+    "a": {"__await__": _await, "send": _send, "throw": _throw, "close": lambda self: None},
+    "A": {"__aiter__": _asked("aiter")},
+    "N": {"__anext__": _asked_later("anext")},
+    "W": {"__aenter__": _asked_later("aenter"), "__aexit__": _leave_later("aexit")},
+}
 
 
 # In an instance the class's own __doc__ would hide the object's.
-Remote.__doc__ = property(lambda self: self._remote("attr", "__doc__"))
-_OPERATORS = "lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor neg pos abs invert"
-for _name in _OPERATORS.split():
-    _forward(_name)
+_DOC = property(lambda self: self._remote("attr", "__doc__"))
+
+
+@functools.lru_cache(maxsize=256)
+def remote_class(abilities: str) -> type[Remote]:
+    """Class of the stand-ins for objects that can do just that."""
+    methods = {name: method for sign in abilities for name, method in _METHODS.get(sign, {}).items()}
+    if "n" in abilities:  # an iterator's length is nothing that its items could be held against
+        methods.pop("__len__", None)
+    return type("Remote", (Remote,), {"__slots__": (), "__doc__": _DOC, **methods})
+
+
+@functools.lru_cache(maxsize=1024)
+def value_class(base: type, name: str, changed: frozenset[str]) -> type:
+    """Class of values of a subclass of `base`: the value is the base's, what else it has is asked of the program."""
+    methods: dict[str, object] = {}
+    for operation in changed:
+        if operation in _OPERATORS:
+            methods[f"__{operation}__"] = _binary(operation)
+        elif operation in ("neg", "pos", "abs", "invert", "call"):
+            methods[f"__{operation}__"] = _asked(operation)
+        elif operation in ("str", "repr", "format"):
+            methods[f"__{operation}__"] = lambda self, *args, _name=operation: self._remote_text(_name, *args)
+    return type(name if name.isidentifier() else "Own", (Own, base), {**methods, "_remote_changed": changed})
+
+
+def _complete() -> None:
+    Name.__doc__ = _DOC
+    for name in _UNARY:
+        setattr(Remote, f"__{name}__", _unary(name))
+    for name in _OPERATORS:
+        setattr(Remote, f"__{name}__", _binary(name))
+        setattr(Remote, f"__r{name}__", _binary(name, reflected=True))
+    for name in ("lt", "le", "gt", "ge"):
+        setattr(Remote, f"__{name}__", _ordering(name))
+    for name, function in {
+        "len": len, "iter": iter, "next": next, "bool": bool, "str": str, "repr": repr, "format": format,
+    }.items():  # fmt: skip
+        setattr(Name, f"__{name}__", lambda self, *args, _do=function: _do(self._remote_value(), *args))
+    Name.__getitem__ = lambda self, key: self._remote_value()[key]
+    Name.__contains__ = lambda self, item: item in self._remote_value()
+    for sign in "wAW":
+        for name in _METHODS[sign]:
+            setattr(Name, name, lambda self, *args, _name=name: getattr(self._remote_value(), _name)(*args))
+
+
+_complete()

@@ -1,6 +1,7 @@
 """The judge's side of the zygote and of each confined process: start, talk, bound, kill, and say how it ended."""
 
 import json
+import mmap
 import os
 import select
 import signal
@@ -165,6 +166,7 @@ class Process:
         )  # the latter: of the confined process, as it says before it is given a program
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
+        self.flag: bytearray | mmap.mmap = bytearray(1)  # set to 1 as soon as anything comes from the program
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
         self._streams: list[int] = []
@@ -332,6 +334,8 @@ class Process:
         if not data:
             self._channel_open = False
             self._poll.unregister(self._channel)
+        if data and self._has_program:
+            self.flag[0] = 1
         self._inbox += data
         self._answer_bytes += len(data)
         if self._answer_bytes > _ANSWERS_PER_LIMIT * self.limits.output_bytes + _FRAME_SLACK:
@@ -346,6 +350,8 @@ class Process:
             return
         self._output_bytes += len(data)
         self._last_words = (self._last_words + data)[-_LAST_WORDS:]
+        if self._has_program:
+            self.flag[0] = 1
         if self._keep_stdout and descriptor == self._stdout_stream:
             self.stdout += data
         if self._output_bytes > self.limits.output_bytes:
@@ -369,7 +375,7 @@ class Process:
         if payload.count(b"[") + payload.count(b"{") > _MAX_CONTAINERS:
             raise Ended("output_limit", f"an answer with more than {_MAX_CONTAINERS} lists or dicts")
         try:
-            message = json.loads(payload)
+            message = wire.parse(payload)
         except (ValueError, RecursionError):
             raise Ended("violation", "the program sent what is no JSON") from None
         except MemoryError:

@@ -1,0 +1,420 @@
+"""In the confined process: answers the judge's requests about one program's namespace.
+
+Nothing here is trusted once the program has started: the program may change any of it. All it can reach that way
+is its own answers.
+"""
+
+import builtins
+import importlib
+import inspect
+import itertools
+import math
+import operator
+import socket
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterator
+
+from wmtp.sandbox import wire
+from wmtp.sandbox.codec import BUILTIN, AnswerTooLarge, Decoder, Encoder, TooDeep
+from wmtp.sandbox.library_values import TYPES, record_type
+
+MAX_MESSAGE = 10_000
+_MAX_ITEMS = 1 << 22  # that a container is asked for at once
+_MAX_WARNINGS = 100  # of one request
+_MAX_CAUSES = 3
+# What an object can do, as the judge is told with its handle; `remote` gives the stand-in the same abilities.
+_ABILITIES = {
+    "l": ("__len__",),
+    "b": ("__bool__",),
+    "n": ("__next__",),
+    "c": ("__call__",),
+    "i": ("__iter__", "__getitem__"),
+    "w": ("__exit__",),
+    "a": ("__await__",),
+    "A": ("__aiter__",),
+    "N": ("__anext__",),
+    "W": ("__aexit__",),
+}
+_UNARY = ("neg", "pos", "abs", "invert")
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+OPERATORS = _UNARY + _BINARY
+_OVERRIDABLE = (*OPERATORS, "str", "repr", "format", "call")
+_PLAIN_RECORD = {*vars(record_type("Record", ("field",))), "_field_defaults", "_fields_defaults", "__getnewargs__"}
+_PLAIN_RECORD |= {"__match_args__", "__new__", "__annotations__", "__orig_bases__", "__static_attributes__"}
+_PLAIN_RECORD |= {"__firstlineno__", "__replace__"}
+_EXCEPTION_ATTRIBUTES = [
+    "errno",
+    "strerror",
+    "filename",
+    "filename2",
+    "code",
+    "name",
+    "path",
+    "obj",
+    "msg",
+    "text",
+    "lineno",
+    "offset",
+    "object",
+    "start",
+    "end",
+    "reason",
+    "encoding",
+]
+
+
+def new_module(name: str) -> types.ModuleType:
+    """A module that is also found under its name: dataclasses, pickle and typing look their classes' module up."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    return module
+
+
+def execute(source: str, name: str, namespace: dict) -> None:
+    """Run `source` with `namespace` for globals."""
+    code = compile(source.removeprefix("\ufeff"), name, "exec", dont_inherit=True)
+    exec(code, namespace)
+
+
+class Server:
+    """Answers requests on `channel`, each answer of at most `max_bytes`."""
+
+    def __init__(self, channel: socket.socket, max_bytes: int) -> None:
+        self.namespace = new_module("program").__dict__
+        self._channel = channel
+        self._lock = threading.RLock()  # of the channel, while the program runs; its threads may call back
+        self._nonces: list[str] = []  # of the requests being answered, the innermost last
+        self._objects: list[object] = []  # handle -> object
+        self._abilities: dict[int, str] = {}  # of the classes of those objects, by id
+        self._bare: object = None  # sent by its value alone
+        self._classes: dict[type, int] = {}  # exception classes of the program's -> handle
+        self._expressions: dict[str, object] = {}  # entry points, evaluated once
+        self._instances: list[object] = []  # objects of the request being answered
+        self._exports: dict[int, object] = {}  # what stands for the tests' functions and iterators
+        self._warnings: list[tuple] = []
+        self._encoder = Encoder(self._reference, max_bytes, self._own)
+        self._decoder = Decoder(self._resolve, self._record)
+
+    def serve(self, message: dict) -> None:
+        """Run the program that the first message brings, then answer until the judge hangs up."""
+        self._reply(message["nonce"], lambda: self._load(message))
+        while (request := wire.receive(self._channel)) is not None:
+            self._serve(request)
+
+    def _serve(self, request: dict) -> None:
+        self._reply(request["nonce"], lambda: self._answer(request))
+
+    def _reply(self, nonce: str, action: Callable[[], object]) -> None:
+        self._nonces.append(nonce)
+        outer, self._warnings = self._warnings, []
+        reply = self._attempt(action)
+        if self._warnings:
+            reply["warnings"] = self._encode_warnings()
+        with self._lock:
+            self._nonces.pop()
+            self._warnings = outer
+            wire.send(self._channel, {"nonce": nonce, **reply})
+
+    def _attempt(self, action: Callable[[], object]) -> dict:
+        try:
+            try:
+                return {"value": action()}
+            except (AnswerTooLarge, TooDeep):
+                raise
+            except BaseException as error:
+                return {"error": self._describe(error)}
+        except AnswerTooLarge as error:
+            return {"too_large": str(error)}
+        except TooDeep as error:
+            return {"too_deep": str(error)}
+
+    def _load(self, message: dict) -> None:
+        warnings.simplefilter("always")  # whether one is shown is for the tests to say
+        warnings.showwarning = self._collect
+        execute(message["program"], "program.py", self.namespace)
+        if message["setup"]:
+            execute(message["setup"], "setup.py", self.namespace)
+        if entry_point := message["entry_point"]:
+            self._expressions[entry_point] = eval(entry_point, self.namespace)
+        self._warnings = []
+
+    def _answer(self, request: dict) -> object:
+        """Do what `request` says and encode the result; whatever the program raises comes through."""
+        arguments, keywords = self._arguments(request)
+        self._bare = arguments[0] if request["op"] == "data" else None
+        return self._encoder.encode(OPERATIONS[request["op"]](*arguments, **keywords))
+
+    def _arguments(self, message: dict) -> tuple[list, dict]:
+        self._make_instances(message.get("o", ()))
+        arguments = [self._decoder.decode(data) for data in message["a"]]
+        return arguments, {name: self._decoder.decode(data) for name, data in message.get("k", {}).items()}
+
+    # What the judge sends
+
+    def _resolve(self, tag: str, content: object) -> object:
+        if tag == "@":
+            return self._name(content)
+        if tag == "h":
+            return self._objects[content]
+        if tag == "o":
+            return self._instances[content]
+        if tag == "p":
+            module, _, path = content.partition(":")
+            value = importlib.import_module(module)
+            return operator.attrgetter(path)(value) if path else value
+        if tag == "j":
+            return self._exported(*content)
+        raise ValueError(f"unknown tag {tag!r}")
+
+    def _name(self, name: str) -> object:
+        if name in self._expressions:
+            return self._expressions[name]
+        if name in self.namespace:
+            return self.namespace[name]
+        if hasattr(builtins, name):
+            return getattr(builtins, name)
+        raise NameError(f"name {name!r} is not defined")
+
+    def _record(self, type_name: str, names: tuple[str, ...]) -> type:
+        """The program's own named tuple of that name, if it has the same fields."""
+        cls = self.namespace.get(type_name)
+        own = isinstance(cls, type) and issubclass(cls, tuple) and getattr(cls, "_fields", None) == names
+        return cls if own else record_type(type_name, names)
+
+    def _make_instances(self, described: list) -> None:
+        """Objects of the test's own classes become objects of the program's class of that name, or of a new one."""
+        if not described:
+            return
+        made: dict[str, type] = {}
+        self._instances = []
+        for name, _, original in described:
+            cls = self.namespace.get(name)
+            if not isinstance(cls, type):
+                cls = made.setdefault(name, type(name, (_OfTheTest,), {}))
+            self._instances.append(instance := object.__new__(cls))
+            if isinstance(instance, _OfTheTest):
+                object.__setattr__(instance, "_ask", lambda name, n=original: self._call_back(n, "attr", (name,), {}))
+        for instance, (_, attributes, _) in zip(self._instances, described, strict=True):
+            for name, data in attributes:
+                object.__setattr__(instance, name, self._decoder.decode(data))
+
+    def _exported(self, number: int, kind: str, name: str) -> object:
+        """What calls the test's function of that number, or goes through its iterator."""
+        if number not in self._exports:
+            if kind == "iterator":
+                made: object = self._iterate(number)
+            else:
+
+                def made(*args: object, **kwargs: object) -> object:
+                    return self._call_back(number, "call", args, kwargs)
+
+                made.__name__ = made.__qualname__ = name
+            self._exports[number] = made
+        return self._exports[number]
+
+    def _iterate(self, number: int) -> Iterator:
+        while True:
+            try:
+                value = self._call_back(number, "next", (), {})
+            except StopIteration:
+                return
+            yield value
+
+    def _call_back(self, number: int, operation: str, args: tuple, kwargs: dict) -> object:
+        """Have the judge do something with an object of the test's, and answer what it asks in the meantime."""
+        with self._lock:
+            if not self._nonces:
+                raise RuntimeError("a function of the test was called after the call that was given it had ended")
+            encoded = [self._encoder.encode(arg) for arg in args]
+            keywords = {name: self._encoder.encode(arg) for name, arg in kwargs.items()}
+            wire.send(self._channel, {"nonce": self._nonces[-1], "call": [number, operation, encoded, keywords]})
+            while (message := wire.receive(self._channel)) is not None:
+                if "op" in message:
+                    self._serve(message)
+                elif "raised" in message:
+                    raise self._rebuild(message)
+                else:
+                    return self._arguments(message)[0][0]
+            raise SystemExit  # the judge hung up
+
+    def _rebuild(self, message: dict) -> BaseException:
+        """An exception of the test's: the judge has it under a number, in case it comes back."""
+        cls = next((TYPES[name] for name in message["bases"] if name in TYPES), Exception)
+        try:
+            error = cls(*self._arguments(message)[0])
+        except TypeError:
+            error = Exception(message["text"])
+        error._raised_by_the_test = message["raised"]
+        return error
+
+    # What the judge is sent
+
+    def _handle(self, value: object) -> list:
+        cls = type(value)
+        if id(cls) not in self._abilities:  # the object keeps the class alive, and so its id unique
+            found = (sign for sign, names in _ABILITIES.items() if any(_of(cls, name) is not None for name in names))
+            self._abilities[id(cls)] = "".join(found)
+        self._objects.append(value)
+        return [len(self._objects) - 1, _name_of(cls), self._abilities[id(cls)]]
+
+    def _own(self, value: object) -> list | None:
+        """Handle of an instance of a builtin type's subclass, with that type and the operators that it changes."""
+        cls = type(value)
+        if value is self._bare:
+            return None
+        if cls.__bases__ == (tuple,) and cls.__dict__.keys() <= _PLAIN_RECORD | {*cls.__dict__.get("_fields", ())}:
+            return None
+        base = next(base for base in _mro(cls) if base.__module__ in ("builtins", "collections") and base in BUILTIN)
+        changed = [name for name in _OVERRIDABLE if _of(cls, f"__{name}__") is not _of(base, f"__{name}__")]
+        return [*self._handle(value), base.__name__, changed]
+
+    def _reference(self, value: object) -> dict:
+        """What stands for an object that is no value."""
+        if isinstance(value, types.FunctionType | types.GeneratorType):
+            for number, export in self._exports.items():
+                if export is value:
+                    return {"j": number}
+        if issubclass(type(value), type) and issubclass(value, BaseException):
+            return self._exception_class(value)
+        return {"h": self._handle(value)}
+
+    def _exception_class(self, cls: type) -> dict:
+        if TYPES.get(cls.__name__) is cls:
+            return {"L": ["type", cls.__name__]}
+        if cls not in self._classes:
+            self._classes[cls] = len(self._objects)
+            self._objects.append(cls)
+        bases = [self._exception_class(base) for base in cls.__bases__ if issubclass(base, BaseException)]
+        return {"X": [self._classes[cls], _name_of(cls), bases]}
+
+    def _describe(self, error: BaseException, causes: int = _MAX_CAUSES) -> dict:
+        """An exception as its class, message, arguments and attributes."""
+        cls = type(error)
+        described: dict = {"class": self._exception_class(cls), "message": _text(error)}
+        number = vars(error).get("_raised_by_the_test")
+        if number is not None:
+            return described | {"raised": number}
+        try:
+            described["args"] = [self._encoder.encode(arg) for arg in BaseException.args.__get__(error)]
+            found = {name: getattr(error, name) for name in _EXCEPTION_ATTRIBUTES if hasattr(cls, name)}
+            attributes = {name: value for name, value in {**found, **vars(error)}.items() if value is not None}
+            described["attributes"] = [[name, self._encoder.encode(value)] for name, value in attributes.items()]
+        except Exception:  # they cannot be shown; the exception is raised all the same
+            described |= {"args": [described["message"]], "attributes": []}
+        if TYPES.get(cls.__name__) is not cls:
+            self._objects.append(error)
+            described["handle"] = len(self._objects) - 1
+        if causes and error.__cause__ is not None:
+            described["cause"] = self._describe(error.__cause__, causes - 1)
+        return described
+
+    def _collect(self, message: object, category: type, filename: str, line: int, *_: object) -> None:
+        if len(self._warnings) < _MAX_WARNINGS:
+            self._warnings.append((category, _text(message), filename, line))
+
+    def _encode_warnings(self) -> list:
+        return [[self._exception_class(category), text, line] for category, text, _, line in self._warnings]
+
+
+class _OfTheTest:
+    """Base of the classes that only the test names; what the copy lacks (a method) is asked of the original."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._ask(name)
+
+
+def _of(cls: type, name: str) -> object:
+    """What the class has under that special name, asked without running code of its metaclass."""
+    return next((base.__dict__[name] for base in _mro(cls) if name in base.__dict__), None)
+
+
+def _mro(cls: type) -> tuple[type, ...]:
+    return type.__dict__["__mro__"].__get__(cls)
+
+
+def _name_of(cls: type) -> str:
+    return str(type.__dict__["__name__"].__get__(cls))[:200]
+
+
+def _text(error: object) -> str:
+    try:
+        return str(error)[:MAX_MESSAGE]
+    except BaseException as again:
+        return f"<its message raised {_name_of(type(again))}>"
+
+
+def _items(value: object) -> list:
+    """What the judge takes a container to hold: its length and its items, looked at once."""
+    size = len(value)
+    return [size, list(itertools.islice(iter(value), min(size, _MAX_ITEMS) + 1))]
+
+
+def _signature(function: object) -> list:
+    """Parameters as name, kind, whether there is a default, and the default."""
+    parameters = inspect.signature(function).parameters.values()
+    return [
+        [p.name, int(p.kind), p.default is not p.empty, None if p.default is p.empty else p.default] for p in parameters
+    ]
+
+
+_loops: list = []
+
+
+def _run(awaitable: object) -> object:
+    """Drive a coroutine to its end in an event loop that stays, so that what it made goes on working."""
+    asyncio = importlib.import_module("asyncio")
+    if not _loops:
+        _loops.append(asyncio.new_event_loop())
+        asyncio.set_event_loop(_loops[0])
+
+    async def wait() -> object:
+        return await awaitable
+
+    return _loops[0].run_until_complete(wait())
+
+
+OPERATIONS: dict[str, Callable] = {
+    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
+    "get": lambda value: value,
+    "attr": getattr,
+    "set_attr": setattr,
+    "delete_attr": delattr,
+    "item": operator.getitem,
+    "set_item": operator.setitem,
+    "delete_item": operator.delitem,
+    "iter": iter,
+    "next": next,
+    "items": _items,
+    "data": lambda value: value,
+    "type": type,
+    "has_instance": lambda cls, instance: isinstance(instance, cls),
+    "has_subclass": lambda cls, other: issubclass(other, cls),
+    "signature": _signature,
+    "enter": lambda manager: type(manager).__enter__(manager),
+    "exit": lambda manager, error: type(manager).__exit__(manager, *_raised(error)),
+    "run": _run,
+    "anext": lambda iterator: _run(type(iterator).__anext__(iterator)),
+    "aiter": lambda iterable: type(iterable).__aiter__(iterable),
+    "aenter": lambda manager: _run(type(manager).__aenter__(manager)),
+    "aexit": lambda manager, error: _run(type(manager).__aexit__(manager, *_raised(error))),
+    **{function.__name__: function for function in (bool, str, repr, format, hash, len, int, float, complex, round)},
+    **{name: getattr(math, name) for name in ("trunc", "floor", "ceil")},
+    "index": operator.index,
+    **{name: getattr(operator, f"__{name}__") for name in OPERATORS},
+}
+
+
+def _raised(name: str | None) -> tuple:
+    """What a context manager is told of the exception that ended its block: a builtin one of that name."""
+    if name is None:
+        return None, None, None
+    cls = TYPES.get(name, Exception)
+    try:
+        raise cls("raised by the test") if cls is not Exception else Exception
+    except BaseException as error:
+        return type(error), error, error.__traceback__

@@ -1,0 +1,289 @@
+"""The judge's conversation with one program: requests, answers, and the functions of the tests that it calls."""
+
+import builtins
+import mmap
+import operator
+import secrets
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+
+from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
+from wmtp.sandbox.jobs import Verdict
+from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
+from wmtp.sandbox.remote import Name, Own, remote_class, value_class
+from wmtp.sandbox.supervise import Ended, Process
+
+# Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
+_LOOKS = frozenset(
+    [
+        "get",
+        "data",
+        "items",
+        "bool",
+        "str",
+        "repr",
+        "format",
+        "hash",
+        "type",
+        "has_instance",
+        "has_subclass",
+        "signature",
+    ]
+)
+_NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
+
+
+class Session:
+    """Requests to one program, and what became of them.
+
+    Args:
+        process: a process in mode `assertion`, already sent its program.
+        test_module: `__module__` of classes that the tests themselves define; their instances are sent by attributes.
+        flag: one byte, 1 once a byte of an answer has come (see `answered`). It may lie in shared memory, so that it
+            can be read when an answer has brought the judge down.
+    """
+
+    def __init__(self, process: Process, test_module: str, flag: bytearray | mmap.mmap) -> None:
+        self.process = process
+        self._flag = process.flag = flag
+        self.failure: Ended | None = None  # once set, no test can undo it
+        self.waiting = False  # for the program: the time that passes is the program's
+        self.raised: BaseException | None = None  # last exception that came from the program
+        self.raised_detail = ""
+        self.requests = 0
+        self.epoch = 0  # of the program's state: how often it may have changed
+        self._test_module = test_module
+        self._instances = _Numbered()
+        self._exports = _Numbered()  # what the program may call, go through or ask for an attribute
+        self._thrown: list[BaseException] = []  # exceptions of those, by number
+        self._classes: dict[int, type] = {}  # that stand for the program's exception classes
+        self._encoder = Encoder(self._reference, own=self._own)
+        self._decoder = Decoder(self._resolve)
+        self.decode = self._decoder.decode
+
+    @property
+    def answered(self) -> bool:
+        """Whether a byte of an answer has come since this was last set to False."""
+        return self._flag[0] == 1
+
+    @answered.setter
+    def answered(self, value: bool) -> None:
+        self._flag[0] = int(value)
+
+    def name(self, expression: str) -> Name:
+        """The program's object of that name."""
+        return Name(self, {"@": expression}, "in")
+
+    def stop(self, verdict: Verdict, detail: str) -> Ended:
+        """Fix the verdict; the exception to raise, which no test can undo."""
+        self.failure = self.failure or Ended(verdict, detail)
+        return self.failure
+
+    def refuse(self, reason: str) -> Ended:
+        """The same for what cannot be judged from outside: ours, unless the program's answers have led to it."""
+        return self.stop("wrong_answer" if self.answered else "harness_error", f"a test {reason}")
+
+    def load(self, program: str, setup: str, entry_point: str | None) -> None:
+        """Send the program; raises what its top level raises."""
+        self._exchange({"program": program, "setup": setup, "entry_point": entry_point})
+
+    def request(self, operation: str, /, *args: object, **kwargs: object) -> object:
+        """Have `operation` done on the program's side; returns its value or raises its exception.
+
+        Raises:
+            Ended: the program broke off, or something cannot be sent; for good.
+        """
+        if self.failure is not None:
+            raise self.failure
+        self.requests += 1
+        if operation not in _LOOKS:
+            self.epoch += 1
+        return self._exchange({"op": operation, **self._arguments(args, kwargs)})
+
+    def _arguments(self, args: tuple, kwargs: dict) -> dict:
+        self._instances = _Numbered()
+        try:
+            message: dict = {"a": [self._encoder.encode(arg) for arg in args]}
+            if kwargs:
+                message["k"] = {name: self._encoder.encode(arg) for name, arg in kwargs.items()}
+            if self._instances.entries:
+                message["o"] = self._describe_instances()
+        except TooDeep:
+            raise self.refuse(f"passes a value nested deeper than {MAX_DEPTH} levels to the program") from None
+        return message
+
+    def _exchange(self, message: dict) -> object:
+        nonce = secrets.token_hex(8)
+        try:
+            self.process.send({**message, "nonce": nonce})
+            while True:
+                answer = self._await_answer()
+                if answer.pop("nonce", None) != nonce:
+                    raise Ended("violation", "the program sent an answer to what was not asked")
+                if "call" not in answer:
+                    return self._read_answer(answer, message.get("op"))
+                self.process.send({**self._serve_call(answer), "nonce": nonce})
+        except Ended as end:
+            self.failure = self.failure or end
+            raise self.failure from None
+        except MemoryError:
+            raise self.stop("memory", "the judge ran out of memory on the program's answer") from None
+
+    def _await_answer(self) -> dict:
+        self.waiting = True
+        try:
+            return self.process.receive()
+        finally:
+            self.waiting = False
+
+    def _read_answer(self, answer: dict, operation: str | None) -> object:
+        try:
+            issued = [warning(self, content) for content in answer.pop("warnings", [])]
+            ((kind, content),) = answer.items()
+            if kind == "too_large":
+                raise Ended("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
+            if kind == "too_deep":
+                raise Ended("output_limit", f"the answer is nested deeper than {MAX_DEPTH} levels, or contains itself")
+            if kind == "value":
+                value = self.decode(content)
+            elif kind == "error" and "raised" in content:
+                value, self.raised = None, self._thrown[int(content["raised"])]
+                self.raised_detail = f"{type(self.raised).__name__}: {content['message']!s}"
+            elif kind == "error":
+                value, self.raised = None, exception(self, content, operation)
+                self.raised_detail = f"{type(self.raised).__name__}: {content['message']}"
+            else:
+                raise ValueError(f"unknown answer {kind!r}")
+        except MALFORMED as error:
+            raise Ended("violation", f"the program sent a malformed answer ({type(error).__name__})") from None
+        for text, category, line in issued:  # where the tests' own filters and recorders are
+            warnings.warn_explicit(text, category, "program.py", line, module="__main__")
+        if kind == "error":
+            raise self.raised
+        return value
+
+    def _serve_call(self, answer: dict) -> dict:
+        """Do what the program asks of an object that a test has handed to it; the reply, exceptions included."""
+        try:
+            number, operation, args, kwargs = answer["call"]
+            target, kind = self._exports.get(number)
+            values = [self.decode(arg) for arg in args]
+            keywords = {name: self.decode(arg) for name, arg in kwargs.items()}
+            action = _ACTIONS[operation, kind]
+        except MALFORMED as error:
+            raise Ended("violation", f"the program made a malformed call ({type(error).__name__})") from None
+        self.epoch += 1
+        try:
+            return self._arguments((action(target, *values, **keywords),), {})
+        except Exception as error:
+            if isinstance(error, AssertionError) and error is not self.raised:
+                raise self.stop("wrong_answer", f"in a function of the test: {_detail(error)}") from None
+            self._thrown.append(error)
+            bases = [base.__name__ for base in type(error).__mro__ if getattr(builtins, base.__name__, None) is base]
+            reply = {"raised": len(self._thrown) - 1, "bases": bases, "text": _detail(error)}
+            plain = [arg for arg in error.args if type(arg) in (str, int, float, bool, type(None))]
+            return reply | self._arguments(tuple(plain if len(plain) == len(error.args) else [str(error)]), {})
+
+    def _resolve(self, tag: str, content: list) -> object:
+        """What an answer refers to: an object or exception class of the program's, or a function of the test's."""
+        if tag == "j":
+            return self._exports.get(content)[0]
+        if tag == "X":
+            return exception_class(self, content, self._classes)
+        if tag == "S":
+            (handle, name, _, base, changed), data = content
+            value = self.decode(data)
+            kind = next(cls for cls in (*IMMUTABLE, object) if issubclass(type(value), cls))
+            if kind is object or type(name) is not str:
+                raise ValueError("no value of a class that can have subclasses")
+            cls = value_class(type(value), name, frozenset(map(str, changed)))
+            made = type(value).__new__(cls, value)
+            made.__dict__.update(_remote_session=self, _remote_reference={"h": int(handle)})
+            return made
+        if tag != "h":
+            raise ValueError(f"unknown tag {tag!r}")
+        handle, _, abilities, *base = content
+        name, changed = base if base else (None, ())
+        cls = remote_class("".join(sorted(set(abilities))))
+        return cls(self, {"h": int(handle)}, abilities, name, frozenset(map(str, changed)))
+
+    @staticmethod
+    def _own(value: object) -> dict | None:
+        return value._remote_reference if issubclass(type(value), Own) else None
+
+    def _reference(self, value: object) -> dict:
+        """What stands for an argument that is no value."""
+        cls = type(value)
+        if issubclass(cls, Own | ProgramsClass) or issubclass(type(cls), ProgramsClass):
+            return value._remote_reference
+        if getattr(cls, "__module__", None) == self._test_module and not issubclass(cls, type):
+            return {"o": self._instances.number(value)}
+        if path := _library_path(value):
+            return {"p": path}
+        if issubclass(cls, Iterator):
+            return {"j": [self._exports.number(value, "iterator"), "iterator", ""]}
+        if callable(value):
+            name = getattr(value, "__name__", None)
+            return {
+                "j": [self._exports.number(value, "function"), "function", name if type(name) is str else cls.__name__]
+            }
+        raise self.refuse(f"passes a {cls.__name__} to the program, which cannot be sent")
+
+    def _describe_instances(self) -> list:
+        """Class name, attributes and number of each instance sent; encoding attributes may add to the list."""
+        described = []
+        for instance, _ in self._instances.entries:
+            attributes = [[name, self._encoder.encode(value)] for name, value in vars(instance).items()]
+            described.append([type(instance).__name__, attributes, self._exports.number(instance, "instance")])
+        return described
+
+
+class _Numbered:
+    """Objects, each with a kind, and the numbers that the program knows them by."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[object, str]] = []
+        self._numbers: dict[int, int] = {}  # by id, which nothing else gets while the object is held
+
+    def number(self, value: object, kind: str = "") -> int:
+        number = self._numbers.setdefault(id(value), len(self.entries))
+        if number == len(self.entries):
+            self.entries.append((value, kind))
+        return number
+
+    def get(self, number: object) -> tuple[object, str]:
+        return self.entries[range(len(self.entries))[number]]
+
+
+def _call(function: Callable, /, *args: object, **kwargs: object) -> object:
+    return function(*args, **kwargs)
+
+
+def _attribute(instance: object, name: str) -> object:
+    if name.startswith("_"):  # what a test is made of is nobody's business
+        raise AttributeError(name)
+    return getattr(instance, name)
+
+
+_ACTIONS = {("call", "function"): _call, ("next", "iterator"): next, ("attr", "instance"): _attribute}
+
+
+def _detail(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _library_path(value: object) -> str | None:
+    """Where the program's side finds the same function, class or module of the library: "operator:add"."""
+    owner = getattr(value, "__objclass__", value)
+    module = getattr(owner, "__module__", None) or ("numpy" if type(value).__module__ == "numpy" else "builtins")
+    name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+    if type(value) is type(sys):
+        module, name = value.__name__, ""
+    if type(module) is not str or type(name) is not str or module.partition(".")[0] not in _NAMED_MODULES:
+        return None
+    try:
+        found = operator.attrgetter(name)(sys.modules[module]) if name else sys.modules[module]
+    except (AttributeError, KeyError):
+        return None
+    return f"{module}:{name}" if found is value else None
