@@ -1,17 +1,17 @@
 """Sets that are iterated over in the order of the set they were made from.
 
 The order of a set depends on the size of its table and on who came first where two items want one place, that is, on
-its history; a program's `list(set(words))` or `tuple(pairs)` is part of its answer. CPython's way of looking for a place
-(Objects/setobject.c) is followed here only to find a history that leads to the order wanted; the set is then really
-filled that way, and looked at. Where none is found, the set has an order of its own.
+its history; a program's `list(set(words))` or `tuple(pairs)` is part of its answer. CPython's way of looking for a
+place (Objects/setobject.c) is followed here only to find a history that leads to the order wanted; the set is then
+really filled that way, and looked at. Where none is found, the set has an order of its own.
 """
 
-from collections.abc import Iterator
+import operator
 
-_MAX_ITEMS = 5_000  # of a set whose order is looked for
-_MAX_STEPS = 50_000
+_MAX_ITEMS = 2_000  # of a set whose order is looked for
+_STEPS_EACH = 4  # that are spent on the search, for each item
 _LINEAR_PROBES, _PERTURB_SHIFT = 9, 5
-_MAX_PROBES = 40  # that an item is taken to have needed
+_MAX_PROBES = 24  # that an item is taken to have needed
 _EMPTY, _ENTRY = set().__sizeof__(), 16  # bytes
 
 
@@ -29,15 +29,20 @@ def ordered_set(kind: type, items: list, size: object) -> set | frozenset:
         return made
     for attempt in (dict.fromkeys(history), history, _room_for(history, slots)):
         other = kind(attempt)
-        if kind is set and len(other) > len(items):
+        if kind is set:
             other -= other - made
         if _fits(other, items, size):
             return other
+    if kind is set:
+        other = set(dict.fromkeys(history[: slots // 2 - 1]))
+        for item in history[slots // 2 - 1 :]:
+            other.add(item)
+        made = other if _fits(other, items, size) else made
     return made
 
 
 def _fits(made: set | frozenset, items: list, size: int) -> bool:
-    return made.__sizeof__() == size and all(one is other for one, other in zip(made, items, strict=False))
+    return made.__sizeof__() == size and len(made) == len(items) and all(map(operator.is_, made, items))
 
 
 def _room_for(history: list, slots: int) -> dict:
@@ -45,56 +50,64 @@ def _room_for(history: list, slots: int) -> dict:
     return dict.fromkeys([*history, *(object() for _ in range(slots // 4 - len(history)))])
 
 
-def _probes(hashed: int, slots: int) -> Iterator[int]:
-    """Places in the order in which an item is tried in them."""
+def _probes(hashed: int, slots: int) -> list[int]:
+    """Places in the order in which an item is tried in them, without repetition."""
     mask = slots - 1
     place, perturb = hashed & mask, hashed & ((1 << 64) - 1)
-    while True:
-        yield from range(place, place + (_LINEAR_PROBES if place + _LINEAR_PROBES <= mask else 0) + 1)
+    places: dict[int, None] = {}
+    while len(places) < min(_MAX_PROBES, slots):
+        further = _LINEAR_PROBES if place + _LINEAR_PROBES <= mask else 0
+        places.update(dict.fromkeys(range(place, place + further + 1)))
         perturb >>= _PERTURB_SHIFT
         place = (place * 5 + 1 + perturb) & mask
+    return list(places)
 
 
 def _history(items: list, slots: int) -> list | None:
     """An order of coming in that leaves `items` in a table in their order: each in its place, then the displaced."""
-    probes = [
-        [place for _, place in zip(range(_MAX_PROBES), _probes(hash(item), slots), strict=False)] for item in items
-    ]
-    chosen: list[int] = []  # for each item so far, how many places it was tried in before it got one
-    taken: list[int] = []  # and which one it got: they rise
+    probes = [_probes(hash(item), slots) for item in items]
+    stack: list[tuple[int, int, int]] = []  # of the items so far: place, number of places tried before, see below
+    taken: set[int] = set()
+    wanted: list[int] = []  # higher places that must be taken in the end, for something was tried in them
     attempt = 0
-    for _ in range(_MAX_STEPS):
-        if len(chosen) == len(items):
+    for _ in range(_STEPS_EACH * (len(items) + 1)):
+        if len(stack) == len(items) and taken.issuperset(wanted):
             break
-        index, before = len(chosen), taken[-1] if taken else -1
-        tries = probes[index]
-        # What it was tried in must be taken: lower places are known, higher ones wait for a later item.
-        while attempt < _MAX_PROBES and (
-            tries[attempt] <= before
-            or any(place < tries[attempt] and place not in taken for place in tries[:attempt])
-            or tries[attempt] in tries[:attempt]
-            or any(before < p < tries[attempt] for i, n in enumerate(chosen) for p in probes[i][:n])
-        ):
+        before = stack[-1][0] if stack else -1
+        tries = probes[len(stack)] if len(stack) < len(items) else []
+        while attempt < len(tries):
+            place = tries[attempt]
+            if (
+                place > before
+                and all(other > place or other in taken for other in tries[:attempt])
+                and not any(before < other < place for other in wanted)
+            ):
+                break
             attempt += 1
-        if attempt < _MAX_PROBES:
-            chosen.append(attempt)
-            taken.append(tries[attempt])
+        if attempt < len(tries):
+            stack.append((place, attempt, len(wanted)))
+            taken.add(place)
+            wanted += [other for other in tries[:attempt] if other > place]
             attempt = 0
-        elif not chosen:
+        elif not stack:
             return None
         else:
-            attempt = chosen.pop() + 1
-            taken.pop()
-    if len(chosen) < len(items):
+            place, attempt, size = stack.pop()
+            taken.discard(place)
+            del wanted[size:]
+            attempt += 1
+    else:
         return None
-    owner = dict(zip(taken, range(len(items)), strict=True))
+    owner = {place: index for index, (place, _, _) in enumerate(stack)}
+    chosen = [tried for _, tried, _ in stack]
     ready = [index for index, tried in enumerate(chosen) if tried == 0]
     waiting = [index for index, tried in enumerate(chosen) if tried]
+    done = set(ready)
     while waiting:
-        done = set(ready)
-        free = [i for i in waiting if all(owner.get(place, i) in done for place in probes[i][: chosen[i]])]
+        free = [index for index in waiting if all(owner.get(place) in done for place in probes[index][: chosen[index]])]
         if not free:
             return None
         ready += free
-        waiting = [index for index in waiting if index not in free]
+        done |= set(free)
+        waiting = [index for index in waiting if index not in done]
     return [items[index] for index in ready]
