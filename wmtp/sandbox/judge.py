@@ -241,6 +241,7 @@ class _Run:
     def _stdio_test(self, zygote: ZygoteHandle, test: StdioTest) -> tuple[Verdict, str, bool]:
         with _input_file(test.input) as stdin:
             process = Process(zygote, "stdio", self.job.limits, stdin.fileno(), self._hangup)
+        self._flag[0], process.flag = 0, self._flag
         failure = None
         try:
             _await_ready(process)
@@ -256,10 +257,13 @@ class _Run:
             self.starved = self.starved or (failure.by_clock and process.starved())
             return failure.verdict, failure.detail, False
         output, expected = bytes(process.stdout), test.output.encode("utf-8", "surrogatepass")
-        lenient = compare.lenient_match(output, expected)
-        if compare.exact_match(output, expected):
-            return "passed", "", lenient
-        return "wrong_answer", compare.difference(output, expected), lenient
+        try:
+            lenient = compare.lenient_match(output, expected)
+            if compare.exact_match(output, expected):
+                return "passed", "", lenient
+            return "wrong_answer", compare.difference(output, expected), lenient
+        except MemoryError:
+            return "memory", "the judge ran out of memory on the program's output", False
 
 
 def _await_ready(process: Process) -> None:
@@ -318,6 +322,7 @@ def _judge_tests(job: AssertionJob, session: Session, verdicts: list[Verdict]) -
             codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
             namespace = _make_namespace(job, session)
             session.load(job.program, job.setup, job.entry_point)
+            session.answered = False  # nothing of it is left; from the next byte on all is the program's doing
             name_exceptions(job, session, namespace)
         except TestBroken as error:
             verdicts.append("harness_error")
@@ -326,7 +331,6 @@ def _judge_tests(job: AssertionJob, session: Session, verdicts: list[Verdict]) -
             verdict, detail = _explain(error, session)
             verdicts.append(verdict)
             return verdict, f"loading: {detail}"
-        session.answered = False  # nothing of what has come is left; from the next byte on all is the program's doing
         for index, code in enumerate(codes):
             verdict, detail = _judge_test(code, namespace, session)
             verdicts.append(verdict)

@@ -28,24 +28,8 @@ _MEMORY_FORMATS = "Bbc"
 TYPES: dict[str, type] = {
     cls.__name__: cls
     for cls in (
-        *(
-            int,
-            float,
-            complex,
-            bool,
-            str,
-            bytes,
-            bytearray,
-            memoryview,
-            list,
-            tuple,
-            dict,
-            set,
-            frozenset,
-            range,
-            slice,
-        ),
-        *(object, type, type(None), type(...), type(NotImplemented), types.FunctionType, types.GeneratorType),
+        *(int, float, complex, bool, str, bytes, bytearray, memoryview, list, tuple, dict, set, frozenset, range),
+        *(slice, object, type, type(None), type(...), type(NotImplemented), types.FunctionType, types.GeneratorType),
         *(Counter, OrderedDict, defaultdict, deque, decimal.Decimal, fractions.Fraction, array.array, uuid.UUID),
         *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone, zoneinfo.ZoneInfo),
         *(pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath, re.Pattern, re.Match),

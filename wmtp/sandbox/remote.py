@@ -9,6 +9,7 @@ and a value of the test's, for that may be the expected one (`abs(f(x) - 7.5) < 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import operator
@@ -22,19 +23,7 @@ if TYPE_CHECKING:
 _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
 _BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
 _OPERATORS = (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "pow",
-    "matmul",
-    "and",
-    "or",
-    "xor",
-    "lshift",
-    "rshift",
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"),
 )
 _UNARY = ("neg", "pos", "abs", "invert", "int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
 
@@ -136,7 +125,7 @@ class Remote(Own):
         self._remote("delete_item", key)
 
     def __contains__(self, item: object) -> bool:
-        if not set("in") & set(self._remote_abilities):
+        if not {"i", "n"} & set(self._remote_abilities):
             raise self._remote_session.refuse("asks an object of the program's own what it contains")
         return any(item is other or item == other for other in self)  # compared here, not by the program's __eq__
 
@@ -177,8 +166,13 @@ class Remote(Own):
     def __hash__(self) -> int:
         return 0  # the same for all: two of them in one set or dict are compared, and that is refused
 
+    def __copy__(self) -> object:
+        value = value_of(self)
+        return value._remote("copy") if is_remote(value) else copy.copy(value)
+
     def __deepcopy__(self, memo: dict) -> object:
-        return value_of(self)
+        value = value_of(self)
+        return value._remote("deepcopy") if is_remote(value) else copy.deepcopy(value, memo)
 
 
 class Name(Remote):
@@ -261,9 +255,12 @@ def _length(self: Remote) -> int:
 
 def _leave(operation: str) -> Callable:
     def leave(self: Remote, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        """Tell the program's context manager; what the test raises it may not keep from coming out."""
-        if self._remote_session.failure is None and self._remote(operation, kind and kind.__name__) and kind:
-            raise self._remote_session.refuse("needs a context manager of the program's to swallow an exception")
+        """Tell the program's context manager; no exception ends in it, nor does a failed assertion become another."""
+        session = self._remote_session
+        if isinstance(error, AssertionError) and error is not session.raised:
+            raise session.stop("wrong_answer", f"AssertionError: {error}".removesuffix(": "))
+        if session.failure is None and self._remote(operation, kind and kind.__name__) and kind:
+            raise session.refuse("needs a context manager of the program's to swallow an exception")
         return False
 
     return leave
@@ -308,7 +305,8 @@ _METHODS: dict[str, dict[str, Callable]] = {
     "n": {"__next__": _asked("next"), "__iter__": lambda self: self},
     "c": {"__call__": lambda self, /, *args, **kwargs: self._remote("call", *args, **kwargs)},
     "w": {"__enter__": _asked("enter"), "__exit__": _leave("exit")},
-    "a": {"__await__": _await, "send": _send, "throw": _throw, "close": lambda self: None},
+    # An event loop keeps coroutines in dicts; each is one of its own.
+    "a": {"__await__": _await, "send": _send, "throw": _throw, "close": lambda self: None, "__hash__": id},
     "A": {"__aiter__": _asked("aiter")},
     "N": {"__anext__": _asked_later("anext")},
     "W": {"__aenter__": _asked_later("aenter"), "__aexit__": _leave_later("aexit")},

@@ -6,9 +6,6 @@ is its own answers.
 
 import builtins
 import importlib
-import inspect
-import itertools
-import math
 import operator
 import socket
 import sys
@@ -20,9 +17,9 @@ from collections.abc import Callable, Iterator
 from wmtp.sandbox import wire
 from wmtp.sandbox.codec import BUILTIN, AnswerTooLarge, Decoder, Encoder, TooDeep
 from wmtp.sandbox.library_values import TYPES, record_type
+from wmtp.sandbox.operations import OPERATIONS, OPERATORS
 
 MAX_MESSAGE = 10_000
-_MAX_ITEMS = 1 << 22  # that a container is asked for at once
 _MAX_WARNINGS = 100  # of one request
 _MAX_CAUSES = 3
 # What an object can do, as the judge is told with its handle; `remote` gives the stand-in the same abilities.
@@ -38,32 +35,14 @@ _ABILITIES = {
     "N": ("__anext__",),
     "W": ("__aexit__",),
 }
-_UNARY = ("neg", "pos", "abs", "invert")
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
-OPERATORS = _UNARY + _BINARY
 _OVERRIDABLE = (*OPERATORS, "str", "repr", "format", "call")
 _PLAIN_RECORD = {*vars(record_type("Record", ("field",))), "_field_defaults", "_fields_defaults", "__getnewargs__"}
 _PLAIN_RECORD |= {"__match_args__", "__new__", "__annotations__", "__orig_bases__", "__static_attributes__"}
 _PLAIN_RECORD |= {"__firstlineno__", "__replace__"}
-_EXCEPTION_ATTRIBUTES = [
-    "errno",
-    "strerror",
-    "filename",
-    "filename2",
-    "code",
-    "name",
-    "path",
-    "obj",
-    "msg",
-    "text",
-    "lineno",
-    "offset",
-    "object",
-    "start",
-    "end",
-    "reason",
-    "encoding",
-]
+_EXCEPTION_ATTRIBUTES = (
+    *("errno", "strerror", "filename", "filename2", "code", "name", "path", "obj", "msg", "text", "lineno", "offset"),
+    *("object", "start", "end", "reason", "encoding"),
+)
 
 
 def new_module(name: str) -> types.ModuleType:
@@ -346,75 +325,3 @@ def _text(error: object) -> str:
         return str(error)[:MAX_MESSAGE]
     except BaseException as again:
         return f"<its message raised {_name_of(type(again))}>"
-
-
-def _items(value: object) -> list:
-    """What the judge takes a container to hold: its length and its items, looked at once."""
-    size = len(value)
-    return [size, list(itertools.islice(iter(value), min(size, _MAX_ITEMS) + 1))]
-
-
-def _signature(function: object) -> list:
-    """Parameters as name, kind, whether there is a default, and the default."""
-    parameters = inspect.signature(function).parameters.values()
-    return [
-        [p.name, int(p.kind), p.default is not p.empty, None if p.default is p.empty else p.default] for p in parameters
-    ]
-
-
-_loops: list = []
-
-
-def _run(awaitable: object) -> object:
-    """Drive a coroutine to its end in an event loop that stays, so that what it made goes on working."""
-    asyncio = importlib.import_module("asyncio")
-    if not _loops:
-        _loops.append(asyncio.new_event_loop())
-        asyncio.set_event_loop(_loops[0])
-
-    async def wait() -> object:
-        return await awaitable
-
-    return _loops[0].run_until_complete(wait())
-
-
-OPERATIONS: dict[str, Callable] = {
-    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
-    "get": lambda value: value,
-    "attr": getattr,
-    "set_attr": setattr,
-    "delete_attr": delattr,
-    "item": operator.getitem,
-    "set_item": operator.setitem,
-    "delete_item": operator.delitem,
-    "iter": iter,
-    "next": next,
-    "items": _items,
-    "data": lambda value: value,
-    "type": type,
-    "has_instance": lambda cls, instance: isinstance(instance, cls),
-    "has_subclass": lambda cls, other: issubclass(other, cls),
-    "signature": _signature,
-    "enter": lambda manager: type(manager).__enter__(manager),
-    "exit": lambda manager, error: type(manager).__exit__(manager, *_raised(error)),
-    "run": _run,
-    "anext": lambda iterator: _run(type(iterator).__anext__(iterator)),
-    "aiter": lambda iterable: type(iterable).__aiter__(iterable),
-    "aenter": lambda manager: _run(type(manager).__aenter__(manager)),
-    "aexit": lambda manager, error: _run(type(manager).__aexit__(manager, *_raised(error))),
-    **{function.__name__: function for function in (bool, str, repr, format, hash, len, int, float, complex, round)},
-    **{name: getattr(math, name) for name in ("trunc", "floor", "ceil")},
-    "index": operator.index,
-    **{name: getattr(operator, f"__{name}__") for name in OPERATORS},
-}
-
-
-def _raised(name: str | None) -> tuple:
-    """What a context manager is told of the exception that ended its block: a builtin one of that name."""
-    if name is None:
-        return None, None, None
-    cls = TYPES.get(name, Exception)
-    try:
-        raise cls("raised by the test") if cls is not Exception else Exception
-    except BaseException as error:
-        return type(error), error, error.__traceback__

@@ -15,22 +15,8 @@ from wmtp.sandbox.remote import Name, Own, remote_class, value_class
 from wmtp.sandbox.supervise import Ended, Process
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
-_LOOKS = frozenset(
-    [
-        "get",
-        "data",
-        "items",
-        "bool",
-        "str",
-        "repr",
-        "format",
-        "hash",
-        "type",
-        "has_instance",
-        "has_subclass",
-        "signature",
-    ]
-)
+_LOOKS = {"get", "data", "items", "len", "bool", "str", "repr", "format", "hash", "type", "signature"}
+_LOOKS |= {"has_instance", "has_subclass"}
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
 
 
@@ -270,7 +256,7 @@ _ACTIONS = {("call", "function"): _call, ("next", "iterator"): next, ("attr", "i
 
 
 def _detail(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500]
+    return f"{type(error).__name__}: {error}"[:500].removesuffix(": ")
 
 
 def _library_path(value: object) -> str | None:

@@ -33,12 +33,9 @@ def ordered_set(kind: type, items: list, size: object) -> set | frozenset:
             other -= other - made
         if _fits(other, items, size):
             return other
-    if kind is set:
-        other = set(dict.fromkeys(history[: slots // 2 - 1]))
-        for item in history[slots // 2 - 1 :]:
-            other.add(item)
-        made = other if _fits(other, items, size) else made
-    return made
+    made_to_measure, further = history[: slots // 2 - 1], history[slots // 2 - 1 :]
+    other = kind(dict.fromkeys(made_to_measure)).union(dict.fromkeys(further))
+    return other if _fits(other, items, size) else made
 
 
 def _fits(made: set | frozenset, items: list, size: int) -> bool:

@@ -113,6 +113,7 @@ from attacks import (  # noqa: E402  (the families use the names above)
     answers,
     channel,
     exits,
+    expression,
     files,
     forks,
     frames,
@@ -133,6 +134,7 @@ from attacks import (  # noqa: E402  (the families use the names above)
 
 FAMILIES = (
     lying_objects,
+    expression,
     frames,
     names,
     tampering,

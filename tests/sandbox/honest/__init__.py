@@ -33,6 +33,6 @@ class Honest:
         return AssertionJob(self.text, self.tests, self.setup, self.preamble, self.entry_point, self.limits)
 
 
-from honest import behaviour, contest, values  # noqa: E402  (they use the class above)
+from honest import behaviour, contest, expression, values  # noqa: E402  (they use the class above)
 
-PROGRAMS = values.PROGRAMS + behaviour.PROGRAMS + contest.PROGRAMS
+PROGRAMS = values.PROGRAMS + expression.PROGRAMS + behaviour.PROGRAMS + contest.PROGRAMS
