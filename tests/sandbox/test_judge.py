@@ -416,6 +416,125 @@ def test_a_killed_caller_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+NAMES = {
+    "a builtin is the judge's": (
+        "sum = lambda *a: 6\ndef f(x): return x",
+        "assert sum(f([1, 2])) == 6",
+        None,
+        "wrong_answer",
+    ),
+    "a builtin is the judge's where nothing else is named": (
+        "def sum(a, b): return 12",
+        "assert sum([3, 4]) == 7",
+        None,
+        "harness_error",
+    ),
+    "the entry point's name is the program's": (
+        "def sum(a, b): return a * b",
+        "assert sum(3, 4) == 12",
+        "sum",
+        "passed",
+    ),
+    "but not beside `candidate`": ("def sum(a): return 5", "assert candidate([2]) == sum([2, 3])", "sum", "passed"),
+    "nor that of a method": (
+        "class S:\n  def sum(self, xs): return sum(xs) + 1",
+        "assert candidate([2]) == sum([2, 1])",
+        "S().sum",
+        "passed",
+    ),
+    "a module is the judge's": ("class math: pi = 3\ndef f(): return 3", "assert f() == math.pi", "f", "wrong_answer"),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_name_is_the_programs_only_where_the_tests_mean_it(sandbox, case):
+    program, test, entry_point, verdict = NAMES[case]
+    assert judge(sandbox, program, test, entry_point=entry_point).verdict == verdict
+
+
+REFUSED = {
+    "compares two objects": "assert P(1) == P(1)",
+    "compares two objects ": "assert P(1) in [0, P(1)]",
+    "compares two objects  ": "assert {P(1), P(2)}",
+    "asks whether two objects": "assert P(1) is P(1)",
+    "orders objects": "assert P(1) < 2",
+    "computes (sub) with": "assert abs(P(1) - 1) < 2",
+    "computes (add) with": "assert 1 + P(1)",
+    "what it contains": "assert 1 in P(1)",
+    "to swallow an exception": "with P(1):\n  raise KeyError",
+    "which cannot be sent": "import threading\nP(P(threading.Lock()))",
+    "nested deeper than 400 levels": "deep = P(1).deep()",
+    "nested deeper than 400 levels to the program": "x = P(1).x\nfor _ in range(500): x = [x]\nP(x)",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_rests_on_the_programs_word_is_refused_aloud(sandbox, reason):
+    """No test can catch it, and with the program's answers behind it, it is not our fault."""
+    program = """
+    class P:
+        def __init__(self, x): self.x = x
+        def __eq__(self, other): return True
+        def __hash__(self): return 1
+        __lt__ = __contains__ = __eq__
+        __sub__ = __radd__ = lambda self, other: 0
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *args: True
+        def deep(self):
+            x = []
+            for _ in range(500): x = [x]
+            return x
+    """
+    outcome = judge(sandbox, program, "y = P(0).x\n" + REFUSED[reason], "assert y == 0")
+    assert outcome.verdict in ("wrong_answer", "output_limit") and reason.strip() in outcome.detail, outcome
+    caught = "y = P(0).x\ntry:\n" + textwrap.indent(REFUSED[reason], "  ") + "\nexcept BaseException: pass"
+    assert judge(sandbox, program, caught).verdict == outcome.verdict
+
+
+def test_what_is_seen_of_a_container_is_seen_once_until_the_program_acts_again(sandbox):
+    program = """
+    class Box:
+        looks = 0
+        def __init__(self): self.items = []
+        def put(self, x): self.items.append(x)
+        def __len__(self): return len(self.items)
+        def __iter__(self): Box.looks += 1; return iter(self.items)
+    """
+    test = "b = Box()\nb.put(1)\nassert len(b) == 1 and list(b) == [1] and 1 in b and b and Box.looks == 1\n"
+    outcome = judge(sandbox, program, test + "b.put(2)\nassert len(b) == 2 and [*b] == [1, 2] and not Box()")
+    assert outcome.verdict == "passed", outcome
+
+
+def test_a_set_is_what_plain_python_makes_of_it(sandbox):
+    """MBPP's task 341: in a table that is made to measure, 16 comes first."""
+    test = "assert set_to_tuple({12, 13, 14, 15, 16}) == (12, 13, 14, 15, 16)"
+    assert tuple({12, 13, 14, 15, 16}) != (12, 13, 14, 15, 16)
+    assert judge(sandbox, "set_to_tuple = tuple", test).verdict == "wrong_answer"
+    assert judge(sandbox, "def set_to_tuple(s): return tuple(sorted(s))", test).verdict == "passed"
+
+
+def test_from_the_first_byte_of_an_answer_on_nothing_is_our_fault(tmp_path):
+    (tmp_path / "outside").touch()
+    settings = {"without": {}, "root": str(tmp_path), "outside": str(tmp_path / "outside"), "bubblewrap": None}
+    reader, writer = os.pipe()
+    flag = bytearray(1)
+    own = Judge({**settings, "floor": False}, reader, flag)
+    try:
+        for body, answered in (("os.write(3, b'x')", 1), ("pass", 0)):
+            program = f"import os\ndef f(x): {body}; os._exit(0)"
+            outcome, _ = own.judge(AssertionJob(program, ("assert f(1) == 1",), limits=SHORT))
+            assert (outcome.verdict in ("violation", "exception"), flag[0]) == (True, answered), outcome
+        own.judge(StdioJob("print(5)", (StdioTest("", "5"),), limits=SHORT))
+        assert flag[0] == 1
+        tests = "assert f(1) == 1", "assert 1 / 0"
+        outcome, _ = own.judge(AssertionJob(IDENTITY, tests, limits=SHORT))
+        assert outcome.tests == ("passed", "wrong_answer") and "ZeroDivisionError" in outcome.detail
+    finally:
+        own.close()
+        os.close(reader)
+        os.close(writer)
+
+
 def test_a_judge_whose_new_zygote_got_fewer_protections_runs_nothing(tmp_path):
     outside = tmp_path / "outside"
     outside.touch()

@@ -6,14 +6,16 @@
 Processes: the caller --- judge (one for each worker; it alone knows what is expected, and runs the trusted tests) ---
 zygote (a warm interpreter that never sees a program or an expected value) --- one confined child for each program,
 or, for stdio jobs, for each test. A test's free names are proxies (`remote`): a call on one sends the encoded
-arguments to the child and gets back an encoded answer (`codec`), which the judge rebuilds from builtin types. `==`,
-`isclose`, `sorted` and all else in a test run in the judge, on values that carry no code of the program's.
+arguments to the child and gets back an encoded answer (`codec`), which the judge rebuilds from types whose code is
+ours. `==`, `isclose`, `sorted` and all else in a test run in the judge, on values that carry no code of the program's.
+Functions and iterators that a test hands over stay in the judge, where the program has them called (`session`).
 
 What is guaranteed against a program that does its worst, and by what:
 
 - It cannot fake a verdict. Whatever it tampers with (builtins, this package's code in its process, the channel), all
   it can do is give an answer; verdicts rest on answers and on stdout, never on exit codes, and no object of the
   program's is ever asked whether it equals something. By the split into processes.
+- It cannot have its failure called ours (`harness_error`): from the first byte of an answer on, all is its doing.
 - It cannot learn an expected value: none is in its process or its ancestors up to the judge, whose memory it cannot
   reach (seccomp: no ptrace, no process_vm_*; Landlock or the mount namespace: no /proc). Arguments of calls are known
   to it, as they must be; random draws of the tests are seeded alike in every run.
@@ -47,8 +49,11 @@ What is not guaranteed:
   mean what the program says. The judge uses its own modules for names the set-up or the preamble imports, and for
   standard library modules that a test uses as `name.attribute`.
 - What `setup` defines lies in the program's process, to be read and changed: it must hold no expected value.
-- Arguments are copies: a test that looks for a change made in place fails. A test that passes a function of its own
-  is a `harness_error`.
+- Arguments are copies: a test that looks for a change made in place fails.
+- What would rest on the program's word is refused, with a detail that says so, and counts against the program once
+  it has answered: `==`, order, `is` and sets of two objects of its own classes (dataclasses, enums); `in` on an object
+  that cannot be iterated over; an operator between such an object and a value of the test's (`abs(f(x) - 7.5)`), which
+  may be the expected one; a context manager that swallows exceptions. An object of the program's equals no value.
 - A program that knows the dataset can recite it.
 - Tests of a job with `inside=True` run in the program's process, for what no other process can answer. They can be
   fooled, though not by ending early; such an outcome says `judged="inside"`.

@@ -48,12 +48,13 @@ class AssertionJob:
     Fields:
         program: model-written code, run as a module that is not `__main__`.
         tests: trusted Python, run by the judge one after the other until one fails; all must pass. Their free names
-            stand for the program's objects; an attribute of a free name of the standard library (`sys.getsizeof`)
-            is the judge's own.
+            stand for the program's objects. Builtins are the judge's, whatever the program defines, and so is an
+            attribute of a free name of the standard library (`sys.getsizeof`).
         setup: dataset code that runs in the program's namespace after the program.
         preamble: trusted code run by the judge in the tests' namespace before the tests.
         entry_point: expression evaluated once in the program's namespace, bound to `candidate` and, where it is a
-            plain name or ends in one (`Solution().twoSum`), to that name.
+            plain name or ends in one (`Solution().twoSum`), to that name. A builtin's name (`sum`) is the program's
+            in the tests only where it is the whole entry point and no test says `candidate`.
         limits: overrides the sandbox's.
         inside: the tests run in the confined process, in one namespace with the program (preamble, program, set-up,
             tests), as other harnesses do. Every limit holds and ending early never passes, but a program that sets out

@@ -306,7 +306,13 @@ _METHODS: dict[str, dict[str, Callable]] = {
     "c": {"__call__": lambda self, /, *args, **kwargs: self._remote("call", *args, **kwargs)},
     "w": {"__enter__": _asked("enter"), "__exit__": _leave("exit")},
     # An event loop keeps coroutines in dicts; each is one of its own.
-    "a": {"__await__": _await, "send": _send, "throw": _throw, "close": lambda self: None, "__hash__": id},
+    "a": {
+        "__await__": _await,
+        "send": _send,
+        "throw": _throw,
+        "close": lambda self: None,
+        "__hash__": lambda self: id(self),
+    },
     "A": {"__aiter__": _asked("aiter")},
     "N": {"__anext__": _asked_later("anext")},
     "W": {"__aenter__": _asked_later("aenter"), "__aexit__": _leave_later("aexit")},

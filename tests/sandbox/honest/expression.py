@@ -1,4 +1,4 @@
-"""Tests that use a program's objects in every way that can be judged from outside: operators, callbacks, contexts, ..."""
+"""Tests that use a program's objects in all ways that can be judged from outside: operators, callbacks, contexts."""
 
 from honest import Honest
 
@@ -388,8 +388,8 @@ def kinds(x):
 
 
 def times(text):
-    zone = zoneinfo.ZoneInfo('Europe/Berlin')
-    return datetime.datetime.fromisoformat(text).replace(tzinfo=zone), datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
+    there = datetime.datetime.fromisoformat(text).replace(tzinfo=zoneinfo.ZoneInfo('Europe/Berlin'))
+    return there, datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 
 
 def odd():
