@@ -44,7 +44,7 @@ class Encoder:
         reference: called with what is no value; returns its encoding (a tagged object).
         max_bytes: rough bound on the size of one value; more raises `AnswerTooLarge`.
         own: called with an instance of a subclass of a builtin type; returns the content of a handle, which is sent
-            beside the value (alone where the value can change), or the whole encoding, or None: the value alone.
+            beside the value, or the whole encoding, or None: the value alone.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class Encoder:
         own = self._own(value) if cls is not base and issubclass(base, _MUTABLE + IMMUTABLE) else None
         if type(own) is dict:
             return own
-        if own is not None and issubclass(base, _MUTABLE):
-            return {"h": own}
         content = encode(self, value, depth)
+        if own is not None and issubclass(base, _MUTABLE):
+            return {"h": [*own, content]}
         return content if own is None else {"S": [own, content]}
 
     def _bytes(self, value: bytes | bytearray, tag: str) -> dict:

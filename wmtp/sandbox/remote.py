@@ -69,6 +69,7 @@ class Remote(Own):
         abilities: which of the special methods it has; the class must be that of `remote_class` for them.
         base: name of the builtin container of whose subclass it is an instance; it then has that container's data.
         changed: operators that the subclass changes.
+        data: what the container holds now.
     """
 
     __slots__ = (
@@ -83,8 +84,9 @@ class Remote(Own):
         abilities: str = "",
         base: str | None = None,
         changed: frozenset[str] = frozenset(),
+        data: object = None,
     ) -> None:
-        values = (abilities, base, changed, (-1, None), reference, session)
+        values = (abilities, base, changed, (-1 if base is None else session.epoch, data), reference, session)
         for name, value in zip(Remote.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 

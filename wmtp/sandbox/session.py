@@ -113,7 +113,9 @@ class Session:
         except Ended as end:
             self.failure = self.failure or end
             raise self.failure from None
-        except MemoryError:
+        except MemoryError as error:
+            if error is self.raised:  # by the program, which a test may expect
+                raise
             raise self.stop("memory", "the judge ran out of memory on the program's answer") from None
 
     def _await_answer(self) -> dict:
@@ -189,10 +191,12 @@ class Session:
             return made
         if tag != "h":
             raise ValueError(f"unknown tag {tag!r}")
-        handle, _, abilities, *base = content
-        name, changed = base if base else (None, ())
+        handle, _, abilities, *rest = content
         cls = remote_class("".join(sorted(set(abilities))))
-        return cls(self, {"h": int(handle)}, abilities, name, frozenset(map(str, changed)))
+        if not rest:
+            return cls(self, {"h": int(handle)}, abilities)
+        base, changed, data = rest
+        return cls(self, {"h": int(handle)}, abilities, str(base), frozenset(map(str, changed)), self.decode(data))
 
     @staticmethod
     def _own(value: object) -> dict | None:

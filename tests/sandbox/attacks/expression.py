@@ -384,7 +384,7 @@ def secret(check):
     _forged(
         "abilities_of_nothing",
         "A handle of nothing, with every ability and an odd base.",
-        """'{"h":[10000000,"x","lincwaANWbz\\\\u0000",["eval"],[5]]}'""",
+        """'{"h":[10000000,"x","lincwaANWbz\\\\u0000",["eval"],[5],[]]}'""",
         "got = solve(2, 3)\nassert got == 5 or len(got) == 5 or got + got == 5",
     ),
     _forged(
