@@ -213,7 +213,10 @@ def _reduced(program: str, entry: set[str], asked: set[str]) -> str:
 def _statements(program: str) -> Iterator[_Statement]:
     nodes, lines = ast.parse(program).body, program.split("\n")
     places = [
-        (min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1, node.end_lineno - 1)
+        (
+            min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))]) - 1,
+            (node.end_lineno or node.lineno) - 1,
+        )
         for node in nodes
     ]
     ends = [-1, *(last for _, last in places)]
@@ -229,7 +232,8 @@ def _names(code: str) -> tuple[set[str], set[str], set[str]]:
     top = symtable.symtable(code, "program.py", "exec")
     binds = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()}
     uses = {s.get_name() for s in top.get_symbols() if s.is_referenced()}
-    sets, tables = set(), list(top.get_children())
+    sets: set[str] = set()
+    tables = list(top.get_children())
     while tables:
         table = tables.pop()
         tables += table.get_children()
@@ -310,8 +314,10 @@ def _run(statement: ast.stmt) -> Iterator[ast.AST]:
         if isinstance(node, ast.Lambda) or (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"):
             continue
         yield node
-        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        waiting += node.decorator_list if is_function else ast.iter_child_nodes(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += node.decorator_list
+        else:
+            waiting += ast.iter_child_nodes(node)
 
 
 def _root(node: ast.AST, through_calls: bool = False) -> tuple[str | None, set[str]]:
@@ -334,7 +340,7 @@ def _without(program: str, statements: list[_Statement], dropped: set[_Statement
     lines, left, place = program.split("\n"), [], 0
     while statements:
         last = statements[0].lines[1]
-        together = []  # on the same lines
+        together: list[_Statement] = []  # on the same lines
         while statements and (not together or statements[0].lines[0] <= last):
             together.append(statements[0])
             last, statements = max(last, statements[0].lines[1]), statements[1:]
