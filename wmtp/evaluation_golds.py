@@ -51,7 +51,10 @@ def settle_tests(
     if unused := [task.unused_tests for task in asserting if task.unused_tests]:
         counts = f"{sum(unused)} challenge tests of {len(unused)} tasks"
         say(f"{counts} are not run; tasks.challenge_tests=true runs them too")
-    return tuple(replace(task, inside=True) if task.task_id in inside else task for task in tasks)
+    return tuple(
+        replace(task, inside=True) if isinstance(task, AssertionTask) and task.task_id in inside else task
+        for task in tasks
+    )
 
 
 def _find_inside(

@@ -112,7 +112,7 @@ def read_samples(
             with the same index, a task without a sample, or, with `clean`, no text that holds a program.
     """
     by_id = {task.task_id: task for task in tasks}
-    left_out = getattr(tasks, "left_out", frozenset())
+    left_out: frozenset[str] = getattr(tasks, "left_out", frozenset())
     ids = TaskIds([*by_id, *left_out])
     samples: dict[Key, Sample] = {}
     counts: Counter = Counter()

@@ -274,7 +274,7 @@ def _lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parsed(code: str, what: str, mode: str = "exec") -> ast.AST:
+def parsed(code: str, what: str, mode: str = "exec") -> ast.Module:
     """The syntax tree of a dataset's code; `what` names it in the error."""
     try:
         with warnings.catch_warnings():

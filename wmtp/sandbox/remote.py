@@ -15,7 +15,7 @@ import inspect
 import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from wmtp.sandbox.session import Session
@@ -76,6 +76,7 @@ class Remote(Own):
         *("_remote_abilities", "_remote_base", "_remote_changed", "_remote_looked", "_remote_reference"),
         "_remote_session",
     )
+    _remote_looked: tuple[int, Any]  # when the program was last asked, and what it said
 
     def __init__(
         self,
@@ -90,7 +91,7 @@ class Remote(Own):
         for name, value in zip(Remote.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
-    def _remote_look(self, operation: str) -> object:
+    def _remote_look(self, operation: str) -> Any:
         """Answer to `operation`, asked once for as long as the program has done nothing else."""
         epoch, value = self._remote_looked
         if epoch != self._remote_session.epoch:

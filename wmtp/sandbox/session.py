@@ -38,7 +38,7 @@ class Session:
         self.raised: BaseException | None = None  # last exception that came from the program
         self.raised_detail = ""
         self.requests = 0
-        self.epoch = 0  # of the program's state: how often it may have changed
+        self.epoch: int = 0  # of the program's state: how often it may have changed
         self._test_module = test_module
         self._instances = _Numbered()
         self._exports = _Numbered()  # what the program may call, go through or ask for an attribute
