@@ -147,8 +147,8 @@ def test_launched_on_two_processes_the_error_of_rank_1_alone_is_the_last_line(ti
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
     lines = [f"[{group}]\n{name} = {value}\n" for group, own in points.items() for name, value in own.items()]
     (plugin / "entry_points.txt").write_text("".join(lines))
-    cfg = tiny_config(tokenizer={"_component_": "fails_on_rank_1.tokenizer"}, tracking={"_component_": None})
-    OmegaConf.save(cfg, tmp_path / "bad.yaml")  # `tracking=null` becomes that section
+    cfg = tiny_config(tokenizer={"_component_": "fails_on_rank_1.tokenizer"})
+    OmegaConf.save(cfg, tmp_path / "bad.yaml")
     tune = Path(sys.executable).with_name("tune")
     recipe = "recipes/full_finetune_distributed_wmtp.py"
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
