@@ -359,7 +359,7 @@ def _explain(error: BaseException, session: Session) -> tuple[Verdict, str]:
     if session.failure is not None:
         return session.failure.verdict, session.failure.detail
     if error is session.raised:
-        return ("memory" if isinstance(error, MemoryError) else "exception"), session.raised_detail
+        return session.raised_verdict, session.raised_detail
     detail = _described(error)
     if isinstance(error, AssertionError):
         return "wrong_answer", detail

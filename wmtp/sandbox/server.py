@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from wmtp.sandbox import wire
 from wmtp.sandbox.codec import BUILTIN, AnswerTooLarge, Decoder, Encoder, TooDeep
 from wmtp.sandbox.library_values import TYPES, record_type
+from wmtp.sandbox.memory import is_refused_memory
 from wmtp.sandbox.operations import OPERATIONS, OPERATORS
 
 MAX_MESSAGE = 10_000
@@ -273,6 +274,8 @@ class Server:
         """An exception as its class, message, arguments and attributes."""
         cls = type(error)
         described: dict = {"class": self._exception_class(cls), "message": _text(error)}
+        if is_refused_memory(error):
+            described["refused_memory"] = True
         number = vars(error).get("_raised_by_the_test")
         if number is not None:
             return described | {"raised": number}

@@ -36,6 +36,7 @@ class Session:
         self.failure: Ended | None = None  # once set, no test can undo it
         self.waiting = False  # for the program: the time that passes is the program's
         self.raised: BaseException | None = None  # last exception that came from the program
+        self.raised_verdict: Verdict = "exception"
         self.raised_detail = ""
         self.requests = 0
         self.epoch: int = 0  # of the program's state: how often it may have changed
@@ -136,11 +137,15 @@ class Session:
             if kind == "value":
                 value = self.decode(content)
             elif kind == "error" and "raised" in content:
-                value, self.raised = None, self._thrown[int(content["raised"])]
+                value, self.raised, self.raised_verdict = None, self._thrown[int(content["raised"])], "exception"
                 self.raised_detail = f"{type(self.raised).__name__}: {content['message']!s}"
             elif kind == "error":
-                value, self.raised = None, exception(self, content, operation)
+                value, self.raised, self.raised_verdict = None, exception(self, content, operation), "exception"
                 self.raised_detail = f"{type(self.raised).__name__}: {content['message']}"
+                if content.get("refused_memory") is True:
+                    limit = self.process.limits.memory_bytes
+                    self.raised_verdict = "memory"
+                    self.raised_detail = f"limits.memory_bytes is {limit}: {self.raised_detail}"
             else:
                 raise ValueError(f"unknown answer {kind!r}")
         except MALFORMED as error:
