@@ -162,6 +162,7 @@ def forked(work, *args) -> tuple[int, str]:
         os.dup2(writing, 2)
         os.close(writing)
         sys.stderr = sys.__stderr__ = os.fdopen(2, "w", 1, closefd=False)  # not what pytest captures
+        sys.excepthook = sys.__excepthook__  # another test may have ended a recipe here, whose hook stays
         try:
             work(*args)
             os._exit(0)

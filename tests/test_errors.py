@@ -258,7 +258,7 @@ def end_launch(*statuses):
         def run(self):
             raise SignalException("Process got signal: 15", signal.SIGTERM)
 
-    sys.excepthook = _hook(sys.__excepthook__)  # whatever another test has left
+    sys.excepthook = _hook(sys.excepthook)
     Agent().run()
 
 
