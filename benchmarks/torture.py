@@ -389,18 +389,30 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave failed runs and their logs in this folder")
     arguments = parser.parse_args()
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="torture-"))
+    try:
+        torture = _torture(folder, arguments.kills, arguments.seed)
+    except BaseException:  # nothing goes on behind the back of who broke it off
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
+    finally:
+        if arguments.keep is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    counts = {"tried": torture.tried, "survived": torture.survived, "equal": torture.equal}
+    print(json.dumps({"name": "torture", **counts}), flush=True)
+    sys.exit(len({arguments.kills, *counts.values()}) > 1)
+
+
+def _torture(folder: Path, kills: int, seed: int) -> Torture:
     with moto_server() as url:
         os.environ |= {**AWS_ENVIRONMENT, "AWS_ENDPOINT_URL": url}
         boto3.client("s3").create_bucket(Bucket=BUCKET)
-        chance = random.Random(arguments.seed)
+        chance = random.Random(seed)
         torture = Torture(folder, train_reference(folder / "reference"), chance)
-        for run, planned in sorted(plan(arguments.kills, chance).items()):
+        for run, planned in sorted(plan(kills, chance).items()):
             torture.run(*run, planned)
-    counts = {"tried": torture.tried, "survived": torture.survived, "equal": torture.equal}
-    print(json.dumps({"name": "torture", **counts}), flush=True)
-    if arguments.keep is None:
-        shutil.rmtree(folder)
-    sys.exit(len({arguments.kills, *counts.values()}) > 1)
+    return torture
 
 
 if __name__ == "__main__":
