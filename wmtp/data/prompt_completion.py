@@ -5,7 +5,6 @@ Each comes twice: as `Documents` in memory, for training, and as a `DocumentStre
 
 import gzip
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,7 @@ import numpy as np
 from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, take
 from wmtp.errors import UserError
+from wmtp.files import publish
 
 Rows = Iterable[tuple[str, dict]]  # of read_rows
 _TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(TOKEN_COLUMNS, list[float])}
@@ -128,7 +128,7 @@ def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
             row["labels"] = document.labels.tolist()
             row |= {column: getattr(document, column).tolist() for column in documents.columns}
             file.write(json.dumps(row) + "\n")
-    os.replace(torn, path)
+    publish(torn, path)
 
 
 def _stream(makers: Callable[[Rows], Iterator], source: str, split: str | None, subset: str | None) -> DocumentStream:

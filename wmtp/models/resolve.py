@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.errors import hub_hint
-from wmtp.files import MANIFEST, file_sha256
+from wmtp.files import MANIFEST, file_sha256, write_whole
 from wmtp.models.config_files import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
 from wmtp.storage import cache_folder, local_copy
@@ -124,9 +123,7 @@ def _content_sha256(file: Path) -> str:
         steady = time.time_ns() - state[-1] > _RACY_NS
         digest = file_sha256(file)
         if steady and _state(file) == state:
-            written = note.with_name("written")
-            written.write_text(digest)
-            os.replace(written, note)
+            write_whole(note, digest)
         return digest
 
 

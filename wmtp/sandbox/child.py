@@ -21,7 +21,7 @@ import weakref
 from wmtp.sandbox import memory, wire
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.landlock import Ruleset
-from wmtp.sandbox.server import Server, execute, new_module
+from wmtp.sandbox.server import Server, execute, new_module, text_of
 from wmtp.sandbox.usage import own_usage
 
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
@@ -179,10 +179,7 @@ def _serve(channel: socket.socket, message: dict, limits: dict) -> None:
 def describe(error: BaseException) -> dict:
     """An exception as its type's name, its builtin base types and its message."""
     cls = type(error)
-    try:
-        message = str(error)
-    except BaseException as again:
-        message = f"<its message raised {type(again).__name__}>"
+    message = text_of(error)
     bases = [base.__name__ for base in cls.__mro__ if base.__module__ == "builtins"]
     if memory.is_refused_memory(error):
         bases = ["MemoryError", *bases]  # whatever a library makes of it

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from wmtp.sandbox.library_values import TYPES
 
 _MAX_ITEMS = 1 << 22  # that a container is asked for at once
-_UNARY = ("neg", "pos", "abs", "invert")
-_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
-OPERATORS = _UNARY + _BINARY
+UNARY = ("neg", "pos", "abs", "invert")
+BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
+OPERATORS = UNARY + BINARY
 
 
 def _items(value: object) -> list:

@@ -17,15 +17,14 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from wmtp.sandbox.operations import BINARY, UNARY
+
 if TYPE_CHECKING:
     from wmtp.sandbox.session import Session
 
 _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
 _BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
-_OPERATORS = (
-    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"),
-)
-_UNARY = ("neg", "pos", "abs", "invert", "int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
+_UNARY = (*UNARY, "int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
 
 
 class Own:
@@ -340,9 +339,9 @@ def value_class(base: type, name: str, changed: frozenset[str]) -> type:
     """Class of values of a subclass of `base`: the value is the base's, what else it has is asked of the program."""
     methods: dict[str, object] = {}
     for operation in changed:
-        if operation in _OPERATORS:
+        if operation in BINARY:
             methods[f"__{operation}__"] = _binary(operation)
-        elif operation in ("neg", "pos", "abs", "invert", "call"):
+        elif operation in (*UNARY, "call"):
             methods[f"__{operation}__"] = _asked(operation)
         elif operation in ("str", "repr", "format"):
             methods[f"__{operation}__"] = lambda self, *args, _name=operation: self._remote_text(_name, *args)
@@ -353,7 +352,7 @@ def _complete() -> None:
     Name.__doc__ = _DOC
     for name in _UNARY:
         setattr(Remote, f"__{name}__", _unary(name))
-    for name in _OPERATORS:
+    for name in BINARY:
         setattr(Remote, f"__{name}__", _binary(name))
         setattr(Remote, f"__r{name}__", _binary(name, reflected=True))
     for name in ("lt", "le", "gt", "ge"):

@@ -273,7 +273,7 @@ class Server:
     def _describe(self, error: BaseException, causes: int = _MAX_CAUSES) -> dict:
         """An exception as its class, message, arguments and attributes."""
         cls = type(error)
-        described: dict = {"class": self._exception_class(cls), "message": _text(error)}
+        described: dict = {"class": self._exception_class(cls), "message": text_of(error)}
         if is_refused_memory(error):
             described["refused_memory"] = True
         number = vars(error).get("_raised_by_the_test")
@@ -295,7 +295,7 @@ class Server:
 
     def _collect(self, message: object, category: type, filename: str, line: int, *_: object) -> None:
         if len(self._warnings) < _MAX_WARNINGS:
-            self._warnings.append((category, _text(message), filename, line))
+            self._warnings.append((category, text_of(message), filename, line))
 
     def _encode_warnings(self) -> list:
         return [[self._exception_class(category), text, line] for category, text, _, line in self._warnings]
@@ -323,7 +323,8 @@ def _name_of(cls: type) -> str:
     return str(type.__dict__["__name__"].__get__(cls))[:200]
 
 
-def _text(error: object) -> str:
+def text_of(error: object) -> str:
+    """The message of an exception, which may raise one itself."""
     try:
         return str(error)[:MAX_MESSAGE]
     except BaseException as again:

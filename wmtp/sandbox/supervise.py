@@ -13,7 +13,7 @@ import time
 from wmtp.sandbox import confine, filesystem, wire
 from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import Limits, Verdict
-from wmtp.sandbox.usage import between, own_usage, starved
+from wmtp.sandbox.usage import Usage, between, own_usage, starved
 
 _START_SECONDS = 120.0  # a loaded machine may take long to start an interpreter
 _CHUNK = 1 << 16
@@ -160,10 +160,8 @@ class Process:
         self.report: dict | None = None
         self._keep_stdout = mode == "stdio"
         self._last_words = b""
-        self._wall, self.usage_at_start = (
-            0.0,
-            {},
-        )  # the latter: of the confined process, as it says before it is given a program
+        self._wall = 0.0
+        self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
         self.flag: bytearray | mmap.mmap = bytearray(1)  # set to 1 as soon as anything comes from the program
