@@ -7,6 +7,9 @@ UV         ?= .tools/bin/uv
 RUN        := .venv/bin
 SETUP      := .venv/.set-up
 
+# Python keeps what it has compiled, also where the shell forbids it: else every process compiles torch anew, 15 s long.
+export PYTHONDONTWRITEBYTECODE :=
+
 # The image: `make image push IMAGE=registry.example.org/team/wmtp`; BASE and BUILD_FLAGS reach the builder as they are.
 IMAGE       ?= wmtp
 TAG         ?= $(shell git describe --tags --always --dirty)
