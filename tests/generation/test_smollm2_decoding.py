@@ -9,7 +9,7 @@ from wmtp.models import load_checkpoint, resolve_checkpoint, smollm2_135m
 
 pytestmark = pytest.mark.slow
 
-NEW_TOKENS = 64
+NEW_TOKENS = 32
 
 
 def prompts(tokenizer):

@@ -95,6 +95,7 @@ def prepare_interpreter() -> None:
     sys.set_int_max_str_digits(0)
     mmap.mmap = memory.PrivateMap
     sys.argv = ["program.py"]
+    sys.dont_write_bytecode = True  # the library's own files have been, by now; what a program imports stays as it was
 
 
 def _text(number: int, mode: str, errors: str = "surrogateescape") -> io.TextIOWrapper:

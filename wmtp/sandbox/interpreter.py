@@ -25,15 +25,13 @@ def python_command(module: str, *args: str) -> list[str]:
 
 
 def clean_environment() -> dict[str, str]:
-    """Variables of the sandbox's processes: none of the caller's, but where to find shared libraries."""
+    """Variables of the sandbox's processes: none of the caller's but two, which say where to find and what to keep."""
     environment = {
         "PATH": os.defpath,
         "LANG": "C.UTF-8",
         "PYTHONHASHSEED": "0",  # the order of a set must not change a verdict from run to run
-        "PYTHONDONTWRITEBYTECODE": "1",
         "MALLOC_ARENA_MAX": "1",  # each further arena would reserve 64 MiB of the address space allowed
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
     }
-    if "LD_LIBRARY_PATH" in os.environ:
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    return environment
+    passed_on = ("LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
+    return environment | {name: os.environ[name] for name in passed_on if name in os.environ}
