@@ -19,8 +19,7 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path
 from yaml import YAMLError
 
-from wmtp.errors import UserError, one_line, raised_in
-from wmtp.secrets import mask_secrets
+from wmtp.errors import UserError, mask_secrets, one_line, raised_in
 
 
 class ConfigError(UserError):

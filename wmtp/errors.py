@@ -1,4 +1,4 @@
-"""The errors that are for the user: what they can mend, told in one line. And how an error ends a process.
+"""The errors that are for the user: what they can mend, told in one line without secrets. How an error ends a process.
 
 A recipe's `main` is decorated with :func:`clear_errors`, its work stands in :func:`ending`. An error is never caught
 on its way out, so that a debugger stops where it was raised; what is printed is decided last, by `sys.excepthook`.
@@ -17,8 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from wmtp.secrets import mask_secrets
+from urllib.parse import quote
 
 
 class UserError(ValueError):
@@ -81,8 +80,14 @@ _SECONDS_FOR_RANK_0 = 1.0
 _WMTP = str(Path(__file__).parent) + os.sep
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen ", "<string>")
 
+_SECRET = re.compile(r"(^|_)(KEY|KEY_ID|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)$|PASSWORD$", re.IGNORECASE)
+_IN_URL = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]*(?=@)")
+_SHORTEST_SECRET = 8  # a shorter value is a word: to mask it would mangle the text, and no service gives out such a key
+_MASK = "***"
+
 _output_dir: Path | None = None
 _resumes = False
+_other_folders: set[Path] = set()  # that this process may write to
 
 
 def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:
@@ -93,6 +98,12 @@ def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:
     """
     global _output_dir, _resumes
     _output_dir, _resumes = output_dir, resumes
+
+
+def may_fill(folder: Path) -> Path:
+    """Returns a folder, which from now on may be the one meant where an error of a full disk names none."""
+    _other_folders.add(folder)
+    return folder
 
 
 def is_traceback(path: Path) -> bool:
@@ -135,6 +146,19 @@ def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
     cleanup("FINISHED")
 
 
+def mask_secrets(text: str) -> str:
+    """Returns the text with ``***`` in the place of each secret.
+
+    A secret is the value, of 8 characters or more, of an environment variable named like one (``*_KEY``, ``*_KEY_ID``,
+    ``*_SECRET``, ``*_TOKEN``, ``*PASSWORD``), as it is or percent-encoded, and the ``user:password`` of a URL.
+    """
+    values = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET}
+    values |= {quote(value, safe="") for value in values}
+    for value in sorted(values, key=len, reverse=True):  # one may hold another
+        text = text.replace(value, _MASK)
+    return _IN_URL.sub(_MASK, text)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, on one line, without secrets; its class where it says nothing."""
     return mask_secrets(" ".join(str(error).split())) or type(error).__name__
@@ -160,8 +184,8 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
 
     Args:
         error: an OSError, or what torch, safetensors or SQLite made of one.
-        folders: where it was written, for errors that do not say: by default output_dir, the working folder or the
-            cache, whichever has the least room.
+        folders: where it was written, for errors that do not say: by default output_dir, the working folder or one of
+            :func:`may_fill`, whichever has the least room.
     """
     for cause in _causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
@@ -176,7 +200,8 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
         said = "a file could not be written whole" if torn else _OF_THE_DISK.get(number or 0)
         if said is not None:
             named = [Path(os.fsdecode(cause.filename))] if isinstance(cause, OSError) and cause.filename else []
-            free = {path: _free_bytes(path) for path in named or folders or _folders()}
+            some = [*filter(None, (_output_dir,)), Path.cwd(), *_other_folders]
+            free = {path: _free_bytes(path) for path in named or folders or some}
             path = min(free, key=lambda at: free[at])
             return f"{path}: {said} ({free[path] / 1e6:,.1f} MB free)"
     return None
@@ -340,12 +365,6 @@ def _free_bytes(path: Path) -> int:
         return shutil.disk_usage(there).free
     except OSError:  # the one that does not answer
         return 0
-
-
-def _folders() -> list[Path]:
-    from wmtp.storage.cache import cache_folder  # which imports this module
-
-    return [*filter(None, (_output_dir,)), Path.cwd(), cache_folder()]
 
 
 def _is_library(file: str) -> bool:

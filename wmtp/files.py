@@ -5,9 +5,14 @@ import json
 import os
 from pathlib import Path
 
-from wmtp.errors import UserError
+from wmtp.errors import UserError, may_fill
 
 MANIFEST = "manifest.json"
+
+
+def cache_folder() -> Path:
+    """Returns where what is fetched or made once is kept: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
+    return may_fill(Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp"))
 
 
 def file_sha256(path: Path) -> str:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from wmtp.errors import mask_secrets
 from wmtp.evaluation import pass_at_k
 from wmtp.evaluation_results import compare_results
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.registry import Choice, RegistryError, store_errors
-from wmtp.secrets import mask_secrets
 
 # What must be equal for two evaluations to be of the same thing, beside tasks, samples a task and the protocol. What
 # tells the models apart (checkpoint, model, tokenizer), how they are computed (dtype, drafts) and the seed may differ.

@@ -24,8 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
-from wmtp.errors import UserError
-from wmtp.secrets import mask_secrets
+from wmtp.errors import UserError, mask_secrets
 from wmtp.tracking.store import absolute, check_store, mlflow_client, sqlite_file, store_uri, use_store
 
 ALIASES = ("staging", "production")

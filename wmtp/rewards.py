@@ -16,8 +16,8 @@ from tqdm import tqdm
 from wmtp.data import PairDataset
 from wmtp.distributed import gather_objects
 from wmtp.errors import UserError
+from wmtp.files import cache_folder
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
-from wmtp.storage import cache_folder
 
 _ROUND = 64  # texts of one process between two writes of the file
 

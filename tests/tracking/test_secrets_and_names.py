@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from wmtp.secrets import mask_secrets
+from wmtp.errors import mask_secrets
 from wmtp.tracking import MLflowLogger, check_store, code_changes, replay
 from wmtp.tracking.environment import config_sha256
 from wmtp.tracking.store import entity_name

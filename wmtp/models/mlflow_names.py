@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from wmtp.errors import mask_secrets
+from wmtp.files import cache_folder
 from wmtp.models.config_files import CheckpointError
 from wmtp.models.resolve import checkpoint_sha256, made_once
-from wmtp.secrets import mask_secrets
-from wmtp.storage import cache_folder, is_remote, local_copy
+from wmtp.storage import is_remote, local_copy
 from wmtp.tracking.store import absolute, mlflow_client, sqlite_file, store_uri
 
 

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.errors import hub_hint
-from wmtp.files import MANIFEST, file_sha256, write_whole
+from wmtp.files import MANIFEST, cache_folder, file_sha256, write_whole
 from wmtp.models.config_files import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
-from wmtp.storage import cache_folder, local_copy
+from wmtp.storage import local_copy
 
 _CONVERSION = 2  # raise it when a conversion's result changes: it is part of the cache key
 _RACY_NS = 2 * 10**9  # a file this young may change again without a new ctime, which moves in ticks

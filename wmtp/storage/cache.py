@@ -18,16 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wmtp.files import file_sha256
+from wmtp.files import cache_folder, file_sha256
 from wmtp.storage.s3 import RemoteFile, StorageError, endpoint_url
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _used: dict[Path, int] = {}  # trees this process uses: descriptors of their locks, held shared to its end
-
-
-def cache_folder() -> Path:
-    """Where what is fetched or made once is kept: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
-    return Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp")
 
 
 def size_limit() -> int | None:

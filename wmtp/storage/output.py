@@ -13,11 +13,12 @@ import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch.distributed as dist
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from wmtp.files import MANIFEST, flat_manifest, verify_manifest, write_manifest, write_whole
-from wmtp.storage.cache import cache_folder
+from wmtp.distributed import gather_objects, on_rank_0
+from wmtp.files import MANIFEST, cache_folder, flat_manifest, verify_manifest, write_manifest, write_whole
 from wmtp.storage.lock import FolderLock, Holder, Lease
 from wmtp.storage.mirror import check_inputs, fetch_folder, while_it_changes
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
@@ -49,8 +50,6 @@ def open_output(
         StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there; another
             run writes there; or the folder is not the same one for all ranks.
     """
-    from wmtp.distributed import gather_objects, on_rank_0  # torch: who only mirrors starts without its seconds
-
     output = Output(output_dir, folder)
     lock = output.lock = FolderLock.of(output.folder)
     rank, size = _world()
@@ -379,7 +378,5 @@ def _stamp(path: Path) -> list[int] | None:
 
 
 def _world() -> tuple[int, int]:
-    """Rank and size. torch is imported here: who only mirrors or uploads by hand starts without its seconds."""
-    import torch.distributed as dist
-
+    """Returns rank and size; 0 and 1 in a process without a process group, as of an upload by hand."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

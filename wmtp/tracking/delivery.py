@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from wmtp.errors import UserError, one_line
+from wmtp.errors import UserError, mask_secrets, one_line
 from wmtp.files import MANIFEST, write_manifest, write_whole
-from wmtp.secrets import mask_secrets
 from wmtp.tracking.spool import Spool
 from wmtp.tracking.store import (
     MAX_NAME,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from wmtp.secrets import mask_secrets
+from wmtp.errors import mask_secrets
 from wmtp.tracking.own_code import recipe_module
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers", "datasets", "mlflow", "wmtp")

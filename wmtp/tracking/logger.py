@@ -10,8 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from wmtp.errors import UserError, one_line
-from wmtp.secrets import mask_secrets
+from wmtp.errors import UserError, mask_secrets, one_line
 from wmtp.tracking.delivery import Delivery
 from wmtp.tracking.sender import Sender
 from wmtp.tracking.spool import Spool, read_run

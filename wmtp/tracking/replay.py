@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from wmtp.errors import UserError, one_line
-from wmtp.secrets import mask_secrets
+from wmtp.errors import UserError, mask_secrets, one_line
 from wmtp.tracking.delivery import Delivery, Postponed, Refused, deliver
 from wmtp.tracking.spool import Spool, read_run
 from wmtp.tracking.store import check_store, store_uri

@@ -10,8 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from wmtp.errors import UserError
-from wmtp.secrets import mask_secrets
+from wmtp.errors import UserError, mask_secrets
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM = 6000  # characters of a param's value that MLflow keeps
