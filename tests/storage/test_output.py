@@ -10,7 +10,7 @@ import pytest
 from wmtp.files import verify_manifest, write_manifest
 from wmtp.storage import Output, StorageError, local_copy, open_output
 from wmtp.storage.__main__ import main as upload_by_hand
-from wmtp.storage.upload import upload
+from wmtp.storage.transfer import upload
 
 MB = 1 << 20
 
@@ -40,7 +40,7 @@ def complete(bucket):
 
 @pytest.mark.parametrize("fault", ["cut", "corrupt", "refuse", 500, 503])
 def test_an_upload_survives_a_passing_fault(bucket, fault, tmp_path, monkeypatch):
-    monkeypatch.setattr("wmtp.storage.upload.PART_BYTES", 5 * MB)
+    monkeypatch.setattr("wmtp.storage.transfer.PART_BYTES", 5 * MB)
     body = os.urandom(11 * MB)  # three parts
     (tmp_path / "x").write_bytes(body)
     (tmp_path / "small").write_bytes(b"y" * 2000)
@@ -55,7 +55,7 @@ def test_an_upload_survives_a_passing_fault(bucket, fault, tmp_path, monkeypatch
 
 
 def test_a_failed_upload_leaves_no_parts_behind(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr("wmtp.storage.upload.PART_BYTES", 5 * MB)
+    monkeypatch.setattr("wmtp.storage.transfer.PART_BYTES", 5 * MB)
     (tmp_path / "x").write_bytes(bytes(11 * MB))
     bucket.proxy.mode = 403
     bucket.proxy.matches = lambda method, path: "partNumber=2" in path

@@ -24,11 +24,12 @@ from wmtp.storage.s3 import (
     RemoteFile,
     StorageError,
     client,
+    error_code,
     remove_files,
     retrying,
     split_uri,
 )
-from wmtp.storage.upload import put_bytes
+from wmtp.storage.transfer import put_bytes
 
 _SECONDS_TO_END = 5.0  # for a run that was just killed, and for a folder's content to come from another node
 _HEARTBEAT, _EXPIRY = 15.0, 60.0  # seconds; a lease that is not renewed for so long is nobody's
@@ -259,7 +260,7 @@ class Lease:
                     raise CorruptError(f"{self._uri} cannot be read: it arrives corrupt; check the network")
                 return answer["ETag"], _holder(body)
             except ClientError as error:
-                if error.response.get("Error", {}).get("Code") in ("NoSuchKey", "404"):
+                if error_code(error) in ("NoSuchKey", "404"):
                     return None, None
                 raise
 

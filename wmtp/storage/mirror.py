@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp.files import MANIFEST, flat_manifest
 from wmtp.storage.cache import Cache
-from wmtp.storage.download import download
 from wmtp.storage.s3 import (
     SCHEME,
     ChangedError,
@@ -22,6 +21,7 @@ from wmtp.storage.s3 import (
     split_uri,
     where,
 )
+from wmtp.storage.transfer import download
 
 _LISTINGS = 3  # before a folder that is being written to is given up
 _FILES_AT_ONCE = 4

@@ -22,7 +22,7 @@ from wmtp.files import MANIFEST, cache_folder, flat_manifest, verify_manifest, w
 from wmtp.storage.lock import FolderLock, Holder, Lease
 from wmtp.storage.mirror import check_inputs, fetch_folder, while_it_changes
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
-from wmtp.storage.upload import put_bytes, upload
+from wmtp.storage.transfer import put_bytes, upload
 
 _UNFINISHED = (".tmp", ".writing", ".partial", ".part", ".parts", ".lock")  # how what is being written is called
 _REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part

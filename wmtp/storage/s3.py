@@ -1,7 +1,6 @@
 """Requests to S3 through boto3: one client per process, retries with back-off, errors as one line without a secret."""
 
 import os
-import random
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
@@ -20,9 +19,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds before the second try, doubled
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
            "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
-_FINAL = _DENIED | _ABSENT | {"NoSuchBucket", "InvalidBucketName", "412", "PreconditionFailed", "416", "InvalidRange",
-                              "301", "PermanentRedirect", "400", "BadRequest", "NoSuchUpload",
-                              "NotImplemented"}  # fmt: skip
 _T = TypeVar("_T")
 
 
@@ -86,9 +82,9 @@ def _client(pid: int, endpoint: str | None, identity: tuple[int, ...]):
     import boto3
     from botocore.config import Config
 
-    # Retries are ours, so that a part goes on from where it was cut. A custom endpoint seldom has a name per bucket.
+    # A custom endpoint seldom has a name per bucket.
     config = Config(
-        retries={"total_max_attempts": 1},
+        retries={"mode": "standard", "total_max_attempts": attempts()},
         max_pool_connections=4 * THREADS,
         connect_timeout=10,
         read_timeout=60,
@@ -107,41 +103,33 @@ def attempts() -> int:
 
 
 def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
-    """The result of a call, tried again with growing waits while the reason of its failure may pass.
+    """Returns what a call does; tried again with growing waits where what arrived was broken: the rest botocore does.
 
     Args:
-        call: makes one request and reads its answer.
+        call: makes a request and reads its answer.
         uri, doing: for the message: ``s3://bucket/key``, ``read``.
 
     Raises:
         StorageError: it failed for good, or too often.
     """
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        FlexibleChecksumError,
+        IncompleteReadError,
+        ResponseStreamingError,
+    )
     from botocore.parsers import ResponseParserError
 
+    broken = (CorruptError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ResponseParserError)
     for attempt in range(1, attempts() + 1):
         try:
             return call()
         except (BotoCoreError, ClientError, ResponseParserError, CorruptError, OSError) as error:
-            if not passing(error) or attempt == attempts():
+            if not isinstance(error, broken) or attempt == attempts():
                 raise explained(error, uri, doing) from None  # the chain would carry URLs and headers
-            wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1))
-            time.sleep(wait * random.uniform(0.75, 1.25))
+            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)))
     raise AssertionError("unreachable")
-
-
-def passing(error: Exception) -> bool:
-    """Whether the same request may succeed a little later: the network's errors, answers that break off, a busy S3."""
-    from botocore import exceptions
-    from botocore.parsers import ResponseParserError
-
-    if isinstance(error, exceptions.ClientError):
-        return _code(error) not in _FINAL
-    if isinstance(error, OSError):  # a full disk or a missing file does not mend itself
-        return isinstance(error, ConnectionError | TimeoutError)
-    network = exceptions.HTTPClientError | exceptions.ConnectionError
-    broken_off = exceptions.FlexibleChecksumError | exceptions.IncompleteReadError | ResponseParserError
-    return isinstance(error, CorruptError | network | broken_off)  # and not a missing profile, name or credential
 
 
 def explained(error: Exception, uri: str, doing: str) -> StorageError:
@@ -171,7 +159,7 @@ def explained(error: Exception, uri: str, doing: str) -> StorageError:
             f"{what}: {where()} does not answer as it should ({type(error).__name__}); check AWS_ENDPOINT_URL and the "
             "network"
         )
-    code = _code(error)
+    code = error_code(error)
     if code in _DENIED:
         return StorageError(
             f"{what}: {where()} refuses it ({code}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
@@ -247,5 +235,6 @@ def remove_files(files: list[RemoteFile]) -> None:
         retrying(partial(client().delete_object, Bucket=file.bucket, Key=file.key), file.uri, "removed")
 
 
-def _code(error) -> str:
+def error_code(error) -> str:
+    """Returns the code of a `ClientError`, such as ``NoSuchKey``."""
     return str(error.response.get("Error", {}).get("Code", "an error"))

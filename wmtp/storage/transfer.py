@@ -1,0 +1,210 @@
+"""One object to one file and back: boto3's parallel transfer, and the proof that what arrived is what was sent."""
+
+import base64
+import hashlib
+import mmap
+import os
+import re
+from functools import partial
+from io import BufferedReader
+from pathlib import Path
+
+from wmtp.files import file_sha256, publish
+from wmtp.storage.s3 import (
+    PART_BYTES,
+    THREADS,
+    ChangedError,
+    CorruptError,
+    RemoteFile,
+    attempts,
+    client,
+    error_code,
+    retrying,
+    split_uri,
+)
+
+_MOST_PARTS = 9_000  # S3 takes 10,000
+_md5 = partial(hashlib.md5, usedforsecurity=False)
+
+
+def download(file: RemoteFile, target: Path) -> str:
+    """Fetches an object; `target` appears by a rename once its content is proved. Returns the SHA-256.
+
+    The content is held against the SHA-256 that the object carries (metadata ``sha256``, as :func:`upload` stores it,
+    or S3's own checksum), else against its ETag where that is an MD5, of the whole or of its parts. The caller lets one
+    process at a time do this.
+
+    Raises:
+        ChangedError: the object is no longer the one that was listed.
+        StorageError: it cannot be read, or its content is wrong each time.
+    """
+    part = target.with_name(target.name + ".part")
+    digest = retrying(lambda: _fetch(file, part), file.uri, "read")
+    publish(part, target)
+    return digest
+
+
+def _fetch(file: RemoteFile, part: Path) -> str:
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+
+    sha256, etag, part_bytes = _expected(file)
+    try:
+        with _manager(PART_BYTES) as manager, part.open("wb") as arriving:
+            manager.download(file.bucket, file.key, arriving, subscribers=_facts(file.num_bytes, file.etag)).result()
+    except S3DownloadFailedError:  # its ETag is no longer that
+        raise _changed(file) from None
+    except RetriesExceededError as error:
+        raise error.last_exception from None
+    found = file_sha256(part)
+    if sha256 not in (None, found):
+        raise CorruptError(f"{file.uri} arrived corrupt: its SHA-256 is {found}, S3 says {sha256}")
+    if etag is not None and etag != (own := _etag(part, part_bytes)):
+        raise CorruptError(f"{file.uri} arrived corrupt: its ETag is {own}, S3 says {etag}")
+    return found
+
+
+def _expected(file: RemoteFile) -> tuple[str | None, str | None, int]:
+    """Returns what the object says of its content: SHA-256, or else an ETag made of MD5s and the bytes of its parts."""
+    at = {"Bucket": file.bucket, "Key": file.key}
+    head = client().head_object(**at, ChecksumMode="ENABLED")
+    if (head["ETag"], head["ContentLength"]) != (file.etag, file.num_bytes):
+        raise _changed(file)
+    sha256, stored = head.get("Metadata", {}).get("sha256"), head.get("ChecksumSHA256", "-")
+    if sha256 is None and "-" not in stored:
+        sha256 = base64.b64decode(stored).hex()
+    etag = _md5_etag(head)
+    if sha256 is not None or etag is None:
+        return sha256, None, 0
+    if "-" not in etag:
+        return None, etag, 0
+    part_bytes = client().head_object(**at, PartNumber=1)["ContentLength"]
+    of_one_size = -(-file.num_bytes // max(1, part_bytes)) == int(etag.partition("-")[2])  # else nothing tells which
+    return None, etag if of_one_size else None, part_bytes
+
+
+def _etag(path: Path, part_bytes: int) -> str:
+    """Returns a file's ETag as S3 makes it: the MD5, or of an upload in parts that of the parts' MD5s."""
+    with path.open("rb") as file:
+        if not part_bytes:
+            return hashlib.file_digest(file, _md5).hexdigest()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+            starts = range(0, len(view), part_bytes)
+            return _etag_of([_md5(view[start : start + part_bytes]).digest() for start in starts])
+
+
+def _etag_of(md5s: list[bytes]) -> str:
+    return f"{_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
+
+
+def upload(path: Path, uri: str, *, sha256: str | None = None) -> None:
+    """Writes a file's content as it is now to an object, which appears when all of it is there.
+
+    A file that grows meanwhile is uploaded up to where it ended at first.
+
+    Args:
+        path: the file.
+        uri: ``s3://bucket/key``.
+        sha256: of the content where it is known, as a manifest knows it; to be kept with the object. Of a file of one
+            part it is computed. A large one is not read twice for it: the ETags of its parts prove it too.
+
+    Raises:
+        FileNotFoundError: no such file.
+        StorageError: S3 refuses it, does not answer, or keeps something else than was sent.
+    """
+    with path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes <= PART_BYTES:
+            put_bytes(uri, file.read(num_bytes))
+        else:
+            metadata = {} if sha256 is None else {"sha256": sha256}
+            retrying(lambda: _in_parts(file, num_bytes, uri, metadata), uri, "written")
+
+
+def put_bytes(uri: str, body: bytes, **condition: str) -> None:
+    """Writes a small object.
+
+    Args:
+        condition: ``IfNoneMatch="*"`` where there is none, ``IfMatch=etag`` where it is still that one.
+
+    Raises:
+        ChangedError: the condition does not hold.
+    """
+    bucket, key = split_uri(uri)
+    metadata = {"sha256": hashlib.sha256(body).hexdigest()}
+
+    def put() -> None:
+        answer = client().put_object(Bucket=bucket, Key=key, Body=body, Metadata=metadata, **condition)
+        _prove(answer, _md5(body).hexdigest(), uri)
+
+    retrying(put, uri, "written")
+
+
+def _in_parts(file: BufferedReader, num_bytes: int, uri: str, metadata: dict[str, str]) -> None:
+    from botocore.exceptions import ClientError
+
+    file.seek(0)
+    body, (bucket, key) = _Parts(file, num_bytes), split_uri(uri)
+    try:
+        with _manager(max(PART_BYTES, -(-num_bytes // _MOST_PARTS))) as manager:
+            manager.upload(body, bucket, key, {"Metadata": metadata}, _facts(num_bytes)).result()
+    except ClientError as error:
+        if error_code(error) != "NoSuchUpload":  # else an earlier try may have completed it, and its answer got lost
+            raise
+    _prove(client().head_object(Bucket=bucket, Key=key), _etag_of(body.md5s), uri)
+
+
+class _Parts:
+    """The first bytes of a file, whose parts are hashed as they are read."""
+
+    def __init__(self, file: BufferedReader, num_bytes: int) -> None:
+        self._file, self._left = file, num_bytes
+        self.md5s: list[bytes] = []
+
+    def read(self, num_bytes: int) -> bytes:
+        part = self._file.read(min(num_bytes, self._left))
+        if part:
+            self._left -= len(part)
+            self.md5s.append(_md5(part).digest())
+        return part
+
+
+def _prove(answer: dict, etag: str, uri: str) -> None:
+    """Holds what S3 says it has against what was sent, where its ETag is made of MD5s."""
+    if _md5_etag(answer) not in (None, etag):
+        raise CorruptError(f"{uri} cannot be written: it arrives corrupt; check the network")
+
+
+def _md5_etag(answer: dict) -> str | None:
+    """Returns an answer's ETag; None where it is not made of MD5s, as under some encryptions."""
+    etag = answer["ETag"].strip('"').lower()
+    plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
+    return etag if plain and re.fullmatch(r"[0-9a-f]{32}(-\d+)?", etag) else None
+
+
+def _manager(part_bytes: int):
+    from s3transfer.manager import TransferConfig, TransferManager
+
+    # From one byte on in ranges: these alone are asked for by their ETag.
+    config = TransferConfig(
+        multipart_threshold=1,
+        multipart_chunksize=part_bytes,
+        max_request_concurrency=THREADS,
+        num_download_attempts=attempts(),
+    )
+    return TransferManager(client(), config)
+
+
+def _facts(num_bytes: int, etag: str | None = None) -> list:
+    """Tells a transfer what it would ask S3 for, or read the file's start for."""
+    from s3transfer.subscribers import BaseSubscriber
+
+    class Facts(BaseSubscriber):
+        def on_queued(self, future, **_) -> None:
+            future.meta.provide_transfer_size(num_bytes)
+            future.meta.provide_object_etag(etag)
+
+    return [Facts()]
+
+
+def _changed(file: RemoteFile) -> ChangedError:
+    return ChangedError(f"{file.uri} cannot be read: it was written again while it was being read")
