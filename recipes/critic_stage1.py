@@ -49,12 +49,11 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
-from wmtp.output_dir import check_output_dir
+from wmtp.output_dir import check_output_dir, open_output
 from wmtp.report import preview_pairs
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name
 from wmtp.stopping import StopFlag, stopping
-from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("checkpoints", "best", "value_model", "report.md")  # what a run leaves in output_dir, beside metrics.jsonl

@@ -30,12 +30,11 @@ from wmtp.evaluation_results import check_samples, evaluation_results
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.judging import Judging
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint
-from wmtp.output_dir import check_output_dir
+from wmtp.output_dir import check_output_dir, open_output
 from wmtp.run_log import RunLog
 from wmtp.samples import Journal, Sample, read_journals, read_samples, write_samples
 from wmtp.sandbox import Sandbox
 from wmtp.stopping import stopping
-from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("journals", "samples.jsonl", "results.json", "report.md", "timings.json")  # what it leaves in output_dir

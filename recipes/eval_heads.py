@@ -23,10 +23,9 @@ from wmtp.errors import clear_errors, ending
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.head_metrics import head_sums, score_heads, summarize_heads
 from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
-from wmtp.output_dir import check_output_dir
+from wmtp.output_dir import check_output_dir, open_output
 from wmtp.run_log import RunLog
 from wmtp.stopping import stopping
-from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("heads.json",)  # what it leaves in output_dir

@@ -43,12 +43,11 @@ from wmtp.models import (
     shard_model,
 )
 from wmtp.optimizers import build_optimizer
-from wmtp.output_dir import check_output_dir
+from wmtp.output_dir import check_output_dir, open_output
 from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 from wmtp.stopping import StopFlag, stopping
-from wmtp.storage import open_output
 from wmtp.trunk_states import keep_trunk_states
 from wmtp.weighting import any_weighting
 

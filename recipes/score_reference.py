@@ -52,11 +52,10 @@ from wmtp.models import (
     shard_model,
     value_tokenizer,
 )
-from wmtp.output_dir import check_output_dir
+from wmtp.output_dir import check_output_dir, open_output
 from wmtp.run_log import RunLog, builder_name
 from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.stopping import StopFlag, stopping
-from wmtp.storage import open_output
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = (MANIFEST, "data")  # what a run leaves in output_dir

@@ -1,12 +1,52 @@
-"""What an output_dir holds already, and whether a run may begin there."""
+"""A run's output_dir: this run's alone, and held against what is there already."""
 
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+from omegaconf import DictConfig
+
 from wmtp.config import ConfigError
-from wmtp.distributed import on_rank_0
+from wmtp.distributed import gather_objects, on_rank_0
 from wmtp.errors import is_traceback, keep_tracebacks
-from wmtp.storage import Output
+from wmtp.storage import Output, StorageError, check_inputs
+from wmtp.storage.lock import Holder
+
+
+def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None) -> Output:
+    """Returns a run's output folder, checked before anything is built, and this run's alone until it is closed.
+
+    Every rank calls it, after the process group is there.
+
+    Args:
+        output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache. Ranks on
+            several nodes need that folder on a file system they share, so $WMTP_CACHE too.
+        cfg: the config: every ``s3://`` in it must be readable.
+        resume: as :func:`check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is fetched where this
+            machine has none of it or less; else only its files' names.
+
+    Raises:
+        StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there; another
+            run writes there; or the folder is not the same one for all ranks.
+    """
+    output = Output(output_dir)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def prepare() -> tuple[Holder, list[str]]:
+        check_inputs(cfg)
+        return output.claim(whole=resume not in (None, "no")), output.remote_names
+
+    holder, output.remote_names = on_rank_0(prepare)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        seen = gather_objects((rank == 0 or output.join(holder, rank), socket.gethostname()))
+        if blind := [f"rank {number} on {host}" for number, (sees, host) in enumerate(seen) if not sees]:
+            what, key = (output_dir, "output_dir") if output.remote is None else (output.folder, "WMTP_CACHE")
+            raise StorageError(
+                f"{what} is not one folder for all processes: {', '.join(blind)} does not see what rank 0 on "
+                f"{seen[0][1]} writes; give as {key} an absolute path on a file system that all nodes share"
+            )
+    return output
 
 
 def check_output_dir(

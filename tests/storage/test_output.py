@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from wmtp.files import verify_manifest, write_manifest
-from wmtp.storage import Output, StorageError, local_copy, open_output
+from wmtp.output_dir import open_output
+from wmtp.storage import Output, StorageError, local_copy
 from wmtp.storage.__main__ import main as upload_by_hand
 from wmtp.storage.transfer import upload
 

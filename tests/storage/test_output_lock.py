@@ -16,7 +16,8 @@ from wmtp.checkpoint import Checkpointer, latest_checkpoint
 from wmtp.distributed import start_world
 from wmtp.errors import UserError
 from wmtp.models import llama_mtp, shard_model
-from wmtp.storage import StorageError, open_output
+from wmtp.output_dir import open_output
+from wmtp.storage import StorageError
 from wmtp.storage.lock import FolderLock, Lease
 
 WAIT = "wmtp.storage.lock._SECONDS_TO_END"

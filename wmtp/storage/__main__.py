@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wmtp.errors import clear_errors
 from wmtp.storage.mirror import local_copy
-from wmtp.storage.output import open_output
+from wmtp.storage.output import Output
 from wmtp.storage.s3 import StorageError, split_uri
 
 
@@ -25,7 +25,9 @@ def main() -> None:
         if not args.folder.is_dir():
             raise StorageError(f"folder {args.folder} does not exist")
         split_uri(args.uri)
-        open_output(args.uri, folder=args.folder).close()
+        output = Output(args.uri, args.folder)
+        output.claim()
+        output.close()
 
 
 if __name__ == "__main__":

@@ -7,20 +7,16 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-from omegaconf import DictConfig
 from tqdm import tqdm
 
-from wmtp.distributed import gather_objects, on_rank_0
 from wmtp.files import MANIFEST, cache_folder, flat_manifest, verify_manifest, write_manifest, write_whole
 from wmtp.storage.lock import FolderLock, Holder, Lease
-from wmtp.storage.mirror import check_inputs, fetch_folder, while_it_changes
+from wmtp.storage.mirror import fetch_folder, while_it_changes
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
 from wmtp.storage.transfer import put_bytes, upload
 
@@ -31,59 +27,16 @@ _SECONDS_BETWEEN_ROUNDS = 60.0
 _CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
 
 
-def open_output(
-    output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None, folder: Path | None = None
-) -> "Output":
-    """A run's output folder, checked before anything is built, and this run's alone until it is closed.
-
-    Every rank calls it, after the process group is there.
-
-    Args:
-        output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache. Ranks on
-            several nodes need that folder on a file system they share, so $WMTP_CACHE too.
-        cfg: the config: every ``s3://`` in it must be readable.
-        resume: as :func:`wmtp.output_dir.check_output_dir` takes it. Unless ``no`` or None, what a run left in S3 is
-            fetched where this machine has none of it or less; else only its files' names.
-        folder: where the run's folder is, by hand; by default as above.
-
-    Raises:
-        StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there; another
-            run writes there; or the folder is not the same one for all ranks.
-    """
-    output = Output(output_dir, folder)
-    lock = output.lock = FolderLock.of(output.folder)
-    rank, size = _world()
-
-    def prepare() -> tuple[Holder, list[str]]:
-        check_inputs(cfg)
-        holder = lock.take()
-        if output.remote is None:
-            return holder, []
-        output._probe()
-        output.lease = Lease(output.remote, holder, lock.previous)
-        output.lease.take()
-        output.fetch(whole=resume not in (None, "no"))
-        output.folder.mkdir(parents=True, exist_ok=True)
-        return holder, output.remote_names
-
-    holder, output.remote_names = on_rank_0(prepare)
-    if size > 1:
-        seen = gather_objects((rank == 0 or lock.join(holder, rank), socket.gethostname()))
-        if blind := [f"rank {number} on {host}" for number, (sees, host) in enumerate(seen) if not sees]:
-            what, key = (output_dir, "output_dir") if output.remote is None else (output.folder, "WMTP_CACHE")
-            raise StorageError(
-                f"{what} is not one folder for all processes: {', '.join(blind)} does not see what rank 0 on "
-                f"{seen[0][1]} writes; give as {key} an absolute path on a file system that all nodes share"
-            )
-    return output
-
-
 class Output:
-    """The folder of a run and, for ``s3://``, its remote copy. Rank 0 alone uploads; for a local folder nothing is.
+    """The folder of a run and, for ``s3://``, its remote copy. Whoever claims it uploads; of a local folder nothing is.
 
     From the first :meth:`upload` on, what is new goes up at each call and every minute. It never raises and never
     waits: what failed is said on stderr, tried again the next time, and is an error in :meth:`close`. The local files
     stay what they are.
+
+    Args:
+        output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache.
+        folder: where the run's folder is, by hand; by default as above.
     """
 
     def __init__(self, output_dir: str, folder: Path | None = None) -> None:
@@ -94,7 +47,7 @@ class Output:
             here = cache_folder() / "outputs" / bucket / key
         self.folder = folder or here
         self._uri = self.remote or ""  # of what is there; nothing reads it where nothing is
-        self._uploads = self.remote is not None and _world()[0] == 0
+        self._uploads = False
         self._record = here.with_name(f"{here.name}.uploads.json")  # by inode, so also of a folder that was moved
         self.lock: FolderLock | None = None
         self.lease: Lease | None = None
@@ -106,6 +59,31 @@ class Output:
         self._asked = self._done = 0  # rounds
         self._ending = False
         self._worker: threading.Thread | None = None
+
+    def claim(self, *, whole: bool = False) -> Holder:
+        """Makes the folder, and its copy in S3, this process's to write until it is closed. Rank 0 alone.
+
+        Args:
+            whole: fetch what a run left in S3 where this machine has none of it or less; else only its files' names.
+
+        Raises:
+            StorageError: no credentials, no bucket, no permission; or another run writes there.
+        """
+        self.lock = FolderLock.of(self.folder)
+        holder = self.lock.take()
+        if self.remote is not None:
+            self._uploads = True
+            self._probe()
+            self.lease = Lease(self.remote, holder, self.lock.previous)
+            self.lease.take()
+            self.fetch(whole=whole)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return holder
+
+    def join(self, holder: Holder, rank: int) -> bool:
+        """Takes part in the run of rank 0, which claimed the folder; False where this rank does not see its files."""
+        self.lock = FolderLock.of(self.folder)
+        return self.lock.join(holder, rank)
 
     def begin(self, replaces: Iterable[str] = ()) -> None:
         """The run exists here, and now in S3: what it replaces, by name, goes from there, and uploads start."""
@@ -375,8 +353,3 @@ def _stamp(path: Path) -> list[int] | None:
     except FileNotFoundError:
         return None
     return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
-
-
-def _world() -> tuple[int, int]:
-    """Returns rank and size; 0 and 1 in a process without a process group, as of an upload by hand."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
