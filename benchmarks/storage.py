@@ -50,7 +50,7 @@ def contenders(folder: Path, url: str) -> dict[tuple[str, str], tuple[list[str],
     found = {
         ("download", "wmtp"): ([*python, f"from wmtp.storage import local_copy; local_copy('{URI}')"], ours),
         ("upload", "wmtp"): (
-            [*python, f"from pathlib import Path; from wmtp.storage.upload import upload; "
+            [*python, f"from pathlib import Path; from wmtp.storage.transfer import upload; "
                       f"upload(Path('{folder / 'object'}'), '{URI}')"],
             ours,
         ),
