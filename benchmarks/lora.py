@@ -71,7 +71,7 @@ class Contender:
             loss_fn=mtp_loss,
             labels=batch["labels"],
             weighting=self.weighting,
-            reference_ce=batch["reference_ce"],
+            signals=batch["signals"],
             head_weights=self.head_weights,
         )
         out.loss_sum.backward()
@@ -115,7 +115,7 @@ def one_batch(rows: int, seq_len: int, device: torch.device) -> dict:
     data = pack(documents, seq_len, pad_id=tokenizer.pad_id)
     batch = {key: value.to(device) for key, value in data.batch(list(range(rows))).items() if torch.is_tensor(value)}
     generator = torch.Generator().manual_seed(0)
-    return batch | {"reference_ce": torch.rand(batch["tokens"].shape, generator=generator).to(device) * 4}
+    return batch | {"signals": {"reference_ce": torch.rand(batch["tokens"].shape, generator=generator).to(device) * 4}}
 
 
 def report_sizes(name: str, contender: Contender) -> None:

@@ -59,9 +59,9 @@ def main() -> None:
     def reference_ce() -> torch.Tensor:
         return reference(**inputs, loss_fn=token_cross_entropy)[0]
 
-    def step(weighting, **signals: Callable[[], torch.Tensor]) -> None:
-        columns = {name: column() for name, column in signals.items()}
-        policy(**inputs, loss_fn=mtp_loss, weighting=weighting, **columns).loss_sum.backward()
+    def step(weighting, **made: Callable[[], torch.Tensor]) -> None:
+        signals = {name: make() for name, make in made.items()}
+        policy(**inputs, loss_fn=mtp_loss, weighting=weighting, signals=signals).loss_sum.backward()
         policy.zero_grad(set_to_none=True)
 
     kept = {"values": values(), "reference_ce": reference_ce()}

@@ -180,9 +180,8 @@ def draw_rho1(reference: str) -> None:
     task, tokenizer = packaged_functions()[TASK_ID - 1], hf_tokenizer(POLICY)
     tokens, labels = encode(tokenizer, task["code"], mbpp_prompt(task))
     policy_ce, reference_ce = cross_entropy(POLICY, tokens, labels), cross_entropy(reference, tokens, labels)
-    signals = Signals(
-        labels=labels, valid=valid_targets(labels, 1), policy_ce=policy_ce[None], reference_ce=reference_ce
-    )
+    named = {"policy_ce": policy_ce[None], "reference_ce": reference_ce}
+    signals = Signals(labels, valid_targets(labels, 1), named=named)
     where = (labels[0] != -100).nonzero()[:, 0]
     part = where[:46]
     panels = [("excess, nats\nCE policy - CE reference", (policy_ce - reference_ce)[0, part].tolist(), GREY)]
@@ -207,7 +206,7 @@ def draw_critic(value_model: str) -> None:
     values = load_value_model(value_model)(tokens)
     valid = valid_targets(labels, 1)
     deltas = value_deltas(values, valid[0], 1.0)
-    weights = critic()(Signals(labels=labels, valid=valid, values=values))
+    weights = critic()(Signals(labels, valid, named={"values": values}))
     where = (labels[0] != -100).nonzero()[:, 0]
     part = where[:46]
     draw_rows(

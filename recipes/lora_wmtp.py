@@ -16,12 +16,13 @@ from pathlib import Path
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.utils._pytree import tree_map_only
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp import config
 from wmtp.base_identity import describe_base, require_same_base
-from wmtp.beside import runs_beside, value_model_beside
+from wmtp.beside import signals_beside, value_model_beside
 from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
@@ -141,6 +142,8 @@ class LoRARecipeWMTP:
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._data = self._pack(self._dataset_cfg, "dataset")
         self._eval_data = None if self._eval_dataset_cfg is None else self._pack(self._eval_dataset_cfg, "eval_dataset")
+        models = {"reference_ce": self._reference_cfg, "values": self._value_model_path}
+        self._beside = signals_beside(self._weighting.needs, self._data, models)
         self._stream = BatchStream(
             self._data,
             batch_size=self._batch_size,
@@ -235,8 +238,7 @@ class LoRARecipeWMTP:
 
     def _build_reference(self):
         """The frozen reference model that runs beside the policy, or None where the weighting or the data need none."""
-        named = {"key": "reference_model", "model": self._reference_cfg}
-        if not runs_beside(self._weighting.needs, "reference_ce", in_data=self._data.has_reference_ce, **named):
+        if "reference_ce" not in self._beside:
             return None
         if self._reference_checkpoint is None:
             raise ConfigError("reference_model has no weights: set reference_checkpoint")
@@ -245,8 +247,7 @@ class LoRARecipeWMTP:
 
     def _load_value_model(self):
         """The critic's frozen value model that runs beside the policy, or None where nothing needs it."""
-        named = {"key": "value_model", "model": self._value_model_path}
-        if not runs_beside(self._weighting.needs, "values", in_data=self._data.has_values, **named):
+        if "values" not in self._beside:
             return None
         into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
         return value_model_beside(self._value_model_path, self._tokenizer, self._seq_len, self._world, **into)
@@ -309,9 +310,7 @@ class LoRARecipeWMTP:
                     loss_fn=mtp_loss,
                     labels=batch["labels"],
                     weighting=self._weighting,
-                    policy_ce=batch["policy_ce"],
-                    reference_ce=batch["reference_ce"],
-                    values=batch["values"],
+                    signals=batch["signals"],
                     step=self._step,
                     head_weights=self._head_weights,
                 )
@@ -372,16 +371,16 @@ class LoRARecipeWMTP:
     @torch.no_grad()
     def _next_batch(self, batch: dict) -> dict:
         """Move a batch to the device and add what frozen models, or the epoch's start, say about its tokens."""
-        batch = {"reference_ce": None, "values": None, "policy_ce": None, **self._to_device(batch)}
+        batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._world.device), batch)
         inputs = self._inputs(batch)
         batch |= self._trunk_state(batch, self._data)
         if self._reference is not None:
             ce = self._reference(**inputs, loss_fn=token_cross_entropy, labels=batch["labels"])
-            batch["reference_ce"] = ce[0]
+            batch["signals"]["reference_ce"] = ce[0]
         if self._value_model is not None:
-            batch["values"] = self._value_model(**inputs)
+            batch["signals"]["values"] = self._value_model(**inputs)
         if self._epoch_ce is not None:
-            batch["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
+            batch["signals"]["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
         return batch
 
     def _write_token_view(self, window: StepWindow) -> None:
@@ -392,9 +391,6 @@ class LoRARecipeWMTP:
             named = {"step": self._step, "ids": ids, "settings": dict(self._weighting_cfg)}
             page = self._token_view.html(self._tokenizer, batch, out, **named)
             self._log.page(f"token_weights/step_{self._step:08d}.html", page)
-
-    def _to_device(self, batch: dict) -> dict:
-        return {key: v.to(self._world.device) if torch.is_tensor(v) else v for key, v in batch.items()}
 
     def _inputs(self, batch: dict) -> dict:
         """What a model reads of a batch."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
-from wmtp.data import TOKEN_COLUMNS, PackedDataset, hf_tokenizer, require_same_vocabulary
+from wmtp.data import SCORES, PackedDataset, hf_tokenizer, require_same_vocabulary
 from wmtp.data.scored import (
     MANIFEST,
     TornPart,
@@ -74,7 +74,7 @@ class ScoreReferenceRecipe:
         self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
         self._dtype_name = read.choice("dtype", {name: name for name in DTYPES}, "fp32")
 
-        self._column = read.choice("column", {name: name for name in TOKEN_COLUMNS}, "reference_ce")
+        self._column = read.choice("column", {name: name for name in SCORES}, "reference_ce")
         self._model_cfg = read.section("model", optional=True)
         self._checkpoint = read.get("checkpoint", None)
         self._value_model_path = read.get("value_model", None)

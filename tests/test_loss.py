@@ -218,12 +218,12 @@ def test_weights_cost_no_more_than_one_gemm_a_token_of_the_heads_they_read(weigh
     columns = {"reference_ce": torch.rand(1, 21), "values": torch.rand(1, 21)}
     pairs = 20 + 19 + 18 + 17
     with CountRows() as counter:
-        mtp_loss(h, u, labels, weighting, **columns).loss_sum.backward()
+        mtp_loss(h, u, labels, weighting, signals=columns).loss_sum.backward()
     assert counter.rows == 3 * pairs + {0: 0, 1: 20, 4: pairs}[passes]
     # CE of an earlier pass saves this one's, but where the entropy is read
     kept = torch.rand(4, 1, 21)
     with CountRows() as counter:
-        mtp_loss(h, u, labels, weighting, policy_ce=kept, **columns).loss_sum.backward()
+        mtp_loss(h, u, labels, weighting, signals=columns | {"policy_ce": kept}).loss_sum.backward()
     assert counter.rows == 3 * pairs + 20 * ("policy_entropy" in weighting.needs)
 
 
@@ -242,7 +242,8 @@ def test_lambda_zero_is_plain_mtp_bit_for_bit():
     got = []
     for weighting in (uniform(), rho1("soft", strength=0.0)):
         h, u = hidden.float().requires_grad_(), unembedding.float().requires_grad_()
-        out = mtp_loss(h, u, labels, weighting, document_ids=document_ids, reference_ce=torch.rand(labels.shape))
+        signals = {"reference_ce": torch.rand(labels.shape)}
+        out = mtp_loss(h, u, labels, weighting, document_ids=document_ids, signals=signals)
         out.loss_sum.backward()
         got.append((out.loss_sum.detach(), h.grad, u.grad))
     assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
@@ -281,7 +282,7 @@ def test_entropy_by_hand_and_of_a_token_that_is_certain():
         assert h[0, 0].tolist() == [0, pytest.approx(entropy_of_both)]
 
 
-def seen_by_a_weighting(**inputs):
+def seen_by_a_weighting(step=0, **columns):
     """The signals that mtp_loss gives to a weighting that needs everything."""
     seen = []
 
@@ -289,12 +290,12 @@ def seen_by_a_weighting(**inputs):
         seen.append(signals)
         return signals.policy_ce
 
-    all_signals = {"policy_ce", "policy_entropy", "reference_ce", "values"}
+    all_signals = {"policy_ce", "policy_entropy", "reference_ce", "values", "prior_ce"}
     weighting = Weighting(score, lambda scores, mask: mask.float(), needs=all_signals)
     g = torch.Generator().manual_seed(0)
     hidden, unembedding = torch.randn(2, 1, 6, 4, generator=g), torch.randn(9, 4, generator=g)
-    columns = {"reference_ce": torch.rand(1, 6), "values": torch.rand(1, 6)}
-    out = mtp_loss(hidden.requires_grad_(), unembedding, torch.arange(6)[None], weighting, **columns, **inputs)
+    columns |= {name: torch.rand(1, 6) for name in ("reference_ce", "values", "prior_ce")}
+    out = mtp_loss(hidden.requires_grad_(), unembedding, torch.arange(6)[None], weighting, signals=columns, step=step)
     return seen[0], out, columns
 
 
@@ -313,8 +314,9 @@ def test_policy_ce_from_outside_is_used_for_the_weights_only():
     assert torch.equal(seen_by_a_weighting(policy_ce=kept)[0].policy_ce, kept[None])
     hidden, unembedding, labels = torch.randn(2, 1, 6, 4), torch.randn(9, 4), torch.arange(6)[None]
     out = mtp_loss(
-        hidden, unembedding, labels, rho1("select", percentile=0.4), policy_ce=kept, reference_ce=torch.zeros(1, 6)
-    )
+        hidden, unembedding, labels, rho1("select", percentile=0.4),
+        signals={"policy_ce": kept, "reference_ce": torch.zeros(1, 6)},
+    )  # fmt: skip
     assert out.weights.tolist() == [[0, 0, 0, 0, 2.5, 2.5]]  # the highest of what was kept
     torch.testing.assert_close(out.ce, token_cross_entropy(hidden, unembedding, labels))  # of zero weights too
 

@@ -35,7 +35,7 @@ def test_packed_rows_give_the_loss_of_documents_one_by_one(documents, weighting)
             batch = data.batch([row])
             out = model(
                 batch["tokens"], document_ids=batch["document_ids"], loss_fn=mtp_loss, labels=batch["labels"],
-                weighting=weighting, reference_ce=reference[batch["tokens"]],
+                weighting=weighting, signals={"reference_ce": reference[batch["tokens"]]},
             )  # fmt: skip
             out.loss_sum.backward()
             loss, targets = loss + out.loss_sum.item(), targets + out.num_targets.item()

@@ -1,35 +1,44 @@
 """Frozen models that run beside the policy, for weightings whose signals the data do not bring."""
 
-from collections.abc import Collection
+import difflib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from wmtp.config import ConfigError
-from wmtp.data import hf_tokenizer, require_same_vocabulary
+from wmtp.data import PackedDataset, hf_tokenizer, require_same_vocabulary
 from wmtp.distributed import World
 from wmtp.models import ValueModel, load_value_model, resolve_checkpoint
+from wmtp.weighting.base import FROM_A_MODEL, OF_THE_POLICY, way_to
 
 
-def runs_beside(needs: Collection[str], signal: str, *, in_data: bool, key: str, model: Any) -> bool:
-    """Whether a frozen model must give what the weighting reads, because the data do not bring it.
+def signals_beside(needs: Collection[str], data: PackedDataset, models: Mapping[str, Any]) -> set[str]:
+    """Returns the signals that a frozen model must give, because the weighting needs them and the data lack them.
 
     Args:
         needs: the weighting's.
-        signal: ``reference_ce`` or ``values``.
-        in_data: whether the dataset has a column of that name.
-        key, model: the config's key that names the model, and its value, None where it is not set.
+        models: for each signal that a model can give, what the config sets for that model, or None.
 
     Raises:
-        ConfigError: nothing gives the signal, or both do.
+        ConfigError: nothing gives a signal, or two things do.
     """
-    if signal not in needs:
-        return False
-    if in_data == (model is not None):
-        both = f"the dataset has a {signal} column and {key} is set; keep one of them"
-        neither = f"this weighting needs {signal}: set {key}, or use a dataset with a {signal} column"
-        raise ConfigError(both if in_data else neither)
-    return not in_data
+    beside = set()
+    for name in sorted(needs):
+        model = models.get(name)
+        if name in data.signals and name in OF_THE_POLICY:
+            raise ConfigError(f"the dataset has a {name} column, which the loss computes; rename the column")
+        if name in data.signals and model is not None:
+            raise ConfigError(f"the dataset has a {name} column and {FROM_A_MODEL[name]} is set; keep one of them")
+        if model is not None:
+            beside.add(name)
+        elif name not in data.signals and name not in OF_THE_POLICY:
+            near = difflib.get_close_matches(name, [*OF_THE_POLICY, *models, *data.signals], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            if name in data.unread:
+                hint = f"; its column {name} has not one finite number for each token in every row"
+            raise ConfigError(f"this weighting needs {name}: {way_to(name)}{hint}")
+    return beside
 
 
 def value_model_beside(

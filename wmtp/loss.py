@@ -21,7 +21,7 @@ from wmtp.weighting.base import Signals, any_weighting
 from wmtp.weighting.contract import check_weights, is_checked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
 
@@ -173,9 +173,7 @@ def mtp_loss(
     *,
     document_ids: Tensor | None = None,
     head_weights: Tensor | None = None,
-    policy_ce: Tensor | None = None,
-    reference_ce: Tensor | None = None,
-    values: Tensor | None = None,
+    signals: "Mapping[str, Tensor] | None" = None,
     step: int = 0,
 ) -> MTPLoss:
     """The loss with its weights: asks ``weighting`` (see wmtp.weighting) for them and gives it the signals it needs.
@@ -187,10 +185,9 @@ def mtp_loss(
         hidden, unembedding, labels, document_ids, head_weights: as in :func:`weighted_mtp_cross_entropy`.
         weighting: a callable from Signals to weights, with any or none of the attributes of
             :class:`~wmtp.weighting.AnyWeighting`; a plain function needs no CE of the policy.
-        policy_ce: [B, S] or [1 or H, B, S], the policy's CE of an earlier pass (kept from the epoch's start). It takes
-            the present CE's place in the weights, and only there.
-        reference_ce: [B, S], the reference's CE.
-        values: [B, S], the critic's values.
+        signals: what data and frozen models say of each token, by name, for the weighting to read: [B, S]. A
+            ``policy_ce`` [B, S] or [1 or H, B, S] among them is the policy's of an earlier pass (the epoch's start); it
+            takes the present one's place in the weights, and only there.
         step: optimizer step, for weightings that draw anew each step. In the first three and every 20th the weights
             are held against what the weighting promises (:func:`~wmtp.weighting.check_weights`).
 
@@ -200,27 +197,22 @@ def mtp_loss(
     weighting = any_weighting(weighting)
     needs = weighting.needs
     heads = hidden if weighting.per_head else hidden[:1]
-    ce = entropy = None
+    named, ce = dict(signals or {}), None
     if "policy_entropy" in needs:
         ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, document_ids=document_ids)
-        entropy = entropy[:1]
-    elif "policy_ce" in needs and policy_ce is None:
+        named["policy_entropy"] = entropy[:1]
+    elif "policy_ce" in needs and "policy_ce" not in named:
         ce = token_cross_entropy(heads, unembedding, labels, document_ids=document_ids)
-    signals = Signals(
-        labels=labels,
-        valid=valid_targets(labels, hidden.shape[0], document_ids),
-        document_ids=document_ids,
-        policy_ce=ce if policy_ce is None else policy_ce.reshape(-1, *policy_ce.shape[-2:]),
-        policy_entropy=entropy,
-        reference_ce=reference_ce,
-        values=values,
-        step=step,
-        training=torch.is_grad_enabled(),
-    )
+    if "policy_ce" in named:
+        named["policy_ce"] = named["policy_ce"].reshape(-1, *labels.shape)
+    elif ce is not None:
+        named["policy_ce"] = ce
+    valid, training = valid_targets(labels, hidden.shape[0], document_ids), torch.is_grad_enabled()
+    seen = Signals(labels, valid, document_ids, named, step=step, training=training)
     with torch.no_grad():
-        weights = weighting(signals)
+        weights = weighting(seen)
     if is_checked(step):
-        check_weights(weights, signals, weighting)
+        check_weights(weights, seen, weighting)
     return weighted_mtp_cross_entropy(
         hidden, unembedding, labels, weights, document_ids=document_ids, head_weights=head_weights, known_ce=ce
     )

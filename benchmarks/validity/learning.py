@@ -194,7 +194,7 @@ def _fine_tune(model: MTPDecoder, data: PackedDataset, weighting, settings: Lear
             loss_fn=mtp_loss,
             labels=batch["labels"],
             weighting=weighting,
-            reference_ce=batch["reference_ce"],
+            signals=batch["signals"],
             step=step,
         )
         (out.loss_sum / out.num_targets).backward()
@@ -215,7 +215,7 @@ def _tuning_data(settings, tokenizer: Tokenizer, tuning: Documents, reference: M
     for name, documents in versions.items():
         data = _packed(tokenizer, Documents(tuning.name, tuple(documents)))
         ce = signals(reference, data, batch_size=16)[0] if name == "noisy" else np.zeros(data.tokens.shape, np.float32)
-        out[name] = replace(data, reference_ce=torch.from_numpy(ce))
+        out[name] = replace(data, signals={"reference_ce": torch.from_numpy(ce)})
     return out
 
 

@@ -105,14 +105,12 @@ def run(settings: NoiseSettings, models: Path, *, fresh: bool = False) -> dict:
     result["noise_share"] = float(noise[targets].mean())
     result["policies"] = {}
     for name, (policy_ce, policy_entropy) in policies.items():
-        batch = Signals(
-            labels=data.labels.long(),
-            valid=valid,
-            document_ids=data.document_ids.long(),
-            policy_ce=torch.from_numpy(policy_ce)[None],
-            policy_entropy=torch.from_numpy(policy_entropy)[None],
-            reference_ce=torch.from_numpy(reference_ce),
-        )
+        named = {
+            "policy_ce": torch.from_numpy(policy_ce)[None],
+            "policy_entropy": torch.from_numpy(policy_entropy)[None],
+            "reference_ce": torch.from_numpy(reference_ce),
+        }
+        batch = Signals(data.labels.long(), valid, data.document_ids.long(), named)
         flat = [x[targets] for x in (policy_ce, policy_entropy, reference_ce)]
         detectors = {("score", key): score for key, score in raw_scores(*flat).items()}
         detectors |= {("weight", key): method(batch).numpy()[targets] for key, method in methods().items()}

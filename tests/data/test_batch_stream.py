@@ -15,7 +15,9 @@ def make_dataset(rows: int, *, scored: bool = False):
     items = []
     for i in range(rows):
         tokens = np.full(4, i, np.int32)
-        items.append(Document(tokens, tokens, f"d{i}", np.full(4, i / 2, np.float32) if scored else None))
+        items.append(
+            Document(tokens, tokens, f"d{i}", {"reference_ce": np.full(4, i / 2, np.float32)} if scored else {})
+        )
     return pack(Documents("made up", tuple(items)), 6, packed=False, pad_id=99)
 
 
@@ -36,11 +38,11 @@ def test_a_batch_holds_its_rows_as_int64():
     for name in ("tokens", "labels", "document_ids"):
         assert batch[name].dtype == torch.int64
         assert torch.equal(batch[name], getattr(dataset, name)[batch["rows"]].long())
-    assert batch["reference_ce"].dtype == torch.float32
-    assert torch.equal(batch["reference_ce"], dataset.reference_ce[batch["rows"]])
+    assert batch["signals"]["reference_ce"].dtype == torch.float32
+    assert torch.equal(batch["signals"]["reference_ce"], dataset.signals["reference_ce"][batch["rows"]])
     assert batch["tokens"][:, 0].tolist() == batch["rows"]
     assert [dataset.row_ids(row) for row in batch["rows"]] == [(f"d{row}",) for row in batch["rows"]]
-    assert "reference_ce" not in BatchStream(make_dataset(3), batch_size=1, rank=0, world_size=1, seed=0).next_batch()
+    assert BatchStream(make_dataset(3), batch_size=1, rank=0, world_size=1, seed=0).next_batch()["signals"] == {}
 
 
 def test_the_global_batch_is_the_same_at_any_world_size_and_accumulation():
@@ -119,4 +121,4 @@ def test_held_out_rows_come_once_and_all_ranks_step_together(rows, batch_size, w
         real = len(batch["rows"])
         assert batch["tokens"][:real, 0].tolist() == batch["rows"]
         assert (batch["tokens"][real:] == 99).all() and (batch["labels"][real:] == -100).all()
-        assert (batch["document_ids"][real:] == -1).all() and (batch["reference_ce"][real:] == 0).all()
+        assert (batch["document_ids"][real:] == -1).all() and (batch["signals"]["reference_ce"][real:] == 0).all()

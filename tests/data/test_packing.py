@@ -18,7 +18,7 @@ def make_documents(lengths, *, scored: bool = False, prompts=None) -> Documents:
         tokens = np.arange(start, start + length, dtype=np.int32)
         labels = tokens.copy()
         labels[: 0 if prompts is None else prompts[i]] = -100
-        items.append(Document(tokens, labels, f"d{i}", tokens / np.float32(8) if scored else None))
+        items.append(Document(tokens, labels, f"d{i}", {"reference_ce": tokens / np.float32(8)} if scored else {}))
         start += length
     return Documents("made up", tuple(items))
 
@@ -41,17 +41,18 @@ def test_every_token_within_seq_len_is_there_once_with_its_label_and_reference(l
             assert name not in found
             here = ids == k
             found[name] = [
-                column[row][here].numpy() for column in (dataset.tokens, dataset.labels, dataset.reference_ce)
+                column[row][here].numpy()
+                for column in (dataset.tokens, dataset.labels, dataset.signals["reference_ce"])
             ]
         assert (dataset.tokens[row][ids < 0] == PAD).all()
         assert (dataset.labels[row][ids < 0] == -100).all()
-        assert (dataset.reference_ce[row][ids < 0] == 0).all()
+        assert (dataset.signals["reference_ce"][row][ids < 0] == 0).all()
     for document in documents:
         if (document.labels[1:seq_len] >= 0).any():
             tokens, labels, reference_ce = found.pop(document.id)
             np.testing.assert_array_equal(tokens, document.tokens[:seq_len])
             np.testing.assert_array_equal(labels, document.labels[:seq_len])
-            np.testing.assert_array_equal(reference_ce, document.reference_ce[:seq_len])
+            np.testing.assert_array_equal(reference_ce, document.signals["reference_ce"][:seq_len])
     assert not found
 
 

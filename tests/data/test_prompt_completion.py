@@ -57,8 +57,8 @@ def test_every_file_kind_gives_the_same_documents(name, tmp_path):
 def test_reference_ce_comes_along_and_binds_the_fingerprint(tmp_path):
     plain = {"prompt": "a", "completion": "b"}
     scored = prompt_completion(TOKENIZER, source=write(tmp_path / "s.jsonl", {**plain, "reference_ce": [0, 1.5, 2]}))
-    assert scored[0].reference_ce.tolist() == [0, 1.5, 2]
-    assert scored[0].reference_ce.dtype == np.float32
+    assert scored[0].signals["reference_ce"].tolist() == [0, 1.5, 2]
+    assert scored[0].signals["reference_ce"].dtype == np.float32
     prints = {scored.fingerprint}
     for name, row in {"p": plain, "q": {**plain, "reference_ce": [0, 1.5, 2.5]}}.items():
         prints.add(prompt_completion(TOKENIZER, source=write(tmp_path / f"{name}.jsonl", row)).fingerprint)

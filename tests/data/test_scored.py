@@ -41,7 +41,7 @@ def make_documents(lengths=LENGTHS, **columns):
         tokens = np.arange(length, dtype=np.int32) + 10 * i
         labels = np.where(np.arange(length) < 2, -100, tokens).astype(np.int32)
         extra = {name: make(i, length).astype(np.float32) for name, make in columns.items()}
-        items.append(Document(tokens, labels, f"d{i}", **extra))
+        items.append(Document(tokens, labels, f"d{i}", extra))
     return Documents("made up", tuple(items))
 
 
@@ -78,9 +78,9 @@ def test_a_scored_dataset_comes_back_bit_for_bit(tmp_path, column):
     expected = make_documents(**{column: lambda i, n: np.arange(n) / 8 + i})
     assert read.fingerprint == expected.fingerprint
     assert [d.id for d in read] == [d.id for d in expected]
-    assert read.columns == (column,) and read[3].tokens.dtype == np.int32
+    assert read.signals == (column,) and read[3].tokens.dtype == np.int32
     packed = pack(read, 8, pad_id=0)
-    assert (packed.has_reference_ce, packed.has_values) == (column == "reference_ce", column == "values")
+    assert set(packed.signals) == {column}
     assert packed.fingerprint == pack(expected, 8, pad_id=0).fingerprint
 
 
@@ -177,8 +177,8 @@ def test_columns_are_packed_beside_their_tokens_and_bind_the_fingerprint():
     packed = pack(make_documents(**both), 12, pad_id=3)
     batch = packed.batch([0, 1], size=3)
     document = batch["document_ids"] >= 0
-    assert (batch["values"] == -batch["reference_ce"]).all() and (batch["values"][document] < 0).all()
-    assert (batch["values"][~document] == 0).all()
+    values, reference_ce = (batch["signals"][name] for name in ("values", "reference_ce"))
+    assert (values == -reference_ce).all() and (values[document] < 0).all() and (values[~document] == 0).all()
     subsets = ((), ("reference_ce",), ("values",), tuple(both))
     prints = {make_documents(**{name: both[name] for name in names}).fingerprint for names in subsets}
     prints.add(make_documents(values=both["reference_ce"]).fingerprint)  # the same numbers under another name

@@ -287,9 +287,9 @@ def test_a_misspelt_column_that_is_null_at_first_and_one_that_the_data_keeps(tmp
     source = rows_file(tmp_path / "d.jsonl", ROW | {"referense_ce": None}, ROW | scored)
     assert "d.jsonl:2: nobody reads the column 'referense_ce'" in refused(prompt_completion, TOKENIZER, source=source)
     kept = prompt_completion(TOKENIZER, source=source, reference_ce_column=None)
-    assert kept.columns == () and kept.unread == ("referense_ce",)
+    assert kept.signals == () and kept.unread == ("referense_ce",)
     source = rows_file(tmp_path / "d.jsonl", ROW | scored)
-    assert prompt_completion(TOKENIZER, source=source, reference_ce_column="referense_ce").columns == ("reference_ce",)
+    assert prompt_completion(TOKENIZER, source=source, reference_ce_column="referense_ce").signals == ("reference_ce",)
 
 
 def test_an_id_is_a_name_whatever_its_value_and_a_misspelt_id_column_is_refused(tmp_path):
@@ -335,7 +335,7 @@ def test_parquet_columns_of_any_layout_are_read_as_what_they_mean(tmp_path):
     pq.write_table(pa.table(table), tmp_path / "d.parquet", row_group_size=1)
     documents = prompt_completion(TOKENIZER, source=str(tmp_path / "d.parquet"))
     assert [bytes(d.prompt).decode() for d in documents] == ["a", "é", "a"]
-    assert documents[1].reference_ce.tolist() == [0, 1, 2, 3, 4]
+    assert documents[1].signals["reference_ce"].tolist() == [0, 1, 2, 3, 4]
     assert documents.unread == ("more",)
 
 
@@ -373,7 +373,7 @@ def test_a_column_that_the_config_names_must_be_there(tmp_path):
     source = rows_file(tmp_path / "d.jsonl", ROW | {"ref": [0, 0, 0], "name": "x"})
     options = {"source": source, "reference_ce_column": "ref", "id_column": "name"}
     [document] = prompt_completion(TOKENIZER, **options)
-    assert (document.id, document.reference_ce.tolist()) == ("x", [0, 0, 0])
+    assert (document.id, document.signals["reference_ce"].tolist()) == ("x", [0, 0, 0])
     line = refused(prompt_completion, TOKENIZER, **(options | {"reference_ce_column": "my_ref"}))
     assert (
         f"reference_ce_column is 'my_ref', which no row of {source} has; its columns are prompt, completion, ref, name"

@@ -253,7 +253,12 @@ def test_a_frozen_unembedding_costs_no_gradient_gemm(train_unembedding, gemms):
 def test_head_1_of_weight_zero_costs_its_statistic_alone():
     """What configs with a frozen trunk set: head 1 cannot learn, so it takes no part in the gradient GEMMs."""
     model = add_lora(random_decoder(**SIZES), trunk="frozen", heads="full")
-    inputs = {"labels": TOKENS, "weighting": rho1("soft"), "reference_ce": torch.rand(2, 12), "loss_fn": mtp_loss}
+    inputs = {
+        "labels": TOKENS,
+        "weighting": rho1("soft"),
+        "signals": {"reference_ce": torch.rand(2, 12)},
+        "loss_fn": mtp_loss,
+    }
     with CountRows() as counter:
         model(TOKENS, head_weights=torch.tensor([0.0, 1.0, 1.0]), **inputs).loss_sum.backward()
     assert counter.rows == 2 * 11 + 2 * 2 * (10 + 9)

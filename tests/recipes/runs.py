@@ -16,7 +16,7 @@ def write_own_rules():
         """
 import torch
 
-from wmtp.weighting import Weighting
+from wmtp.weighting import Weighting, clipped_mean_one
 
 
 def fewer_spaces(signals, least=0.5):  # a plain function of the signals, with a key
@@ -31,6 +31,15 @@ def surprise(power=1.0):  # a builder of one
 
     rule.needs = {"policy_ce"}
     return rule
+
+
+def over_prior(prior="prior_ce"):  # a signal of its own, from a column of the data
+    return Weighting(
+        lambda signals: signals.policy_ce - getattr(signals, prior),
+        lambda excess, mask: clipped_mean_one(excess, mask, 0.1, 5.0),
+        needs={"policy_ce", prior},
+        bounds=(0.1, 5.0),
+    )
 
 
 def thrice_ce():

@@ -109,7 +109,7 @@ def test_the_column_is_the_plain_forward_of_each_document_alone(score_config, mo
         expected = torch.zeros(len(document), dtype=torch.float64)
         logits = model(tokens)[0, 0, :-1]
         expected[1 : tokens.shape[1]] = F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
-        np.testing.assert_allclose(document.reference_ce, expected, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(document.signals["reference_ce"], expected, atol=2e-5, rtol=1e-5)
         total += expected.sum().item()
     assert manifest["mean"] == pytest.approx(total / manifest["data"]["targets"], rel=1e-6)
     assert manifest["data"]["cut_documents"] == sum(len(d) > SEQ_LEN for d in source) > 0
@@ -119,7 +119,7 @@ def test_the_column_is_the_plain_forward_of_each_document_alone(score_config, mo
     online = reference(models, torch.float32)(
         batch["tokens"], document_ids=batch["document_ids"], loss_fn=token_cross_entropy, labels=batch["labels"]
     )
-    torch.testing.assert_close(batch["reference_ce"], online[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(batch["signals"]["reference_ce"], online[0], atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -168,7 +168,7 @@ def test_processes_sharding_and_kills_do_not_change_a_byte(score_config, tmp_pat
     assert files(shared.output_dir).keys() == expected.keys()
     theirs, ours = (scored(byte_tokenizer(), source=cfg.output_dir) for cfg in (shared, alone))
     for a, b in zip(theirs, ours, strict=True):
-        np.testing.assert_allclose(a.reference_ce, b.reference_ce, atol=2e-5, rtol=1e-5)
+        np.testing.assert_allclose(a.signals["reference_ce"], b.signals["reference_ce"], atol=2e-5, rtol=1e-5)
     before = {path: path.stat().st_mtime_ns for path in there}
     killed.resume = True
     run_here(killed)

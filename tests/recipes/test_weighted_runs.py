@@ -1,6 +1,7 @@
 """Weights inside the full recipe: where their signals come from, what a run keeps of them, and what it shows."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -110,6 +111,52 @@ def test_a_plain_function_trains_and_resumes(train, section):
     train("uniform", "cut", **options)
     shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])
     assert train("uniform", "cut", **options, resume=True) == whole
+
+
+def prior_rows(path, *names, numbers=lambda token: token % 3.0):
+    """Rows of text with columns of one number for each token, made from the token's place."""
+    text = {"prompt": "def f():\n", "completion": "    return 1\n"}
+    column = [numbers(token) for token in range(sum(map(len, text.values())) + 1)]
+    path.write_text("".join(json.dumps(text | dict.fromkeys(names, column)) + "\n" for _ in range(64)))
+    return {"_component_": "wmtp.data.prompt_completion", "source": str(path)}
+
+
+def test_a_column_of_the_data_is_a_signal_for_a_method_that_names_it(train, tmp_path):
+    """Nothing but the method and the data knows `prior_ce`, and it trains as the column that everything knows."""
+    write_own_rules()
+    rule = {"_component_": "my_rules.over_prior"}
+    both = prior_rows(tmp_path / "both.jsonl", "prior_ce", "reference_ce")
+    options = {"max_steps": 2, "seq_len": 64, "dataset": both, "token_view": PAGES | {"every": 2}, "preview": 1}
+    own = train("uniform", "own", **options, weighting=rule)
+    assert own == train("uniform", "known", **options, weighting=rule | {"prior": "reference_ce"})
+    assert own[0]["weights/effective_sample_size"] < 0.95
+    page = Path("own/token_weights/step_00000002.html").read_text()
+    assert "prior_ce" in page
+    packed = train("uniform", "saved", **options, weighting=rule, packed=False)
+    assert packed[0]["weights/max"] == pytest.approx(own[0]["weights/max"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("columns", "prior", "message"),
+    [
+        ((), "prior_ce", "needs prior_ce: use a dataset with a prior_ce column, a number for each token"),
+        (("prior_ce",), "piror_ce", "a piror_ce column, a number for each token; did you mean prior_ce?"),
+        ((), "polcy_ce", "did you mean policy_ce?"),
+        (("policy_ce",), "policy_ce", "the dataset has a policy_ce column, which the loss computes; rename the column"),
+    ],
+)
+def test_a_signal_that_nothing_gives_is_named(train, tmp_path, columns, prior, message):
+    write_own_rules()
+    rule = {"_component_": "my_rules.over_prior", "prior": prior}
+    with pytest.raises(UserError, match=re.escape(message)):
+        train("uniform", "x", max_steps=1, seq_len=64, dataset=prior_rows(tmp_path / "d", *columns), weighting=rule)
+
+
+def test_a_column_with_a_gap_is_no_signal_and_is_named(train, tmp_path):
+    write_own_rules()
+    rows = prior_rows(tmp_path / "d", "prior_ce", numbers=lambda token: None if token == 5 else 1.0)
+    with pytest.raises(UserError, match="its column prior_ce has not one finite number for each token in every row"):
+        train("uniform", "x", max_steps=1, seq_len=64, dataset=rows, weighting={"_component_": "my_rules.over_prior"})
 
 
 def test_a_rule_that_breaks_its_promise_does_not_train(train):

@@ -45,22 +45,25 @@ def random_signals(seed, heads=3, batch=3, seq=24, scale=1.0):
     padding = torch.arange(seq) >= seq - torch.randint(0, 5, (batch, 1), generator=g)
     labels[padding], document_ids[padding] = -100, -1
     valid = valid_targets(labels, heads, document_ids)
-    return Signals(
-        labels=labels,
-        valid=valid,
-        document_ids=document_ids,
-        policy_ce=rand(heads, batch, seq) * 5 * scale,
-        policy_entropy=rand(1, batch, seq) * 5 * scale,
-        reference_ce=rand(batch, seq) * 5 * scale,
-        values=rand(batch, seq) * scale,
-        step=7,
-    )
+    named = {
+        "policy_ce": rand(heads, batch, seq) * 5 * scale,
+        "policy_entropy": rand(1, batch, seq) * 5 * scale,
+        "reference_ce": rand(batch, seq) * 5 * scale,
+        "values": rand(batch, seq) * scale,
+    }
+    return Signals(labels, valid, document_ids, named, step=7)
 
 
 def changed(signals, fn):
     """The signals with fn(tensor, name) in place of each tensor."""
-    names = ("labels", "valid", "document_ids", "policy_ce", "policy_entropy", "reference_ce", "values")
-    return replace(signals, **{name: fn(getattr(signals, name), name) for name in names})
+    tensors = {name: fn(getattr(signals, name), name) for name in ("labels", "valid", "document_ids")}
+    return replace(signals, named={name: fn(signal, name) for name, signal in signals.named.items()}, **tensors)
+
+
+def with_named(signals, **given):
+    """The signals with others in place of some, or with None, without them."""
+    named = {name: signal for name, signal in (signals.named | given).items() if signal is not None}
+    return replace(signals, named=named)
 
 
 def ready(weighting, signals):
@@ -108,9 +111,8 @@ def one_row(*, policy_ce=None, reference_ce=None, entropy=None, values=None, hea
     def row(numbers):
         return None if numbers is None else torch.tensor([[0.0, *numbers]])
 
-    return Signals(
-        labels=labels,
-        valid=valid_targets(labels, heads),
+    return with_named(
+        Signals(labels, valid_targets(labels, heads)),
         policy_ce=None if policy_ce is None else row(policy_ce)[None],
         policy_entropy=None if entropy is None else row(entropy)[None],
         reference_ce=row(reference_ce),

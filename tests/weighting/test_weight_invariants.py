@@ -127,7 +127,7 @@ def test_strength_mixes_the_weights_with_ones(seed, name, strength):
 @pytest.mark.parametrize("name", METHODS)
 def test_strength_zero_needs_nothing_and_gives_no_weights(name, control):
     weighting = CONTROLS[control](METHODS[name](strength=0.0))
-    bare = replace(random_signals(0), policy_ce=None, policy_entropy=None, reference_ce=None, values=None)
+    bare = replace(random_signals(0), named={})
     assert weighting(bare) is None and weighting.needs == set() and not weighting.per_head
     assert weighting.bounds == (1, 1) and weighting.state_dict() == {}
 

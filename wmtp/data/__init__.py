@@ -14,7 +14,7 @@ from wmtp.data.assertion_tasks import (
     mbpp_tasks,
     packaged_function_tasks,
 )
-from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
+from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.mbpp import few_shot_tasks, mbpp, mbpp_prompt, mbpp_task
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.packing import BatchStream, PackedDataset, held_out_batches, pack
@@ -46,7 +46,7 @@ from wmtp.data.tokenizer import Tokenizer, byte_tokenizer, hf_tokenizer, require
 
 __all__ = [
     "IGNORE",
-    "TOKEN_COLUMNS",
+    "SCORES",
     "AssertionTask",
     "BatchStream",
     "Document",

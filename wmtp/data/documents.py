@@ -1,4 +1,4 @@
-"""What every dataset builder returns: documents of token ids, with labels and optionally columns of a frozen model."""
+"""Documents, as every dataset builder returns them: token ids, labels, and any numbers the data have for each token."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +11,7 @@ from wmtp.errors import UserError
 
 IGNORE = -100  # the label of a token that is no target
 _MOST = 8  # names of columns in a line
-TOKEN_COLUMNS = ("reference_ce", "values")  # optional columns of a document, one float32 a token
+SCORES = ("reference_ce", "values")  # the signals that frozen models give, and `recipes/score_reference.py` writes
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Document:
         tokens: [T] int32 token ids.
         labels: [T] int32, unshifted: ``labels[j]`` is ``tokens[j]``, or -100 where the token is no target (prompt).
         id: names the document in messages.
-        reference_ce: [T] float32 CE of each token under the reference model, or None.
-        values: [T] float32 value of the prefix that ends with each token, of a value model, or None.
+        signals: [T] float32 by name: a number for each token, for a weighting to read. ``reference_ce`` is a reference
+            model's CE of the token, ``values`` a value model's value of the prefix that ends with it; a column of the
+            data has its own name.
     """
 
     tokens: np.ndarray
     labels: np.ndarray
     id: str
-    reference_ce: np.ndarray | None = None
-    values: np.ndarray | None = None
+    signals: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -47,9 +47,9 @@ class Documents:
 
     Attributes:
         name: says what was read, for messages.
-        items: at least one document; each of :data:`TOKEN_COLUMNS` is in all of them or in none.
+        items: at least one document; each of :data:`SCORES` is in all of them or in none.
         skipped: how many candidates the builder left out, by reason.
-        scored_len: so many tokens of a longer document have their columns' values; None where all have.
+        scored_len: so many tokens of a longer document have been scored; None where all have.
         unread: columns of the source that the builder does not read.
 
     Raises:
@@ -65,11 +65,11 @@ class Documents:
     def __post_init__(self) -> None:
         if not self.items:
             raise UserError(f"{self.name}: the dataset is empty{left_out(self.skipped)}")
-        for column in TOKEN_COLUMNS:
-            without = [document.id for document in self.items if getattr(document, column) is None]
+        for name in SCORES:
+            without = [document.id for document in self.items if name not in document.signals]
             if 0 < len(without) < len(self.items):
                 raise UserError(
-                    f"{self.name}: {len(without)} of {len(self.items)} documents have no {column}, "
+                    f"{self.name}: {len(without)} of {len(self.items)} documents have no {name}, "
                     f"the first is {without[0]}; score all of them or none"
                 )
 
@@ -90,20 +90,23 @@ class Documents:
         """How many documents there are."""
         return len(self.items)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Those of :data:`TOKEN_COLUMNS` that the documents carry."""
-        return tuple(column for column in TOKEN_COLUMNS if getattr(self.items[0], column) is not None)
+    @cached_property
+    def signals(self) -> tuple[str, ...]:
+        """The names of the signals that every document has."""
+        everywhere = set(self.items[0].signals)
+        for document in self.items if everywhere else ():
+            everywhere &= document.signals.keys()
+        return tuple(sorted(everywhere))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every document's length, tokens, labels and columns, in order."""
+        """SHA-256 over every document's length, tokens, labels and signals, in order."""
         digest = hashlib.sha256()
         for document in self.items:
             digest_tokens(digest, document)
-            for column in self.columns:
-                digest.update(column.encode())
-                digest.update(getattr(document, column).astype("<f4").tobytes())
+            for name in self.signals:
+                digest.update(name.encode())
+                digest.update(document.signals[name].astype("<f4").tobytes())
         return digest.hexdigest()
 
 

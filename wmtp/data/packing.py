@@ -2,14 +2,15 @@
 
 import bisect
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Documents, left_out
+from wmtp.data.documents import IGNORE, Documents, left_out
 from wmtp.errors import UserError
 
 
@@ -21,7 +22,7 @@ class PackedDataset:
         tokens: [R, S] int32, pad_id where there is no document.
         labels: [R, S] int32, unshifted, -100 where the token is no target.
         document_ids: [R, S] int32, 0, 1, ... within a row, -1 for padding.
-        reference_ce, values: [R, S] float32, 0 for padding; or None.
+        signals: [R, S] float32 by name, 0 for padding: those that every document has.
         ids: the names of each row's documents.
         members: their indices in the dataset that was packed.
         pad_id: token id of padding.
@@ -34,8 +35,7 @@ class PackedDataset:
     tokens: Tensor
     labels: Tensor
     document_ids: Tensor
-    reference_ce: Tensor | None
-    values: Tensor | None
+    signals: Mapping[str, Tensor]
     ids: tuple[tuple[str, ...], ...]
     members: tuple[tuple[int, ...], ...]
     pad_id: int
@@ -52,14 +52,6 @@ class PackedDataset:
     @property
     def seq_len(self) -> int:
         return self.tokens.shape[1]
-
-    @property
-    def has_reference_ce(self) -> bool:
-        return self.reference_ce is not None
-
-    @property
-    def has_values(self) -> bool:
-        return self.values is not None
 
     @property
     def num_targets(self) -> int:
@@ -86,28 +78,31 @@ class PackedDataset:
         Args:
             needs: names of the signals that the weighting reads; None where that is not known.
         """
-        documents, columns = sum(map(len, self.ids)), (c for c in TOKEN_COLUMNS if getattr(self, c) is not None)
-        idle = () if needs is None else (column for column in columns if column not in needs)
+        documents = sum(map(len, self.ids))
+        idle = () if needs is None else (name for name in self.signals if name not in needs)
         return (
             f"{self.name}: {len(self)} rows of {self.seq_len} tokens, {documents} documents, {self.num_targets} "
             f"targets, {self.num_cut} cut, {self.num_dropped} dropped (no target within seq_len), "
             f"{self.fill_rate:.1%} full{left_out(self.skipped, (*idle, *self.unread))}"
         )
 
-    def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Tensor | list[int]]:
-        """The rows as int64 tensors [B, S], their float32 columns (reference_ce, values), and the list `rows`.
+    def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Any]:
+        """The rows as int64 tensors [B, S], their `signals` by name, float32, and the list `rows`.
 
         With `size`, the batch is filled up to so many rows with padding that holds no document and no target.
         """
         empty = (size or len(rows)) - len(rows)
-        pads = {"tokens": self.pad_id, "labels": IGNORE, "document_ids": -1, **dict.fromkeys(TOKEN_COLUMNS, 0.0)}
-        batch: dict[str, Tensor | list[int]] = {"rows": list(rows)}
-        for name, pad in pads.items():
-            column = getattr(self, name)
-            if column is not None:
-                taken = column[rows] if name in TOKEN_COLUMNS else column[rows].long()
-                batch[name] = torch.cat([taken, taken.new_full((empty, self.seq_len), pad)]) if empty else taken
-        return batch
+
+        def take(column: Tensor, pad: float) -> Tensor:
+            return torch.cat([column[rows], column.new_full((empty, self.seq_len), pad)]) if empty else column[rows]
+
+        return {
+            "tokens": take(self.tokens, self.pad_id).long(),
+            "labels": take(self.labels, IGNORE).long(),
+            "document_ids": take(self.document_ids, -1).long(),
+            "signals": {name: take(signal, 0.0) for name, signal in self.signals.items()},
+            "rows": list(rows),
+        }
 
 
 def pack(
@@ -125,7 +120,7 @@ def pack(
         require_targets: leave out documents without a target within seq_len tokens: training learns nothing from them.
 
     Raises:
-        ValueError: no document has a target within seq_len tokens, or documents whose columns end before seq_len.
+        ValueError: no document has a target within seq_len tokens, or the documents are scored up to fewer.
     """
     if seq_len < 2:
         raise UserError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
@@ -145,7 +140,7 @@ def pack(
     shape = (len(rows), seq_len)
     tokens, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE, np.int32)
     document_ids = np.full(shape, -1, np.int32)
-    columns = {name: np.zeros(shape, np.float32) for name in documents.columns}
+    signals = {name: np.zeros(shape, np.float32) for name in documents.signals}
     for row, members in enumerate(rows):
         start = 0
         for number, i in enumerate(members):
@@ -153,8 +148,8 @@ def pack(
             place = (row, slice(start, start + length))
             tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
             document_ids[place] = number
-            for name, column in columns.items():
-                column[place] = getattr(document, name)[:length]
+            for name, signal in signals.items():
+                signal[place] = document.signals[name][:length]
             start += length
 
     how = f"{documents.fingerprint} seq_len={seq_len} packed={bool(packed)}"
@@ -162,7 +157,7 @@ def pack(
         tokens=torch.from_numpy(tokens),
         labels=torch.from_numpy(labels),
         document_ids=torch.from_numpy(document_ids),
-        **{name: torch.from_numpy(columns[name]) if name in columns else None for name in TOKEN_COLUMNS},
+        signals={name: torch.from_numpy(signal) for name, signal in signals.items()},
         ids=tuple(tuple(documents[i].id for i in members) for members in rows),
         members=tuple(map(tuple, rows)),
         pad_id=pad_id,
@@ -171,7 +166,7 @@ def pack(
         fingerprint=hashlib.sha256(how.encode()).hexdigest(),
         name=documents.name,
         skipped=documents.skipped,
-        unread=documents.unread,
+        unread=tuple(column for column in documents.unread if column not in signals),
     )
 
 
@@ -231,8 +226,8 @@ class BatchStream:
         """How often the dataset has been seen."""
         return self.position / len(self._dataset)
 
-    def next_batch(self) -> dict[str, Tensor | list[int]]:
-        """This rank's tokens, labels, document_ids and columns (if any) [B, S], and its `rows` of the dataset."""
+    def next_batch(self) -> dict[str, Any]:
+        """This rank's rows, as :meth:`PackedDataset.batch` gives them."""
         start = self.position + self._rank * self._batch_size
         self.position += self._batch_size * self._world_size
         return self._dataset.batch([self._row(p) for p in range(start, start + self._batch_size)])
@@ -271,9 +266,7 @@ class BatchStream:
         return int(self._order[1][index])
 
 
-def held_out_batches(
-    dataset: PackedDataset, batch_size: int, rank: int, world_size: int
-) -> Iterator[dict[str, Tensor | list[int]]]:
+def held_out_batches(dataset: PackedDataset, batch_size: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
     """One pass over the dataset: every row once over all ranks, and equally many full batches on each rank.
 
     Ranks that run out get rows without document and target, so collectives inside the model stay in step.

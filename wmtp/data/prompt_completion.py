@@ -1,11 +1,14 @@
 """Your own data: prompts and completions as text, or documents already made of token ids.
 
 Each comes twice: as `Documents` in memory, for training, and as a `DocumentStream` of any size, for scoring.
+
+A column of any name that holds a finite number for each token of its row's document is a signal, for a weighting that
+names it in ``needs``.
 """
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -13,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, DocumentStream, document_from_text
+from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, take
 from wmtp.errors import UserError
 from wmtp.files import publish
 
 Rows = Iterable[tuple[str, dict]]  # of read_rows
-_TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(TOKEN_COLUMNS, list[float])}
+_TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(SCORES, list[float])}
 _FIRST_ROWS = 1000  # of a stream, in which a column that the config names must be
 
 
@@ -91,7 +94,7 @@ def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str |
 
     A row is {"tokens": [...], "labels": [...], "reference_ce": [...], "values": [...], "id": ..., "vocab_hash": ...}.
     Labels are unshifted (-100, or the token at the same place); without them every token is a target. The last four
-    are optional; a vocab_hash must be this tokenizer's.
+    are optional, and so are other columns of a number for each token; a vocab_hash must be this tokenizer's.
 
     Args:
         source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name.
@@ -126,7 +129,7 @@ def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
         for document in documents:
             row = {"id": document.id, "vocab_hash": vocab_hash, "tokens": document.tokens.tolist()}
             row["labels"] = document.labels.tolist()
-            row |= {column: getattr(document, column).tolist() for column in documents.columns}
+            row |= {name: document.signals[name].tolist() for name in documents.signals}
             file.write(json.dumps(row) + "\n")
     publish(torn, path)
 
@@ -150,7 +153,9 @@ def _text_document(
 ) -> Document:
     texts = [take(row, where, column, str) for column in (prompt, completion)]
     document = document_from_text(tokenizer, *texts, _name(row.get(id), where))
-    return _with_column(document, "reference_ce", row.get(reference_ce), where)
+    read = (prompt, completion, reference_ce, "reference_ce", id)
+    columns = {name: column for name, column in row.items() if name not in read}
+    return _with_signals(document, columns | {"reference_ce": row.get(reference_ce)}, where, ("reference_ce",))
 
 
 def _name(id: object, where: str) -> str:
@@ -191,23 +196,34 @@ def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Docume
                 "(labels are unshifted)"
             )
     document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), _name(row.get("id"), where))
-    for column in TOKEN_COLUMNS:
-        document = _with_column(document, column, row.get(column), where)
-    return document
+    columns = {name: column for name, column in row.items() if name not in ("tokens", "labels", "id", "vocab_hash")}
+    return _with_signals(document, columns, where, SCORES)
 
 
-def _with_column(document: Document, column: str, values: object, where: str) -> Document:
-    """The document with an optional field of its row as a column, checked."""
-    if values is None:
-        return document
-    if not isinstance(values, list):
-        raise UserError(f"{where}: {column} must be a list of numbers, got {type(values).__name__}")
-    if len(values) != len(document):
+def _with_signals(document: Document, columns: Mapping[str, object], where: str, known: Collection[str]) -> Document:
+    """The document with those columns of its row that hold a finite number for each of its tokens.
+
+    A ``known`` column that is there must. What other columns hold may be anything.
+    """
+    for name in known:
+        if columns.get(name) is not None:
+            _require_numbers(columns[name], len(document), f"{where}: {name}")
+    signals = {
+        str(name): np.array(column, np.float32)
+        for name, column in columns.items()
+        if isinstance(column, list) and len(column) == len(document) and all(map(is_number, column))
+    }
+    return replace(document, signals=signals) if signals else document
+
+
+def _require_numbers(column: object, length: int, what: str) -> None:
+    if not isinstance(column, list):
+        raise UserError(f"{what} must be a list of numbers, got {type(column).__name__}")
+    if len(column) != length:
         raise UserError(
-            f"{where}: {column} has {len(values)} values, the document has {len(document)} tokens "
+            f"{what} has {len(column)} values, the document has {length} tokens "
             "(prompt, completion and EOS); score it with this tokenizer"
         )
-    for position, value in enumerate(values):
+    for position, value in enumerate(column):
         if not is_number(value):
-            raise UserError(f"{where}: {column}[{position}] must be a finite number, got {value!r:.40}")
-    return replace(document, **{column: np.array(values, np.float32)})
+            raise UserError(f"{what}[{position}] must be a finite number, got {value!r:.40}")

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp.data.documents import IGNORE, TOKEN_COLUMNS, Document, Documents, digest_tokens
+from wmtp.data.documents import IGNORE, SCORES, Document, Documents, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish
@@ -38,9 +38,9 @@ class Columns(Sequence[Document]):
     """Documents side by side in flat arrays: twelve bytes a token, and no Python object until one is asked for."""
 
     def __init__(
-        self, ids: pa.Array, lengths: np.ndarray, tokens: np.ndarray, labels: np.ndarray, **column: np.ndarray
+        self, ids: pa.Array, lengths: np.ndarray, tokens: np.ndarray, labels: np.ndarray, **signals: np.ndarray
     ) -> None:
-        self._ids, self._tokens, self._labels, self._column = ids, tokens, labels, column
+        self._ids, self._tokens, self._labels, self._signals = ids, tokens, labels, signals
         self._ends = np.cumsum(lengths, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -50,8 +50,8 @@ class Columns(Sequence[Document]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
-        column = {name: values[place] for name, values in self._column.items()}
-        return Document(self._tokens[place], self._labels[place], self._ids[index].as_py(), **column)
+        signals = {name: numbers[place] for name, numbers in self._signals.items()}
+        return Document(self._tokens[place], self._labels[place], self._ids[index].as_py(), signals)
 
 
 def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Documents:
@@ -257,8 +257,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         known = False
     if not known:
         raise UserError(f"{file} is not the manifest of a scored dataset (format {FORMAT}); score again")
-    if column not in TOKEN_COLUMNS:
-        raise UserError(f"{file}: column must be one of {', '.join(TOKEN_COLUMNS)}, got {column!r:.40}; score again")
+    if column not in SCORES:
+        raise UserError(f"{file}: column must be one of {', '.join(SCORES)}, got {column!r:.40}; score again")
     return manifest
 
 
@@ -279,12 +279,12 @@ def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
         part, _, header = read_part(path)
         if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
             raise UserError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
-        if not np.isfinite(part._column[column]).all():
-            bad = next(d for d in part if not np.isfinite(getattr(d, column)).all())
+        if not np.isfinite(part._signals[column]).all():
+            bad = next(d for d in part if not np.isfinite(d.signals[column]).all())
             raise UserError(
                 f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf"
             )
-        for name, values in (("tokens", part._tokens), ("labels", part._labels), (column, part._column[column])):
+        for name, values in (("tokens", part._tokens), ("labels", part._labels), (column, part._signals[column])):
             arrays[name][start : start + len(values)] = values
         ids.append(part._ids)
         lengths.append(np.diff(part._ends, prepend=0))

@@ -48,8 +48,7 @@ def preview(
         if len(tables) >= count:
             break
         batch = prepare(data.batch(list(range(start, min(start + batch_size, len(data))))))
-        signals = {key: batch[key] for key in ("policy_ce", "reference_ce", "values", "trunk_state") if key in batch}
-        inputs = {"document_ids": batch["document_ids"], "labels": batch["labels"], **signals}
+        inputs = {key: batch[key] for key in ("document_ids", "labels", "signals", "trunk_state") if key in batch}
         out = model(batch["tokens"], loss_fn=mtp_loss, weighting=weighting, step=step, **inputs)
         ids = [data.row_ids(row) for row in batch["rows"]]
         for view in token_views(tokenizer, batch, {"weight": out.weights}, ids=ids, limit=count - len(tables)):

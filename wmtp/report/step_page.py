@@ -1,6 +1,7 @@
 """Pages that show micro-batches of a training run as the loss saw them."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import Any
 
 from torch import Tensor
 
@@ -9,6 +10,8 @@ from wmtp.loss import MTPLoss
 from wmtp.report.token_views import token_views
 from wmtp.report.token_weights import token_weights_html
 from wmtp.weighting import Signals, any_weighting
+
+_TITLES = {"reference_ce": "reference CE", "values": "value"}
 
 
 class TokenWeightPages:
@@ -39,7 +42,7 @@ class TokenWeightPages:
         Args:
             needs: what the run's own weighting reads.
         """
-        at_hand = {"policy_ce"} | (needs & {"reference_ce", "values"})
+        at_hand = {"policy_ce"} | (needs - {"policy_entropy"})
         for name, method in self._beside.items():
             lacking = sorted(method.needs - at_hand)
             if lacking:
@@ -51,7 +54,7 @@ class TokenWeightPages:
     def html(
         self,
         tokenizer,
-        batch: Mapping[str, Tensor | None],
+        batch: Mapping[str, Any],
         out: MTPLoss,
         *,
         step: int,
@@ -62,25 +65,16 @@ class TokenWeightPages:
 
         Args:
             tokenizer: a :class:`wmtp.data.Tokenizer`.
-            batch: tokens, labels and document_ids [B, S]; reference_ce and values where the run has them.
+            batch: tokens, labels and document_ids [B, S], and the signals that the run has.
             out: what :func:`wmtp.loss.mtp_loss` returned for the batch.
             step: the step's number, from 1; random controls draw as they would have in it.
             ids: the names of each row's documents.
             settings: listed above the documents: the run's weighting.
         """
-        reference_ce, values = batch.get("reference_ce"), batch.get("values")
-        signals = Signals(
-            labels=batch["labels"],
-            valid=out.valid,
-            document_ids=batch["document_ids"],
-            policy_ce=out.ce,
-            reference_ce=reference_ce,
-            values=values,
-            step=step - 1,
-            training=False,
-        )
+        named = batch["signals"] | {"policy_ce": out.ce}
+        signals = Signals(batch["labels"], out.valid, batch["document_ids"], named, step=step - 1, training=False)
         weights = {"this run": out.weights, **{name: method(signals) for name, method in self._beside.items()}}
-        figures = {"CE": out.ce[0], "reference CE": reference_ce, "value": values}
-        shown = {name: figure for name, figure in figures.items() if figure is not None}
+        shown = {"CE": out.ce[0]}
+        shown |= {_TITLES.get(name, name): signal for name, signal in batch["signals"].items() if name != "policy_ce"}
         views = token_views(tokenizer, batch, weights, shown, ids=ids, limit=self._documents)
         return token_weights_html(views, title=f"Token weights of step {step}", settings=settings)

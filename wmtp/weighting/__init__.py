@@ -21,9 +21,11 @@ target, from the signals) and a rule that turns the scores of one scope into wei
     weighting:
       _component_: my_module.hard_tokens
 
+A method that needs ``prior_ce`` reads the data's column of that name as ``signals.prior_ce``: no other file knows it.
+
 A plain function of ``signals`` will do too, as the ``_component_`` itself or as what a builder returns. It may have the
-attributes of :class:`AnyWeighting`; without ``needs`` it sees labels and valid pairs alone, without ``scope`` its mean
-is taken over the micro-batch:
+attributes of :class:`AnyWeighting`; without ``needs`` no signal is computed for it, without ``scope`` its mean is taken
+over the micro-batch:
 
     def no_names(signals, least=0.2):
         weights = torch.where(signals.labels == 42, least, 1.0) * signals.valid[0]

@@ -3,8 +3,8 @@
 import functools
 import math
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,28 +13,44 @@ from torch import Tensor
 from wmtp.errors import UserError
 from wmtp.weighting.rows import SCOPES, weigh_rows
 
-# What a method may need, and where it comes from when it is missing.
-SIGNALS = {
-    "policy_ce": "wmtp.loss.mtp_loss computes it",
-    "policy_entropy": "wmtp.loss.mtp_loss computes it",
-    "reference_ce": "set reference_model, or use a dataset with a reference_ce column",
-    "values": "set value_model, or use a dataset with a values column",
-}
+OF_THE_POLICY = ("policy_ce", "policy_entropy")  # the signals that wmtp.loss.mtp_loss computes
+FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # the key of the model that gives it
+
+
+def way_to(signal: str) -> str:
+    """Where a signal comes from, for whoever lacks it."""
+    if signal in OF_THE_POLICY:
+        return "wmtp.loss.mtp_loss computes it"
+    model = f"set {FROM_A_MODEL[signal]}, or " if signal in FROM_A_MODEL else ""
+    return f"{model}use a dataset with a {signal} column, a number for each token"
 
 
 @dataclass(frozen=True)
 class Signals:
-    """What a weighting may look at, indexed by target position j; a field that it does not need may be None."""
+    """What a weighting may look at, indexed by target position j.
+
+    The signals that it ``needs``, and those that are at hand, are read by their names, as in ``signals.policy_ce``:
+
+        policy_ce       [1 or H, B, S] float32, the policy's own CE in nats (H where ``per_head``)
+        policy_entropy  [1, B, S] float32, entropy of head 1's distribution for target j, in nats
+        reference_ce    [B, S] float32, the reference's CE for target j
+        values          [B, S] float32, V_j: value of the prefix x_<=j, at every position of a document
+        any other       [B, S] float32, the data's column of that name, 0 for padding
+    """
 
     labels: Tensor  # [B, S], -100 where the token is no target
     valid: Tensor  # [H, B, S] bool, of wmtp.loss.valid_targets
     document_ids: Tensor | None = None  # [B, S]; None: each row is one document
-    policy_ce: Tensor | None = None  # [1 or H, B, S] float32, the policy's own CE in nats (H where per_head)
-    policy_entropy: Tensor | None = None  # [1, B, S] float32, entropy of head 1's distribution for target j, in nats
-    reference_ce: Tensor | None = None  # [B, S] float32, the reference's CE for target j
-    values: Tensor | None = None  # [B, S] float32, V_j: value of the prefix x_<=j, at every position of a document
+    named: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0  # optimizer step, so that random controls draw anew each step
     training: bool = True  # False: someone only looks at the weights, and a weighting's state stays as it is
+
+    def __getattr__(self, name: str) -> Tensor:
+        named = self.__dict__.get("named", {})
+        if name in named:
+            return named[name]
+        there = ", ".join(named) or "none"
+        raise AttributeError(f"no signal {name} here (there are: {there}); does the weighting name it in needs?")
 
 
 class State(Protocol):
@@ -54,13 +70,13 @@ class AnyWeighting:
 
     Attributes:
         name: what messages call it: the function's, or that of the builder that made it.
-        needs: names of the signals read: policy_ce, policy_entropy, reference_ce, values.
+        needs: names of the signals read, see :class:`Signals`.
         per_head: whether it reads the CE of all heads, for weights [H, B, S].
         bounds: least and largest weight.
         scope: over whose targets the mean is 1: ``sequence`` (a document) or ``batch``.
 
     Raises:
-        ValueError: not a callable, an unknown signal or an unknown scope.
+        ValueError: not a callable, or an unknown scope.
     """
 
     def __init__(self, rule: Callable[[Signals], Tensor | None]) -> None:
@@ -75,8 +91,6 @@ class AnyWeighting:
         self.per_head: bool = getattr(rule, "per_head", False)
         self.bounds: tuple[float, float] = getattr(rule, "bounds", (0.0, math.inf))
         self.scope: str = getattr(rule, "scope", "batch")
-        for name in self.needs:
-            check_choice("needs", name, tuple(SIGNALS))
         check_choice("scope", self.scope, SCOPES)
 
     @torch.no_grad()
@@ -134,7 +148,7 @@ class Weighting(AnyWeighting):
             has no target is never read.
         to_weights: ``to_weights(scores [G, L], mask [G, L]) -> [G, L]`` with mean 1 over each row's real entries. A
             row is one scope and has at least one real entry.
-        needs: names of the signals read: policy_ce, policy_entropy, reference_ce, values.
+        needs: names of the signals read, see :class:`Signals`.
         scope: ``sequence`` or ``batch``.
         strength: lambda in [0, 1]. At 0 no weight is computed and nothing is needed: plain MTP, bit for bit.
         per_head: weights [H, B, S], for scores from the CE of all heads.
@@ -147,7 +161,7 @@ class Weighting(AnyWeighting):
         bounds: least and largest weight returned, strength included.
 
     Raises:
-        ValueError: an unknown signal or scope, or a strength outside [0, 1].
+        ValueError: an unknown scope, or a strength outside [0, 1].
     """
 
     def __init__(
@@ -162,8 +176,6 @@ class Weighting(AnyWeighting):
         bounds: tuple[float, float] = (0.0, math.inf),
         state: State | None = None,
     ) -> None:
-        for name in needs:
-            check_choice("needs", name, tuple(SIGNALS))
         check_choice("scope", scope, SCOPES)
         check_range("strength", strength, 0 <= strength <= 1, "in [0, 1] (lambda)")
         weighted = strength > 0
@@ -196,9 +208,9 @@ class Weighting(AnyWeighting):
         """The needed signals, checked, detached and in float32."""
         ready = {}
         for name in sorted(self.needs):
-            signal = getattr(signals, name)
+            signal = signals.named.get(name)
             if signal is None:
-                raise UserError(f"the weighting needs {name}, got none: {SIGNALS[name]}")
+                raise UserError(f"the weighting needs {name}, got none: {way_to(name)}")
             if signal.shape[-2:] != signals.labels.shape:
                 raise ValueError(
                     f"{name} must have the labels' [B, S] = {tuple(signals.labels.shape)}, got {tuple(signal.shape)}"
@@ -208,7 +220,7 @@ class Weighting(AnyWeighting):
             if len(ready["policy_ce"]) < heads:
                 raise ValueError(f"per_head weights need policy_ce of all {heads} heads, got {len(ready['policy_ce'])}")
             ready["policy_ce"] = ready["policy_ce"][:heads]
-        return replace(signals, **ready)
+        return replace(signals, named=ready)
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
