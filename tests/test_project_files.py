@@ -89,7 +89,7 @@ def test_the_guides_weighting_method_is_one(tmp_path, monkeypatch):
     weighting = build(OmegaConf.create(section), where="weighting")
     labels = torch.tensor([[-100, 5, 6, 7, 8]])
     policy_ce = torch.tensor([[[9.0, 0.0, 1.0, 1.5, 8.0]]])
-    weights = weighting(Signals(labels=labels, valid=(labels != -100)[None], policy_ce=policy_ce))
+    weights = weighting(Signals(labels, (labels != -100)[None], named={"policy_ce": policy_ce}))
     # By hand: log w = -2, 0, -1/2 and -98, of which the last is cut to 0.1; s (e^-2 + 1 + e^-1/2) = 3.9.
     scale = 3.9 / (torch.exp(torch.tensor(-2.0)) + 1 + torch.exp(torch.tensor(-0.5)))
     by_hand = torch.tensor(
