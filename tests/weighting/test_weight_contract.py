@@ -68,7 +68,7 @@ BROKEN = [
     (rule(TARGETS[0]), r"must return weights \[B, S\] = \(1, 8\) or \[H, B, S\] = \(3, 1, 8\), got shape \(8,\)"),
     (rule(1.0), "weighting rule must return weights .*, got float"),
     (rule(TARGETS.clone().requires_grad_()), "weighting rule returned weights that carry a gradient; detach them"),
-    (rule(TARGETS, needs={"polcy_ce"}), "^needs must be one of policy_ce, .*, got 'polcy_ce'"),
+    (rule(TARGETS, needs={"polcy_ce"}), "the weighting needs polcy_ce, got none: use a dataset with a polcy_ce column"),
     (rule(TARGETS, scope="rank"), "^scope must be one of sequence, batch, got 'rank'"),
     ("rho1", "^a weighting must be a callable from Signals to weights, got 'rho1'"),
 ]  # fmt: skip

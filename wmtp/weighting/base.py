@@ -52,6 +52,15 @@ class Signals:
         there = ", ".join(named) or "none"
         raise AttributeError(f"no signal {name} here (there are: {there}); does the weighting name it in needs?")
 
+    def require(self, needs: Collection[str]) -> None:
+        """Refuses signals that lack one of the needed ones.
+
+        Raises:
+            ValueError: names it, and where it comes from.
+        """
+        for name in sorted(set(needs) - self.named.keys()):
+            raise UserError(f"the weighting needs {name}, got none: {way_to(name)}")
+
 
 class State(Protocol):
     """What a weighting remembers from step to step."""
@@ -96,6 +105,7 @@ class AnyWeighting:
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
         """Weights [B, S] or [H, B, S]; None for all ones."""
+        signals.require(self.needs)
         return self._rule(signals)
 
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
@@ -206,11 +216,10 @@ class Weighting(AnyWeighting):
 
     def _prepared(self, signals: Signals, heads: int) -> Signals:
         """The needed signals, checked, detached and in float32."""
+        signals.require(self.needs)
         ready = {}
         for name in sorted(self.needs):
-            signal = signals.named.get(name)
-            if signal is None:
-                raise UserError(f"the weighting needs {name}, got none: {way_to(name)}")
+            signal = signals.named[name]
             if signal.shape[-2:] != signals.labels.shape:
                 raise ValueError(
                     f"{name} must have the labels' [B, S] = {tuple(signals.labels.shape)}, got {tuple(signal.shape)}"
