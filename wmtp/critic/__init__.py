@@ -13,7 +13,6 @@ from wmtp.critic.losses import (
 )
 from wmtp.critic.metrics import (
     auc,
-    bootstrap_interval,
     brier,
     expected_calibration_error,
     fit_length_baseline,
@@ -32,7 +31,6 @@ __all__ = [
     "PairScores",
     "ValueLoss",
     "auc",
-    "bootstrap_interval",
     "brier",
     "critic_loss",
     "critic_report",

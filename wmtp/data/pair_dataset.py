@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from wmtp.data.documents import IGNORE, Document, document_from_text, left_out
-from wmtp.data.pairs import Pair, Pairs, text_hash
+from wmtp.data.pairs import Pair, Pairs
 from wmtp.errors import UserError
+from wmtp.numerics.keyed import text_hash
 
 
 def split_by_problem(pairs: Pairs, fraction: float, part: str = "heldout") -> tuple[Pairs, Pairs]:

@@ -5,7 +5,6 @@ the tokenizer comes later (see wmtp.data.pair_dataset). Every builder brings pro
 and counts, empty programs, repeated ones, and pairs whose programs are the same but for white space at the end.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from wmtp.data.protocols import alphacode_prompt
 from wmtp.data.rows import ReadColumns, is_number, read_rows, take
 from wmtp.data.stdio_tasks import PYTHON3, contest_prompt_task, programs_of
 from wmtp.errors import MissingError, UserError
+from wmtp.numerics.keyed import text_hash
 from wmtp.storage import local_copy
 
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
@@ -372,9 +372,3 @@ def _num_lines(program: str) -> int:
 
 def _lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def text_hash(*texts: str) -> int:
-    """A number in [0, 2^64) that depends on the texts alone: for splits and orders that no machine changes."""
-    digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "big")

@@ -2,7 +2,6 @@
 
 import ast
 import functools
-import hashlib
 import os
 import sysconfig
 import tokenize
@@ -15,6 +14,7 @@ from typing import NoReturn
 from wmtp.data.documents import Documents, document_from_text
 from wmtp.data.rows import printable, reading, unreadable
 from wmtp.errors import MissingError, UserError
+from wmtp.numerics.keyed import text_hash
 from wmtp.storage import local_copy
 
 SPLITS = ("train", "reference", "heldout")
@@ -93,7 +93,7 @@ def python_functions(
         "bodies too short or too long": len(of_split) - len(functions),
     }
     if max_functions is not None and len(functions) > max_functions:
-        chosen = {f.id for f in sorted(functions, key=lambda f: _hash(f.id))[:max_functions]}
+        chosen = {f.id for f in sorted(functions, key=lambda f: text_hash(f.id))[:max_functions]}
         functions = [f for f in functions if f.id in chosen]
     documents = tuple(document_from_text(tokenizer, f.prompt, f.body, f.id) for f in functions)
     return Documents(f"python_functions {split} of {folder}", documents, skipped)
@@ -135,7 +135,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 def split_of(module: str, fractions: Sequence[float]) -> str | None:
     """The split of a module, from the hash of its relative path; None for the share that no split claims."""
-    share = _hash(module) / 2**64
+    share = text_hash(module) / 2**64
     for split, fraction in zip(SPLITS, fractions, strict=True):
         if share < fraction:
             return split
@@ -181,7 +181,3 @@ def _walk(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFu
         prefix = f"{prefix}{node.name}." if isinstance(node, ast.ClassDef) else prefix
         inside = [n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt | ast.ExceptHandler | ast.match_case)]
         waiting += [(child, prefix) for child in reversed(inside)]
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

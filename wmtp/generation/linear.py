@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from wmtp.products import mm_float32, operand
+from wmtp.numerics.products import mm_float32, operand
 
 Linear = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -29,7 +29,7 @@ def side_by_side(*modules: nn.Module) -> Linear:
 
 
 def times(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [N, D] -> x @ weight.T [N, V] in float32 (wmtp.products), with the weight packed as in :func:`side_by_side`."""
+    """x [N, D] -> x @ weight.T [N, V] in float32, with the weight packed as in :func:`side_by_side`."""
     matrix = operand(weight)
     product = _packed(matrix) if _can_pack(matrix) else lambda x: mm_float32(x, matrix.T)
     return lambda x: product(operand(x))

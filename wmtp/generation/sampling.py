@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
+from wmtp.numerics.keyed import GOLDEN, mix64, top53
 
 
 @dataclass(frozen=True)
@@ -120,29 +121,11 @@ def sample(probs: Tensor, seeds: Tensor) -> Tensor:
 
 def _exponential(seeds: Tensor, count: int) -> Tensor:
     """Float32 [..., count] standard exponential numbers; int64 arithmetic wraps, as the generator wants."""
-    bits = _splitmix64(seeds, count)
-    bits = (bits >> 11) & ((1 << 53) - 1)
+    steps = torch.arange(1, count + 1, device=seeds.device) * GOLDEN
+    bits = top53(mix64(seeds[..., None] + steps))
     # Uniform in (0, 1). float32 keeps small values finely graded, which are those of the winners.
     uniform = (bits.float() + 0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()
-
-
-def _splitmix64(seeds: Tensor, count: int) -> Tensor:
-    """The first ``count`` outputs of SplitMix64 for each seed, as int64 [..., count]."""
-    steps = torch.arange(1, count + 1, device=seeds.device) * _signed(0x9E3779B97F4A7C15)
-    z = seeds[..., None] + steps
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        z = _xor_shift(z, shift).mul_(_signed(factor))
-    return _xor_shift(z, 31)
-
-
-def _xor_shift(z: Tensor, shift: int) -> Tensor:
-    return z.bitwise_xor((z >> shift).bitwise_and_((1 << (64 - shift)) - 1))  # int64 shifts drag the sign along
-
-
-def _signed(bits: int) -> int:
-    """The int64 with these 64 bits."""
-    return bits - (1 << 64) if bits >> 63 else bits
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class MTPDecoder(nn.Module):
 
         Returns:
             logits [H, B, S, V] in the computation's dtype (as `transformers` gives them; cross-entropies and decoding
-            take float32 ones, see wmtp.products), the trunk's state, or the result of ``loss_fn``.
+            take float32 ones, see wmtp.numerics.products), the trunk's state, or the result of ``loss_fn``.
         """
         if return_trunk:
             return self._run_trunk(tokens, *self._attention_inputs(tokens, document_ids, input_pos, mask))

@@ -1,6 +1,5 @@
 """Reading a checkpoint into a model, sharded or not: each rank reads what it keeps."""
 
-import hashlib
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -103,12 +102,6 @@ def compute_device(parameter: Tensor) -> torch.device:
         kind = parameter.device_mesh.device_type
         return torch.device(kind, torch.get_device_module(kind).current_device())
     return parameter.device
-
-
-def keyed_generator(seed: int, name: str) -> torch.Generator:
-    """Random numbers that depend on the seed and a parameter's name alone: the same full tensor on every rank."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def local_tensor(parameter: Tensor) -> Tensor:

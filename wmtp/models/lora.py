@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from wmtp.errors import UserError
-from wmtp.models.load import keyed_generator, local_part, local_tensor, own_name
+from wmtp.models.load import local_part, local_tensor, own_name
 from wmtp.models.nf4 import check_nf4_shape, is_nf4, mark_nf4, quantized_modules
+from wmtp.numerics.keyed import keyed_generator
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "output_proj")
 MLP_TARGETS = ("w1", "w2", "w3")

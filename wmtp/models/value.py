@@ -27,10 +27,11 @@ from wmtp.models.builders import from_checkpoint
 from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf, full_parameter
-from wmtp.models.load import keyed_generator, load_checkpoint, local_part, local_tensor, own_name, reshard
+from wmtp.models.load import load_checkpoint, local_part, local_tensor, own_name, reshard
 from wmtp.models.parallel import shard_model
 from wmtp.models.resolve import resolve_checkpoint
 from wmtp.models.shape import LlamaShape
+from wmtp.numerics.keyed import keyed_generator
 
 HEADS = ("linear", "mlp")
 HEAD_WEIGHTS, VALUE_CONFIG = "value_head.safetensors", "value_model.json"

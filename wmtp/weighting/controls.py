@@ -11,12 +11,9 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
+from wmtp.numerics.keyed import GOLDEN, mix64, top53
 from wmtp.weighting.base import AnyWeighting, Signals, any_weighting, builder_of, check_range
 from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_rows
-
-_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's constants, as int64
-_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
-_MIX_2 = 0x94D049BB133111EB - 2**64
 
 
 def shuffled(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Control":
@@ -53,7 +50,7 @@ def random_matched(method: Callable[[Signals], Tensor | None], seed: int = 0) ->
 
     def redraw(weights: Tensor, rows: ScopeRows, key: Tensor) -> Tensor:
         count = rows.mask.sum(1, keepdim=True)
-        fraction = _shift(rows.lay(key), 11).double() * 2.0**-53  # [0, 1)
+        fraction = top53(rows.lay(key)).double() * 2.0**-53  # [0, 1)
         index = (fraction * count).long().clamp(max=rows.mask.shape[1] - 1)
         mean = (weights * rows.mask).sum(1, keepdim=True) / count
         drawn = weights.gather(1, index)
@@ -107,10 +104,10 @@ class Control(AnyWeighting):
         head, row, target = valid.nonzero(as_tuple=True)  # [N] each
         place = _place_in_document(signals.labels, signals.document_ids)[row, target]
         label = signals.labels[row, target].long()
-        document = rows.lay(_mix(_mix(label + 1) + place * _GOLDEN)).sum(1)[rows.row]  # same sum wherever it lies
+        document = rows.lay(mix64(mix64(label + 1) + place * GOLDEN)).sum(1)[rows.row]  # same sum wherever it lies
         key = head.new_full((), self._seed)
         for part in (signals.step, head, document, place):
-            key = _mix(key * _GOLDEN + part + 1)
+            key = mix64(key * GOLDEN + part + 1)
         return key
 
 
@@ -122,15 +119,3 @@ def _place_in_document(labels: Tensor, document_ids: Tensor | None) -> Tensor:
     inside = torch.zeros_like(document_ids, dtype=torch.bool)
     inside[:, 1:] = document_ids[:, 1:] == document_ids[:, :-1]
     return position - position.masked_fill(inside, 0).cummax(dim=1).values
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser (Steele et al. 2014): a bijection of int64, products wrap around."""
-    x = (x ^ _shift(x, 30)) * _MIX_1
-    x = (x ^ _shift(x, 27)) * _MIX_2
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64: torch's own keeps the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)

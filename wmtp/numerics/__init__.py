@@ -1,0 +1,1 @@
+"""Arithmetic that several rooms share: float32 products, keyed random numbers, bootstrap intervals."""
