@@ -26,11 +26,9 @@ from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, lo
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.critic import (
     BestWeights,
-    HiddenStates,
     critic_loss,
     critic_report,
     evaluate_pairs,
-    keep_hidden_states,
     length_report,
     pair_values,
 )
@@ -54,6 +52,7 @@ from wmtp.report import preview_pairs
 from wmtp.rewards import reward_pairs
 from wmtp.run_log import RunLog, builder_name
 from wmtp.stopping import StopFlag, stopping
+from wmtp.trunk_states import CachedStates, hidden_states, keep_states
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("checkpoints", "best", "value_model", "report.md")  # what a run leaves in output_dir, beside metrics.jsonl
@@ -283,13 +282,12 @@ class CriticStage1Recipe:
         self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
-    def _hidden_states(self) -> dict[str, HiddenStates]:
+    def _hidden_states(self) -> dict[str, CachedStates]:
         """With cache_hidden: the backbone's states of each data set, by its fingerprint; empty without."""
-        if self._cache_hidden is None:
-            return {}
-        return keep_hidden_states(
+        return keep_states(
+            hidden_states,
             self._model,
-            [data for data in (self._data, self._heldout, self._test) if data is not None],
+            (self._data, self._heldout, self._test),
             self._output_dir / "hidden_states",
             dtype=self._cache_hidden,
             model_key=f"{self._frozen} {self._dtype}",

@@ -49,7 +49,7 @@ from wmtp.report import preview
 from wmtp.run_log import RunLog, builder_name
 from wmtp.step_window import StepWindow
 from wmtp.stopping import StopFlag, stopping
-from wmtp.trunk_states import keep_trunk_states
+from wmtp.trunk_states import keep_states, trunk_states
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -287,7 +287,7 @@ class LoRARecipeWMTP:
         parameters = [p for p in model.parameters() if p.requires_grad]
         cached = {"dtype": self._cache_trunk, "model_key": f"{self._base} {self._dtype}", "world": self._world}
         cached |= {"folder": self._output_dir / "trunk_states", "batch_size": self._batch_size}
-        self._trunk_states = keep_trunk_states(model, (self._data, self._eval_data), **cached)
+        self._trunk_states = keep_states(trunk_states, model, (self._data, self._eval_data), **cached)
         if self._preview:
             shown = {"tokenizer": self._tokenizer, "batch_size": self._batch_size, "step": self._step}
             self._log.say(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))

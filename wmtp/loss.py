@@ -144,7 +144,7 @@ def weighted_mtp_cross_entropy(
     has_gradient = row_weight != 0
     order = torch.argsort(has_gradient, descending=True, stable=True)
     head, row, target, row_weight = head[order], row[order], target[order], row_weight[order]
-    source = _source(head, row, target, labels.shape)
+    source = _source(head, row, target, labels)
     num_gradient_rows = int(has_gradient.sum())
 
     ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
@@ -280,10 +280,10 @@ def of_each_target(
         hidden, unembedding, labels, chunk_tokens: as in :func:`weighted_mtp_cross_entropy`.
         valid: of :func:`valid_targets`.
     """
-    place = valid.nonzero(as_tuple=True)  # three of [N]
-    label = labels[place[1:]]
+    head, row, target = place = valid.nonzero(as_tuple=True)  # [N] each
+    label = labels[row, target]
     size = chunk_tokens or _default_chunk(hidden, unembedding)
-    chunks = chunked_logits(hidden, unembedding, _source(*place, labels.shape), size)
+    chunks = chunked_logits(hidden, unembedding, _source(head, row, target, labels), size)
     # Without a target the figures of no rows say how many there are, and of which dtype.
     found = [figures(logits, label[part]) for part, _, logits in chunks] or [
         figures(hidden.new_empty((0, len(unembedding)), dtype=torch.float32), label)
@@ -317,9 +317,10 @@ def chunked_logits(
             yield part, h, mm_float32(h, matrix.T, out=buffer[: len(h)])
 
 
-def _source(head: Tensor, row: Tensor, target: Tensor, shape: torch.Size) -> Tensor:
-    """[N] the places in hidden [H*B*S, D] of the positions t = j - k from which heads predict targets of [B, S]."""
-    return (head * shape[0] + row) * shape[1] + target - head - 1
+def _source(head: Tensor, row: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    """[N] the places in hidden [H*B*S, D] of the positions t = j - k from which heads predict targets j."""
+    batch, seq = labels.shape
+    return (head * batch + row) * seq + target - head - 1
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):

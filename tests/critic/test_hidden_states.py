@@ -5,9 +5,10 @@ import pytest
 import torch
 from random_models import random_decoder
 
-from wmtp.critic import HiddenStates, pair_values, response_last, response_mean, score_pairs
+from wmtp.critic import pair_values, response_last, response_mean, score_pairs
 from wmtp.data import Pair, Pairs, byte_tokenizer, encode_pairs
 from wmtp.models import ValueModel
+from wmtp.trunk_states import hidden_states
 
 SIZES = {"vocab_size": 259, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16}
 
@@ -31,7 +32,7 @@ def data():
 
 
 def states_of(folder, data, dtype=torch.float32, key="weights"):
-    return HiddenStates(folder, data, embed_dim=16, dtype=dtype, model_key=key)
+    return hidden_states(folder, data, key, embed_dim=16, dtype=dtype)
 
 
 def test_kept_states_give_the_same_values(tmp_path, model, data):

@@ -23,11 +23,10 @@ from wmtp.critic.metrics import (
     score_report,
 )
 from wmtp.critic.report import critic_report
-from wmtp.critic.scoring import HiddenStates, PairScores, evaluate_pairs, keep_hidden_states, pair_values, score_pairs
+from wmtp.critic.scoring import PairScores, evaluate_pairs, pair_values, score_pairs
 
 __all__ = [
     "BestWeights",
-    "HiddenStates",
     "PairScores",
     "ValueLoss",
     "auc",
@@ -37,7 +36,6 @@ __all__ = [
     "evaluate_pairs",
     "expected_calibration_error",
     "fit_length_baseline",
-    "keep_hidden_states",
     "length_report",
     "length_scores",
     "line_of_tokens",

@@ -1,20 +1,17 @@
-"""Values of whole pair data sets, and the hidden states of a frozen backbone kept in a file."""
+"""Values of whole pair data sets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from wmtp.critic.losses import response_last, response_mean
 from wmtp.critic.metrics import probabilities, score_report
 from wmtp.data import PairDataset, held_out_batches
 from wmtp.distributed import World, gather_objects
 from wmtp.errors import UserError
-from wmtp.state_file import StateFile
 
 
 @dataclass(frozen=True)
@@ -34,7 +31,7 @@ def pair_values(model: nn.Module, batch: dict, device: torch.device | str, hidde
     Args:
         model: a :class:`wmtp.models.ValueModel`.
         batch: of :meth:`wmtp.data.PairDataset.batch`.
-        hidden: [P, 2, S, D] from a :class:`HiddenStates`: then the backbone does not run.
+        hidden: [P, 2, S, D] from :func:`wmtp.trunk_states.hidden_states`: then the backbone does not run.
     """
     tokens = batch["tokens"].flatten(0, 1).to(device)  # [2P, S]
     if hidden is not None:
@@ -99,85 +96,3 @@ def evaluate_pairs(
     scores = score_pairs(values_of, dataset, batch_size=batch_size, world=world)
     probability = probabilities(scores.mean, scores.last, loss) if labels or loss == "pairwise" else None
     return score_report(getattr(scores, score), dataset.problems, probability, seed=seed)
-
-
-class HiddenStates:
-    """Hidden states of a frozen backbone at the response tokens of a data set, computed once, in a file.
-
-    The file is named by what its content depends on, and counts once a note beside it says that it is complete. Epochs
-    after the first then cost the head alone.
-
-    Args:
-        folder: where the file is, or is to be; shared by all ranks.
-        dataset: whose tokens.
-        embed_dim: D.
-        dtype: of the stored states, float32 or bfloat16.
-        model_key: names the backbone's weights and the dtype of its computation.
-    """
-
-    def __init__(
-        self, folder: Path, dataset: PairDataset, *, embed_dim: int, dtype: torch.dtype, model_key: str
-    ) -> None:
-        self._dataset, self._dim, self._dtype = dataset, embed_dim, dtype
-        lengths = dataset.lengths.reshape(-1)  # [2P]: document 2 * row + side
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
-        key = f"{dataset.fingerprint} {model_key}"
-        self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
-
-    @property
-    def num_bytes(self) -> int:
-        return self._file.num_bytes
-
-    def complete(self) -> bool:
-        """Whether an earlier run has computed them all."""
-        return self._file.complete()
-
-    @torch.no_grad()
-    def compute(
-        self, model: nn.Module, device: torch.device | str = "cpu", *, batch_size: int, world: World | None = None
-    ) -> None:
-        """Run the backbone over the data set, unless that is done; every rank calls this and writes its share."""
-        rank, world_size = (0, 1) if world is None else (world.rank, world.size)
-        if self._file.complete_for_all(world):
-            return
-        model.eval()
-        # Shortest first, so that a batch holds little padding.
-        order = np.argsort([max(map(len, both)) for both in self._dataset.documents], kind="stable").tolist()
-        batches = list(held_out_batches(self._dataset.take(order), batch_size, rank, world_size))
-        with self._file.written(world) as write:
-            for batch in tqdm(batches, disable=rank != 0, desc="hidden states", unit="batch", leave=False):
-                hidden = model(batch["tokens"].flatten(0, 1).to(device), return_hidden=True)  # [2P, S, D]
-                hidden = hidden.cpu().unflatten(0, (-1, 2))
-                for i, row in enumerate(batch["rows"]):
-                    for side in (0, 1):
-                        write(self._starts[2 * order[row] + side], hidden[i, side][batch["response"][i, side]])
-
-    def of(self, batch: dict) -> Tensor:
-        """[P, 2, S, D] states of a batch of the data set, 0 where a token is no response."""
-        hidden = torch.zeros(*batch["tokens"].shape, self._dim, dtype=self._dtype)
-        for i, row in enumerate(batch["rows"]):
-            for side in (0, 1):
-                start, end = self._starts[2 * row + side], self._starts[2 * row + side + 1]
-                hidden[i, side][batch["response"][i, side]] = self._file.read(start, end)
-        return hidden
-
-
-def keep_hidden_states(
-    model: nn.Module,
-    datasets: Sequence[PairDataset],
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    model_key: str,
-    batch_size: int,
-    world: World,
-) -> dict[str, HiddenStates]:
-    """:class:`HiddenStates` of several data sets, by fingerprint; what an earlier run left there is used again."""
-    found = {}
-    for dataset in datasets:
-        states = HiddenStates(
-            folder, dataset, embed_dim=model.config.embed_dim, dtype=dtype, model_key=model_key
-        )  # fmt: skip
-        states.compute(model, world.device, batch_size=batch_size, world=world)
-        found[dataset.fingerprint] = states
-    return found
