@@ -6,7 +6,6 @@ from decoding import far_from
 
 from wmtp.generation.sampling import (
     Sampling,
-    _splitmix64,
     distribution,
     key_digest,
     numbers_at,
@@ -14,6 +13,7 @@ from wmtp.generation.sampling import (
     verify_greedy,
     verify_sampled,
 )
+from wmtp.numerics.keyed import splitmix64
 
 
 def test_temperature_divides_logits_and_a_tiny_one_does_not_overflow():
@@ -67,8 +67,8 @@ def test_the_noise_is_splitmix64():
         16408922859458223821,
     ]
     seeds = torch.tensor([1234567, 0])
-    assert [z % 2**64 for z in _splitmix64(seeds, 5)[0].tolist()] == expected
-    assert _splitmix64(seeds, 1)[1].item() % 2**64 == 0xE220A8397B1DCDAF
+    assert [z % 2**64 for z in splitmix64(seeds, 5)[0].tolist()] == expected
+    assert splitmix64(seeds, 1)[1].item() % 2**64 == 0xE220A8397B1DCDAF
 
 
 def test_numbers_depend_on_key_and_position_alone():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.numerics.keyed import GOLDEN, mix64, top53
+from wmtp.numerics.keyed import splitmix64, top53
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,7 @@ def sample(probs: Tensor, seeds: Tensor) -> Tensor:
 
 def _exponential(seeds: Tensor, count: int) -> Tensor:
     """Float32 [..., count] standard exponential numbers; int64 arithmetic wraps, as the generator wants."""
-    steps = torch.arange(1, count + 1, device=seeds.device) * GOLDEN
-    bits = top53(mix64(seeds[..., None] + steps))
+    bits = top53(splitmix64(seeds, count))
     # Uniform in (0, 1). float32 keeps small values finely graded, which are those of the winners.
     uniform = (bits.float() + 0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()

@@ -20,11 +20,16 @@ def keyed_generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(text_hash(f"{seed} {name}") >> 1)
 
 
-def mix64(x: Tensor) -> Tensor:
-    """Returns SplitMix64's finaliser of int64 numbers (Steele, Lea and Flood 2014): a bijection, products wrap around.
+def splitmix64(seeds: Tensor, count: int) -> Tensor:
+    """Returns the first ``count`` outputs of SplitMix64 (Steele, Lea and Flood 2014) for each seed: int64 [..., count].
 
-    ``mix64(seed + i * GOLDEN)`` for i = 1, 2, ... is the generator's stream, the same on every device.
+    Integer arithmetic, the same on every device.
     """
+    return mix64(seeds[..., None] + torch.arange(1, count + 1, device=seeds.device) * GOLDEN)
+
+
+def mix64(x: Tensor) -> Tensor:
+    """Returns SplitMix64's finaliser of int64 numbers: a bijection, products wrap around."""
     for bits, factor in _FACTORS:
         x = _xor_shift(x, bits).mul_(factor)
     return _xor_shift(x, 31)
