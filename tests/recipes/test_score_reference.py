@@ -131,8 +131,8 @@ def test_values_are_scored_at_every_position_of_every_document(score_config, mod
         expected = torch.zeros(len(document))
         values = model(torch.from_numpy(document.tokens).long()[None, :SEQ_LEN])[0]
         expected[: len(values)] = values
-        np.testing.assert_allclose(document.values, expected, atol=2e-5, rtol=1e-5)
-        assert document.values[0] != 0
+        np.testing.assert_allclose(document.signals["values"], expected, atol=2e-5, rtol=1e-5)
+        assert document.signals["values"][0] != 0
 
 
 @pytest.mark.slow
