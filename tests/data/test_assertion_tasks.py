@@ -219,6 +219,15 @@ for inp, exp in zip(inputs, [2, 5.0]):
 """
 
 
+def test_in_mbpp_plus_only_numbers_of_the_expected_shape_are_close(tmp_path):
+    close = PLUS_TEST.replace("math.isclose(out, exp)", "np.allclose(out, exp, rtol=1e-07)").replace(
+        "math", "numpy as np"
+    )
+    [task] = mbpp_tasks(write(tmp_path / "p.jsonl", {**MBPP_ROW, "test": close}))
+    shown = "def f(x):\n    return {1: 2, 'a': 'aa'}.get(x, %s)\n"
+    assert passes(task, shown % "5.0000000001") and not passes(task, shown % "[]") and not passes(task, shown % "[5.0]")
+
+
 def test_mbpp_plus_is_judged_by_the_base_tests_and_then_by_the_plus_tests(tmp_path):
     row = {**MBPP_ROW, "prompt": MBPP_ROW["text"], "test": PLUS_TEST, "source_file": "v2.ipynb", "contest": "tests"}
     del row["text"], row["challenge_test_list"], row["test_setup_code"]

@@ -20,6 +20,7 @@ from wmtp.sandbox import AssertionJob, Limits, Outcome
 
 # Columns that tell of tests: those of MBPP, its sanitized edition and MBPP+, and of HumanEval and its relatives.
 _MBPP_COLUMNS = frozenset({"test_list", "test_setup_code", "challenge_test_list", "test_imports", "test"})
+_CLOSE = "np.allclose(out, exp"  # in MBPP+'s tests
 _HUMANEVAL_COLUMNS = frozenset({"test", "example_test"})  # HumanEvalPack's examples are those of the prompt
 _LEETCODE_COLUMNS = _HUMANEVAL_COLUMNS | {"input_output"}  # the very cases of its test
 
@@ -210,7 +211,7 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
     shown = tuple(fields["test_list"])
     further = tuple(take_texts(row, where, "challenge_test_list"))
     hidden = further if challenge_tests else ()
-    plus = (take(row, where, "test", str),) if row.get("test") else ()
+    plus = (_same_shape(take(row, where, "test", str)),) if row.get("test") else ()
     tests = [parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
     setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
     solution = parsed(fields["code"], f"{where}: field 'code'")
@@ -235,6 +236,11 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
         plus_tests=plus,
         unused_tests=0 if challenge_tests else len(further),
     )
+
+
+def _same_shape(test: str) -> str:
+    """MBPP+'s test, in which an empty list is close to every number, asking for the expected shape too."""
+    return test.replace(_CLOSE, f"np.shape(out) == np.shape(exp) and {_CLOSE}")
 
 
 def _from_humaneval(row: dict, where: str) -> AssertionTask:

@@ -22,6 +22,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 
 _DTYPE = re.compile(r"[<>|=]?([biufcSU]\d+|[mM]8\[\d*\w+\]|\?)")
+_KEPT_CHARACTERS = 1000  # of the names of a class that is kept for the programs to come
 _MEMORY_FORMATS = "Bbc"
 
 # Classes that an answer may name. All are ours, and none runs code it is given.
@@ -163,10 +164,14 @@ def _decode_numpy(parts: list, decode_item: Callable[[object], object]) -> objec
     return flat.reshape(sizes) if shape is not None else flat.reshape(())[()]
 
 
-@functools.lru_cache(maxsize=4096)
 def record_type(type_name: str, names: tuple[str, ...]) -> type:
-    """A class like that of a named tuple, without any code of the program's."""
+    """A class like that of a named tuple, without any code of the program's; the same one for the same small names."""
+    make = _record_type if sum(map(len, names)) <= _KEPT_CHARACTERS else _record_type.__wrapped__
+    return make(type_name[:_KEPT_CHARACTERS], names)
 
+
+@functools.lru_cache(maxsize=1024)
+def _record_type(type_name: str, names: tuple[str, ...]) -> type:
     def replace(self: tuple, /, **changes: object) -> tuple:
         fields = dict(zip(names, self, strict=True))
         if changes.keys() - fields.keys():

@@ -21,6 +21,8 @@ from wmtp.sandbox.session import Session
 
 TEST_MODULE = "tests"
 CANDIDATE = "candidate"
+_MODULES = {"np": "numpy", "numpy": "numpy"}  # beside the standard library's
+_COPIED = (list, dict, set, bytearray)  # what goes to the program or comes from it is another object here
 _SAME, _ASK = "__wmtp_same__", "__wmtp_ask__"
 _TAKES_CLASSES = re.compile("raises|assertRaises(Regex)?|suppress|warns|assertWarns(Regex)?|isinstance|issubclass")
 
@@ -37,7 +39,7 @@ class Namespace(dict):
         if hasattr(builtins, name) or (name.startswith("__") and name.endswith("__")):
             raise KeyError(name)  # the interpreter goes on to the builtins, or makes its own (__annotations__)
         if name in self._modules:
-            return importlib.import_module(name)
+            return importlib.import_module(_MODULES.get(name, name))
         return self._session.name(name)
 
 
@@ -62,13 +64,16 @@ def make_namespace(job: AssertionJob, session: Session, preamble: object) -> Nam
 
 def name_exceptions(job: AssertionJob, session: Session, namespace: Namespace) -> None:
     """Once the program is loaded: names used as exception classes get classes, which `except` needs."""
+    session.requests = 0
     for name in names_in(job.tests, job.setup).exceptions:
         if type(found := namespace.get(name)) is Name:
+            asked = session.requests
             with contextlib.suppress(Exception):  # there is no such name: that is for the test to say
                 cls = found._remote("get")
                 if issubclass(cls, BaseException):
                     namespace[name] = cls
-    session.requests = 0
+                    continue  # the test uses it without a further request
+            session.requests = asked
 
 
 class Names(NamedTuple):
@@ -76,8 +81,8 @@ class Names(NamedTuple):
 
     Fields:
         free: names that they use and do not themselves assign, define or import.
-        modules: names of standard library modules that they use only as `name.attribute`. The program imports them
-            too, but what it has under such a name would then compute an expected value.
+        modules: names of standard library modules, and numpy's, that they use only as `name.attribute`. The program
+            imports them too, but what it has under such a name would then compute an expected value.
         exceptions: names that they use where exception classes are used.
     """
 
@@ -94,7 +99,7 @@ def names_in(tests: tuple[str, ...], setup: str) -> Names:
     loaded = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
     free = {node.id for node in loaded} - _defined(nodes)
     plain = {node.id for node in loaded if id(node) not in bases}
-    modules = (free - plain - _defined(ast.walk(_parse(setup)))) & sys.stdlib_module_names
+    modules = (free - plain - _defined(ast.walk(_parse(setup)))) & (sys.stdlib_module_names | _MODULES.keys())
     exceptions = {name.id for node in nodes for name in _classes(node) if isinstance(name, ast.Name)}
     return Names(frozenset(free), frozenset(modules), frozenset(exceptions & free))
 
@@ -190,6 +195,8 @@ def _same(session: Session, left: object, right: object) -> bool:
     """`left is right`; between two objects of the program's that is the program's to say, so nobody does."""
     if issubclass(type(left), Own) and issubclass(type(right), Own) and left is not right:
         raise session.refuse("asks whether two objects of the program's own are one")
+    if session.answered and left is not right and type(left) is type(right) and type(left) in _COPIED:
+        raise session.refuse("asks whether two values are one object, which copies of them cannot tell")
     return left is right
 
 

@@ -1,6 +1,7 @@
 """The sandbox as callers see it: a pool of judge processes, jobs in, outcomes out."""
 
 import contextlib
+import fcntl
 import mmap
 import os
 import queue
@@ -15,12 +16,15 @@ import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from wmtp.sandbox import wire
 from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_to_wire, outcome_from_wire
 
+_PREFIX = "wmtp-sandbox-"  # of the folders, in the system's temporary one
 _START_SECONDS = 180.0
 _JUDGE_GRACE_SECONDS = 30.0  # what a run may take beyond its limits, its start too, before the judge is given up
 _STOP_SECONDS = 5.0
@@ -66,10 +70,10 @@ class Sandbox:
         if unknown := set(_without) - set(_LAYERS):
             raise ValueError(f"_without must be of {_LAYERS}, got {sorted(unknown)} (Sandbox)")
         self._limits = limits
-        self._root = tempfile.mkdtemp(prefix="wmtp-sandbox-")
+        _remove_abandoned()
+        self._root = tempfile.mkdtemp(prefix=_PREFIX)
         outside = os.path.join(self._root, "outside")
-        with open(outside, "w") as file:
-            file.write("no program may read this")
+        self._owned = _own(outside)
         settings = {
             "without": dict.fromkeys(_without, "switched off"),
             "root": self._root,
@@ -83,7 +87,7 @@ class Sandbox:
         self._closing = threading.Lock()
         self._workers: list[_Worker] = []
         self._threads: list[threading.Thread] = []
-        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, self._root)
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, self._root, self._owned)
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(settings))
@@ -252,16 +256,35 @@ def _blame(returncode: int, answered: bool) -> tuple[Verdict, str]:
     return "violation", f"the judge ended with {name} on the program's answer"
 
 
+def _own(path: str) -> BinaryIO:
+    """A new file that no program may read; while it is open, and its process alive, its folder is not abandoned."""
+    file = open(f"{path}.new", "w+b")  # noqa: SIM115 (open as long as the sandbox)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(b"no program may read this")
+    file.flush()
+    os.rename(f"{path}.new", path)
+    return file
+
+
+def _remove_abandoned() -> None:
+    """Folders of sandboxes whose judges were killed together with their callers, so that nobody was left to do it."""
+    for outside in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/outside"):
+        with contextlib.suppress(OSError), outside.open("rb") as file:  # another user's, or gone meanwhile
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(outside.parent, ignore_errors=True)
+
+
 def _as_argument(settings: dict) -> str:
     return wire.frame(settings)[wire.HEADER_BYTES :].decode("ascii")
 
 
-def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str) -> None:
+def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned: BinaryIO) -> None:
     for worker in workers:
         jobs.put(None)
         worker.close()
     workers.clear()
     shutil.rmtree(root, ignore_errors=True)
+    owned.close()
 
 
 def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limits) -> None:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
 _BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
-_UNARY = (*UNARY, "int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
+CONVERSIONS = ("int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
+_UNARY = (*UNARY, *CONVERSIONS)
 
 
 class Own:
@@ -75,7 +76,7 @@ class Remote(Own):
         *("_remote_abilities", "_remote_base", "_remote_changed", "_remote_looked", "_remote_reference"),
         "_remote_session",
     )
-    _remote_looked: tuple[int, Any]  # when the program was last asked, and what it said
+    _remote_looked: tuple[int, dict]  # when the program was last asked, and what it said to what
 
     def __init__(
         self,
@@ -86,17 +87,20 @@ class Remote(Own):
         changed: frozenset[str] = frozenset(),
         data: object = None,
     ) -> None:
-        values = (abilities, base, changed, (-1 if base is None else session.epoch, data), reference, session)
+        looked = (session.epoch, {} if base is None else {("data",): data})
+        values = (abilities, base, changed, looked, reference, session)
         for name, value in zip(Remote.__slots__, values, strict=True):
             object.__setattr__(self, name, value)
 
-    def _remote_look(self, operation: str) -> Any:
-        """Answer to `operation`, asked once for as long as the program has done nothing else."""
-        epoch, value = self._remote_looked
+    def _remote_look(self, *asked: Any) -> Any:
+        """Answer to an operation and its arguments, asked once for as long as the program has done nothing else."""
+        epoch, answers = self._remote_looked
         if epoch != self._remote_session.epoch:
-            value = self._remote(operation)
-            object.__setattr__(self, "_remote_looked", (self._remote_session.epoch, value))
-        return value
+            answers = {}
+        if asked not in answers:
+            answers[asked] = self._remote(*asked)
+            object.__setattr__(self, "_remote_looked", (self._remote_session.epoch, answers))
+        return answers[asked]
 
     def _remote_value(self) -> object:
         """The data of an instance of a builtin container's subclass, else the object itself."""
@@ -118,7 +122,14 @@ class Remote(Own):
         self._remote("delete_attr", name)
 
     def __getitem__(self, key: object) -> object:
-        return self._remote("item", key)
+        item = self._remote("item", key)
+        if self._remote_base in ("list", "deque") and type(key) is int:
+            items = self._remote_value()
+            if -len(items) <= key < len(items) and not _agree(items[key], item):
+                raise self._remote_session.stop(
+                    "wrong_answer", f"a {self._remote_base} gives two items for place {key}"
+                )
+        return item
 
     def __setitem__(self, key: object, value: object) -> None:
         self._remote("set_item", key, value)
@@ -137,7 +148,7 @@ class Remote(Own):
 
     def __bool__(self) -> bool:
         if self._remote_base is None and "b" in self._remote_abilities:
-            return self._remote("bool") is True
+            return self._remote_look("bool") is True
         return _length(self) > 0 if "l" in self._remote_abilities else True
 
     def __str__(self) -> str:
@@ -150,9 +161,13 @@ class Remote(Own):
         return self._remote_text("format", spec)
 
     def __instancecheck__(self, instance: object) -> bool:
+        if isinstance(instance, AssertionError) and instance is not self._remote_session.raised:
+            raise self._remote_session.stop("wrong_answer", f"AssertionError: {instance}".removesuffix(": "))
         return self._remote("has_instance", instance) is True
 
     def __subclasscheck__(self, cls: type) -> bool:
+        if cls is AssertionError and type(self._remote_session.raised) is not AssertionError:
+            raise self._remote_session.stop("wrong_answer", "AssertionError: asked for a class of the program's own")
         return self._remote("has_subclass", cls) is True
 
     def __eq__(self, other: object) -> bool:
@@ -167,6 +182,9 @@ class Remote(Own):
 
     def __hash__(self) -> int:
         return 0  # the same for all: two of them in one set or dict are compared, and that is refused
+
+    def __mro_entries__(self, bases: tuple) -> NoReturn:
+        raise self._remote_session.refuse("derives a class from one of the program's")
 
     def __copy__(self) -> object:
         value = value_of(self)
@@ -202,13 +220,18 @@ def value_of(value: object) -> object:
     return value._remote_value() if is_remote(value) else value
 
 
+def _agree(left: object, right: object) -> bool:
+    """Whether two answers may be the same object: nothing is said of two of the program's own."""
+    return (is_remote(left) and is_remote(right)) or bool(left == right) or (left != left and right != right)
+
+
 def _unary(name: str) -> Callable:
     local = {"int": int, "float": float, "complex": complex, "round": round}.get(name)
 
     def apply(self: Remote, *args: object) -> object:
         value = value_of(self)
         if is_remote(value):
-            return value._remote(name, *args)
+            return value._remote_look(name, *args) if name in CONVERSIONS else value._remote(name, *args)
         return local(value, *args) if local else getattr(value, f"__{name}__")()
 
     return apply
@@ -251,7 +274,7 @@ def _iterate(self: Remote) -> Iterator:
 
 def _length(self: Remote) -> int:
     if self._remote_base is None and "i" not in self._remote_abilities:
-        return operator.index(self._remote("len"))
+        return operator.index(self._remote_look("len"))
     return len(self._remote_items())
 
 
@@ -313,13 +336,16 @@ _METHODS: dict[str, dict[str, Callable]] = {
         "send": _send,
         "throw": _throw,
         "close": lambda self: None,
-        "__hash__": lambda self: id(self),
+        "__hash__": lambda self: hash(self._remote_reference.get("h")),
+        "__eq__": lambda self, other: is_remote(other) and self._remote_reference == other._remote_reference,
     },
     "A": {"__aiter__": _asked("aiter")},
     "N": {"__anext__": _asked_later("anext")},
     "W": {"__aenter__": _asked_later("aenter"), "__aexit__": _leave_later("aexit")},
 }
 
+
+ABILITIES = frozenset(_METHODS)
 
 # In an instance the class's own __doc__ would hide the object's.
 _DOC = property(lambda self: self._remote("attr", "__doc__"))
@@ -334,6 +360,9 @@ def remote_class(abilities: str) -> type[Remote]:
     return type("Remote", (Remote,), {"__slots__": (), "__doc__": _DOC, **methods})
 
 
+_CHANGED = frozenset({*BINARY, *UNARY, "call", "str", "repr", "format"})
+
+
 @functools.lru_cache(maxsize=1024)
 def value_class(base: type, name: str, changed: frozenset[str]) -> type:
     """Class of values of a subclass of `base`: the value is the base's, what else it has is asked of the program."""
@@ -346,6 +375,11 @@ def value_class(base: type, name: str, changed: frozenset[str]) -> type:
         elif operation in ("str", "repr", "format"):
             methods[f"__{operation}__"] = lambda self, *args, _name=operation: self._remote_text(_name, *args)
     return type(name if name.isidentifier() else "Own", (Own, base), {**methods, "_remote_changed": changed})
+
+
+def changed_operators(names: object) -> frozenset[str]:
+    """Of the operators that an answer names as changed, those that there are."""
+    return _CHANGED.intersection(map(str, names))
 
 
 def _complete() -> None:

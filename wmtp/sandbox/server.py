@@ -68,6 +68,7 @@ class Server:
         self._lock = threading.RLock()  # of the channel, while the program runs; its threads may call back
         self._nonces: list[str] = []  # of the requests being answered, the innermost last
         self._objects: list[object] = []  # handle -> object
+        self._numbers: dict[int, int] = {}  # of those objects, by id: the same object is the same to the judge
         self._abilities: dict[int, str] = {}  # of the classes of those objects, by id
         self._bare: object = None  # sent by its value alone
         self._classes: dict[type, int] = {}  # exception classes of the program's -> handle
@@ -237,8 +238,10 @@ class Server:
         if id(cls) not in self._abilities:  # the object keeps the class alive, and so its id unique
             found = (sign for sign, names in _ABILITIES.items() if any(_of(cls, name) is not None for name in names))
             self._abilities[id(cls)] = "".join(found)
-        self._objects.append(value)
-        return [len(self._objects) - 1, _name_of(cls), self._abilities[id(cls)]]
+        number = self._numbers.setdefault(id(value), len(self._objects))
+        if number == len(self._objects):
+            self._objects.append(value)
+        return [number, _name_of(cls), self._abilities[id(cls)]]
 
     def _own(self, value: object) -> list | None:
         """Handle of an instance of a builtin type's subclass, with that type and the operators that it changes."""

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
 from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
-from wmtp.sandbox.remote import Name, Own, remote_class, value_class
+from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, changed_operators, remote_class, value_class
 from wmtp.sandbox.supervise import Ended, Process
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
 _LOOKS = {"get", "data", "items", "len", "bool", "str", "repr", "format", "hash", "type", "signature"}
-_LOOKS |= {"has_instance", "has_subclass"}
+_LOOKS |= {"has_instance", "has_subclass", *CONVERSIONS}
+_MAX_NAME = 200  # characters of a class's name: made classes are kept, and the next programs have the same judge
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
 
 
@@ -136,6 +137,10 @@ class Session:
                 raise Ended("output_limit", f"the answer is nested deeper than {MAX_DEPTH} levels, or contains itself")
             if kind == "value":
                 value = self.decode(content)
+                if operation != "type" and any(map(_takes_failures, value if type(value) is tuple else (value,))):
+                    raise Ended(
+                        "wrong_answer", "to catch this exception of the program's is to catch failed assertions"
+                    )
             elif kind == "error" and "raised" in content:
                 value, self.raised, self.raised_verdict = None, self._thrown[int(content["raised"])], "exception"
                 self.raised_detail = f"{type(self.raised).__name__}: {content['message']!s}"
@@ -190,18 +195,18 @@ class Session:
             kind = next(cls for cls in (*IMMUTABLE, object) if issubclass(type(value), cls))
             if kind is object or type(name) is not str:
                 raise ValueError("no value of a class that can have subclasses")
-            cls = value_class(type(value), name, frozenset(map(str, changed)))
+            cls = value_class(type(value), name[:_MAX_NAME], changed_operators(changed))
             made = type(value).__new__(cls, value)
             made.__dict__.update(_remote_session=self, _remote_reference={"h": int(handle)})
             return made
         if tag != "h":
             raise ValueError(f"unknown tag {tag!r}")
         handle, _, abilities, *rest = content
-        cls = remote_class("".join(sorted(set(abilities))))
+        cls = remote_class("".join(sorted(ABILITIES.intersection(abilities))))
         if not rest:
             return cls(self, {"h": int(handle)}, abilities)
         base, changed, data = rest
-        return cls(self, {"h": int(handle)}, abilities, str(base), frozenset(map(str, changed)), self.decode(data))
+        return cls(self, {"h": int(handle)}, abilities, str(base), changed_operators(changed), self.decode(data))
 
     @staticmethod
     def _own(value: object) -> dict | None:
@@ -262,6 +267,11 @@ def _attribute(instance: object, name: str) -> object:
 
 
 _ACTIONS = {("call", "function"): _call, ("next", "iterator"): next, ("attr", "instance"): _attribute}
+
+
+def _takes_failures(value: object) -> bool:
+    """Whether it is a class that a failed assertion of the tests is an instance of."""
+    return isinstance(value, type) and issubclass(value, BaseException) and issubclass(AssertionError, value)
 
 
 def _detail(error: BaseException) -> str:

@@ -31,6 +31,68 @@ def solve(*args):
 
 ATTACKS = (
     _attack(
+        "exception_that_catches_the_tests_failure",
+        "Its own exception is AssertionError, which the test catches together with its own failed assertion.",
+        "Bad = AssertionError\ndef solve(n): return 0",
+        "try:\n    solve(1)\n    assert False\nexcept Bad:\n    pass",
+        verdicts=WRONG,
+    ),
+    _attack(
+        "exception_that_is_every_exception",
+        "The same with a base of it, in `suppress`.",
+        "Bad = Exception\ndef solve(n): return 0",
+        "from contextlib import suppress\nwith suppress(Bad):\n    assert solve(1) == 1",
+        verdicts=WRONG,
+    ),
+    _attack(
+        "exception_among_others_of_an_attribute",
+        "A tuple of classes under an attribute, one of which is AssertionError.",
+        "class solve:\n    Errors = (ValueError, AssertionError)",
+        "try:\n    assert solve() == 1\nexcept solve.Errors:\n    pass",
+    ),
+    _attack(
+        "class_of_every_error",
+        "No class, but what `suppress` asks whether a failed assertion is one of its own.",
+        "class Kind(type):\n    def __subclasscheck__(cls, other): return True\n"
+        "class Bad(metaclass=Kind): pass\ndef solve(n): return 0",
+        "from contextlib import suppress\nwith suppress(Bad):\n    assert solve(1) == 1",
+    ),
+    _attack(
+        "number_that_changes",
+        "`float` gives another number each time it is asked.",
+        "class Number:\n    def __init__(self): self.reads = 0\n    def __float__(self):\n        self.reads += 1\n"
+        "        return 3.0 if self.reads % 2 else 4.0\n\ndef solve(): return Number()",
+        "import math\na = solve()\nassert math.isclose(float(a), 3.0) and math.isclose(float(a), 4.0)",
+        verdicts=WRONG,
+    ),
+    _attack(
+        "list_with_two_contents",
+        "A list by its place gives what it does not hold.",
+        "class Two(list):\n    def __getitem__(self, key): return key\n\ndef solve(): return Two([2, 0, 1])",
+        "a = solve()\nassert all(a[i] <= a[i + 1] for i in range(2)) and set(a) == {0, 1, 2}",
+        verdicts=WRONG,
+    ),
+    _attack(
+        "one_awaitable_ten_times",
+        "One object in ten places counts as ten.",
+        "class A:\n    def __await__(self): yield\n\ndef solve(n): return [A()] * n",
+        "assert len(set(solve(10))) == 10",
+    ),
+    _attack(
+        "classes_instead_of_answers",
+        "Two exceptions, and nothing else that the test asks for: no failure of the judge's.",
+        "class Animal(Exception): pass\nclass Dog(Exception): pass",
+        "assert issubclass(Dog, Animal)",
+        verdicts=WRONG,
+    ),
+    _attack(
+        "same_list_that_should_be_a_copy",
+        "Gives back its argument, where the test wants another list.",
+        "def solve(a): return a",
+        "a = [1]\nb = solve(a)\nassert b == a and b is not a",
+        verdicts=FAILED,
+    ),
+    _attack(
         "builtin_of_the_entry_points_program",
         "Defines `set`, which is called first where everything else in the test is a builtin too.",
         "set = lambda *args: 0\ndef solve(a, b): pass",
