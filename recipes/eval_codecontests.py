@@ -205,8 +205,9 @@ class EvalCodeContestsRecipe:
 
     def _what_decides_a_sample(self) -> dict:
         """The settings without which a resumed run would mix two evaluations."""
-        keys = ("seed", "dtype", "tasks", "checkpoint", "model", "tokenizer", "protocol", "limits")
-        keys += ("top_p", "max_new_tokens", "num_drafts", "machine_factor", "stop_at_first_failure")
+        keys: tuple[str, ...] = ("seed", "tasks", "protocol", "limits", "machine_factor", "stop_at_first_failure")
+        if self._samples_file is None:  # else nothing is known of the model, whatever the config says of one
+            keys += ("dtype", "checkpoint", "model", "tokenizer", "top_p", "max_new_tokens", "num_drafts")
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
         settings["tasks_sha256"] = _sha256([self._job(task, "") for task in self._tasks])
         settings["sanitize"] = self._sanitize

@@ -196,8 +196,9 @@ class EvalMBPPRecipe:
 
     def _what_decides_a_sample(self) -> dict:
         """The settings without which a resumed run would mix two evaluations."""
-        keys = ("seed", "dtype", "tasks", "checkpoint", "model", "tokenizer", "protocol", "limits")
-        keys += ("top_p", "max_new_tokens", "num_drafts")
+        keys: tuple[str, ...] = ("seed", "tasks", "protocol", "limits")
+        if self._samples_file is None:  # else nothing is known of the model, whatever the config says of one
+            keys += ("dtype", "checkpoint", "model", "tokenizer", "top_p", "max_new_tokens", "num_drafts")
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
         settings["tasks_sha256"] = _sha256([task.job("") for task in self._tasks])
         if inside := [task.task_id for task in self._tasks if task.inside]:

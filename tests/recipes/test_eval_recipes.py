@@ -77,7 +77,9 @@ def test_existing_samples_are_judged_without_a_model(tiny_config, gold):
     # What a run writes is what samples=FILE reads.
     again = tiny_config("eval_mbpp", samples=str(Path(cfg.output_dir) / "samples.jsonl"), output_dir="again")
     again.fixed_temperature, again.temperatures = None, [0.0]
-    assert run_here(again)["verdicts"] == results["verdicts"]
+    judged = run_here(again)
+    assert judged["verdicts"] == results["verdicts"]
+    assert not {"model", "checkpoint", "max_new_tokens"} & judged["settings"].keys()  # nobody knows who wrote them
 
 
 def test_samples_of_some_tasks_as_people_have_them(tiny_config, tmp_path):
@@ -216,7 +218,7 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         "config.yaml", "report.md", "results.json", "samples.jsonl"
     }  # fmt: skip
     told = {"wmtp.git_commit", "wmtp.data_sha256", "wmtp.sandbox", "mlflow.note.content"}
-    assert told <= set(run.data.tags)
+    assert told <= set(run.data.tags) and f"samples of {cfg.samples}" in run.data.tags["mlflow.note.content"]
 
 
 @pytest.mark.parametrize(

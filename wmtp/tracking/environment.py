@@ -71,10 +71,10 @@ def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[s
         user = getpass.getuser()
     except (KeyError, OSError):  # a container's user without a name
         user = f"uid {os.getuid()}"
-    model = (cfg.get("model") or {}).get("_component_", "model")
+    made_by = f"{(cfg.get('model') or {}).get('_component_', 'model')} from {cfg.get('checkpoint') or 'random weights'}"
     lines = [
         f"**{facts['method']}** on **{facts['dataset']}**",
-        f"{model} from {cfg.get('checkpoint') or 'random weights'}",
+        f"samples of {cfg['samples']}" if cfg.get("samples") else made_by,
         f"`{shlex.join(sys.argv)}`, {os.environ.get('WORLD_SIZE', '1')} process(es)",
     ]
     return {
