@@ -14,6 +14,7 @@ _MAX_ITEMS = 1 << 22  # that a container is asked for at once
 UNARY = ("neg", "pos", "abs", "invert")
 BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 OPERATORS = UNARY + BINARY
+OVERRIDABLE = frozenset({*OPERATORS, "str", "repr", "format", "call"})  # that a subclass may change
 
 
 def _items(value: object) -> list:

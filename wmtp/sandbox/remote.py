@@ -360,9 +360,6 @@ def remote_class(abilities: str) -> type[Remote]:
     return type("Remote", (Remote,), {"__slots__": (), "__doc__": _DOC, **methods})
 
 
-_CHANGED = frozenset({*BINARY, *UNARY, "call", "str", "repr", "format"})
-
-
 @functools.lru_cache(maxsize=1024)
 def value_class(base: type, name: str, changed: frozenset[str]) -> type:
     """Class of values of a subclass of `base`: the value is the base's, what else it has is asked of the program."""
@@ -375,11 +372,6 @@ def value_class(base: type, name: str, changed: frozenset[str]) -> type:
         elif operation in ("str", "repr", "format"):
             methods[f"__{operation}__"] = lambda self, *args, _name=operation: self._remote_text(_name, *args)
     return type(name if name.isidentifier() else "Own", (Own, base), {**methods, "_remote_changed": changed})
-
-
-def changed_operators(names: object) -> frozenset[str]:
-    """Of the operators that an answer names as changed, those that there are."""
-    return _CHANGED.intersection(map(str, names))
 
 
 def _complete() -> None:

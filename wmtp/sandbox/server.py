@@ -18,7 +18,7 @@ from wmtp.sandbox import wire
 from wmtp.sandbox.codec import BUILTIN, AnswerTooLarge, Decoder, Encoder, TooDeep
 from wmtp.sandbox.library_values import TYPES, record_type
 from wmtp.sandbox.memory import is_refused_memory
-from wmtp.sandbox.operations import OPERATIONS, OPERATORS
+from wmtp.sandbox.operations import OPERATIONS, OVERRIDABLE
 
 MAX_MESSAGE = 10_000
 _MAX_WARNINGS = 100  # of one request
@@ -36,7 +36,6 @@ _ABILITIES = {
     "N": ("__anext__",),
     "W": ("__aexit__",),
 }
-_OVERRIDABLE = (*OPERATORS, "str", "repr", "format", "call")
 _PLAIN_RECORD = {*vars(record_type("Record", ("field",))), "_field_defaults", "_fields_defaults", "__getnewargs__"}
 _PLAIN_RECORD |= {"__match_args__", "__new__", "__annotations__", "__orig_bases__", "__static_attributes__"}
 _PLAIN_RECORD |= {"__firstlineno__", "__replace__"}
@@ -251,7 +250,7 @@ class Server:
         if cls.__bases__ == (tuple,) and cls.__dict__.keys() <= _PLAIN_RECORD | {*cls.__dict__.get("_fields", ())}:
             return None
         base = next(base for base in _mro(cls) if base.__module__ in ("builtins", "collections") and base in BUILTIN)
-        changed = [name for name in _OVERRIDABLE if _of(cls, f"__{name}__") is not _of(base, f"__{name}__")]
+        changed = [name for name in OVERRIDABLE if _of(cls, f"__{name}__") is not _of(base, f"__{name}__")]
         return [*self._handle(value), base.__name__, changed]
 
     def _reference(self, value: object) -> dict:

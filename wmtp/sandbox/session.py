@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 
 from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
 from wmtp.sandbox.jobs import Verdict
+from wmtp.sandbox.operations import OVERRIDABLE
 from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
-from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, changed_operators, remote_class, value_class
+from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, remote_class, value_class
 from wmtp.sandbox.supervise import Ended, Process
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
@@ -195,7 +196,7 @@ class Session:
             kind = next(cls for cls in (*IMMUTABLE, object) if issubclass(type(value), cls))
             if kind is object or type(name) is not str:
                 raise ValueError("no value of a class that can have subclasses")
-            cls = value_class(type(value), name[:_MAX_NAME], changed_operators(changed))
+            cls = value_class(type(value), name[:_MAX_NAME], OVERRIDABLE.intersection(map(str, changed)))
             made = type(value).__new__(cls, value)
             made.__dict__.update(_remote_session=self, _remote_reference={"h": int(handle)})
             return made
@@ -206,7 +207,8 @@ class Session:
         if not rest:
             return cls(self, {"h": int(handle)}, abilities)
         base, changed, data = rest
-        return cls(self, {"h": int(handle)}, abilities, str(base), changed_operators(changed), self.decode(data))
+        operators = OVERRIDABLE.intersection(map(str, changed))
+        return cls(self, {"h": int(handle)}, abilities, str(base), operators, self.decode(data))
 
     @staticmethod
     def _own(value: object) -> dict | None:
