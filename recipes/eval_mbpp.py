@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
+from wmtp.data import PACKAGED_TASKS
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.evaluation_golds import settle_tests
@@ -126,7 +127,9 @@ class EvalMBPPRecipe:
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = self._judges or max(1, (os.cpu_count() or 1) // local_processes)
         with as_user_error(ValueError, RuntimeError):  # a kernel that offers too little; judges that do not start
-            self._sandbox = Sandbox(workers=workers, limits=self._limits, allow_unsafe=self._allow_unsafe)
+            self._sandbox = Sandbox(
+                workers=workers, limits=self._limits, hidden=[PACKAGED_TASKS], allow_unsafe=self._allow_unsafe
+            )
         self._tasks = settle_tests(
             self._tasks, self._sandbox, tests=self._tests, limits=self._limits, say=self._log.say
         )

@@ -13,10 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+import wmtp
 from wmtp.sandbox import AssertionJob, Sandbox, confine, filesystem, seccomp, syscalls
 
 pytestmark = pytest.mark.skipif(not syscalls.SUPPORTED, reason="confinement needs Linux on x86-64 or aarch64")
 
+PACKAGE = Path(wmtp.__file__).parent
 FILES_APART = {"landlock", "namespaces", "bubblewrap"}  # any one of them keeps a program from files outside
 
 # Runs as any user, under any interpreter: starts a sandbox, has programs try what they must not do and what they must
@@ -44,7 +46,7 @@ if settings["container"]:
     unshare, mount, umount, setns, pivot_root = (272, 165, 166, 308, 155) if x86 else (97, 40, 39, 268, 41)
     forbid(dict.fromkeys((unshare, mount, umount, setns, pivot_root), 1) | {435: 38})
 test = "import json\\nresult = attempt()\\nassert type(result) is dict and not result, json.dumps(result)"
-with Sandbox(workers=1, _without=tuple(settings["without"])) as sandbox:
+with Sandbox(workers=1, hidden=settings["hidden"], _without=tuple(settings["without"])) as sandbox:
     outcomes = sandbox.judge([AssertionJob(program, (test,)) for program in settings["programs"]])
     layers = [sandbox.layers, sandbox.missing]
 print(json.dumps({"layers": layers, "outcomes": [[outcome.verdict, outcome.detail] for outcome in outcomes]}))
@@ -178,17 +180,23 @@ def try_out(folder, *, without=(), container=False, user=None, python=sys.execut
     outside.write_text("kept")
     outside.chmod(0o644)
     before = outside.stat()
-    forbidden = FORBIDDEN.replace("@OUTSIDE@", repr(str(outside))).replace("@PACKAGE@", repr(filesystem.PACKAGE))
+    forbidden = FORBIDDEN.replace("@OUTSIDE@", repr(str(outside))).replace("@PACKAGE@", repr(str(PACKAGE)))
     needed = NEEDED.replace("@IMPORTS@", imports)
-    settings = {"without": without, "container": container, "programs": [forbidden, needed, forbidden, needed]}
-    environment = {"PYTHONPATH": str(path or Path(filesystem.PACKAGE).parent), "PATH": os.environ["PATH"]}
     who = {} if user is None else {"user": user, "group": user, "extra_groups": []}
-    command = [python, "-c", SCRIPT, json.dumps(settings)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, **who)
+    programs = [forbidden, needed, forbidden, needed]
+    layers = run_script(programs, python, path or PACKAGE.parent, folder, without, container, **who)
     after = outside.stat()
     assert (after.st_size, after.st_mode, after.st_mtime) == (before.st_size, before.st_mode, before.st_mtime)
-    if done.returncode:
-        return done.stderr.strip().splitlines()[-1]
+    return layers
+
+
+def run_script(programs, python, path, folder, without, container=False, hidden=(), **who):
+    """Layers and missing layers, after seeing that every program's `attempt` finds nothing to tell."""
+    settings = {"without": without, "container": container, "hidden": list(map(str, hidden)), "programs": programs}
+    environment = {"PYTHONPATH": str(path), "PATH": os.environ["PATH"]}
+    command = [python, "-c", SCRIPT, json.dumps(settings)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120, **who)
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     for verdict, detail in result["outcomes"]:
         assert verdict == "passed", detail
@@ -221,6 +229,56 @@ def test_in_a_container_that_forbids_namespaces_landlock_is_enough(offered, tmp_
     assert ("resident memory" in layers) == ("resident" in offered)
 
 
+SOLUTIONS = '''
+import os
+
+SHOWN, HIDDEN = @SHOWN@, @HIDDEN@
+
+
+def attempt():
+    """Solutions that can be read by any of the paths, and files beside them that cannot."""
+    found = {}
+    for folder in SHOWN:
+        names = [os.path.join(root, name) for root, _, names in os.walk(folder, followlinks=True) for name in names]
+        for path in {*names, *HIDDEN, os.path.join(folder, "numbers", "shown.py")}:
+            try:
+                if "the solution is 42" in open(path).read():
+                    found[path] = "read"
+            except OSError:
+                if path.endswith("shown.py"):
+                    found[path] = "not read"
+    return found
+'''
+
+
+@pytest.mark.parametrize("through_a_link", [False, True])
+@pytest.mark.parametrize("without", [(), ("landlock",), ("namespaces",), ("landlock", "namespaces")], ids=str)
+def test_hidden_folders_and_the_package_are_out_of_sight(offered, tmp_path, without, through_a_link):
+    """Where they lie among the libraries that a program may read: the default hides the whole package."""
+    if not (offered - set(without)) & FILES_APART and not (len(without) == 2 and shutil.which("bwrap")):
+        pytest.skip(f"this kernel offers only {sorted(offered)}, and bubblewrap may not be installed")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    (tmp_path / "link").symlink_to("venv")
+    (site,) = (tmp_path / ("link" if through_a_link else "venv")).glob("lib/python3*/site-packages")
+    shutil.copytree(PACKAGE / "sandbox", site / "wmtp" / "sandbox")
+    for folder in ("wmtp", "wmtp/eval", "numbers", "numbers/answers"):
+        (site / folder).mkdir(exist_ok=True)
+        (site / folder / "tasks.py").write_text("" if folder == "numbers" else "# the solution is 42\n")
+    (site / "wmtp" / "__init__.py").touch()
+    (site / "numbers" / "shown.py").write_text("")
+    (site / "alias").symlink_to("numbers/answers")
+    files = [str(site / folder / "tasks.py") for folder in ("wmtp", "wmtp/eval", "numbers/answers", "alias")]
+    shown = [str(site), os.path.realpath(site)]
+    program = SOLUTIONS.replace("@SHOWN@", repr(shown)).replace("@HIDDEN@", repr(files))
+    python = str(site.parents[2] / "bin" / "python")
+    run_script([program], python, site, tmp_path, without, hidden=[site / "numbers" / "answers", site / "wmtp/eval"])
+
+
+def test_what_is_to_be_hidden_must_be_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"hidden must name folders, got '.*/none' \(Sandbox\)"):
+        Sandbox(workers=1, hidden=[tmp_path / "none"])
+
+
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
 def test_bubblewrap_stands_in_for_landlock_and_namespaces(tmp_path):
     layers, _ = try_out(tmp_path, without=("landlock", "namespaces"))
@@ -236,7 +294,7 @@ def ordinary(tmp_path_factory):
     folder.mkdir(mode=0o755)
     try:
         library = folder / "library" / "wmtp"
-        shutil.copytree(Path(filesystem.PACKAGE) / "sandbox", library / "sandbox")
+        shutil.copytree(PACKAGE / "sandbox", library / "sandbox")
         (library / "__init__.py").touch()
         home = folder / "home"
         home.mkdir()
@@ -306,7 +364,7 @@ def test_a_probe_notices_that_its_layer_does_not_hold(layer, tmp_path):
     checks |= dict(isolation=lambda: probe._isolation_problems(path, "pid"))
     print(json.dumps(probe._try(probe.Confinement(None, None, False, 0, False), {str(tmp_path)!r}, checks[layer])))
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(filesystem.PACKAGE).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, check=True
     )
@@ -543,7 +601,7 @@ def test_limits_can_only_be_lowered():
     confine.lower(resource.RLIMIT_NOFILE, 50)
     assert resource.getrlimit(resource.RLIMIT_NOFILE) == (50, 50)
     """
-    environment = {**os.environ, "PYTHONPATH": str(Path(filesystem.PACKAGE).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)
 
 

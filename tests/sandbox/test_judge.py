@@ -12,10 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from wmtp.sandbox import AssertionJob, Limits, Sandbox, StdioJob, StdioTest, filesystem
+from wmtp.sandbox import AssertionJob, Limits, Sandbox, StdioJob, StdioTest
 from wmtp.sandbox.jobs import job_from_wire, job_to_wire
 from wmtp.sandbox.judge import Judge
 
+PROJECT = Path(__file__).resolve().parents[2]
 SHORT = Limits(cpu_seconds=1, wall_seconds=3, output_bytes=1 << 20, memory_bytes=256 << 20)
 PATIENT = replace(SHORT, wall_seconds=60)  # where a busy machine may not be late: a host may be slow to give memory
 
@@ -403,7 +404,7 @@ def test_a_killed_caller_leaves_nothing(tmp_path):
     print("running", flush=True)
     future.result()
     """
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(Path(filesystem.PACKAGE).parent)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(PROJECT)}
     caller = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, stdout=subprocess.PIPE, text=True
     )
@@ -517,7 +518,13 @@ def test_a_set_is_what_plain_python_makes_of_it(sandbox):
 
 def test_from_the_first_byte_of_an_answer_on_nothing_is_our_fault(tmp_path):
     (tmp_path / "outside").touch()
-    settings = {"without": {}, "root": str(tmp_path), "outside": str(tmp_path / "outside"), "bubblewrap": None}
+    settings = {
+        "without": {},
+        "hidden": [],
+        "root": str(tmp_path),
+        "outside": str(tmp_path / "outside"),
+        "bubblewrap": None,
+    }
     reader, writer = os.pipe()
     flag = bytearray(1)
     own = Judge({**settings, "floor": False}, reader, flag)
@@ -541,7 +548,7 @@ def test_a_judge_whose_new_zygote_got_fewer_protections_runs_nothing(tmp_path):
     outside = tmp_path / "outside"
     outside.touch()
     settings = {"without": {"seccomp": "switched off"}, "root": str(tmp_path), "outside": str(outside)}
-    settings |= {"bubblewrap": None, "floor": True}
+    settings |= {"hidden": [], "bubblewrap": None, "floor": True}
     reader, writer = os.pipe()
     own = Judge(settings, reader, bytearray(1))
     try:
@@ -561,7 +568,8 @@ import json, os, sys
 from wmtp.sandbox import AssertionJob, Limits
 from wmtp.sandbox.judge import Judge
 root, program, wall = sys.argv[1:]
-settings = {"without": {}, "root": root, "outside": os.path.join(root, "outside"), "bubblewrap": None, "floor": False}
+settings = {"without": {}, "hidden": [], "root": root, "outside": os.path.join(root, "outside")}
+settings |= {"bubblewrap": None, "floor": False}
 open(settings["outside"], "w").close()
 judge = Judge(settings, os.pipe()[0], bytearray(1))
 judge.report()
@@ -586,7 +594,7 @@ judge.close()
 def test_a_verdict_does_not_depend_on_when_our_processes_get_to_run(tmp_path, stopped, seconds, program, wall, verdict):
     """Real processes, stopped for longer than the program's clock and the tests' clock together."""
     command = [sys.executable, "-c", OWN_JUDGE, str(tmp_path), program, str(wall)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(filesystem.PACKAGE).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as own:
         assert own.stdout.readline() == "ready\n"

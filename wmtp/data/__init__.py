@@ -16,7 +16,7 @@ from wmtp.data.assertion_tasks import (
 )
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.mbpp import few_shot_tasks, mbpp, mbpp_prompt, mbpp_task
-from wmtp.data.packaged import packaged_functions, packaged_programs
+from wmtp.data.packaged import PACKAGED_TASKS, packaged_functions, packaged_programs
 from wmtp.data.packing import BatchStream, PackedDataset, held_out_batches, pack
 from wmtp.data.pair_dataset import PairDataset, balance_lengths, encode_pairs, pair_splits, split_by_problem
 from wmtp.data.pairs import Pair, Pairs, code_contests_pairs, condefects_pairs, jsonl_pairs, packaged_pairs
@@ -46,6 +46,7 @@ from wmtp.data.tokenizer import Tokenizer, byte_tokenizer, hf_tokenizer, require
 
 __all__ = [
     "IGNORE",
+    "PACKAGED_TASKS",
     "SCORES",
     "AssertionTask",
     "BatchStream",

@@ -23,7 +23,8 @@ What is guaranteed against a program that does its worst, and by what:
   the pid, net and ipc namespaces beside it).
 - It reads Python's library, site-packages, shared libraries and time zones, and writes a scratch folder that is
   emptied after it (Landlock; a read-only root in a mount namespace; for root, no capabilities either). It cannot see
-  this package, which holds tasks with solutions. Modes, owners and times of files cannot be changed (seccomp).
+  the folders given as `hidden` (of tasks with solutions, say), nor the package that this one is a part of. Modes,
+  owners and times of files cannot be changed (seccomp).
 - It ends: CPU time (killed by the zygote on the exact count, by RLIMIT_CPU a little later), wall clock (by the
   judge), memory, output and answers (counted by the judge), threads (RLIMIT_NPROC), size of files (RLIMIT_FSIZE,
   tmpfs).

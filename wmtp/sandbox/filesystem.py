@@ -12,7 +12,6 @@ from pathlib import Path
 from wmtp.sandbox import landlock
 
 DEVICES = ("/dev/null", "/dev/urandom", "/dev/random")  # a map of /dev/zero would be memory that no limit sees
-PACKAGE = str(Path(__file__).resolve().parent.parent)  # holds tasks with their solutions: never shown
 SCRATCH_BYTES = 64 << 20
 SCRATCH_FILES = 4096
 
@@ -41,28 +40,40 @@ def outermost(paths: Iterable[str]) -> list[str]:
     return kept
 
 
+def with_real(paths: Iterable[str]) -> list[str]:
+    """Returns `paths` and what they are links to, the outermost of them."""
+    return outermost(each for path in paths for each in (path, os.path.realpath(path)))
+
+
 def is_inside(path: str, folder: str) -> bool:
     """True where `path` is `folder` or lies beneath it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
-def hidden_paths(readable: Iterable[str]) -> list[str]:
-    """This package where it is installed inside a readable folder."""
-    return [PACKAGE] if any(is_inside(PACKAGE, os.path.realpath(path)) for path in readable) else []
+def without_hidden(readable: Iterable[str], hidden: Iterable[str]) -> list[str]:
+    """Returns `readable` without what lies in a hidden folder: what is hidden is hidden, whoever asks for it."""
+    return [path for path in readable if not any(is_inside(os.path.realpath(path), folder) for folder in hidden)]
 
 
-def bubblewrap_options(base: str) -> list[str]:
-    """Options of `bwrap` that show what a program may read, an empty scratch folder at `base`, and nothing else."""
+def hidden_within(readable: Iterable[str], hidden: Iterable[str]) -> list[str]:
+    """Returns the paths under which hidden folders would be seen: a readable folder may lead there through a link."""
+    reals = [(path, os.path.realpath(path)) for path in readable]
+    return [path + folder[len(real) :] for folder in hidden for path, real in reals if is_inside(folder, real)]
+
+
+def bubblewrap_options(base: str, hidden: list[str]) -> list[str]:
+    """Returns options of `bwrap` that show what a program may read without `hidden`, and an empty folder at `base`."""
     command = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     sandbox = str(Path(__file__).resolve().parent)
     loader = [path for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64") if os.path.isdir(path)]
-    readable = outermost([*readable_paths(), *loader, sandbox, sys.prefix, sys.base_prefix])
-    for path in outermost([*readable, *(os.path.realpath(path) for path in readable)]):
+    readable = with_real(without_hidden([*readable_paths(), *loader, sys.prefix, sys.base_prefix], hidden))
+    for path in readable:
         command += ["--ro-bind", path, path]
     for device in DEVICES:
         command += ["--dev-bind", device, device]
-    for path in hidden_paths(readable):
-        command += ["--tmpfs", path, "--ro-bind", sandbox, sandbox]
+    for path in hidden_within(readable, hidden):
+        command += ["--tmpfs", path]
+    command += ["--ro-bind", sandbox, sandbox]  # which the zygote is started from
     return [*command, "--size", str(SCRATCH_BYTES), "--tmpfs", base, "--"]
 
 
@@ -77,7 +88,7 @@ def landlock_rules(readable: Iterable[str], hidden: list[str], box: str) -> list
 def _rules_around(path: str, hidden: list[str]) -> Iterator[tuple[str, int]]:
     """A rule grants a whole tree, so a tree with a hidden part is granted entry by entry (and may be listed)."""
     real = os.path.realpath(path)
-    if real in hidden:
+    if any(is_inside(real, part) for part in hidden):
         return
     if not any(is_inside(part, real) for part in hidden):
         yield path, landlock.READ

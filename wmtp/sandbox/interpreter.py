@@ -4,13 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-from wmtp.sandbox import filesystem
-
 _BOOTSTRAP = """
 import sys, types
-for name, folder in (("wmtp", {package!r}), ("wmtp.sandbox", {sandbox!r})):
+for name, folders in (("wmtp", []), ("wmtp.sandbox", [{sandbox!r}])):
     sys.modules[name] = types.ModuleType(name)  # neither __init__ is run: they import what is not needed here
-    sys.modules[name].__path__ = [folder]
+    sys.modules[name].__path__ = folders
 from wmtp.sandbox.{module} import main
 main()
 """
@@ -20,7 +18,7 @@ def python_command(module: str, *args: str) -> list[str]:
     """Command line of an interpreter that runs `wmtp.sandbox.<module>.main` and imports nothing else of the library."""
     # -P and -s with an environment of our own isolate like -I, which would also ignore PYTHONHASHSEED.
     sandbox = str(Path(__file__).resolve().parent)
-    code = _BOOTSTRAP.format(package=filesystem.PACKAGE, sandbox=sandbox, module=module)
+    code = _BOOTSTRAP.format(sandbox=sandbox, module=module)
     return [sys.executable, "-P", "-s", "-c", code, *args]
 
 

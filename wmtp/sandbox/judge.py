@@ -137,8 +137,8 @@ class Judge:
     """Judges jobs one at a time.
 
     Args:
-        settings: `floor` (whether to insist on it), and `without`, `root`, `outside` and `bubblewrap` of
-            `ZygoteHandle`.
+        settings: `floor` (whether to insist on it), and `without`, `root`, `hidden`, `outside` and
+            `bubblewrap` of `ZygoteHandle`.
         hangup: descriptor whose far end closes when the judge is no longer wanted.
         flag: one byte, as `Session` takes it.
     """
@@ -151,7 +151,7 @@ class Judge:
 
     def _ready_zygote(self) -> ZygoteHandle:
         if self._zygote is None:
-            names = ("without", "root", "outside", "bubblewrap")
+            names = ("without", "root", "hidden", "outside", "bubblewrap")
             self._zygote = ZygoteHandle(**{name: self._settings[name] for name in names})
         return self._zygote
 

@@ -47,17 +47,18 @@ def change_root(base: str, readable: list[str], hidden: list[str]) -> None:
     Args:
         base: an empty folder, only used as a mount point.
         readable: folders and files to show, at their own paths.
-        hidden: folders inside them that stay empty.
+        hidden: folders that stay empty where they lie inside those.
     """
     syscalls.mount("none", "/", flags=_MS_REC | _MS_PRIVATE)
     syscalls.mount("wmtp", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4m,mode=755")
-    for path in filesystem.outermost([*readable, *(os.path.realpath(path) for path in readable)]):
+    readable = filesystem.with_real(readable)
+    for path in readable:
         _bind(path, base + path)
         _make_read_only(base + path)
     for path in filesystem.DEVICES:
         if os.path.exists(path):
             _bind(path, base + path)
-    for path in hidden:
+    for path in filesystem.hidden_within(readable, hidden):
         syscalls.mount("wmtp", base + path, "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_RDONLY, "size=4k,mode=755")
     os.makedirs(base + SCRATCH)
     if not os.path.exists(base + "/tmp"):

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from wmtp.sandbox import wire
+from wmtp.sandbox import filesystem, wire
 from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_to_wire, outcome_from_wire
 
@@ -31,6 +31,7 @@ _STOP_SECONDS = 5.0
 _RETRY_SECONDS = 60.0  # for judging again alone, while the others wait: at least, and
 _RETRY_SHARE = 0.25  # of the time since the start
 _RETRY_FACTOR = 2.0  # by the clock, for a program that was not let compute
+_INSTALLED = Path(__file__).resolve().parents[__name__.count(".") - 1]  # the whole package that this is a part of
 _LAYERS = ("landlock", "seccomp", "rlimits", "resident memory", "namespaces", "bubblewrap")
 
 
@@ -40,6 +41,8 @@ class Sandbox:
     Args:
         workers: judge processes; by default one for each CPU this process may use.
         limits: of a program, where its job says nothing else.
+        hidden: folders that no program may see, those of tasks with solutions say. The package that the sandbox is
+            installed in is hidden in any case.
         allow_unsafe: go on where the kernel offers less than the floor (see the package's docstring).
         _without: layers to leave out, for tests.
 
@@ -48,7 +51,7 @@ class Sandbox:
         missing: those that are not, with the reason.
 
     Raises:
-        ValueError: fewer than one worker, or the floor is not reached and `allow_unsafe` is False.
+        ValueError: fewer than one worker, no folder to hide, or the floor is not reached and `allow_unsafe` is False.
         RuntimeError: the sandbox's processes do not start.
     """
 
@@ -60,6 +63,7 @@ class Sandbox:
         *,
         workers: int | None = None,
         limits: Limits = Limits(),  # noqa: B008 (frozen)
+        hidden: Iterable[str | os.PathLike[str]] = (),
         allow_unsafe: bool = False,
         _without: tuple[str, ...] = (),
     ) -> None:
@@ -69,6 +73,9 @@ class Sandbox:
             raise ValueError(f"workers must be at least 1, got {workers} (Sandbox)")
         if unknown := set(_without) - set(_LAYERS):
             raise ValueError(f"_without must be of {_LAYERS}, got {sorted(unknown)} (Sandbox)")
+        for folder in (hidden := tuple(hidden)):
+            if not os.path.isdir(folder):
+                raise ValueError(f"hidden must name folders, got {os.fspath(folder)!r} (Sandbox)")
         self._limits = limits
         _remove_abandoned()
         self._root = tempfile.mkdtemp(prefix=_PREFIX)
@@ -77,6 +84,7 @@ class Sandbox:
         settings = {
             "without": dict.fromkeys(_without, "switched off"),
             "root": self._root,
+            "hidden": filesystem.outermost(os.path.realpath(folder) for folder in (_INSTALLED, *hidden)),
             "outside": outside,
             "floor": not allow_unsafe,
             "bubblewrap": None if "bubblewrap" in _without else shutil.which("bwrap"),

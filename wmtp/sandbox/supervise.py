@@ -48,6 +48,7 @@ class ZygoteHandle:
     Args:
         without: layers to leave out, each with the reason.
         root: folder in which to make the zygote's own.
+        hidden: real paths of folders that no program may see, wherever they lie.
         outside: a file that no program may be able to read.
         bubblewrap: path of `bwrap`, which is used where neither Landlock nor namespaces are to be had, or None.
 
@@ -55,9 +56,11 @@ class ZygoteHandle:
         ZygoteLost: it did not start.
     """
 
-    def __init__(self, without: dict[str, str], root: str, outside: str, bubblewrap: str | None) -> None:
+    def __init__(
+        self, without: dict[str, str], root: str, hidden: list[str], outside: str, bubblewrap: str | None
+    ) -> None:
         self.base = tempfile.mkdtemp(prefix="zygote-", dir=root)
-        self._outside, self._bubblewrap = outside, bubblewrap
+        self._hidden, self._outside, self._bubblewrap = hidden, outside, bubblewrap
         self.report = self._start(without, wrapped=False)
         if "failed" in self.report:
             without = {**without, self.report["failed"]: self.report["reason"]}
@@ -72,10 +75,10 @@ class ZygoteHandle:
         os.makedirs(self.base, exist_ok=True)
         self.control, theirs = socket.socketpair()
         settings = {"control": theirs.fileno(), "base": self.base, "without": without, "outside": self._outside}
-        settings |= {"wrapped": wrapped, "address_space": confine.address_space()}
+        settings |= {"hidden": self._hidden, "wrapped": wrapped, "address_space": confine.address_space()}
         command = python_command("zygote", json.dumps(settings))
         if wrapped:
-            command = [self._bubblewrap, *filesystem.bubblewrap_options(self.base), *command]
+            command = [self._bubblewrap, *filesystem.bubblewrap_options(self.base, self._hidden), *command]
         with theirs:
             self._process = subprocess.Popen(
                 command,

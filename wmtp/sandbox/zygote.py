@@ -45,9 +45,9 @@ class Zygote:
 
     Args:
         control: socket to the judge.
-        settings: `base` (an empty folder), `without` (layers to leave out, each with the reason), `outside` (a file
-            that a program must not be able to read), `wrapped` (inside bubblewrap), `address_space` (of an interpreter
-            like this one, for where /proc cannot be read).
+        settings: `base` (an empty folder), `without` (layers to leave out, each with the reason), `hidden` (folders
+            that no program may see), `outside` (a file that none may be able to read), `wrapped` (inside bubblewrap),
+            `address_space` (of an interpreter like this one, for where /proc cannot be read).
     """
 
     def __init__(self, control: socket.socket, settings: dict) -> None:
@@ -62,8 +62,8 @@ class Zygote:
         for name in _WARM_MODULES.split():
             importlib.import_module(name)
         warm_bytes = confine.address_space() or settings["address_space"]
-        readable = filesystem.readable_paths()
-        hidden = filesystem.hidden_paths(readable)
+        hidden = settings["hidden"]
+        readable = filesystem.without_hidden(filesystem.readable_paths(), hidden)
         self.scratch = box = os.path.join(self._base, "scratch")
         self._own_root = False
         if spaces:
