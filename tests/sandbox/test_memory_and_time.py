@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from wmtp.sandbox import AssertionJob, Limits, Sandbox, StdioJob, StdioTest, memory, pool, syscalls
-from wmtp.sandbox.usage import own_usage, starved, usage_of
+from wmtp.sandbox import AssertionJob, Limits, Sandbox, StdioJob, StdioTest, pool, syscalls
+from wmtp.sandbox.usage import ResidentMemory, own_usage, starved, usage_of
 
 pytestmark = pytest.mark.skipif(not syscalls.SUPPORTED, reason="confinement needs Linux on x86-64 or aarch64")
 
@@ -144,7 +144,7 @@ def test_memory_that_no_count_shows_cannot_be_had(watched):
 
 
 def test_memory_is_counted_from_outside():
-    watch = memory.ResidentMemory()
+    watch = ResidentMemory()
     before, held = watch.own(), mmap.mmap(-1, 32 << 20, flags=mmap.MAP_PRIVATE)  # nothing that was free already
     for page in range(0, len(held), mmap.PAGESIZE):
         held[page] = 1

@@ -18,11 +18,10 @@ import sys
 import threading
 import weakref
 
-from wmtp.sandbox import memory, wire
+from wmtp.sandbox import usage, wire
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.landlock import Ruleset
 from wmtp.sandbox.server import Server, execute, new_module, text_of
-from wmtp.sandbox.usage import own_usage
 
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
 _ABOVE = 64  # descriptors are moved up there first, so that none is overwritten while they are put in place
@@ -31,7 +30,7 @@ _memory_bytes = 0  # the limit, for messages
 
 
 def run(confinement: Confinement, request: dict, descriptors: list[int], scratch: str) -> None:
-    """Confine this process and run what the judge sends; never returns.
+    """Confines this process and runs what the judge sends; never returns.
 
     Args:
         confinement: layers to apply before anything of the program's is read.
@@ -51,11 +50,14 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
         except (OSError, ValueError) as error:
             wire.send(channel, {"fatal": f"confinement failed: {error}"})
             os._exit(71)
-        _fresh_state()
-        wire.send(channel, {"ready": own_usage()})
+        random.seed(0)  # what cannot be done before the fork: the same random numbers in every run
+        wire.send(channel, {"ready": usage.own_usage()})
         message = wire.receive(channel)
         if message is not None:
-            {"assertion": _serve, "inside": _run_tests, "stdio": _run_main}[request["mode"]](channel, message, limits)
+            if request["mode"] == "assertion":
+                Server(channel, limits["output_bytes"]).serve(message)
+            else:
+                {"inside": _run_tests, "stdio": _run_main}[request["mode"]](channel, message)
     except BaseException:
         os._exit(70)
     os._exit(0)
@@ -75,13 +77,8 @@ def _arrange(descriptors: list[int], ruleset: Ruleset | None) -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
 
 
-def _fresh_state() -> None:
-    """What cannot be prepared before the fork: the same random numbers in every run."""
-    random.seed(0)
-
-
 def prepare_interpreter() -> None:
-    """In the zygote: streams that fit the descriptors a child will get, no limit on the digits of integers.
+    """Gives the zygote streams that fit the descriptors a child will get, and integers without a limit on digits.
 
     A stream asks its descriptor at once whether it can seek, so stdin and stdout must already be what they will be.
     """
@@ -93,7 +90,7 @@ def prepare_interpreter() -> None:
     sys.stdout = sys.__stdout__ = _text(1, "w")
     sys.stderr = sys.__stderr__ = _text(2, "w", errors="backslashreplace")
     sys.set_int_max_str_digits(0)
-    mmap.mmap = memory.PrivateMap
+    mmap.mmap = usage.PrivateMap
     sys.argv = ["program.py"]
     sys.dont_write_bytecode = True  # the library's own files have been, by now; what a program imports stays as it was
 
@@ -101,23 +98,21 @@ def prepare_interpreter() -> None:
 def _text(number: int, mode: str, errors: str = "surrogateescape") -> io.TextIOWrapper:
     raw = io.FileIO(number, mode, closefd=False)
     buffered = io.BufferedReader(raw) if mode == "r" else io.BufferedWriter(raw)
-    names = {0: "<stdin>", 1: "<stdout>", 2: "<stderr>"}
     stream = io.TextIOWrapper(buffered, encoding="utf-8", errors=errors, line_buffering=number == 2)
-    stream.mode = mode
-    raw.name = names[number]
+    stream.mode, raw.name = mode, ("<stdin>", "<stdout>", "<stderr>")[number]
     return stream
 
 
-def _run_main(channel: socket.socket, message: dict, limits: dict) -> None:
-    """Run the program as `__main__`, let it end as the interpreter would, and say whether it raised."""
+def _run_main(channel: socket.socket, message: dict) -> None:
+    """Runs the program as `__main__`, lets it end as the interpreter would, and says whether it raised."""
     failure = None
     try:
         execute(message["program"], "program.py", new_module("__main__").__dict__)
     except SystemExit as stop:
         if stop.code is not None and stop.code != 0:
-            failure = describe(stop)
+            failure = _describe(stop)
     except BaseException as error:
-        failure = describe(error)
+        failure = _describe(error)
     try:
         threading._shutdown()  # waits for threads that are no daemons
         atexit._run_exitfuncs()  # contest templates write their output here
@@ -126,7 +121,7 @@ def _run_main(channel: socket.socket, message: dict, limits: dict) -> None:
         _drop_main_module()  # or rely on its finalizer
         _flush(sys.stdout)
     except BaseException as error:
-        failure = failure or describe(error)
+        failure = failure or _describe(error)
     wire.send(channel, {"done": failure})
 
 
@@ -136,7 +131,7 @@ def _flush(stream: io.TextIOBase | None) -> None:
 
 
 def _drop_main_module() -> None:
-    """Let go of `__main__` in the interpreter's order: finalizers run while the globals are whole, if they can."""
+    """Lets go of `__main__` in the interpreter's order: finalizers run while the globals are whole, if they can."""
     module = weakref.ref(sys.modules.pop("__main__"))
     gc.collect()
     if module() is not None:
@@ -147,8 +142,8 @@ def _drop_main_module() -> None:
                     names[name] = None
 
 
-def _run_tests(channel: socket.socket, message: dict, limits: dict) -> None:
-    """Run program and tests in one namespace, and report each step as it ends; the first that fails is the last."""
+def _run_tests(channel: socket.socket, message: dict) -> None:
+    """Runs program and tests in one namespace, and reports each step as it ends; the first that fails is the last."""
     namespace = new_module("program").__dict__
 
     def prepare() -> None:  # what fails here is not the program's fault
@@ -168,21 +163,17 @@ def _run_tests(channel: socket.socket, message: dict, limits: dict) -> None:
         try:
             step()
         except BaseException as error:
-            wire.send(channel, {"nonce": message["nonce"], "error": describe(error)})
+            wire.send(channel, {"nonce": message["nonce"], "error": _describe(error)})
             return
         wire.send(channel, {"nonce": message["nonce"], "error": None})
 
 
-def _serve(channel: socket.socket, message: dict, limits: dict) -> None:
-    Server(channel, limits["output_bytes"]).serve(message)
-
-
-def describe(error: BaseException) -> dict:
-    """An exception as its type's name, its builtin base types and its message."""
+def _describe(error: BaseException) -> dict:
+    """Returns an exception as its type's name, its builtin base types and its message."""
     cls = type(error)
     message = text_of(error)
     bases = [base.__name__ for base in cls.__mro__ if base.__module__ == "builtins"]
-    if memory.is_refused_memory(error):
+    if usage.is_refused_memory(error):
         bases = ["MemoryError", *bases]  # whatever a library makes of it
         message = f"limits.memory_bytes is {_memory_bytes}{': ' * bool(message)}{message}"
     return {"type": cls.__name__[:MAX_DETAIL], "bases": bases, "message": message[:MAX_DETAIL]}

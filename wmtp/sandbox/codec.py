@@ -22,11 +22,7 @@ _MAX_FRACTION_BITS = 1 << 17
 _SAFE_INT = 1 << 53
 _MUTABLE = (list, dict, set, deque, bytearray)
 IMMUTABLE = (int, float, complex, str, bytes, tuple, frozenset)
-_DATETIME_TYPES = {
-    "datetime": datetime.datetime,
-    "date": datetime.date,
-    "time": datetime.time,
-}
+_DATETIME_TYPES = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 
 
 class AnswerTooLarge(ValueError):
@@ -58,7 +54,7 @@ class Encoder:
         self._size = 0
 
     def encode(self, value: object) -> object:
-        """JSON-ready form of `value`; raises `AnswerTooLarge` or `TooDeep`."""
+        """Returns the JSON-ready form of `value`; raises `AnswerTooLarge` or `TooDeep`."""
         self._size = 0
         with room(6 * MAX_DEPTH):
             return self._encode(value, 0)
@@ -109,7 +105,7 @@ class Encoder:
         return [[self._encode(key, depth + 1), self._encode(item, depth + 1)] for key, item in pairs]
 
     def _other(self, value: object, cls: type, depth: int) -> object:
-        """Rarer types, and subclasses by their base type's methods (`isinstance` would believe a `__class__`)."""
+        """Encodes rarer types, and subclasses by their base type's methods (`isinstance` would believe `__class__`)."""
         content = library_values.encode(value, cls, lambda item: self._encode(item, depth), self._grow)
         if content is not None:
             return content
@@ -134,11 +130,8 @@ class Encoder:
         return {"n": [names, items, str(type.__getattribute__(type(value), "__name__"))]} if names else {"t": items}
 
     def _set(self, value: set | frozenset, base: type, depth: int) -> list:
-        """The size of its table, and the items in the order of the table."""
+        """Returns the size of its table, and the items in the order of the table."""
         return [base.__sizeof__(value), *self._items(base.__iter__(value), depth)]
-
-    def _deque(self, value: deque, depth: int) -> dict:
-        return {"q": [self._items(deque.__iter__(value), depth), deque.maxlen.__get__(value)]}
 
     def _fraction(self, value: Fraction) -> dict:
         parts = int(value.numerator), int(value.denominator)
@@ -147,7 +140,7 @@ class Encoder:
         return {"F": [self._int(part) for part in parts]}
 
     def _time(self, value: datetime.datetime | datetime.time, name: str, depth: int) -> dict:
-        """Local time and zone apart: a zone has more to it than today's offset."""
+        """Keeps local time and zone apart: a zone has more to it than today's offset."""
         zone, local = value.tzinfo, _DATETIME_TYPES[name].replace(value, tzinfo=None)
         return {"D": [name, _DATETIME_TYPES[name].isoformat(local), self._encode(zone, depth), value.fold]}
 
@@ -177,7 +170,12 @@ _BASES: list[tuple[type, Callable[[Encoder, object, int], object]]] = [
     (set, lambda encoder, value, depth: {"s": encoder._set(value, set, depth)}),
     (frozenset, lambda encoder, value, depth: {"f": encoder._set(value, frozenset, depth)}),
     (range, lambda encoder, value, _: {"r": [encoder._int(part) for part in (value.start, value.stop, value.step)]}),
-    (deque, lambda encoder, value, depth: encoder._deque(value, depth)),
+    (
+        deque,
+        lambda encoder, value, depth: {
+            "q": [encoder._items(deque.__iter__(value), depth), deque.maxlen.__get__(value)]
+        },
+    ),
     (Decimal, lambda encoder, value, _: {"m": encoder._str(Decimal.__str__(value))}),
     (Fraction, lambda encoder, value, _: encoder._fraction(value)),
     (
@@ -208,7 +206,7 @@ class Decoder:
         self._record = record
 
     def decode(self, data: object) -> object:
-        """The value that `Encoder.encode` was given."""
+        """Returns the value that `Encoder.encode` was given."""
         with room(12 * MAX_DEPTH):
             return self._decode(data)
 
@@ -239,7 +237,7 @@ def _field_names(value: tuple) -> list[str] | None:
 
 
 def _record(decoder: Decoder, content: list) -> tuple:
-    """A tuple whose items can also be reached by name."""
+    """Returns a tuple whose items can also be reached by name."""
     names, items, *type_name = content
     values = decoder._list(items)
     if len(names) != len(values) or not all(type(name) is str for name in [*names, *type_name]):
@@ -253,17 +251,13 @@ def _set(decoder: Decoder, content: list, kind: type) -> set | frozenset:
 
 
 def _fraction(decoder: Decoder, content: list) -> Fraction:
-    """Both parts must be integers; they come in lowest terms, and a forger's that do not only equal nothing."""
+    """Returns a fraction of two integers, in lowest terms; a forger's that are not only equal nothing."""
     numerator, denominator = decoder._list(content)
     if type(numerator) is not int or type(denominator) is not int or denominator < 1:
         raise ValueError("a fraction needs two integers")
     if max(numerator.bit_length(), denominator.bit_length()) > _MAX_FRACTION_BITS:
         raise ValueError("the fraction's parts are too long")  # their gcd would take quadratic time
     return Fraction(numerator, denominator)
-
-
-def _integer(content: str) -> int:
-    return int(content, 16)
 
 
 def _defaultdict(decoder: Decoder, content: list) -> defaultdict:
@@ -289,7 +283,7 @@ _BUILDERS: dict[str, Callable[[Decoder, object], object]] = {
     "d": lambda decoder, content: dict(decoder._pairs(content)),
     "s": lambda decoder, content: _set(decoder, content, set),
     "f": lambda decoder, content: _set(decoder, content, frozenset),
-    "i": lambda _, content: _integer(content),
+    "i": lambda _, content: int(content, 16),
     "u": lambda _, content: bytes.fromhex(content).decode("utf-32-le", "surrogatepass"),
     "b": lambda _, content: bytes.fromhex(content),
     "B": lambda _, content: bytearray.fromhex(content),

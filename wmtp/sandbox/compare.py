@@ -9,12 +9,12 @@ LENIENT_TOLERANCE = 1e-5
 
 
 def exact_match(output: bytes, expected: bytes) -> bool:
-    """True where both have the same tokens, split at ASCII whitespace: no number is rounded, no case folded."""
+    """Returns whether both have the same tokens, split at ASCII whitespace: no number is rounded, no case folded."""
     return output.split() == expected.split()
 
 
 def lenient_match(output: bytes, expected: bytes) -> bool:
-    """DeepMind's rule for CodeContests (Li et al. 2022): lower-case, tokens equal, or numbers within 1e-5.
+    """Applies DeepMind's rule for CodeContests (Li et al. 2022): lower-case, tokens equal, or numbers within 1e-5.
 
     Two tokens that both fit a 32-bit integer must be equal; otherwise both are read as doubles, so that
     9007199254740993 "equals" 9007199254740992.
@@ -30,9 +30,8 @@ def _tokens_match(left: bytes, right: bytes) -> bool:
         return False
     if _is_int32(left) and _is_int32(right):
         return int(left) == int(right)
-    if _DOUBLE.fullmatch(left) and _DOUBLE.fullmatch(right):
-        return abs(float(left) - float(right)) <= LENIENT_TOLERANCE
-    return False
+    numbers = _DOUBLE.fullmatch(left) and _DOUBLE.fullmatch(right)
+    return bool(numbers) and abs(float(left) - float(right)) <= LENIENT_TOLERANCE
 
 
 def _is_int32(token: bytes) -> bool:
@@ -40,7 +39,7 @@ def _is_int32(token: bytes) -> bool:
 
 
 def difference(output: bytes, expected: bytes) -> str:
-    """Where two outputs first differ, for people."""
+    """Says where two outputs first differ, for people."""
     left, right = output.split(), expected.split()
     for index, (got, wanted) in enumerate(zip(left, right, strict=False)):
         if got != wanted:

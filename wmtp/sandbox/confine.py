@@ -6,8 +6,9 @@ import os
 import resource
 import signal
 import struct
+from dataclasses import dataclass
 
-from wmtp.sandbox import memory, syscalls
+from wmtp.sandbox import syscalls, usage
 from wmtp.sandbox.landlock import Ruleset
 from wmtp.sandbox.seccomp import Filter
 
@@ -17,10 +18,11 @@ _STACK_BYTES = 256 << 20  # deep recursion through C (sort keys, lru_cache) need
 _SYSTEM_TASKS = 4  # zygote, main thread and a margin, beside the threads a program may start
 
 
+@dataclass
 class Confinement:
     """The layers to apply; `apply` is called in the forked child and cannot be undone.
 
-    Args:
+    Fields:
         ruleset: Landlock fence, or None.
         filter: seccomp filter, or None.
         limit_resources: whether to set rlimits.
@@ -30,24 +32,15 @@ class Confinement:
             asked for and never used, and bound what could be taken before the zygote looks.
     """
 
-    def __init__(
-        self,
-        ruleset: Ruleset | None,
-        filter: Filter | None,
-        limit_resources: bool,
-        warm_bytes: int,
-        limit_tasks: bool,
-        watch_memory: bool = False,
-    ) -> None:
-        self.ruleset = ruleset
-        self.filter = filter
-        self.limit_resources = limit_resources
-        self.warm_bytes = warm_bytes
-        self.limit_tasks = limit_tasks
-        self.watch_memory = watch_memory
+    ruleset: Ruleset | None = None
+    filter: Filter | None = None
+    limit_resources: bool = False
+    warm_bytes: int = 0
+    limit_tasks: bool = False
+    watch_memory: bool = False
 
     def apply(self, limits: dict) -> None:
-        """Confine this process for good; raises OSError or ValueError where any step fails (then nothing may run)."""
+        """Confines this process for good; raises OSError or ValueError where any step fails (then nothing may run)."""
         if self.limit_resources:
             self._set_rlimits(limits)
         if not syscalls.SUPPORTED:
@@ -55,7 +48,9 @@ class Confinement:
         syscalls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
         if self.ruleset is not None:
             self.ruleset.restrict()
-        drop_capabilities()
+        # Without any capability; NO_NEW_PRIVS and the ban on execve keep them from coming back.
+        header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION, 0))
+        syscalls.call("capset", header, ctypes.create_string_buffer(24))
         die_with_parent()
         if self.filter is not None:
             self.filter.install()
@@ -77,33 +72,27 @@ class Confinement:
         if self.warm_bytes:
             allowed = self.warm_bytes + limits["memory_bytes"]
             if self.watch_memory:
-                lower(resource.RLIMIT_DATA, allowed + memory.UNTOUCHED_BYTES)
-                allowed += memory.MAPPED_BYTES
+                lower(resource.RLIMIT_DATA, allowed + usage.UNTOUCHED_BYTES)
+                allowed += usage.MAPPED_BYTES
             lower(resource.RLIMIT_AS, allowed)
 
 
 def lower(kind: int, value: int) -> None:
-    """Set a resource limit, soft and hard, to `value`, or to the present hard limit where that is less."""
+    """Sets a resource limit, soft and hard, to `value`, or to the present hard limit where that is less."""
     hard = resource.getrlimit(kind)[1]
     if hard != resource.RLIM_INFINITY and hard < value:
         value = hard
     resource.setrlimit(kind, (value, value))
 
 
-def drop_capabilities() -> None:
-    """Give up every capability. NO_NEW_PRIVS and the ban on execve keep them from coming back."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION, 0))
-    syscalls.call("capset", header, ctypes.create_string_buffer(24))
-
-
 def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends."""
+    """Has the kernel kill this process when its parent ends."""
     if syscalls.SUPPORTED:
         syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def own_task_counter() -> bool:
-    """For root, count tasks under a real user id of this process's own; the effective id, which opens files, stays.
+    """Has root's tasks counted under a real user id of this process's own; the effective id, which opens files, stays.
 
     RLIMIT_NPROC never binds user 0. Returns False where the id cannot be changed.
     """
@@ -117,7 +106,7 @@ def own_task_counter() -> bool:
 
 
 def address_space() -> int:
-    """Bytes of address space of this process, 0 where the system does not say."""
+    """Returns the bytes of address space of this process, 0 where the system does not say."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[0]) * resource.getpagesize()

@@ -17,7 +17,7 @@ SCRATCH_FILES = 4096
 
 
 def readable_paths() -> list[str]:
-    """What a program may read: Python's library and site-packages, shared libraries, time zones. No other file.
+    """Returns what a program may read: Python's library and site-packages, shared libraries, time zones. No other file.
 
     Call it after the warm imports: the folders of shared libraries are those that the process has loaded from.
     """
@@ -32,7 +32,7 @@ def readable_paths() -> list[str]:
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
-    """`paths` without those that lie inside another of them."""
+    """Returns `paths` without those that lie inside another of them."""
     kept: list[str] = []
     for path in sorted(set(paths)):
         if not any(is_inside(path, other) for other in kept):
@@ -46,7 +46,7 @@ def with_real(paths: Iterable[str]) -> list[str]:
 
 
 def is_inside(path: str, folder: str) -> bool:
-    """True where `path` is `folder` or lies beneath it."""
+    """Returns whether `path` is `folder` or lies beneath it."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
@@ -78,7 +78,7 @@ def bubblewrap_options(base: str, hidden: list[str]) -> list[str]:
 
 
 def landlock_rules(readable: Iterable[str], hidden: list[str], box: str) -> list[tuple[str, int]]:
-    """Rules for `landlock.Ruleset`: read `readable` without `hidden`, write `box`, use the harmless devices."""
+    """Returns rules for `landlock.Ruleset`: read `readable` without `hidden`, write `box`, use the harmless devices."""
     rules = [(box, landlock.SCRATCH)] + [(device, landlock.DEVICE) for device in DEVICES]
     for path in readable:
         rules += _rules_around(path, hidden)
@@ -86,7 +86,7 @@ def landlock_rules(readable: Iterable[str], hidden: list[str], box: str) -> list
 
 
 def _rules_around(path: str, hidden: list[str]) -> Iterator[tuple[str, int]]:
-    """A rule grants a whole tree, so a tree with a hidden part is granted entry by entry (and may be listed)."""
+    """Grants a tree, entry by entry (and for listing) where a part of it is hidden, since a rule grants all."""
     real = os.path.realpath(path)
     if any(is_inside(real, part) for part in hidden):
         return
@@ -99,7 +99,7 @@ def _rules_around(path: str, hidden: list[str]) -> Iterator[tuple[str, int]]:
 
 
 def clear_folder(folder: str) -> None:
-    """Remove all that is in `folder`, whatever a program left there.
+    """Removes all that is in `folder`, whatever a program left there.
 
     Works without recursion and without long paths: folders are moved to the top before they are emptied, so that no
     depth of nesting stops it; links are removed, never followed.

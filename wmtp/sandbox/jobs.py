@@ -14,8 +14,7 @@ class Limits:
 
     Fields:
         cpu_seconds: CPU time of all its threads; the kernel kills at the next whole second, the verdict is exact.
-        wall_seconds: time by the clock from when it is handed its program, generous because a loaded machine must not
-            cause timeouts.
+        wall_seconds: time by the clock from when it is handed its program; a loaded machine must not cause timeouts.
         memory_bytes: resident memory of its own (anonymous or swapped pages, not those of files) beyond what the warm
             interpreter has; where `Sandbox.missing` names `resident memory`, address space. `import torch` holds 0.3 GB
             and takes 3 GB of address space.
@@ -126,13 +125,13 @@ class Outcome:
 
 
 def job_to_wire(job: Job, limits: Limits) -> dict:
-    """`job` as JSON-ready data, with `limits` where it has none of its own."""
+    """Returns `job` as JSON-ready data, with `limits` where it has none of its own."""
     kind = "assertion" if isinstance(job, AssertionJob) else "stdio"
     return {"kind": kind, **asdict(job), "limits": asdict(job.limits or limits)}
 
 
 def job_from_wire(data: dict) -> Job:
-    """Inverse of `job_to_wire`; the job's limits are always set."""
+    """Returns the job that `job_to_wire` was given; the job's limits are always set."""
     values = {name: value for name, value in data.items() if name != "kind"}
     values["limits"] = Limits(**values["limits"])
     if data["kind"] == "assertion":
@@ -141,5 +140,5 @@ def job_from_wire(data: dict) -> Job:
 
 
 def outcome_from_wire(data: dict) -> Outcome:
-    """The outcome sent by a worker as `dataclasses.asdict`."""
+    """Returns the outcome sent by a worker as `dataclasses.asdict`."""
     return Outcome(**data | {"tests": tuple(data["tests"]), "lenient_tests": tuple(data["lenient_tests"])})

@@ -4,51 +4,32 @@ It has one zygote. Jobs come in and outcomes go out on a socket to the caller's 
 """
 
 import contextlib
-import functools
-import json
 import mmap
 import os
-import random
 import resource
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import time
-import types
-import warnings
 from dataclasses import asdict
 
 from wmtp.sandbox import compare, confine, wire
-from wmtp.sandbox.inside import judge_inside
-from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, StdioTest, Verdict, job_from_wire
-from wmtp.sandbox.names import TEST_MODULE, compiled, make_namespace, name_exceptions
+from wmtp.sandbox.assertions import judge_inside, judge_outside
+from wmtp.sandbox.jobs import AssertionJob, Job, Outcome, StdioTest, Verdict, job_from_wire
+from wmtp.sandbox.names import TEST_MODULE
 from wmtp.sandbox.session import Session
 from wmtp.sandbox.supervise import Ended, Hangup, Process, ZygoteHandle, ZygoteLost
 
-MAX_DETAIL = 300
+_MAX_DETAIL = 300
 _OWN_MEMORY_BYTES = 1 << 30  # an answer must not make a test eat the machine
-_OWN_GRACE_SECONDS = 1.0  # what the tests may take beyond the program's wall limit
-_OWN_CPU_SECONDS = 1.0  # at least; else the tests themselves may take as much CPU time as the program
 _MAX_DIGITS = 100_000  # of an integer that a test turns into a string: bounded, because that takes quadratic time
 
 
-class TestStuck(BaseException):
-    """A trusted test went on after the time limit."""
-
-
-class TestBroken(Exception):
-    """A trusted test fails for a reason of its own."""
-
-
-def main() -> None:
-    """Entry point of the process: settings as JSON in argv[1]."""
-    settings = json.loads(sys.argv[1])
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, settings["connection"])
+def main(connection: socket.socket, settings: dict) -> None:
+    """Runs the process until the caller's process says so or is gone; settings as `Judge` takes them, and `flag`."""
     sys.set_int_max_str_digits(_MAX_DIGITS)
-    space = confine.address_space()
-    if space:
+    if space := confine.address_space():
         hard = resource.getrlimit(resource.RLIMIT_AS)[1]
         soft = space + _OWN_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
@@ -61,21 +42,16 @@ def main() -> None:
         pass  # the caller's process is gone
     finally:
         judge.close()
-        if abandoned:
-            _remove_folders(settings)
-
-
-def _remove_folders(settings: dict) -> None:
-    """What the caller would have removed; the last judge to leave removes the folder of all."""
-    shutil.rmtree(settings["root"], ignore_errors=True)
-    with contextlib.suppress(OSError):
-        os.remove(settings["outside"])
-    with contextlib.suppress(OSError):
-        os.rmdir(os.path.dirname(settings["outside"]))
+        if abandoned:  # remove what the caller would have; the last judge to leave removes the folder of all
+            shutil.rmtree(settings["root"], ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.remove(settings["outside"])
+            with contextlib.suppress(OSError):
+                os.rmdir(os.path.dirname(settings["outside"]))
 
 
 def _serve(connection: socket.socket, judge: "Judge") -> None:
-    """Judge what comes in until told to close; raises `Hangup` where the caller is gone."""
+    """Judges what comes in until told to close; raises `Hangup` where the caller is gone."""
     try:
         report = judge.report()
     except ZygoteLost as error:
@@ -90,55 +66,11 @@ def _serve(connection: socket.socket, judge: "Judge") -> None:
     raise Hangup
 
 
-def _run_limited(job: AssertionJob, session: Session, verdicts: list[Verdict]) -> tuple[Verdict, str, bool]:
-    """Run the tests in bounded time: verdict, detail, and whether the clock alone ended them.
-
-    While the judge waits for the program nothing is raised: the program's own limits hold there, so that its lateness
-    is its own whichever clock strikes first.
-    """
-    by_clock = False
-
-    def strike(number: int, frame: types.FrameType | None) -> None:
-        nonlocal by_clock
-        if not session.waiting:
-            by_clock = number == signal.SIGALRM
-            raise TestStuck
-
-    signal.signal(signal.SIGALRM, strike)
-    signal.signal(signal.SIGPROF, strike)
-    try:
-        try:
-            _limit_tests(job.limits)
-            verdict, detail = _judge_tests(job, session, verdicts)
-        finally:
-            _limit_tests(None)
-    except TestStuck as stuck:  # between two tests, or while the limit was being lifted
-        _limit_tests(None)
-        verdict, detail = _explain(stuck, session)
-    return verdict, detail, by_clock if session.failure is None else session.failure.by_clock
-
-
-def _limit_tests(limits: Limits | None) -> None:
-    """Bound the time of the trusted tests, or lift the bound.
-
-    The first two timers raise `TestStuck`. Inside one long C call (a power, a set of colliding hashes) no handler runs;
-    there the third ends this process, and the pool finds in the shared flag whether an answer was to blame.
-    """
-    cpu = max(_OWN_CPU_SECONDS, limits.cpu_seconds) if limits else 0
-    for timer, seconds in (
-        (signal.ITIMER_REAL, limits.wall_seconds + _OWN_GRACE_SECONDS if limits else 0),
-        (signal.ITIMER_PROF, cpu),
-        (signal.ITIMER_VIRTUAL, cpu + _OWN_GRACE_SECONDS if limits else 0),
-    ):
-        signal.setitimer(timer, seconds, _OWN_GRACE_SECONDS if seconds else 0)
-
-
 class Judge:
     """Judges jobs one at a time.
 
     Args:
-        settings: `floor` (whether to insist on it), and `without`, `root`, `hidden`, `outside` and
-            `bubblewrap` of `ZygoteHandle`.
+        settings: `floor` (whether to insist on it), and those of `ZygoteHandle`.
         hangup: descriptor whose far end closes when the judge is no longer wanted.
         flag: one byte, as `Session` takes it.
     """
@@ -151,22 +83,21 @@ class Judge:
 
     def _ready_zygote(self) -> ZygoteHandle:
         if self._zygote is None:
-            names = ("without", "root", "hidden", "outside", "bubblewrap")
-            self._zygote = ZygoteHandle(**{name: self._settings[name] for name in names})
+            self._zygote = ZygoteHandle(self._settings)
         return self._zygote
 
     def report(self) -> dict:
-        """The zygote's report of its protections."""
+        """Returns the zygote's report of its protections."""
         return self._ready_zygote().report
 
     def close(self) -> None:
-        """End the zygote."""
+        """Ends the zygote."""
         if self._zygote is not None:
             self._zygote.close()
             self._zygote = None
 
     def judge(self, job: Job) -> tuple[Outcome, bool]:
-        """The outcome of `job`, and whether the machine is to blame for a timeout by the clock.
+        """Returns the outcome of `job`, and whether the machine is to blame for a timeout by the clock.
 
         A zygote that was disturbed is replaced; the job is then a harness error.
         """
@@ -200,17 +131,13 @@ class _Run:
         self._hangup = hangup
 
     def assertions(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
-        """Judge an `AssertionJob`."""
-        mode = "inside" if self.job.inside else "assertion"
+        """Judges an `AssertionJob`."""
+        mode, judge = ("inside", judge_inside) if self.job.inside else ("assertion", judge_outside)
         process = Process(zygote, mode, self.job.limits, None, self._hangup)
         session = Session(process, TEST_MODULE, self._flag)
         try:
             _await_ready(process)
-            if self.job.inside:
-                verdict, detail = judge_inside(self.job, session, self.tests)
-                by_clock = session.failure is not None and session.failure.by_clock
-            else:
-                verdict, detail, by_clock = _run_limited(self.job, session, self.tests)
+            verdict, detail, by_clock = judge(self.job, session, self.tests)
         finally:
             spoke = session.failure is None and process.unasked()
             process.close()
@@ -226,7 +153,7 @@ class _Run:
         return verdict, detail
 
     def stdio(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
-        """Judge a `StdioJob`."""
+        """Judges a `StdioJob`."""
         first: tuple[Verdict, str] = ("passed", "")
         for index, test in enumerate(self.job.tests):
             verdict, detail, lenient = self._stdio_test(zygote, test)
@@ -267,7 +194,7 @@ class _Run:
 
 
 def _await_ready(process: Process) -> None:
-    """The first message comes from before the program is read: it can be trusted, and a failure is ours."""
+    """Takes the first message, which is from before the program is read: it can be trusted, and a failure is ours."""
     try:
         message = process.receive()
     except Ended as end:
@@ -278,7 +205,7 @@ def _await_ready(process: Process) -> None:
 
 
 def _stdio_failure(process: Process) -> Ended | None:
-    """Wait for the program's end: what went wrong, if anything did. The verdict rests on stdout, not on this."""
+    """Waits for the program's end: what went wrong, if anything did. The verdict rests on stdout, not on this."""
     process.wait()
     message = process.take_frame()
     if message is not None and type(message.get("done")) is dict:
@@ -286,114 +213,19 @@ def _stdio_failure(process: Process) -> Ended | None:
         bases = error.get("bases")
         verdict: Verdict = "memory" if type(bases) is list and "MemoryError" in bases else "exception"
         return Ended(verdict, f"{error.get('type')}: {error.get('message')}")
-    status = process.report.get("status")
-    return process.ended() if status != 0 else None
+    return process.ended() if process.report.get("status") != 0 else None
 
 
 def _input_file(text: str):
-    """A regular file to read from: programs ask for its size, read its descriptor, or open it again."""
-    data = text.encode("utf-8", "surrogatepass")
-    if hasattr(os, "memfd_create"):
-        file = os.fdopen(os.memfd_create("stdin"), "w+b", buffering=0)
-    else:
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (the caller closes it)
-    with memoryview(data) as view:
-        written = 0
-        while written < len(data):
-            written += file.write(view[written:])
-    file.seek(0)
+    """Returns a regular file to read from: programs ask for its size, read its descriptor, or open it again."""
+    in_memory = hasattr(os, "memfd_create")
+    file = os.fdopen(os.memfd_create("stdin"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file.write(text.encode("utf-8", "surrogatepass"))
+    file.seek(0)  # which also writes what is buffered
     return file
 
 
-@functools.lru_cache(maxsize=512)
-def _compiled(source: str, name: str) -> types.CodeType:
-    try:
-        return compiled(source, name)
-    except (SyntaxError, ValueError) as error:
-        raise TestBroken(f"{name} does not compile: {error}") from None
-
-
-def _judge_tests(job: AssertionJob, session: Session, verdicts: list[Verdict]) -> tuple[Verdict, str]:
-    """Run the tests one after the other until one fails; appends to `verdicts`."""
-    random.seed(0)
-    with warnings.catch_warnings():  # a test's filters are not the next job's
-        warnings.showwarning = lambda *args, **kwargs: None
-        try:
-            codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
-            namespace = _make_namespace(job, session)
-            session.load(job.program, job.setup, job.entry_point)
-            session.answered = False  # nothing of it is left; from the next byte on all is the program's doing
-            name_exceptions(job, session, namespace)
-        except TestBroken as error:
-            verdicts.append("harness_error")
-            return "harness_error", str(error)
-        except BaseException as error:
-            verdict, detail = _explain(error, session)
-            verdicts.append(verdict)
-            return verdict, f"loading: {detail}"
-        for index, code in enumerate(codes):
-            verdict, detail = _judge_test(code, namespace, session)
-            verdicts.append(verdict)
-            if verdict != "passed":
-                return verdict, f"test {index}: {detail}"
-    if not session.requests:
-        verdicts[-1] = "harness_error"
-        return "harness_error", "the tests never used the program"
-    return "passed", ""
-
-
-def _judge_test(code: types.CodeType, namespace: dict, session: Session) -> tuple[Verdict, str]:
-    try:
-        exec(code, namespace)
-    except BaseException as error:
-        return _explain(error, session)
-    if session.failure is not None:  # the test caught it
-        return session.failure.verdict, session.failure.detail
-    return "passed", ""
-
-
-def _explain(error: BaseException, session: Session) -> tuple[Verdict, str]:
-    """Whose fault an exception is that came out of a test. Once a byte has come from the program, it is never ours."""
-    if isinstance(error, ZygoteLost | Hangup):
-        raise error
-    if session.failure is not None:
-        return session.failure.verdict, session.failure.detail
-    if error is session.raised:
-        return session.raised_verdict, session.raised_detail
-    detail = _described(error)
-    if isinstance(error, AssertionError):
-        return "wrong_answer", detail
-    if not session.answered:
-        return "harness_error", f"the test itself failed: {detail}"
-    # The program has answered, and the test could not cope with the answer.
-    if isinstance(error, TestStuck):
-        return "timeout", "the test did not come to an end with the program's answer"
-    if isinstance(error, MemoryError):
-        return "memory", "the test ran out of memory on the program's answer"
-    return "wrong_answer", f"the answer does not fit the test: {detail}"
-
-
-def _described(error: BaseException) -> str:
-    """Type and message; the message may be an answer, and what comes of showing that is no verdict."""
-    try:
-        message = str(error)
-    except (Hangup, ZygoteLost):
-        raise
-    except BaseException as again:
-        message = f"<its message raised {type(again).__name__}>"
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
-def _make_namespace(job: AssertionJob, session: Session) -> dict:
-    try:
-        return make_namespace(job, session, _compiled(job.preamble, "preamble"))
-    except (TestBroken, TestStuck):
-        raise
-    except BaseException as error:
-        raise TestBroken(f"the preamble failed: {type(error).__name__}: {error}") from None
-
-
 def _one_line(text: str) -> str:
-    """`text` without line breaks and control characters, cut to a length that fits a table."""
+    """Returns `text` without line breaks and control characters, cut to a length that fits a table."""
     printable = "".join(char if char.isprintable() else " " for char in text)
-    return printable if len(printable) <= MAX_DETAIL else printable[: MAX_DETAIL - 3] + "..."
+    return printable if len(printable) <= _MAX_DETAIL else printable[: _MAX_DETAIL - 3] + "..."

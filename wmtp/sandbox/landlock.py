@@ -23,26 +23,20 @@ _ABOVE = 32  # out of the way of descriptors that a child puts in place
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 
 
-def abi() -> int:
-    """The kernel's Landlock version; raises OSError where it has none or it is switched off."""
-    return syscalls.call("landlock_create_ruleset", None, 0, _VERSION_FLAG)
-
-
 class Ruleset:
     """A fence at the best ABI present: nothing but the given paths may be opened, no TCP, no signal to the outside.
 
     Args:
         rules: (path, rights); a path that does not exist is skipped.
+
+    Raises:
+        OSError: the kernel has no Landlock, or it is switched off.
     """
 
     def __init__(self, rules: Iterable[tuple[str, int]]) -> None:
-        self.abi = abi()
+        self.abi = syscalls.call("landlock_create_ruleset", None, 0, _VERSION_FLAG)
         handled = _ALL_FILES_BY_ABI.get(self.abi, _ALL_FILES_BY_ABI[5]) - 1
-        values = [handled]
-        if self.abi >= 4:
-            values.append(_TCP)
-        if self.abi >= 6:
-            values.append(_SCOPES)
+        values = [handled] + [_TCP] * (self.abi >= 4) + [_SCOPES] * (self.abi >= 6)
         attributes = struct.pack(f"={len(values)}Q", *values)
         descriptor = syscalls.call("landlock_create_ruleset", attributes, len(attributes), 0)
         self.descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
@@ -64,6 +58,6 @@ class Ruleset:
             os.close(descriptor)
 
     def restrict(self) -> None:
-        """Put this process behind the fence, for good, and forget the rules. Needs NO_NEW_PRIVS."""
+        """Puts this process behind the fence, for good, and forgets the rules. Needs NO_NEW_PRIVS."""
         syscalls.call("landlock_restrict_self", self.descriptor, 0)
         os.close(self.descriptor)

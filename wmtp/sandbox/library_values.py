@@ -24,6 +24,7 @@ from collections.abc import Callable
 _DTYPE = re.compile(r"[<>|=]?([biufcSU]\d+|[mM]8\[\d*\w+\]|\?)")
 _KEPT_CHARACTERS = 1000  # of the names of a class that is kept for the programs to come
 _MEMORY_FORMATS = "Bbc"
+_PATHS = (pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath)
 
 # Classes that an answer may name. All are ours, and none runs code it is given.
 TYPES: dict[str, type] = {
@@ -33,7 +34,7 @@ TYPES: dict[str, type] = {
         *(slice, object, type, type(None), type(...), type(NotImplemented), types.FunctionType, types.GeneratorType),
         *(Counter, OrderedDict, defaultdict, deque, decimal.Decimal, fractions.Fraction, array.array, uuid.UUID),
         *(datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone, zoneinfo.ZoneInfo),
-        *(pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath, re.Pattern, re.Match),
+        *(*_PATHS, re.Pattern, re.Match),
     )
 } | {name: cls for name, cls in vars(builtins).items() if isinstance(cls, type) and issubclass(cls, BaseException)}
 _NAMES = {cls: cls.__name__ for cls in TYPES.values()}
@@ -43,46 +44,28 @@ _CONSTANTS = {"Ellipsis": ..., "NotImplemented": NotImplemented}
 def encode(
     value: object, cls: type, encode_item: Callable[[object], object], grow: Callable[[int], None]
 ) -> dict | None:
-    """`value`, of class `cls`, as tagged data, or None where it is no library value."""
+    """Returns `value`, of class `cls`, as tagged data, or None where it is no library value."""
     if cls is type or issubclass(cls, type):
         name = _NAMES.get(value) if cls is type else None
         return None if name is None else {"L": ["type", name]}
     module = cls.__module__ if type(cls) is type else None
     if module == "numpy":
         return _encode_numpy(value, encode_item, grow)
-    encoder = _ENCODERS.get(cls)
-    if encoder is None:
-        return None
-    content = encoder(value)
-    if content is None:
-        return None
-    kind, *parts = content
-    return {"L": [kind, *(encode_item(part) for part in parts)]}
+    content = _ENCODERS[cls](value) if cls in _ENCODERS else None
+    return None if content is None else {"L": [content[0], *map(encode_item, content[1:])]}
 
 
 def decode(content: list, decode_item: Callable[[object], object]) -> object:
-    """Inverse of `encode`; raises one of `codec.MALFORMED`."""
+    """Returns the value that `encode` was given; raises one of `codec.MALFORMED`."""
     kind, *parts = content
     if kind == "numpy":
         return _decode_numpy(parts, decode_item)
     return _BUILDERS[kind](*map(decode_item, parts))
 
 
-def _view(name: str) -> Callable[[object], tuple | None]:
-    def encoder(view: object) -> tuple:
-        return name, dict(view.mapping)
-
-    return encoder
-
-
 def _memory(view: memoryview) -> tuple | None:
     plain = view.contiguous and view.ndim == 1 and view.format in _MEMORY_FORMATS
     return ("memoryview", view.tobytes(), view.format) if plain else None
-
-
-def _zone(zone: datetime.timezone) -> tuple:
-    offset, *name = zone.__getinitargs__()
-    return "timezone", offset, *name
 
 
 _ENCODERS: dict[type, Callable[..., tuple | None]] = {
@@ -92,15 +75,12 @@ _ENCODERS: dict[type, Callable[..., tuple | None]] = {
     memoryview: _memory,
     array.array: lambda value: ("array", value.typecode, value.tobytes()),
     uuid.UUID: lambda value: ("uuid", value.int),
-    datetime.timezone: _zone,
+    datetime.timezone: lambda zone: ("timezone", *zone.__getinitargs__()),
     zoneinfo.ZoneInfo: lambda value: None if value.key is None else ("zone", value.key),
-    type({}.keys()): _view("keys"),
-    type({}.values()): _view("values"),
-    type({}.items()): _view("items"),
-    **{
-        cls: lambda value: ("path", type(value).__name__, str(value))
-        for cls in (pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath)
-    },
+    type({}.keys()): lambda view: ("keys", dict(view.mapping)),
+    type({}.values()): lambda view: ("values", dict(view.mapping)),
+    type({}.items()): lambda view: ("items", dict(view.mapping)),
+    **dict.fromkeys(_PATHS, lambda value: ("path", type(value).__name__, str(value))),
 }
 _BUILDERS: dict[str, Callable[..., object]] = {
     "type": lambda name: TYPES[name],
@@ -125,7 +105,7 @@ def _checked(cls: type, value: object) -> object:
 
 
 def _encode_numpy(value: object, encode_item: Callable[[object], object], grow: Callable[[int], None]) -> dict | None:
-    """An array or a scalar: type, shape (None for a scalar) and bytes, or the items where they are objects."""
+    """Returns an array or a scalar as type, shape (None for a scalar) and bytes, or items where they are objects."""
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
@@ -144,7 +124,7 @@ def _encode_numpy(value: object, encode_item: Callable[[object], object], grow: 
 
 
 def _decode_numpy(parts: list, decode_item: Callable[[object], object]) -> object:
-    """The array; its shape must fit the data that came before anything of that size is made."""
+    """Returns the array; its shape must fit the data that came before anything of that size is made."""
     numpy = importlib.import_module("numpy")
     name, shape, content = parts
     sizes = [] if shape is None else shape
@@ -165,7 +145,7 @@ def _decode_numpy(parts: list, decode_item: Callable[[object], object]) -> objec
 
 
 def record_type(type_name: str, names: tuple[str, ...]) -> type:
-    """A class like that of a named tuple, without any code of the program's; the same one for the same small names."""
+    """Returns a class like a named tuple's, without code of the program's; the same one for the same small names."""
     make = _record_type if sum(map(len, names)) <= _KEPT_CHARACTERS else _record_type.__wrapped__
     return make(type_name[:_KEPT_CHARACTERS], names)
 

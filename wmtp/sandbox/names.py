@@ -12,8 +12,8 @@ import importlib
 import re
 import sys
 import types
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 from wmtp.sandbox.jobs import AssertionJob
 from wmtp.sandbox.remote import Name, Own
@@ -28,7 +28,7 @@ _TAKES_CLASSES = re.compile("raises|assertRaises(Regex)?|suppress|warns|assertWa
 
 
 class Namespace(dict):
-    """Globals of the tests. A name that is found nowhere else stands for the program's object of that name."""
+    """Globals of the tests, where a name that is found nowhere else stands for the program's object of that name."""
 
     def __init__(self, session: Session, modules: frozenset[str]) -> None:
         super().__init__(__name__=TEST_MODULE)
@@ -43,11 +43,11 @@ class Namespace(dict):
         return self._session.name(name)
 
 
-def make_namespace(job: AssertionJob, session: Session, preamble: object) -> Namespace:
-    """Globals for the tests of `job`, after running its compiled `preamble`."""
+def make_namespace(job: AssertionJob, session: Session, preamble: types.CodeType) -> Namespace:
+    """Returns globals for the tests of `job`, after running its compiled `preamble`."""
     names = names_in(job.tests, job.setup)
     namespace = Namespace(session, names.modules)
-    namespace.update(zip((_SAME, _ASK), (functools.partial(_same, session), _ask), strict=True))
+    namespace |= {_SAME: functools.partial(_same, session), _ASK: _ask}
     _import_what_setup_imports(job.setup, namespace)
     exec(preamble, namespace)
     if job.entry_point:
@@ -63,13 +63,13 @@ def make_namespace(job: AssertionJob, session: Session, preamble: object) -> Nam
 
 
 def name_exceptions(job: AssertionJob, session: Session, namespace: Namespace) -> None:
-    """Once the program is loaded: names used as exception classes get classes, which `except` needs."""
+    """Gives names used as exception classes the classes that `except` needs, once the program is loaded."""
     session.requests = 0
     for name in names_in(job.tests, job.setup).exceptions:
         if type(found := namespace.get(name)) is Name:
             asked = session.requests
             with contextlib.suppress(Exception):  # there is no such name: that is for the test to say
-                cls = found._remote("get")
+                cls: Any = found._remote("get")
                 if issubclass(cls, BaseException):
                     namespace[name] = cls
                     continue  # the test uses it without a further request
@@ -93,7 +93,7 @@ class Names(NamedTuple):
 
 @functools.lru_cache(maxsize=512)
 def names_in(tests: tuple[str, ...], setup: str) -> Names:
-    """Names in trusted tests, which must compile; many programs are judged by the same tests."""
+    """Returns names in trusted tests, which must compile; many programs are judged by the same tests."""
     nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
     bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
     loaded = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
@@ -105,7 +105,7 @@ def names_in(tests: tuple[str, ...], setup: str) -> Names:
 
 
 def _classes(node: ast.AST) -> Iterable[ast.AST]:
-    """What stands in `node` where an exception class is expected: after `except` or `raise`, or in `raises(...)`."""
+    """Returns what stands where an exception class is expected: after `except` or `raise`, or in `raises(...)`."""
     if isinstance(node, ast.ExceptHandler) and node.type:
         return ast.walk(node.type)
     if isinstance(node, ast.Call):
@@ -118,20 +118,18 @@ def _classes(node: ast.AST) -> Iterable[ast.AST]:
 
 
 def _import_what_setup_imports(setup: str, namespace: dict) -> None:
-    """Let the tests use the judge's own modules under the names that the set-up imports.
+    """Lets the tests use the judge's own modules under the names that the set-up imports.
 
     The program's side imports them too, but may have put something else in their place.
     """
     for node in _parse(setup).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            try:
+            with contextlib.suppress(ImportError):  # the program's side has it, or reports the error
                 exec(compile(ast.Module([node], []), "setup", "exec"), namespace)
-            except ImportError:
-                continue  # the program's side has it, or reports the error
 
 
 def _defined(nodes: Iterable[ast.AST]) -> set[str]:
-    """Names that the code itself assigns, defines or imports, in whatever scope."""
+    """Returns names that the code itself assigns, defines or imports, in whatever scope."""
     names: set[str] = set()
     for node in nodes:
         if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
@@ -153,17 +151,21 @@ def _parse(setup: str) -> ast.Module:
 
 
 def compiled(source: str, name: str) -> types.CodeType:
-    """Trusted code; raises SyntaxError or ValueError.
+    """Returns trusted code; raises SyntaxError or ValueError.
 
     `is`, `type(x)`, `hash(x)` and `x.__class__` are turned into calls of helpers: a stand-in has no say in them.
     """
-    tree: str | ast.AST = source
+    tree: str | ast.Module = source
     if _REWRITTEN.search(source):
         tree = ast.fix_missing_locations(_Rewrite().visit(ast.parse(source)))
     return compile(tree, name, "exec", dont_inherit=True)
 
 
 _REWRITTEN = re.compile(r"\bis\b|\b(type|hash)\s*\(|__class__")
+
+
+def _call(name: str, *arguments: ast.expr) -> ast.Call:
+    return ast.Call(ast.Name(name, ast.Load()), list(arguments), [])
 
 
 class _Rewrite(ast.NodeTransformer):
@@ -173,26 +175,24 @@ class _Rewrite(ast.NodeTransformer):
             return node
         if isinstance(node.left, ast.Constant) or isinstance(node.comparators[0], ast.Constant):
             return node
-        same = ast.Call(ast.Name(_SAME, ast.Load()), [node.left, node.comparators[0]], [])
+        same = _call(_SAME, node.left, node.comparators[0])
         return same if isinstance(node.ops[0], ast.Is) else ast.UnaryOp(ast.Not(), same)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node.func, ast.Name) and node.func.id in ("type", "hash") and len(node.args) == 1:
-            return ast.Call(ast.Name(_ASK, ast.Load()), [ast.Constant(node.func.id), node.func, *node.args], [])
+            return _call(_ASK, ast.Constant(node.func.id), node.func, *node.args)
         return node
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
         if node.attr == "__class__" and isinstance(node.ctx, ast.Load):
-            return ast.Call(
-                ast.Name(_ASK, ast.Load()), [ast.Constant("type"), ast.Name("type", ast.Load()), node.value], []
-            )
+            return _call(_ASK, ast.Constant("type"), ast.Name("type", ast.Load()), node.value)
         return node
 
 
 def _same(session: Session, left: object, right: object) -> bool:
-    """`left is right`; between two objects of the program's that is the program's to say, so nobody does."""
+    """Returns `left is right`; between two objects of the program's that is the program's to say, so nobody does."""
     if issubclass(type(left), Own) and issubclass(type(right), Own) and left is not right:
         raise session.refuse("asks whether two objects of the program's own are one")
     if session.answered and left is not right and type(left) is type(right) and type(left) in _COPIED:
@@ -200,7 +200,7 @@ def _same(session: Session, left: object, right: object) -> bool:
     return left is right
 
 
-def _ask(operation: str, function: object, value: object) -> object:
-    """`type(value)` or `hash(value)`, which for an object of the program's is an answer."""
+def _ask(operation: str, function: Callable, value: Any) -> object:
+    """Returns `type(value)` or `hash(value)`, which for an object of the program's is an answer."""
     own = function is getattr(builtins, operation) and issubclass(type(value), Own)
     return value._remote(operation) if own else function(value)

@@ -22,7 +22,7 @@ FENCED = "/.fenced"  # a readable file that no Landlock rule grants, for the pro
 
 
 def enter() -> str:
-    """Move this (single-threaded) process into new namespaces; its next child is process 1 of the new process table.
+    """Moves this (single-threaded) process into new namespaces; its next child is process 1 of the new process table.
 
     Returns:
         The kinds entered. Root needs no user namespace where it may do without; raises OSError where none work.
@@ -42,12 +42,10 @@ def enter() -> str:
 
 
 def change_root(base: str, readable: list[str], hidden: list[str]) -> None:
-    """Make a new root of read-only views of `readable` and an empty scratch tmpfs; the old tree is gone.
+    """Makes a new root of read-only views of `readable` without `hidden`, and a scratch tmpfs; the old tree is gone.
 
     Args:
         base: an empty folder, only used as a mount point.
-        readable: folders and files to show, at their own paths.
-        hidden: folders that stay empty where they lie inside those.
     """
     syscalls.mount("none", "/", flags=_MS_REC | _MS_PRIVATE)
     syscalls.mount("wmtp", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4m,mode=755")
@@ -74,7 +72,7 @@ def change_root(base: str, readable: list[str], hidden: list[str]) -> None:
 
 
 def mount_scratch(path: str) -> None:
-    """Mount an empty scratch tmpfs of bounded size and number of files at `path`.
+    """Mounts an empty scratch tmpfs of bounded size and number of files at `path`.
 
     Its mode lets the real user id, which may be another than the effective one, pass access(2).
     """
@@ -83,7 +81,7 @@ def mount_scratch(path: str) -> None:
 
 
 def renew_scratch() -> None:
-    """Replace the scratch tmpfs by an empty one: nothing that a program left can survive."""
+    """Replaces the scratch tmpfs by an empty one: nothing that a program left can survive."""
     syscalls.umount(SCRATCH, _MNT_DETACH)
     mount_scratch(SCRATCH)
 

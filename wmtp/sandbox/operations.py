@@ -6,7 +6,7 @@ import inspect
 import itertools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection
 
 from wmtp.sandbox.library_values import TYPES
 
@@ -17,25 +17,23 @@ OPERATORS = UNARY + BINARY
 OVERRIDABLE = frozenset({*OPERATORS, "str", "repr", "format", "call"})  # that a subclass may change
 
 
-def _items(value: object) -> list:
-    """What the judge takes a container to hold: its length and its items, looked at once."""
+def _items(value: Collection) -> list:
+    """Returns what the judge takes a container to hold: its length and its items, looked at once."""
     size = len(value)
     return [size, list(itertools.islice(iter(value), min(size, _MAX_ITEMS) + 1))]
 
 
-def _signature(function: object) -> list:
-    """Parameters as name, kind, whether there is a default, and the default."""
+def _signature(function: Callable) -> list:
+    """Returns parameters as name, kind, and the default where there is one, by keyword."""
     parameters = inspect.signature(function).parameters.values()
-    return [
-        [p.name, int(p.kind), p.default is not p.empty, None if p.default is p.empty else p.default] for p in parameters
-    ]
+    return [[p.name, int(p.kind), {} if p.default is p.empty else {"default": p.default}] for p in parameters]
 
 
 _loops: list = []
 
 
-def _run(awaitable: object) -> object:
-    """Drive a coroutine to its end in an event loop that stays, so that what it made goes on working."""
+def _run(awaitable: Awaitable) -> object:
+    """Drives a coroutine to its end in an event loop that stays, so that what it made goes on working."""
     asyncio = importlib.import_module("asyncio")
     if not _loops:
         _loops.append(asyncio.new_event_loop())
@@ -48,7 +46,7 @@ def _run(awaitable: object) -> object:
 
 
 OPERATIONS: dict[str, Callable] = {
-    "call": lambda function, /, *args, **kwargs: function(*args, **kwargs),
+    "call": operator.call,
     "get": lambda value: value,
     "attr": getattr,
     "set_attr": setattr,
@@ -81,7 +79,7 @@ OPERATIONS: dict[str, Callable] = {
 
 
 def _raised(name: str | None) -> tuple:
-    """What a context manager is told of the exception that ended its block: a builtin one of that name."""
+    """Returns what a context manager is told of the exception that ended its block: a builtin one of that name."""
     if name is None:
         return None, None, None
     cls = TYPES.get(name, Exception)

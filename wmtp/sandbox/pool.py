@@ -7,8 +7,6 @@ import os
 import queue
 import shutil
 import signal
-import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -17,17 +15,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO
 
 from wmtp.sandbox import filesystem, wire
-from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_to_wire, outcome_from_wire
 
 _PREFIX = "wmtp-sandbox-"  # of the folders, in the system's temporary one
 _START_SECONDS = 180.0
 _JUDGE_GRACE_SECONDS = 30.0  # what a run may take beyond its limits, its start too, before the judge is given up
-_STOP_SECONDS = 5.0
 _RETRY_SECONDS = 60.0  # for judging again alone, while the others wait: at least, and
 _RETRY_SHARE = 0.25  # of the time since the start
 _RETRY_FACTOR = 2.0  # by the clock, for a program that was not let compute
@@ -76,7 +71,6 @@ class Sandbox:
         for folder in (hidden := tuple(hidden)):
             if not os.path.isdir(folder):
                 raise ValueError(f"hidden must name folders, got {os.fspath(folder)!r} (Sandbox)")
-        self._limits = limits
         _remove_abandoned()
         self._root = tempfile.mkdtemp(prefix=_PREFIX)
         outside = os.path.join(self._root, "outside")
@@ -91,8 +85,7 @@ class Sandbox:
         }
         self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
         self._gate = _Gate()
-        self._closed = False
-        self._closing = threading.Lock()
+        self._closed, self._closing = False, threading.Lock()
         self._workers: list[_Worker] = []
         self._threads: list[threading.Thread] = []
         self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, self._root, self._owned)
@@ -110,14 +103,14 @@ class Sandbox:
         except BaseException:
             self._finalizer()
             raise
-        arguments = (self._jobs, self._gate, limits)
         for worker in self._workers:
-            thread = threading.Thread(target=_work, args=(worker, *arguments), name="wmtp-sandbox", daemon=True)
+            arguments = (worker, self._jobs, self._gate, limits)
+            thread = threading.Thread(target=_work, args=arguments, name="wmtp-sandbox", daemon=True)
             thread.start()
             self._threads.append(thread)
 
     def submit(self, job: Job) -> "Future[Outcome]":
-        """Have `job` judged while the caller goes on; raises ValueError after `close`."""
+        """Has `job` judged while the caller goes on; raises ValueError after `close`."""
         with self._closing:
             if self._closed:
                 raise ValueError("the sandbox is closed (Sandbox.submit)")
@@ -126,7 +119,7 @@ class Sandbox:
             return future
 
     def judge(self, jobs: Iterable[Job]) -> list[Outcome]:
-        """Outcomes of `jobs`, in their order."""
+        """Returns the outcomes of `jobs`, in their order."""
         futures = [self.submit(job) for job in jobs]
         return [future.result() for future in futures]
 
@@ -136,7 +129,7 @@ class Sandbox:
         return self._gate.times_alone
 
     def close(self) -> None:
-        """Finish the jobs that have begun, cancel those that have not, end every process."""
+        """Finishes the jobs that have begun, cancels those that have not, ends every process."""
         with self._closing:
             if self._closed:
                 return
@@ -153,9 +146,7 @@ class Sandbox:
     def __enter__(self) -> "Sandbox":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # nobody will read what is being judged
             for worker in self._workers:
                 worker.abandon()
@@ -174,39 +165,28 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self._connection, theirs = socket.socketpair()
         self._folder = tempfile.mkdtemp(prefix="judge-", dir=self._settings["root"])
-        descriptors = {"connection": theirs.fileno(), "flag": self._flag_file.fileno()}
-        settings = {**self._settings, **descriptors, "root": self._folder}
-        with theirs:
-            self._process = subprocess.Popen(
-                python_command("judge", _as_argument(settings)),
-                env=clean_environment(),
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), self._flag_file.fileno()],
-                start_new_session=True,  # Ctrl-C in the terminal ends the recipe, which ends the judges
-            )
+        flag = self._flag_file.fileno()
+        self._process, self._connection = wire.start(
+            "judge",
+            {**self._settings, "flag": flag, "root": self._folder},
+            descriptors=(flag,),
+            new_session=True,  # Ctrl-C in the terminal ends the recipe, which ends the judges
+        )
 
     def wait_until_ready(self) -> dict:
-        """The protections in force; raises RuntimeError where the judge or its zygote did not start."""
-        self._connection.settimeout(_START_SECONDS)
-        try:
-            report = wire.receive(self._connection)
-        except OSError as error:
-            report = {"error": f"no answer: {error}"}
-        if report is None or "error" in report:
-            reason = "it ended" if report is None else report["error"]
+        """Returns the protections in force; raises RuntimeError where the judge or its zygote did not start."""
+        report = wire.first_report(self._process, self._connection, _START_SECONDS)
+        if "error" in report:
             self.close()
-            raise RuntimeError(f"a judge of the sandbox did not start: {reason}")
+            raise RuntimeError(f"a judge of the sandbox did not start: {report['error']}")
         return report
 
     def judge(self, job: Job, limits: Limits) -> tuple[Outcome, bool]:
-        """The outcome of `job`, and whether another try could end otherwise. A judge that dies or hangs is replaced.
+        """Returns the outcome of `job`, and whether another try could end otherwise.
 
-        That is so for failures of ours, and where the clock ran out for want of a CPU or a disk.
+        That is so for failures of ours, and where the clock ran out for want of a CPU or a disk. A judge that dies or
+        hangs is replaced.
         """
         runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
         start = time.monotonic()
@@ -230,32 +210,28 @@ class _Worker:
         return outcome, verdict == "harness_error"
 
     def _stop(self) -> None:
-        """End the judge, and with it its zygote and whatever runs there."""
+        """Ends the judge, and with it its zygote and whatever runs there."""
         with contextlib.suppress(OSError):
             self._connection.settimeout(0)
             wire.send(self._connection, {"kind": "close"})
-        try:
-            self._process.wait(timeout=_STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wire.stop(self._process)
         self._connection.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def abandon(self) -> None:
-        """Break off what is being judged; the worker is of no further use."""
+        """Breaks off what is being judged; the worker is of no further use."""
         self._abandoned = True
         self._process.kill()
 
     def close(self) -> None:
-        """End the judge for good."""
+        """Ends the judge for good."""
         self._stop()
         self._flag.close()
         self._flag_file.close()
 
 
 def _blame(returncode: int, answered: bool) -> tuple[Verdict, str]:
-    """Whose fault it is that a judge ended in the middle of a job: the answer's that it worked on, or ours."""
+    """Says whose fault it is that a judge ended in the middle of a job: the answer's that it worked on, or ours."""
     name = signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
     if not answered:
         return "harness_error", f"the judge ended with {name} before the program had answered"
@@ -265,7 +241,7 @@ def _blame(returncode: int, answered: bool) -> tuple[Verdict, str]:
 
 
 def _own(path: str) -> BinaryIO:
-    """A new file that no program may read; while it is open, and its process alive, its folder is not abandoned."""
+    """Makes a file that no program may read; while it is open, and its process alive, its folder is not abandoned."""
     file = open(f"{path}.new", "w+b")  # noqa: SIM115 (open as long as the sandbox)
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(b"no program may read this")
@@ -275,15 +251,11 @@ def _own(path: str) -> BinaryIO:
 
 
 def _remove_abandoned() -> None:
-    """Folders of sandboxes whose judges were killed together with their callers, so that nobody was left to do it."""
+    """Removes folders of sandboxes whose judges were killed together with their callers, so that nobody was left to."""
     for outside in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/outside"):
         with contextlib.suppress(OSError), outside.open("rb") as file:  # another user's, or gone meanwhile
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(outside.parent, ignore_errors=True)
-
-
-def _as_argument(settings: dict) -> str:
-    return wire.frame(settings)[wire.HEADER_BYTES :].decode("ascii")
 
 
 def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned: BinaryIO) -> None:
@@ -296,21 +268,21 @@ def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned:
 
 
 def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limits) -> None:
-    """Body of a worker's thread: judge what comes until told to stop."""
+    """Judges what comes until told to stop, in a thread of the worker's own."""
     while (entry := jobs.get()) is not None:
         job, future = entry
         if not future.set_running_or_notify_cancel():
             continue
+        own = job.limits or limits
         try:
             with gate.shared():
-                outcome, doubtful = worker.judge(job, job.limits or limits)
+                outcome, doubtful = worker.judge(job, own)
             if doubtful:
                 with gate.alone() as granted:
                     if granted:
                         if outcome.verdict == "timeout":  # others than ours may keep the machine busy
-                            own = job.limits or limits
-                            job = replace(job, limits=replace(own, wall_seconds=_RETRY_FACTOR * own.wall_seconds))
-                        outcome, _ = worker.judge(job, job.limits or limits)
+                            own = replace(own, wall_seconds=_RETRY_FACTOR * own.wall_seconds)
+                        outcome, _ = worker.judge(replace(job, limits=own), own)
                     else:
                         reason = "not judged again alone: the time for that is spent"
                         outcome = replace(outcome, detail=f"{outcome.detail} ({reason})")
@@ -322,27 +294,18 @@ def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limit
 
 
 class _Gate:
-    """Many jobs at once, or one alone, for as long as the others can be made to wait.
-
-    Args:
-        seconds: for being alone, at least.
-        share: of the time since the start for being alone, where that is more.
-
-    Attributes:
-        times_alone: jobs that ran alone.
-    """
+    """Lets many jobs run at once, or one alone: for `seconds` in all, or that share of the time, where it is more."""
 
     def __init__(self, seconds: float = _RETRY_SECONDS, share: float = _RETRY_SHARE) -> None:
         self._condition = threading.Condition()
-        self._running = 0
-        self._waiting = 0
+        self._running = self._waiting = 0
         self._seconds, self._share = seconds, share
         self._start, self._spent = time.monotonic(), 0.0
         self.times_alone = 0
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Run beside others; waits while somebody wants to be alone."""
+        """Runs beside others; waits while somebody wants to be alone."""
         with self._condition:
             self._condition.wait_for(lambda: not self._waiting)
             self._running += 1
@@ -355,7 +318,7 @@ class _Gate:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
-        """Run with no other job beside it; False, at once, where the time for that is spent."""
+        """Runs with no other job beside it; False, at once, where the time for that is spent."""
         start = time.monotonic()
         with self._condition:
             granted = self._spent < max(self._seconds, self._share * (start - self._start))

@@ -1,5 +1,6 @@
 """Which protections really hold here: each is tried in a throw-away child, never inferred from a version number."""
 
+import functools
 import json
 import os
 import resource
@@ -10,80 +11,75 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import Any
 
 from wmtp.sandbox import namespaces, syscalls
 from wmtp.sandbox.confine import Confinement
 from wmtp.sandbox.jobs import Limits
-from wmtp.sandbox.memory import UNTOUCHED_BYTES, PrivateMap, ResidentMemory
-
-if TYPE_CHECKING:
-    from wmtp.sandbox.zygote import Zygote
+from wmtp.sandbox.usage import UNTOUCHED_BYTES, PrivateMap, ResidentMemory
 
 _PROBE_LIMITS = asdict(Limits(memory_bytes=256 << 20, file_bytes=1 << 20, threads=8))
 
 
-def report(zygote: "Zygote", spaces: str, settings: dict, missing: list[str]) -> dict:
-    """Try every layer alone and then all together; take out of `zygote.confinement` what does not hold.
+def report(full: Confinement, scratch: str, watch: ResidentMemory | None, spaces: str, settings: dict) -> dict:
+    """Tries every layer alone and then all together; takes out of `full` what does not hold.
+
+    Args:
+        full: what is to confine programs.
+        scratch: the folder that they may write to.
+        watch: reads the memory that they hold.
+        spaces: kinds of namespaces that this process is in.
+        settings: of the zygote.
 
     Returns:
         `layers`, `missing` (with reasons) and `floor`: whether seccomp, rlimits, and one of Landlock, a mount namespace
         and bubblewrap hold.
     """
-    full = zygote.confinement
     layers: list[str] = []
+    missing: list[str] = []
 
-    def holds(name: str, confinement: Confinement, check: Callable[[], list[str]]) -> bool:
-        problems = _try(confinement, zygote.scratch, check)
-        if problems:
-            missing.append(f"{name}: {'; '.join(problems)}")
-        else:
-            layers.append(name)
+    def found(name: str, problems: list[str]) -> bool:
+        (missing if problems else layers).append(f"{name}: {'; '.join(problems)}" if problems else name)
         return not problems
 
-    def alone(ruleset=None, filter=None, limit_resources=False, limit_tasks=False, watch_memory=False) -> Confinement:
-        return Confinement(ruleset, filter, limit_resources, full.warm_bytes, limit_tasks, watch_memory)
+    def holds(name: str, check: Callable[[], list[str]], **layer: Any) -> bool:
+        return found(name, _try(Confinement(warm_bytes=full.warm_bytes, **layer), scratch, check))
 
-    outside = settings["outside"]
+    outside, wrapped = settings["outside"], settings["wrapped"]
     if full.ruleset is not None:
-        fenced = namespaces.FENCED if spaces or settings["wrapped"] else outside
-        fenced = fenced if os.path.exists(fenced) else outside
-        name, abi = f"landlock ABI {full.ruleset.abi}", full.ruleset.abi
-        if not holds(name, alone(ruleset=full.ruleset), lambda: _landlock_problems(fenced, abi)):
+        abi = full.ruleset.abi
+        fenced = namespaces.FENCED if (spaces or wrapped) and os.path.exists(namespaces.FENCED) else outside
+        check = functools.partial(_landlock_problems, fenced, abi)
+        if not holds(f"landlock ABI {abi}", check, ruleset=full.ruleset):
             full.ruleset = None
-    if full.filter is not None and not holds("seccomp", alone(filter=full.filter), _seccomp_problems):
+    if full.filter is not None and not holds("seccomp", _seccomp_problems, filter=full.filter):
         full.filter = None
-    rlimits = full.limit_resources and holds("rlimits", alone(limit_resources=True), _rlimit_problems)
-    full.limit_resources = rlimits
-    if rlimits and full.limit_tasks:
-        full.limit_tasks = holds("thread limit", alone(limit_resources=True, limit_tasks=True), _task_limit_problems)
-    elif rlimits:
+    full.limit_resources = full.limit_resources and holds("rlimits", _rlimit_problems, limit_resources=True)
+    if full.limit_resources and full.limit_tasks:
+        full.limit_tasks = holds("thread limit", _task_limit_problems, limit_resources=True, limit_tasks=True)
+    elif full.limit_resources:
         missing.append("thread limit: RLIMIT_NPROC would count processes that are not the program's")
-    if full.watch_memory:
-        watched = alone(limit_resources=True, watch_memory=True)
-        full.watch_memory = holds("resident memory", watched, lambda: _memory_problems(zygote.memory))
+    if watch is not None:
+        check = functools.partial(_memory_problems, watch)
+        full.watch_memory = holds("resident memory", check, limit_resources=True, watch_memory=True)
     if syscalls.SUPPORTED:
-        holds("no_new_privs and no capabilities", alone(), _privilege_problems)
-    apart = False
-    if spaces or settings["wrapped"]:
-        problems = _isolation_problems(outside, spaces)
-        apart = not problems
-        name = f"namespaces {spaces}" if spaces else "bubblewrap"
-        (layers if apart else missing).append(name if apart else f"{name}: {'; '.join(problems)}")
-    bounded = os.statvfs(zygote.scratch)
-    if bounded.f_blocks * bounded.f_frsize <= 1 << 30:
-        layers.append("scratch folder of bounded size")
-    else:
-        missing.append("scratch folder of bounded size: no tmpfs could be mounted; only single files are bounded")
-    problems = _try(full, zygote.scratch, _working_problems)
+        holds("no_new_privs and no capabilities", _privilege_problems)
+    apart = bool(spaces or wrapped) and found(
+        f"namespaces {spaces}" if spaces else "bubblewrap", _isolation_problems(outside, spaces)
+    )
+    bounded = os.statvfs(scratch)
+    too_large = bounded.f_blocks * bounded.f_frsize > 1 << 30
+    unbounded = ["no tmpfs could be mounted; only single files are bounded"] if too_large else []
+    found("scratch folder of bounded size", unbounded)
+    problems = _try(full, scratch, _working_problems)
     if problems:
         missing.append(f"all layers together: {'; '.join(problems)}")
-    floor = full.filter is not None and (full.ruleset is not None or apart) and rlimits and not problems
-    return {"layers": layers, "missing": missing, "floor": floor}
+    fenced_in = full.filter is not None and (full.ruleset is not None or apart)
+    return {"layers": layers, "missing": missing, "floor": fenced_in and full.limit_resources and not problems}
 
 
 def _try(confinement: Confinement, scratch: str, check: Callable[[], list[str]]) -> list[str]:
-    """Problems found by `check` in a child under `confinement`; empty where the layer holds."""
+    """Returns the problems found by `check` in a child under `confinement`; none where the layer holds."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -105,7 +101,7 @@ def _try(confinement: Confinement, scratch: str, check: Callable[[], list[str]])
 
 
 @contextmanager
-def _refused(problems: list[str], what: str, error: type[OSError] = PermissionError) -> Iterator[None]:
+def _refused(problems: list[str], what: str, error: type[Exception] = PermissionError) -> Iterator[None]:
     try:
         yield
     except error:
@@ -153,11 +149,8 @@ def _seccomp_problems() -> list[str]:
 
 def _rlimit_problems() -> list[str]:
     problems: list[str] = []
-    try:
+    with _refused(problems, "memory beyond the limit", MemoryError):
         bytearray(2 * _PROBE_LIMITS["memory_bytes"])
-        problems.append("memory beyond the limit could be had")
-    except MemoryError:
-        pass
     with open("rlimit-probe", "wb") as file:
         with _refused(problems, "a file beyond the limit", OSError):
             file.truncate(_PROBE_LIMITS["file_bytes"] + 1)
@@ -183,34 +176,26 @@ def _memory_problems(watch: ResidentMemory) -> list[str]:
     os.kill(holder, signal.SIGKILL)
     os.wait()
     problems = [] if 2 * size <= more <= 3 * size else [f"{2 * size} bytes were taken, {more} are seen"]
-    try:
+    with _refused(problems, "memory beyond any limit", MemoryError):
         bytearray(_PROBE_LIMITS["memory_bytes"] + 2 * UNTOUCHED_BYTES)
-        problems.append("memory beyond any limit could be had")
-    except MemoryError:
-        pass
     return problems
 
 
 def _task_limit_problems() -> list[str]:
-    limit = _PROBE_LIMITS["threads"]
-    try:
-        _start_threads(limit)
-    except RuntimeError as error:
-        return [f"{limit} threads are allowed, but: {error}"]
-    try:
-        _start_threads(2 * limit)
-    except RuntimeError:
-        return []
-    return [f"twice the {limit} threads allowed could be started"]
+    problems: list[str] = []
+    _start_threads(_PROBE_LIMITS["threads"])
+    with _refused(problems, "starting twice the threads allowed", RuntimeError):
+        _start_threads(2 * _PROBE_LIMITS["threads"])
+    return problems
 
 
 def _start_threads(count: int) -> None:
-    """Run `count` threads at once; raises RuntimeError where the system refuses one."""
+    """Runs `count` threads at once; raises RuntimeError where the system refuses one."""
     release = threading.Event()
-    threads = [threading.Thread(target=release.wait) for _ in range(count)]
-    started = []
+    started: list[threading.Thread] = []
     try:
-        for thread in threads:
+        for _ in range(count):
+            thread = threading.Thread(target=release.wait)
             thread.start()
             started.append(thread)
     finally:
@@ -227,22 +212,19 @@ def _privilege_problems() -> list[str]:
 
 
 def _isolation_problems(outside: str, spaces: str) -> list[str]:
-    problems = []
-    if os.path.exists(outside):
-        problems.append("a file outside is visible")
-    if spaces and os.getpid() != 1:
-        problems.append("other processes are visible")
-    if [name for _, name in socket.if_nameindex() if name != "lo"]:
-        problems.append("a network is visible")
-    return problems
+    signs = {
+        "a file outside is visible": os.path.exists(outside),
+        "other processes are visible": bool(spaces) and os.getpid() != 1,
+        "a network is visible": any(name != "lo" for _, name in socket.if_nameindex()),
+    }
+    return [problem for problem, seen in signs.items() if seen]
 
 
 def _working_problems() -> list[str]:
-    """What honest programs need must still work under all layers."""
+    """Returns none: what honest programs need raises where it does not work under all layers."""
     _start_threads(1)
-    left, right = socket.socketpair()
-    left.close()
-    right.close()
+    for end in socket.socketpair():
+        end.close()
     with open("probe", "w"):
         os.remove("probe")
     return []

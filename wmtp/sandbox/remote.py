@@ -15,12 +15,9 @@ import inspect
 import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from wmtp.sandbox.operations import BINARY, UNARY
-
-if TYPE_CHECKING:
-    from wmtp.sandbox.session import Session
 
 _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
 _BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
@@ -28,36 +25,49 @@ CONVERSIONS = ("int", "float", "complex", "index", "trunc", "floor", "ceil", "ro
 _UNARY = (*UNARY, *CONVERSIONS)
 
 
+class Conversation(Protocol):
+    """What a stand-in needs of the session that it belongs to (`session.Session`, where the members are explained)."""
+
+    epoch: int
+    failure: BaseException | None
+    raised: BaseException | None
+    decode: Callable[[object], Any]
+
+    def request(self, operation: str, /, *args: object, **kwargs: object) -> Any: ...
+
+    def stop(self, verdict: str, detail: str) -> BaseException: ...
+
+    def refuse(self, reason: str) -> BaseException: ...
+
+
+def _asked(operation: str) -> Callable:
+    return lambda self, /, *args, **kwargs: self._remote(operation, *args, **kwargs)
+
+
+def _asked_for_text(operation: str) -> Callable:
+    return lambda self, *args: str(self._remote(operation, *args))
+
+
 class Own:
     """Base of all that stands for an object of the program's; what is asked of that object goes to the program."""
 
     __slots__ = ()
-    _remote_session: Session
+    _remote_session: Conversation
     _remote_reference: dict
     _remote_changed: frozenset[str] = frozenset()  # operators that the program's class changes
 
-    def _remote(self, operation: str, *args: object, **kwargs: object) -> object:
+    def _remote(self, operation: str, /, *args: object, **kwargs: object) -> object:
         return self._remote_session.request(operation, self, *args, **kwargs)
-
-    def _remote_text(self, operation: str, *args: object) -> str:
-        return str(self._remote(operation, *args))
 
     def __getattr__(self, name: str) -> object:
         if name == "__signature__":
-            return self._remote_signature()
+            kinds = inspect._ParameterKind
+            described = self._remote("signature")
+            parameters = [inspect.Parameter(name, kinds(kind), **default) for name, kind, default in described]
+            return inspect.Signature(parameters)
         if name.startswith("__") and name.endswith("__") and name not in _SERVED:
             raise AttributeError(name)  # copy, pickle, numpy and others look for protocols
         return self._remote("attr", name)
-
-    def _remote_signature(self) -> inspect.Signature:
-        return inspect.Signature(
-            [
-                inspect.Parameter(
-                    name, inspect._ParameterKind(kind), default=default if given else inspect.Parameter.empty
-                )
-                for name, kind, given, default in self._remote("signature")
-            ]
-        )
 
 
 class Remote(Own):
@@ -80,7 +90,7 @@ class Remote(Own):
 
     def __init__(
         self,
-        session: Session,
+        session: Conversation,
         reference: dict,
         abilities: str = "",
         base: str | None = None,
@@ -93,7 +103,7 @@ class Remote(Own):
             object.__setattr__(self, name, value)
 
     def _remote_look(self, *asked: Any) -> Any:
-        """Answer to an operation and its arguments, asked once for as long as the program has done nothing else."""
+        """Returns the answer to an operation and its arguments, asked once until the program does something else."""
         epoch, answers = self._remote_looked
         if epoch != self._remote_session.epoch:
             answers = {}
@@ -103,11 +113,11 @@ class Remote(Own):
         return answers[asked]
 
     def _remote_value(self) -> object:
-        """The data of an instance of a builtin container's subclass, else the object itself."""
+        """Returns the data of an instance of a builtin container's subclass, else the object itself."""
         return self if self._remote_base is None else self._remote_look("data")
 
     def _remote_items(self) -> list | dict:
-        """All items of a container: as many as it says it has, or its answer is wrong whatever is made of it."""
+        """Returns all items of a container: as many as it says, or its answer is wrong whatever is made of it."""
         if self._remote_base is not None:
             return self._remote_value()
         size, items = self._remote_look("items")
@@ -115,27 +125,18 @@ class Remote(Own):
             raise self._remote_session.stop("wrong_answer", f"an object of {size!s:.40} items yields others")
         return items
 
-    def __setattr__(self, name: str, value: object) -> None:
-        self._remote("set_attr", name, value)
-
-    def __delattr__(self, name: str) -> None:
-        self._remote("delete_attr", name)
+    __setattr__, __delattr__ = _asked("set_attr"), _asked("delete_attr")
+    __setitem__, __delitem__ = _asked("set_item"), _asked("delete_item")
+    __str__, __repr__, __format__ = map(_asked_for_text, ("str", "repr", "format"))
 
     def __getitem__(self, key: object) -> object:
         item = self._remote("item", key)
         if self._remote_base in ("list", "deque") and type(key) is int:
             items = self._remote_value()
             if -len(items) <= key < len(items) and not _agree(items[key], item):
-                raise self._remote_session.stop(
-                    "wrong_answer", f"a {self._remote_base} gives two items for place {key}"
-                )
+                reason = f"a {self._remote_base} gives two items for place {key}"
+                raise self._remote_session.stop("wrong_answer", reason)
         return item
-
-    def __setitem__(self, key: object, value: object) -> None:
-        self._remote("set_item", key, value)
-
-    def __delitem__(self, key: object) -> None:
-        self._remote("delete_item", key)
 
     def __contains__(self, item: object) -> bool:
         if not {"i", "n"} & set(self._remote_abilities):
@@ -150,15 +151,6 @@ class Remote(Own):
         if self._remote_base is None and "b" in self._remote_abilities:
             return self._remote_look("bool") is True
         return _length(self) > 0 if "l" in self._remote_abilities else True
-
-    def __str__(self) -> str:
-        return self._remote_text("str")
-
-    def __repr__(self) -> str:
-        return self._remote_text("repr")
-
-    def __format__(self, spec: str) -> str:
-        return self._remote_text("format", spec)
 
     def __instancecheck__(self, instance: object) -> bool:
         if isinstance(instance, AssertionError) and instance is not self._remote_session.raised:
@@ -206,17 +198,16 @@ class Name(Remote):
     def _remote_value(self) -> object:
         return value_of(self._remote_look("get"))
 
-    def __call__(self, /, *args: object, **kwargs: object) -> object:
-        return self._remote("call", *args, **kwargs)
+    __call__ = _asked("call")
 
 
 def is_remote(value: object) -> bool:
-    """Whether it is a stand-in for an object, by its real class: its `__class__` may be another."""
+    """Returns whether it is a stand-in for an object, by its real class: its `__class__` may be another."""
     return issubclass(type(value), Remote)
 
 
 def value_of(value: object) -> object:
-    """What a stand-in's data are, where it has data; anything else as it is."""
+    """Returns a stand-in's data, where it has data; anything else as it is."""
     return value._remote_value() if is_remote(value) else value
 
 
@@ -238,7 +229,7 @@ def _unary(name: str) -> Callable:
 
 
 def _binary(name: str, reflected: bool = False) -> Callable:
-    """An operator: put to the program where both operands are its own, done here where both are data."""
+    """Returns an operator: put to the program where both operands are its own, done here where both are data."""
     local = getattr(operator, f"__{name}__")
 
     def apply(self: Own, other: object) -> object:
@@ -246,9 +237,8 @@ def _binary(name: str, reflected: bool = False) -> Callable:
         values = [value_of(left), value_of(right)]
         if any(map(is_remote, values)) or name in self._remote_changed:
             if not (issubclass(type(left), Own) and issubclass(type(right), Own)):
-                raise self._remote_session.refuse(
-                    f"computes ({name}) with an object of the program's and another value"
-                )
+                reason = f"computes ({name}) with an object of the program's and another value"
+                raise self._remote_session.refuse(reason)
             return self._remote_session.request(name, left, right)
         return local(*values)
 
@@ -280,7 +270,7 @@ def _length(self: Remote) -> int:
 
 def _leave(operation: str) -> Callable:
     def leave(self: Remote, kind: type | None, error: BaseException | None, traceback: object) -> bool:
-        """Tell the program's context manager; no exception ends in it, nor does a failed assertion become another."""
+        """Tells the program's context manager; no exception ends in it, nor does a failed assertion become another."""
         session = self._remote_session
         if isinstance(error, AssertionError) and error is not session.raised:
             raise session.stop("wrong_answer", f"AssertionError: {error}".removesuffix(": "))
@@ -304,10 +294,6 @@ def _throw(self: Remote, error: BaseException, *_: object) -> NoReturn:
     raise error
 
 
-def _asked(operation: str) -> Callable:
-    return lambda self, *args, **kwargs: self._remote(operation, *args, **kwargs)
-
-
 def _asked_later(operation: str) -> Callable:
     async def ask(self: Remote) -> object:
         return self._remote(operation)
@@ -328,7 +314,7 @@ _METHODS: dict[str, dict[str, Callable]] = {
     "l": {"__len__": _length},
     "i": {"__iter__": _iterate},
     "n": {"__next__": _asked("next"), "__iter__": lambda self: self},
-    "c": {"__call__": lambda self, /, *args, **kwargs: self._remote("call", *args, **kwargs)},
+    "c": {"__call__": _asked("call")},
     "w": {"__enter__": _asked("enter"), "__exit__": _leave("exit")},
     # An event loop keeps coroutines in dicts; each is one of its own.
     "a": {
@@ -353,7 +339,7 @@ _DOC = property(lambda self: self._remote("attr", "__doc__"))
 
 @functools.lru_cache(maxsize=256)
 def remote_class(abilities: str) -> type[Remote]:
-    """Class of the stand-ins for objects that can do just that."""
+    """Returns the class of the stand-ins for objects that can do just that."""
     methods = {name: method for sign in abilities for name, method in _METHODS.get(sign, {}).items()}
     if "n" in abilities:  # an iterator's length is nothing that its items could be held against
         methods.pop("__len__", None)
@@ -362,7 +348,7 @@ def remote_class(abilities: str) -> type[Remote]:
 
 @functools.lru_cache(maxsize=1024)
 def value_class(base: type, name: str, changed: frozenset[str]) -> type:
-    """Class of values of a subclass of `base`: the value is the base's, what else it has is asked of the program."""
+    """Returns a class of values of a subclass of `base`: the value is the base's, all else is asked of the program."""
     methods: dict[str, object] = {}
     for operation in changed:
         if operation in BINARY:
@@ -370,7 +356,7 @@ def value_class(base: type, name: str, changed: frozenset[str]) -> type:
         elif operation in (*UNARY, "call"):
             methods[f"__{operation}__"] = _asked(operation)
         elif operation in ("str", "repr", "format"):
-            methods[f"__{operation}__"] = lambda self, *args, _name=operation: self._remote_text(_name, *args)
+            methods[f"__{operation}__"] = _asked_for_text(operation)
     return type(name if name.isidentifier() else "Own", (Own, base), {**methods, "_remote_changed": changed})
 
 

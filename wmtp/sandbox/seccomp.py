@@ -66,7 +66,7 @@ _CONDITIONS: dict[str, tuple[When, ...]] = {
 
 
 def _condition(when: When) -> list[Instruction]:
-    """Falls through where the condition holds, else returns EPERM."""
+    """Returns code that falls through where the condition holds, else returns EPERM."""
     code = [(_LOAD, 0, 0, _OFFSET_ARGS + 8 * when.argument)]
     if when.mask != 0xFFFFFFFF:
         code.append((_AND, 0, 0, when.mask))
@@ -81,7 +81,7 @@ def _condition(when: When) -> list[Instruction]:
 
 
 def program(allowed: dict[str, int], architecture: int, absent: tuple[int, ...]) -> list[Instruction]:
-    """The filter as BPF instructions.
+    """Returns the filter as BPF instructions.
 
     The number is looked up by bisection: the kernel tries every number when a filter is installed, and a linear
     list would make that the dearest step of starting a program.
@@ -131,7 +131,7 @@ class Filter:
         self._header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code), ctypes.addressof(self._buffer)))
 
     def install(self) -> None:
-        """Put this process under the filter, for good. Needs NO_NEW_PRIVS; raises OSError where the kernel refuses."""
+        """Puts this process under the filter, for good. Needs NO_NEW_PRIVS; raises OSError where the kernel refuses."""
         for offset in self._own_pid_offsets:
             struct.pack_into("<I", self._buffer, offset, os.getpid())
         syscalls.prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._header)

@@ -5,6 +5,7 @@ is its own answers.
 """
 
 import builtins
+import functools
 import importlib
 import operator
 import socket
@@ -17,28 +18,23 @@ from collections.abc import Callable, Iterator
 from wmtp.sandbox import wire
 from wmtp.sandbox.codec import BUILTIN, AnswerTooLarge, Decoder, Encoder, TooDeep
 from wmtp.sandbox.library_values import TYPES, record_type
-from wmtp.sandbox.memory import is_refused_memory
 from wmtp.sandbox.operations import OPERATIONS, OVERRIDABLE
+from wmtp.sandbox.usage import is_refused_memory
 
 MAX_MESSAGE = 10_000
 _MAX_WARNINGS = 100  # of one request
 _MAX_CAUSES = 3
 # What an object can do, as the judge is told with its handle; `remote` gives the stand-in the same abilities.
 _ABILITIES = {
-    "l": ("__len__",),
-    "b": ("__bool__",),
-    "n": ("__next__",),
-    "c": ("__call__",),
-    "i": ("__iter__", "__getitem__"),
-    "w": ("__exit__",),
-    "a": ("__await__",),
-    "A": ("__aiter__",),
-    "N": ("__anext__",),
+    **{"l": ("__len__",), "b": ("__bool__",), "c": ("__call__",), "w": ("__exit__",), "a": ("__await__",)},
+    **{"n": ("__next__",), "i": ("__iter__", "__getitem__"), "A": ("__aiter__",), "N": ("__anext__",)},
     "W": ("__aexit__",),
 }
-_PLAIN_RECORD = {*vars(record_type("Record", ("field",))), "_field_defaults", "_fields_defaults", "__getnewargs__"}
-_PLAIN_RECORD |= {"__match_args__", "__new__", "__annotations__", "__orig_bases__", "__static_attributes__"}
-_PLAIN_RECORD |= {"__firstlineno__", "__replace__"}
+_PLAIN_RECORD = {
+    *vars(record_type("Record", ("field",))),
+    *("_field_defaults", "_fields_defaults", "__getnewargs__", "__match_args__", "__new__", "__annotations__"),
+    *("__orig_bases__", "__static_attributes__", "__firstlineno__", "__replace__"),
+}
 _EXCEPTION_ATTRIBUTES = (
     *("errno", "strerror", "filename", "filename2", "code", "name", "path", "obj", "msg", "text", "lineno", "offset"),
     *("object", "start", "end", "reason", "encoding"),
@@ -46,14 +42,14 @@ _EXCEPTION_ATTRIBUTES = (
 
 
 def new_module(name: str) -> types.ModuleType:
-    """A module that is also found under its name: dataclasses, pickle and typing look their classes' module up."""
+    """Returns a module that is found under its name: dataclasses, pickle and typing look their classes' module up."""
     module = types.ModuleType(name)
     sys.modules[name] = module
     return module
 
 
 def execute(source: str, name: str, namespace: dict) -> None:
-    """Run `source` with `namespace` for globals."""
+    """Runs `source` with `namespace` for globals."""
     code = compile(source.removeprefix("\ufeff"), name, "exec", dont_inherit=True)
     exec(code, namespace)
 
@@ -79,20 +75,18 @@ class Server:
         self._decoder = Decoder(self._resolve, self._record)
 
     def serve(self, message: dict) -> None:
-        """Run the program that the first message brings, then answer until the judge hangs up."""
-        self._reply(message["nonce"], lambda: self._load(message))
+        """Runs the program that the first message brings, then answers until the judge hangs up."""
+        self._reply(message["nonce"], functools.partial(self._load, message))
         while (request := wire.receive(self._channel)) is not None:
-            self._serve(request)
-
-    def _serve(self, request: dict) -> None:
-        self._reply(request["nonce"], lambda: self._answer(request))
+            self._reply(request["nonce"], functools.partial(self._answer, request))
 
     def _reply(self, nonce: str, action: Callable[[], object]) -> None:
         self._nonces.append(nonce)
         outer, self._warnings = self._warnings, []
         reply = self._attempt(action)
         if self._warnings:
-            reply["warnings"] = self._encode_warnings()
+            described = self._warnings
+            reply["warnings"] = [[self._exception_class(category), text, line] for category, text, line in described]
         with self._lock:
             self._nonces.pop()
             self._warnings = outer
@@ -122,7 +116,7 @@ class Server:
         self._warnings = []
 
     def _answer(self, request: dict) -> object:
-        """Do what `request` says and encode the result; whatever the program raises comes through."""
+        """Does what `request` says and encodes the result; whatever the program raises comes through."""
         arguments, keywords = self._arguments(request)
         self._bare = arguments[0] if request["op"] == "data" else None
         return self._encoder.encode(OPERATIONS[request["op"]](*arguments, **keywords))
@@ -159,13 +153,13 @@ class Server:
         raise NameError(f"name {name!r} is not defined")
 
     def _record(self, type_name: str, names: tuple[str, ...]) -> type:
-        """The program's own named tuple of that name, if it has the same fields."""
+        """Returns the program's own named tuple of that name, if it has the same fields."""
         cls = self.namespace.get(type_name)
         own = isinstance(cls, type) and issubclass(cls, tuple) and getattr(cls, "_fields", None) == names
         return cls if own else record_type(type_name, names)
 
     def _make_instances(self, described: list) -> None:
-        """Objects of the test's own classes become objects of the program's class of that name, or of a new one."""
+        """Makes objects of the test's own classes into objects of the program's class of that name, or of a new one."""
         if not described:
             return
         made: dict[str, type] = {}
@@ -182,7 +176,7 @@ class Server:
                 object.__setattr__(instance, name, self._decoder.decode(data))
 
     def _exported(self, number: int, kind: str, name: str) -> object:
-        """What calls the test's function of that number, or goes through its iterator."""
+        """Returns what calls the test's function of that number, or goes through its iterator."""
         if number not in self._exports:
             if kind == "iterator":
                 made: object = self._iterate(number)
@@ -204,7 +198,7 @@ class Server:
             yield value
 
     def _call_back(self, number: int, operation: str, args: tuple, kwargs: dict) -> object:
-        """Have the judge do something with an object of the test's, and answer what it asks in the meantime."""
+        """Has the judge do something with an object of the test's, and answers what it asks in the meantime."""
         with self._lock:
             if not self._nonces:
                 raise RuntimeError("a function of the test was called after the call that was given it had ended")
@@ -213,7 +207,7 @@ class Server:
             wire.send(self._channel, {"nonce": self._nonces[-1], "call": [number, operation, encoded, keywords]})
             while (message := wire.receive(self._channel)) is not None:
                 if "op" in message:
-                    self._serve(message)
+                    self._reply(message["nonce"], functools.partial(self._answer, message))
                 elif "raised" in message:
                     raise self._rebuild(message)
                 else:
@@ -221,7 +215,7 @@ class Server:
             raise SystemExit  # the judge hung up
 
     def _rebuild(self, message: dict) -> BaseException:
-        """An exception of the test's: the judge has it under a number, in case it comes back."""
+        """Returns an exception of the test's: the judge has it under a number, in case it comes back."""
         cls = next((TYPES[name] for name in message["bases"] if name in TYPES), Exception)
         try:
             error = cls(*self._arguments(message)[0])
@@ -243,7 +237,7 @@ class Server:
         return [number, _name_of(cls), self._abilities[id(cls)]]
 
     def _own(self, value: object) -> list | None:
-        """Handle of an instance of a builtin type's subclass, with that type and the operators that it changes."""
+        """Returns a handle for an instance of a builtin type's subclass, that type, and the operators it changes."""
         cls = type(value)
         if value is self._bare:
             return None
@@ -254,7 +248,7 @@ class Server:
         return [*self._handle(value), base.__name__, changed]
 
     def _reference(self, value: object) -> dict:
-        """What stands for an object that is no value."""
+        """Returns what stands for an object that is no value."""
         if isinstance(value, types.FunctionType | types.GeneratorType):
             for number, export in self._exports.items():
                 if export is value:
@@ -273,7 +267,7 @@ class Server:
         return {"X": [self._classes[cls], _name_of(cls), bases]}
 
     def _describe(self, error: BaseException, causes: int = _MAX_CAUSES) -> dict:
-        """An exception as its class, message, arguments and attributes."""
+        """Returns an exception as its class, message, arguments and attributes."""
         cls = type(error)
         described: dict = {"class": self._exception_class(cls), "message": text_of(error)}
         if is_refused_memory(error):
@@ -297,10 +291,7 @@ class Server:
 
     def _collect(self, message: object, category: type, filename: str, line: int, *_: object) -> None:
         if len(self._warnings) < _MAX_WARNINGS:
-            self._warnings.append((category, text_of(message), filename, line))
-
-    def _encode_warnings(self) -> list:
-        return [[self._exception_class(category), text, line] for category, text, _, line in self._warnings]
+            self._warnings.append((category, text_of(message), line))
 
 
 class _OfTheTest:
@@ -313,7 +304,7 @@ class _OfTheTest:
 
 
 def _of(cls: type, name: str) -> object:
-    """What the class has under that special name, asked without running code of its metaclass."""
+    """Returns what the class has under that special name, asked without running code of its metaclass."""
     return next((base.__dict__[name] for base in _mro(cls) if name in base.__dict__), None)
 
 
@@ -326,7 +317,7 @@ def _name_of(cls: type) -> str:
 
 
 def text_of(error: object) -> str:
-    """The message of an exception, which may raise one itself."""
+    """Returns the message of an exception, which may raise one itself."""
     try:
         return str(error)[:MAX_MESSAGE]
     except BaseException as again:

@@ -1,17 +1,17 @@
-"""The judge's conversation with one program: requests, answers, and the functions of the tests that it calls."""
+"""The judge's conversation with one program: requests, answers, what it raises, the tests' functions that it calls."""
 
 import builtins
+import contextlib
 import mmap
 import operator
 import secrets
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
 from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
-from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
 from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, remote_class, value_class
 from wmtp.sandbox.supervise import Ended, Process
 
@@ -20,6 +20,10 @@ _LOOKS = {"get", "data", "items", "len", "bool", "str", "repr", "format", "hash"
 _LOOKS |= {"has_instance", "has_subclass", *CONVERSIONS}
 _MAX_NAME = 200  # characters of a class's name: made classes are kept, and the next programs have the same judge
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
+# From a call, they would end the test's own loops early.
+_CONTROL_FLOW = {"next": StopIteration, "anext": StopAsyncIteration}
+_NO_ATTRIBUTES = frozenset(dir(BaseException))
+_MAX_BASES = 8
 
 
 class Session:
@@ -53,7 +57,7 @@ class Session:
 
     @property
     def answered(self) -> bool:
-        """Whether a byte of an answer has come since this was last set to False."""
+        """Returns whether a byte of an answer has come since this was last set to False."""
         return self._flag[0] == 1
 
     @answered.setter
@@ -61,24 +65,24 @@ class Session:
         self._flag[0] = int(value)
 
     def name(self, expression: str) -> Name:
-        """The program's object of that name."""
+        """Returns the stand-in for the program's object of that name."""
         return Name(self, {"@": expression}, "in")
 
     def stop(self, verdict: Verdict, detail: str) -> Ended:
-        """Fix the verdict; the exception to raise, which no test can undo."""
+        """Fixes the verdict; returns the exception to raise, which no test can undo."""
         self.failure = self.failure or Ended(verdict, detail)
         return self.failure
 
     def refuse(self, reason: str) -> Ended:
-        """The same for what cannot be judged from outside: ours, unless the program's answers have led to it."""
+        """Does the same for what cannot be judged from outside: ours, unless the program's answers have led to it."""
         return self.stop("wrong_answer" if self.answered else "harness_error", f"a test {reason}")
 
     def load(self, program: str, setup: str, entry_point: str | None) -> None:
-        """Send the program; raises what its top level raises."""
+        """Sends the program; raises what its top level raises."""
         self._exchange({"program": program, "setup": setup, "entry_point": entry_point})
 
     def request(self, operation: str, /, *args: object, **kwargs: object) -> object:
-        """Have `operation` done on the program's side; returns its value or raises its exception.
+        """Has `operation` done on the program's side; returns its value or raises its exception.
 
         Raises:
             Ended: the program broke off, or something cannot be sent; for good.
@@ -107,7 +111,11 @@ class Session:
         try:
             self.process.send({**message, "nonce": nonce})
             while True:
-                answer = self._await_answer()
+                self.waiting = True
+                try:
+                    answer = self.process.receive()
+                finally:
+                    self.waiting = False
                 if answer.pop("nonce", None) != nonce:
                     raise Ended("violation", "the program sent an answer to what was not asked")
                 if "call" not in answer:
@@ -121,38 +129,28 @@ class Session:
                 raise
             raise self.stop("memory", "the judge ran out of memory on the program's answer") from None
 
-    def _await_answer(self) -> dict:
-        self.waiting = True
-        try:
-            return self.process.receive()
-        finally:
-            self.waiting = False
-
     def _read_answer(self, answer: dict, operation: str | None) -> object:
         try:
-            issued = [warning(self, content) for content in answer.pop("warnings", [])]
+            issued = [_warning(self, content) for content in answer.pop("warnings", [])]
             ((kind, content),) = answer.items()
             if kind == "too_large":
                 raise Ended("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
             if kind == "too_deep":
                 raise Ended("output_limit", f"the answer is nested deeper than {MAX_DEPTH} levels, or contains itself")
-            if kind == "value":
-                value = self.decode(content)
-                if operation != "type" and any(map(_takes_failures, value if type(value) is tuple else (value,))):
-                    raise Ended(
-                        "wrong_answer", "to catch this exception of the program's is to catch failed assertions"
-                    )
-            elif kind == "error" and "raised" in content:
-                value, self.raised, self.raised_verdict = None, self._thrown[int(content["raised"])], "exception"
-                self.raised_detail = f"{type(self.raised).__name__}: {content['message']!s}"
-            elif kind == "error":
-                value, self.raised, self.raised_verdict = None, exception(self, content, operation), "exception"
+            value = self.decode(content) if kind == "value" else None
+            classes = value if type(value) is tuple else (value,)
+            if operation != "type" and any(map(_takes_failures, classes)):
+                raise Ended("wrong_answer", "to catch this exception of the program's is to catch failed assertions")
+            if kind == "error":
+                number = content.get("raised")  # of an exception of the test's own
+                self.raised = _exception(self, content, operation) if number is None else self._thrown[int(number)]
+                self.raised_verdict = "exception"
                 self.raised_detail = f"{type(self.raised).__name__}: {content['message']}"
-                if content.get("refused_memory") is True:
+                if content.get("refused_memory") is True and number is None:
                     limit = self.process.limits.memory_bytes
                     self.raised_verdict = "memory"
                     self.raised_detail = f"limits.memory_bytes is {limit}: {self.raised_detail}"
-            else:
+            elif kind != "value":
                 raise ValueError(f"unknown answer {kind!r}")
         except MALFORMED as error:
             raise Ended("violation", f"the program sent a malformed answer ({type(error).__name__})") from None
@@ -163,7 +161,7 @@ class Session:
         return value
 
     def _serve_call(self, answer: dict) -> dict:
-        """Do what the program asks of an object that a test has handed to it; the reply, exceptions included."""
+        """Does what the program asks of an object that a test has handed to it; the reply may be an exception."""
         try:
             number, operation, args, kwargs = answer["call"]
             target, kind = self._exports.get(number)
@@ -185,11 +183,11 @@ class Session:
             return reply | self._arguments(tuple(plain if len(plain) == len(error.args) else [str(error)]), {})
 
     def _resolve(self, tag: str, content: list) -> object:
-        """What an answer refers to: an object or exception class of the program's, or a function of the test's."""
+        """Returns what an answer refers to: an object or exception class of the program's, a function of the test's."""
         if tag == "j":
             return self._exports.get(content)[0]
         if tag == "X":
-            return exception_class(self, content, self._classes)
+            return _exception_class(self, content, self._classes)
         if tag == "S":
             (handle, name, _, base, changed), data = content
             value = self.decode(data)
@@ -215,7 +213,7 @@ class Session:
         return value._remote_reference if issubclass(type(value), Own) else None
 
     def _reference(self, value: object) -> dict:
-        """What stands for an argument that is no value."""
+        """Returns what stands for an argument that is no value."""
         cls = type(value)
         if issubclass(cls, Own | ProgramsClass) or issubclass(type(cls), ProgramsClass):
             return value._remote_reference
@@ -227,13 +225,12 @@ class Session:
             return {"j": [self._exports.number(value, "iterator"), "iterator", ""]}
         if callable(value):
             name = getattr(value, "__name__", None)
-            return {
-                "j": [self._exports.number(value, "function"), "function", name if type(name) is str else cls.__name__]
-            }
+            name = name if type(name) is str else cls.__name__
+            return {"j": [self._exports.number(value, "function"), "function", name]}
         raise self.refuse(f"passes a {cls.__name__} to the program, which cannot be sent")
 
     def _describe_instances(self) -> list:
-        """Class name, attributes and number of each instance sent; encoding attributes may add to the list."""
+        """Returns class name, attributes and number of each instance sent; encoding attributes may add to the list."""
         described = []
         for instance, _ in self._instances.entries:
             attributes = [[name, self._encoder.encode(value)] for name, value in vars(instance).items()]
@@ -258,17 +255,13 @@ class _Numbered:
         return self.entries[range(len(self.entries))[number]]
 
 
-def _call(function: Callable, /, *args: object, **kwargs: object) -> object:
-    return function(*args, **kwargs)
-
-
 def _attribute(instance: object, name: str) -> object:
     if name.startswith("_"):  # what a test is made of is nobody's business
         raise AttributeError(name)
     return getattr(instance, name)
 
 
-_ACTIONS = {("call", "function"): _call, ("next", "iterator"): next, ("attr", "instance"): _attribute}
+_ACTIONS = {("call", "function"): operator.call, ("next", "iterator"): next, ("attr", "instance"): _attribute}
 
 
 def _takes_failures(value: object) -> bool:
@@ -281,7 +274,7 @@ def _detail(error: BaseException) -> str:
 
 
 def _library_path(value: object) -> str | None:
-    """Where the program's side finds the same function, class or module of the library: "operator:add"."""
+    """Returns where the program's side finds the same function, class or module of the library: "operator:add"."""
     owner = getattr(value, "__objclass__", value)
     module = getattr(owner, "__module__", None) or ("numpy" if type(value).__module__ == "numpy" else "builtins")
     name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
@@ -294,3 +287,92 @@ def _library_path(value: object) -> str | None:
     except (AttributeError, KeyError):
         return None
     return f"{module}:{name}" if found is value else None
+
+
+class RemoteError(Exception):
+    """An exception of the program's whose own class cannot be had in the judge."""
+
+
+class ProgramsClass(type):
+    """Class of the classes that stand for the program's own exceptions: what they do and have is asked of it."""
+
+    _remote_session: "Session"
+    _remote_reference: dict
+
+    def __call__(cls, /, *args: object, **kwargs: object) -> object:
+        return cls._remote_session.request("call", cls, *args, **kwargs)
+
+    def __getattr__(cls, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls._remote_session.request("attr", cls, name)
+
+
+class _Programs:
+    """What the instances of those classes have in common."""
+
+    def __str__(self) -> str:
+        return self._remote_message
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._remote_session.request("attr", self, name)
+
+
+def _exception_class(session: "Session", content: list, known: dict[int, type]) -> type:
+    """Returns the class that stands for an exception class of the program's: always the same for the same handle."""
+    handle, name, bases = content
+    if type(handle) is not int or type(name) is not str or len(bases) > _MAX_BASES:
+        raise ValueError("an exception class has a handle, a name and base classes")
+    if handle not in known:
+        classes = [session.decode(base) for base in bases]
+        if not classes or not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
+            raise ValueError("an exception class is derived from exception classes")
+        members = {"__module__": "program", "_remote_session": session, "_remote_reference": {"h": handle}}
+        mixed = [] if any(issubclass(cls, _Programs) for cls in classes) else [_Programs]
+        known[handle] = ProgramsClass(name[:200] or "_", (*mixed, *classes), members)
+    return known[handle]
+
+
+def _exception(session: "Session", content: dict, operation: str | None) -> BaseException:
+    """Returns the exception that the program raised: of the same builtin class, or of one that stands for its own.
+
+    Raises one of `codec.MALFORMED`.
+    """
+    cls, message = session.decode(content["class"]), content["message"]
+    if type(message) is not str or not (isinstance(cls, type) and issubclass(cls, BaseException)):
+        raise ValueError("an exception has a class and a message")
+    args = [session.decode(arg) for arg in content["args"]]
+    flow = (StopIteration, StopAsyncIteration, GeneratorExit)
+    if issubclass(cls, flow) and not issubclass(cls, _CONTROL_FLOW.get(operation, ())):
+        return RemoteError(f"{cls.__name__}: {message}")
+    try:
+        error = cls.__new__(cls, *args)
+        with contextlib.suppress(TypeError, ValueError):
+            next(base for base in cls.__mro__ if base.__module__ == "builtins").__init__(error, *args)
+    except (TypeError, ValueError):  # a group without its exceptions
+        return RemoteError(f"{cls.__name__}: {message}")
+    if isinstance(cls, ProgramsClass):
+        error._remote_message, error._remote_reference = message, {"h": int(content["handle"])}
+    for name, data in content["attributes"]:
+        if name not in _NO_ATTRIBUTES and not name.startswith("_"):
+            value = session.decode(data)
+            with contextlib.suppress(TypeError, AttributeError, ValueError):
+                setattr(error, name, value)
+    if "cause" in content:
+        error.__cause__ = _exception(session, content["cause"], None)
+    return error
+
+
+def _warning(session: "Session", content: list) -> tuple:
+    """Returns message, class and line of a warning of the program's, as `warnings.warn_explicit` takes them."""
+    category, text, line = content
+    cls = session.decode(category)
+    if not (isinstance(cls, type) and issubclass(cls, Warning)) or type(text) is not str or type(line) is not int:
+        raise ValueError("a warning has a class, a message and a line")
+    if not isinstance(cls, ProgramsClass):
+        return text, cls, line
+    message = cls.__new__(cls, text)
+    message._remote_message = text
+    return message, cls, line

@@ -1,6 +1,5 @@
 """The judge's side of the zygote and of each confined process: start, talk, bound, kill, and say how it ended."""
 
-import json
 import mmap
 import os
 import select
@@ -11,7 +10,6 @@ import tempfile
 import time
 
 from wmtp.sandbox import confine, filesystem, wire
-from wmtp.sandbox.interpreter import clean_environment, python_command
 from wmtp.sandbox.jobs import Limits, Verdict
 from wmtp.sandbox.usage import Usage, between, own_usage, starved
 
@@ -46,99 +44,69 @@ class ZygoteHandle:
     """A running zygote.
 
     Args:
-        without: layers to leave out, each with the reason.
-        root: folder in which to make the zygote's own.
-        hidden: real paths of folders that no program may see, wherever they lie.
-        outside: a file that no program may be able to read.
-        bubblewrap: path of `bwrap`, which is used where neither Landlock nor namespaces are to be had, or None.
+        settings: `without` (layers to leave out, each with the reason), `root` (folder in which to make the zygote's
+            own), `hidden` (real paths of folders that no program may see), `outside` (a file that no program may be
+            able to read), `bubblewrap` (path of `bwrap`, or None: used where neither Landlock nor namespaces are to be
+            had).
 
     Raises:
         ZygoteLost: it did not start.
     """
 
-    def __init__(
-        self, without: dict[str, str], root: str, hidden: list[str], outside: str, bubblewrap: str | None
-    ) -> None:
-        self.base = tempfile.mkdtemp(prefix="zygote-", dir=root)
-        self._hidden, self._outside, self._bubblewrap = hidden, outside, bubblewrap
-        self.report = self._start(without, wrapped=False)
+    def __init__(self, settings: dict) -> None:
+        self._base = tempfile.mkdtemp(prefix="zygote-", dir=settings["root"])
+        self._settings = {name: settings[name] for name in ("without", "hidden", "outside")}
+        self._start()
         if "failed" in self.report:
-            without = {**without, self.report["failed"]: self.report["reason"]}
+            self._settings["without"] = {**settings["without"], self.report["failed"]: self.report["reason"]}
             self.close()
-            self.report = self._start(without, wrapped=False)
+            self._start()
         apart = any(layer.startswith(("landlock", "namespaces")) for layer in self.report["layers"])
-        if not apart and bubblewrap:
+        if not apart and settings["bubblewrap"]:
             self.close()
-            self.report = self._start(without, wrapped=True)
+            self._start(settings["bubblewrap"])
 
-    def _start(self, without: dict[str, str], wrapped: bool) -> dict:
-        os.makedirs(self.base, exist_ok=True)
-        self.control, theirs = socket.socketpair()
-        settings = {"control": theirs.fileno(), "base": self.base, "without": without, "outside": self._outside}
-        settings |= {"hidden": self._hidden, "wrapped": wrapped, "address_space": confine.address_space()}
-        command = python_command("zygote", json.dumps(settings))
-        if wrapped:
-            command = [self._bubblewrap, *filesystem.bubblewrap_options(self.base, self._hidden), *command]
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                env=clean_environment(),
-                cwd="/",
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
-            )
-        self.control.settimeout(_START_SECONDS)
-        try:
-            report = wire.receive(self.control)
-        except OSError as error:
-            report = None
-            self._process.kill()
-            reason = f"no answer: {error}"
-        else:
-            reason = "it ended"
-        if report is None:
+    def _start(self, bubblewrap: str | None = None) -> None:
+        os.makedirs(self._base, exist_ok=True)
+        settings = {**self._settings, "base": self._base, "wrapped": bubblewrap is not None}
+        settings["address_space"] = confine.address_space()
+        prefix = (bubblewrap, *filesystem.bubblewrap_options(self._base, settings["hidden"])) if bubblewrap else ()
+        self._process, self.control = wire.start("zygote", settings, prefix=prefix, stderr=subprocess.PIPE)
+        self.report = wire.first_report(self._process, self.control, _START_SECONDS)
+        if "error" in self.report:
             lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
             self.close()
-            raise ZygoteLost(f"the sandbox's zygote did not start: {lines[-1] if lines else reason}")
-        self.control.settimeout(None)
-        return report
+            raise ZygoteLost(f"the sandbox's zygote did not start: {lines[-1] if lines else self.report['error']}")
 
     def start(self, mode: str, limits: Limits, descriptors: list[int]) -> None:
-        """Ask for a process; its report is the next frame on `control`."""
-        message = wire.frame({"mode": mode, "limits": vars(limits)})
-        try:
-            socket.send_fds(self.control, [message], descriptors)
-        except OSError as error:
-            raise ZygoteLost(f"the zygote does not take requests: {error}") from error
+        """Asks for a process; its report is the next frame on `control`."""
+        self._send({"mode": mode, "limits": vars(limits)}, descriptors)
 
     def end(self) -> None:
-        """Have the running process killed, or take note that it ended."""
+        """Has the running process killed, or takes note that it ended."""
+        self._send({"op": "end"}, [])
+
+    def _send(self, message: dict, descriptors: list[int]) -> None:
         try:
-            wire.send(self.control, {"op": "end"})
+            socket.send_fds(self.control, [wire.frame(message)], descriptors)
         except OSError as error:
             raise ZygoteLost(f"the zygote does not take requests: {error}") from error
 
     def read_report(self) -> dict:
-        """How the process ended."""
+        """Returns how the process ended."""
         report = wire.receive(self.control)
         if report is None:
             raise ZygoteLost("the zygote is gone")
         return report
 
     def close(self) -> None:
-        """End the zygote, whatever runs under it, and its folder."""
+        """Ends the zygote, whatever runs under it, and its folder."""
         self.control.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wire.stop(self._process)
         self._process.stderr.close()
-        if os.path.isdir(self.base):
-            filesystem.clear_folder(self.base)
-            os.rmdir(self.base)
+        if os.path.isdir(self._base):
+            filesystem.clear_folder(self._base)
+            os.rmdir(self._base)
 
 
 class Process:
@@ -198,7 +166,7 @@ class Process:
         return writer
 
     def send(self, message: dict) -> None:
-        """Queue one frame; it goes out while waiting for the answer. The first brings the program."""
+        """Queues one frame; it goes out while waiting for the answer. The first brings the program."""
         if not self._has_program:
             self._has_program, self.deadline = True, time.monotonic() + self.limits.wall_seconds
             self._own = own_usage()
@@ -217,7 +185,7 @@ class Process:
         self._outbox = self._outbox[sent:]
 
     def receive(self) -> dict:
-        """The next frame; raises `Ended` where there is none, or it is too large or malformed."""
+        """Returns the next frame; raises `Ended` where there is none, or it is too large or malformed."""
         while True:
             message = self.take_frame()
             if message is not None:
@@ -228,40 +196,36 @@ class Process:
             self._step()
 
     def wait(self) -> None:
-        """Until the process has ended by itself, with all its output read; raises `Ended` at a limit."""
+        """Waits until the process has ended by itself, with all its output read; raises `Ended` at a limit."""
         while self.report is None or self._streams or self._channel_open:
             self._step()
 
     def ended(self) -> Ended:
-        """The verdict on a process that ended without an answer; its report must be in."""
+        """Returns the verdict on a process that ended without an answer; its report must be in."""
         report = self.report
         if "failed" in report:
             raise ZygoteLost(report["failed"])
-        exceeded = self.exceeded()
-        if exceeded is not None:
+        if (exceeded := self.exceeded()) is not None:
             return exceeded
-        status = report["status"]
-        killed = os.WIFSIGNALED(status)
-        number = os.WTERMSIG(status)
+        status, number = report["status"], os.WTERMSIG(report["status"])  # of the signal, 0: none
         # The kernel kills on a count of timer ticks, which can run well ahead of the exact one that it reports.
         if number == signal.SIGKILL and report["cpu"] > 0.5 * self.limits.cpu_seconds:
             return self._ended_by("cpu_seconds")
-        if self._broke_on_memory(number if killed else 0):
+        if self._broke_on_memory(number):
             return self._ended_by("memory_bytes")
-        if killed:
+        if number:
             verdict: Verdict = "violation" if number == signal.SIGSYS else "exception"
             return Ended(verdict, f"killed by {signal.Signals(number).name}")
         return Ended("exception", f"the process exited with status {os.WEXITSTATUS(status)} instead of returning")
 
     def starved(self) -> bool:
-        """Whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
+        """Returns whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
         if not self._has_program or "cpu" not in self.report:
             return False
-        usages = between(self.usage_at_start, self.report), between(self._own, own_usage())
-        return starved(self._wall, *usages)
+        return starved(self._wall, between(self.usage_at_start, self.report), between(self._own, own_usage()))
 
     def exceeded(self) -> Ended | None:
-        """The verdict on an ended process that used more than it may, whatever else is known of it."""
+        """Returns the verdict on an ended process that used more than it may, whatever else is known of it."""
         report = self.report or {}
         if report.get("swollen"):
             return self._ended_by("memory_bytes")
@@ -273,14 +237,14 @@ class Process:
         return Ended("memory", f"more than {self.limits.memory_bytes} bytes of memory (limits.memory_bytes)")
 
     def _broke_on_memory(self, number: int) -> bool:
-        """Whether the signal (0: none) that the process died of is that of a program that was refused memory."""
+        """Returns whether the process died of the signal (0: none) of a program that was refused memory."""
         near = self.report["peak"] > _NEAR * self.limits.memory_bytes
         if number == signal.SIGABRT and b"bad_alloc" in self._last_words:
             return True
         return near and number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 
     def close(self) -> None:
-        """Kill the process where it still runs and take its report; raises `ZygoteLost`."""
+        """Kills the process where it still runs and takes its report; raises `ZygoteLost`."""
         try:
             self._wall = time.monotonic() - (self.deadline - self.limits.wall_seconds)
             self._zygote.end()
@@ -290,7 +254,7 @@ class Process:
             self._close_descriptors()
 
     def unasked(self) -> bool:
-        """Whether the program said more than it was asked for."""
+        """Returns whether the program said more than it was asked for."""
         if not self._inbox and self._channel_open:
             self._read_channel()
         return bool(self._inbox)
@@ -302,7 +266,7 @@ class Process:
         self._streams = []
 
     def _step(self) -> None:
-        """Wait for the next event and take it in."""
+        """Waits for the next event and takes it in."""
         left = self.deadline - time.monotonic()
         events = self._poll.poll(max(0, left) * 1000)
         if not events:
@@ -358,17 +322,14 @@ class Process:
         if self._output_bytes > self.limits.output_bytes:
             raise Ended("output_limit", f"more than {self.limits.output_bytes} bytes of output")
 
-    def _take_header(self) -> int:
+    def take_frame(self) -> dict | None:
+        """Returns the next frame that has come in whole, if any."""
+        if len(self._inbox) < wire.HEADER_BYTES:
+            return None
         size = int.from_bytes(self._inbox[: wire.HEADER_BYTES], "big")
         if size > self.limits.output_bytes + _FRAME_SLACK:
             raise Ended("output_limit", f"an answer of {size} bytes, more than {self.limits.output_bytes}")
-        return size
-
-    def take_frame(self) -> dict | None:
-        """The next frame that has come in whole, if any."""
-        if len(self._inbox) < wire.HEADER_BYTES:
-            return None
-        end = wire.HEADER_BYTES + self._take_header()
+        end = wire.HEADER_BYTES + size
         if len(self._inbox) < end:
             return None
         payload = bytes(self._inbox[wire.HEADER_BYTES : end])

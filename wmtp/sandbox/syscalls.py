@@ -48,7 +48,7 @@ ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_*, w
 
 
 def table(text: str, machine: str) -> dict[str, int]:
-    """Names to numbers on `machine`; names that it lacks are left out."""
+    """Returns numbers on `machine` by name; names that it lacks are left out."""
     column = 1 + list(ARCHITECTURES).index(machine)
     entries = [entry.split() for line in text.splitlines() for entry in line.split("|") if entry.strip()]
     return {entry[0]: int(entry[column]) for entry in entries if entry[column] != "-"}
@@ -62,7 +62,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *args: object) -> int:
-    """Make the system call `name` of `SETUP`; raises OSError where it fails."""
+    """Makes the system call `name` of `SETUP`; raises OSError where it fails."""
     if name not in SETUP:
         raise OSError(38, f"{name}: not known on {sys.platform} {MACHINE}")
     converted = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
@@ -70,26 +70,26 @@ def call(name: str, *args: object) -> int:
 
 
 def prctl(option: int, *args: object) -> int:
-    """prctl(2); raises OSError where it fails."""
+    """Calls prctl(2); raises OSError where it fails."""
     padded = [*args, 0, 0, 0, 0][:4]
     converted = [ctypes.c_ulong(arg) if isinstance(arg, int) else arg for arg in padded]
     return _check(f"prctl {option}", _libc.prctl(ctypes.c_int(option), *converted))
 
 
 def unshare(flags: int) -> None:
-    """unshare(2); raises OSError where it fails."""
+    """Calls unshare(2); raises OSError where it fails."""
     _check("unshare", _libc.unshare(ctypes.c_int(flags)))
 
 
 def mount(source: str, target: str, kind: str | None = None, flags: int = 0, options: str = "") -> None:
-    """mount(2); raises OSError where it fails."""
+    """Calls mount(2); raises OSError where it fails."""
     encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
     result = _libc.mount(*encoded, ctypes.c_ulong(flags), os.fsencode(options) or None)
     _check(f"mount {target}", result)
 
 
 def umount(target: str, flags: int = 0) -> None:
-    """umount2(2); raises OSError where it fails."""
+    """Calls umount2(2); raises OSError where it fails."""
     _check(f"umount {target}", _libc.umount2(os.fsencode(target), ctypes.c_int(flags)))
 
 

@@ -1,6 +1,18 @@
-"""What a process used, and whether it was the machine that kept it from using more."""
+"""What a process uses, seen from outside it: CPU time, memory, and whether it was the machine that kept it waiting."""
 
+import errno
+import mmap
+import os
 import resource
+
+# A limit on the address space alone would refuse what is mapped and never touched: `import torch` maps 3 GB of
+# libraries for 0.3 GB of its own. Where resident memory is watched, these may come on top of `memory_bytes`.
+UNTOUCHED_BYTES = 1 << 30  # private memory that is asked for and not used (RLIMIT_DATA)
+MAPPED_BYTES = 8 << 30  # libraries, reservations without access (RLIMIT_AS)
+FASTEST_GROWTH = 8 << 30  # bytes a second that a program can touch: the kernel clears 2 to 5 GB a second a core
+_FIELDS = ("RssAnon:", "RssShmem:", "VmSwap:")
+_REFUSALS = ("failed to map segment", "annot allocate memory", "an't allocate memory", "bad_alloc", "out of memory")
+_NO_REFUSALS = ("static TLS", "not permitted")  # a library that no address fits; a folder mounted noexec
 
 _BLOCKS_A_READ = 256  # of 512 bytes: what the kernel reads ahead in a file
 # A process that wants to run and may not is put aside and taken up again many times: every 10 to 140 ms beside 5 to 15
@@ -13,8 +25,69 @@ _READ_SECONDS = 0.02  # of a busy disk
 Usage = dict[str, float]
 
 
+class ResidentMemory:
+    """Reads how much memory of its own (not of files) a child holds, swapped out or not.
+
+    It keeps /proc open from before the file system is changed, where processes have the numbers of the old process
+    table. A program can neither hide private memory from these counts nor, since the seccomp filter refuses shared
+    anonymous maps and /dev/zero is not to be had, keep memory that no map shows.
+
+    Raises:
+        OSError: /proc, or a field of it, cannot be read.
+    """
+
+    def __init__(self) -> None:
+        self._proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if not self.own():
+            raise OSError(errno.ENOTSUP, "/proc does not say how much memory a process holds")
+
+    def own(self) -> int:
+        """Returns the bytes that this process holds."""
+        return self._read("self")
+
+    def of(self, process: int) -> int:
+        """Returns the bytes that the process of a pidfd holds; 0 once it has ended."""
+        with open(os.open(f"self/fdinfo/{process}", os.O_RDONLY, dir_fd=self._proc)) as file:
+            pid = next((line.split()[1] for line in file if line.startswith("Pid:")), "-1")
+        try:
+            return 0 if pid == "-1" else self._read(pid)
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+
+    def _read(self, name: str) -> int:
+        with open(os.open(f"{name}/status", os.O_RDONLY, dir_fd=self._proc)) as file:
+            return 1024 * sum(int(line.split()[1]) for line in file if line.startswith(_FIELDS))
+
+
+class PrivateMap(mmap.mmap):
+    """`mmap.mmap` whose anonymous maps are private: the same thing in a process that cannot fork, and counted."""
+
+    def __new__(
+        cls,
+        fileno: int,
+        length: int,
+        flags: int = mmap.MAP_SHARED,
+        prot: int = mmap.PROT_READ | mmap.PROT_WRITE,
+        access: int = mmap.ACCESS_DEFAULT,
+        **offset: int,
+    ) -> "PrivateMap":
+        if fileno == -1 and access != mmap.ACCESS_DEFAULT:
+            access = mmap.ACCESS_COPY
+        elif fileno == -1:
+            flags = flags & ~mmap.MAP_SHARED | mmap.MAP_PRIVATE
+        return super().__new__(cls, fileno, length, flags=flags, prot=prot, access=access, **offset)
+
+
+def is_refused_memory(error: BaseException) -> bool:
+    """Returns whether an exception says that there was no memory, in whatever words a library has for it."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    text = str(error) if isinstance(error, ImportError | OSError | RuntimeError) else ""
+    return any(words in text for words in _REFUSALS) and not any(words in text for words in _NO_REFUSALS)
+
+
 def usage_of(usage: resource.struct_rusage) -> Usage:
-    """CPU seconds (`cpu`), the times it was put aside for another (`preempted`) and waited for a disk (`read`)."""
+    """Returns CPU seconds (`cpu`), the times it was put aside for another (`preempted`), waited for a disk (`read`)."""
     return {
         "cpu": usage.ru_utime + usage.ru_stime,
         "preempted": usage.ru_nivcsw,
@@ -23,22 +96,22 @@ def usage_of(usage: resource.struct_rusage) -> Usage:
 
 
 def own_usage() -> Usage:
-    """Of this process."""
+    """Returns the usage of this process."""
     return usage_of(resource.getrusage(resource.RUSAGE_SELF))
 
 
 def between(before: Usage, after: Usage) -> Usage:
-    """What was used from one time to another."""
+    """Returns what was used from one time to another."""
     return {name: after[name] - value for name, value in before.items()}
 
 
 def starved(wall: float, *usages: Usage) -> bool:
-    """Whether the machine, and not the program, is to blame for what of `wall` seconds was not computed in.
+    """Returns whether the machine, and not the program, is to blame for what of `wall` seconds was not computed in.
+
+    A process that was kept from running for a tenth of the time or less would have been late without that too.
 
     Args:
         usages: of the processes that took turns meanwhile.
-
-    A process that was kept from running for a tenth of the time or less would have been late without that too.
     """
     idle = wall - sum(usage["cpu"] for usage in usages)
     kept = sum(_PUT_ASIDE_SECONDS * usage["preempted"] + _READ_SECONDS * usage["read"] for usage in usages)

@@ -1,43 +1,53 @@
-"""Frames of JSON on a byte stream: four bytes of length (big-endian), then ASCII JSON, written with one call.
+"""How the sandbox's processes are started and talk: frames of JSON on a socket.
 
-JSON carries lone surrogates as escapes, so that any `str` survives; floats are written with `repr`, which is exact.
+A frame is four bytes of length (big-endian), then ASCII JSON, written with one call. JSON carries lone surrogates as
+escapes, so that any `str` survives; floats are written with `repr`, which is exact.
 """
 
 import json
+import os
 import socket
+import subprocess
 import sys
-from types import TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 HEADER_BYTES = 4
 _LEVELS = 4000  # of arrays and objects: a value of `codec.MAX_DEPTH` levels takes a few for each
 _MAX_DIGITS = 640  # the least that can be set; longer integers travel in hexadecimal, which takes linear time to read
+_STOP_SECONDS = 5.0
+_BOOTSTRAP = """
+import json, socket, sys, types
+for name, folders in (("wmtp", []), ("wmtp.sandbox", [{folder!r}])):
+    sys.modules[name] = types.ModuleType(name)  # neither __init__ is run: they import what is not needed here
+    sys.modules[name].__path__ = folders
+from wmtp.sandbox.{module} import main
+settings = json.loads(sys.argv[1])
+main(socket.socket(fileno=settings["connection"]), settings)
+"""
 
 
-class room:
-    """Context in which that many more levels of recursion are allowed than elsewhere."""
-
-    def __init__(self, levels: int) -> None:
-        self._levels = levels
-
-    def __enter__(self) -> None:
-        self._limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(self._limit + self._levels)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        sys.setrecursionlimit(self._limit)
+@contextmanager
+def room(levels: int) -> Iterator[None]:
+    """Allows that many more levels of recursion than elsewhere."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + levels)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def frame(message: object) -> bytes:
-    """`message` as one frame."""
+    """Returns `message` as one frame."""
     with room(_LEVELS):
         payload = json.dumps(message, separators=(",", ":")).encode("ascii")
     return len(payload).to_bytes(HEADER_BYTES, "big") + payload
 
 
 def parse(payload: bytes) -> object:
-    """What a frame of unknown origin holds; raises ValueError, RecursionError or MemoryError."""
+    """Returns what a frame of unknown origin holds; raises ValueError, RecursionError or MemoryError."""
     digits = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(_MAX_DIGITS)
     try:
@@ -48,20 +58,18 @@ def parse(payload: bytes) -> object:
 
 
 def send(connection: socket.socket, message: object) -> None:
-    """Write one frame to a blocking socket."""
+    """Writes one frame to a blocking socket."""
     connection.sendall(frame(message))
 
 
-def receive(connection: socket.socket, start: bytes = b"") -> object | None:
-    """Read one frame from a blocking socket; None at the end of the stream. For trusted peers: no bound on size.
+def receive(connection: socket.socket, start: bytes = b"") -> Any:
+    """Reads one frame from a trusted peer, whatever its size; None at the end of the stream.
 
     Args:
         start: bytes of the header that were already read.
     """
     rest = _read_exactly(connection, HEADER_BYTES - len(start))
-    if rest is None:
-        return None
-    payload = _read_exactly(connection, int.from_bytes(start + rest, "big"))
+    payload = None if rest is None else _read_exactly(connection, int.from_bytes(start + rest, "big"))
     if payload is None:
         return None
     with room(_LEVELS):
@@ -77,3 +85,72 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
         parts.append(part)
         size -= len(part)
     return b"".join(parts)
+
+
+def start(
+    module: str,
+    settings: dict,
+    *,
+    descriptors: tuple[int, ...] = (),
+    prefix: tuple[str, ...] = (),
+    stderr: int = subprocess.DEVNULL,
+    new_session: bool = False,
+) -> tuple[subprocess.Popen, socket.socket]:
+    """Starts an interpreter that runs `wmtp.sandbox.<module>.main` and imports nothing else of the library.
+
+    It has no environment of the caller's but two variables, which say where to find and what to keep.
+
+    Args:
+        settings: for `main`, beside its end of the connection.
+        descriptors: that it inherits.
+        prefix: command line that the interpreter's own comes behind.
+
+    Returns:
+        The process and our end of the connection.
+    """
+    environment = {
+        "PATH": os.defpath,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",  # the order of a set must not change a verdict from run to run
+        "MALLOC_ARENA_MAX": "1",  # each further arena would reserve 64 MiB of the address space allowed
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
+    }
+    passed_on = ("LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
+    environment |= {name: os.environ[name] for name in passed_on if name in os.environ}
+    code = _BOOTSTRAP.format(folder=os.path.dirname(os.path.realpath(__file__)), module=module)
+    connection, theirs = socket.socketpair()
+    with theirs:
+        arguments = json.dumps({**settings, "connection": theirs.fileno()})
+        # -P and -s with an environment of our own isolate like -I, which would also ignore PYTHONHASHSEED.
+        process = subprocess.Popen(
+            [*prefix, sys.executable, "-P", "-s", "-c", code, arguments],
+            env=environment,
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), *descriptors),
+            stderr=stderr,
+            start_new_session=new_session,
+        )
+    return process, connection
+
+
+def first_report(process: subprocess.Popen, connection: socket.socket, seconds: float) -> dict:
+    """Returns what a started process says of itself, or `{"error": why it says nothing}` once it is killed or gone."""
+    connection.settimeout(seconds)
+    try:
+        report = receive(connection)
+    except OSError as error:
+        process.kill()
+        report = {"error": f"no answer: {error}"}
+    connection.settimeout(None)
+    return {"error": "it ended"} if report is None else report
+
+
+def stop(process: subprocess.Popen) -> None:
+    """Waits a little for a process that was told to end, then kills it."""
+    try:
+        process.wait(timeout=_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

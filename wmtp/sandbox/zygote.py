@@ -7,7 +7,6 @@ over a socket between the judge and the forked process. The judge sends a reques
 
 import gc
 import importlib
-import json
 import os
 import resource
 import select
@@ -16,9 +15,11 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
-from wmtp.sandbox import child, confine, filesystem, landlock, memory, namespaces, probe, seccomp, syscalls, wire
-from wmtp.sandbox.usage import usage_of
+from wmtp.sandbox import child, confine, filesystem, landlock, namespaces, probe, seccomp, syscalls, wire
+from wmtp.sandbox.usage import FASTEST_GROWTH, ResidentMemory, usage_of
 
 # What programs import most; anything else is imported when a program asks, at its own cost.
 _WARM_MODULES = """
@@ -31,10 +32,8 @@ _POLL_SECONDS = 0.002
 _CPUS = os.cpu_count() or 1
 
 
-def main() -> None:
-    """Entry point of the process: settings as JSON in argv[1]."""
-    settings = json.loads(sys.argv[1])
-    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, settings["control"])
+def main(control: socket.socket, settings: dict) -> None:
+    """Runs the process: see `Zygote`."""
     zygote = Zygote(control, settings)
     wire.send(control, zygote.report)
     zygote.serve()
@@ -54,72 +53,64 @@ class Zygote:
         self._control = control
         self._without: dict[str, str] = settings["without"]
         self._missing: list[str] = []
-        self._base = settings["base"]
-        limit_tasks = self._count_tasks()
+        limit_tasks = syscalls.SUPPORTED and os.geteuid() == 0 and confine.own_task_counter()
         confine.die_with_parent()  # after the change of user, which would undo it
-        self.memory = self._layer("resident memory", memory.ResidentMemory)  # before /proc is out of sight
+        self._memory = self._layer("resident memory", ResidentMemory)  # before /proc is out of sight
         spaces = self._enter_namespaces(settings)
         for name in _WARM_MODULES.split():
             importlib.import_module(name)
         warm_bytes = confine.address_space() or settings["address_space"]
         hidden = settings["hidden"]
         readable = filesystem.without_hidden(filesystem.readable_paths(), hidden)
-        self.scratch = box = os.path.join(self._base, "scratch")
-        self._own_root = False
+        self._own_root = bool(spaces)
         if spaces:
             try:
-                namespaces.change_root(self._base, readable, hidden)
+                namespaces.change_root(settings["base"], readable, hidden)
             except OSError as error:  # half a root is no place to go on from: the judge starts another zygote
                 wire.send(control, {"failed": "namespaces", "reason": str(error)})
                 os._exit(0)
-            self._own_root, self.scratch, box = True, namespaces.SCRATCH, namespaces.BOX
+            self._scratch, box = namespaces.SCRATCH, namespaces.BOX
         else:
-            os.makedirs(self.scratch, exist_ok=True)
-        _tidy_environment(self.scratch, readable)
+            self._scratch = box = os.path.join(settings["base"], "scratch")
+            os.makedirs(self._scratch, exist_ok=True)
+        os.environ.update({"HOME": self._scratch, "TMPDIR": self._scratch})
+        tempfile.tempdir = self._scratch
+        sys.path[:] = [path for path in sys.path if any(filesystem.is_inside(path, folder) for folder in readable)]
+        sys.path_importer_cache.clear()
         rules = filesystem.landlock_rules(readable, hidden, box)
-        self.confinement = confine.Confinement(
+        self._confinement = confine.Confinement(
             ruleset=self._layer("landlock", lambda: landlock.Ruleset(rules)),
             filter=self._layer("seccomp", seccomp.Filter),
             limit_resources="rlimits" not in self._without,
             warm_bytes=warm_bytes,
             limit_tasks=limit_tasks or ("user+" in spaces),
-            watch_memory=self.memory is not None,
+            watch_memory=self._memory is not None,
         )
-        if not self.confinement.limit_resources:
+        if "rlimits" in self._without:
             self._missing.append(f"rlimits: {self._without['rlimits']}")
         child.prepare_interpreter()
         gc.collect()
         gc.freeze()  # the collector never touches, and so never copies, the pages shared with the children
-        self._warm_memory = self.memory.own() if self.memory else 0
-        self.report = probe.report(self, spaces, settings, self._missing)
+        self._warm_memory = self._memory.own() if self._memory else 0
+        self.report = probe.report(self._confinement, self._scratch, self._memory, spaces, settings)
+        self.report["missing"] = self._missing + self.report["missing"]
 
-    def _count_tasks(self) -> bool:
-        return syscalls.SUPPORTED and os.geteuid() == 0 and confine.own_task_counter()
-
-    def _layer(self, name: str, build):
-        if name in self._without:
-            self._missing.append(f"{name}: {self._without[name]}")
-            return None
-        if not syscalls.SUPPORTED:
-            self._missing.append(f"{name}: not available on {sys.platform} {syscalls.MACHINE}")
-            return None
-        try:
-            return build()
-        except OSError as error:
-            self._missing.append(f"{name}: {error}")
-            return None
+    def _layer(self, name: str, build: Callable):
+        reason = self._without.get(name)
+        if reason is None and not syscalls.SUPPORTED:
+            reason = f"not available on {sys.platform} {syscalls.MACHINE}"
+        if reason is None:
+            try:
+                return build()
+            except OSError as error:
+                reason = str(error)
+        self._missing.append(f"{name}: {reason}")
+        return None
 
     def _enter_namespaces(self, settings: dict) -> str:
-        """Go on as process 1 of new namespaces, where the kernel lets us; the original waits and ends with it."""
-        if settings["wrapped"]:
-            return ""
-        if "namespaces" in self._without or not syscalls.SUPPORTED:
-            self._missing.append(f"namespaces: {self._without.get('namespaces', 'not available on ' + sys.platform)}")
-            return ""
-        try:
-            spaces = namespaces.enter()
-        except OSError as error:
-            self._missing.append(f"namespaces: {error}")
+        """Goes on as process 1 of new namespaces, where the kernel lets us; the original waits and ends with it."""
+        spaces = None if settings["wrapped"] else self._layer("namespaces", namespaces.enter)
+        if spaces is None:
             return ""
         inner = os.fork()
         if inner:
@@ -130,11 +121,13 @@ class Zygote:
         return spaces
 
     def serve(self) -> None:
-        """Fork what the judge asks for, until it hangs up. Every request is answered once, then closed by one `end`."""
+        """Forks what the judge asks for until it hangs up. Every request is answered once, then closed by one `end`."""
         while True:
-            request, descriptors = self._receive()
+            # Descriptors come with the first bytes.
+            header, descriptors, _, _ = socket.recv_fds(self._control, wire.HEADER_BYTES, _MAX_DESCRIPTORS)
+            request = wire.receive(self._control, header)
             if request is None:
-                self.clear_scratch()
+                self._clear_scratch()
                 return
             report = self._run(request, descriptors)
             try:
@@ -144,11 +137,6 @@ class Zygote:
             if wire.receive(self._control) is None:
                 return
 
-    def _receive(self) -> tuple[dict | None, list[int]]:
-        """The next request; its descriptors come with the first bytes."""
-        header, descriptors, _, _ = socket.recv_fds(self._control, wire.HEADER_BYTES, _MAX_DESCRIPTORS)
-        return wire.receive(self._control, header), descriptors
-
     def _run(self, request: dict, descriptors: list[int]) -> dict:
         try:
             pid = os.fork()
@@ -156,14 +144,14 @@ class Zygote:
             _close(descriptors)
             return {"failed": f"fork: {error}"}
         if pid == 0:
-            child.run(self.confinement, request, descriptors, self.scratch)
+            child.run(self._confinement, request, descriptors, self._scratch)
         _close(descriptors)
         status, usage, swollen = self._wait(pid, request["limits"])
-        self.clear_scratch()
+        self._clear_scratch()
         return {"status": status, "swollen": swollen, "peak": 1024 * usage.ru_maxrss, **usage_of(usage)}
 
     def _wait(self, pid: int, limits: dict) -> tuple[int, resource.struct_rusage, bool]:
-        """Reap the process once it has ended, killing it at a limit, or when the judge says so or hangs up.
+        """Reaps the process once it has ended, killing it at a limit, or when the judge says so or hangs up.
 
         It is killed only while it is not reaped, so that its id cannot be another process's.
 
@@ -174,17 +162,17 @@ class Zygote:
             ended = os.pidfd_open(pid)
         except (AttributeError, OSError):  # no process descriptors: look again and again
             ended = None
-        events = [self._control] if ended is None else [self._control, ended]
-        watched = self.confinement.watch_memory and ended is not None
+        events: list[Any] = [self._control] if ended is None else [self._control, ended]
+        watched = self._confinement.watch_memory and ended is not None
         headroom = limits["memory_bytes"]
         try:
             while True:
                 left = limits["cpu_seconds"] - _cpu_seconds_of(pid)
-                pause = left / _CPUS if not watched else min(left / _CPUS, memory.seconds_until(headroom))
+                pause = left / _CPUS if not watched else min(left / _CPUS, headroom / FASTEST_GROWTH)
                 pause = _POLL_SECONDS if ended is None else max(pause, _POLL_SECONDS)
                 ready, _, _ = select.select(events, [], [], pause)
                 if watched and not ready:
-                    headroom = self._warm_memory + limits["memory_bytes"] - self.memory.of(ended)
+                    headroom = self._warm_memory + limits["memory_bytes"] - self._memory.of(ended)
                 exceeded = left <= 0 or headroom < 0
                 if self._control in ready or exceeded:
                     os.kill(pid, signal.SIGKILL)
@@ -195,17 +183,16 @@ class Zygote:
             if ended is not None:
                 os.close(ended)
 
-    def clear_scratch(self) -> None:
-        """Leave an empty scratch folder to the next program."""
-        if self._own_root:
-            if os.listdir(self.scratch):
-                namespaces.renew_scratch()
-        else:
-            filesystem.clear_folder(self.scratch)
+    def _clear_scratch(self) -> None:
+        """Leaves an empty scratch folder to the next program."""
+        if not self._own_root:
+            filesystem.clear_folder(self._scratch)
+        elif os.listdir(self._scratch):
+            namespaces.renew_scratch()
 
 
 def _cpu_seconds_of(pid: int) -> float:
-    """CPU time of a child that is not reaped, all threads; 0 where the system has no clock for it."""
+    """Returns the CPU time of a child that is not reaped, all threads; 0 where the system has no clock for it."""
     try:
         return time.clock_gettime((~pid << 3) | 2)  # the clock id that clock_getcpuclockid(3) returns
     except (AttributeError, OSError):
@@ -215,10 +202,3 @@ def _cpu_seconds_of(pid: int) -> float:
 def _close(descriptors: list[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-def _tidy_environment(scratch: str, readable: list[str]) -> None:
-    os.environ.update({"HOME": scratch, "TMPDIR": scratch})
-    tempfile.tempdir = scratch
-    sys.path[:] = [path for path in sys.path if any(filesystem.is_inside(path, folder) for folder in readable)]
-    sys.path_importer_cache.clear()
