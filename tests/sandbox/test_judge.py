@@ -395,6 +395,12 @@ def test_a_disturbed_zygote_or_judge_is_replaced_and_the_job_judged_again():
     assert not set(family()) - before
 
 
+def test_keywords_may_have_any_name(sandbox):
+    test = "names = dict(operation=1, function=2, cls=3, args=4)\nassert f(**names, self=5) == [*names, 'self']"
+    outcome = judge(sandbox, "def f(**names): return list(names)", test)
+    assert outcome.verdict == "passed", outcome
+
+
 def test_a_killed_caller_leaves_nothing(tmp_path):
     code = """
     import sys
