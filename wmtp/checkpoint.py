@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import DiskError, UserError, disk_fault
-from wmtp.files import MANIFEST, publish, verify_manifest, write_manifest
+from wmtp.files import MANIFEST, UNFINISHED, publish, unfinished, verify_manifest, write_manifest, write_whole
 from wmtp.models.load import named_parameters
 from wmtp.optimizers import load_optimizer_state
 from wmtp.storage import Output
@@ -68,7 +68,7 @@ class Checkpointer:
 
     def remove_torn(self) -> None:
         """Remove what an earlier run that was killed left half-written. Rank 0 only, before training."""
-        for torn in self.folder.glob("step_*.tmp"):
+        for torn in self.folder.glob(f"step_*{UNFINISHED}"):
             shutil.rmtree(torn)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict) -> None:
@@ -82,11 +82,10 @@ class Checkpointer:
         self.wait()  # at most one save under way: memory holds one copy
         self.saved_step = step
         target = self.folder / f"step_{step:08d}"
-        torn = target.with_name(target.name + ".tmp")
+        torn = target.with_name(target.name + UNFINISHED)
         rng = gather_objects(_rng_state())
         if self._is_main:
-            shutil.rmtree(torn, ignore_errors=True)
-            torn.mkdir(parents=True)
+            unfinished(target).mkdir()
             torch.save({**trainer, "step": step, "rng": rng}, torn / TRAINER)
         dist.barrier(group=self._group)
         weights = _weights(model, self._trained_only)
@@ -116,13 +115,11 @@ class Checkpointer:
         # Rank 0's future ends after the metadata is written, which happens only when every rank's shards are on disk.
         writing.result()
         publish_shards(torn, target)
-        pointer = self.folder / "latest.tmp"
-        pointer.write_text(target.name)
-        publish(pointer, self.folder / "latest")
+        write_whole(self.folder / "latest", target.name)
         self._output.upload(target)
         for old in complete_checkpoints(self.folder)[: -self._keep_last]:
             if self._output.may_remove(old):  # the next save asks again
-                shutil.rmtree(old.rename(old.with_name(old.name + ".tmp")))  # at no time half a complete one
+                shutil.rmtree(old.rename(unfinished(old)))  # at no time half a complete one
 
 
 def publish_shards(torn: Path, target: Path) -> None:
@@ -146,7 +143,7 @@ def publish_shards(torn: Path, target: Path) -> None:
             "be on a file system that all processes share; the checkpoint before it stays the newest"
         )
     shutil.rmtree(target, ignore_errors=True)
-    torn.rename(target)
+    publish(torn, target)
 
 
 def _size(path: Path) -> int | None:

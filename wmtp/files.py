@@ -1,13 +1,18 @@
-"""Files that are whole or not there: hashes, manifests, and what must be on disk before it counts."""
+"""Files and folders that are whole or not there, their hashes and manifests, and locks between processes."""
 
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.errors import UserError, may_fill
 
 MANIFEST = "manifest.json"
+UNFINISHED = ".tmp"  # how the name of what is being written ends
 
 
 def cache_folder() -> Path:
@@ -16,13 +21,13 @@ def cache_folder() -> Path:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Returns the SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Return once a file's content, or a folder's names, are on disk."""
+    """Returns once a file's content, or a folder's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,23 +35,59 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def unfinished(path: Path) -> Path:
+    """Returns the name to write a file or a folder under until :func:`publish`; a killed process's remains go."""
+    written = path.with_name(path.name + UNFINISHED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(written, ignore_errors=True)
+    return written
+
+
 def publish(written: Path, path: Path) -> None:
-    """Give a file that is written its name, once it is on disk; the name is on disk too when this returns."""
-    sync(written)
+    """Gives a written file or folder its name, once it is on disk; the name is on disk too when this returns."""
+    for part in (*written.rglob("*"), written):
+        sync(part)
     os.replace(written, path)
     sync(path.parent)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file in UTF-8 so that whatever ends the process leaves the old one or the new one, whole."""
-    written = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a text file in UTF-8 so that whatever ends the process leaves the old one or the new one, whole."""
+    written = unfinished(path)
     written.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     publish(written, path)
 
 
+def take_lock(path: Path, *, shared: bool = False, wait: bool = True) -> int | None:
+    """Locks a file, which is made where it is absent and stays. Any thread or process of the host can wait for it.
+
+    Returns:
+        a descriptor: the lock ends when it is closed, or with the process; None where another has the lock and ``wait``
+        is False.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
+    """Holds :func:`take_lock` for a block; gives whether it was free."""
+    descriptor = take_lock(path, shared=shared, wait=wait)
+    try:
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def write_manifest(folder: Path) -> dict[str, dict]:
-    """List every file with its size and SHA-256, all of it on disk when this returns. What was listed."""
+    """Lists every file with its size and SHA-256, all of it on disk when this returns. Returns what was listed."""
     files: dict[str, dict] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         sync(path)
@@ -58,7 +99,7 @@ def write_manifest(folder: Path) -> dict[str, dict]:
 
 
 def flat_manifest(file: Path) -> dict[str, dict] | None:
-    """What a manifest says about each file; None where it is gone, or a file of that name of another kind."""
+    """Returns what a manifest says of each file; None where it is gone, or a file of that name of another kind."""
     try:
         entries = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -68,7 +109,7 @@ def flat_manifest(file: Path) -> dict[str, dict] | None:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Hold every file against the manifest.
+    """Holds every file against the manifest.
 
     Raises:
         ValueError: no manifest, or a file that is missing, of another size, or of other content.

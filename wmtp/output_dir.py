@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects, on_rank_0
 from wmtp.errors import is_traceback, keep_tracebacks
+from wmtp.files import UNFINISHED
 from wmtp.storage import Output, StorageError, check_inputs
 from wmtp.storage.lock import Holder
 
@@ -96,7 +97,7 @@ def _look(output: Output, what: str, results: Sequence[str], overwrite: bool, re
 
 def _is_result(path: Path, parts: Sequence[str], results: Sequence[str]) -> bool:
     """Whether a file is work that was done: not half-written, not empty, and of records one of a step or a sample."""
-    if parts[0] not in results or any(part.endswith((".tmp", ".part")) for part in parts):
+    if parts[0] not in results or any(part.endswith(UNFINISHED) for part in parts):
         return False
     if not path.exists():
         return True  # in S3

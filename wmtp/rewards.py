@@ -1,6 +1,5 @@
 """Rewards of programs from a reward model: each text is scored once, and the score kept in a file."""
 
-import fcntl
 import hashlib
 import json
 import math
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from wmtp.data import PairDataset
 from wmtp.distributed import gather_objects
 from wmtp.errors import UserError
-from wmtp.files import cache_folder
+from wmtp.files import cache_folder, locked
 from wmtp.models.resolve import checkpoint_sha256, resolve_checkpoint
 
 _ROUND = 64  # texts of one process between two writes of the file
@@ -143,9 +142,7 @@ class HFRewardModel:
     def _append(self, rewards: dict[str, float]) -> None:
         if not rewards:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(self.file), self.file.open("a+b") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)  # a torn line would swallow the one that follows it
             for key, reward in rewards.items():

@@ -73,7 +73,7 @@ def test_saved_documents_come_back_bit_for_bit(tmp_path):
         again = tokenized(TOKENIZER, source=str(tmp_path / name))
         assert again.fingerprint == documents.fingerprint
         assert [d.id for d in again] == [d.id for d in documents]
-        assert not list(tmp_path.rglob("*.part"))
+        assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_token_rows_need_no_labels(tmp_path):

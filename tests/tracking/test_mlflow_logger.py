@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import resource
 import signal
 from pathlib import Path
@@ -170,7 +171,7 @@ def left_behind(output_dir, records, **facts):
     spool.set_run(experiment="e", key="k1", started=1000, run_id=None, uri_in_config=False, **facts)
     for record in records:
         spool.append(record)
-    spool._lock_file.close()
+    os.close(spool._lock)
 
 
 METRICS = [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wmtp.checkpoint import complete_checkpoints, publish_shards, verify_manifest
 from wmtp.distributed import on_rank_0, wait_for_all
+from wmtp.files import UNFINISHED, unfinished
 from wmtp.models.load import named_parameters, reshard
 
 
@@ -35,10 +36,9 @@ class BestWeights:
             checkpoints: folder of the checkpoints that a run may be resumed from, none of them being written now.
         """
         target = self._of(step)
-        torn = target.with_name(target.name + ".tmp")
+        torn = target.with_name(target.name + UNFINISHED)
         if dist.get_rank() == 0:
-            shutil.rmtree(torn, ignore_errors=True)
-            torn.mkdir(parents=True)
+            unfinished(target).mkdir()
         wait_for_all()
         dcp.save(_trained(model), checkpoint_id=str(torn))
         if dist.get_rank() == 0:

@@ -19,7 +19,7 @@ import numpy as np
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, take
 from wmtp.errors import UserError
-from wmtp.files import publish
+from wmtp.files import publish, unfinished
 
 Rows = Iterable[tuple[str, dict]]  # of read_rows
 _TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(SCORES, list[float])}
@@ -122,9 +122,8 @@ def tokenized_stream(tokenizer, *, source: str, split: str | None = None, subset
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
     """Write documents for :func:`tokenized`, as JSONL (or .jsonl.gz); the file appears only when whole."""
-    path, torn = Path(path), Path(f"{path}.part")
-    vocab_hash = tokenizer.vocab_hash()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, vocab_hash = Path(path), tokenizer.vocab_hash()
+    torn = unfinished(path)
     with gzip.open(torn, "wt", encoding="utf-8") if path.suffix == ".gz" else torn.open("w", encoding="utf-8") as file:
         for document in documents:
             row = {"id": document.id, "vocab_hash": vocab_hash, "tokens": document.tokens.tolist()}

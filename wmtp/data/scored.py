@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
-from wmtp.files import file_sha256, publish
+from wmtp.files import file_sha256, publish, unfinished, write_whole
 from wmtp.storage import local_copy
 
 MANIFEST = "manifest.json"
@@ -140,8 +140,7 @@ def write_part(
     arrays = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
     table = pa.table({"id": pa.array([d.id for d in documents], pa.string()), **arrays})
     table = table.replace_schema_metadata({_HEADER: json.dumps({"binding": binding, **header})})
-    torn = path.with_name(f"{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = unfinished(path)
     pq.write_table(table, torn, compression="zstd", use_dictionary=False)
     publish(torn, path)
     return manifest_entry(path, header)
@@ -229,9 +228,7 @@ def write_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict
         "mean": sum(e["sum"] for e in entries) / max(totals["scores"], 1),
         "parts": list(entries),
     }
-    torn = folder / f"{MANIFEST}.tmp"
-    torn.write_text(json.dumps(manifest, indent=1) + "\n")
-    publish(torn, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
 
 

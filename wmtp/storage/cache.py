@@ -4,10 +4,9 @@ $WMTP_CACHE/s3/blobs/<sha256>            contents, read-only
                index/<object>.json       what an object's content was: ETag, size, SHA-256, the blob's mtime
                trees/<digest>/<name>     a mirrored file or folder: hard links to blobs, there by a rename
                partial/                  what is being fetched
-               locks/                    flock files; they stay, and are empty
+               locks/                    locked files; they stay, and are empty
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wmtp.files import cache_folder, file_sha256
+from wmtp.files import cache_folder, file_sha256, locked, take_lock
 from wmtp.storage.s3 import RemoteFile, StorageError, endpoint_url
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_used: dict[Path, int] = {}  # trees this process uses: descriptors of their locks, held shared to its end
+_used: dict[Path, int | None] = {}  # trees this process uses: descriptors of their locks, held shared to its end
 
 
 def size_limit() -> int | None:
@@ -45,7 +44,7 @@ class Cache:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = (folder or cache_folder()) / "s3"
-        for name in ("blobs", "index", "trees", "partial", "locks"):
+        for name in ("blobs", "index", "trees", "partial"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
 
     # ---- one object
@@ -92,7 +91,7 @@ class Cache:
     @contextmanager
     def fetching(self, file: RemoteFile) -> Iterator[None]:
         """One process, and one thread of it, at a time for an object."""
-        with self._lock(_key("object", endpoint_url(), file.uri), fcntl.LOCK_EX):
+        with locked(self._lock(_key("object", endpoint_url(), file.uri))):
             yield
 
     def _index(self, file: RemoteFile) -> Path:
@@ -113,7 +112,7 @@ class Cache:
         folder = self._folder / "trees" / digest
         self._use(folder)
         path = folder / name
-        with self._lock(f"{digest}.making", fcntl.LOCK_EX):
+        with locked(self._lock(f"{digest}.making")):
             made = folder if folder.exists() else Path(tempfile.mkdtemp(".tmp", f"{digest}.", folder.parent))
             for file, sha256 in digests.items():
                 link, new = made / name / file if file else made / name, made / ".new"
@@ -128,10 +127,9 @@ class Cache:
         return path
 
     def _use(self, tree: Path) -> None:
-        lock = self._folder / "locks" / tree.name
+        lock = self._lock(tree.name)
         if tree not in _used:
-            _used[tree] = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(_used[tree], fcntl.LOCK_SH)
+            _used[tree] = take_lock(lock, shared=True)
         os.utime(lock)  # when it was last used
 
     # ---- the size limit
@@ -140,7 +138,7 @@ class Cache:
     def filling(self, num_bytes: int) -> Iterator[None]:
         """Make room for so many bytes, then keep blobs that are in no tree yet from being removed."""
         self.make_room(num_bytes)
-        with self._lock("filling", fcntl.LOCK_SH):
+        with locked(self._lock("filling"), shared=True):
             yield
 
     def make_room(self, num_bytes: int = 0) -> None:
@@ -148,14 +146,14 @@ class Cache:
         limit = size_limit()
         if limit is None:
             return
-        with self._lock("filling", fcntl.LOCK_EX, wait=False) as ours:
+        with locked(self._lock("filling"), wait=False) as ours:
             if not ours:  # a process that is filling the cache does this when it is done
                 return
             trees = [tree for tree in (self._folder / "trees").iterdir() if not tree.name.endswith(".tmp")]
             for tree in sorted(trees, key=self._last_use):
                 if self._sweep() + num_bytes <= limit:
                     return
-                with self._lock(tree.name, fcntl.LOCK_EX, wait=False) as unused:
+                with locked(self._lock(tree.name), wait=False) as unused:
                     if unused:
                         shutil.rmtree(tree)
             self._sweep()
@@ -174,23 +172,11 @@ class Cache:
         return total + sum(part.stat().st_blocks * 512 for part in (self._folder / "partial").iterdir())
 
     def _last_use(self, tree: Path) -> float:
-        lock = self._folder / "locks" / tree.name
+        lock = self._lock(tree.name)
         return lock.stat().st_mtime if lock.exists() else 0.0
 
-    @contextmanager
-    def _lock(self, name: str, kind: int, *, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock of the host; without waiting, give whether it was free."""
-        descriptor = os.open(self._folder / "locks" / name, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            os.close(descriptor)  # which frees the lock
+    def _lock(self, name: str) -> Path:
+        return self._folder / "locks" / name
 
 
 def _same_file(path: Path, blob: Path) -> bool:

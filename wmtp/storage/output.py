@@ -14,13 +14,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from wmtp.files import MANIFEST, cache_folder, flat_manifest, verify_manifest, write_manifest, write_whole
+from wmtp.files import (
+    MANIFEST,
+    UNFINISHED,
+    cache_folder,
+    flat_manifest,
+    publish,
+    unfinished,
+    verify_manifest,
+    write_manifest,
+    write_whole,
+)
 from wmtp.storage.lock import FolderLock, Holder, Lease
 from wmtp.storage.mirror import fetch_folder, while_it_changes
 from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
 from wmtp.storage.transfer import put_bytes, upload
 
-_UNFINISHED = (".tmp", ".writing", ".partial", ".part", ".parts", ".lock")  # how what is being written is called
+_NOT_UPLOADED = (UNFINISHED, ".lock")
 _REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part
 _PROBE = ".wmtp_can_write"
 _SECONDS_BETWEEN_ROUNDS = 60.0
@@ -155,12 +165,12 @@ class Output:
         if newest is not None:
             target = self.folder / newest
             self._say(f"fetching {self.remote}/{newest}")
-            torn = target.with_name(target.name + ".fetched.tmp")
+            torn = unfinished(target)
             inside = {name.removeprefix(f"{newest}/"): f for name, f in files.items() if name.startswith(f"{newest}/")}
             fetch_folder(f"{self.remote}/{newest}", list(inside.values()), torn)
             verify_manifest(torn)
             shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
-            torn.rename(target)
+            publish(torn, target)
         fetched = [name for name in files if name in wanted or (newest is not None and _step_of(name) == newest)]
         self._sent |= {name: _stamp(self.folder / name) for name in fetched}
         self._write_record()
@@ -300,15 +310,15 @@ class Output:
         """Names of all files that are not being written."""
         found = []
         for folder, folders, files in os.walk(self.folder):  # passes over what vanishes meanwhile
-            folders[:] = [name for name in folders if name not in _CACHES and not name.endswith(_UNFINISHED)]
+            folders[:] = [name for name in folders if name not in _CACHES and not name.endswith(_NOT_UPLOADED)]
             below = Path(folder).relative_to(self.folder)
-            found += [(below / name).as_posix() for name in files if not name.endswith(_UNFINISHED)]
+            found += [(below / name).as_posix() for name in files if not name.endswith(_NOT_UPLOADED)]
         return found
 
     def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
         _, key = split_uri(self._uri)
         there = list_files(self._uri, prefix=f"{key}/{below}")
-        return (file for file in there if not file.key.endswith(_UNFINISHED))  # the lease among them
+        return (file for file in there if not file.key.endswith(_NOT_UPLOADED))  # the lease among them
 
     def _name(self, file: RemoteFile) -> str:
         return file.key.removeprefix(split_uri(self._uri)[1]).lstrip("/")

@@ -9,7 +9,7 @@ from functools import partial
 from io import BufferedReader
 from pathlib import Path
 
-from wmtp.files import file_sha256, publish
+from wmtp.files import file_sha256, publish, unfinished
 from wmtp.storage.s3 import (
     PART_BYTES,
     THREADS,
@@ -38,7 +38,7 @@ def download(file: RemoteFile, target: Path) -> str:
         ChangedError: the object is no longer the one that was listed.
         StorageError: it cannot be read, or its content is wrong each time.
     """
-    part = target.with_name(target.name + ".part")
+    part = unfinished(target)
     digest = retrying(lambda: _fetch(file, part), file.uri, "read")
     publish(part, target)
     return digest

@@ -9,7 +9,6 @@ A record is written before the call that makes it returns, without waiting for t
 machine that loses power may lose the last seconds. To send a record twice changes nothing, so `sent.json` may lag.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from wmtp.errors import UserError
-from wmtp.files import write_whole
+from wmtp.files import take_lock, write_whole
 
 FOLDER = "tracking_spool"
 
@@ -35,13 +34,10 @@ class Spool:
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock_file = (self.folder / "spool.lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock_file.close()
-            raise UserError(f"{self.folder} is in use by another process; wait until its run has ended") from None
+        lock = take_lock(self.folder / "spool.lock", wait=False)
+        if lock is None:
+            raise UserError(f"{self.folder} is in use by another process; wait until its run has ended")
+        self._lock = lock
         self._writing = threading.Lock()
         self._file: io.FileIO | None = None
         self._closed = False
@@ -130,7 +126,7 @@ class Spool:
             for number in self._numbers():
                 (self.folder / f"{number:06d}.jsonl").unlink()
             (self.folder / "sent.json").unlink(missing_ok=True)
-        self._lock_file.close()
+        os.close(self._lock)
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
