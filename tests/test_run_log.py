@@ -32,8 +32,13 @@ def test_a_run_that_goes_on_replaces_its_figures_at_one_stroke(begin, tmp_path):
         log.metrics({"loss": 1.0 / step}, step)
     file, before = tmp_path / "run" / "metrics.jsonl", tmp_path / "before"
     os.link(file, before)  # the file as it was: a kill before the stroke leaves this one, whole
-    begin(resumed=True, step=2)
+    log = begin(resumed=True, step=2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2]
+    log.metrics({"loss": 1.0 / 2}, 2)  # said again as the run goes on
+    log.metrics({"loss": 7.0}, 3)
+    lines, first = (path.read_text().splitlines() for path in (file, before))
+    assert json.loads(lines[2]) == {**json.loads(first[2]), "loss": 7.0}  # with its time: to MLflow the same step
+    assert len(lines) == 3
     assert [json.loads(line)["step"] for line in before.read_text().splitlines()] == [1, 2, 3]
     assert sorted(path.name for path in file.parent.iterdir()) == ["config.yaml", "metrics.jsonl"]
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from wmtp.storage import Output
 from wmtp.tracking import code_changes, environment_tags, mlflow_fields, use_store
 from wmtp.tracking.environment import config_sha256
 from wmtp.tracking.own_code import code_sha256, own_code
-from wmtp.tracking.spool import FOLDER, read_run
+from wmtp.tracking.spool import FOLDER, METRICS
 
 _CODE = "code"
 
@@ -37,11 +38,11 @@ class RunLog:
 
     def __init__(self, output: Output, tracking: DictConfig | None, *, is_main: bool) -> None:
         self._output, self._output_dir, self._is_main = output, output.folder, is_main
-        self._file = output.folder / "metrics.jsonl"
+        self._file = output.folder / METRICS
         use_store(None if tracking is None else tracking.get("tracking_uri"))
         self._tracker = build(tracking, where="tracking") if is_main else None
-        self._kept: set[str] = set()  # lines of the step that the run goes on from
-        self._told: dict[int, dict[str, float]] = {}  # what MLflow was told of steps that happen again
+        self._kept: set[str] = set()  # figures of the step that the run goes on from
+        self._times: dict[str, float] = {}  # when what happens again happened first, by the figures' names
 
     @property
     def run_id(self) -> str | None:
@@ -131,25 +132,23 @@ class RunLog:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
-            lines = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            write_whole(self._file, "".join(kept))
-            self._kept = {line for line in kept if json.loads(line)["step"] == step}
-            if read_run(self._output_dir):
-                for figures in map(json.loads, set(lines) - set(kept)):
-                    self._told.setdefault(figures.pop("step"), {}).update(figures)
+            lines = _lines(self._file)
+            write_whole(self._file, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            for line in lines:
+                at = line.pop("time", 0.0)
+                if line["step"] == step:
+                    self._kept.add(json.dumps(line))
+                elif line["step"] > step:
+                    self._times[" ".join(map(str, (line.pop("step"), *line)))] = at
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
         """Write a step's figures down; held-out ones are shown too."""
         if not self._is_main:
             return
-        if self._tracker:
-            told = self._told.get(step, {})  # a run that goes on bit for bit says each loss to MLflow once
-            self._tracker.log_dict({name: value for name, value in metrics.items() if told.get(name) != value}, step)
-        line = json.dumps({"step": step, **metrics}) + "\n"
-        if line not in self._kept:  # a run that is resumed after its last step says again what it found there
-            with self._file.open("a") as file:
-                file.write(line)
+        at = self._times.get(" ".join(map(str, (step, *metrics))), round(time.time(), 3))
+        if json.dumps({"step": step, **metrics}) not in self._kept:  # as a run resumed after its last step says again
+            with self._file.open("a") as file:  # from where the tracker reads it
+                file.write(json.dumps({"step": step, "time": at, **metrics}) + "\n")
         evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if evaluated:
             self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
@@ -206,9 +205,13 @@ class RunLog:
 
 
 def _last_step(metrics: Path) -> int:
+    return max((line["step"] for line in _lines(metrics)), default=0)
+
+
+def _lines(metrics: Path) -> list[dict]:
+    """Returns what a run logged; a line that was torn when its process was killed is none."""
     text = metrics.read_text() if metrics.exists() else ""
-    lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-    return max((json.loads(line)["step"] for line in lines), default=0)
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def builder_name(section: DictConfig) -> str:

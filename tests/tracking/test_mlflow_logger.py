@@ -78,7 +78,11 @@ def test_every_kind_of_record_arrives_and_odd_values_do_not_stop_it(begin, store
     assert (files / "pages" / "deep" / "a.html").read_text() == "page"
     assert (files / "reports" / "outside.md").read_text() == "report"
     assert "planted" not in (files / "config.yaml").read_text() and "x" * 7000 in (files / "config.yaml").read_text()
-    assert sorted(path.name for path in (tmp_path / "run" / FOLDER).iterdir()) == ["run.json", "spool.lock"]
+    assert sorted(path.name for path in (tmp_path / "run" / FOLDER).iterdir()) == [
+        "run.json",
+        "sent.json",
+        "spool.lock",
+    ]
     assert logger.said == []
 
 
@@ -208,6 +212,29 @@ def test_a_resumed_run_sends_first_what_its_killed_process_left(begin, store, tm
     (run,) = MlflowClient(store).search_runs([MlflowClient(store).get_experiment_by_name("e").experiment_id])
     assert history(store, run.info.run_id, "loss") == [*((step, 1 / 3 + step) for step in range(5)), (9, 9.0)]
     assert (run.info.run_id, run.info.status) == (logger.run_id, "FINISHED")
+
+
+def test_metrics_are_sent_from_the_runs_own_file_and_a_step_that_happens_again_is_the_same(begin, store, tmp_path):
+    """Killed after step 3, of which the store knows; gone on with from step 1; replayed as if nothing was noted."""
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.parent.mkdir()
+    lines = [{"step": step, "time": 1000.5 + step, "loss": 1 / 3 + step, "speed": 7.0} for step in range(1, 4)]
+    write = lambda lines: file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write(lines)
+    first = begin()
+    first.close("FAILED")
+    assert [value for _, value in history(store, first.run_id, "loss")] == [1 / 3 + step for step in (1, 2, 3)]
+    write([lines[0], {**lines[1], "speed": 8.0}, lines[2], {"step": 4, "time": 1010.0, "loss": 0.5}])
+    write_all = file.read_text()
+    write(lines[:1])
+    second = begin(resumed=True)  # which finds the file cut
+    file.write_text(write_all + '{"step": 5, "ti')
+    second.close()
+    (tmp_path / "run" / FOLDER / "sent.json").unlink()
+    replay(tmp_path / "run", store)
+    assert history(store, first.run_id, "loss") == [*((step, 1 / 3 + step) for step in (1, 2, 3)), (4, 0.5)]
+    assert sorted(history(store, first.run_id, "speed")) == [(1, 7.0), (2, 7.0), (2, 8.0), (3, 7.0)]
+    assert MlflowClient(store).get_metric_history(first.run_id, "loss")[0].timestamp == 1_001_500
 
 
 def test_a_record_that_the_store_never_takes_holds_up_no_other(begin, store, tmp_path):

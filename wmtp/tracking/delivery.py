@@ -6,7 +6,7 @@ from typing import Any
 
 from wmtp.errors import UserError, mask_secrets, one_line
 from wmtp.files import MANIFEST, write_manifest, write_whole
-from wmtp.tracking.spool import Spool
+from wmtp.tracking.spool import Position, Spool
 from wmtp.tracking.store import (
     MAX_NAME,
     MAX_PARAM,
@@ -196,7 +196,7 @@ def deliver(spool: Spool, delivery: Delivery) -> int:
     if not waiting:
         return 0
     kind = waiting[0][0]["kind"]
-    batch: list[tuple[dict, tuple[int, int]]] = []
+    batch: list[tuple[dict, Position]] = []
     for record, position in waiting:
         if record["kind"] != kind or (batch and kind in _FILES):
             break
@@ -219,7 +219,7 @@ def deliver(spool: Spool, delivery: Delivery) -> int:
                 spool.refuse(record, f"{one_line(again):.300}")
             spool.mark_sent(position)
     else:
-        spool.mark_sent(batch[-1][1])
+        spool.mark_sent(*(position for _, position in batch))
     return len(batch)
 
 

@@ -30,7 +30,7 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
             return f"nothing to send: run {run['run_id']} has everything"
         records = spool.unsent(limit=10**9)
         if records and records[-1][0]["kind"] != "status":
-            spool.append({"kind": "status", "status": "KILLED", "time": records[-1][0]["time"]})
+            spool.append({"kind": "status", "status": "KILLED", "time": max(record["time"] for record, _ in records)})
         check_store(uri)
         delivery = Delivery(uri, run, output_dir)
         try:

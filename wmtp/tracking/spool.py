@@ -1,12 +1,14 @@
 """What a run has to tell MLflow, on disk until the store has it.
 
+    <output_dir>/metrics.jsonl                  the run's metrics, a step and its time a line: these are here alone
     <output_dir>/tracking_spool/run.json        which run: experiment, name, key, and its id once the store gave one
-    <output_dir>/tracking_spool/000001.jsonl    records, one a line, of the run's first process; 000002 of the next
-    <output_dir>/tracking_spool/sent.json       up to where the store has them
+    <output_dir>/tracking_spool/000001.jsonl    all other records, one a line, of the first process; 000002 of the next
+    <output_dir>/tracking_spool/sent.json       up to where in each file the store has them
     <output_dir>/tracking_spool/refused.jsonl   records that the store can never take, with its reason
 
 A record is written before the call that makes it returns, without waiting for the disk: a killed process loses none, a
-machine that loses power may lose the last seconds. To send a record twice changes nothing, so `sent.json` may lag.
+machine that loses power may lose the last seconds. To send a record twice changes nothing, so `sent.json` may lag. A
+run that goes on cuts metrics.jsonl; a step that happens again keeps its time, and so is the same record to the store.
 """
 
 import io
@@ -20,6 +22,8 @@ from wmtp.errors import UserError
 from wmtp.files import take_lock, write_whole
 
 FOLDER = "tracking_spool"
+METRICS = "metrics.jsonl"
+Position = tuple[int, int]  # number of a file, 0 for metrics.jsonl, and up to where in it
 
 
 class Spool:
@@ -43,7 +47,7 @@ class Spool:
         self._closed = False
         numbers = self._numbers()
         self._next = numbers[-1] + 1 if numbers else 1
-        self._position = self._read_position()
+        self._sent = self._read_sent()
 
     # ------------------------------------------------------------------------------------------------------------------
     # The run
@@ -79,21 +83,24 @@ class Spool:
                     self._file.truncate(start)  # or the next record would go on in this one's line
                 raise OSError(error.errno, error.strerror, self._file.name) from error
 
-    def unsent(self, limit: int) -> list[tuple[dict, tuple[int, int]]]:
+    def unsent(self, limit: int) -> list[tuple[dict, Position]]:
         """The next records to send, at most so many, each with the position to give to :meth:`mark_sent`."""
-        found: list[tuple[dict, tuple[int, int]]] = []
-        number, offset = self._position
-        for current in self._numbers():
-            if current < number:
+        found: list[tuple[dict, Position]] = []
+        for number in (0, *self._numbers()):
+            path, offset = self._path(number), self._sent.get(number, 0)
+            if number == 0 and not path.exists():
                 continue
-            offset = offset if current == number else 0
-            with (self.folder / f"{current:06d}.jsonl").open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
                         break  # being written, or torn when its process was killed: then the next file goes on
                     offset += len(line)
-                    found.append((json.loads(line), (current, offset)))
+                    record = json.loads(line)
+                    if number == 0:
+                        time, step = record.pop("time", 0.0), record.pop("step")
+                        record = {"kind": "metrics", "time": round(1000 * time), "step": step, "metrics": record}
+                    found.append((record, (number, offset)))
                     if len(found) == limit:
                         return found
         return found
@@ -101,15 +108,15 @@ class Spool:
     def count_unsent(self) -> int:
         return len(self.unsent(limit=10**9))
 
-    def mark_sent(self, position: tuple[int, int]) -> None:
+    def mark_sent(self, *positions: Position) -> None:
         """The store has all records up to here. Without effect after :meth:`close`: another process may go on."""
         if self._closed:
             return
-        self._position = position
-        write_whole(self.folder / "sent.json", json.dumps({"file": position[0], "offset": position[1]}) + "\n")
+        self._sent |= dict(positions)
+        self._write_sent()
         for number in self._numbers():
-            if number < position[0]:
-                (self.folder / f"{number:06d}.jsonl").unlink()
+            if number < max(self._sent):
+                self._path(number).unlink()
 
     def refuse(self, record: dict, why: str) -> None:
         """Keep a record that the store can never take out of the way of those behind it."""
@@ -117,26 +124,33 @@ class Spool:
             file.write(json.dumps({"why": why, **record}) + "\n")
 
     def close(self) -> None:
-        """Let another process open it; a spool without anything unsent keeps run.json alone."""
+        """Let another process open it; a spool without anything unsent keeps no records, only where it is."""
         self._closed = True
         with self._writing:
             if self._file is not None:
                 self._file.close()
         if not self.unsent(limit=1):
             for number in self._numbers():
-                (self.folder / f"{number:06d}.jsonl").unlink()
-            (self.folder / "sent.json").unlink(missing_ok=True)
+                self._path(number).unlink()
+                self._sent.pop(number, None)
+            self._write_sent()
         os.close(self._lock)
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
 
-    def _read_position(self) -> tuple[int, int]:
-        file = self.folder / "sent.json"
-        if not file.exists():
-            return (0, 0)
-        position = json.loads(file.read_text())
-        return (position["file"], position["offset"])
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.jsonl" if number else self.output_dir / METRICS
+
+    def _read_sent(self) -> dict[int, int]:
+        file, metrics = self.folder / "sent.json", self.output_dir / METRICS
+        sent = {int(number): at for number, at in json.loads(file.read_text()).items()} if file.exists() else {}
+        if 0 in sent:  # what was cut off happens again, from here on
+            sent[0] = min(sent[0], metrics.stat().st_size if metrics.exists() else 0)
+        return sent
+
+    def _write_sent(self) -> None:
+        write_whole(self.folder / "sent.json", json.dumps(self._sent) + "\n")
 
 
 def read_run(output_dir: Path) -> dict:
