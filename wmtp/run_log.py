@@ -135,10 +135,10 @@ class RunLog:
             lines = _lines(self._file)
             write_whole(self._file, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
             for line in lines:
-                at = line.pop("time", 0.0)
+                at = line.pop("time", None)
                 if line["step"] == step:
                     self._kept.add(json.dumps(line))
-                elif line["step"] > step:
+                elif line["step"] > step and at is not None:
                     self._times[" ".join(map(str, (line.pop("step"), *line)))] = at
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
