@@ -21,11 +21,10 @@ from tqdm import tqdm
 from wmtp.storage.s3 import (
     ChangedError,
     CorruptError,
-    RemoteFile,
     StorageError,
     client,
     error_code,
-    remove_files,
+    remove,
     retrying,
     split_uri,
 )
@@ -216,8 +215,7 @@ class Lease:
             self._thread = None
             try:
                 if (there := self._there()[1]) is not None and there.id == self._holder.id:
-                    bucket, key = split_uri(self._uri)
-                    remove_files([RemoteFile(bucket, key, "", 0)])
+                    remove(self._uri)
             except StorageError as error:
                 tqdm.write(f"the lease on {self._folder} ends by itself in a minute: {error}", sys.stderr)
 

@@ -27,7 +27,7 @@ from wmtp.files import (
 )
 from wmtp.storage.lock import FolderLock, Holder, Lease
 from wmtp.storage.mirror import fetch_folder, while_it_changes
-from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove_files, split_uri
+from wmtp.storage.s3 import RemoteFile, StorageError, is_remote, list_files, remove, remove_files, split_uri
 from wmtp.storage.transfer import put_bytes, upload
 
 _NOT_UPLOADED = (UNFINISHED, ".lock")
@@ -266,8 +266,7 @@ class Output:
             below = name.removesuffix(MANIFEST)
             if flat_manifest(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
                 # Files of that folder are about to be replaced: until all are, it must not look complete.
-                bucket, key = split_uri(f"{self.remote}/{name}")
-                remove_files([RemoteFile(bucket, key, "", 0)])
+                remove(f"{self.remote}/{name}")
                 self._sent.pop(name, None)
                 changed.add(name)
         known = {
@@ -325,9 +324,8 @@ class Output:
 
     def _probe(self) -> None:
         """Write a tiny object and remove it: what would fail after hours fails now."""
-        bucket, key = split_uri(f"{self.remote}/{_PROBE}")
         put_bytes(f"{self.remote}/{_PROBE}", b"wmtp")
-        remove_files([RemoteFile(bucket, key, "", 4)])
+        remove(f"{self.remote}/{_PROBE}")
 
     def _remember(self, there: dict[str, RemoteFile]) -> None:
         """Take over what an earlier process uploaded, as far as it is still there."""

@@ -229,8 +229,14 @@ def find_files(uri: str) -> list[RemoteFile]:
     return sorted(list_files(uri), key=lambda file: file.key) if first else []
 
 
+def remove(uri: str) -> None:
+    """Removes the object of that URI, if there is one."""
+    bucket, key = split_uri(uri)
+    remove_files([RemoteFile(bucket, key, "", 0)])
+
+
 def remove_files(files: list[RemoteFile]) -> None:
-    """Remove objects, manifests first: what is being taken apart does not look complete."""
+    """Removes objects, manifests first: what is being taken apart does not look complete."""
     for file in sorted(files, key=lambda file: not file.key.endswith("/manifest.json")):
         retrying(partial(client().delete_object, Bucket=file.bucket, Key=file.key), file.uri, "removed")
 

@@ -117,8 +117,7 @@ class Delivery:
             for record in records
             for key, value in record["metrics"].items()
         ]
-        for start in range(0, len(batch), _METRICS_PER_BATCH):
-            self._client.log_batch(self.run_id, metrics=batch[start : start + _METRICS_PER_BATCH])
+        self._log("metrics", batch, _METRICS_PER_BATCH)
 
     def _send_params(self, records: list[dict]) -> None:
         """What an earlier process of the run logged stays; where a value has changed since, a tag says to what.
@@ -131,8 +130,7 @@ class Delivery:
             data = self._client.get_run(self.run_id).data
             given = {entity_name(key): value[:MAX_PARAM] for key, value in record["params"].items()}
             new = [Param(key, value) for key, value in given.items() if key not in data.params]
-            for start in range(0, len(new), _PARAMS_PER_BATCH):
-                self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_BATCH])
+            self._log("params", new, _PARAMS_PER_BATCH)
             changed = {}
             for key, old in data.params.items():
                 tag, value = f"wmtp.resumed_with.{key}"[:MAX_NAME], given.get(key, "None")
@@ -144,9 +142,11 @@ class Delivery:
         from mlflow.entities import RunTag
 
         tags = {key[:MAX_NAME]: value[:MAX_TAG] for record in records for key, value in record["tags"].items()}
-        batch = [RunTag(key, value) for key, value in tags.items()]
-        for start in range(0, len(batch), _PARAMS_PER_BATCH):
-            self._client.log_batch(self.run_id, tags=batch[start : start + _PARAMS_PER_BATCH])
+        self._log("tags", [RunTag(key, value) for key, value in tags.items()], _PARAMS_PER_BATCH)
+
+    def _log(self, kind: str, entities: list, at_once: int) -> None:
+        for start in range(0, len(entities), at_once):
+            self._client.log_batch(self.run_id, **{kind: entities[start : start + at_once]})
 
     def _send_dataset(self, records: list[dict]) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
