@@ -81,8 +81,9 @@ bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside thei
 ops-demo: $(SETUP)  ## S3 and MLflow servers here: train, evaluate, register, promote, roll back, find all again
 	$(RUN)/python benchmarks/ops_demo.py
 
-docs: $(SETUP)  ## rewrite docs/configuration.md from the comments in configs/ and the builders' docstrings
+docs: $(SETUP)  ## rewrite docs/configuration.md (from configs/ and docstrings) and docs/architecture.md (from imports)
 	$(RUN)/python docs/make_configuration.py
+	$(RUN)/python docs/make_architecture.py
 
 lint: $(SETUP)  ## ruff, the Dockerfile, the workflows: as CI runs it, without the network
 	$(RUN)/ruff check . && $(RUN)/ruff format --check .

@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from figures import report
 
-from wmtp.data import hf_tokenizer, python_functions
+from wmtp.data import python_functions
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.models import from_checkpoint, load_checkpoint, resolve_checkpoint
+from wmtp.models import from_checkpoint, load_checkpoint
+from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 
 BATCH = 8
 

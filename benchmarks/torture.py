@@ -38,8 +38,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from processes import run_recipe_file, start  # noqa: E402
 from services import AWS_ENVIRONMENT, moto_server  # noqa: E402
 
-from wmtp.checkpoint import complete_checkpoints  # noqa: E402
 from wmtp.files import MANIFEST, file_sha256, verify_manifest  # noqa: E402
+from wmtp.training.checkpoint import complete_checkpoints  # noqa: E402
 
 BUCKET = "torture"
 SECONDS = 600.0  # to wait for anything

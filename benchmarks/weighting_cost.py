@@ -18,9 +18,10 @@ from collections.abc import Callable
 import torch
 from figures import report
 
-from wmtp.data import held_out_batches, hf_tokenizer, pack, python_functions
+from wmtp.data import held_out_batches, pack, python_functions
 from wmtp.loss import mtp_loss, token_cross_entropy
-from wmtp.models import ValueModel, load_checkpoint, resolve_checkpoint, smollm2_135m
+from wmtp.models import ValueModel, load_checkpoint, smollm2_135m
+from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 from wmtp.weighting import critic, dft, entropy, rho1, shuffled, uniform
 
 

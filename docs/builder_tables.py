@@ -9,10 +9,10 @@ from dataclasses import dataclass
 _KINDS = (
     ("Training data: `dataset`, `eval_dataset`", "wmtp.data", ("Documents",)),
     ("Data to be scored: `dataset` of score_reference", "wmtp.data", ("DocumentStream",)),
-    ("Pairs of programs: `dataset` of critic_stage1", "wmtp.data", ("Pairs",)),
-    ("Evaluation tasks", "wmtp.data", ("tuple[AssertionTask, ...]", "tuple[StdioTask, ...]")),
-    ("Evaluation protocols", "wmtp.data", ("Protocol",)),
-    ("Tokenizers: `tokenizer`", "wmtp.data", ("Tokenizer",)),
+    ("Pairs of programs: `dataset` of critic_stage1", "wmtp.critic", ("Pairs",)),
+    ("Evaluation tasks", "wmtp.eval", ("tuple[AssertionTask, ...]", "tuple[StdioTask, ...]")),
+    ("Evaluation protocols", "wmtp.eval", ("Protocol",)),
+    ("Tokenizers: `tokenizer`", "wmtp.pretrained", ("Tokenizer",)),
     ("Token weights and controls: `weighting`, `weighting.method`", "wmtp.weighting", ("Weighting", "Control")),
     ("Models: `model`, `reference_model`", "wmtp.models", ("MTPDecoder",)),
 )

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from wmtp.data import hf_tokenizer
 from wmtp.data.mbpp import mbpp_prompt
 from wmtp.data.packaged import packaged_functions
 from wmtp.loss import token_cross_entropy, valid_targets
-from wmtp.models import from_checkpoint, load_checkpoint, load_value_model, resolve_checkpoint
+from wmtp.models import from_checkpoint, load_checkpoint, load_value_model
+from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 from wmtp.weighting import critic, rho1
 from wmtp.weighting.base import Signals
 from wmtp.weighting.values import value_deltas

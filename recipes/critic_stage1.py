@@ -21,38 +21,33 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.base_identity import require_same_base
-from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.critic import (
     BestWeights,
+    PairDataset,
     critic_loss,
     critic_report,
     evaluate_pairs,
+    hidden_states,
     length_report,
+    pair_splits,
     pair_values,
+    preview_pairs,
 )
-from wmtp.data import BatchStream, PairDataset, hf_tokenizer, pair_splits, require_same_vocabulary
+from wmtp.critic.rewards import reward_pairs
+from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import clear_errors, ending
-from wmtp.lr_schedule import build_schedule
-from wmtp.models import (
-    ValueModel,
-    checkpoint_activations,
-    checkpoint_sha256,
-    init_lora,
-    load_checkpoint,
-    resolve_checkpoint,
-    save_value_model,
-    shard_model,
-)
-from wmtp.optimizers import build_optimizer
-from wmtp.output_dir import check_output_dir, open_output
-from wmtp.report import preview_pairs
-from wmtp.rewards import reward_pairs
-from wmtp.run_log import RunLog, builder_name
-from wmtp.stopping import StopFlag, stopping
-from wmtp.trunk_states import CachedStates, hidden_states, keep_states
+from wmtp.models import ValueModel, checkpoint_activations, init_lora, load_checkpoint, save_value_model, shard_model
+from wmtp.pretrained import checkpoint_sha256, hf_tokenizer, require_same_vocabulary, resolve_checkpoint
+from wmtp.training.base_identity import require_same_base
+from wmtp.training.cached_states import CachedStates, keep_states
+from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.lr_schedule import build_schedule
+from wmtp.training.optimizers import build_optimizer
+from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.run_log import RunLog, builder_name
+from wmtp.training.stopping import StopFlag, stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("checkpoints", "best", "value_model", "report.md")  # what a run leaves in output_dir, beside metrics.jsonl

@@ -20,12 +20,13 @@ from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import held_out_batches, pack
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
+from wmtp.eval.heads import head_sums, score_heads, summarize_heads
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.head_metrics import head_sums, score_heads, summarize_heads
-from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint, teacher_forced
-from wmtp.output_dir import check_output_dir, open_output
-from wmtp.run_log import RunLog
-from wmtp.stopping import stopping
+from wmtp.models import load_checkpoint, teacher_forced
+from wmtp.pretrained import model_tags, resolve_checkpoint
+from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.run_log import RunLog
+from wmtp.training.stopping import stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("heads.json",)  # what it leaves in output_dir

@@ -22,17 +22,18 @@ from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import PACKAGED_TASKS
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
-from wmtp.evaluation_golds import settle_tests
-from wmtp.evaluation_report import headline, write_report
-from wmtp.evaluation_results import check_samples, evaluation_results
+from wmtp.eval.golds import settle_tests
+from wmtp.eval.judging import Judging
+from wmtp.eval.report import headline, write_report
+from wmtp.eval.results import check_samples, evaluation_results
+from wmtp.eval.samples import Journal, Sample, read_journals, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.judging import Judging
-from wmtp.models import load_checkpoint, model_tags, resolve_checkpoint
-from wmtp.output_dir import check_output_dir, open_output
-from wmtp.run_log import RunLog
-from wmtp.samples import Journal, Sample, read_journals, read_samples, write_samples
+from wmtp.models import load_checkpoint
+from wmtp.pretrained import model_tags, resolve_checkpoint
 from wmtp.sandbox import Sandbox
-from wmtp.stopping import stopping
+from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.run_log import RunLog
+from wmtp.training.stopping import stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = ("journals", "samples.jsonl", "results.json", "report.md", "timings.json")  # what it leaves in output_dir

@@ -21,16 +21,11 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.base_identity import describe_base, require_same_base
-from wmtp.beside import signals_beside, value_model_beside
-from wmtp.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
-from wmtp.data import BatchStream, hf_tokenizer, pack, require_same_vocabulary
+from wmtp.data import BatchStream, pack
 from wmtp.distributed import all_reduce_sum, end_world, start_world, wait_for_all
 from wmtp.errors import clear_errors, ending
-from wmtp.held_out import cross_entropy_table, held_out_cross_entropy
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
-from wmtp.lr_schedule import build_schedule
 from wmtp.models import (
     checkpoint_activations,
     describe_training,
@@ -39,17 +34,22 @@ from wmtp.models import (
     load_adapter,
     load_checkpoint,
     refuse_quantized,
-    resolve_checkpoint,
     save_adapter,
     shard_model,
 )
-from wmtp.optimizers import build_optimizer
-from wmtp.output_dir import check_output_dir, open_output
+from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report import preview
-from wmtp.run_log import RunLog, builder_name
-from wmtp.step_window import StepWindow
-from wmtp.stopping import StopFlag, stopping
-from wmtp.trunk_states import keep_states, trunk_states
+from wmtp.training.accumulation import StepWindow
+from wmtp.training.base_identity import describe_base, require_same_base
+from wmtp.training.cached_states import keep_states, trunk_states
+from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.frozen_models import signals_beside, value_model_beside
+from wmtp.training.lr_schedule import build_schedule
+from wmtp.training.optimizers import build_optimizer
+from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.run_log import RunLog, builder_name
+from wmtp.training.stopping import StopFlag, stopping
+from wmtp.training.validation import cross_entropy_table, held_out_cross_entropy
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -20,9 +20,9 @@ from omegaconf import DictConfig
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.errors import clear_errors
-from wmtp.model_card import Statements, log_card, model_card
-from wmtp.promotion import Evaluation, evaluated_export, production_choice, read_evaluation
-from wmtp.registry import (
+from wmtp.registry.card import Statements, log_card, model_card
+from wmtp.registry.promotion import Evaluation, evaluated_export, production_choice, read_evaluation
+from wmtp.registry.versions import (
     Choice,
     Move,
     RegistryError,

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
-from wmtp.data import SCORES, PackedDataset, hf_tokenizer, require_same_vocabulary
+from wmtp.data import SCORES, PackedDataset
+from wmtp.data.parts import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.data.scored import (
     MANIFEST,
     TornPart,
@@ -44,18 +45,11 @@ from wmtp.data.scored import (
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import UserError, clear_errors, ending
 from wmtp.loss import token_cross_entropy
-from wmtp.models import (
-    checkpoint_sha256,
-    load_checkpoint,
-    load_value_model,
-    resolve_checkpoint,
-    shard_model,
-    value_tokenizer,
-)
-from wmtp.output_dir import check_output_dir, open_output
-from wmtp.run_log import RunLog, builder_name
-from wmtp.scoring import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
-from wmtp.stopping import StopFlag, stopping
+from wmtp.models import load_checkpoint, load_value_model, shard_model, value_tokenizer
+from wmtp.pretrained import checkpoint_sha256, hf_tokenizer, require_same_vocabulary, resolve_checkpoint
+from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.run_log import RunLog, builder_name
+from wmtp.training.stopping import StopFlag, stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RESULTS = (MANIFEST, "data")  # what a run leaves in output_dir

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.models.resolve import made_once
+from wmtp.pretrained.folders import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 # The oldest release whose reading of an export is promised, and the last before 5.

@@ -88,7 +88,7 @@ def test_every_key_of_every_builder_is_explained(reference, configs):
     assert {
         f"wmtp.weighting.{name}" for name in ("rho1", "critic", "dft", "entropy", "shuffled", "random_matched")
     } <= listed
-    assert {"wmtp.data.prompt_completion", "wmtp.data.tokenized", "wmtp.data.jsonl_pairs"} <= listed  # in no config
+    assert {"wmtp.data.prompt_completion", "wmtp.data.tokenized", "wmtp.critic.jsonl_pairs"} <= listed  # in no config
 
 
 def test_a_builders_table_is_read_from_its_docstring(reference, scratch):

@@ -15,7 +15,7 @@ from processes import forked
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from wmtp.errors import UserError, clear_errors, disk_fault, ending, is_traceback, keep_tracebacks
-from wmtp.launcher import _hook, last_words
+from wmtp.training.launcher import _hook, last_words
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
@@ -51,7 +51,7 @@ def script(tmp_path):
 
     def write(work, stops=False):
         more = (
-            ("from wmtp.stopping import stopping", "@stopping()")
+            ("from wmtp.training.stopping import stopping", "@stopping()")
             if stops
             else ("", "# not of those that stop in order")
         )
@@ -306,9 +306,9 @@ def test_other_packages_start_in_silence_and_their_warnings_are_heard():
     """Told by logger and level: MLflow's tables and torchao's kernels, and the launcher's default of one thread."""
     code = """
 import logging
-import wmtp, wmtp.launcher
+import wmtp, wmtp.training.launcher
 import mlflow.utils.logging_utils  # sets its loggers' levels
-wmtp.launcher.prepare()
+wmtp.training.launcher.prepare()
 logging.getLogger("torchao").warning("Skipping import of cpp extensions")
 logging.getLogger("torchao").error("heard 1")
 logging.getLogger("mlflow.store.db.utils").info("Updating database tables")

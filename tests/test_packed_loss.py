@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from wmtp.data import Documents, byte_tokenizer, pack, python_functions
+from wmtp.data import Documents, pack, python_functions
 from wmtp.loss import mtp_loss
 from wmtp.models import llama_mtp
+from wmtp.pretrained import byte_tokenizer
 from wmtp.weighting import rho1, uniform
 
 TOKENIZER = byte_tokenizer()

@@ -5,8 +5,9 @@ import sys
 import processes
 from processes import start
 
-from wmtp.data import byte_tokenizer, python_functions
+from wmtp.data import python_functions
 from wmtp.data.python_source import _distinct_functions
+from wmtp.pretrained import byte_tokenizer
 
 
 def all_is_there():

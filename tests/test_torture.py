@@ -9,9 +9,9 @@ from processes import ROOT
 from random_models import random_decoder
 
 from benchmarks.torture import JOBS, Kill, Run, Torture, different
-from wmtp.data import byte_tokenizer
 from wmtp.files import write_manifest
 from wmtp.models import export_hf
+from wmtp.pretrained import byte_tokenizer
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import pytest
 import torch.distributed as dist
 from processes import start
 
-from wmtp.checkpoint import checkpoint_to_resume
 from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import UserError
-from wmtp.output_dir import check_output_dir
 from wmtp.storage import Output
+from wmtp.training.checkpoint import checkpoint_to_resume
+from wmtp.training.output_dir import check_output_dir
 
 
 def wait_beyond_the_timeout():

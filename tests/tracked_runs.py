@@ -8,16 +8,17 @@ from omegaconf import OmegaConf
 from random_models import random_decoder
 
 from recipes.promote import PromoteRecipe
-from wmtp.data import AssertionTask, byte_tokenizer
-from wmtp.evaluation_results import evaluation_results
-from wmtp.models import checkpoint_sha256, export_hf
-from wmtp.samples import Judgement, Sample
+from wmtp.eval import AssertionTask
+from wmtp.eval.results import evaluation_results
+from wmtp.eval.samples import Judgement, Sample
+from wmtp.models import export_hf
+from wmtp.pretrained import byte_tokenizer, checkpoint_sha256
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "tasks_sha256": "t" * 64,
     "prompts_sha256": "p" * 64,
-    "protocol": {"_component_": "wmtp.data.docstring_protocol"},
+    "protocol": {"_component_": "wmtp.eval.docstring_protocol"},
     "limits": {"_component_": "wmtp.sandbox.Limits", "cpu_seconds": 10.0},
     "top_p": 0.95,
     "max_new_tokens": 64,

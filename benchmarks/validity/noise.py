@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wmtp.data import Documents, PackedDataset, hf_tokenizer, pack, python_functions
+from wmtp.data import Documents, PackedDataset, pack, python_functions
 from wmtp.loss import valid_targets
 from wmtp.models import MTPDecoder, llama_mtp
+from wmtp.pretrained import hf_tokenizer
 from wmtp.weighting import Signals, dft, entropy, random_matched, rho1, shuffled
 
 from .models import SMOLLM2, all_targets, cut, kept, signals, smollm2, train, with_noise

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmtp.data.pair_dataset import PairDataset
+from wmtp.critic.pair_dataset import PairDataset
 from wmtp.loss import token_cross_entropy_and_entropy
 
 from .models import smollm2

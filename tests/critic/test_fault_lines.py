@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wmtp.critic import line_of_tokens, value_drop_by_line
-from wmtp.data import byte_tokenizer
+from wmtp.pretrained import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 #                 line 1      line 2           (3: no token)  line 4

@@ -5,10 +5,9 @@ import pytest
 import torch
 from random_models import random_decoder
 
-from wmtp.critic import pair_values, response_last, response_mean, score_pairs
-from wmtp.data import Pair, Pairs, byte_tokenizer, encode_pairs
+from wmtp.critic import Pair, Pairs, encode_pairs, hidden_states, pair_values, response_last, response_mean, score_pairs
 from wmtp.models import ValueModel
-from wmtp.trunk_states import hidden_states
+from wmtp.pretrained import byte_tokenizer
 
 SIZES = {"vocab_size": 259, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "embed_dim": 16}
 

@@ -12,8 +12,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from wmtp.data import Pair, Pairs, byte_tokenizer, encode_pairs
-from wmtp.rewards import hf_reward_model, reward_pairs
+from wmtp.critic import Pair, Pairs, encode_pairs
+from wmtp.critic.rewards import hf_reward_model, reward_pairs
+from wmtp.pretrained import byte_tokenizer
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from shared_data import DATA, needs
 
-from wmtp.data import byte_tokenizer, few_shot_tasks, mbpp
+from wmtp.data import few_shot_tasks, mbpp
+from wmtp.pretrained import byte_tokenizer
 
 MBPP = DATA / "mbpp"
 TOKENIZER = byte_tokenizer()

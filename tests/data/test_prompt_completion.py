@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from wmtp.data import byte_tokenizer, prompt_completion, read_rows, save_tokenized, tokenized
+from wmtp.data import prompt_completion, read_rows, save_tokenized, tokenized
+from wmtp.pretrained import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_id

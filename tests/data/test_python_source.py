@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.data import byte_tokenizer, pack, python_functions
+from wmtp.data import pack, python_functions
 from wmtp.data.python_source import SPLITS, functions_of, module_paths, read_source
+from wmtp.pretrained import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -16,7 +16,6 @@ from wmtp.data import (
     Document,
     Documents,
     DocumentStream,
-    byte_tokenizer,
     pack,
     prompt_completion,
     prompt_completion_stream,
@@ -25,10 +24,11 @@ from wmtp.data import (
     tokenized,
     tokenized_stream,
 )
+from wmtp.data.parts import PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.data.scored import part_path, read_part, require_same_binding, write_manifest, write_part
 from wmtp.models import llama_mtp
 from wmtp.models.export import export_hf
-from wmtp.scoring import PartReader, column_of, prefetch, require_finite, rows_to_score
+from wmtp.pretrained import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 LENGTHS = [5, 9, 2, 7]

@@ -12,15 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from wmtp.critic import code_contests_pairs, condefects_pairs, jsonl_pairs
 from wmtp.data import (
-    assertion_tasks,
-    byte_tokenizer,
-    code_contests,
-    code_contests_pairs,
-    condefects_pairs,
-    jsonl_pairs,
     mbpp,
-    mbpp_tasks,
     pack,
     prompt_completion,
     prompt_completion_stream,
@@ -31,8 +25,10 @@ from wmtp.data import (
 )
 from wmtp.data.rows import count_rows, reading
 from wmtp.errors import UserError
-from wmtp.models.config_files import CheckpointError, read_json
-from wmtp.samples import read_samples
+from wmtp.eval import assertion_tasks, code_contests, mbpp_tasks
+from wmtp.eval.samples import read_samples
+from wmtp.pretrained import byte_tokenizer
+from wmtp.pretrained.config_files import CheckpointError, read_json
 
 TOKENIZER = byte_tokenizer()
 HALF = "\ud800"

@@ -7,10 +7,10 @@ import torch
 from decoding import Letters, completions, requests_of
 from torch import nn
 
-from wmtp.data import byte_tokenizer
 from wmtp.generation import Completion, DecodingStats, Request, Sampling, generate
 from wmtp.models import teacher_forced
-from wmtp.models.source import Source
+from wmtp.pretrained import byte_tokenizer
+from wmtp.pretrained.source import Source
 
 
 @torch.no_grad()

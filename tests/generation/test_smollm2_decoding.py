@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from wmtp.data import hf_tokenizer, packaged_functions, python_functions
+from wmtp.data import packaged_functions, python_functions
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.models import load_checkpoint, resolve_checkpoint, smollm2_135m
+from wmtp.models import load_checkpoint, smollm2_135m
+from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 
 pytestmark = pytest.mark.slow
 

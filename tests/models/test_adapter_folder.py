@@ -7,7 +7,8 @@ import torch
 from random_models import random_decoder
 from safetensors.torch import load_file, save_file
 
-from wmtp.models import CheckpointError, add_lora, export_hf, init_lora, load_adapter, save_adapter
+from wmtp.models import add_lora, export_hf, init_lora, load_adapter, save_adapter
+from wmtp.pretrained import CheckpointError
 
 SIZES = {
     "vocab_size": 67,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wmtp.models import CheckpointError, from_checkpoint, llama_mtp, load_checkpoint, resolve_checkpoint
+from wmtp.models import from_checkpoint, llama_mtp, load_checkpoint
+from wmtp.pretrained import CheckpointError, resolve_checkpoint
 
 
 def refused(model, folder, *parts):

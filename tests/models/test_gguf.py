@@ -12,9 +12,9 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from wmtp.data import hf_tokenizer
-from wmtp.models import CheckpointError, from_checkpoint, load_checkpoint, read_shape, resolve_checkpoint
-from wmtp.models.checkpoint_formats import is_rotated, key_of, to_interleaved
+from wmtp.models import from_checkpoint, load_checkpoint
+from wmtp.pretrained import CheckpointError, hf_tokenizer, read_shape, resolve_checkpoint
+from wmtp.pretrained.checkpoint_formats import is_rotated, key_of, to_interleaved
 
 TOKENS = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(2))
 TEXTS = ["def f(x):\n    return 10 + x  # café, 2048 of 日本語", "It's 12345.67  and\n\n\t\tI'LL see  ", " a  b"]

@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from wmtp.models import checkpoint_activations, export_hf, from_checkpoint, load_checkpoint, read_shape
+from wmtp.models import checkpoint_activations, export_hf, from_checkpoint, load_checkpoint
+from wmtp.pretrained import read_shape
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",

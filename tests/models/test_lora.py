@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wmtp.loss import mtp_loss, weighted_mtp_cross_entropy
 from wmtp.models import (
     add_lora,
-    checkpoint_formats,
     describe_training,
     export_hf,
     from_checkpoint,
@@ -20,6 +19,7 @@ from wmtp.models import (
     parameter_counts,
     training_bytes,
 )
+from wmtp.pretrained import checkpoint_formats
 from wmtp.weighting import rho1
 
 # Widths whose weights have a multiple of 64 values.

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from wmtp.data import hf_tokenizer
 from wmtp.models import export_hf, from_checkpoint, load_checkpoint
+from wmtp.pretrained import hf_tokenizer
 
 TOKENS = torch.randint(0, 67, (2, 24), generator=torch.Generator().manual_seed(2))
 TEXT = "def f(x):\n    return x + 10\n"

@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 from processes import fork_server
 from torch.distributed.device_mesh import init_device_mesh
 
-from wmtp.models import checkpoint_formats, export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
+from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
+from wmtp.pretrained import checkpoint_formats
 
 # Dimensions of 5 and 7 and 1 leave some ranks of 2, 3 or 4 with less, or with nothing.
 UNEVEN = {

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from wmtp.models import export_hf, from_checkpoint, load_checkpoint, resolve_checkpoint, smollm2_135m
+from wmtp.models import export_hf, from_checkpoint, load_checkpoint, smollm2_135m
+from wmtp.pretrained import resolve_checkpoint
 
 pytestmark = pytest.mark.slow
 

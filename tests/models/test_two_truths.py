@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from wmtp.errors import UserError
-from wmtp.models import CheckpointError, export_hf, from_checkpoint, llama_mtp, load_checkpoint, read_shape
+from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
+from wmtp.pretrained import CheckpointError, read_shape
 
 TOKENS = torch.randint(0, 67, (2, 24), generator=torch.Generator().manual_seed(2))
 

@@ -12,9 +12,7 @@ from random_models import random_decoder
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 
-from wmtp.data import byte_tokenizer
 from wmtp.models import (
-    CheckpointError,
     ValueModel,
     add_lora,
     export_hf,
@@ -28,6 +26,7 @@ from wmtp.models import (
     value_model_config,
     value_tokenizer,
 )
+from wmtp.pretrained import CheckpointError, byte_tokenizer
 
 SIZES = {
     "vocab_size": 259,

@@ -10,8 +10,8 @@ from random_models import random_decoder
 from run_configs import run_configs
 
 from runs import ROOT, read_metrics
-from wmtp.data import byte_tokenizer
 from wmtp.models import ValueModel, export_hf, save_value_model
+from wmtp.pretrained import byte_tokenizer
 
 
 @pytest.fixture

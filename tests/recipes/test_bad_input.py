@@ -11,7 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from runs import ROOT
-from wmtp.data import byte_tokenizer
+from wmtp.pretrained import byte_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from services import new_store
 
 from recipes.critic_stage1 import CriticStage1Recipe
 from runs import ROOT, read_metrics
-from wmtp.checkpoint import complete_checkpoints, load_trainer, verify_manifest
 from wmtp.config import StopTraining
-from wmtp.data import hf_tokenizer
 from wmtp.errors import Stopped
-from wmtp.models import CheckpointError, MTPDecoder, load_value_model, resolve_checkpoint
+from wmtp.models import MTPDecoder, load_value_model
+from wmtp.pretrained import CheckpointError, hf_tokenizer, resolve_checkpoint
+from wmtp.training.checkpoint import complete_checkpoints, load_trainer, verify_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def critic_config(tmp_path, monkeypatch):
     def config(**overrides):
         cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "critic_stage1.yaml")
         cfg.output_dir, cfg.tracking = str(tmp_path / "critic"), None
-        cfg.dataset = {"_component_": "wmtp.data.jsonl_pairs", "source": str(tmp_path / "pairs.jsonl")}
+        cfg.dataset = {"_component_": "wmtp.critic.jsonl_pairs", "source": str(tmp_path / "pairs.jsonl")}
         cfg.seq_len, cfg.optimizer.lr = 32, 0.01
         for key, value in overrides.items():
             OmegaConf.update(cfg, key.replace("__", "."), value)
@@ -203,7 +203,7 @@ def test_kept_hidden_states_train_the_same_and_are_used_again(critic_config, mon
 
 
 def test_rewards_of_a_model_replace_labels(critic_config, monkeypatch):
-    from wmtp import rewards
+    from wmtp.critic import rewards
 
     class Length:
         file = "nowhere"
@@ -212,7 +212,7 @@ def test_rewards_of_a_model_replace_labels(critic_config, monkeypatch):
             return torch.tensor([len(text) / 100 for text in texts]).numpy(), len(texts)
 
     monkeypatch.setattr(rewards, "length_rewards", Length, raising=False)
-    section = {"_component_": "wmtp.rewards.length_rewards"}
+    section = {"_component_": "wmtp.critic.rewards.length_rewards"}
     cfg = critic_config(reward_model=section, loss="mse", reward_spread="uniform", max_steps=1, save_every=None)
     recipe, metrics = run(cfg)
     assert recipe._data.rewards.max() < 0.3
@@ -255,10 +255,8 @@ def test_a_run_that_goes_on_has_the_rates_of_its_config(critic_config, capfd):
     assert [line["train/lr"] for line in metrics if "train/lr" in line][2:] == [0.125, 0.125]  # of the head, as said
     assert recipe._torch_optimizer.defaults["lr"] == 0.25
     said = capfd.readouterr().err
-    assert (
-        "optimizer.lr 0.01 -> 0.25, head_lr null -> 0.125, lr_scheduler wmtp.lr_schedule.cosine_with_warmup -> null"
-        in said
-    )
+    schedule = "wmtp.training.lr_schedule.cosine_with_warmup"
+    assert f"optimizer.lr 0.01 -> 0.25, head_lr null -> 0.125, lr_scheduler {schedule} -> null" in said
 
 
 def run_all(*configs):
@@ -373,7 +371,7 @@ def test_mlflow_holds_the_report_and_the_value_model_which_loads_by_its_run(crit
         ({"head": "deep"}, "head must be one of linear, mlp, got 'deep'"),
         ({"backbone": "lora"}, "set the section lora if, and only if, backbone is lora; backbone is lora"),
         ({"cache_hidden": "fp32"}, "cache_hidden keeps what a frozen backbone gives, backbone is full"),
-        ({"reward_model": {"_component_": "wmtp.rewards.hf_reward_model"}}, "loss pairwise reads no rewards"),
+        ({"reward_model": {"_component_": "wmtp.critic.rewards.hf_reward_model"}}, "loss pairwise reads no rewards"),
         ({"log_model": True}, "log_model is true, but tracking is null"),
         ({"epochs": 1}, "exactly one of epochs and max_steps"),
         ({"patience": 0}, "patience must be a whole number >= 1, got 0"),

@@ -18,9 +18,10 @@ from services import new_store
 from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
 from wmtp.config import ConfigError, read_command_line
-from wmtp.data import byte_tokenizer, packaged_functions, packaged_programs
-from wmtp.evaluation_report import headline
+from wmtp.data import packaged_functions, packaged_programs
+from wmtp.eval.report import headline
 from wmtp.models import export_hf
+from wmtp.pretrained import byte_tokenizer
 
 RECIPES = {"eval_mbpp": "EvalMBPPRecipe", "eval_codecontests": "EvalCodeContestsRecipe"}
 
@@ -238,10 +239,10 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"model__max_seq_len": 64}, "leaves no room for an answer in model.max_seq_len 64"),
         ({"model__vocab_size": 100}, "the tokenizer has 259 ids, the model 100"),
         ({"checkpoint": "no/such/model"}, "no/such/model"),
-        ({"tokenizer": {"_component_": "wmtp.data.hf_tokenizer", "path": "."}}, "tokenizer.json"),
+        ({"tokenizer": {"_component_": "wmtp.pretrained.hf_tokenizer", "path": "."}}, "tokenizer.json"),
         ({"limits__cpu_seconds": -1.0}, "cpu_seconds"),
         ({"resume": True}, "holds no evaluation"),
-        ({"protocol___component_": "wmtp.data.alphacode_protocol"}, "for programs that read stdin"),
+        ({"protocol___component_": "wmtp.eval.alphacode_protocol"}, "for programs that read stdin"),
         ({"samples": "no/such/file.jsonl"}, "no/such/file.jsonl"),
         ({"sanitize": "on"}, "sanitize must be one of auto, off"),
         ({"tasks__only": "some"}, "tasks.only must be one of all, with_samples, got 'some'"),
@@ -304,7 +305,7 @@ def test_bad_tasks_are_named_by_file_and_line(tiny_config, tmp_path):
         ([row, row], r"tasks.jsonl:2: task_id 'Mbpp/11' is also that of .*tasks.jsonl:1"),
     ):
         source = write_jsonl(tmp_path / "tasks.jsonl", rows)
-        cfg = tiny_config("eval_mbpp", tasks={"_component_": "wmtp.data.mbpp_tasks", "source": source, "split": "test"})
+        cfg = tiny_config("eval_mbpp", tasks={"_component_": "wmtp.eval.mbpp_tasks", "source": source, "split": "test"})
         with pytest.raises(ValueError, match=message):
             run_here(cfg)
 
@@ -364,7 +365,7 @@ def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
 def judge_file(tiny_config, folder, rows, programs, **options):
     """The tiny evaluation of samples, on tasks of a file."""
     cfg = tiny_config("eval_mbpp", samples=write_jsonl(folder / "samples.jsonl", programs), pass_at=[1], **options)
-    cfg.tasks = {"_component_": "wmtp.data.assertion_tasks", "source": write_jsonl(folder / "tasks.jsonl", rows)}
+    cfg.tasks = {"_component_": "wmtp.eval.assertion_tasks", "source": write_jsonl(folder / "tasks.jsonl", rows)}
     cfg.model = cfg.tokenizer = cfg.protocol = cfg.fixed_temperature = None
     return cfg
 

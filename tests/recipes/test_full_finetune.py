@@ -14,10 +14,10 @@ from services import new_store
 from transformers import AutoModelForCausalLM
 
 from runs import read_metrics
-from wmtp.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.config import StopTraining
-from wmtp.data import hf_tokenizer
 from wmtp.models import from_checkpoint, load_checkpoint
+from wmtp.pretrained import hf_tokenizer
+from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 
 TAGS = ("git_commit", "git_dirty", "config_sha256", "data_sha256", "packages", "python", "hardware", "world_size")
 TAGS += ("recipe", "method", "dataset")

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from recipes.lora_wmtp import LoRARecipeWMTP
 from runs import ROOT, read_metrics, write_own_rules
-from wmtp.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
+from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 
 SHIPPED = OmegaConf.load(ROOT / "configs" / "tiny" / "lora_rho1.yaml")
 
@@ -31,7 +31,7 @@ def one_thread():
 @pytest.fixture
 def base(tmp_path):
     """A checkpoint of a next-token model, the reference of the token weights too."""
-    from wmtp.data import byte_tokenizer
+    from wmtp.pretrained import byte_tokenizer
 
     torch.manual_seed(1)
     sizes = {"vocab_size": 259, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}

@@ -8,8 +8,8 @@ import torch
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from runs import read_metrics
-from wmtp.checkpoint import latest_checkpoint
 from wmtp.errors import UserError
+from wmtp.training.checkpoint import latest_checkpoint
 
 SHORT = {"eval_every": None, "eval_dataset": None, "export_dtype": "none", "save_every": 2, "output_dir": "run"}
 
@@ -68,7 +68,7 @@ def test_a_finished_cosine_run_goes_on_at_a_constant_rate(tiny_config, run_recip
     run_recipe(tiny_config(**SHORT, max_steps=2))
     run_recipe(tiny_config(**SHORT, max_steps=4, resume=True, lr_scheduler=None, optimizer__lr=1e-4))
     assert rates()[2:] == [1e-4, 1e-4]
-    assert "lr_scheduler wmtp.lr_schedule.cosine_with_warmup -> null" in capfd.readouterr().err
+    assert "lr_scheduler wmtp.training.lr_schedule.cosine_with_warmup -> null" in capfd.readouterr().err
 
 
 def test_the_extra_heads_may_get_a_rate_of_their_own_on_the_way(tiny_config, run_recipe):

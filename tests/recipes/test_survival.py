@@ -15,10 +15,10 @@ from processes import run_recipe_file, start, start_launched
 from services import new_store
 
 from runs import read_metrics
-from wmtp.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.config import ConfigError
 from wmtp.errors import Stopped, clear_errors
-from wmtp.stopping import StopFlag, stopping
+from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
+from wmtp.training.stopping import StopFlag, stopping
 
 RECIPE = "full_finetune_distributed_wmtp"
 QUICK = {"eval_dataset": None, "save_every": None, "export_dtype": "none"}

@@ -18,8 +18,8 @@ from tracked_runs import ROOT, Runs, run_promote
 from recipes.eval_heads import EvalHeadsRecipe
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from runs import read_metrics
-from wmtp.models import CheckpointError, checkpoint_sha256, resolve_checkpoint
-from wmtp.registry import last_move, moves, versions
+from wmtp.pretrained import CheckpointError, checkpoint_sha256, resolve_checkpoint
+from wmtp.registry.versions import last_move, moves, versions
 from wmtp.tracking import replay
 from wmtp.tracking.spool import FOLDER
 

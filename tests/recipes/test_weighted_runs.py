@@ -13,8 +13,8 @@ from services import new_store
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.score_reference import ScoreReferenceRecipe
 from runs import write_own_rules
-from wmtp.checkpoint import complete_checkpoints
 from wmtp.errors import UserError
+from wmtp.training.checkpoint import complete_checkpoints
 
 RHO1, SHUFFLED = ({"_component_": f"wmtp.weighting.{name}"} for name in ("rho1", "shuffled"))
 PAGES = {"_component_": "wmtp.report.TokenWeightPages"}

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from wmtp.registry import (
+from wmtp.registry.versions import (
     Choice,
     RegistryError,
     aliased,

@@ -3,11 +3,11 @@
 import pytest
 from tracked_runs import results_of
 
-from wmtp.promotion import Evaluation, RunRecord, not_worse
+from wmtp.registry.promotion import Evaluation, RunRecord, not_worse
 
 
 def evaluation(letters, run_id="a", **settings):
-    run = RunRecord(run_id, "name", "wmtp/eval/tasks", "FINISHED", {}, {}, {})
+    run = RunRecord(run_id, "name", "wmtp/data/tasks", "FINISHED", {}, {}, {})
     return Evaluation(run, "tasks", "0" * 64, results_of(letters, **settings))
 
 
@@ -56,8 +56,8 @@ def test_pass_at_k_is_the_one_asked_for():
         ({"top_p": 1.0}, "top_p 0.95 and 1.0"),
         ({"max_new_tokens": 65}, "max_new_tokens 64 and 65"),
         ({"limits": {}}, "limits"),
-        ({"protocol": {"_component_": "wmtp.data.chat_protocol"}}, "protocol"),
-        ({"protocol": {"_component_": "wmtp.data.docstring_protocol", "x": 1}, "prompts_sha256": "q"}, "protocol"),
+        ({"protocol": {"_component_": "wmtp.eval.chat_protocol"}}, "protocol"),
+        ({"protocol": {"_component_": "wmtp.eval.docstring_protocol", "x": 1}, "prompts_sha256": "q"}, "protocol"),
     ],
 )
 def test_other_tasks_or_another_protocol_are_not_compared(theirs, message):
@@ -68,7 +68,7 @@ def test_other_tasks_or_another_protocol_are_not_compared(theirs, message):
 
 def test_what_does_not_change_the_question_may_differ():
     """Another seed, dtype, checkpoint or tokenizer; and a path in the protocol, where the prompts are the same."""
-    moved = {"_component_": "wmtp.data.docstring_protocol", "examples_source": "/elsewhere"}
+    moved = {"_component_": "wmtp.eval.docstring_protocol", "examples_source": "/elsewhere"}
     other = evaluation(["p"] * 4, "b", seed=1, dtype="bf16", checkpoint="x", tokenizer={}, protocol=moved)
     assert not_worse(evaluation(["p"] * 4), other)[0]
 

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.lora_wmtp import LoRARecipeWMTP
-from wmtp.data import Pair, Pairs, byte_tokenizer, encode_pairs
-from wmtp.report import preview_pairs
+from wmtp.critic import Pair, Pairs, encode_pairs, preview_pairs
+from wmtp.pretrained import byte_tokenizer
 from wmtp.report.preview import token_table
 from wmtp.report.token_views import token_pieces
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from wmtp.data import byte_tokenizer, pack
+from wmtp.data import pack
 from wmtp.data.documents import Document, Documents, document_from_text
-from wmtp.data.tokenizer import Tokenizer as WmtpTokenizer
+from wmtp.pretrained import byte_tokenizer
+from wmtp.pretrained.tokenizer import Tokenizer as WmtpTokenizer
 from wmtp.report import TokenView, token_pieces, token_views, token_weights_html
 
 TOKENIZER = byte_tokenizer()

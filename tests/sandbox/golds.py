@@ -2,7 +2,7 @@
 
 from shared_data import DATA
 
-from wmtp.data import assertion_tasks, code_contests, humaneval_tasks, mbpp_tasks
+from wmtp.eval import assertion_tasks, code_contests, humaneval_tasks, mbpp_tasks
 from wmtp.sandbox import Limits
 
 # One solution needs 3 s of CPU time for a test, and CPU time too doubles where another process shares the core.

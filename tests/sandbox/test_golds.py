@@ -7,7 +7,8 @@ import golds
 import pytest
 from shared_data import needs
 
-from wmtp.data import packaged_function_tasks, packaged_functions, packaged_program_tasks, packaged_programs
+from wmtp.data import packaged_functions, packaged_programs
+from wmtp.eval import packaged_function_tasks, packaged_program_tasks
 from wmtp.sandbox import Sandbox
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from wmtp.data.rows import read_rows
-from wmtp.models import resolve_checkpoint
-from wmtp.models.config_files import CheckpointError
+from wmtp.pretrained import resolve_checkpoint
+from wmtp.pretrained.config_files import CheckpointError
 from wmtp.storage import StorageError, local_copy
 from wmtp.storage.cache import Cache
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from wmtp.files import verify_manifest, write_manifest
-from wmtp.output_dir import open_output
 from wmtp.storage import Output, StorageError, local_copy
 from wmtp.storage.__main__ import main as upload_by_hand
 from wmtp.storage.transfer import upload
+from wmtp.training.output_dir import open_output
 
 MB = 1 << 20
 

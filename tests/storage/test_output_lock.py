@@ -12,13 +12,13 @@ import torch.distributed as dist
 from processes import start
 from torch.distributed.device_mesh import init_device_mesh
 
-from wmtp.checkpoint import Checkpointer, latest_checkpoint
 from wmtp.distributed import start_world
 from wmtp.errors import UserError
 from wmtp.models import llama_mtp, shard_model
-from wmtp.output_dir import open_output
 from wmtp.storage import StorageError
 from wmtp.storage.lock import FolderLock, Lease
+from wmtp.training.checkpoint import Checkpointer, latest_checkpoint
+from wmtp.training.output_dir import open_output
 
 WAIT = "wmtp.storage.lock._SECONDS_TO_END"
 
@@ -68,10 +68,10 @@ def test_a_second_writer_is_refused_with_the_firsts_name_until_it_is_dead(tmp_pa
 def on_separate_disks(tmp_path):
     """Two ranks whose relative output_dir is not the same folder."""
     world = start_world("cpu")
-    import wmtp.checkpoint
     import wmtp.storage.lock
+    import wmtp.training.checkpoint
 
-    wmtp.checkpoint._SECONDS_TO_APPEAR = wmtp.storage.lock._SECONDS_TO_END = 0.3
+    wmtp.training.checkpoint._SECONDS_TO_APPEAR = wmtp.storage.lock._SECONDS_TO_END = 0.3
     own = Path(tmp_path) / f"node{world.rank}"
     own.mkdir()
     os.chdir(own)

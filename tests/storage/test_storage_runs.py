@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from processes import run_recipe_file, start
 from random_models import random_decoder
 
-from wmtp.data import byte_tokenizer
 from wmtp.models import export_hf
+from wmtp.pretrained import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "full_finetune_distributed_wmtp"

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from wmtp.loss import MTPLoss, valid_targets
+from wmtp.loss import valid_targets
 from wmtp.weighting import target_table, weight_statistics
 
 
@@ -51,7 +51,7 @@ def table(weights, heads=2):
     document_ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1]])
     valid = valid_targets(labels, heads, document_ids)
     ce = torch.stack([torch.arange(8.0), torch.arange(8.0) + 100])[:, None] * valid
-    return target_table(MTPLoss(torch.tensor(0.0), torch.tensor(0.0), ce, valid, weights), document_ids).tolist()
+    return target_table(ce, valid, weights, document_ids).tolist()
 
 
 def test_table_of_weight_ce_and_place_of_each_target():

@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from wmtp.checkpoint import complete_checkpoints, publish_shards, verify_manifest
 from wmtp.distributed import on_rank_0, wait_for_all
 from wmtp.files import UNFINISHED, unfinished
 from wmtp.models.load import named_parameters, reshard
+from wmtp.training.checkpoint import complete_checkpoints, publish_shards, verify_manifest
 
 
 class BestWeights:

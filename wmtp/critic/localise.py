@@ -57,7 +57,7 @@ def line_of_tokens(tokenizer, text: str) -> np.ndarray:
     first character, so a line end belongs to the line it ends. Tokens that are bytes of one character share its line.
 
     Args:
-        tokenizer: a :class:`wmtp.data.Tokenizer`.
+        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
     """
     line_of_character = np.cumsum([1, *(letter == "\n" for letter in text)])[:-1] if text else np.ones(0, int)
     lines = []

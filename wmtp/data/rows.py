@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, get_args, get_origin
+from typing import Any, BinaryIO, TextIO, TypeVar, get_args, get_origin
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from wmtp.errors import MissingError, UserError, cannot_be_read
 from wmtp.storage import local_copy
 
+T = TypeVar("T")
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -76,7 +77,7 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
 # Fields and columns
 
 
-def take(row: dict, where: str, column: str, kind: type) -> object:
+def take(row: dict, where: str, column: str, kind: type[T]) -> T:
     """A row's field, or a ValueError that says where it is missing or wrong, and which fields are there."""
     value = row.get(column)
     if value is None and column in row:

@@ -62,7 +62,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
 
     Args:
         source: output_dir of `recipes/score_reference.py`, local or ``s3://``.
-        checkpoint: the model that must have written the column, as :func:`wmtp.models.resolve_checkpoint` takes it;
+        checkpoint: the model that must have written the column, as :func:`wmtp.pretrained.resolve_checkpoint` takes it;
             None takes any.
 
     Raises:
@@ -80,7 +80,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
             f"{vocab_hash:.12}...); use the tokenizer it was made with, or score again"
         )
     if checkpoint is not None:
-        from wmtp.models import checkpoint_sha256, resolve_checkpoint
+        from wmtp.pretrained import checkpoint_sha256, resolve_checkpoint
 
         ours, theirs = checkpoint_sha256(resolve_checkpoint(checkpoint)), manifest["model"]["checkpoint_sha256"]
         if ours != theirs:

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError
 from wmtp.files import publish, unfinished
-from wmtp.models.checkpoint_formats import is_rotated, key_of, to_half_split, to_interleaved
-from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.export import full_parameter
 from wmtp.models.load import local_part, local_tensor, named_parameters, reshard
 from wmtp.models.lora import Adapters
+from wmtp.pretrained.checkpoint_formats import is_rotated, key_of, to_half_split, to_interleaved
+from wmtp.pretrained.config_files import CheckpointError, read_json, unreadable
 
 ADAPTER = "wmtp_adapter.json"
 HEADS_WEIGHTS = "wmtp_heads.safetensors"
@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
     Args:
         model: an :class:`~wmtp.models.MTPDecoder` that :func:`~wmtp.models.add_lora` adapted.
         folder: must not exist.
-        base_weights: what names the base's weights: :func:`~wmtp.models.checkpoint_sha256` of its folder.
+        base_weights: what names the base's weights: :func:`~wmtp.pretrained.checkpoint_sha256` of its folder.
         base_name: the base's folder or name, for peft's base_model_name_or_path.
 
     Raises:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from wmtp.models.checkpoint_formats import read_shape
 from wmtp.models.decoder import MTPDecoder
-from wmtp.models.resolve import resolve_checkpoint
-from wmtp.models.shape import LlamaShape
+from wmtp.pretrained.checkpoint_formats import read_shape
+from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.pretrained.shape import LlamaShape
 
 
 def llama_mtp(
@@ -140,7 +140,7 @@ def from_checkpoint(
     """A model of the shape that a checkpoint's config.json or params.json describes; its weights are not read here.
 
     Args:
-        path: whatever :func:`~wmtp.models.resolve_checkpoint` takes.
+        path: whatever :func:`~wmtp.pretrained.resolve_checkpoint` takes.
         num_future_tokens: H; by default as many heads as the checkpoint has.
         max_seq_len: by default the checkpoint's.
         attention: as in :func:`llama_mtp`.

@@ -25,8 +25,8 @@ from torchtune.modules import (
 )
 
 from wmtp.errors import UserError
-from wmtp.models.shape import LlamaShape
-from wmtp.models.source import Source
+from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.source import Source
 
 
 class MTPDecoder(nn.Module):

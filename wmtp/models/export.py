@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
 from wmtp.files import publish, unfinished
-from wmtp.models.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
-from wmtp.models.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
-from wmtp.models.source import exported_configs
+from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
+from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS
+from wmtp.pretrained.source import exported_configs
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def export_hf(
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`.
         folder: must not exist.
-        tokenizer_source: a :class:`wmtp.data.Tokenizer`, a folder that `hf_tokenizer` reads, or a tokenizer of
+        tokenizer_source: a :class:`wmtp.pretrained.Tokenizer`, a folder that `hf_tokenizer` reads, or a tokenizer of
             `transformers`. Without it the folder has no tokenizer, and its end tokens are those of the source alone.
         dtype: of the stored weights; by default each parameter's own.
         max_shard_bytes: largest size of one file.
@@ -147,7 +147,7 @@ def _name_files(folder: Path, files: int, weight_map: dict[str, int], total: int
 
 def _as_tokenizer(source: Any) -> Any:
     """The tokenizer of whatever tokenizer_source is, or None."""
-    from wmtp.data.tokenizer import Tokenizer, hf_tokenizer  # which imports this package
+    from wmtp.pretrained.tokenizer import Tokenizer, hf_tokenizer  # which imports this package
 
     if isinstance(source, str | Path):
         return hf_tokenizer(source)

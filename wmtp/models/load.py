@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from wmtp.models.checkpoint_formats import Checkpoint, key_of, open_checkpoint, refuse_wrapped
-from wmtp.models.config_files import CheckpointError
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
-from wmtp.models.shape import LlamaShape
-from wmtp.models.source import read_source
+from wmtp.pretrained.checkpoint_formats import Checkpoint, key_of, open_checkpoint, refuse_wrapped
+from wmtp.pretrained.config_files import CheckpointError
+from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.source import read_source
 
 # Constants of the computation that no tensor's shape gives away.
 _CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps")
@@ -34,7 +34,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
 
     Args:
         model: an MTPDecoder, wrapped for activation checkpointing or compiled or not.
-        path: a folder, see :func:`~wmtp.models.resolve_checkpoint`.
+        path: a folder, see :func:`~wmtp.pretrained.resolve_checkpoint`.
         device: where the parameters of a model on the meta device go. RoPE's cache goes to the device of the
             computation, so with CPU-offloaded shards give ``cpu``.
 

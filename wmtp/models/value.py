@@ -24,14 +24,14 @@ from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
 from wmtp.files import UNFINISHED, publish, unfinished
 from wmtp.models.builders import from_checkpoint
-from wmtp.models.config_files import CheckpointError, read_json, unreadable
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf, full_parameter
 from wmtp.models.load import load_checkpoint, local_part, local_tensor, own_name, reshard
 from wmtp.models.parallel import shard_model
-from wmtp.models.resolve import resolve_checkpoint
-from wmtp.models.shape import LlamaShape
 from wmtp.numerics.keyed import keyed_generator
+from wmtp.pretrained.config_files import CheckpointError, read_json, unreadable
+from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.pretrained.shape import LlamaShape
 
 HEADS = ("linear", "mlp")
 HEAD_WEIGHTS, VALUE_CONFIG = "value_head.safetensors", "value_model.json"
@@ -166,7 +166,7 @@ def save_value_model(
     Args:
         model: sharded or not; adapters are merged into what is written.
         folder: must not exist.
-        tokenizer: the backbone's, a :class:`wmtp.data.Tokenizer`; it goes into the folder.
+        tokenizer: the backbone's, a :class:`wmtp.pretrained.Tokenizer`; it goes into the folder.
         settings: how the model was trained (loss, reward, ...), as JSON; kept in value_model.json.
         dtype: of the stored backbone; by default each parameter's own. The head is stored in float32.
 
@@ -258,7 +258,7 @@ def value_tokenizer(path: str | Path):
     Raises:
         CheckpointError: the folder's tokenizer is not the one the value model was trained with.
     """
-    from wmtp.data.tokenizer import hf_tokenizer  # which imports this package
+    from wmtp.pretrained.tokenizer import hf_tokenizer  # which imports this package
 
     folder = resolve_checkpoint(path)
     tokenizer = hf_tokenizer(folder)

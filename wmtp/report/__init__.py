@@ -1,6 +1,6 @@
 """What a run produced, for people: its data and its summary in a terminal, and pages of its token weights."""
 
-from wmtp.report.preview import preview, preview_pairs
+from wmtp.report.preview import preview
 from wmtp.report.run_summary import run_summary
 from wmtp.report.step_page import TokenWeightPages
 from wmtp.report.token_views import TokenView, token_pieces, token_views
@@ -10,7 +10,6 @@ __all__ = [
     "TokenView",
     "TokenWeightPages",
     "preview",
-    "preview_pairs",
     "run_summary",
     "token_pieces",
     "token_views",

@@ -2,15 +2,13 @@
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
-from wmtp.critic.losses import spread_rewards
-from wmtp.data import PackedDataset, PairDataset
+from wmtp.data import PackedDataset
 from wmtp.loss import mtp_loss
-from wmtp.report.token_views import token_pieces, token_views
+from wmtp.report.token_views import token_views
 
 _WIDTH = 100  # characters of a line
 
@@ -37,7 +35,7 @@ def preview(
         data: packed documents, shown row by row.
         prepare: a batch of `data` to what model and loss read: on the device, with the signals of frozen models.
         weighting: see wmtp.weighting.
-        tokenizer: a :class:`wmtp.data.Tokenizer`.
+        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
         batch_size: rows at a time.
         step: optimizer step, for weightings that draw anew each step.
     """
@@ -59,32 +57,6 @@ def preview(
             head = f"preview of {view.id}: {len(view.pieces)} tokens, {sum(map(bool, view.is_target))} targets"
             tables.append(f"{head}, each with its weight below it\n{token_table(view.pieces, figures)}")
     model.train(was_training)
-    return "\n".join(tables)
-
-
-def preview_pairs(count: int, data: PairDataset, tokenizer, spread: str | None = None, **factors: float | None) -> str:
-    """The first pairs with what the critic's loss teaches at each token: the spread reward, or where it compares.
-
-    Args:
-        count: so many pairs, of two documents each.
-        data: tokenized pairs.
-        tokenizer: a :class:`wmtp.data.Tokenizer`.
-        spread, factors: as :func:`wmtp.critic.losses.spread_rewards` takes them; ``gae`` starts from values of 0, as a
-            new value head gives them. None, for the loss ``pairwise``, shows the reward at every token of a response.
-    """
-    tables: list[str] = []
-    given = {name: value for name, value in factors.items() if value is not None}
-    for row in range(min(count, len(data))):
-        batch: dict[str, Any] = data.batch([row])
-        response, rewards = batch["response"][0], batch["rewards"][0]  # [2, S], [2]
-        values = torch.zeros(response.shape)
-        targets, has_target = spread_rewards(spread or "uniform", rewards, response, values, **given)
-        for side, document in enumerate(data.documents[row]):
-            length, taught = len(document), has_target[side]
-            figures = [f"{targets[side, i]:.2f}" if taught[i] else "" for i in range(length)]
-            pieces = token_pieces(tokenizer, document.tokens.tolist())
-            head = f"preview of {document.id}: {length} tokens, {int(taught.sum())} targets"
-            tables.append(f"{head}, each with its reward below it\n{token_table(pieces, {'reward': figures})}")
     return "\n".join(tables)
 
 

@@ -64,7 +64,7 @@ class TokenWeightPages:
         """A page of the documents of a micro-batch, shaded by the weights that the loss used.
 
         Args:
-            tokenizer: a :class:`wmtp.data.Tokenizer`.
+            tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
             batch: tokens, labels and document_ids [B, S], and the signals that the run has.
             out: what :func:`wmtp.loss.mtp_loss` returned for the batch.
             step: the step's number, from 1; random controls draw as they would have in it.

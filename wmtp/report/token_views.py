@@ -78,7 +78,7 @@ def token_views(
     """The documents of a packed batch, in order, without padding.
 
     Args:
-        tokenizer: a :class:`wmtp.data.Tokenizer`.
+        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
         batch: tokens and labels [B, S], and document_ids [B, S] (-1 for padding); without document_ids each row is one
             document.
         weights: method to what its weighting returned: [B, S], None (all ones), or [H, B, S], shown as one method for

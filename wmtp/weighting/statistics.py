@@ -1,38 +1,34 @@
 """Figures that describe a step's weights."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wmtp.weighting.rows import SPREAD, scope_rows
 
-if TYPE_CHECKING:
-    from wmtp.loss import MTPLoss
 
-
-def target_table(out: "MTPLoss", document_ids: Tensor | None) -> Tensor:
-    """What :func:`weight_statistics` reads of one micro-batch, to be gathered over micro-batches and ranks.
+def target_table(ce: Tensor, valid: Tensor, weights: Tensor | None, document_ids: Tensor | None) -> Tensor:
+    """Returns what :func:`weight_statistics` reads of one micro-batch, to be gathered over micro-batches and ranks.
 
     Args:
-        out: result of ``wmtp.loss.mtp_loss``.
+        ce, valid: [H, B, S], each head's CE (nats), and where it has a target.
+        weights: [B, S] or [H, B, S]; None for all ones.
         document_ids: [B, S] or None, as given to the loss.
 
     Returns:
         [N, 3] float32: weight, head 1's CE (nats), and the place of the target among its document's, from 0 (first,
         or only) to 1 (last). N counts head 1's targets; every head's pairs where weights differ by head.
     """
-    first = out.valid[:1]
+    first = valid[:1]
     rows = scope_rows(first, document_ids, "sequence")
     last = (rows.mask.sum(1) - 1).clamp(min=1)
-    place = torch.zeros_like(out.ce[:1])
+    place = torch.zeros_like(ce[:1])
     place[first] = rows.column.float() / last[rows.row]
-    by_head = out.weights is not None and out.weights.dim() == 3
-    valid = out.valid if by_head else first
-    weights = torch.ones_like(place) if out.weights is None else out.weights.detach().float()
-    columns = (weights.expand(valid.shape), out.ce[:1].expand(valid.shape), place.expand(valid.shape))
-    return torch.stack([column[valid] for column in columns], dim=1)
+    weights = torch.ones_like(place[0]) if weights is None else weights.detach().float()
+    counted = valid if weights.dim() == 3 else first
+    columns = [column.expand(counted.shape)[counted] for column in (weights, ce[:1], place)]
+    return torch.stack(columns, dim=1)
 
 
 def weight_statistics(

@@ -1,0 +1,46 @@
+"""The rooms of the library: imports go down, in no circle, and a training recipe pulls in no more than it needs."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LOOSE = {"config", "distributed", "errors", "files", "loss"}  # single files at the top; all else has a room
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    spec = importlib.util.spec_from_file_location("make_architecture", ROOT / "docs" / "make_architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_imports_say(drawn):
+    assert drawn.TARGET.read_text() == drawn.architecture(), "run make docs"
+
+
+def test_no_circle_of_files_or_rooms(drawn):
+    assert drawn.circles(drawn.graph()) == []
+    assert drawn.circles(drawn.rooms()) == []
+    assert drawn.circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b -> c -> b"]
+
+
+def test_few_rooms_and_no_loose_files(drawn):
+    single = {name for name in drawn.rooms() if drawn.modules()[f"wmtp.{name}"].name != "__init__.py"}
+    assert single == LOOSE
+    assert len(drawn.rooms()) <= 20
+
+
+def test_the_sandbox_stands_apart(drawn):
+    below = drawn.rooms()
+    assert below["sandbox"] == set()
+    assert [name for name in below if "sandbox" in below[name]] == ["eval"]
+
+
+@pytest.mark.parametrize("recipe", ["full_finetune_distributed_wmtp", "lora_wmtp", "critic_stage1"])
+def test_a_training_recipe_imports_no_judge_and_no_registry(drawn, recipe):
+    found = {drawn.room(name) for name in drawn.pulled_in(ROOT / "recipes" / f"{recipe}.py")}
+    assert {"training", "models", "data"} <= found
+    assert not found & {"sandbox", "eval", "registry", "generation"}

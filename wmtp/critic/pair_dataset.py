@@ -1,0 +1,231 @@
+"""Pairs of programs as token ids: split by problem, balanced by length, in batches."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wmtp.critic.pairs import Pair, Pairs
+from wmtp.data.documents import IGNORE, Document, document_from_text, left_out
+from wmtp.errors import UserError
+from wmtp.numerics.keyed import text_hash
+
+
+def split_by_problem(pairs: Pairs, fraction: float, part: str = "heldout") -> tuple[Pairs, Pairs]:
+    """(the rest, the part); all pairs of a problem fall to one side, by a hash of the part's name and the problem's id.
+
+    Args:
+        fraction: expected share of the problems that makes up the part, in (0, 1).
+        part: its name; parts of different names are drawn independently.
+
+    Raises:
+        ValueError: a fraction outside (0, 1), or a side without a problem.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"{part}_fraction must be in (0, 1), got {fraction!r}")
+    taken = {p for p in pairs.problems if text_hash(part, p) / 2**64 < fraction}
+    for where, missing, way_out in ((f"in the {part} part", not taken, "raise"), (
+        f"outside the {part} part", len(taken) == len(pairs.problems), "lower")):  # fmt: skip
+        if missing:
+            raise UserError(
+                f"{pairs.name}: there is no problem {where}, out of {len(pairs.problems)} at {part}_fraction "
+                f"{fraction}; {way_out} it, or give more problems"
+            )
+    rest, inside = (tuple(p for p in pairs if (p.problem in taken) == side) for side in (False, True))
+    return Pairs(pairs.name, rest), Pairs(pairs.name, inside)
+
+
+@dataclass(frozen=True)
+class PairDataset:
+    """Tokenized pairs. Axis 1 of what is [P, 2] is the program: 0 the correct one, 1 the incorrect one.
+
+    Attributes:
+        name: for messages.
+        pairs: the pairs in words.
+        documents: for each pair the two documents: prompt, program, EOS; program and EOS are the response.
+        pad_id: token id of padding.
+        seq_len: no document is longer.
+        skipped: what was left out, by reason.
+    """
+
+    name: str
+    pairs: tuple[Pair, ...]
+    documents: tuple[tuple[Document, Document], ...]
+    pad_id: int
+    seq_len: int
+    skipped: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @cached_property
+    def problems(self) -> np.ndarray:
+        """[P] the problem of each pair."""
+        return np.array([pair.problem for pair in self.pairs])
+
+    @cached_property
+    def rewards(self) -> np.ndarray:
+        """[P, 2] float32."""
+        return np.array([(pair.correct_reward, pair.incorrect_reward) for pair in self.pairs], np.float32)
+
+    @property
+    def rewards_are_labels(self) -> bool:
+        """Whether every reward is 1 for the correct and 0 for the incorrect program."""
+        return bool((self.rewards == [1, 0]).all())
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """[P, 2] tokens of the response, EOS included."""
+        return np.array([[int((d.labels != IGNORE).sum()) for d in both] for both in self.documents])
+
+    @cached_property
+    def max_token_id(self) -> int:
+        return max(int(d.tokens.max()) for both in self.documents for d in both)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens, labels, rewards and problems of all pairs, in order."""
+        digest = hashlib.sha256()
+        for pair, both in zip(self.pairs, self.documents, strict=True):
+            digest.update(f"{pair.problem!r} {pair.correct_reward} {pair.incorrect_reward}".encode())
+            for document in both:
+                digest.update(len(document).to_bytes(8, "little"))
+                digest.update(document.tokens.astype("<i4").tobytes())
+                digest.update(document.labels.astype("<i4").tobytes())
+        return digest.hexdigest()
+
+    def take(self, indices: Sequence[int]) -> "PairDataset":
+        """The dataset of these pairs, in this order."""
+        pairs, documents = (tuple(part[i] for i in indices) for part in (self.pairs, self.documents))
+        return replace(self, pairs=pairs, documents=documents)
+
+    def with_rewards(self, rewards: np.ndarray) -> "PairDataset":
+        """The same pairs with other rewards, [P, 2]."""
+        pairs = (
+            replace(pair, correct_reward=float(good), incorrect_reward=float(bad))
+            for pair, (good, bad) in zip(self.pairs, rewards, strict=True)
+        )
+        return replace(self, pairs=tuple(pairs))
+
+    def batch(self, rows: Sequence[int], *, size: int | None = None) -> dict[str, Tensor | list[int]]:
+        """The pairs as tensors, padded at the end to the longest document among them.
+
+        Returns:
+            tokens [P, 2, S] int64, response [P, 2, S] bool (where the program's tokens and EOS are), rewards [P, 2]
+            float32, and the list `rows`. With `size`, filled up to so many pairs that have no response.
+        """
+        size = len(rows) if size is None else size
+        longest = max((len(d) for row in rows for d in self.documents[row]), default=2)
+        tokens = torch.full((size, 2, longest), self.pad_id, dtype=torch.int64)
+        response = torch.zeros(tokens.shape, dtype=torch.bool)
+        rewards = torch.zeros(size, 2)
+        for i, row in enumerate(rows):
+            rewards[i] = torch.from_numpy(self.rewards[row])
+            for side, document in enumerate(self.documents[row]):
+                tokens[i, side, : len(document)] = torch.from_numpy(document.tokens)
+                response[i, side, : len(document)] = torch.from_numpy(document.labels != IGNORE)
+        return {"rows": list(rows), "tokens": tokens, "response": response, "rewards": rewards}
+
+    def summary(self) -> str:
+        """One line: pairs, problems, documents, tokens, targets, and what was left out; no document is ever cut."""
+        tokens, targets = sum(len(d) for both in self.documents for d in both), self.lengths.sum()
+        line = f"{self.name}: {len(self)} pairs of {len(set(self.problems))} problems, {2 * len(self)} documents, "
+        line += f"{tokens} tokens, {targets} targets, none cut"
+        return line + left_out(self.skipped)
+
+
+def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
+    """Tokenize pairs; a pair of which a document has more than seq_len tokens is left out, and counted.
+
+    Raises:
+        ValueError: no pair is left.
+    """
+    if seq_len < 2:
+        raise UserError(f"seq_len must be >= 2, got {seq_len}")
+    kept, documents = [], []
+    for pair in pairs:
+        both = tuple(
+            document_from_text(tokenizer, pair.prompt, text, f"{pair.problem} ({kind})")
+            for text, kind in ((pair.correct, "correct"), (pair.incorrect, "incorrect"))
+        )
+        if max(map(len, both)) <= seq_len:
+            kept.append(pair)
+            documents.append(both)
+    too_long = f"pairs longer than seq_len {seq_len}"
+    skipped = {**pairs.skipped, too_long: len(pairs) - len(kept)}
+    if not kept:
+        raise UserError(f"{pairs.name}: all {len(pairs)} pairs are longer than seq_len {seq_len} tokens; raise seq_len")
+    return PairDataset(pairs.name, tuple(kept), tuple(documents), tokenizer.pad_id, seq_len, skipped)
+
+
+def balance_lengths(dataset: PairDataset, *, seed: int = 0) -> PairDataset:
+    """Choose pairs so that length alone tells nothing about which program is correct.
+
+    Pairs are put into bins of the absolute difference of the two responses' lengths, in tokens (0, 1, 2, 3 to 4, 5 to
+    8, ...). Of each bin equally many pairs stay in which the correct program is the longer and in which it is the
+    shorter one, so a rule that prefers longer (or shorter) programs is right in half of the pairs, in every bin. Pairs
+    of equal length all stay. Which pairs of the larger side stay depends on the seed and their texts alone.
+
+    Raises:
+        ValueError: nothing is left, as all differences have one sign.
+    """
+    difference = dataset.lengths[:, 0] - dataset.lengths[:, 1]
+    size = np.abs(difference)
+    bins = np.where(size == 0, -1, np.ceil(np.log2(np.maximum(size, 1))).astype(int))
+    order = sorted(range(len(dataset)), key=lambda i: _pair_hash(seed, dataset.pairs[i]))
+    room = {b: min(((bins == b) & (difference > 0)).sum(), ((bins == b) & (difference < 0)).sum()) for b in set(bins)}
+    used: Counter = Counter()
+    kept = []
+    for i in order:
+        side = (bins[i], difference[i] > 0)
+        if difference[i] == 0 or used[side] < room[bins[i]]:
+            used[side] += 1
+            kept.append(i)
+    if not kept:
+        longer = "longer" if (difference > 0).any() else "shorter"
+        raise UserError(
+            f"{dataset.name}: no pair is left after balancing lengths, the correct program is the {longer} one in all "
+            f"{len(dataset)}; set balance_lengths to false, or give more pairs"
+        )
+    skipped = {**dataset.skipped, "pairs left out to balance lengths": len(dataset) - len(kept)}
+    return replace(dataset.take(sorted(kept)), skipped=skipped)
+
+
+def pair_splits(
+    tokenizer,
+    pairs: Pairs,
+    *,
+    seq_len: int,
+    heldout_fraction: float,
+    test_fraction: float | None = None,
+    balance: bool = True,
+    seed: int = 0,
+) -> dict[str, PairDataset]:
+    """``train``, ``heldout`` and, with a fraction for it, ``test``: disjoint by problem, each balanced by length.
+
+    Args:
+        seq_len: longest document, in tokens.
+        heldout_fraction: share of the problems to stop training by.
+        test_fraction: share of the problems that nothing is chosen by; None for no such part.
+        balance: see :func:`balance_lengths`.
+        seed: of the balancing; which part a problem falls to does not depend on it.
+
+    Raises:
+        ValueError: a part without a problem, or without a pair that fits.
+    """
+    parts = {}
+    if test_fraction is not None:
+        pairs, parts["test"] = split_by_problem(pairs, test_fraction, "test")
+    parts["train"], parts["heldout"] = split_by_problem(pairs, heldout_fraction, "heldout")
+    named = {name: replace(part, name=f"{name} part of {part.name}") for name, part in parts.items()}
+    encoded = {name: encode_pairs(tokenizer, part, seq_len=seq_len) for name, part in named.items()}
+    return {name: balance_lengths(data, seed=seed) if balance else data for name, data in encoded.items()}
+
+
+def _pair_hash(seed: int, pair: Pair) -> int:
+    return text_hash(str(seed), pair.problem, pair.correct, pair.incorrect)

@@ -1,0 +1,376 @@
+"""Pairs of a correct and an incorrect program for one problem: what the critic learns values from.
+
+A builder is a plain function ``builder(**config keys) -> Pairs``, named as `_component_` in a config; it reads text,
+the tokenizer comes later (see wmtp.critic.pair_dataset). Every builder brings programs to LF line ends, and leaves out,
+and counts, empty programs, repeated ones, and pairs whose programs are the same but for white space at the end.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from wmtp.data.contest_rows import PYTHON3, alphacode_prompt, programs_of, topics, whole_number
+from wmtp.data.documents import left_out
+from wmtp.data.mbpp import mbpp_prompt
+from wmtp.data.packaged import packaged_functions, packaged_programs
+from wmtp.data.rows import ReadColumns, is_number, read_rows, take
+from wmtp.errors import MissingError, UserError
+from wmtp.numerics.keyed import text_hash
+from wmtp.storage import local_copy
+
+_NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
+_REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"
+_BOTH_SIDES = ("solutions", "incorrect_solutions")  # columns of CodeContests
+_JUDGED = {"is_correct": bool, "reward": float, "fault_line": int}  # columns of one's own rows that may be left out
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one problem.
+
+    Attributes:
+        problem: the problem's id; pairs are split into training and held-out ones by it.
+        prompt: what comes before either program, "" for nothing.
+        correct, incorrect: the programs, with LF line ends.
+        fault_line: number, from 1, of the line of `incorrect` that is wrong, where it is known.
+        correct_reward, incorrect_reward: what a value is to predict; 1 and 0 unless rewards were given.
+    """
+
+    problem: str
+    prompt: str
+    correct: str
+    incorrect: str
+    fault_line: int | None = None
+    correct_reward: float = 1.0
+    incorrect_reward: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a source in a fixed order.
+
+    Attributes:
+        name: says what was read, for messages.
+        items: at least one pair.
+        skipped: what was left out, by reason.
+        unread: columns of the source that the builder does not read.
+
+    Raises:
+        ValueError: there is no pair.
+    """
+
+    name: str
+    items: tuple[Pair, ...]
+    skipped: dict[str, int] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise UserError(f"{self.name}: there is no pair{left_out(self.skipped)}")
+
+    def summary(self) -> str:
+        """One line: how many pairs, what was left out, and what is not read."""
+        return f"{self.name}: {len(self)} pairs{left_out(self.skipped, self.unread)}"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.items)
+
+    @cached_property
+    def problems(self) -> tuple[str, ...]:
+        """The problems, each once, in the order of their first pair."""
+        return tuple(dict.fromkeys(pair.problem for pair in self.items))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Builders
+
+
+def packaged_pairs() -> Pairs:
+    """The tasks that ship with the package (36 functions, 12 programs): needs no file, and is small.
+
+    The prompt of a function is a docstring of the task and its tests, that of a program is CodeContests' (see
+    :func:`wmtp.data.contest_rows.alphacode_prompt`).
+    """
+    builder = _Builder("packaged pairs")
+    for row in packaged_functions():
+        pair = Pair(f"function/{row['task_id']}", mbpp_prompt(row), row["code"], row["wrong_code"], row["fault_line"])
+        builder.add(pair)
+    for row in packaged_programs():
+        builder.add_programs(*_contest_problem(row, f"packaged program {row['name']}", PYTHON3))
+    return builder.done()
+
+
+def condefects_pairs(source: str, split: str | None = None) -> Pairs:
+    """ConDefects (Wu et al. 2023, arXiv 2310.16253): AtCoder submissions, each with its author's later, accepted one.
+
+    The data has no problem statement: the prompt is empty.
+
+    Args:
+        source: a JSONL file (.gz too), or a folder, of which `{split}.jsonl` is read, or all its JSONL files. Rows:
+            task, faulty, correct, fault_location (a line number of `faulty`, from 1, as text).
+        split: which file of a folder; None: all of them.
+
+    A fault_location outside the program's lines (something is missing before or after them) gives no fault_line.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a wrong row; the message names file and line.
+    """
+    builder = _Builder(f"condefects pairs of {source}")
+    columns = ("task", "faulty", "correct", "fault_location")
+    rows = ReadColumns(_rows_of_files(source, split), {}, columns)
+    for where, row in rows:
+        task, faulty, correct, at = (take(row, where, column, str) for column in columns)
+        if not at.strip().isdecimal():
+            raise UserError(f"{where}: field 'fault_location' must be a line number, got {at!r:.60}")
+        inside = 1 <= int(at) <= _num_lines(faulty)
+        builder.add(Pair(task, "", correct, faulty, int(at) if inside else None))
+    return builder.done(rows)
+
+
+def code_contests_pairs(
+    source: str = "deepmind/code_contests",
+    split: str | None = "train",
+    subset: str | None = None,
+    *,
+    language: int = PYTHON3,
+    max_pairs_per_problem: int = 16,
+    max_problems: int | None = None,
+    skip_one_class: bool = False,
+    seed: int = 0,
+) -> Pairs:
+    """CodeContests (Li et al. 2022, arXiv 2203.07814): `solutions` against `incorrect_solutions` of each problem.
+
+    Args:
+        source: the hub name, a JSONL or parquet file with the dataset's fields, or a folder with `{split}` of these.
+        split: ``train``, ``valid`` or ``test`` of the hub; which file of a folder; unused for a file.
+        subset: of a hub dataset.
+        language: the dataset's number of the programming language; by default 3, Python 3.
+        max_pairs_per_problem: keep so many; programs are paired in a random order that uses each as evenly as can be.
+        max_problems: read only the first so many problems that give a pair.
+        skip_one_class: leave out, and count, problems without a correct or without an incorrect program.
+        seed: of the order in which programs are paired.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, a wrong row, or a problem of one class.
+    """
+    builder = _Builder(f"code_contests pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
+    if max_problems is not None and max_problems < 1:
+        raise UserError(f"max_problems must be >= 1 or null, got {max_problems}")
+    known = ("name", "description", *_BOTH_SIDES, "cf_tags", "cf_rating")
+    rows = ReadColumns(read_rows(source, split, subset), {}, known)
+    for where, row in rows:
+        builder.add_programs(*_contest_problem(row, where, language))
+        if max_problems is not None and len(builder.problems) == max_problems:
+            break
+    return builder.done(rows)
+
+
+def jsonl_pairs(
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    *,
+    reward_threshold: float = 0.5,
+    max_pairs_per_problem: int = 16,
+    skip_one_class: bool = False,
+    seed: int = 0,
+) -> Pairs:
+    """Your own data: rows that are pairs, or rows that are labelled completions, of which pairs are made.
+
+    A pair is {problem, prompt, correct, incorrect}, with an optional fault_line. A labelled row is {problem, prompt,
+    completion} with is_correct (true or false), or reward (a number; above `reward_threshold` is correct), or both. A
+    reward becomes what `mse` losses learn; without it that is 1 for correct and 0 for incorrect.
+
+    Args:
+        source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name.
+        split, subset: of a folder or a hub dataset.
+        reward_threshold: see above.
+        max_pairs_per_problem, skip_one_class, seed: of labelled rows, as in :func:`code_contests_pairs`.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, a wrong row (the message names file and line), a reward that
+            is not finite, or a problem of one class.
+    """
+    builder = _Builder(f"pairs of {source}", max_pairs_per_problem, skip_one_class, seed)
+    labelled: dict[str, _Programs] = {}
+    known = ("problem", "prompt", "correct", "incorrect", "completion")
+    rows = ReadColumns(read_rows(source, split, subset), _JUDGED, known)
+    for where, row in rows:
+        problem, prompt = _problem_id(row, where), take(row, where, "prompt", str)
+        if row.get("completion") is None and ("completion" not in row or row.get("correct") is not None):
+            correct, incorrect = take(row, where, "correct", str), take(row, where, "incorrect", str)
+            builder.add(Pair(problem, prompt, correct, incorrect, _fault_line(row, where)))
+            continue
+        programs = labelled.setdefault(problem, _Programs(problem, prompt, [], []))
+        if _lf(programs.prompt) != _lf(prompt):
+            raise UserError(f"{where}: problem {problem!r} has another prompt here than in its first row")
+        reward = _reward(row, where)
+        good = reward > reward_threshold if row.get("is_correct") is None else take(row, where, "is_correct", bool)
+        reward = float(good) if reward is None else reward
+        (programs.correct if good else programs.incorrect).append((take(row, where, "completion", str), reward))
+    for programs in labelled.values():
+        builder.add_programs(programs, str(source))
+    return builder.done(rows)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From rows to pairs
+
+
+@dataclass
+class _Programs:
+    """A problem with its programs and their rewards."""
+
+    problem: str
+    prompt: str
+    correct: list[tuple[str, float]]
+    incorrect: list[tuple[str, float]]
+
+
+class _Builder:
+    """Collects pairs, leaves out what cannot be one, and counts it."""
+
+    def __init__(self, name: str, max_pairs_per_problem: int = 16, skip_one_class: bool = False, seed: int = 0) -> None:
+        if isinstance(max_pairs_per_problem, bool) or max_pairs_per_problem < 1:
+            raise UserError(f"max_pairs_per_problem must be >= 1, got {max_pairs_per_problem}")
+        self.name, self.skipped, self.problems = name, Counter(), set()
+        self._max, self._skip_one_class, self._seed = max_pairs_per_problem, skip_one_class, seed
+        self._pairs: list[Pair] = []
+        self._seen: set[tuple[str, str, str]] = set()
+
+    def add(self, pair: Pair) -> None:
+        """Add a pair, unless a program is empty, both are the same, or the pair is there already."""
+        texts = [_lf(text) for text in (pair.prompt, pair.correct, pair.incorrect)]
+        _, correct, incorrect = texts
+        key = (pair.problem, correct, incorrect)
+        if not correct.strip() or not incorrect.strip():
+            self.skipped[_NO_PROGRAM] += 1
+        elif correct.rstrip() == incorrect.rstrip():
+            self.skipped[_SAME] += 1
+        elif key in self._seen:
+            self.skipped[_REPEATED] += 1
+        else:
+            self._seen.add(key)
+            self.problems.add(pair.problem)
+            rewards = (pair.correct_reward, pair.incorrect_reward)
+            self._pairs.append(Pair(pair.problem, *texts, pair.fault_line, *rewards))
+
+    def add_programs(self, programs: _Programs, where: str) -> None:
+        """Add pairs of a problem's correct and incorrect programs, up to max_pairs_per_problem."""
+        correct, incorrect = self._distinct(programs.correct), self._distinct(programs.incorrect)
+        for text in correct.keys() & incorrect.keys():  # which of the two is right cannot be told
+            del correct[text], incorrect[text]
+            self.skipped[_BOTH] += 1
+        if not correct or not incorrect:
+            if not self._skip_one_class:
+                raise UserError(
+                    f"{where}: problem {programs.problem!r} has {len(correct)} correct and {len(incorrect)} incorrect "
+                    "programs, a pair needs one of each; set skip_one_class: true to leave such problems out"
+                )
+            self.skipped["problems of one class"] += 1
+            return
+        first, second = (self._shuffled(programs.problem, side) for side in (correct, incorrect))
+        for i, j in _combinations(len(first), len(second), self._max):
+            good, bad = first[i], second[j]
+            rewards = (correct[good], incorrect[bad])
+            self.add(Pair(programs.problem, programs.prompt, good, bad, None, *rewards))
+
+    def done(self, rows: ReadColumns | None = None) -> Pairs:
+        skipped = {reason: count for reason, count in self.skipped.items() if count}
+        return Pairs(self.name, tuple(self._pairs), skipped, () if rows is None else rows.unread)
+
+    def _distinct(self, programs: Iterable[tuple[str, float]]) -> dict[str, float]:
+        """Program to reward, each text once; the first reward of a text stays."""
+        found: dict[str, float] = {}
+        for text, reward in programs:
+            text = _lf(text)
+            if not text.strip():
+                self.skipped[_NO_PROGRAM] += 1
+            elif text in found:
+                self.skipped[_REPEATED] += 1
+            else:
+                found[text] = reward
+        return found
+
+    def _shuffled(self, problem: str, programs: Iterable[str]) -> list[str]:
+        return sorted(programs, key=lambda text: text_hash(f"{self._seed} {problem}", text))
+
+
+def _combinations(first: int, second: int, limit: int) -> Iterator[tuple[int, int]]:
+    """Up to `limit` of the first x second index pairs, none twice, each index used as often as any other, within one.
+
+    Along diagonals: (0, 0), (1, 1), ...; once both indices are back at 0, the second is moved by one.
+    """
+    period = math.lcm(first, second)
+    for k in range(min(limit, first * second)):
+        yield k % first, (k + k // period) % second
+
+
+def _contest_problem(row: dict, where: str, language: int) -> tuple[_Programs, str]:
+    name, description = take(row, where, "name", str), take(row, where, "description", str)
+    prompt = alphacode_prompt(
+        description, rating=whole_number(row, where, "cf_rating"), tags=topics(row, where, "cf_tags")
+    )
+    correct, incorrect = (programs_of(row, where, column, language) for column in _BOTH_SIDES)
+    both = [(text, 1.0) for text in correct], [(text, 0.0) for text in incorrect]
+    return _Programs(name, prompt, *both), where
+
+
+def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
+    folder = local_copy(source)
+    if split is not None or not folder.is_dir():
+        yield from read_rows(source, split)
+        return
+    files = sorted(f for f in folder.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz")))
+    if not files:
+        there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
+        raise MissingError(f"{folder} has no JSONL file; it holds {there}")
+    for file in files:
+        yield from read_rows(file)
+
+
+def _problem_id(row: dict, where: str) -> str:
+    found = row.get("problem")
+    if isinstance(found, int) and not isinstance(found, bool):
+        return str(found)
+    if found == "":
+        raise UserError(f"{where}: field 'problem' is empty; give each problem an id")
+    return take(row, where, "problem", str)
+
+
+def _reward(row: dict, where: str) -> float | None:
+    reward = row.get("reward")
+    if reward is None:
+        if row.get("is_correct") is None:
+            raise UserError(
+                f"{where}: the row has a completion, but neither is_correct nor reward; it has {', '.join(row)}"
+            )
+        return None
+    if not is_number(reward):
+        raise UserError(f"{where}: field 'reward' must be a finite number, got {reward!r:.60}")
+    return float(reward)
+
+
+def _fault_line(row: dict, where: str) -> int | None:
+    if row.get("fault_line") is None:
+        return None
+    line, count = take(row, where, "fault_line", int), _num_lines(row["incorrect"])
+    if not 1 <= line <= count:
+        raise UserError(f"{where}: fault_line must be a line of the incorrect program, 1 to {count}, got {line}")
+    return line
+
+
+def _num_lines(program: str) -> int:
+    return len(_lf(program).removesuffix("\n").split("\n"))
+
+
+def _lf(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -1,0 +1,36 @@
+"""The first pairs of a critic's data in the terminal, with what its loss teaches at each token."""
+
+from typing import Any
+
+import torch
+
+from wmtp.critic.losses import spread_rewards
+from wmtp.critic.pair_dataset import PairDataset
+from wmtp.report.preview import token_table
+from wmtp.report.token_views import token_pieces
+
+
+def preview_pairs(count: int, data: PairDataset, tokenizer, spread: str | None = None, **factors: float | None) -> str:
+    """The first pairs with what the critic's loss teaches at each token: the spread reward, or where it compares.
+
+    Args:
+        count: so many pairs, of two documents each.
+        data: tokenized pairs.
+        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
+        spread, factors: as :func:`wmtp.critic.losses.spread_rewards` takes them; ``gae`` starts from values of 0, as a
+            new value head gives them. None, for the loss ``pairwise``, shows the reward at every token of a response.
+    """
+    tables: list[str] = []
+    given = {name: value for name, value in factors.items() if value is not None}
+    for row in range(min(count, len(data))):
+        batch: dict[str, Any] = data.batch([row])
+        response, rewards = batch["response"][0], batch["rewards"][0]  # [2, S], [2]
+        values = torch.zeros(response.shape)
+        targets, has_target = spread_rewards(spread or "uniform", rewards, response, values, **given)
+        for side, document in enumerate(data.documents[row]):
+            length, taught = len(document), has_target[side]
+            figures = [f"{targets[side, i]:.2f}" if taught[i] else "" for i in range(length)]
+            pieces = token_pieces(tokenizer, document.tokens.tolist())
+            head = f"preview of {document.id}: {length} tokens, {int(taught.sum())} targets"
+            tables.append(f"{head}, each with its reward below it\n{token_table(pieces, {'reward': figures})}")
+    return "\n".join(tables)

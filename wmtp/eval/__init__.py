@@ -1,0 +1,44 @@
+"""Evaluation: tasks, protocols that ask a model, samples, their judgement, estimators, results and the report.
+
+A task builder is a plain function `builder(**config keys)`, named as `_component_` in a config: `mbpp_tasks`,
+`humaneval_tasks`, `assertion_tasks`, `packaged_function_tasks`, `code_contests`, `packaged_program_tasks`; a
+`*_protocol` says how a model is asked.
+"""
+
+from wmtp.eval.assertion_tasks import (
+    AssertionTask,
+    assertion_tasks,
+    humaneval_tasks,
+    mbpp_tasks,
+    packaged_function_tasks,
+)
+from wmtp.eval.protocols import (
+    Protocol,
+    Task,
+    alphacode_protocol,
+    bigcode_protocol,
+    chat_protocol,
+    docstring_protocol,
+    humaneval_protocol,
+    three_shot_protocol,
+)
+from wmtp.eval.stdio_tasks import StdioTask, code_contests, packaged_program_tasks
+
+__all__ = [
+    "AssertionTask",
+    "Protocol",
+    "StdioTask",
+    "Task",
+    "alphacode_protocol",
+    "assertion_tasks",
+    "bigcode_protocol",
+    "chat_protocol",
+    "code_contests",
+    "docstring_protocol",
+    "humaneval_protocol",
+    "humaneval_tasks",
+    "mbpp_tasks",
+    "packaged_function_tasks",
+    "packaged_program_tasks",
+    "three_shot_protocol",
+]

@@ -1,0 +1,347 @@
+"""Tasks whose answer is a function judged by Python assertions: MBPP, HumanEval, and files with the fields of either.
+
+A builder is a plain function with config keys as arguments, named as `_component_`; it returns a tuple of tasks.
+"""
+
+import ast
+import builtins
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
+from wmtp.data.packaged import packaged_functions
+from wmtp.data.rows import ReadColumns, read_rows, refuse_unread_tests, take, take_texts
+from wmtp.errors import UserError
+from wmtp.eval.task_ids import select_tasks
+from wmtp.sandbox import AssertionJob, Limits, Outcome
+
+# Columns that tell of tests: those of MBPP, its sanitized edition and MBPP+, and of HumanEval and its relatives.
+_MBPP_COLUMNS = frozenset({"test_list", "test_setup_code", "challenge_test_list", "test_imports", "test"})
+_CLOSE = "np.allclose(out, exp"  # in MBPP+'s tests
+_HUMANEVAL_COLUMNS = frozenset({"test", "example_test"})  # HumanEvalPack's examples are those of the prompt
+_LEETCODE_COLUMNS = _HUMANEVAL_COLUMNS | {"input_output"}  # the very cases of its test
+
+
+@dataclass(frozen=True)
+class AssertionTask:
+    """One function to write, and the trusted tests that judge it.
+
+    Attributes:
+        task_id: unique, as EvalPlus writes it: "Mbpp/11", "HumanEval/0".
+        text: what is asked, in words; empty where `prompt` says it all.
+        prompt: program text that a completion goes on from; empty where the completion is the whole program.
+        entry_point: expression, evaluated after the program, that the tests call `candidate`; None where they call the
+            program's functions by their own names only.
+        solution: a right completion: `program(solution)` passes.
+        setup: code to run after the program, among its names (MBPP builds trees from the program's classes).
+        preamble: code the judge runs before the tests, among theirs: imports, helper functions.
+        tests: judged one after the other, all must pass; those of MBPP may be shown in a prompt.
+        challenge_tests: judged too, never shown.
+        plus_tests: judged last, never shown: EvalPlus's additions, without which a program passes the base tests.
+        unused_tests: number of the dataset's tests that are not judged.
+        inside: judged with the tests inside the program's process, see :class:`wmtp.sandbox.AssertionJob`.
+    """
+
+    task_id: str
+    text: str
+    prompt: str
+    entry_point: str | None
+    solution: str
+    setup: str
+    preamble: str
+    tests: tuple[str, ...]
+    challenge_tests: tuple[str, ...] = ()
+    plus_tests: tuple[str, ...] = ()
+    unused_tests: int = 0
+    inside: bool = False
+
+    def program(self, completion: str) -> str:
+        """The program that a plain continuation of the prompt makes."""
+        return self.prompt + completion
+
+    def job(self, program: str, *, limits: Limits | None = None) -> AssertionJob:
+        """What the sandbox judges; limits None leaves them to the sandbox."""
+        return AssertionJob(
+            program=program,
+            tests=self.tests + self.challenge_tests + self.plus_tests,
+            setup=self.setup,
+            preamble=self.preamble,
+            entry_point=self.entry_point,
+            limits=limits,
+            inside=self.inside,
+        )
+
+    def passes_base(self, outcome: Outcome) -> bool | None:
+        """Whether a program passed all tests but the plus tests; None where there are none of these."""
+        base = len(self.tests + self.challenge_tests)
+        return outcome.tests[:base] == ("passed",) * base if self.plus_tests else None
+
+
+def mbpp_tasks(
+    source: str = "google-research-datasets/mbpp",
+    split: str = "test",
+    *,
+    subset: str | None = None,
+    challenge_tests: bool = False,
+    ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """MBPP (Austin et al. 2021, arXiv 2108.07732) in either schema, or EvalPlus's MBPP+ (Liu et al. 2023, 2305.01210).
+
+    Args:
+        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name; ``evalplus/mbppplus``,
+            or a file with its columns, for MBPP+, whose `test` is judged after test_list.
+        split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
+            file that holds them all; ``all`` takes every row of a file.
+        subset: the hub's ``full`` or ``sanitized``.
+        challenge_tests: judge by challenge_test_list too.
+        ids: only these tasks, in this order; 11, "11" and "Mbpp/11" are the same.
+        exclude: without these tasks.
+        limit: only the first so many.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+    if split not in (*SPLIT_IDS, "all"):
+        raise UserError(f"split must be one of {', '.join(SPLIT_IDS)}, all, got {split!r}")
+    rows = _rows(source, split, subset)
+    if split != "all":
+        rows = ((where, row) for where, row in rows if take(row, where, "task_id", int) in SPLIT_IDS[split])
+    make = partial(_from_mbpp, challenge_tests=challenge_tests)
+    return select_tasks(rows, _mbpp_id, make, f"{source} (split {split})", ids, exclude, limit)
+
+
+def humaneval_tasks(
+    source: str = "openai/openai_humaneval",
+    split: str = "test",
+    *,
+    ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """HumanEval (Chen et al. 2021, arXiv 2107.03374), or a file with its fields.
+
+    Args:
+        source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
+        split: which file of a folder, or which split of a hub dataset.
+        ids, exclude, limit: as in :func:`mbpp_tasks`.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+    return select_tasks(_rows(source, split), _humaneval_id, _from_humaneval, source, ids, exclude, limit)
+
+
+def packaged_function_tasks(
+    *,
+    challenge_tests: bool = True,
+    ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """The 36 functions of :func:`wmtp.data.packaged_functions`, with ids "packaged/1" to "packaged/36".
+
+    Args:
+        challenge_tests: judge by the further tests too.
+        ids, exclude, limit: as in :func:`mbpp_tasks`.
+    """
+    rows = (
+        (f"packaged task {row['task_id']}", row | {"task_id": f"packaged/{row['task_id']}"})
+        for row in packaged_functions()
+    )
+    make = partial(_from_mbpp, challenge_tests=challenge_tests)
+    return select_tasks(rows, _mbpp_id, make, "packaged functions", ids, exclude, limit)
+
+
+def assertion_tasks(
+    source: str,
+    split: str | None = None,
+    *,
+    subset: str | None = None,
+    challenge_tests: bool = False,
+    ids: Sequence[int | str] | None = None,
+    exclude: Sequence[int | str] | None = None,
+    limit: int | None = None,
+) -> tuple[AssertionTask, ...]:
+    """Tasks of any file with the fields of MBPP or of HumanEval, row by row.
+
+    Args:
+        source, subset, challenge_tests, ids, exclude, limit: as in :func:`mbpp_tasks`; a row's task_id may be a string.
+        split: which file of a folder, or which split of a hub dataset.
+
+    A row is taken for MBPP's where it has `test_list`, else for HumanEval's where it has `test` and `entry_point`
+    (LeetCodeDataset's too: `completion` serves as canonical_solution, and `query` as text).
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
+    """
+
+    def id_of(row: dict, where: str) -> str:
+        return (_mbpp_id if _is_mbpp(row, where) else _humaneval_id)(row, where)
+
+    def make(row: dict, where: str) -> AssertionTask:
+        return _from_mbpp(row, where, challenge_tests) if _is_mbpp(row, where) else _from_humaneval(row, where)
+
+    return select_tasks(_rows(source, split, subset), id_of, make, source, ids, exclude, limit)
+
+
+def _rows(source: str, split: str | None, subset: str | None = None) -> ReadColumns:
+    judging = {"challenge_test_list": list[str], "test_setup_code": str, "test_imports": list[str]}
+    # HumanEvalPack has an empty `test_setup`; one that holds something is refused with the row.
+    return ReadColumns(read_rows(source, split, subset), judging, ("test_setup",))
+
+
+def _is_mbpp(row: dict, where: str) -> bool:
+    """Whether a row has MBPP's shape; else it has HumanEval's."""
+    if row.get("test_list") is None and (row.get("test") is None or row.get("entry_point") is None):
+        raise UserError(
+            f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
+            f"prompt, canonical_solution, test, entry_point); the row has {', '.join(map(str, row)) or 'no fields'}"
+        )
+    return row.get("test_list") is not None
+
+
+def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
+    refuse_unread_tests(row, where, _MBPP_COLUMNS, "test_list, or code that runs in test")
+    fields = mbpp_task(row | {"task_id": 0}, where)  # its own check of task_id takes whole numbers only
+    shown = tuple(fields["test_list"])
+    further = tuple(take_texts(row, where, "challenge_test_list"))
+    hidden = further if challenge_tests else ()
+    plus = (_same_shape(take(row, where, "test", str)),) if row.get("test") else ()
+    tests = [parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
+    setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
+    solution = parsed(fields["code"], f"{where}: field 'code'")
+    imports = take_texts(row, where, "test_imports")
+    if plus:
+        tests.append(parsed(plus[0], f"{where}: field 'test'"))
+        if not bound_names(solution) & {node.id for node in ast.walk(tests[-1]) if isinstance(node, ast.Name)}:
+            raise UserError(
+                f"{where}: field 'test' uses nothing that field 'code' defines ({plus[0]!r:.60}), so it tests nothing; "
+                "mend or remove it, or leave the task out with exclude"
+            )
+    return AssertionTask(
+        task_id=_mbpp_id(row, where),
+        text=fields["text"],
+        prompt="",
+        entry_point=_called(tests, _defined(solution)),
+        solution=fields["code"],
+        setup=setup,
+        preamble="\n".join([*imports, *_imports_of_tests(tests, solution, setup, imports, where)]),
+        tests=shown,
+        challenge_tests=hidden,
+        plus_tests=plus,
+        unused_tests=0 if challenge_tests else len(further),
+    )
+
+
+def _same_shape(test: str) -> str:
+    """MBPP+'s test, in which an empty list is close to every number, asking for the expected shape too."""
+    return test.replace(_CLOSE, f"np.shape(out) == np.shape(exp) and {_CLOSE}")
+
+
+def _from_humaneval(row: dict, where: str) -> AssertionTask:
+    known = _LEETCODE_COLUMNS if row.get("query") is not None else _HUMANEVAL_COLUMNS
+    refuse_unread_tests(row, where, known, "test, as assertions of check(candidate)")
+    test, entry_point = take(row, where, "test", str), take(row, where, "entry_point", str)
+    checks = [node for node in parsed(test, f"{where}: field 'test'").body if isinstance(node, ast.FunctionDef)]
+    if "check" not in {node.name for node in checks}:
+        raise UserError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
+    parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
+    prompt = take(row, where, "prompt", str)
+    parsed(prompt, f"{where}: field 'prompt'")
+    solution = "completion" if row.get("canonical_solution") is None and "completion" in row else "canonical_solution"
+    text = next((name for name in ("text", "query") if row.get(name) is not None), None)
+    return AssertionTask(
+        task_id=_humaneval_id(row, where),
+        text="" if text is None else take(row, where, text, str),
+        prompt=prompt,
+        entry_point=entry_point,
+        solution=take(row, where, solution, str),
+        setup="",
+        preamble=prompt,
+        tests=(f"{test}\ncheck(candidate)",),
+    )
+
+
+def _task_id(row: dict, where: str, family: str) -> str:
+    if isinstance(row.get("task_id"), str) and row["task_id"].strip():
+        return row["task_id"]
+    return f"{family}/{take(row, where, 'task_id', int)}"
+
+
+_mbpp_id, _humaneval_id = partial(_task_id, family="Mbpp"), partial(_task_id, family="HumanEval")
+
+
+def _lf(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def parsed(code: str, what: str, mode: str = "exec") -> ast.Module:
+    """The syntax tree of a dataset's code; `what` names it in the error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MBPP has regular expressions in strings that are not raw
+            return ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
+        raise UserError(f"{what} is not valid Python: {error}") from None
+    except (RecursionError, MemoryError):
+        raise UserError(f"{what} is nested too deeply for Python to parse; leave the task out") from None
+
+
+def _defined(program: ast.AST) -> set[str]:
+    return {node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def bound_names(program: ast.AST) -> set[str]:
+    """Names that a parsed program's top level defines or assigns."""
+    assigned = (node for node in program.body if isinstance(node, ast.Assign | ast.AnnAssign))
+    names = (node for statement in assigned for node in ast.walk(statement) if isinstance(node, ast.Name))
+    return _defined(program) | {node.id for node in names if isinstance(node.ctx, ast.Store)}
+
+
+def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
+    """The outermost call of the first test to something the solution defines.
+
+    A builtin's name is meant (MBPP task 126 asks for a `sum`) only where no test calls anything else of the solution's:
+    one that has a helper `sum` of its own does not change what `assert sum(f(x)) == 6` adds up with.
+    """
+    calls = [node.func for tree in tests for node in ast.walk(tree) if isinstance(node, ast.Call)]  # breadth first
+    called = [f.id for f in calls if isinstance(f, ast.Name) and f.id in defined]
+    return next((name for name in called if not hasattr(builtins, name)), called[0] if called else None)
+
+
+def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, imports: Sequence[str], where: str):
+    """Imports that bind names the tests use, out of the solution and the setup, and standard modules used unimported.
+
+    MBPP task 596 asserts with a `sys` that only its solution imports. The judge must hold these names itself: another
+    right program need not import them, and a wrong one could bind them to something that answers as it likes.
+    """
+    nodes = [node for tree in tests for node in ast.walk(tree)]
+    open_names = {node.id for node in nodes if isinstance(node, ast.Name)} - _defined(solution)
+    open_names -= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    modules = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+    for code in imports:
+        open_names -= {name for name, _ in _imported(parsed(code, f"{where}: test_imports {code!r:.60}"))}
+    found = []
+    for tree in (parsed(setup, f"{where}: field 'test_setup_code'"), solution):
+        for name, statement in _imported(tree):
+            if name in open_names:
+                found.append(statement)
+                open_names.discard(name)
+    open_names -= {n.id for n in ast.walk(parsed(setup, where)) if isinstance(n, ast.Name)}  # the setup's variables
+    return found + [f"import {name}" for name in sorted(open_names & modules) if name in sys.stdlib_module_names]
+
+
+def _imported(program: ast.AST):
+    """(name, import statement) of what a program's top level imports, star imports left out."""
+    for node in program.body:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], ast.unparse(ast.Import([alias]))
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield alias.asname or alias.name, ast.unparse(ast.ImportFrom(node.module, [alias], node.level))

@@ -1,0 +1,285 @@
+"""The numbers of an evaluation, from its tasks, samples and judgements alone.
+
+An evaluation that was killed and resumed gives the same dictionary: nothing in it depends on time or on order.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+from wmtp.errors import UserError
+from wmtp.eval.estimators import n_at_k, oracle_temperature, paired_difference, pass_at_k
+from wmtp.eval.protocols import Task
+from wmtp.eval.samples import Judgement, Key, Sample, sort_key, why_unreadable
+from wmtp.eval.stdio_tasks import StdioTask
+from wmtp.numerics.bootstrap import Interval, bootstrap_interval
+from wmtp.sandbox import Verdict
+
+VERDICTS = get_args(Verdict)
+ORACLE_NOTE = "chosen on the test score itself: optimistic, not to be compared with a temperature fixed beforehand"
+_NO_PYTHON = ("SyntaxError", "IndentationError", "TabError")
+_EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Warning)\b")
+
+
+def evaluation_results(
+    tasks: Sequence[Task],
+    samples: Sequence[Sample],
+    judgements: Mapping[Key, Judgement],
+    *,
+    ks: Sequence[int] = (1,),
+    n_at_ks: Sequence[tuple[int, int]] = (),
+    fixed_temperature: float | None = None,
+    seed: int = 0,
+    resamples: int = 10_000,
+    settings: Mapping[str, object] | None = None,
+    sandbox: Mapping[str, Sequence[str]] | None = None,
+    of_tasks: int | None = None,
+) -> dict:
+    """Everything an evaluation found, as JSON values in a fixed order.
+
+    Args:
+        tasks: all tasks of the benchmark; each needs a sample at every temperature.
+        samples: of the tasks, each with a judgement.
+        judgements: by :attr:`wmtp.eval.samples.Sample.key`.
+        ks: report pass@k for these.
+        n_at_ks: report n@k for these pairs (n submissions, k samples); needs judgements with `passes_public`.
+        fixed_temperature: the headline's; None where all samples have one temperature.
+        seed, resamples: of the bootstrap over tasks.
+        settings: of the run, JSON values, kept as they are.
+        sandbox: {"layers": [...], "missing": [...]}, protections in use and not in use.
+        of_tasks: how many tasks the benchmark has, where only those with samples are given.
+
+    A `harness_error` is not the model's failure: such samples are left out of n and counted as
+    `excluded_harness_errors`. A task with fewer than k samples left does not count for pass@k: `tasks` of each figure
+    says how many do. Where every stdio sample was judged to the end, `lenient_pass_at_k` is pass@k under DeepMind's
+    rule of comparison. Where all tasks have plus tests (MBPP+), `base_pass_at_k` is pass@k by the base tests alone.
+
+    Tasks judged with their tests inside the program's process are listed as `judged_inside`; where there are any,
+    `protected_metrics` has each figure over the other tasks alone.
+
+    Raises:
+        ValueError: a task without samples at a temperature, a sample without a judgement or of no task, k larger than
+            the number of samples of a task, several temperatures and no fixed one, or no task left for a figure.
+    """
+    fixed_temperature = check_samples(tasks, samples, ks=ks, n_at_ks=n_at_ks, fixed_temperature=fixed_temperature)
+    for sample in samples:
+        if sample.key not in judgements:
+            raise ValueError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
+    judged_inside = [sample for sample in samples if judgements[sample.key].judged == "inside"]
+    inside = {sample.task_id for sample in judged_inside}
+    tables = {}
+    for temperature, by_task in _by_temperature(tasks, samples).items():
+        counts = [_counts(task_id, of_task, judgements) for task_id, of_task in by_task.items()]
+        tables[temperature] = {
+            "samples_per_task": [min(map(len, by_task.values())), max(map(len, by_task.values()))],
+            "metrics": {
+                name: _over_tasks(name, counts, k, value, seed, resamples)
+                for name, k, value in _metrics(counts, ks, n_at_ks)
+            },
+            **_totals([sample for of_task in by_task.values() for sample in of_task], judgements),
+            "per_task": counts,
+        }
+        protected = [c for c in counts if c["task_id"] not in inside]
+        if inside and protected:
+            tables[temperature]["protected_metrics"] = {
+                name: _over_tasks(name, protected, k, value, seed, resamples)
+                for name, k, value in _metrics(counts, ks, n_at_ks)
+                if any(c["n"] >= k for c in protected)
+            }
+    oracle = {}
+    for name in tables[fixed_temperature]["metrics"]:
+        scores = {t: table["metrics"][name]["estimate"] for t, table in tables.items() if name in table["metrics"]}
+        best = oracle_temperature(scores)
+        oracle[name] = {"temperature": temperature_name(best), **tables[best]["metrics"][name]}
+    return {
+        "settings": dict(settings or {}),
+        "sandbox": {name: list((sandbox or {}).get(name, ())) for name in ("layers", "missing")},
+        "tasks": len(tasks),
+        "of_tasks": len(tasks) if of_tasks is None else of_tasks,
+        "samples": len(samples),
+        "judged_inside": {
+            "tasks": len(inside),
+            "task_ids": [task.task_id for task in tasks if task.task_id in inside],
+            "verdicts": _verdicts(judgements[sample.key] for sample in judged_inside),
+        },
+        "excluded_harness_errors": sum(judgements[s.key].verdict == "harness_error" for s in samples),
+        "bootstrap": {"over": "tasks", "seed": seed, "resamples": resamples, "level": 0.95},
+        "fixed_temperature": temperature_name(fixed_temperature),
+        "temperatures": {temperature_name(temperature): table for temperature, table in tables.items()},
+        "oracle": {"note": ORACLE_NOTE, "metrics": oracle},
+        **_totals(samples, judgements),
+        **_unreadable(tasks, samples, judgements, settings or {}),
+    }
+
+
+def check_samples(
+    tasks: Sequence[Task],
+    samples: Sequence[Sample],
+    *,
+    ks: Sequence[int] = (1,),
+    n_at_ks: Sequence[tuple[int, int]] = (),
+    fixed_temperature: float | None = None,
+) -> float | None:
+    """Refuse samples that :func:`evaluation_results` could not report, before the work of judging them.
+
+    Returns:
+        The fixed temperature: the given one, or the only one.
+
+    Raises:
+        ValueError: as :func:`evaluation_results`, in so far as no judgement is needed to see it.
+    """
+    if not tasks or not samples:
+        raise ValueError(f"nothing to report: {len(tasks)} tasks, {len(samples)} samples")
+    if n_at_ks and not all(isinstance(task, StdioTask) for task in tasks):
+        raise UserError("n@k needs to know which samples pass the public tests, which only stdio tasks have")
+    grouped = _by_temperature(tasks, samples)
+    for temperature, by_task in grouped.items():
+        task_id, fewest = min(((i, len(of_task)) for i, of_task in by_task.items()), key=lambda pair: pair[1])
+        for k in [*ks, *(k for _, k in n_at_ks)]:
+            if not 1 <= k <= fewest:
+                raise UserError(
+                    f"k must be between 1 and the number of samples a task, got {k}; task {task_id} has {fewest} at "
+                    f"temperature {temperature_name(temperature)}"
+                )
+    if fixed_temperature is None and len(grouped) == 1:
+        [fixed_temperature] = grouped
+    if fixed_temperature not in grouped:
+        there = ", ".join(map(temperature_name, grouped))
+        raise UserError(
+            f"fixed_temperature must be one of those sampled ({there}), got {temperature_name(fixed_temperature)}"
+        )
+    return fixed_temperature
+
+
+def compare_results(
+    ours: dict, theirs: dict, k: int = 1, *, temperature: float | None = None, seed: int = 0, resamples: int = 10_000
+) -> Interval:
+    """Paired difference in pass@k, ours - theirs, of two evaluations of the same tasks, read from their results.json.
+
+    Args:
+        temperature: None takes each run's fixed temperature.
+
+    Raises:
+        ValueError: the runs have other tasks than each other, judged some in other modes, have no such temperature, or
+            too few samples for k.
+    """
+    inside = [set(results.get("judged_inside", {}).get("task_ids", ())) for results in (ours, theirs)]
+    if inside[0] != inside[1]:
+        raise UserError(
+            f"task {min(inside[0] ^ inside[1])} is judged inside in one of the runs and protected in the other, which "
+            "cannot be compared; evaluate both with the same tests=protected|inside"
+        )
+    values = [_pass_by_task(results, k, temperature) for results in (ours, theirs)]
+    return paired_difference(*values, seed, resamples=resamples)
+
+
+def temperature_name(temperature: float | None) -> str:
+    """A temperature as a key of results.json."""
+    return "unknown" if temperature is None else repr(float(temperature))
+
+
+def _by_temperature(tasks, samples) -> dict[float | None, dict[str, list[Sample]]]:
+    """Temperature, ascending, to task id, in the order of the tasks, to samples in their order."""
+    task_ids = [task.task_id for task in tasks]
+    known = set(task_ids)
+    grouped: dict[float | None, dict[str, list[Sample]]] = {}
+    for sample in sorted(samples, key=lambda s: (-1.0 if s.temperature is None else s.temperature, sort_key(s))):
+        if sample.task_id not in known:
+            raise UserError(f"a sample is of task {sample.task_id}, which is none of the {len(tasks)} tasks")
+        grouped.setdefault(sample.temperature, {i: [] for i in task_ids})[sample.task_id].append(sample)
+    for temperature, by_task in grouped.items():
+        absent = [task_id for task_id, of_task in by_task.items() if not of_task]
+        if absent:
+            raise UserError(
+                f"no sample at temperature {temperature_name(temperature)} for {len(absent)} of {len(tasks)} tasks, "
+                f"the first is {absent[0]}; sample every task at every temperature"
+            )
+    return grouped
+
+
+def _counts(task_id: str, samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> dict:
+    """n and the numbers of successes of a task, of the samples that count."""
+    all_judged = [judgements[sample.key] for sample in samples]
+    judged = [judgement for judgement in all_judged if judgement.verdict != "harness_error"]
+    counts = {"task_id": task_id, "n": len(judged), "correct": sum(j.verdict == "passed" for j in judged)}
+    if all(j.passes_public is not None for j in judged):
+        counts["public"] = sum(bool(j.passes_public) for j in judged)
+    if all(j.passes_lenient is not None for j in judged):
+        counts["lenient"] = sum(bool(j.passes_lenient) for j in judged)
+    if all(j.passes_base is not None for j in judged):
+        counts["base"] = sum(bool(j.passes_base) for j in judged)
+    return counts | {"verdicts": _verdicts(all_judged)}
+
+
+def _metrics(counts: list[dict], ks, n_at_ks) -> Iterable[tuple[str, int, Callable[[dict], float]]]:
+    """(name, samples needed, value of a task's counts) of each figure to report."""
+    for k in ks:
+        yield f"pass_at_{k}", k, lambda c, k=k: pass_at_k(c["n"], c["correct"], k)
+    for n, k in n_at_ks:
+        yield f"{n}_at_{k}", k, lambda c, n=n, k=k: n_at_k(c["n"], c["public"], c["correct"], n, k)
+    for kind in ("base", "lenient"):
+        if all(kind in c for c in counts):
+            for k in ks:
+                yield f"{kind}_pass_at_{k}", k, lambda c, k=k, kind=kind: pass_at_k(c["n"], c[kind], k)
+
+
+def _over_tasks(name: str, counts: list[dict], k: int, value: Callable, seed: int, resamples: int) -> dict:
+    values = [value(c) for c in counts if c["n"] >= k]
+    if not values:
+        raise UserError(f"{name}: no task has {k} samples that the judge could judge; look at the harness errors")
+    return {**asdict(bootstrap_interval(values, seed, resamples=resamples)), "tasks": len(values)}
+
+
+def _totals(samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> dict:
+    """Verdicts, exceptions and tokens of some samples."""
+    judged = [judgements[sample.key] for sample in samples]
+    cut = Counter(judgements[s.key].verdict for s in samples if s.finish_reason == "length")
+    exceptions = Counter(
+        found.group() if (found := _EXCEPTION.search(j.detail)) else "other" for j in judged if j.verdict == "exception"
+    )
+    totals = {
+        "verdicts": _verdicts(judged),
+        "cut_at_max_tokens": {verdict: cut[verdict] for verdict in VERDICTS if cut[verdict]},
+        "exceptions": dict(sorted(exceptions.items(), key=lambda item: (-item[1], item[0]))),
+    }
+    undecided = sum(j.passes_public is not None and j.passes_lenient is None for j in judged)
+    if undecided:
+        totals["lenient_undecided"] = undecided  # judging stopped at a test that fails exactly, but not leniently
+    if all(sample.tokens is not None for sample in samples):
+        tokens = sum(sample.tokens for sample in samples)
+        totals["tokens"] = {"total": tokens, "per_sample": tokens / len(samples)}
+        if all(sample.forwards is not None for sample in samples):
+            forwards = sum(sample.forwards for sample in samples)
+            totals["tokens"] |= {"forwards": forwards, "per_forward": tokens / forwards if forwards else 0.0}
+    return totals
+
+
+def _unreadable(tasks, samples, judgements, settings: Mapping[str, Any]) -> dict:
+    """How many samples are no Python, and why, where these are most: a score near 0 that says nothing of the model."""
+    details = ((sample, judgements[sample.key].detail) for sample in samples)
+    broken = [
+        sample for sample, detail in details if (found := _EXCEPTION.search(detail)) and found.group() in _NO_PYTHON
+    ]
+    if 2 * len(broken) <= len(samples):
+        return {}
+    cleaned = settings.get("samples") is not None and settings.get("sanitize") == "auto"
+    protocol = (settings.get("protocol") or {}).get("_component_")
+    cause = why_unreadable({task.task_id: task for task in tasks}, broken, cleaned=cleaned, protocol=protocol)
+    return {"unreadable": {"samples": len(broken), "likely_cause": cause}}
+
+
+def _verdicts(judged: Iterable[Judgement]) -> dict[str, int]:
+    counts = Counter(judgement.verdict for judgement in judged)
+    unknown = sorted(counts.keys() - set(VERDICTS))
+    if unknown:
+        raise UserError(f"verdict {unknown[0]!r} is none of {', '.join(VERDICTS)}")
+    return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
+
+
+def _pass_by_task(results: dict, k: int, temperature: float | None) -> dict[str, float]:
+    name = results["fixed_temperature"] if temperature is None else temperature_name(temperature)
+    if name not in results["temperatures"]:
+        raise UserError(f"no temperature {name} in these results, which have {', '.join(results['temperatures'])}")
+    return {c["task_id"]: pass_at_k(c["n"], c["correct"], k) for c in results["temperatures"][name]["per_task"]}

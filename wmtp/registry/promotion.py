@@ -1,0 +1,276 @@
+"""Which export an evaluation is of, and whether it may take the place of the one in production.
+
+Everything is read back from MLflow: an evaluation's results.json, its settings, the training run it names, and the
+export itself, whose hash must be the one that was evaluated.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from wmtp.errors import mask_secrets
+from wmtp.eval.estimators import pass_at_k
+from wmtp.eval.results import compare_results
+from wmtp.pretrained.folders import checkpoint_sha256
+from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.registry.versions import Choice, RegistryError, store_errors
+
+# What must be equal for two evaluations to be of the same thing, beside tasks, samples a task and the protocol. What
+# tells the models apart (checkpoint, model, tokenizer), how they are computed (dtype, drafts) and the seed may differ.
+_SAME = ("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "limits")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What MLflow holds of a run: JSON values, empty where the run has none."""
+
+    run_id: str
+    name: str
+    experiment: str
+    status: str
+    tags: dict[str, str]
+    metrics: dict[str, float]
+    config: dict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation of a model that is known by its hash."""
+
+    run: RunRecord
+    name: str
+    model_sha256: str
+    results: dict
+
+
+@dataclass(frozen=True)
+class Export:
+    """A training run's export, fetched and held against the hash that was evaluated."""
+
+    run: RunRecord
+    source: str  # where it lives, as a URI
+    folder: Path  # here
+    sha256: str
+
+
+def read_run(client, run_id: str) -> RunRecord:
+    """A run of the store, with its config.
+
+    Raises:
+        RegistryError: no such run.
+    """
+    with store_errors(f"run {run_id} cannot be read"):
+        run = client.get_run(str(run_id))
+        experiment = client.get_experiment(run.info.experiment_id).name
+    config = _artifact(client, run.info.run_id, "config.yaml", _yaml)
+    return RunRecord(
+        run.info.run_id, run.info.run_name, experiment, run.info.status, dict(run.data.tags), dict(run.data.metrics),
+        config or {},
+    )  # fmt: skip
+
+
+def read_evaluation(client, run_id: str) -> Evaluation:
+    """The results of an evaluation run, and which model they are of.
+
+    Raises:
+        RegistryError: no such run, or one that is no finished evaluation of a model.
+    """
+    run = read_run(client, run_id)
+    results = _artifact(client, run.run_id, "results.json", json.loads)
+    name = run.tags.get("wmtp.evaluation")
+    if name is None or results is None or "temperatures" not in results:
+        raise RegistryError(
+            f"run {run.run_id} ({run.name}) is no evaluation with results of each task: give the id of a run of "
+            "recipes/eval_mbpp.py or eval_codecontests.py"
+        )
+    if run.status != "FINISHED":
+        raise RegistryError(f"evaluation run {run.run_id} is {run.status}, not FINISHED: resume it, or run it again")
+    sha256 = run.tags.get("wmtp.model_sha256")
+    if sha256 is None:
+        raise RegistryError(
+            f"evaluation run {run.run_id} says not which model it is of (tag wmtp.model_sha256): it had random weights "
+            "or judged existing samples; evaluate the export with checkpoint=runs:/<training run>/export"
+        )
+    return Evaluation(run, name, sha256, results)
+
+
+def evaluated_export(client, evaluation: Evaluation, training_run: str | None = None) -> Export:
+    """The export that was evaluated, fetched through MLflow.
+
+    Args:
+        training_run: null takes the one that the evaluation names.
+
+    Raises:
+        RegistryError: no training run is known, it has no export, or its export is another model.
+    """
+    run_id = training_run or evaluation.run.tags.get("wmtp.training_run_id")
+    if run_id is None:
+        raise RegistryError(
+            f"evaluation run {evaluation.run.run_id} names no training run (tag wmtp.training_run_id): its checkpoint "
+            "was no export of a tracked run; give training_run=<id>, or evaluate checkpoint=runs:/<training run>/export"
+        )
+    run = read_run(client, run_id)
+    reference = _artifact(client, run.run_id, "export.json", json.loads)
+    folder = resolve_checkpoint(f"runs:/{run.run_id}/export")
+    sha256 = checkpoint_sha256(folder)
+    if sha256 != evaluation.model_sha256:
+        raise RegistryError(
+            f"the export of training run {run.run_id} is not the model of evaluation run {evaluation.run.run_id}: "
+            f"SHA-256 {sha256[:12]}..., evaluated was {evaluation.model_sha256[:12]}...; evaluate this export"
+        )
+    with store_errors(f"run {run.run_id} cannot be read"):
+        source = f"{client.get_run(run.run_id).info.artifact_uri.rstrip('/')}/export"
+    return Export(run, reference["uri"] if reference else source, folder, sha256)
+
+
+def require_comparable(ours: Evaluation, theirs: Evaluation) -> None:
+    """Refuse to compare evaluations of other tasks, or under another protocol.
+
+    Raises:
+        RegistryError: naming the first setting that differs, and both values.
+    """
+    pair = f"evaluations {ours.run.run_id} and {theirs.run.run_id} ({ours.name}) cannot be compared"
+    our, their = _settings(ours), _settings(theirs)
+    for key in (*_SAME, "samples_per_task"):
+        if our.get(key) != their.get(key):
+            raise RegistryError(f"{pair}: {key} {_short(our.get(key))} and {_short(their.get(key))}; evaluate alike")
+    # A path in a protocol may differ from machine to machine. The prompts themselves, token by token, then tell.
+    protocols = [settings.get("protocol") or {} for settings in (our, their)]
+    same_prompts = our.get("prompts_sha256") == their.get("prompts_sha256")
+    if protocols[0] != protocols[1] and not (same_prompts and len({p.get("_component_") for p in protocols}) == 1):
+        raise RegistryError(f"{pair}: protocol {_short(protocols[0])} and {_short(protocols[1])}; evaluate alike")
+
+
+def not_worse(
+    ours: Evaluation,
+    theirs: Evaluation,
+    *,
+    k: int = 1,
+    max_drop: float | None = None,
+    seed: int = 0,
+    resamples: int = 10_000,
+) -> tuple[bool, str, dict]:
+    """Whether a model may take the place of another: unless it is worse by more than chance explains.
+
+    The paired difference in pass@k, ours - theirs, is bootstrapped over tasks (95 %). Refused is what lies below 0 with
+    its whole interval; with few tasks that asks little, so ``max_drop`` can ask for more.
+
+    Args:
+        k: of pass@k, at each run's fixed temperature.
+        max_drop: also refuse where the interval reaches below -max_drop (a non-inferiority margin).
+        seed, resamples: of the bootstrap.
+
+    Returns:
+        The decision, why in words, and the figures.
+
+    Raises:
+        ValueError: the two cannot be compared, or have too few samples for k.
+    """
+    require_comparable(ours, theirs)
+    difference = compare_results(ours.results, theirs.results, k, seed=seed, resamples=resamples)
+    scores = [_score(evaluation.results, k) for evaluation in (ours, theirs)]
+    figures = {
+        "evaluation": ours.name,
+        "metric": f"pass@{k}",
+        "ours": scores[0],
+        "theirs": scores[1],
+        "difference": asdict(difference),
+        "tasks": ours.results["tasks"],
+        "samples_per_task": _settings(ours)["samples_per_task"],
+        "max_drop": max_drop,
+        "theirs_run": theirs.run.run_id,
+    }
+    text = (
+        f"pass@{k} {_percent(scores[0])} against {_percent(scores[1])} %, difference "
+        f"{_percent(difference.estimate)} ({_percent(difference.low)} to {_percent(difference.high)}) over "
+        f"{ours.results['tasks']} tasks of {ours.name}"
+    )
+    if difference.high < 0:
+        return False, f"worse beyond the interval: {text}", figures
+    if max_drop is not None and difference.low < -max_drop:
+        return False, f"the interval reaches below -max_drop = -{_percent(max_drop)}: {text}", figures
+    return True, f"not worse beyond the interval: {text}", figures
+
+
+def production_choice(
+    version: str, ours: Evaluation, evaluation_of: Callable[[str], Evaluation], **rule
+) -> Callable[[str | None, list], Choice | None]:
+    """How `production` is chosen, for :func:`wmtp.registry.versions.move_alias`: a version goes in unless it is worse.
+
+    Args:
+        version: the one that wants in.
+        ours: its evaluation.
+        evaluation_of: gives a version's evaluation to compare with.
+        **rule: of :func:`not_worse`.
+
+    Returns:
+        A function that raises RegistryError where the rule refuses.
+    """
+
+    def choose(before: str | None, record: list) -> Choice | None:
+        if before == version:
+            return None
+        if before is None:
+            first = not any(move.alias == "production" and move.state == "done" for move in record)
+            figures = {
+                "evaluation": ours.name,
+                **{k: f["estimate"] for k, f in _fixed(ours.results)["metrics"].items()},
+            }
+            return Choice(version, "first in production" if first else "nothing was in production", figures)
+        accepted, why, figures = not_worse(ours, evaluation_of(before), **rule)
+        if not accepted:
+            raise RegistryError(f"version {version} does not replace version {before} in production: {why}")
+        return Choice(version, why, figures)
+
+    return choose
+
+
+def _settings(evaluation: Evaluation) -> dict:
+    results = evaluation.results
+    own = {"fixed_temperature": results["fixed_temperature"], "samples_per_task": _fixed(results)["samples_per_task"]}
+    return {**results["settings"], **own}
+
+
+def _fixed(results: dict) -> dict:
+    """What an evaluation found at its fixed temperature."""
+    return results["temperatures"][results["fixed_temperature"]]
+
+
+def _score(results: dict, k: int) -> float:
+    """The mean over tasks that the difference is one of: of all tasks, whatever k's the evaluation reported."""
+    values = [pass_at_k(c["n"], c["correct"], k) for c in _fixed(results)["per_task"]]
+    return sum(values) / len(values)
+
+
+def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> dict | None:
+    """A run's artifact file, or None where it has none."""
+    with store_errors(f"the artifacts of run {run_id} cannot be listed"):
+        if path not in {item.path for item in client.list_artifacts(run_id)}:
+            return None
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            text = Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
+        except Exception as error:  # each artifact store has errors of its own
+            line = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RegistryError(f"artifact {path} of run {run_id} cannot be fetched: {mask_secrets(line)}") from error
+    try:
+        return read(text)
+    except Exception as error:  # as each format has
+        raise RegistryError(f"artifact {path} of run {run_id} is damaged: {type(error).__name__}") from error
+
+
+def _yaml(text: str) -> dict:
+    return dict(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-12:]}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"

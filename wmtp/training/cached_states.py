@@ -1,0 +1,136 @@
+"""The states of a frozen trunk or backbone for a whole data set, computed once: then a step costs the heads alone."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wmtp.data import PackedDataset
+from wmtp.distributed import World
+from wmtp.training.state_file import StateFile
+
+States = Callable[[nn.Module, dict, torch.device | str], Tensor]
+
+
+class Dataset(Protocol):
+    """What the states are computed of: packed rows, or the pairs of a critic."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def batch(self, rows: Any, *, size: int | None = None) -> dict[str, Any]: ...
+
+
+class CachedStates:
+    """What a frozen model gives for each row of a data set, in a file.
+
+    The file is named by what its content depends on, and counts once a note beside it says that it is complete.
+
+    Args:
+        folder: where the file is, or is to be; shared by all ranks.
+        dataset: whose tokens.
+        states: ``states(model, batch, device) -> [..., S, D]`` of a batch of the data set.
+        kept: where in [..., S] of a batch a state is kept; elsewhere it takes no room.
+        counts: [R] how many each row keeps.
+        order: of the computation; None for that of the rows.
+        key: names all that the states depend on: the data, the weights, the dtype of their computation.
+        embed_dim: D.
+        dtype: of the stored states.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        dataset: Dataset,
+        states: States,
+        kept: Callable[[dict], Tensor],
+        counts: np.ndarray,
+        *,
+        order: Sequence[int] | None = None,
+        key: str,
+        embed_dim: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._dataset, self._states, self._kept, self._dim, self._dtype = dataset, states, kept, embed_dim, dtype
+        self._order = range(len(dataset)) if order is None else order
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._file.num_bytes
+
+    def complete(self) -> bool:
+        """Whether an earlier run has computed them all."""
+        return self._file.complete()
+
+    @torch.no_grad()
+    def compute(self, model: nn.Module, world: World | None = None, *, batch_size: int) -> None:
+        """Runs the model over the data set, unless that is done; every rank calls this and writes its share."""
+        if self._file.complete_for_all(world):
+            return
+        rank, world_size, device = (0, 1, "cpu") if world is None else (world.rank, world.size, world.device)
+        model.eval()
+        per_step = batch_size * world_size
+        firsts = range(rank * batch_size, -(-len(self._order) // per_step) * per_step, per_step)
+        with self._file.written(world) as write:
+            for first in tqdm(firsts, disable=rank != 0, desc="frozen states", unit="batch", leave=False):
+                # A rank that runs out gets empty rows, so that collectives inside the model stay in step.
+                batch = self._dataset.batch(list(self._order[first : first + batch_size]), size=batch_size)
+                states, kept = self._states(model, batch, device).cpu(), self._kept(batch)
+                for i, row in enumerate(batch["rows"]):
+                    write(self._starts[row], states[i][kept[i]])
+
+    def of(self, batch: dict) -> Tensor:
+        """[..., S, D] states of a batch of the data set, 0 where none is kept."""
+        kept = self._kept(batch).cpu()
+        states = torch.zeros(*kept.shape, self._dim, dtype=self._dtype)
+        for i, row in enumerate(batch["rows"]):
+            states[i][kept[i]] = self._file.read(self._starts[row], self._starts[row + 1])
+        return states
+
+
+def trunk_states(folder: Path, dataset: PackedDataset, model_key: str, **stored: Any) -> CachedStates:
+    """What :class:`~wmtp.models.MTPDecoder` gives with ``return_trunk``, [B, S, D], for every token.
+
+    Args:
+        folder, dataset, stored: as in :class:`CachedStates`.
+        model_key: names the trunk's weights and the dtype of its computation.
+    """
+
+    def states(model: nn.Module, batch: dict, device: torch.device | str) -> Tensor:
+        return model(batch["tokens"].to(device), document_ids=batch["document_ids"].to(device), return_trunk=True)
+
+    counts = (dataset.document_ids >= 0).sum(dim=1).numpy()
+    key = f"trunk {dataset.fingerprint} {model_key}"
+    return CachedStates(folder, dataset, states, lambda batch: batch["document_ids"] >= 0, counts, key=key, **stored)
+
+
+def keep_states(
+    make: Callable[..., CachedStates],
+    model: nn.Module,
+    datasets: Sequence[Dataset | None],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None,
+    model_key: str,
+    batch_size: int,
+    world: World,
+) -> dict[str, CachedStates]:
+    """States of several data sets, by fingerprint; what an earlier run left in the folder is used again.
+
+    Args:
+        make: :func:`trunk_states` or :func:`wmtp.critic.hidden_states`.
+        dtype: of the stored states; with None nothing is kept, and the model runs in every pass.
+    """
+    found = {}
+    for dataset in datasets if dtype is not None else ():
+        if dataset is not None:
+            states = make(folder, dataset, model_key, embed_dim=model.config.embed_dim, dtype=dtype)
+            states.compute(model, world, batch_size=batch_size)
+            found[dataset.fingerprint] = states
+    return found

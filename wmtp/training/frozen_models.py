@@ -1,0 +1,64 @@
+"""Frozen models that run beside the policy, for weightings whose signals the data do not bring."""
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from wmtp.config import ConfigError
+from wmtp.data import PackedDataset
+from wmtp.distributed import World
+from wmtp.models import ValueModel, load_value_model
+from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
+from wmtp.weighting.base import FROM_A_MODEL, OF_THE_POLICY, way_to
+
+
+def signals_beside(needs: Collection[str], data: PackedDataset, models: Mapping[str, Any]) -> set[str]:
+    """Returns the signals that a frozen model must give, because the weighting needs them and the data lack them.
+
+    Args:
+        needs: the weighting's.
+        models: for each signal that a model can give, what the config sets for that model, or None.
+
+    Raises:
+        ConfigError: nothing gives a signal, or two things do.
+    """
+    beside = set()
+    for name in sorted(needs):
+        model = models.get(name)
+        if name in data.signals and name in OF_THE_POLICY:
+            raise ConfigError(f"the dataset has a {name} column, which the loss computes; rename the column")
+        if name in data.signals and model is not None:
+            raise ConfigError(f"the dataset has a {name} column and {FROM_A_MODEL[name]} is set; keep one of them")
+        if model is not None:
+            beside.add(name)
+        elif name not in data.signals and name not in OF_THE_POLICY:
+            near = difflib.get_close_matches(name, [*OF_THE_POLICY, *models, *data.signals], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            if name in data.unread:
+                hint = f"; its column {name} has not one finite number for each token in every row"
+            raise ConfigError(f"this weighting needs {name}: {way_to(name)}{hint}")
+    return beside
+
+
+def value_model_beside(
+    path: str, tokenizer: Any, seq_len: int, world: World, *, dtype: torch.dtype, cpu_offload: bool = False
+) -> ValueModel:
+    """The critic's frozen value model, sharded as the policy is, for rows of ``seq_len`` tokens of its tokenizer.
+
+    Args:
+        path: as `resolve_checkpoint` takes it.
+        tokenizer: the policy's.
+        dtype: of the computation.
+
+    Raises:
+        ValueError: no value model there, one of other token ids, or one of shorter rows.
+    """
+    path = resolve_checkpoint(path)
+    require_same_vocabulary(tokenizer, hf_tokenizer(path), "value model")
+    device = "cpu" if cpu_offload else world.device
+    model = load_value_model(path, mesh=world.mesh, param_dtype=dtype, device=device, cpu_offload=cpu_offload)
+    if seq_len > model.max_seq_len:
+        raise ConfigError(f"seq_len {seq_len} is longer than the value model's {model.max_seq_len}")
+    return model
