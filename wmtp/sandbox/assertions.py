@@ -141,7 +141,7 @@ def _explain(error: BaseException, session: Session) -> tuple[Verdict, str]:
         return session.raised_verdict, session.raised_detail
     detail = _described(error)
     if isinstance(error, AssertionError):
-        return "wrong_answer", detail
+        return "wrong_answer", "; ".join([detail, *session.remarks])
     if not session.answered:
         return "harness_error", f"the test itself failed: {detail}"
     # The program has answered, and the test could not cope with the answer.

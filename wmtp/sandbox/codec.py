@@ -7,6 +7,7 @@ the program's classes) is left to the caller, who sends a reference. Rarer value
 """
 
 import datetime
+import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from decimal import Decimal
@@ -204,6 +205,7 @@ class Decoder:
     ) -> None:
         self._reference = reference
         self._record = record
+        self.disordered = False  # whether a set has come out in another order than it had
 
     def decode(self, data: object) -> object:
         """Returns the value that `Encoder.encode` was given."""
@@ -247,7 +249,9 @@ def _record(decoder: Decoder, content: list) -> tuple:
 
 def _set(decoder: Decoder, content: list, kind: type) -> set | frozenset:
     size, *items = decoder._list(content)
-    return ordered_set(kind, items, size)
+    made = ordered_set(kind, items, size)
+    decoder.disordered = decoder.disordered or not all(map(operator.is_, made, items))
+    return made
 
 
 def _fraction(decoder: Decoder, content: list) -> Fraction:

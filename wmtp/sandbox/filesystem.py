@@ -127,3 +127,18 @@ def clear_folder(folder: str) -> None:
                 os.rmdir(name, dir_fd=top)
     finally:
         os.close(top)
+
+
+def remove_folder(folder: str | os.PathLike[str]) -> None:
+    """Removes `folder` with all that is in it; what cannot be removed, or somebody else removes meanwhile, is let be.
+
+    `shutil.rmtree` would break off with a RecursionError in what a program has nested.
+    """
+    while os.path.isdir(folder):
+        try:
+            clear_folder(os.fspath(folder))
+            os.rmdir(folder)
+        except FileNotFoundError:  # of what somebody else has removed
+            continue
+        except OSError:
+            return

@@ -7,19 +7,18 @@ import contextlib
 import mmap
 import os
 import resource
-import shutil
 import socket
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 
-from wmtp.sandbox import compare, confine, wire
+from wmtp.sandbox import compare, confine, filesystem, wire
 from wmtp.sandbox.assertions import judge_inside, judge_outside
 from wmtp.sandbox.jobs import AssertionJob, Job, Outcome, StdioTest, Verdict, job_from_wire
 from wmtp.sandbox.names import TEST_MODULE
 from wmtp.sandbox.session import Session
-from wmtp.sandbox.supervise import Ended, Hangup, Process, ZygoteHandle, ZygoteLost
+from wmtp.sandbox.supervise import ANSWERED, Ended, Hangup, Process, ZygoteHandle, ZygoteLost
 
 _MAX_DETAIL = 300
 _OWN_MEMORY_BYTES = 1 << 30  # an answer must not make a test eat the machine
@@ -43,7 +42,7 @@ def main(connection: socket.socket, settings: dict) -> None:
     finally:
         judge.close()
         if abandoned:  # remove what the caller would have; the last judge to leave removes the folder of all
-            shutil.rmtree(settings["root"], ignore_errors=True)
+            filesystem.remove_folder(settings["root"])
             with contextlib.suppress(OSError):
                 os.remove(settings["outside"])
             with contextlib.suppress(OSError):
@@ -111,7 +110,7 @@ class Judge:
             verdict, detail = run.assertions(zygote) if isinstance(job, AssertionJob) else run.stdio(zygote)
         except ZygoteLost as error:
             self.close()
-            verdict, detail = "violation" if self._flag[0] else "harness_error", str(error)
+            verdict, detail = "violation" if self._flag[0] & ANSWERED else "harness_error", str(error)
             run.tests.append(verdict)
         wall = time.monotonic() - start
         outcome = Outcome(verdict, _one_line(detail), tuple(run.tests), tuple(run.lenient), run.cpu_seconds, wall)

@@ -191,6 +191,7 @@ class _Worker:
         runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
         start = time.monotonic()
         try:
+            self._flag[0] = 0
             self._connection.settimeout((limits.wall_seconds + _JUDGE_GRACE_SECONDS) * runs)
             wire.send(self._connection, job_to_wire(job, limits))
             answer = wire.receive(self._connection)
@@ -201,9 +202,9 @@ class _Worker:
         if answer is not None:
             outcome = outcome_from_wire(answer["outcome"])
             return outcome, answer["starved"] or outcome.verdict == "harness_error"
-        answered = self._flag[0] == 1
+        begun = self._flag[0] != 0
         self._stop()
-        verdict, detail = _blame(self._process.returncode, answered)
+        verdict, detail = _blame(self._process.returncode, begun)
         self._start()
         self.wait_until_ready()
         outcome = Outcome(verdict, detail, (verdict,), (), 0.0, time.monotonic() - start)
@@ -216,7 +217,7 @@ class _Worker:
             wire.send(self._connection, {"kind": "close"})
         wire.stop(self._process)
         self._connection.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        filesystem.remove_folder(self._folder)
 
     def abandon(self) -> None:
         """Breaks off what is being judged; the worker is of no further use."""
@@ -230,13 +231,13 @@ class _Worker:
         self._flag_file.close()
 
 
-def _blame(returncode: int, answered: bool) -> tuple[Verdict, str]:
-    """Says whose fault it is that a judge ended in the middle of a job: the answer's that it worked on, or ours."""
+def _blame(returncode: int, begun: bool) -> tuple[Verdict, str]:
+    """Says whose fault it is that a judge ended in the middle of a job: ours, if nothing of the program's had begun."""
     name = signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
-    if not answered:
+    if not begun:
         return "harness_error", f"the judge ended with {name} before the program had answered"
     if returncode in (-signal.SIGVTALRM, -signal.SIGKILL):
-        return "timeout", "the test did not come to an end with the program's answer"
+        return "timeout", "no end was come to with the program's answer, or in removing what it left"
     return "violation", f"the judge ended with {name} on the program's answer"
 
 
@@ -255,7 +256,7 @@ def _remove_abandoned() -> None:
     for outside in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/outside"):
         with contextlib.suppress(OSError), outside.open("rb") as file:  # another user's, or gone meanwhile
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(outside.parent, ignore_errors=True)
+            filesystem.remove_folder(outside.parent)
 
 
 def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned: BinaryIO) -> None:
@@ -263,7 +264,7 @@ def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned:
         jobs.put(None)
         worker.close()
     workers.clear()
-    shutil.rmtree(root, ignore_errors=True)
+    filesystem.remove_folder(root)
     owned.close()
 
 

@@ -35,6 +35,12 @@ class Conversation(Protocol):
 
     def request(self, operation: str, /, *args: object, **kwargs: object) -> Any: ...
 
+    def remark(self, text: str) -> None: ...
+
+    def shown(self, value: object) -> bytes: ...
+
+    def walked(self, reference: dict, items: Iterator) -> Iterator: ...
+
     def stop(self, verdict: str, detail: str) -> BaseException: ...
 
     def refuse(self, reason: str) -> BaseException: ...
@@ -125,6 +131,11 @@ class Remote(Own):
             raise self._remote_session.stop("wrong_answer", f"an object of {size!s:.40} items yields others")
         return items
 
+    def _remote_agree(self, left: object, right: object) -> bool:
+        """Returns whether two answers may be the same object: nothing is said of two of the program's own."""
+        shown = self._remote_session.shown
+        return (is_remote(left) and is_remote(right)) or shown(left) == shown(right) or bool(left == right)
+
     __setattr__, __delattr__ = _asked("set_attr"), _asked("delete_attr")
     __setitem__, __delitem__ = _asked("set_item"), _asked("delete_item")
     __str__, __repr__, __format__ = map(_asked_for_text, ("str", "repr", "format"))
@@ -133,7 +144,7 @@ class Remote(Own):
         item = self._remote("item", key)
         if self._remote_base in ("list", "deque") and type(key) is int:
             items = self._remote_value()
-            if -len(items) <= key < len(items) and not _agree(items[key], item):
+            if -len(items) <= key < len(items) and not self._remote_agree(items[key], item):
                 reason = f"a {self._remote_base} gives two items for place {key}"
                 raise self._remote_session.stop("wrong_answer", reason)
         return item
@@ -166,7 +177,10 @@ class Remote(Own):
         left, right = value_of(self), value_of(other)
         if is_remote(left) and is_remote(right):
             raise self._remote_session.refuse("compares two objects of the program's own")
-        return False if is_remote(left) or is_remote(right) else left == right
+        if is_remote(left) or is_remote(right):
+            self._remote_session.remark("an object of the program's own class equals no value")
+            return False
+        return left == right
 
     def __ne__(self, other: object) -> bool:
         left, right = value_of(self), value_of(other)
@@ -211,11 +225,6 @@ def value_of(value: object) -> object:
     return value._remote_value() if is_remote(value) else value
 
 
-def _agree(left: object, right: object) -> bool:
-    """Whether two answers may be the same object: nothing is said of two of the program's own."""
-    return (is_remote(left) and is_remote(right)) or bool(left == right) or (left != left and right != right)
-
-
 def _unary(name: str) -> Callable:
     local = {"int": int, "float": float, "complex": complex, "round": round}.get(name)
 
@@ -258,8 +267,7 @@ def _ordering(name: str) -> Callable:
 def _iterate(self: Remote) -> Iterator:
     if self._remote_base is not None or "l" in self._remote_abilities:
         return iter(self._remote_items())
-    iterator = self._remote("iter")
-    return iterator if is_remote(iterator) else iter(iterator)
+    return self._remote_session.walked(self._remote_reference, iter(self._remote("iter")))
 
 
 def _length(self: Remote) -> int:

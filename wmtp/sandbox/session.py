@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import itertools
 import mmap
 import operator
 import secrets
@@ -9,15 +10,19 @@ import sys
 import warnings
 from collections.abc import Iterator
 
+from wmtp.sandbox import wire
 from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
 from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
 from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, remote_class, value_class
-from wmtp.sandbox.supervise import Ended, Process
+from wmtp.sandbox.supervise import ANSWERED, Ended, Process
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
 _LOOKS = {"get", "data", "items", "len", "bool", "str", "repr", "format", "hash", "type", "signature"}
 _LOOKS |= {"has_instance", "has_subclass", *CONVERSIONS}
+_WALKS = {"iter", "next"}
+_MAX_WALK = 10_000  # items that are kept, to be held against the next walk
+_END = object()  # of a walk
 _MAX_NAME = 200  # characters of a class's name: made classes are kept, and the next programs have the same judge
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
 # From a call, they would end the test's own loops early.
@@ -32,8 +37,8 @@ class Session:
     Args:
         process: a process in mode `assertion`, already sent its program.
         test_module: `__module__` of classes that the tests themselves define; their instances are sent by attributes.
-        flag: one byte, 1 once a byte of an answer has come (see `answered`). It may lie in shared memory, so that it
-            can be read when an answer has brought the judge down.
+        flag: one byte, `ANSWERED` once a byte of an answer has come. It may lie in shared memory, so that it can be
+            read when an answer has brought the judge down.
     """
 
     def __init__(self, process: Process, test_module: str, flag: bytearray | mmap.mmap) -> None:
@@ -44,8 +49,10 @@ class Session:
         self.raised: BaseException | None = None  # last exception that came from the program
         self.raised_verdict: Verdict = "exception"
         self.raised_detail = ""
+        self.remarks: dict[str, None] = {}  # what may be why a test fails, once each
         self.requests = 0
         self.epoch: int = 0  # of the program's state: how often it may have changed
+        self._walks: dict[int, list[bytes]] = {}  # by handle: what an object without a length has yielded
         self._test_module = test_module
         self._instances = _Numbered()
         self._exports = _Numbered()  # what the program may call, go through or ask for an attribute
@@ -58,11 +65,11 @@ class Session:
     @property
     def answered(self) -> bool:
         """Returns whether a byte of an answer has come since this was last set to False."""
-        return self._flag[0] == 1
+        return bool(self._flag[0] & ANSWERED)
 
     @answered.setter
     def answered(self, value: bool) -> None:
-        self._flag[0] = int(value)
+        self._flag[0] = ANSWERED if value else 0
 
     def name(self, expression: str) -> Name:
         """Returns the stand-in for the program's object of that name."""
@@ -76,6 +83,10 @@ class Session:
     def refuse(self, reason: str) -> Ended:
         """Does the same for what cannot be judged from outside: ours, unless the program's answers have led to it."""
         return self.stop("wrong_answer" if self.answered else "harness_error", f"a test {reason}")
+
+    def remark(self, text: str) -> None:
+        """Keeps what may be the reason why a test is going to fail."""
+        self.remarks[text] = None
 
     def load(self, program: str, setup: str, entry_point: str | None) -> None:
         """Sends the program; raises what its top level raises."""
@@ -92,7 +103,31 @@ class Session:
         self.requests += 1
         if operation not in _LOOKS:
             self.epoch += 1
+            if operation not in _WALKS:
+                self._walks = {}
         return self._exchange({"op": operation, **self._arguments(args, kwargs)})
+
+    def walked(self, reference: dict, items: Iterator) -> Iterator:
+        """Passes on the items of an object that has no length: the same ones each time, unless the test did something.
+
+        Else `all(v < 9 for v in f(x)) and len(list(f(x))) == 3` would be true of one that is empty at first.
+        """
+        walks, key, seen = self._walks, reference["h"], []
+        for item in itertools.chain(items, [_END]):
+            shown = b"" if item is _END else self.shown(item)
+            known = walks.get(key, ()) if walks is self._walks else ()
+            if len(seen) < len(known) and known[len(seen)] != shown:
+                raise self.stop("wrong_answer", "an object of the program's own yields other items each time")
+            if len(seen) <= _MAX_WALK:
+                seen.append(shown)
+            if item is not _END:
+                yield item
+        if walks is self._walks and len(seen) <= _MAX_WALK:
+            walks[key] = seen
+
+    def shown(self, value: object) -> bytes:
+        """Returns an answer as it looks on the wire, where the same is the same, an object of the program's too."""
+        return wire.frame(self._encoder.encode(value))
 
     def _arguments(self, args: tuple, kwargs: dict) -> dict:
         self._instances = _Numbered()
@@ -154,6 +189,8 @@ class Session:
                 raise ValueError(f"unknown answer {kind!r}")
         except MALFORMED as error:
             raise Ended("violation", f"the program sent a malformed answer ({type(error).__name__})") from None
+        if self._decoder.disordered:
+            self.remark("a set's items could not be put in the program's order")
         for text, category, line in issued:  # where the tests' own filters and recorders are
             warnings.warn_explicit(text, category, "program.py", line, module="__main__")
         if kind == "error":

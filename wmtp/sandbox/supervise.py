@@ -21,6 +21,9 @@ _ANSWERS_PER_LIMIT = 4  # all answers of a program together, in units of the siz
 _LAST_WORDS = 4096  # bytes of output that are kept to tell what a program died of
 _NEAR = 0.9  # of the memory limit: a fault there comes from memory that was refused
 
+# In the flag: a byte has come from the program; it has ended, and what it left is being removed.
+ANSWERED, ENDED = 1, 2
+
 
 class Ended(BaseException):
     """The program can be talked to no more; carries the verdict. A BaseException, which few tests would swallow."""
@@ -104,9 +107,7 @@ class ZygoteHandle:
         self.control.close()
         wire.stop(self._process)
         self._process.stderr.close()
-        if os.path.isdir(self._base):
-            filesystem.clear_folder(self._base)
-            os.rmdir(self._base)
+        filesystem.remove_folder(self._base)
 
 
 class Process:
@@ -135,7 +136,7 @@ class Process:
         self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
-        self.flag: bytearray | mmap.mmap = bytearray(1)  # set to 1 as soon as anything comes from the program
+        self.flag: bytearray | mmap.mmap = bytearray(1)  # whose doing it is, should this judge end: see ANSWERED
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
         self._streams: list[int] = []
@@ -247,6 +248,8 @@ class Process:
         """Kills the process where it still runs and takes its report; raises `ZygoteLost`."""
         try:
             self._wall = time.monotonic() - (self.deadline - self.limits.wall_seconds)
+            if self._has_program:  # should this judge be given up while what it left is removed, that is its doing
+                self.flag[0] |= ENDED
             self._zygote.end()
             if self.report is None:
                 self.report = self._zygote.read_report()
@@ -300,7 +303,7 @@ class Process:
             self._channel_open = False
             self._poll.unregister(self._channel)
         if data and self._has_program:
-            self.flag[0] = 1
+            self.flag[0] = ANSWERED
         self._inbox += data
         self._answer_bytes += len(data)
         if self._answer_bytes > _ANSWERS_PER_LIMIT * self.limits.output_bytes + _FRAME_SLACK:
@@ -316,7 +319,7 @@ class Process:
         self._output_bytes += len(data)
         self._last_words = (self._last_words + data)[-_LAST_WORDS:]
         if self._has_program:
-            self.flag[0] = 1
+            self.flag[0] = ANSWERED
         if self._keep_stdout and descriptor == self._stdout_stream:
             self.stdout += data
         if self._output_bytes > self.limits.output_bytes:

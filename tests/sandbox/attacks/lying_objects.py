@@ -27,6 +27,20 @@ class Liar:
         return iter([self, self, self])
 """
 
+TURNS = """
+class Turns:
+    turn = 0
+
+    def __init__(self, *turns):
+        self.turns = turns
+
+    def __iter__(self):
+        self.turn += 1
+        return iter(self.turns[min(self.turn, len(self.turns)) - 1])
+
+
+"""
+
 ATTACKS = (
     Attack(
         "always_equal_object",
@@ -236,6 +250,34 @@ def solve(a, b):
         '"""An object that contains whatever is looked for."""' + LIAR + "def solve(a, b):\n    return Liar()\n",
         ("assert 5 in solve(2, 3)",),
         frozenset({"wrong_answer", "exception"}),
+        fools_naive=True,
+    ),
+    Attack(
+        "empty_at_first",
+        '"""An object without a length that has no items where each is looked at, and has them to be counted."""'
+        + TURNS
+        + "def solve():\n    return Turns([], [9, 9, 9])\n",
+        ("found = solve()\nassert all(item < 5 for item in found) and len(list(found)) == 3",),
+        WRONG,
+        fools_naive=True,
+    ),
+    Attack(
+        "empty_later",
+        '"""The same the other way round."""' + TURNS + "def solve():\n    return Turns([9, 9, 9], [])\n",
+        ("found = solve()\nassert len(list(found)) == 3 and all(item < 5 for item in found)",),
+        WRONG,
+        fools_naive=True,
+    ),
+    Attack(
+        "other_items_each_time",
+        '"""The same items are not what it yields the second time."""'
+        + TURNS
+        + "def solve(items):\n    return Turns(items, [1, 1, 1])\n",
+        (
+            "found = solve([3, 1, 2])\nassert set(found) == {1, 2, 3}\nbefore = 0\n"
+            "for item in found:\n    assert before <= item\n    before = item",
+        ),
+        WRONG,
         fools_naive=True,
     ),
     Attack(

@@ -54,6 +54,56 @@ def in_threads(function, n):
         ),
     ),
     Honest(
+        "objects_that_are_gone_through_again",
+        """
+class Bag:
+    def __init__(self, *items):
+        self.items = list(items)
+
+    def add(self, item):
+        self.items.append(item)
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+class Item:
+    size = 1
+
+
+class Fibonacci:
+    def __iter__(self):
+        a, b = 0, 1
+        while True:
+            yield a
+            a, b = b, a + b
+""",
+        (
+            "bag = Bag(2, 1)\nassert [*bag] == [2, 1] and sorted(bag) == [1, 2] and 2 in bag and next(iter(bag)) == 2",
+            "bag = Bag()\nassert list(bag) == []\nbag.add(1)\nassert list(bag) == [1] == list(bag)\n"
+            "bag.add(2)\nassert [*bag] == [1, 2]",
+            "bag = Bag(Item(), {'a': {1, 2}}, float('nan'))\nassert len(list(bag)) == 3 and list(bag)[0].size == 1\n"
+            "assert list(bag)[1] == {'a': {1, 2}}",
+            "import itertools\nfound = Fibonacci()\nassert list(itertools.islice(found, 5)) == [0, 1, 1, 2, 3]\n"
+            "assert list(itertools.islice(found, 7)) == [0, 1, 1, 2, 3, 5, 8]",
+        ),
+    ),
+    Honest(
+        "arrays_in_a_list_of_its_own_class",
+        """
+import numpy as np
+
+
+class Rows(list):
+    pass
+
+
+def rows(n):
+    return Rows(np.arange(n) + i for i in range(n))
+""",
+        ("found = rows(2)\nassert len(found) == 2 and (found[1] == [1, 2]).all() and found[-1].sum() == 3",),
+    ),
+    Honest(
         "iterators_and_views_of_the_test",
         """
 import itertools
