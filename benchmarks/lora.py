@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 from figures import report
-from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from wmtp.config import build  # noqa: E402
+from wmtp.config import build, load  # noqa: E402
 from wmtp.data import pack, python_functions  # noqa: E402
 from wmtp.distributed import start_world  # noqa: E402
 from wmtp.loss import mtp_loss, weighted_mtp_cross_entropy  # noqa: E402
@@ -43,7 +42,7 @@ class Contender:
     """A model as a recipe holds it, and its step."""
 
     def __init__(self, job: str, world, dtype: torch.dtype, batch: dict) -> None:
-        cfg = OmegaConf.load(ROOT / "configs" / "smollm2_135m" / f"{job}.yaml")
+        cfg = load(ROOT / "configs" / "smollm2_135m" / f"{job}.yaml")
         with torch.device("meta"):
             self.model = smollm2_135m(num_future_tokens=HEADS)
             if "adapters" in cfg:

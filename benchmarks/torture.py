@@ -38,6 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from processes import run_recipe_file, start  # noqa: E402
 from services import AWS_ENVIRONMENT, moto_server  # noqa: E402
 
+from wmtp.config import load  # noqa: E402
 from wmtp.files import MANIFEST, file_sha256, verify_manifest  # noqa: E402
 from wmtp.training.checkpoint import complete_checkpoints  # noqa: E402
 
@@ -87,7 +88,7 @@ class Run:
         self.job, self.processes, self.folder, self.remote = job, processes, folder, remote
         folder.mkdir(parents=True)
         self.cache = folder / "cache"  # of this machine: an empty one stands for another machine
-        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{job.config}.yaml")
+        cfg = load(ROOT / "configs" / "tiny" / f"{job.config}.yaml")
         cfg.output_dir, cfg.resume = remote or str(folder / "output"), "auto"
         for key, value in job.changes.items():
             cfg[key] = value

@@ -4,10 +4,10 @@
     python docs/make_configuration.py --check    exit status 1 if the file is not what this would write
 
 A config belongs to the recipe that the command in its head starts with it. A key's meaning is the comment on its line,
-the same in all configs of a recipe; what holds for one config alone follows `; here: `. A component of this project
-without a comment is described by its docstring's first sentence. Defaults are read from the source of the recipe and of
-the component. After the recipes come the builders, with every key that their docstrings name (see builder_tables.py).
-Nothing is imported, so this takes a second.
+the same in all configs of a recipe; what holds for one config alone follows `; here: `. A config that starts from
+another (`defaults`) has its keys, too. A component of this project without a comment is described by its docstring's
+first sentence. Defaults are read from the source of the recipe and of the component. After the recipes come the
+builders, with every key that their docstrings name (see builder_tables.py). Nothing is imported: it takes a second.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +36,9 @@ Every key of every config, written by `make docs` from the comments in `configs/
 do not edit.
 
 - Any key can be overridden on the command line: `max_steps=20 weighting.percentile=0.7 tracking=null`.
+- `defaults: uniform.yaml` starts from the keys of that config, a path from the file's folder (or a list, of which later
+  ones go on top). A section is taken key by key, unless it names another `_component_`; `~key:` removes a key. What a
+  run reads in the end is shown by `--print-config`, and kept in its `output_dir/config.yaml`.
 - A key that nobody reads is an error, and so is a value out of its range; both name the key.
 - **default** is what a key is when it is left out; for *required* ones there is none. Where a meaning lists words apart
   by `|`, these are the values allowed.
@@ -53,17 +56,13 @@ class Entry:
     """One key of one config."""
 
     config: str  # configs/tiny/rho1.yaml
-    line: int
+    where: str  # file and line: of the config, or of one that it starts from
     group: str  # the banner it stands under
     key: str  # with dots
     component: str | None  # of the section that holds it
     value: str | None  # as written; None for a section
     meaning: str  # the comment without what holds here alone; "" where there is none
     here: str
-
-    @property
-    def where(self) -> str:
-        return f"{self.config}:{self.line}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Config:
 
 
 def read_config(path: Path) -> Config:
-    """A config's keys with their comments.
+    """A config's keys with their comments, and those of the config that it starts from.
 
     Raises:
         ValueError: the file's head holds no command that starts a recipe with this very file.
@@ -100,8 +99,46 @@ def read_config(path: Path) -> Config:
         if not meaning and key.endswith("_component_") and (definition := _definition(value)) is not None:
             meaning = _sentence(ast.get_docstring(definition) or "").split(". ")[0].removesuffix(".")
         group = next((title for start, title in reversed(banners) if start < n), "")
-        entries.append(Entry(name, n + 1, group, key, component, value, meaning, here))
-    return Config(name, recipes.pop(), lines[0].lstrip("# "), tuple(entries))
+        entries.append(Entry(name, f"{name}:{n + 1}", group, key, component, value, meaning, here))
+    return Config(name, recipes.pop(), lines[0].lstrip("# "), _with_inherited(path, entries))
+
+
+def _with_inherited(path: Path, entries: list[Entry]) -> tuple[Entry, ...]:
+    """A config's entries in the places of those that they stand on top of, as :func:`wmtp.config.load` puts them."""
+    base = next((entry.value for entry in entries if entry.key == "defaults"), None)
+    own = {entry.key: entry for entry in entries if entry.key != "defaults"}
+    if base is None:
+        return tuple(own.values())
+    inherited = read_config((path.parent / base).resolve()).entries
+    components = {entry.key.rpartition(".")[0]: entry.value for entry in inherited if entry.key.endswith("_component_")}
+    gone = {re.sub(r"(^|\.)~", r"\1", key) for key in own if "~" in key}
+    # What is no section any more, or another component's.
+    gone |= {key for key, entry in own.items() if entry.value is not None}
+    gone |= {
+        section
+        for section, _, name in (key.rpartition(".") for key in own)
+        if name == "_component_" and own[f"{section}.{name}"].value != components.get(section)
+    }
+    own = {key: replace(entry, component=entry.component or _component(key, components)) for key, entry in own.items()}
+    kept = {
+        entry.key: replace(entry, config=entries[0].config)
+        for entry in inherited
+        if entry.key in own or not any(f"{entry.key}.".startswith(f"{key}.") for key in gone)
+    }
+    merged = [own.get(key, entry) for key, entry in kept.items()]
+    for key, entry in own.items():
+        if "~" not in key and key not in kept:  # to the others of its section and banner
+            section = key.rpartition(".")[0]
+            near = [n for n, other in enumerate(merged) if (other.key + ".").startswith(section + ".") or not section]
+            near = [n for n in near if merged[n].group == entry.group]
+            merged.insert(near[-1] + 1 if near else len(merged), entry)
+    return tuple(merged)
+
+
+def _component(key: str, components: dict[str, str]) -> str | None:
+    """What builds the innermost section around a key."""
+    section = key.rpartition(".")[0]
+    return components.get(section) or _component(section, components) if section else None
 
 
 def _keys(node: yaml.MappingNode, prefix: str, component: str | None) -> Iterator[tuple]:

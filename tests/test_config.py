@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from wmtp.config import ConfigError, ConfigReader, build, parse, read_command_line
+from wmtp.config import ConfigError, ConfigReader, build, load, parse, read_command_line
 from wmtp.errors import clear_errors
 
 
@@ -328,3 +328,72 @@ def test_a_value_that_a_library_refuses_is_one_line_with_the_section_s_name():
 def test_what_the_sandbox_refuses_is_one_line_though_it_knows_no_error_of_ours():
     with pytest.raises(ConfigError, match=r"^limits \(wmtp.sandbox.Limits\): memory_bytes must be > 0, got -1"):
         build(OmegaConf.create({"_component_": "wmtp.sandbox.Limits", "memory_bytes": -1}), where="limits")
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes config files by name; the folder."""
+
+    def write(**texts):
+        for name, text in texts.items():
+            (tmp_path / f"{name}.yaml").write_text(text)
+        return tmp_path
+
+    return write
+
+
+def test_a_config_stands_on_top_of_those_that_it_starts_from(written):
+    base = "steps: 3\nlr: 0.1\nmodel: {_component_: a.B, width: 4, depth: 2}\nlist: [1, 2]\nname: ${model.width}\n"
+    folder = written(
+        base=base,
+        middle="defaults: base.yaml\nlr: 0.2\nmodel: {width: 8}\nlist: [3]\nnew: null\n",
+        top="defaults: middle.yaml\nmodel: {_component_: a.C}\n~steps:\nlr: null\n",
+        both="defaults: [base.yaml, more/other.yaml]\nsteps: 5\n",
+    )
+    (folder / "more").mkdir()
+    (folder / "more" / "other.yaml").write_text("steps: 4\nlr: 7\nmodel:\n  ~depth:\n")
+    middle = OmegaConf.to_container(load(folder / "middle.yaml"), resolve=True)
+    assert middle == {
+        **{"steps": 3, "lr": 0.2, "list": [3], "name": 8, "new": None},
+        "model": {"_component_": "a.B", "width": 8, "depth": 2},
+    }
+    assert list(middle) == ["steps", "lr", "model", "list", "name", "new"]
+    # Another component's keys are not the first one's; a key that is removed or null is not the base's.
+    top = OmegaConf.to_container(load(folder / "top.yaml"))
+    assert (top["model"], top["lr"], "steps" in top) == ({"_component_": "a.C"}, None, False)
+    both = OmegaConf.to_container(load(folder / "both.yaml"))
+    assert (both["steps"], both["lr"], both["model"]) == (5, 7, {"_component_": "a.B", "width": 4})
+    assert OmegaConf.to_container(load(folder / "base.yaml")) == OmegaConf.to_container(OmegaConf.create(base))
+
+
+@pytest.mark.parametrize(
+    ("top", "reason"),
+    [
+        (
+            "defaults: gone.yaml\n",
+            r"gone.yaml, which .*top.yaml starts from \(defaults\), cannot be read: .*No such file",
+        ),
+        ("defaults: top.yaml\n", r"top.yaml starts from itself \(defaults\): .*top.yaml -> .*top.yaml"),
+        ("defaults: around.yaml\n", r"top.yaml starts from itself .*top.yaml -> .*around.yaml -> .*top.yaml"),
+        ("defaults: list.yaml\n", r"list.yaml, which .*top.yaml starts from \(defaults\), holds a list"),
+        (
+            "defaults: {a: b}\n",
+            r"defaults of .*top.yaml must be the path of a config, or a list of paths, got {'a': 'b'}",
+        ),
+        ("defaults: base.yaml\n~lr:\n", r"top.yaml: ~lr removes a key that is not there"),
+        ("defaults: base.yaml\nmodel: {~with: null}\n", r"top.yaml: model: ~with removes a key that is not there"),
+    ],
+)
+def test_what_a_config_cannot_start_from_is_named(written, top, reason):
+    folder = written(top=top, around="defaults: top.yaml\n", list="- 1\n", base="model: {width: 1}\n")
+    with pytest.raises(ConfigError, match=reason) as caught:
+        read_command_line(["--config", str(folder / "top.yaml")])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_whole_config_can_be_printed_before_a_run(written, capsys):
+    folder = written(base="lr: 0.1\nsteps: 3\n", top="defaults: base.yaml\nsteps: 4\n")
+    with pytest.raises(SystemExit) as ended:
+        read_command_line(["--config", str(folder / "top.yaml"), "lr=0.5", "--print-config"])
+    assert not ended.value.code
+    assert capsys.readouterr().out == "lr: 0.5\nsteps: 4\n"

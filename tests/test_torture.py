@@ -9,6 +9,7 @@ from processes import ROOT
 from random_models import random_decoder
 
 from benchmarks.torture import JOBS, Kill, Run, Torture, different
+from wmtp.config import load
 from wmtp.files import write_manifest
 from wmtp.models import export_hf
 from wmtp.pretrained import byte_tokenizer
@@ -16,7 +17,7 @@ from wmtp.pretrained import byte_tokenizer
 
 @pytest.fixture
 def reference(tmp_path):
-    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+    sizes = OmegaConf.to_container(load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
     sizes.pop("_component_")
     export_hf(random_decoder(**sizes), tmp_path / "reference", tokenizer_source=byte_tokenizer())
     return tmp_path / "reference"

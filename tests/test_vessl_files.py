@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torchtune._cli.tune import TuneCLIParser
 from vessl_files import BadRunFile, check_run_file, read, recorded_commands
 
-from wmtp.config import read_command_line
+from wmtp.config import load, read_command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = [ROOT / "vessl.yaml", *sorted((ROOT / "vessl").glob("*.yaml"))]
@@ -38,7 +38,7 @@ def test_commands_start_recipes_that_read_their_keys(path, tmp_path, monkeypatch
     for call in calls:
         arguments = TuneCLIParser()._parser.parse_args(call)
         module = importlib.import_module(arguments.recipe.removesuffix(".py").replace("/", "."))
-        config_file = OmegaConf.load(arguments.recipe_args[arguments.recipe_args.index("--config") + 1])
+        config_file = load(arguments.recipe_args[arguments.recipe_args.index("--config") + 1])
         overrides = [argument.split("=")[0] for argument in arguments.recipe_args if "=" in argument]
         # Every key is in its config, commented: one that is not would be a misspelling.
         assert [key for key in overrides if not _has(config_file, key)] == []

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from random_models import random_decoder
 
 from recipes.promote import PromoteRecipe
+from wmtp.config import load
 from wmtp.eval import AssertionTask
 from wmtp.eval.results import evaluation_results
 from wmtp.eval.samples import Judgement, Sample
@@ -46,7 +47,7 @@ def results_of(letters: list[str], temperature: float = 0.8, **settings) -> dict
 
 def run_promote(name: str, action: str = "register", evaluation_run: str | None = None, **overrides) -> None:
     """Run the recipe on the tiny config with overrides, in this process."""
-    cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "promote.yaml")
+    cfg = load(ROOT / "configs" / "tiny" / "promote.yaml")
     cfg.update({"name": name, "action": action, "evaluation_run": evaluation_run, "by": "someone", **overrides})
     recipe = PromoteRecipe(cfg)
     recipe.setup()
@@ -70,7 +71,7 @@ class Runs:
         export_hf(model, export, tokenizer_source=byte_tokenizer())
         run_id = self.client.create_run(self._experiment, run_name=f"training{self.exports}").info.run_id
         self.client.log_artifacts(run_id, str(export), "export")
-        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{config}.yaml")
+        cfg = load(ROOT / "configs" / "tiny" / f"{config}.yaml")
         self.client.log_text(run_id, OmegaConf.to_yaml(cfg, resolve=True), "config.yaml")
         self.client.log_metric(run_id, "eval/ce_head1", 2.5, step=10)
         tags = {"wmtp.git_commit": "c0ffee", "wmtp.method": "rho1", "wmtp.dataset": "tiny", **(tags or {})}

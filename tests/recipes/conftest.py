@@ -10,6 +10,7 @@ from random_models import random_decoder
 from run_configs import run_configs
 
 from runs import ROOT, read_metrics
+from wmtp.config import load
 from wmtp.models import ValueModel, export_hf, save_value_model
 from wmtp.pretrained import byte_tokenizer
 
@@ -20,7 +21,7 @@ def tiny_config(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def config(job="uniform", **overrides):
-        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{job}.yaml")
+        cfg = load(ROOT / "configs" / "tiny" / f"{job}.yaml")
         cfg.output_dir = str(tmp_path / job)
         cfg.tracking = None
         for key, value in overrides.items():
@@ -72,7 +73,7 @@ def run_distributed(tmp_path):
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """A reference and a value model of the tiny configs' shape, random, as their folders."""
-    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+    sizes = OmegaConf.to_container(load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
     sizes.pop("_component_")
     folder = tmp_path_factory.mktemp("models")
     export_hf(random_decoder(**sizes), folder / "reference", tokenizer_source=byte_tokenizer())

@@ -18,7 +18,7 @@ from services import new_store
 
 from recipes.critic_stage1 import CriticStage1Recipe
 from runs import ROOT, read_metrics
-from wmtp.config import StopTraining
+from wmtp.config import StopTraining, load
 from wmtp.errors import Stopped
 from wmtp.models import MTPDecoder, load_value_model
 from wmtp.pretrained import CheckpointError, hf_tokenizer, resolve_checkpoint
@@ -45,7 +45,7 @@ def critic_config(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def config(**overrides):
-        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / "critic_stage1.yaml")
+        cfg = load(ROOT / "configs" / "tiny" / "critic_stage1.yaml")
         cfg.output_dir, cfg.tracking = str(tmp_path / "critic"), None
         cfg.dataset = {"_component_": "wmtp.critic.jsonl_pairs", "source": str(tmp_path / "pairs.jsonl")}
         cfg.seq_len, cfg.optimizer.lr = 32, 0.01

@@ -17,7 +17,7 @@ from services import new_store
 
 from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
-from wmtp.config import ConfigError, read_command_line
+from wmtp.config import ConfigError, load, read_command_line
 from wmtp.data import packaged_functions, packaged_programs
 from wmtp.eval.report import headline
 from wmtp.models import export_hf
@@ -138,7 +138,7 @@ def test_programs_with_stdin_are_judged_and_n_at_k_uses_the_public_tests(tiny_co
 
 def test_every_end_token_of_the_checkpoint_ends_an_answer(tiny_config, tmp_path):
     """Each byte is an end token of a checkpoint: answers are empty, plain and self-speculative, and so are programs."""
-    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "eval_mbpp.yaml").model)
+    sizes = OmegaConf.to_container(load(ROOT / "configs" / "tiny" / "eval_mbpp.yaml").model)
     sizes.pop("_component_")
     export_hf(random_decoder(**sizes), tmp_path / "model", tokenizer_source=byte_tokenizer())
     generation = tmp_path / "model" / "generation_config.json"

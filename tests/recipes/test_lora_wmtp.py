@@ -13,10 +13,11 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from recipes.lora_wmtp import LoRARecipeWMTP
 from runs import ROOT, read_metrics, write_own_rules
+from wmtp.config import load
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 
-SHIPPED = OmegaConf.load(ROOT / "configs" / "tiny" / "lora_rho1.yaml")
+SHIPPED = load(ROOT / "configs" / "tiny" / "lora_rho1.yaml")
 
 
 @pytest.fixture(autouse=True)

@@ -18,12 +18,13 @@ from services import new_store
 
 from recipes.score_reference import ScoreReferenceRecipe
 from runs import ROOT
+from wmtp.config import load
 from wmtp.data import pack, prompt_completion, scored
 from wmtp.loss import token_cross_entropy
 from wmtp.models import export_hf, load_checkpoint, load_value_model
 from wmtp.pretrained import byte_tokenizer
 
-SIZES = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+SIZES = OmegaConf.to_container(load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
 SIZES.pop("_component_")
 SEQ_LEN = 64
 NO_MODEL = {"model": None, "checkpoint": None, "column": "values"}

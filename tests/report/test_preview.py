@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.lora_wmtp import LoRARecipeWMTP
+from wmtp.config import load
 from wmtp.critic import Pair, Pairs, encode_pairs, preview_pairs
 from wmtp.pretrained import byte_tokenizer
 from wmtp.report.preview import token_table
@@ -45,7 +45,7 @@ def test_a_run_shows_its_data_and_trains_as_it_would_without(recipe, job, tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"topic": "x"}) + "\n" for row in rows))
     figures = []
     for shown in (0, 3):
-        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{job}.yaml")
+        cfg = load(ROOT / "configs" / "tiny" / f"{job}.yaml")
         cfg.dataset = {"_component_": "wmtp.data.prompt_completion", "source": str(tmp_path / "rows.jsonl")}
         cfg.weighting = {"_component_": "wmtp.weighting.rho1", "score": "reference", "percentile": 0.4}
         cfg |= {"tracking": None, "eval_dataset": None, "reference_model": None, "checkpoint": None, "token_view": None}

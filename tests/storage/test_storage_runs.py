@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from processes import run_recipe_file, start
 from random_models import random_decoder
 
+from wmtp.config import load
 from wmtp.models import export_hf
 from wmtp.pretrained import byte_tokenizer
 
@@ -25,7 +26,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIAPLANTED0000KEY", "AWS_SECRET_ACCESS_KEY": "pLa
 @pytest.fixture
 def job(bucket, tmp_path, monkeypatch):
     """The shipped tiny configs with a dataset and models in the bucket, writing below its `runs/`."""
-    sizes = OmegaConf.to_container(OmegaConf.load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
+    sizes = OmegaConf.to_container(load(ROOT / "configs" / "tiny" / "score_reference.yaml").model)
     sizes.pop("_component_")
     export_hf(random_decoder(**sizes), tmp_path / "reference", tokenizer_source=byte_tokenizer())
     for file in (tmp_path / "reference").iterdir():
@@ -35,7 +36,7 @@ def job(bucket, tmp_path, monkeypatch):
     rows = {"_component_": "wmtp.data.prompt_completion", "source": f"{bucket.uri}/rows.jsonl"}
 
     def config(name, **overrides):
-        cfg = OmegaConf.load(ROOT / "configs" / "tiny" / f"{name}.yaml")
+        cfg = load(ROOT / "configs" / "tiny" / f"{name}.yaml")
         cfg.output_dir, cfg.tracking, cfg.dataset = f"{bucket.uri}/runs/{name}", None, dict(rows)
         if "eval_dataset" in cfg:
             cfg.eval_dataset = None
@@ -75,7 +76,7 @@ def test_training_goes_on_through_faults_and_no_secret_is_written(job, bucket, t
         return next(count) % 3 == 0
 
     bucket.proxy.mode, bucket.proxy.matches, bucket.proxy.seconds = 500, every_third, 0.1
-    tracking = OmegaConf.load(ROOT / "configs" / "tiny" / "rho1.yaml").tracking
+    tracking = load(ROOT / "configs" / "tiny" / "rho1.yaml").tracking
     config = job("rho1", reference_checkpoint=f"{bucket.uri}/reference", max_steps=4, save_every=2, tracking=tracking)
     printed = run(tmp_path, (TRAIN, config), size=2)
     assert bucket.proxy.faults > 10

@@ -1,0 +1,161 @@
+"""Building what a section of a config names, with its keys checked by name."""
+
+import functools
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from omegaconf import DictConfig, OmegaConf
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path
+
+from wmtp.config.reader import ConfigError, as_number, unknown_key, whole_number
+from wmtp.errors import UserError, one_line, raised_in
+
+_MOVED_TO = {  # where components were named before, and where they are
+    "wmtp.data": ("wmtp.eval", "wmtp.critic", "wmtp.pretrained"),
+    "wmtp.lr_schedule": ("wmtp.training.lr_schedule",),
+    "wmtp.model_card": ("wmtp.registry.card",),
+    "wmtp.rewards": ("wmtp.critic.rewards",),
+}
+
+
+def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> Any:
+    """Call a section's `_component_` with its keys, after checking them by name; no section gives None.
+
+    A function of ``signals`` is a weighting itself: it is not called, its other keys are fixed (functools.partial).
+    Sections with a `_component_` among its keys, at any depth of plain sections, are built first, with the same checks,
+    as ``where.key``.
+
+    Args:
+        section: config with a `_component_` dot path; its other keys are keyword arguments.
+        where: the section's name, for messages.
+        *args, **kwargs: what the recipe itself passes.
+
+    Raises:
+        ConfigError: component not found, key unknown or missing, or a value that WMTP or a library refused. What is
+            raised in code of the user's own, which is neither, is theirs and comes as it is.
+    """
+    if section is None:
+        return None
+    component, path = component_of(section, where), section._component_
+    parameters = _parameters(component)
+    by_name = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    allowed = by_name - set(kwargs) - set(list(parameters)[: len(args)])
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in section:
+        if key != "_component_" and key not in allowed and not takes_any:
+            raise ConfigError(unknown_key(str(key), allowed, where))
+    if "signals" in allowed and "signals" not in section:
+        component, allowed = functools.partial(functools.partial, component), allowed - {"signals"}
+    missing = [n for n in allowed if parameters[n].default is inspect.Parameter.empty and n not in section]
+    if missing:
+        raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
+    values = {str(key): _built(value, f"{where}.{key!s}") for key, value in section.items() if key != "_component_"}
+    for n in [n for n in values if n in by_name]:
+        _refuse_text_as_list(values[n], parameters[n], f"{where}.{n}")
+        values[n] = _numeric(values[n], parameters[n], f"{where}.{n}")
+    try:
+        return component(*args, **{**values, **kwargs})
+    except UserError as error:
+        # What a component says about one of its own keys gets the key's full name: weighting.method.percentile.
+        if str(error).split(" ", 1)[0] in section:
+            raise ConfigError(f"{where}.{one_line(error)}") from error
+        raise
+    except (TypeError, ValueError) as error:
+        if raised_in(error) != __file__:
+            raise
+        raise ConfigError(f"{where} ({path}): {one_line(error)}") from error
+
+
+def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
+    """The class or function that a section's `_component_` names.
+
+    Raises:
+        ConfigError: none is named, or it cannot be found. An error of the module itself, which is the user's own, comes
+            as it is.
+    """
+    path = section.get("_component_")
+    if path is None:
+        raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
+    if not isinstance(path, str):
+        raise ConfigError(f"{where}._component_ must be the dot path of a class or function, got {path!r}")
+    if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
+        sys.path.append(os.getcwd())
+    try:
+        component = _get_component_from_path(path)
+    except (InstantiationError, ImportError, ValueError) as error:
+        cause = error.__cause__ or error
+        absent = isinstance(cause, ModuleNotFoundError) and f"{path}.".startswith(f"{cause.name}.")
+        if absent or (raised_in(cause) in (__file__, "") and not isinstance(cause, SyntaxError | ModuleNotFoundError)):
+            why = _moved(path) or one_line(error)
+            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {why}") from error
+        raise cause from None
+    try:
+        _parameters(component)
+    except (TypeError, ValueError):
+        kind = type(component).__name__
+        raise ConfigError(f"{where}._component_ {path!r} is a {kind}, not a class or function with keys") from None
+    return component
+
+
+def _moved(path: str) -> str | None:
+    """Where a component of WMTP is that an older config names elsewhere; None for all others."""
+    folder, _, name = path.rpartition(".")
+    for room in _MOVED_TO.get(folder, ()):
+        if hasattr(importlib.import_module(room), name):
+            return f"it is {room}.{name} now"
+    return None
+
+
+def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(component, eval_str=True).parameters
+    except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation that is only there for a type checker
+        return inspect.signature(component).parameters
+
+
+def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
+    """A value as a number where its parameter takes nothing else, by its annotation or default; also inside lists."""
+    kinds = _kinds(parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default))
+    if not kinds & {"int", "float"} or not kinds <= {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}:
+        return value
+    if isinstance(value, list):
+        return [_numeric(child, parameter, f"{where}.{i}") for i, child in enumerate(value)]
+    number = as_number(value)
+    number = number if "float" in kinds else whole_number(number)
+    if isinstance(number, str) or (isinstance(number, bool) and "bool" not in kinds):
+        raise ConfigError(f"{where} must be a number, got {value!r}")
+    if isinstance(number, float) and "float" not in kinds:
+        raise ConfigError(f"{where} must be a whole number, got {value!r}")
+    return number
+
+
+def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
+    """A text is a sequence of letters to Python, but no list of names to whoever writes a config; nor is a list one."""
+    annotation = parameter.annotation
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    kinds = {get_origin(option) or option for option in options}
+    if isinstance(value, str) and str not in kinds and kinds & {Sequence, Collection, list, tuple}:
+        raise ConfigError(f"{where} must be a list, got {value!r}; write [{value}]")
+    if isinstance(value, list | dict) and str in kinds and kinds <= {str, type(None)}:
+        raise ConfigError(f"{where} must be a text, got {value!r}")
+
+
+def _kinds(annotation: Any) -> set[str]:
+    """Names of the types that an annotation is made of: int, float and NoneType of ``list[int | float] | None``."""
+    parts = annotation if isinstance(annotation, list) else get_args(annotation)
+    return set().union(*map(_kinds, parts)) if parts else {getattr(annotation, "__name__", type(annotation).__name__)}
+
+
+def _built(value: Any, where: str) -> Any:
+    """A config value as plain Python, with what its sections name built."""
+    if not OmegaConf.is_dict(value):
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    if "_component_" in value:
+        return build(value, where=where)
+    return {key: _built(child, f"{where}.{key}") for key, child in value.items()}

@@ -1,0 +1,133 @@
+"""A recipe's config from its file, the files that it starts from, and the command line."""
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from wmtp.config.reader import ConfigError
+from wmtp.errors import one_line
+
+
+def parse(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+    """Decorates a recipe's `main`: it is called with the config of :func:`read_command_line`."""
+
+    @functools.wraps(main)
+    def wrapper() -> None:
+        main(read_command_line(sys.argv[1:], about=sys.modules[main.__module__].__doc__))
+
+    return wrapper
+
+
+def read_command_line(arguments: Sequence[str], about: str | None = None) -> DictConfig:
+    """The config of ``--config file.yaml``, with the command line's changes, in their order.
+
+    ``key=value`` sets a (dotted) key to a YAML value, which may hold further ``=``; where the key is a section, a text
+    is its new `_component_`. ``~key`` removes a key.
+
+    Args:
+        about: what ``--help`` shows.
+
+    Raises:
+        ConfigError: the file is no config, or an argument is no change of one.
+    """
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="YAML file; change its keys with key=value, or ~key to remove")
+    parser.add_argument("--print-config", action="store_true", help="print the whole config as it would run, and end")
+    known, changes = parser.parse_known_args(arguments)
+    cfg = load(known.config)
+    for change in changes:
+        try:
+            _change(cfg, change)
+        except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+            raise ConfigError(f"{change!r} on the command line: {one_line(error)}") from error
+    if known.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(OmegaConf.to_yaml(cfg), end="")
+        raise SystemExit
+    return cfg
+
+
+def load(path: str | os.PathLike[str]) -> DictConfig:
+    """Returns the keys of a config file, on top of those of the files that its `defaults` names.
+
+    `defaults` is a path from the file's folder, or a list of them, of which later ones go on top; they may have
+    `defaults` themselves. Sections are taken key by key; one that names another `_component_` begins anew. ``~key:``,
+    with no value, removes a key that they have.
+
+    Raises:
+        ConfigError: a file cannot be read, is no config, or starts from itself; a key to remove is not there.
+    """
+    return OmegaConf.create(_load(Path(path).expanduser(), ()))
+
+
+def _load(file: Path, after: tuple[Path, ...]) -> dict:
+    """Returns a file's keys, and those that it starts from; `after` are the files that start from it."""
+    name = f"--config {file}" if not after else f"{file}, which {after[-1]} starts from (defaults),"
+    if any(file.resolve() == other.resolve() for other in after):
+        raise ConfigError(f"{after[0]} starts from itself (defaults): {' -> '.join(map(str, [*after, file]))}")
+    try:
+        cfg = OmegaConf.load(file)
+    except (OSError, ValueError, YAMLError) as error:
+        raise ConfigError(f"{name} cannot be read: {one_line(error)}") from error
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"{name} holds a list; a config is keys and values")
+    keys: dict = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    bases = keys.pop("defaults", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"defaults of {file} must be the path of a config, or a list of paths, got {bases!r}")
+    merged: dict = {}
+    for base in bases:
+        merged = _on_top(merged, _load(file.parent / Path(base).expanduser(), (*after, file)), str(file))
+    return _on_top(merged, keys, str(file))
+
+
+def _on_top(base: dict, keys: dict, where: str) -> dict:
+    """Returns `base` with `keys` put on top, in the order of `base`."""
+    merged = dict(base)
+    for key, value in keys.items():
+        old = merged.get(key)
+        if isinstance(key, str) and key.startswith("~") and value is None:
+            if key[1:] not in merged:
+                raise ConfigError(f"{where}: {key} removes a key that is not there")
+            del merged[key[1:]]
+        elif isinstance(old, dict) and isinstance(value, dict):
+            other = value.get("_component_", old.get("_component_")) != old.get("_component_")
+            merged[key] = _on_top({} if other else old, value, f"{where}: {key}")
+        else:
+            merged[key] = value
+    return merged
+
+
+def _change(cfg: DictConfig, change: str) -> None:
+    key, equals, text = change.partition("=")
+    if change.startswith("~"):
+        parent, _, name = key[1:].rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if not OmegaConf.is_dict(node) or name not in node:
+            raise ConfigError("the config has no such key to remove")
+        del node[name]
+        return
+    if not equals or not key or key.startswith("-"):
+        raise ConfigError("write key=value, such as max_steps=20, or ~key to remove a key")
+    try:
+        read = OmegaConf.from_dotlist([f"value={'null' if text == 'None' else text}"])
+        value = dict(OmegaConf.to_container(read))["value"]  # type: ignore[arg-type]
+    except YAMLError as error:
+        raise ConfigError(f"the value is no YAML, quote it: \"{key}='{text}'\" ({one_line(error)})") from error
+    if value is None and text.lower() not in ("null", "none", "~"):
+        raise ConfigError(f"the value is empty; write {key}=null if nothing is meant")
+    node = OmegaConf.select(cfg, key)
+    if isinstance(value, str) and OmegaConf.is_dict(node) and "_component_" in node:
+        key += "._component_"
+    OmegaConf.update(cfg, key, value, merge=False, force_add=True)

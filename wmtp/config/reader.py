@@ -1,0 +1,162 @@
+"""Reading a recipe's config strictly: every value is checked where it is read, and a key nobody read is an error."""
+
+import difflib
+import math
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from wmtp.errors import UserError, one_line
+
+
+class ConfigError(UserError):
+    """A config that cannot be run: one line saying which key, its value, and what is allowed."""
+
+
+class StopTraining(UserError):
+    """Training cannot go on: one line saying at which step, why, and what to look at."""
+
+
+_REQUIRED = object()
+
+
+class ConfigReader:
+    """Typed access to a config's keys. Call :meth:`done` when all are read: what nobody read is a misspelt key.
+
+    A recipe that reads a new key allows it; there is no schema to keep beside the code. Texts that begin with ``~/``
+    are paths in the home folder, everywhere in the config. A number in quotes is that number.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        try:
+            OmegaConf.resolve(cfg)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"the config has a reference that leads nowhere: {one_line(error)}") from error
+        _expand_home(cfg)
+        self._cfg = cfg
+        self._read: set[str] = set()
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value of a (dotted) key; `default` where it is absent or null, an error if there is none."""
+        self._read.add(key.split(".")[0])
+        value = OmegaConf.select(self._cfg, key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise ConfigError(f"config key {key!r} is missing; add it (configs/ has commented examples)")
+        return default
+
+    def number(
+        self, key: str, default: Any = _REQUIRED, *, above: float = -math.inf, minimum: float = -math.inf,
+        maximum: float = math.inf,
+    ) -> float | None:  # fmt: skip
+        """A finite real number in the given range; None only if that is the default."""
+        value = as_number(self.get(key, default))
+        if value is None:
+            return None
+        bounds = [f"> {above}"] * (above > -math.inf) + [f">= {minimum}"] * (minimum > -math.inf)
+        bounds += [f"<= {maximum}"] * (maximum < math.inf)
+        allowed = f"a number {' and '.join(bounds)}".strip()
+        real = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or not above < value or not minimum <= value <= maximum:
+            raise ConfigError(f"{key} must be {allowed}, got {value!r}")
+        return float(value)
+
+    def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 0) -> int | None:
+        """A whole number >= minimum; None only if that is the default."""
+        value = whole_number(as_number(self.get(key, default)))
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise ConfigError(f"{key} must be a whole number >= {minimum}, got {value!r}")
+        return value
+
+    def numbers(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        *,
+        minimum: float = -math.inf,
+        whole: bool = False,
+        distinct: bool = True,
+    ) -> list[float] | None:
+        """A list of one or more finite numbers >= minimum, different or whole ones if asked; None only by default."""
+        values = self.get(key, default)
+        if values is None:
+            return None
+        if isinstance(values, Sequence) and not isinstance(values, str):
+            values = [whole_number(as_number(v)) if whole else as_number(v) for v in values]
+        kinds = int if whole else int | float
+        good = isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0 and all(
+            isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v) and v >= minimum for v in values
+        )  # fmt: skip
+        if not good or (distinct and len(set(values)) < len(values)):
+            kind = f"{'different ' * distinct}{'whole ' * whole}numbers{f' >= {minimum}' * (minimum > -math.inf)}"
+            raise ConfigError(f"{key} must be {kind}, in a list, got {values!r}")
+        return list(values) if whole else [float(v) for v in values]
+
+    def flag(self, key: str, default: Any = _REQUIRED) -> bool:
+        """true or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key} must be true or false, got {value!r}")
+        return value
+
+    def choice(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
+        """The option the value names; null is the default, or None where that is an option."""
+        value = self.get(key, default)
+        if None in options.values() and key in self._cfg and self._cfg[key] is None:
+            return None
+        for name, option in options.items():
+            if name == value:
+                return option
+        raise ConfigError(f"{key} must be one of {', '.join(map(str, options))}, got {value!r}")
+
+    def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
+        """A nested part of the config, to be given to :func:`build`."""
+        value = self.get(key, None if optional else _REQUIRED)
+        if value is not None and not OmegaConf.is_dict(value):
+            raise ConfigError(f"{key} must be a section with a _component_, got {value!r}")
+        return value
+
+    def done(self) -> None:
+        """Refuse keys that nobody read."""
+        unread = [str(key) for key in self._cfg if key not in self._read]
+        if unread:
+            raise ConfigError("; ".join(unknown_key(key, self._read, "config") for key in unread))
+
+
+def as_number(value: Any) -> Any:
+    """The number that a text is, such as '1e-5' in quotes; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    for kind in (int, float):
+        with suppress(ValueError):
+            number = kind(value)
+            return number if math.isfinite(number) else value
+    return value
+
+
+def whole_number(value: Any) -> Any:
+    """1e5 is the whole number that it is, though YAML reads a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _expand_home(node: Any) -> None:
+    for key in list(node) if OmegaConf.is_dict(node) else range(len(node)):
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if OmegaConf.is_config(child):
+            _expand_home(child)
+        elif isinstance(child, str) and child.startswith("~"):
+            node[key] = os.path.expanduser(child)
+
+
+def unknown_key(key: str, known: set[str], where: str) -> str:
+    """What to say of a key that nobody knows: the nearest one, or all there are."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return f"unknown key {key!r} in {where}; {hint}"
