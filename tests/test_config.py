@@ -40,6 +40,22 @@ def test_a_choice_is_one_of_its_options_whatever_is_given():
 
 
 @pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("of", "must be one of auto, off, false, got 'of'"),
+        (True, "must be one of auto, off, false, got true, as YAML reads on and yes too"),
+        (0, "must be one of auto, off, false, got 0"),
+    ],
+)
+def test_a_choice_names_what_was_given_and_each_option_once_as_yaml_writes_it(value, says):
+    options = {"auto": "auto", "off": "off", False: "none"}
+    with pytest.raises(ConfigError, match=f"^a {says}$"):
+        ConfigReader(OmegaConf.create({"a": value})).choice("a", options, "auto")
+    with pytest.raises(ConfigError, match=r"^a must be one of auto, off, got "):  # YAML's off is no third option
+        ConfigReader(OmegaConf.create({"a": value})).choice("a", options | {False: "off"}, "auto")
+
+
+@pytest.mark.parametrize(
     ("component", "message"),
     [
         ("wmtp.weighting", r"^x\._component_ 'wmtp\.weighting' is a module, not a class or function with keys$"),

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from processes import start
+from services import free_port
 
 from wmtp.config import ConfigError
-from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
+from wmtp.distributed import SharedCounters, gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import UserError
 from wmtp.storage import Output
 from wmtp.training.checkpoint import checkpoint_to_resume
@@ -77,3 +78,22 @@ def test_what_there_is_to_go_on_from_is_what_rank_0_sees(tmp_path):
 @pytest.mark.slow
 def test_a_wait_ends_when_the_slow_rank_comes_not_at_the_groups_timeout(tmp_path):
     start(wait_beyond_the_timeout, size=2, log=tmp_path / "log.txt").join()
+
+
+def outlive_rank_0(port):
+    rank = int(os.environ["RANK"])
+    store = dist.TCPStore("localhost", port, 2, is_master=rank == 0, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    wait_for_all()
+    if rank == 0:
+        while store.add("rank 1 has arrived", 0) == 0:
+            time.sleep(0.01)
+        os._exit(0)
+    store.add("rank 1 has arrived", 1)
+    for wait in (lambda: on_rank_0(lambda: 0), wait_for_all, lambda: SharedCounters().add("judged", 1)):
+        with pytest.raises(UserError, match=r"^rank 0 has ended, and this rank cannot go on"):
+            wait()
+
+
+def test_ranks_without_a_launcher_say_that_rank_0_has_ended(tmp_path):
+    start(outlive_rank_0, free_port(), size=2, log=tmp_path / "log.txt").join()

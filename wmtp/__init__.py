@@ -1,6 +1,7 @@
 """WMTP: token-weighted multi-token prediction fine-tuning. Recipes live in `recipes/` and call this library."""
 
 import logging
+import os
 
 # What other packages say at the start and is known to mean nothing here, by logger and level. It would stand above the
 # first line that does. Filters, since MLflow sets the levels of its loggers anew when it is imported.
@@ -11,5 +12,8 @@ _FROM_LEVEL = {
 }
 for _name in _FROM_LEVEL:
     logging.getLogger(_name).addFilter(lambda record: record.levelno >= _FROM_LEVEL[record.name])
+
+# Where a peer is gone, torch's C++ prints a page of stack frames beside the exception. It is read when torch is loaded.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"

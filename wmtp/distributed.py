@@ -101,13 +101,14 @@ def wait_for_all() -> None:
     if size == 1:
         return
     store, number = _store("arrivals"), next(_arrivals)
-    store.add(str(number), 1)
-    pause = 0.0005
-    while store.add(str(number), 0) < size:
-        time.sleep(pause)
-        pause = min(0.2, 1.5 * pause)
-    if dist.get_rank() == 0:
-        store.delete_key(str(number - 1))  # which nobody asks for any more
+    with _while_rank_0_lives():
+        store.add(str(number), 1)
+        pause = 0.0005
+        while store.add(str(number), 0) < size:
+            time.sleep(pause)
+            pause = min(0.2, 1.5 * pause)
+        if dist.get_rank() == 0:
+            store.delete_key(str(number - 1))  # which nobody asks for any more
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
@@ -134,15 +135,16 @@ def on_rank_0(work: Callable[[], T]) -> T:
             raise
         _tell(store, value, None)
         return value
-    pause = 0.001
-    while not store.check(["value"]):
-        time.sleep(pause)
-        pause = min(0.2, 1.5 * pause)
-    parts = [f"part{i}" for i in range(int(store.get("value")))]
-    value, told = pickle.loads(b"".join(map(store.get, parts)))
-    if store.add("read", 1) == others:
-        for key in ("value", *parts):
-            store.delete_key(key)
+    with _while_rank_0_lives():
+        pause = 0.001
+        while not store.check(["value"]):
+            time.sleep(pause)
+            pause = min(0.2, 1.5 * pause)
+        parts = [f"part{i}" for i in range(int(store.get("value")))]
+        value, told = pickle.loads(b"".join(map(store.get, parts)))
+        if store.add("read", 1) == others:
+            for key in ("value", *parts):
+                store.delete_key(key)
     if told is not None:
         raise told
     return value
@@ -175,6 +177,15 @@ def a_rank_failed() -> bool:
         return dist.is_initialized() and _store("ending").check(["failed"])
     except RuntimeError:
         return True
+
+
+@contextlib.contextmanager
+def _while_rank_0_lives() -> Iterator[None]:
+    """What the store of the process group refuses, as one line: without a launcher it is rank 0's and ends with it."""
+    try:
+        yield
+    except dist.DistError as error:
+        raise UserError("rank 0 has ended, and this rank cannot go on without it; see what rank 0 said") from error
 
 
 def _store(name: str) -> dist.PrefixStore:
@@ -215,7 +226,8 @@ class SharedCounters:
 
     def add(self, key: str, amount: int = 0) -> int:
         """Add to a counter and return its new value; without an amount, its value."""
-        return self._store.add(key, amount)
+        with _while_rank_0_lives():
+            return self._store.add(key, amount)
 
     def take(self, key: str, stop: int) -> Iterator[int]:
         """Numbers 0, 1, ... below ``stop``, each given to exactly one of the ranks that iterate."""

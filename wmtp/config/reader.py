@@ -112,9 +112,14 @@ class ConfigReader:
         if None in options.values() and key in self._cfg and self._cfg[key] is None:
             return None
         for name, option in options.items():
-            if name == value:
+            if name == value and isinstance(name, bool) == isinstance(value, bool):
                 return option
-        raise ConfigError(f"{key} must be one of {', '.join(map(str, options))}, got {value!r}")
+        written = {False: "false", True: "true"}  # as YAML has it, which reads off and on so too
+        names = {option: written.get(name, name) for name, option in reversed(options.items())}
+        got = repr(value)
+        if isinstance(value, bool):
+            got = "true, as YAML reads on and yes too" if value else "false, as YAML reads off and no too"
+        raise ConfigError(f"{key} must be one of {', '.join(reversed(names.values()))}, got {got}")
 
     def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
         """A nested part of the config, to be given to :func:`build`."""
