@@ -112,6 +112,30 @@ def test_a_humaneval_row(tmp_path):
     assert not passes(task, "def helper(x):\n    return 0\n\ndef f(x):\n    return 0\n")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "answer"),
+    [
+        ("def f(x):\n", "    return x + 2\n"),
+        ("def f(x):", "\n    return x + 2\n"),
+        ("def f(\n    x,\n):\n    # Adds two.\n", "    return x + 2\n"),
+        ("def f(x):\n\t# Adds two.\n", "\treturn x + 2\n"),
+    ],
+)
+def test_a_prompt_needs_no_docstring(prompt, answer, tmp_path):
+    row = {**HUMANEVAL_ROW, "prompt": prompt, "canonical_solution": answer}
+    row["test"] = "def check(candidate):\n    assert candidate(1) == 3\n"
+    [task] = humaneval_tasks(write(tmp_path / "h.jsonl", row))
+    assert task.prompt == prompt and passes(task, task.program(answer)) and not passes(task, "def f(x): return x\n")
+
+
+def test_every_split_of_a_folder(tmp_path):
+    write(tmp_path / "test.jsonl", MBPP_ROW)
+    write(tmp_path / "prompt.jsonl", {**MBPP_ROW, "task_id": 2})
+    assert [task.task_id for task in mbpp_tasks(str(tmp_path), "all")] == ["Mbpp/2", "Mbpp/11"]
+    write(tmp_path / "all.jsonl", MBPP_ROW)  # which then is what is meant
+    assert [task.task_id for task in mbpp_tasks(str(tmp_path), "all")] == ["Mbpp/11"]
+
+
 def test_any_file_with_either_schema(tmp_path):
     leetcode = {
         **HUMANEVAL_ROW,

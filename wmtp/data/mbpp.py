@@ -34,7 +34,7 @@ def mbpp(
     Args:
         source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name.
         split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
-            file that holds them all; ``all`` takes every row of a file.
+            file that holds them all; ``all`` takes every row of a file, and every file of a folder.
         subset: the hub's ``full`` or ``sanitized``; both schemas are read from files as they are.
         prompt: ``docstring``: a docstring of the text and all tests. ``bigcode``: of the text and the first test.
             ``3shot``: the paper's, which also reads tasks 2, 3, 4 from the split ``prompt`` of source.

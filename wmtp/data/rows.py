@@ -36,7 +36,7 @@ def read_rows(
             ``.gz``; a pipe with what one of the first two holds; a folder that holds ``{split}`` with one of these
             endings; or a hub name ``owner/name``. Files and folders may be local or ``s3://``, see
             :func:`wmtp.storage.local_copy`.
-        split: which file of a folder, or which split of a hub dataset; unused for a file.
+        split: which file of a folder, or which split of a hub dataset; unused for a file. ``all``: every one.
         subset: the hub dataset's configuration, such as ``sanitized``.
         streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Rows of files
             are always read so, but for one JSON array, which is read as a whole.
@@ -46,6 +46,8 @@ def read_rows(
         ValueError: a file that cannot be read, malformed JSON, a row that is no object or has a key twice, or a hub
             dataset that cannot be loaded.
     """
+    if split == "all" and (splits := _splits(source)):
+        return (row for each in splits for row in read_rows(source, each, subset))
     path = _local_file(source, split)
     if path is None:
         return _numbered(_from_hub(str(source), subset, split, streaming), f"{source}[{split}]")
@@ -60,6 +62,9 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
     Raises:
         FileNotFoundError, ValueError: as in :func:`read_rows`.
     """
+    if split == "all" and (splits := _splits(source)):
+        counts = [count_rows(source, each, subset) for each in splits]
+        return None if None in counts else sum(counts)
     path = _local_file(source, split)
     if path is None:
         info = _from_hub(str(source), subset, split, streaming=True).info
@@ -213,14 +218,28 @@ def _local_file(source: str | Path, split: str | None) -> Path | None:
             return _file_of_split(path, split)
         if path.exists():
             return path
-    if str(source).startswith("/dev/"):
-        raise MissingError(
-            f"{source} does not exist in this process: what the shell writes for <(...) is open in one process only; "
-            "run with one process, or give a file, a named pipe, or /dev/stdin"
-        )
     if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
-        raise MissingError(f"{source} does not exist; give a file, a folder, or a hub name owner/name as source")
+        raise missing(source, "give a file, a folder, or a hub name owner/name as source")
     return None
+
+
+def _splits(source: str | Path) -> list[str]:
+    """The splits that a folder without a file for a split `all` holds, by name; none of anything else."""
+    with reading(source):
+        folder = local_copy(source)
+        names = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+    splits = {name.removesuffix(suffix) for name in names for suffix in _SUFFIXES if name.endswith(suffix)}
+    return [] if "all" in splits else sorted(splits)
+
+
+def missing(path: str | Path, way_out: str, key: str = "") -> MissingError:
+    """The error of a path that is not there, named after the config's key where one is given."""
+    if str(path).startswith("/dev/"):
+        return MissingError(
+            f"{key}{path} does not exist in this process: what the shell writes for <(...) is open in one process "
+            "only; run with plain python, or give a file, a named pipe, or /dev/stdin"
+        )
+    return MissingError(f"{key}{path} does not exist; {way_out}")
 
 
 def _file_of_split(folder: Path, split: str | None) -> Path:

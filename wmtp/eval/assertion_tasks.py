@@ -8,6 +8,7 @@ import builtins
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,7 +97,7 @@ def mbpp_tasks(
         source: a JSON or JSONL file (.gz too), a folder with `{split}.json`, or the hub name; ``evalplus/mbppplus``,
             or a file with its columns, for MBPP+, whose `test` is judged after test_list.
         split: ``train``, ``validation``, ``test`` or ``prompt``: the tasks of the published id ranges, also out of one
-            file that holds them all; ``all`` takes every row of a file.
+            file that holds them all; ``all`` takes every row of a file, and every file of a folder.
         subset: the hub's ``full`` or ``sanitized``.
         challenge_tests: judge by challenge_test_list too.
         ids: only these tasks, in this order; 11, "11" and "Mbpp/11" are the same.
@@ -252,7 +253,6 @@ def _from_humaneval(row: dict, where: str) -> AssertionTask:
         raise UserError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
     parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
     prompt = take(row, where, "prompt", str)
-    parsed(prompt, f"{where}: field 'prompt'")
     solution = "completion" if row.get("canonical_solution") is None and "completion" in row else "canonical_solution"
     text = next((name for name in ("text", "query") if row.get(name) is not None), None)
     return AssertionTask(
@@ -262,9 +262,19 @@ def _from_humaneval(row: dict, where: str) -> AssertionTask:
         entry_point=entry_point,
         solution=take(row, where, solution, str),
         setup="",
-        preamble=prompt,
+        preamble=_whole(prompt, where),
         tests=(f"{test}\ncheck(candidate)",),
     )
+
+
+def _whole(prompt: str, where: str) -> str:
+    """A prompt as a program of its own: one that ends with the head of a function without a docstring gets a body."""
+    for body in ("", "\n    pass\n", "\n        pass\n", "\n\tpass\n"):
+        with suppress(UserError):
+            parsed(prompt + body, "prompt")
+            return prompt + body
+    parsed(prompt, f"{where}: field 'prompt'")  # which raises
+    return prompt
 
 
 def _task_id(row: dict, where: str, family: str) -> str:

@@ -55,7 +55,9 @@ class TaskIds:
         if (hint := self._of_another_set(name)) is None:
             near = difflib.get_close_matches(name, self._known, n=1)
             first = f"the first is {self._known[0]!r}" if self._known else "none"
-            hint = f"; did you mean {near[0]!r}?" if near else f"; {first}"
+            hint = (
+                f"; did you mean {near[0]!r}?" if near else f"; {first}: write the id as the tasks do, or leave it out"
+            )
         raise UserError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks{hint}")
 
     def _of_another_set(self, name: str) -> str | None:
@@ -68,7 +70,8 @@ class TaskIds:
         title, splits = _PUBLISHED[family]
         split = next((split for split, ids in splits.items() if int(number) in ids), None)
         if split is None:
-            return f"; {title} has no such task, its ids go up to {max(ids[-1] for ids in splits.values())}"
+            first, last = min(ids[0] for ids in splits.values()), max(ids[-1] for ids in splits.values())
+            return f"; {title} has no such task, its ids are {first} to {last}: correct it, or leave it out"
         if ours != {family}:
             names = sorted(_PUBLISHED[our][0] if our in _PUBLISHED else our or "another set" for our in ours)
             return f": it is of {title}, and these are of {', '.join(names)}; set tasks to {title}'s, or leave it out"
