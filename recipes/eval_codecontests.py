@@ -27,9 +27,9 @@ from wmtp.data import PACKAGED_TASKS
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.eval.judging import Judging
-from wmtp.eval.report import headline, write_report
+from wmtp.eval.report import headline, logged, write_report
 from wmtp.eval.results import check_samples, evaluation_results
-from wmtp.eval.samples import Journal, Sample, read_journals, read_samples, write_samples
+from wmtp.eval.samples import Journal, Sample, find_samples, read_journals, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import model_tags, resolve_checkpoint
@@ -120,6 +120,8 @@ class EvalCodeContestsRecipe:
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
         resumed = self._check_output_dir()
+        if self._samples_file is not None:
+            on_rank_0(lambda: find_samples(self._samples_file))
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")
         self._model = self._prompts = None
@@ -215,7 +217,7 @@ class EvalCodeContestsRecipe:
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
         settings["tasks_sha256"] = _sha256([self._job(task, "") for task in self._tasks])
         settings["sanitize"] = self._sanitize
-        settings["samples_sha256"] = _sha256(self._given)
+        settings |= {"samples": self._samples_file, "samples_sha256": _sha256(self._given)}
         settings["prompts_sha256"] = _sha256(self._prompts)
         self._model_tags = {}
         if self._model is not None and self._checkpoint is not None:
@@ -304,7 +306,7 @@ class EvalCodeContestsRecipe:
             self._tasks, samples, kept.judgements,
             ks=self._ks, n_at_ks=self._n_at_ks, fixed_temperature=self._fixed_temperature,
             seed=self._seed, resamples=self._resamples,
-            settings=self._settings | {"samples": self._samples_file}, of_tasks=self._of_tasks,
+            settings=self._settings, of_tasks=self._of_tasks,
             sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
@@ -316,12 +318,9 @@ class EvalCodeContestsRecipe:
         for line in headline(results):
             self._log.say(line)
         self._log.say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
-        metrics = {}
-        for metric, figure in results["temperatures"][results["fixed_temperature"]]["metrics"].items():
-            name = f"eval/{self._name}/{metric}"
-            metrics |= {name: figure["estimate"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
+        metrics, tags = logged(results, self._name)
         files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl"))
-        self._log.result(metrics, *files)
+        self._log.result(metrics, *files, tags=tags)
         return results
 
     def _wanted(self, sample: Sample) -> bool:

@@ -24,9 +24,9 @@ from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_
 from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.eval.golds import settle_tests
 from wmtp.eval.judging import Judging
-from wmtp.eval.report import headline, write_report
+from wmtp.eval.report import headline, logged, write_report
 from wmtp.eval.results import check_samples, evaluation_results
-from wmtp.eval.samples import Journal, Sample, read_journals, read_samples, write_samples
+from wmtp.eval.samples import Journal, Sample, find_samples, read_journals, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import model_tags, resolve_checkpoint
@@ -109,6 +109,8 @@ class EvalMBPPRecipe:
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
         resumed = self._check_output_dir()
+        if self._samples_file is not None:
+            on_rank_0(lambda: find_samples(self._samples_file))
         self._tasks = build(self._tasks_cfg, where="tasks")
         self._limits = build(self._limits_cfg, where="limits")
         self._model = self._prompts = None
@@ -208,7 +210,7 @@ class EvalMBPPRecipe:
         if inside := [task.task_id for task in self._tasks if task.inside]:
             settings["judged_inside"] = inside
         settings["sanitize"] = self._sanitize
-        settings["samples_sha256"] = _sha256(self._given)
+        settings |= {"samples": self._samples_file, "samples_sha256": _sha256(self._given)}
         settings["prompts_sha256"] = _sha256(self._prompts)
         self._model_tags = {}
         if self._model is not None and self._checkpoint is not None:
@@ -287,7 +289,7 @@ class EvalMBPPRecipe:
         results = evaluation_results(
             self._tasks, samples, kept.judgements,
             ks=self._ks, fixed_temperature=self._fixed_temperature, seed=self._seed, resamples=self._resamples,
-            settings=self._settings | {"samples": self._samples_file}, of_tasks=self._of_tasks,
+            settings=self._settings, of_tasks=self._of_tasks,
             sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
@@ -299,12 +301,9 @@ class EvalMBPPRecipe:
         for line in headline(results):
             self._log.say(line)
         self._log.say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
-        metrics = {}
-        for metric, figure in results["temperatures"][results["fixed_temperature"]]["metrics"].items():
-            name = f"eval/{self._name}/{metric}"
-            metrics |= {name: figure["estimate"], f"{name}_low": figure["low"], f"{name}_high": figure["high"]}
+        metrics, tags = logged(results, self._name)
         files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl"))
-        self._log.result(metrics, *files)
+        self._log.result(metrics, *files, tags=tags)
         return results
 
     def _wanted(self, sample: Sample) -> bool:

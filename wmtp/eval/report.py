@@ -74,6 +74,25 @@ def headline(results: dict) -> list[str]:
     return [*cautions(results), *lines]
 
 
+def logged(results: dict, name: str) -> tuple[dict[str, float], dict[str, str]]:
+    """An evaluation's metrics and tags for MLflow, with what keeps two evaluations from being compared in both."""
+    table = results["temperatures"][results["fixed_temperature"]]
+    figures = table["metrics"] | {f"protected_{k}": v for k, v in table.get("protected_metrics", {}).items()}
+    inside = results["judged_inside"]["tasks"]
+    metrics: dict[str, float] = {
+        "tasks": results["tasks"],
+        "of_tasks": results["of_tasks"],
+        "samples": results["samples"],
+        "tasks_judged_inside": inside,
+        "excluded_harness_errors": results["excluded_harness_errors"],
+    }
+    for metric, figure in figures.items():
+        metrics |= {metric: figure["estimate"], f"{metric}_low": figure["low"], f"{metric}_high": figure["high"]}
+    partial = f"{results['tasks']} of {results['of_tasks']}" if results["tasks"] < results["of_tasks"] else "all"
+    tags = {"wmtp.evaluated_tasks": partial, "wmtp.judged_inside": f"{inside} of {results['tasks']} tasks"}
+    return {f"eval/{name}/{metric}": value for metric, value in metrics.items()}, tags
+
+
 def report_page(
     results: dict,
     tasks: Sequence[Task],
@@ -126,6 +145,7 @@ def cautions(results: dict) -> list[str]:
             f"WARNING: {unreadable['samples']} of {results['samples']} samples ({_percent(share)} %) are no Python "
             f"programs: {unreadable['likely_cause']}."
         )
+    lines += _unfinished(results)
     if results.get("of_tasks", results["tasks"]) > results["tasks"]:  # older results do not say
         lines.append(
             f"Judged are {results['tasks']} of {results['of_tasks']} tasks, those with samples "
@@ -182,6 +202,28 @@ def scores(results: dict) -> list[str]:
             line += f" Tokens a forward pass: {tokens['per_forward']:.3f}."
         parts.append(line)
     return parts
+
+
+def _unfinished(results: dict) -> list[str]:
+    """What ends too early and what defines nothing asked for, where it is a tenth of the samples or more."""
+    found, total, settings = results.get("unfinished", {}), results["samples"], results["settings"]
+    cut, undefined = found.get("cut_off", 0), found.get("undefined", {"samples": 0})
+    lines = []
+    if 10 * cut >= total:
+        lines.append(
+            f"WARNING: {cut} of {total} samples ({_percent(cut / total)} %) fail and end in the middle: raise "
+            "max_new_tokens where they are generated."
+        )
+    if 10 * undefined["samples"] >= total:
+        count, first = undefined["samples"], undefined["first"]
+        cleaned = settings.get("samples") is not None and settings.get("sanitize") == "auto"
+        lines.append(
+            f"WARNING: {count} of {total} samples ({_percent(count / total)} %) define nothing of the name that the "
+            f"tests call (task {first['task_id']}: {first['asked']}, sample {first['sample']} defines "
+            f"{', '.join(first['defined']) or 'nothing'}): ask for the name in the prompt"
+            f"{', or try sanitize=off if the program was cut out of the text wrongly' * cleaned}."
+        )
+    return lines
 
 
 def _verdict_table(results: dict) -> list[str]:

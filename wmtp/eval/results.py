@@ -13,6 +13,7 @@ from wmtp.errors import UserError
 from wmtp.eval.estimators import n_at_k, oracle_temperature, paired_difference, pass_at_k
 from wmtp.eval.protocols import Task
 from wmtp.eval.samples import Judgement, Key, Sample, sort_key, why_unreadable
+from wmtp.eval.sanitize import breaks_off, defines
 from wmtp.eval.stdio_tasks import StdioTask
 from wmtp.numerics.bootstrap import Interval, bootstrap_interval
 from wmtp.sandbox import Verdict
@@ -20,6 +21,7 @@ from wmtp.sandbox import Verdict
 VERDICTS = get_args(Verdict)
 ORACLE_NOTE = "chosen on the test score itself: optimistic, not to be compared with a temperature fixed beforehand"
 _NO_PYTHON = ("SyntaxError", "IndentationError", "TabError")
+_DEFINITION = re.compile(r"^(?:async def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Warning)\b")
 
 
@@ -111,6 +113,7 @@ def evaluation_results(
         "oracle": {"note": ORACLE_NOTE, "metrics": oracle},
         **_totals(samples, judgements),
         **_unreadable(tasks, samples, judgements, settings or {}),
+        **_unfinished(tasks, samples, judgements),
     }
 
 
@@ -147,9 +150,13 @@ def check_samples(
         [fixed_temperature] = grouped
     if fixed_temperature not in grouped:
         there = ", ".join(map(temperature_name, grouped))
-        raise UserError(
-            f"fixed_temperature must be one of those sampled ({there}), got {temperature_name(fixed_temperature)}"
-        )
+        if list(grouped) == [None]:
+            way_out = f"the samples do not say theirs, so it must be null, got {fixed_temperature}"
+        elif fixed_temperature is None:
+            way_out = f"the samples have several ({there}); set it to the one that the headline reports"
+        else:
+            way_out = f"no sample has {fixed_temperature}; set it to one that they have ({there})"
+        raise UserError(f"fixed_temperature: {way_out}")
     return fixed_temperature
 
 
@@ -268,6 +275,32 @@ def _unreadable(tasks, samples, judgements, settings: Mapping[str, Any]) -> dict
     protocol = (settings.get("protocol") or {}).get("_component_")
     cause = why_unreadable({task.task_id: task for task in tasks}, broken, cleaned=cleaned, protocol=protocol)
     return {"unreadable": {"samples": len(broken), "likely_cause": cause}}
+
+
+def _unfinished(tasks, samples, judgements) -> dict:
+    """How many samples fail because they end too early, or define nothing of the name that the tests call."""
+    by_id = {task.task_id: task for task in tasks}
+    cut, undefined = [], []
+    for sample in samples:
+        if judgements[sample.key].verdict in ("passed", "harness_error"):
+            continue
+        entry = re.match(r"\w+", getattr(by_id[sample.task_id], "entry_point", None) or "")
+        name = entry.group() if entry else None
+        last = _DEFINITION.findall(sample.text)[-1:]
+        ended = sample.finish_reason == "length" or (sample.finish_reason is None and breaks_off(sample.text))
+        if ended and (not last or name in (None, *last)):  # else what is cut off comes after the answer
+            cut.append(sample)
+        elif name is not None and not defines(sample.solution, name):
+            undefined.append((name, sample))
+    found: dict[str, Any] = {"cut_off": len(cut)} if cut else {}
+    if undefined:
+        name, sample = undefined[0]
+        instead = list(dict.fromkeys(_DEFINITION.findall(sample.solution)))[:3]
+        found["undefined"] = {
+            "samples": len(undefined),
+            "first": {"task_id": sample.task_id, "sample": sample.sample, "asked": name, "defined": instead},
+        }
+    return {"unfinished": found} if found else {}
 
 
 def _verdicts(judged: Iterable[Judgement]) -> dict[str, int]:

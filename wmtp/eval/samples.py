@@ -11,17 +11,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wmtp.data.rows import ReadColumns, is_number, read_rows, take
+from wmtp.config import differences
+from wmtp.data.rows import ReadColumns, is_number, missing, read_rows, reading, take
 from wmtp.errors import UserError
 from wmtp.eval.protocols import Protocol, Task
-from wmtp.eval.sanitize import is_program, open_names, sanitize
+from wmtp.eval.sanitize import breaks_off, is_program, open_names, sanitize
 from wmtp.eval.stdio_tasks import StdioTask
 from wmtp.eval.task_ids import TaskIds
 from wmtp.files import write_whole
 from wmtp.sandbox import Outcome
+from wmtp.storage import local_copy
 
 Key = tuple[str, float | None, int]  # task id, temperature, sample
 _MAX_DETAIL = 500  # characters of a verdict's detail that are kept
+_HASHED = {  # settings of which a journal has the SHA-256 alone, as a person knows them
+    "samples_sha256": "the samples in the file",
+    "tasks_sha256": "the tasks",
+    "prompts_sha256": "the prompts",
+    "checkpoint_sha256": "the checkpoint's weights",
+}
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Sample:
     def key(self) -> Key:
         return self.task_id, self.temperature, self.sample
 
+    @property
+    def text(self) -> str:
+        """What the model wrote, as far as it is known."""
+        return next(text for text in (self.completion, self.raw, self.solution) if text is not None)
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -84,6 +97,22 @@ class Judgement:
         return cls(outcome.verdict, detail, task.passes_public(outcome), task.passes_lenient(outcome))
 
 
+def find_samples(path: str | Path) -> None:
+    """Refuse a file of samples that is not there, before anything else is loaded.
+
+    Raises:
+        UserError: there is no such file, or it is a folder.
+    """
+    with reading(path):
+        local = local_copy(path)
+        there, is_folder = local.exists(), local.is_dir()
+    if is_folder:
+        files = ", ".join(sorted(file.name for file in local.iterdir() if ".json" in file.name)[:5])
+        raise UserError(f"samples={path} is a folder; give one file{f', such as {files}' * bool(files)}")
+    if not there:
+        raise missing(path, "give a file of JSON lines, each with task_id and solution or completion", "samples=")
+
+
 def read_samples(
     path: str | Path,
     tasks: Sequence[Task],
@@ -111,10 +140,12 @@ def read_samples(
         ValueError: a malformed or incomplete row (the message names file and line), a sample of an unknown task, two
             with the same index, a task without a sample, or, with `clean`, no text that holds a program.
     """
+    find_samples(path)
     by_id = {task.task_id: task for task in tasks}
     left_out: frozenset[str] = getattr(tasks, "left_out", frozenset())
     ids = TaskIds([*by_id, *left_out])
     samples: dict[Key, Sample] = {}
+    places: dict[Key, str] = {}
     counts: Counter = Counter()
     readable, names = not clean, functools.cache(lambda task_id: asked_names(by_id[task_id]))
     for where, row in ReadColumns(read_rows(path), {"sample": int, "temperature": float}):
@@ -124,7 +155,10 @@ def read_samples(
             continue
         task = by_id[task_id]
         if row.get("solution") is None and row.get("completion") is None:
-            raise UserError(f"{where}: needs a solution or a completion; the row has {', '.join(map(str, row))}")
+            raise UserError(
+                f"{where}: needs a solution (a whole program) or a completion (what follows the task's prompt); the "
+                f"row has {', '.join(map(str, row))}: give its answer one of these names"
+            )
         # What a model wrote may be no Unicode text: that is for the judge to find.
         completion, solution = (_optional(row, where, column, (str,)) for column in ("completion", "solution"))
         prompt, text = "", solution
@@ -142,6 +176,8 @@ def read_samples(
         if temperature is not None and not (is_number(temperature) and temperature >= 0):
             raise UserError(f"{where}: temperature must be a number >= 0, got {temperature}")
         number = _optional(row, where, "sample", (int,))
+        if number is not None and number < 0:
+            raise UserError(f"{where}: sample must be a whole number >= 0, got {number}")
         sample = Sample(
             task_id=task.task_id,
             sample=counts[task.task_id, temperature] if number is None else number,
@@ -155,7 +191,12 @@ def read_samples(
         )
         counts[task.task_id, temperature] += 1
         if sample.key in samples:
-            raise UserError(f"{where}: sample {sample.sample} of task {sample.task_id} is there twice")
+            raise UserError(
+                f"{where}: sample {sample.sample} of task {sample.task_id} is there twice, first at "
+                f"{places[sample.key]}; give every row of a task its own number as `sample`, or give it to none: they "
+                "are numbered by their order then"
+            )
+        places[sample.key] = where
         samples[sample.key] = sample
     sampled = {sample.task_id for sample in samples.values()}
     absent = [task_id for task_id in by_id if task_id not in sampled]
@@ -197,6 +238,8 @@ def why_unreadable(tasks: Mapping[str, Task], samples: Sequence[Sample], *, clea
         )
     if not cleaned:
         return "they are judged as they are; give them as samples=FILE with sanitize=auto, which cuts a program out"
+    if most(lambda sample: breaks_off(sample.text)):
+        return "they end in the middle; raise max_new_tokens where they are generated"
     return "look at some: they may be cut off, of another language, or no answers at all"
 
 
@@ -347,15 +390,20 @@ def _read_journal(path: Path) -> list[dict]:
 
 
 def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> None:
+    """Refuse a journal of other settings; `samples`, the name of a file, may change as long as its samples do not."""
     if "settings" not in header:
         raise UserError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
     theirs, ours = header["settings"], json.loads(json.dumps(dict(settings)))
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise UserError(
-                f"{path} is of an evaluation with {name}={theirs.get(name)!r}, this one has {ours.get(name)!r}; "
-                "use another output folder, or the same settings to go on"
-            )
+    changed = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
+    if changed in ([], ["samples"]):
+        return
+    hashed = [_HASHED[name] for name in changed if name in _HASHED]
+    told = [name for name in changed if name not in _HASHED]
+    shown = differences({n: theirs.get(n) for n in told}, {n: ours.get(n) for n in told}) or [" and ".join(hashed)]
+    raise UserError(
+        f"{path} is of an evaluation with other settings: {', '.join(shown)}{' changed' * (not told)}; use another "
+        "output_dir, the settings of before to go on, or overwrite=true to start again"
+    )
 
 
 def _put(records: dict, key: Key, value: object, where: str) -> None:

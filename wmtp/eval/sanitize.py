@@ -21,9 +21,11 @@ _BOUNDARY = re.compile(
     r"|^[ \t]*\[/?(?:BEGIN|DONE|PYTHON|INST|ANSWER)\]|[\0\ud800-\udfff]",
     re.MULTILINE,
 )
+_MAY_BE_INCOMPLETE = 0x4000  # codeop's flag: Python says of a text whether it only waits for more
 _FENCE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[^`\n]*$", re.MULTILINE)
 # A first line that Python takes for an expression: a fence of tildes, or what is left of a fence.
 _LABEL = re.compile(r"\A\s*(?:~{3,}[ \t]*\w*|(?i:python3?|py))[ \t]*\n")
+_HEAD = re.compile(r"^(?:async def|def|class|import|from|@)\b", re.MULTILINE)  # of code
 _LEADING_TAB = re.compile(r"^ *\t", re.MULTILINE)
 _DYNAMIC = {"eval", "exec", "globals", "locals", "vars", "__import__"}  # they reach names that are not written out
 _STREAMS = {"stdin", "stdout", "stderr"}
@@ -61,6 +63,35 @@ def open_names(code: str) -> set[str]:
     """The names that a code reads and gives no value."""
     binds, uses, _ = _names(code)
     return uses - binds
+
+
+def defines(program: str, name: str) -> bool:
+    """Whether a program gives a name a value; True too of what is no Python, or imports nobody knows what."""
+    return not is_program(program) or name in _names(program)[0] or "import *" in program
+
+
+def breaks_off(text: str) -> bool:
+    """Whether the code of a text, or of its last fence, ends where Python waits for more or in the middle of a line."""
+    text = _plain(text)
+    fences = [0, *(fence.end() for fence in _FENCE.finditer(text))]
+    if len(fences) % 2 and len(fences) > 1:
+        return False
+    if len(fences) > 1 and _HEAD.search(text, fences[-2], fences[-1]):  # it closes a block that a prompt has opened
+        return False
+    start = _HEAD.search(text, fences[-1])
+    code = _dedented(text[start.start() if start else fences[-1] :]).rstrip()
+    last = code.rpartition("\n")[2]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            compile(code, "program.py", "exec", _MAY_BE_INCOMPLETE | ast.PyCF_ONLY_AST, dont_inherit=True)
+    except SyntaxError as error:
+        in_last_line = error.lineno == code.count("\n") + 1
+        at_its_end = (error.offset or 0) > len(last) or last[:1].isspace()  # else it may be prose after the program
+        return "incomplete input" in str(error) or (in_last_line and at_its_end)
+    except (ValueError, RecursionError, MemoryError):
+        return False
+    return False
 
 
 def is_program(text: str) -> bool:
