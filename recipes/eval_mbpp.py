@@ -165,7 +165,9 @@ class EvalMBPPRecipe:
             self._output, "an evaluation", results=RESULTS, overwrite=self._overwrite, resume=self._resume
         )
         if self._resume == "yes" and not there:
-            raise ConfigError(f"resume=true, but {self._output_dir} holds no evaluation")
+            raise ConfigError(
+                f"resume=true, but {self._output_dir} holds no evaluation to go on with; set resume=false or auto"
+            )
         return there and self._resume != "no"
 
     def _read_samples(self) -> list[Sample]:

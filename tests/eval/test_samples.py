@@ -64,7 +64,7 @@ def test_solutions_and_completions_as_human_eval_and_evalplus_write_them(tmp_pat
         ({"solution": "x"}, "field 'task_id' is missing; the row has solution"),
         ({"task_id": 11}, "needs a solution .* or a completion .*; the row has task_id: give its answer"),
         ({"task_id": 11, "solution": None}, "needs a solution "),
-        ({"task_id": 11, "solution": 5}, "field 'solution' must be str, got 5"),
+        ({"task_id": 11, "solution": 5}, "field 'solution' must be a string, got int 5"),
         ({"task_id": 12, "solution": "x"}, "task_id 12 is none of the 3 tasks"),
         ({"task_id": "Mbpp/602", "solution": "x"}, "task_id 'Mbpp/602' is none of the 3 tasks: it is of MBPP"),
         ({"task_id": "Mbpp/1l", "solution": "x"}, "task_id 'Mbpp/1l' is none of the 3 tasks; did you mean 'Mbpp/11'?"),
@@ -72,7 +72,14 @@ def test_solutions_and_completions_as_human_eval_and_evalplus_write_them(tmp_pat
         ({"task_id": True, "solution": "x"}, "task_id must be a string or a whole number, got True"),
         ({"task_id": 2, "solution": "x", "sample": 0}, "sample 0 of task Mbpp/2 is there twice, first at .*s.jsonl:1;"),
         ({"task_id": 2, "solution": "x", "sample": -1}, "sample must be a whole number >= 0, got -1"),
-        ({"task_id": 2, "solution": "x", "temperature": "hot"}, "field 'temperature' must be int or float, got 'hot'"),
+        ({"task_id": 2, "solution": "x", "tokens": -1}, "tokens must be a whole number >= 0, got -1"),
+        (
+            {"task_id": 2, "completion": ["x", "y"]},
+            "field 'completion' must be a string, got list .*; give each answer a",
+        ),
+        ([["x"], ["y"]], "a row must be a JSON object, got list; write one object a line"),
+        ({str(i): ["x"] for i in range(500)}, "field 'task_id' is missing; the row has 0, 1, .*, 19, [.][.][.]$"),
+        ({"task_id": 2, "solution": "x", "temperature": "hot"}, "field 'temperature' must be a number, got str 'hot'"),
         ({"task_id": 2, "solution": "x", "temperature": -1}, "temperature must be a number >= 0, got -1"),
     ],
 )
@@ -132,6 +139,13 @@ def test_a_protocol_reads_completions_and_leaves_solutions_alone(tmp_path):
     ("row", "protocol", "says"),
     [
         ({"solution": "It's nothing."}, None, "look at some"),
+        ({"solution": " "}, None, "their solution is empty$"),
+        (
+            {"solution": "", "completion": F},
+            None,
+            "their solution is empty; leave that column out to have the completion",
+        ),
+        ({"solution": "def f(x):"}, None, "they end in the middle; raise max_new_tokens"),
         ({"solution": "    return 1"}, None, "name their column completion, not solution"),
         ({"completion": "It's nothing."}, Protocol("p", (), str, lambda task, text: text), "the protocol p may not be"),
     ],

@@ -99,7 +99,7 @@ def test_samples_of_some_tasks_as_people_have_them(tiny_config, tmp_path):
     results = json.loads(files(cfg.output_dir)["results.json"])
     assert (results["verdicts"], results["tasks"], results["of_tasks"]) == ({"passed": 3}, 3, 8)
     assert results["settings"]["sanitize"] == "auto"
-    assert "> Judged are 3 of 8 tasks, those with samples" in (Path(cfg.output_dir) / "report.md").read_text()
+    assert "> Only 3 of 8 tasks are judged, those with samples" in (Path(cfg.output_dir) / "report.md").read_text()
     sample = json.loads(files(cfg.output_dir)["samples.jsonl"].splitlines()[0])
     assert (
         sample["raw"] == rows[0]["solution"] and sample["solution"].strip() == packaged_functions()[0]["code"].strip()
@@ -243,7 +243,7 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"checkpoint": "no/such/model"}, "no/such/model"),
         ({"tokenizer": {"_component_": "wmtp.pretrained.hf_tokenizer", "path": "."}}, "tokenizer.json"),
         ({"limits__cpu_seconds": -1.0}, "cpu_seconds"),
-        ({"resume": True}, "holds no evaluation"),
+        ({"resume": True}, "holds no evaluation to go on with; set resume=false or auto"),
         ({"protocol___component_": "wmtp.eval.alphacode_protocol"}, "for programs that read stdin"),
         ({"samples": "no/such/file.jsonl", "tasks": {"_component_": "no.such"}}, "samples=no/such/file.jsonl does not"),
         ({"sanitize": "on"}, "sanitize must be one of auto, off"),

@@ -23,6 +23,7 @@ _PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
 _OF_TESTS = re.compile(r"(?:^|_)(?:test|testcase|assert|assertion|input|output)s?(?:$|_)")  # a column's name
+_NAMED = 20  # fields that a message names
 _LIKENESS = 0.8  # of two names, from which on one may be the other misspelt
 
 
@@ -88,10 +89,16 @@ def take(row: dict, where: str, column: str, kind: type[T]) -> T:
     if value is None and column in row:
         raise UserError(f"{where}: field {column!r} is null; give it a value, or leave the row out")
     if value is None:
-        raise UserError(f"{where}: field {column!r} is missing; the row has {', '.join(map(str, row)) or 'no fields'}")
+        raise UserError(f"{where}: field {column!r} is missing; the row has {fields_of(row)}")
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{where}: field {column!r} must be {_KIND[kind]}, got {type(value).__name__} {value!r:.60}")
     return _unicode(value, f"{where}: field {column!r}") if kind is str else value
+
+
+def fields_of(row: Mapping) -> str:
+    """The names of a row's fields, for a message; the first of them where they are many."""
+    names = [*map(str, row)]
+    return ", ".join([*names[:_NAMED], *["..."] * (len(names) > _NAMED)]) or "no fields"
 
 
 def take_texts(row: dict, where: str, column: str) -> list[str]:
@@ -181,8 +188,9 @@ class ReadColumns:
     def require(self, key: str, column: str, source: object) -> None:
         """Refuse a config's key that names a column which no row has."""
         if column not in self.there:
-            there = ", ".join(map(str, self.there)) or "none"
-            raise UserError(f"{key} is {column!r}, which no row of {source} has; its columns are {there}")
+            raise UserError(
+                f"{key} is {column!r}, which no row of {source} has; its columns are {fields_of(self.there)}"
+            )
 
 
 def _is_a(value: object, kind: Any) -> bool:
@@ -323,7 +331,8 @@ def _parse(text: str, name: str, line: int) -> object:
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise UserError(
-            f"{name}:{line}: malformed JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            f"{name}:{line}: malformed JSON: {error.msg.removesuffix(' at')} at column {error.colno}; "
+            "write one object a line, or one array"
         ) from None
     except RecursionError:
         raise UserError(f"{name}:{line}: JSON that is nested too deeply to be read") from None
@@ -342,7 +351,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 def _checked(row: object, where: str) -> tuple[str, dict]:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, got {type(row).__name__}")
+        raise UserError(
+            f"{where}: a row must be a JSON object, got {type(row).__name__}; write one object a line, each with its "
+            "fields by name"
+        )
     return where, row
 
 

@@ -14,7 +14,7 @@ from functools import partial
 
 from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
-from wmtp.data.rows import ReadColumns, read_rows, refuse_unread_tests, take, take_texts
+from wmtp.data.rows import ReadColumns, fields_of, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.errors import UserError
 from wmtp.eval.task_ids import select_tasks
 from wmtp.sandbox import AssertionJob, Limits, Outcome
@@ -201,7 +201,7 @@ def _is_mbpp(row: dict, where: str) -> bool:
     if row.get("test_list") is None and (row.get("test") is None or row.get("entry_point") is None):
         raise UserError(
             f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
-            f"prompt, canonical_solution, test, entry_point); the row has {', '.join(map(str, row)) or 'no fields'}"
+            f"prompt, canonical_solution, test, entry_point); the row has {fields_of(row)}"
         )
     return row.get("test_list") is not None
 

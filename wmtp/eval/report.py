@@ -148,8 +148,8 @@ def cautions(results: dict) -> list[str]:
     lines += _unfinished(results)
     if results.get("of_tasks", results["tasks"]) > results["tasks"]:  # older results do not say
         lines.append(
-            f"Judged are {results['tasks']} of {results['of_tasks']} tasks, those with samples "
-            "(tasks.only=with_samples): no figure of the whole set."
+            f"Only {results['tasks']} of {results['of_tasks']} tasks are judged, those with samples "
+            "(tasks.only=with_samples): these are not figures of the whole set."
         )
     for name, of_temperature in results["temperatures"].items():
         for metric, figure in of_temperature["metrics"].items():
@@ -218,8 +218,8 @@ def _unfinished(results: dict) -> list[str]:
         count, first = undefined["samples"], undefined["first"]
         cleaned = settings.get("samples") is not None and settings.get("sanitize") == "auto"
         lines.append(
-            f"WARNING: {count} of {total} samples ({_percent(count / total)} %) define nothing of the name that the "
-            f"tests call (task {first['task_id']}: {first['asked']}, sample {first['sample']} defines "
+            f"WARNING: {count} of {total} samples ({_percent(count / total)} %) do not define what the tests "
+            f"call (task {first['task_id']}: {first['asked']}, sample {first['sample']} defines "
             f"{', '.join(first['defined']) or 'nothing'}): ask for the name in the prompt"
             f"{', or try sanitize=off if the program was cut out of the text wrongly' * cleaned}."
         )

@@ -143,20 +143,21 @@ def check_samples(
         for k in [*ks, *(k for _, k in n_at_ks)]:
             if not 1 <= k <= fewest:
                 raise UserError(
-                    f"k must be between 1 and the number of samples a task, got {k}; task {task_id} has {fewest} at "
-                    f"temperature {temperature_name(temperature)}"
+                    f"pass@k and n@k need k samples of every task, got k = {k}; task {task_id} has {fewest} at "
+                    f"temperature {temperature_name(temperature)}: lower k, or add samples"
                 )
     if fixed_temperature is None and len(grouped) == 1:
         [fixed_temperature] = grouped
     if fixed_temperature not in grouped:
         there = ", ".join(map(temperature_name, grouped))
         if list(grouped) == [None]:
-            way_out = f"the samples do not say theirs, so it must be null, got {fixed_temperature}"
+            way_out = "the samples do not say their temperature; set it to null"
         elif fixed_temperature is None:
-            way_out = f"the samples have several ({there}); set it to the one that the headline reports"
+            way_out = f"the samples have several temperatures; set it to the one that the headline reports, of {there}"
         else:
-            way_out = f"no sample has {fixed_temperature}; set it to one that they have ({there})"
-        raise UserError(f"fixed_temperature: {way_out}")
+            way_out = f"no sample has that temperature; set it to one of {there}"
+        given = "null" if fixed_temperature is None else fixed_temperature
+        raise UserError(f"fixed_temperature is {given}, but {way_out}")
     return fixed_temperature
 
 

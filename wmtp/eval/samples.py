@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from wmtp.config import differences
-from wmtp.data.rows import ReadColumns, is_number, missing, read_rows, reading, take
+from wmtp.data.rows import ReadColumns, fields_of, is_number, missing, read_rows, reading, take
 from wmtp.errors import UserError
 from wmtp.eval.protocols import Protocol, Task
 from wmtp.eval.sanitize import breaks_off, is_program, open_names, sanitize
@@ -157,7 +157,7 @@ def read_samples(
         if row.get("solution") is None and row.get("completion") is None:
             raise UserError(
                 f"{where}: needs a solution (a whole program) or a completion (what follows the task's prompt); the "
-                f"row has {', '.join(map(str, row))}: give its answer one of these names"
+                f"row has {fields_of(row)}: give its answer one of these names"
             )
         # What a model wrote may be no Unicode text: that is for the judge to find.
         completion, solution = (_optional(row, where, column, (str,)) for column in ("completion", "solution"))
@@ -175,9 +175,7 @@ def read_samples(
         temperature = _optional(row, where, "temperature", (int, float))
         if temperature is not None and not (is_number(temperature) and temperature >= 0):
             raise UserError(f"{where}: temperature must be a number >= 0, got {temperature}")
-        number = _optional(row, where, "sample", (int,))
-        if number is not None and number < 0:
-            raise UserError(f"{where}: sample must be a whole number >= 0, got {number}")
+        number = _count(row, where, "sample")
         sample = Sample(
             task_id=task.task_id,
             sample=counts[task.task_id, temperature] if number is None else number,
@@ -185,8 +183,8 @@ def read_samples(
             solution=program,
             completion=completion,
             finish_reason=_optional(row, where, "finish_reason", (str,)),
-            tokens=_optional(row, where, "tokens", (int,)),
-            forwards=_optional(row, where, "forwards", (int,)),
+            tokens=_count(row, where, "tokens"),
+            forwards=_count(row, where, "forwards"),
             raw=solution if solution not in (None, program) else _raw(row),
         )
         counts[task.task_id, temperature] += 1
@@ -227,6 +225,9 @@ def why_unreadable(tasks: Mapping[str, Task], samples: Sequence[Sample], *, clea
     def most(is_so: Callable[[Sample], bool]) -> bool:
         return 2 * sum(map(is_so, first)) > len(first)
 
+    if most(lambda sample: not sample.solution.strip()):
+        answered = most(lambda sample: bool((sample.completion or "").strip()))
+        return "their solution is empty" + "; leave that column out to have the completion judged" * answered
     if not cleaned and most(lambda sample: re.search("^ *(```|~~~)", sample.solution, re.MULTILINE) is not None):
         return "they hold Markdown fences, and are judged as they are; give them as samples=FILE with sanitize=auto"
     if most(lambda s: s.completion is None and is_program(tasks[s.task_id].program(s.raw or s.solution))):
@@ -402,7 +403,7 @@ def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> N
     shown = differences({n: theirs.get(n) for n in told}, {n: ours.get(n) for n in told}) or [" and ".join(hashed)]
     raise UserError(
         f"{path} is of an evaluation with other settings: {', '.join(shown)}{' changed' * (not told)}; use another "
-        "output_dir, the settings of before to go on, or overwrite=true to start again"
+        "output_dir, the earlier settings to go on, or overwrite=true to start again"
     )
 
 
@@ -421,10 +422,17 @@ def _lock_alone(file, path: Path) -> None:
         raise UserError(f"{path} is being written by another process; use another output folder") from None
 
 
+def _count(row: dict, where: str, column: str) -> int | None:
+    number = _optional(row, where, column, (int,))
+    if number is not None and number < 0:
+        raise UserError(f"{where}: {column} must be a whole number >= 0, got {number}")
+    return number
+
+
 def _optional(row: dict, where: str, column: str, kinds: tuple[type, ...]):
     value = row.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-        raise UserError(
-            f"{where}: field {column!r} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r:.60}"
-        )
+        name = {str: "a string", int: "a whole number"}.get(kinds[0] if len(kinds) == 1 else None, "a number")
+        each = "; give each answer a row of its own, as a string" if isinstance(value, list) else ""
+        raise UserError(f"{where}: field {column!r} must be {name}, got {type(value).__name__} {value!r:.60}{each}")
     return value

@@ -46,7 +46,7 @@ class TaskIds:
         """
         if isinstance(written, bool) or not isinstance(written, str | int):
             raise UserError(f"{where}: task_id must be a string or a whole number, got {written!r:.60}")
-        name = str(written)
+        name = str(written).strip()
         found = {name} if name in self._exact else self._by_name.get(name.casefold(), set())
         if len(found) == 1:
             return next(iter(found))
