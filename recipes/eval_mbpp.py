@@ -23,10 +23,11 @@ from wmtp.data import PACKAGED_TASKS
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.eval.golds import settle_tests
+from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
 from wmtp.eval.report import headline, logged, write_report
 from wmtp.eval.results import check_samples, evaluation_results
-from wmtp.eval.samples import Journal, Sample, find_samples, read_journals, read_samples, write_samples
+from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import model_tags, resolve_checkpoint

@@ -9,9 +9,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from wmtp.eval import AssertionTask, StdioTask
+from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.report import headline, logged, report_page, write_report
 from wmtp.eval.results import check_samples, compare_results, evaluation_results
-from wmtp.eval.samples import Journal, Judgement, Sample, read_journals
+from wmtp.eval.samples import Judgement, Sample
 from wmtp.sandbox import StdioTest
 
 TASKS = [AssertionTask(f"Mbpp/{i}", "", "", None, "", "", "", ("assert f()",)) for i in (2, 11, 100)]

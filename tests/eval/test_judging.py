@@ -7,8 +7,9 @@ import pytest
 
 from wmtp.distributed import SharedCounters, start_world
 from wmtp.eval import AssertionTask, judging
+from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
-from wmtp.eval.samples import Journal, Sample, read_journals
+from wmtp.eval.samples import Sample
 from wmtp.sandbox import Limits, Sandbox
 
 TASK = AssertionTask("Mbpp/1", "", "", "f", "", "", "", ("assert f(1) == 1",))

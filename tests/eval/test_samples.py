@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from wmtp.errors import UserError
 from wmtp.eval import AssertionTask, Protocol, packaged_function_tasks, packaged_program_tasks
-from wmtp.eval.samples import Journal, Judgement, Sample, find_samples, read_journals, read_samples, write_samples
+from wmtp.eval.journal import Journal, read_journals
+from wmtp.eval.samples import Judgement, Sample, find_samples, read_samples, write_samples
 from wmtp.eval.task_ids import TaskIds
 from wmtp.sandbox import Outcome
 
@@ -291,7 +292,8 @@ def test_a_journal_cut_anywhere_keeps_its_whole_records_and_goes_on(cut, tmp_pat
 def test_kill_9_loses_nothing_that_was_recorded(tmp_path):
     program = """
 import sys
-from wmtp.eval.samples import Journal, Sample
+from wmtp.eval.journal import Journal
+from wmtp.eval.samples import Sample
 with Journal(sys.argv[1], 0, {}) as journal:
     n = 0
     while True:

@@ -396,7 +396,9 @@ def test_tests_that_the_judge_cannot_express_are_refused_or_flagged_everywhere(t
     (journal,) = Path(cfg.output_dir).glob("journals/*.jsonl")
     journal.write_text(journal.read_text().replace('"judged_inside": ["b"]', '"judged_inside": ["a"]'))
     cfg.resume = True
-    with pytest.raises(ValueError, match=r"is of an evaluation with judged_inside=\['a'\], this one has \['b'\]"):
+    with pytest.raises(
+        ValueError, match=r"of an evaluation with other settings: judged_inside \['a'\] -> \['b'\]; use"
+    ):
         run_here(cfg)
 
 

@@ -8,8 +8,9 @@ from concurrent.futures import Future
 from tqdm import tqdm
 
 from wmtp.distributed import SharedCounters
+from wmtp.eval.journal import Journal
 from wmtp.eval.protocols import Task
-from wmtp.eval.samples import Journal, Judgement, Sample
+from wmtp.eval.samples import Judgement, Sample
 from wmtp.sandbox import Sandbox
 from wmtp.sandbox.jobs import Job
 

@@ -1,17 +1,13 @@
-"""Samples of an evaluation: read from files in the field's format, kept in a journal that survives kill -9, merged."""
+"""Samples of an evaluation and their judgements: read from files in the field's format, written in a fixed order."""
 
-import fcntl
 import functools
 import json
-import os
 import re
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wmtp.config import differences
 from wmtp.data.rows import ReadColumns, fields_of, is_number, missing, read_rows, reading, take
 from wmtp.errors import UserError
 from wmtp.eval.protocols import Protocol, Task
@@ -24,12 +20,6 @@ from wmtp.storage import local_copy
 
 Key = tuple[str, float | None, int]  # task id, temperature, sample
 _MAX_DETAIL = 500  # characters of a verdict's detail that are kept
-_HASHED = {  # settings of which a journal has the SHA-256 alone, as a person knows them
-    "samples_sha256": "the samples in the file",
-    "tasks_sha256": "the tasks",
-    "prompts_sha256": "the prompts",
-    "checkpoint_sha256": "the checkpoint's weights",
-}
 
 
 @dataclass(frozen=True)
@@ -273,153 +263,6 @@ def sort_key(sample: Sample) -> tuple:
     parts = re.split(r"(\d+)", sample.task_id)  # texts and numbers in turn
     natural = [int(part) if odd else part for odd, part in zip([False, True] * len(parts), parts, strict=False)]
     return natural, -1.0 if sample.temperature is None else sample.temperature, sample.sample
-
-
-class Journal:
-    """One process's record of a running evaluation, in `{folder}/journal-{rank}.jsonl`.
-
-    A record is in the file when the call returns, so kill -9 loses at most the one being written. Safe to call from
-    several threads. Of the ranks of one run, each has its own file; :func:`read_journals` reads those of all, whatever
-    their number was when they were written. All ranks must have read before any of them goes on to write.
-
-    Args:
-        folder: made where absent.
-        rank: of this process.
-        settings: JSON values that decide what a sample is (model, prompt, seed, ...): a journal of other settings is
-            not continued.
-
-    Raises:
-        ValueError: the file is of other settings, or another process is writing it.
-    """
-
-    def __init__(self, folder: str | Path, rank: int, settings: Mapping[str, object]) -> None:
-        path = Path(folder) / f"journal-{rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._file = path.open("ab")
-        try:
-            _lock_alone(self._file, path)
-            records = _read_journal(path)
-            # A torn last line would swallow the next record; a head alone may be that of other settings.
-            whole = path.read_bytes().rfind(b"\n") + 1 if len(records) > 1 else 0
-            os.truncate(path, whole)
-            if whole:
-                _require_same(records[0], settings, path)
-            else:
-                self._append({"settings": dict(settings)})
-        except BaseException:
-            self._file.close()
-            raise
-
-    def add_sample(self, sample: Sample) -> None:
-        """Record a sample as soon as it is generated."""
-        self._append({"sample": asdict(sample)})
-
-    def add_judgement(self, sample: Sample, judgement: Judgement) -> None:
-        """Record what the judge found; a later judgement of the same sample replaces a `harness_error` only."""
-        self._append({"judged": sample.key, "judgement": asdict(judgement)})
-
-    def close(self) -> None:
-        """Bring the file to the disk and let others write it."""
-        with self._lock:
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-    def __enter__(self) -> "Journal":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
-
-    def _append(self, record: dict) -> None:
-        line = json.dumps(record, allow_nan=False).encode() + b"\n"
-        with self._lock:
-            self._file.write(line)
-            self._file.flush()
-
-
-@dataclass(frozen=True)
-class Journaled:
-    """What the journals of a run hold."""
-
-    samples: dict[Key, Sample]
-    judgements: dict[Key, Judgement]
-
-
-def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journaled:
-    """Everything that processes of a run recorded, however many they were; empty where there is no journal.
-
-    A torn last line is dropped, in each file. `harness_error` gives way to another verdict of the same sample.
-
-    Raises:
-        ValueError: a journal of other settings, a malformed line before the last (file:line), or two journals that
-            contradict each other: two evaluations wrote into one folder.
-    """
-    samples: dict[Key, Sample] = {}
-    judgements: dict[Key, Judgement] = {}
-    for path in sorted(Path(folder).glob("journal-*.jsonl")):
-        records = _read_journal(path)
-        for number, record in enumerate(records if len(records) > 1 else [], start=1):
-            where = f"{path}:{number}"
-            if number == 1:
-                _require_same(record, settings, path)
-            elif "sample" in record:
-                sample = Sample(**record["sample"])
-                _put(samples, sample.key, sample, where)
-            elif "judgement" in record:
-                key, judgement = tuple(record["judged"]), Judgement(**record["judgement"])
-                if key in judgements and "harness_error" in (judgements[key].verdict, judgement.verdict):
-                    judgement = max(judgement, judgements.pop(key), key=lambda j: j.verdict != "harness_error")
-                _put(judgements, key, judgement, where)
-            else:
-                raise UserError(f"{where}: not a record of a journal: {json.dumps(record):.60}")
-    lost = next((key for key in judgements if key not in samples), None)
-    if lost is not None:
-        raise UserError(f"{folder}: a judgement of {lost}, but no journal holds that sample; a journal was removed")
-    return Journaled(samples, judgements)
-
-
-def _read_journal(path: Path) -> list[dict]:
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end was torn
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: malformed record in a journal: {error}") from None
-    return records
-
-
-def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> None:
-    """Refuse a journal of other settings; `samples`, the name of a file, may change as long as its samples do not."""
-    if "settings" not in header:
-        raise UserError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
-    theirs, ours = header["settings"], json.loads(json.dumps(dict(settings)))
-    changed = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
-    if changed in ([], ["samples"]):
-        return
-    hashed = [_HASHED[name] for name in changed if name in _HASHED]
-    told = [name for name in changed if name not in _HASHED]
-    shown = differences({n: theirs.get(n) for n in told}, {n: ours.get(n) for n in told}) or [" and ".join(hashed)]
-    raise UserError(
-        f"{path} is of an evaluation with other settings: {', '.join(shown)}{' changed' * (not told)}; use another "
-        "output_dir, the earlier settings to go on, or overwrite=true to start again"
-    )
-
-
-def _put(records: dict, key: Key, value: object, where: str) -> None:
-    if records.setdefault(key, value) != value:
-        raise UserError(
-            f"{where}: contradicts what another line says of task {key[0]}, temperature {key[1]}, sample {key[2]}; "
-            "two evaluations wrote into this folder: use an empty one"
-        )
-
-
-def _lock_alone(file, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another process; use another output folder") from None
 
 
 def _count(row: dict, where: str, column: str) -> int | None:
