@@ -58,7 +58,7 @@ class EvalMBPPRecipe:
         self._tasks_cfg = read.section("tasks").copy()
         self._only_sampled = read.choice("tasks.only", {"all": False, "with_samples": True}, "all")
         self._tasks_cfg.pop("only", None)  # which is the recipe's own
-        self._samples_file = read.get("samples", None)
+        self._samples_file = read.text("samples", None)
         self._sanitize = read.choice("sanitize", {"auto": "auto", "off": "off", False: "off"}, "auto")  # YAML's off
         self._checkpoint = read.get("checkpoint", None)
         self._model_cfg = read.section("model", optional=True)

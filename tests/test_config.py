@@ -39,6 +39,14 @@ def test_a_choice_is_one_of_its_options_whatever_is_given():
             read.choice(key, dtypes)
 
 
+@pytest.mark.parametrize("value", [["a.jsonl", "b.jsonl"], {"a": 1}, 5, True, "", " "])
+def test_a_text_is_one_text(value):
+    with pytest.raises(ConfigError, match=r"^a must be one text, got "):
+        ConfigReader(OmegaConf.create({"a": value})).text("a", None)
+    read = ConfigReader(OmegaConf.create({"a": "s.jsonl", "b": None}))
+    assert read.text("a") == "s.jsonl" and read.text("b", None) is None
+
+
 @pytest.mark.parametrize(
     ("value", "says"),
     [

@@ -79,7 +79,8 @@ class TaskIds:
         their = [other for other, ids in splits.items() if here & set(ids)]
         if split in their:
             return (
-                f": it is of {title}, but not of those chosen; set tasks.limit, tasks.ids or tasks.source so that it is"
+                f": it is of {title}, but not of those chosen; set tasks.limit, tasks.ids or tasks.source so that "
+                "it is, or leave it out"
             )
         return (
             f": it is of {title}'s split {split}, and these are of its split {' and '.join(their)}; "
