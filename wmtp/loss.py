@@ -31,9 +31,9 @@ _CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
 
 
 class MTPLoss(NamedTuple):
-    """What one call of :func:`weighted_mtp_cross_entropy` computed; only ``loss_sum`` carries a gradient.
+    """The result of :func:`weighted_mtp_cross_entropy`; only ``loss_sum`` carries a gradient.
 
-    A tuple, because FSDP2 hooks the backward pass onto the tensors it finds in the root module's output.
+    It is a tuple because FSDP2 hooks the backward pass onto the tensors that it finds in the root module's output.
 
     Divide sums of ``loss_sum`` by sums of ``num_targets``, once per optimizer step, over all ranks and micro-steps:
     the result depends neither on the world size nor on how the step is cut into micro-batches.
@@ -47,14 +47,13 @@ class MTPLoss(NamedTuple):
 
 
 def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = None) -> Tensor:
-    """Where each head has a target to predict: [H, B, S] bool, indexed by the target's position.
+    """Marks the targets that each head predicts: [H, B, S] bool, indexed by the target's position.
 
     ``valid[k - 1, b, j]`` says that token j is a target (``labels[b, j] != -100``) and that position j - k exists and
     lies in the same document.
 
     Args:
         labels: [B, S] token ids, -100 where a token is no target.
-        num_heads: H.
         document_ids: [B, S], equal for tokens of one document; None where each row is one document.
     """
     valid = labels.new_zeros((num_heads, *labels.shape), dtype=torch.bool)
@@ -68,7 +67,7 @@ def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = 
 def head_weight_tensor(
     values: "Sequence[float] | None", num_heads: int, device: torch.device | str = "cpu"
 ) -> Tensor | None:
-    """b_k, one number per head, as a tensor; None, for all ones, as it is.
+    """Returns the head weights b_k as a tensor [H] float32; None, which means all ones, stays None.
 
     Raises:
         ValueError: not one number >= 0 per head, or all are 0.
@@ -92,12 +91,12 @@ def weighted_mtp_cross_entropy(
     known_ce: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> MTPLoss:
-    """Sum of weighted cross-entropies of all heads, its gradients taken in the forward pass.
+    """Computes the sum of the weighted cross-entropies of all heads, and its gradients in the same pass.
 
         loss_sum = sum_k b_k * sum_{(t, k) valid} w_{t+k} * CE_k(t)        (docs/method.md: S_k)
 
-    with CE_k(t) = logsumexp(z) - z[label_{t+k}], z = unembedding @ hidden[k, t]. Rows without a target are left out of
-    every GEMM, rows of weight zero out of the two gradient GEMMs, and an input that needs no gradient (a frozen
+    with CE_k(t) = logsumexp(z) - z[label_{t+k}], z = unembedding @ hidden[k, t]. Rows without a target take part in no
+    GEMM, and rows of weight zero in neither of the two gradient GEMMs. An input that needs no gradient (a frozen
     unembedding) saves its GEMM. Logits and CE are float32 whatever the operands are (wmtp.numerics.products), and the
     gradient of the unembedding is accumulated in float32.
 
@@ -109,8 +108,7 @@ def weighted_mtp_cross_entropy(
             plain multi-token prediction. Values where no head has a target are never read.
         document_ids: [B, S]; a head never predicts across a document's edge.
         head_weights: [H] b_k >= 0; None is all ones.
-        known_ce: [B, S] or [H', B, S] CE of the first heads, if already computed: rows of weight zero are then not
-            computed again.
+        known_ce: [B, S] or [H', B, S] CE of the first heads, if already computed: it saves the rows of weight zero.
         chunk_tokens: rows per chunk; by default chosen by device and V.
 
     Raises:
@@ -176,18 +174,18 @@ def mtp_loss(
     signals: "Mapping[str, Tensor] | None" = None,
     step: int = 0,
 ) -> MTPLoss:
-    """The loss with its weights: asks ``weighting`` (see wmtp.weighting) for them and gives it the signals it needs.
+    """Computes the loss with the weights of ``weighting`` (see wmtp.weighting), which gets the signals that it needs.
 
-    Weights that depend on the policy's own CE or entropy cost one more GEMM a token for each head they read: 3H + 1 in
-    all for head 1, whose CE is then not computed again for tokens of weight zero.
+    Weights that depend on the policy's own CE or entropy cost one more GEMM a token for each head that they read: for
+    head 1 alone 3H + 1 in all. This CE is then not computed again for tokens of weight zero.
 
     Args:
         hidden, unembedding, labels, document_ids, head_weights: as in :func:`weighted_mtp_cross_entropy`.
         weighting: a callable from Signals to weights, with any or none of the attributes of
             :class:`~wmtp.weighting.AnyWeighting`; a plain function needs no CE of the policy.
-        signals: what data and frozen models say of each token, by name, for the weighting to read: [B, S]. A
-            ``policy_ce`` [B, S] or [1 or H, B, S] among them is the policy's of an earlier pass (the epoch's start); it
-            takes the present one's place in the weights, and only there.
+        signals: columns of the data and figures of frozen models by name, [B, S], for the weighting to read. A
+            ``policy_ce`` [B, S] or [1 or H, B, S] among them comes from an earlier pass (the epoch's start); the
+            weights, and only they, read it in place of the present one.
         step: optimizer step, for weightings that draw anew each step. In the first three and every 20th the weights
             are held against what the weighting promises (:func:`~wmtp.weighting.check_weights`).
 
@@ -222,9 +220,9 @@ def mtp_loss(
 def token_cross_entropy(
     hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
 ) -> Tensor:
-    """CE of every head for every target, without a gradient (one GEMM a token): [H, B, S] float32, 0 where no target.
+    """Computes the CE of every head for every target, without a gradient: [H, B, S] float32, 0 where no target.
 
-    Arguments as in :func:`weighted_mtp_cross_entropy`; ``hidden`` may hold only the first heads.
+    It costs one GEMM a token. ``hidden`` may hold only the first heads; else as in :func:`weighted_mtp_cross_entropy`.
     """
     return weighted_mtp_cross_entropy(hidden, unembedding, labels, document_ids=document_ids).ce
 
@@ -238,7 +236,7 @@ def token_cross_entropy_and_entropy(
     document_ids: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """CE for every target and the entropy of the distribution it was predicted from, in one pass (one GEMM a token).
+    """Computes the CE of every target and the entropy of its predicted distribution in one pass (one GEMM a token).
 
         entropy = -sum_v p_v log p_v = logsumexp(z) - sum_v p_v z_v,    p = softmax(z), in nats
 
@@ -273,10 +271,10 @@ def of_each_target(
     valid: Tensor,
     chunk_tokens: int | None = None,
 ) -> list[Tensor]:
-    """Figures of each target and of the logits that it is predicted from: each [H, B, S], 0 where no target.
+    """Computes figures of each target from its logits, a chunk at a time: each [H, B, S], 0 where no target.
 
     Args:
-        figures: ``figures(logits [C, V] float32, label [C])`` gives each of them, [C], and may write into the logits.
+        figures: ``figures(logits [C, V] float32, label [C])`` returns them, each [C], and may write into the logits.
         hidden, unembedding, labels, chunk_tokens: as in :func:`weighted_mtp_cross_entropy`.
         valid: of :func:`valid_targets`.
     """
@@ -284,7 +282,7 @@ def of_each_target(
     label = labels[row, target]
     size = chunk_tokens or _default_chunk(hidden, unembedding)
     chunks = chunked_logits(hidden, unembedding, _source(head, row, target, labels), size)
-    # Without a target the figures of no rows say how many there are, and of which dtype.
+    # Without any target, the figures of zero rows give their number and dtypes.
     found = [figures(logits, label[part]) for part, _, logits in chunks] or [
         figures(hidden.new_empty((0, len(unembedding)), dtype=torch.float32), label)
     ]
@@ -299,14 +297,13 @@ def of_each_target(
 def chunked_logits(
     hidden: Tensor, unembedding: Tensor, source: Tensor, size: int, split: int = 0
 ) -> "Iterator[tuple[slice, Tensor, Tensor]]":
-    """Walks the rows of the hidden states, a chunk of at most ``size`` at a time: (which of them, h [C, D], logits).
+    """Yields the rows of the hidden states in chunks of at most ``size``: (slice of ``source``, h [C, D], logits).
 
     The logits [C, V], float32, are in one reused buffer: the next chunk overwrites them.
 
     Args:
-        hidden, unembedding: as in :func:`weighted_mtp_cross_entropy`.
         source: [N] the rows, as places in hidden [H*B*S, D].
-        split: no chunk holds rows before and after this one.
+        split: a chunk ends before this row, so that all rows of a chunk are on one side of it.
     """
     rows, matrix = hidden.reshape(-1, hidden.shape[-1]), operand(unembedding)
     buffer = rows.new_empty((min(size, len(source)), len(matrix)), dtype=torch.float32)
@@ -318,13 +315,13 @@ def chunked_logits(
 
 
 def _source(head: Tensor, row: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """[N] the places in hidden [H*B*S, D] of the positions t = j - k from which heads predict targets j."""
+    """Returns the places in hidden [H*B*S, D] of the positions t = j - k from which heads predict targets j: [N]."""
     batch, seq = labels.shape
     return (head * batch + row) * seq + target - head - 1
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """(hidden, unembedding, rows) -> (weighted sum of CE, CE per row), gradients computed in the forward pass."""
+    """The sum of weighted CE and the CE of each row; the forward pass computes the gradients too."""
 
     @staticmethod
     def forward(ctx, hidden, unembedding, source, label, weight, num_gradient_rows, chunk_tokens):
@@ -354,13 +351,12 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 d_hidden[source[part]] = (d_logits @ matrix).to(d_hidden.dtype)
             if needs_unembedding:
-                _accumulate_(d_unembedding, d_logits, h)
+                if h.dtype == torch.float32:
+                    d_unembedding.addmm_(d_logits.T, h)
+                else:
+                    d_unembedding += mm_float32(d_logits.T, h)
 
-        ctx.gradients = (
-            None if d_hidden is None else d_hidden.view(hidden.shape),
-            d_unembedding,
-            unembedding.dtype,
-        )
+        ctx.gradients = None if d_hidden is None else d_hidden.view(hidden.shape), d_unembedding, unembedding.dtype
         ctx.mark_non_differentiable(row_ce)
         return (row_ce[:num_gradient_rows] * weight[:num_gradient_rows]).sum(), row_ce
 
@@ -378,13 +374,5 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def _default_chunk(hidden: Tensor, unembedding: Tensor) -> int:
-    """Rows per chunk, by device and V."""
+    """Returns the rows per chunk, by device and V."""
     return max(16, _CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * unembedding.shape[0]))
-
-
-def _accumulate_(total: Tensor, d_logits: Tensor, h: Tensor) -> None:
-    """total [V, D] float32 += d_logits.T @ h."""
-    if h.dtype == torch.float32:
-        total.addmm_(d_logits.T, h)
-    else:
-        total += mm_float32(d_logits.T, h)

@@ -1,11 +1,11 @@
-"""Token weights: which target tokens the loss should care about.
+"""Token weights say how much each target token counts in the loss.
 
-A weight belongs to a target token j, the same for every head that predicts it. A weighting is a
-callable that looks at the :class:`Signals` of a micro-batch and returns weights [B, S] (with ``per_head`` [H, B, S]),
-or None for all ones. Weights have mean 1 over the valid targets of their scope, lie in [min_weight, max_weight], are 0
-where there is no target, finite, and carry no gradient. The scope ``sequence`` is one document (so packing changes
-nothing), ``batch`` all documents of one micro-batch on one rank. Training checks all of this in its first three steps
-and in every 20th (:func:`check_weights`), and ends with one line that names the method, the place and the value.
+A weight belongs to a target token j and is the same for every head that predicts it. A weighting is a callable that
+reads the :class:`Signals` of a micro-batch and returns weights [B, S] (with ``per_head`` [H, B, S]), or None for all
+ones. Weights have mean 1 over the valid targets of their scope, lie in [min_weight, max_weight], are 0 where there is
+no target, finite, and carry no gradient. The scope ``sequence`` is one document (so packing changes nothing),
+``batch`` all documents of one micro-batch on one rank. Training checks all of this in its first three steps and in
+every 20th (:func:`check_weights`); a breach ends it with one line that names the method, the place and the value.
 
 To add a method, write one builder: a function that returns a :class:`Weighting` made of a score (a number for each
 target, from the signals) and a rule that turns the scores of one scope into weights. Name it in a config:
@@ -23,9 +23,9 @@ target, from the signals) and a rule that turns the scores of one scope into wei
 
 A method that needs ``prior_ce`` reads the data's column of that name as ``signals.prior_ce``: no other file knows it.
 
-A plain function of ``signals`` will do too, as the ``_component_`` itself or as what a builder returns. It may have the
-attributes of :class:`AnyWeighting`; without ``needs`` no signal is computed for it, without ``scope`` its mean is taken
-over the micro-batch:
+A plain function of ``signals`` works too, named by ``_component_`` or returned by a builder. It may have the attributes
+of :class:`AnyWeighting`. Without ``needs`` no signal is computed for it; without ``scope`` its mean is taken over the
+micro-batch:
 
     def no_names(signals, least=0.2):
         weights = torch.where(signals.labels == 42, least, 1.0) * signals.valid[0]

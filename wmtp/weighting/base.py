@@ -1,4 +1,4 @@
-"""What a weighting may look at, what it has, and the one class that every method is composed of."""
+"""The signals that a weighting reads, its attributes, and the class that every method is composed of."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # t
 
 
 def way_to(signal: str) -> str:
-    """Where a signal comes from, for whoever lacks it."""
+    """Says in a message where a missing signal can come from."""
     if signal in OF_THE_POLICY:
         return "wmtp.loss.mtp_loss computes it"
     model = f"set {FROM_A_MODEL[signal]}, or " if signal in FROM_A_MODEL else ""
@@ -27,9 +27,9 @@ def way_to(signal: str) -> str:
 
 @dataclass(frozen=True)
 class Signals:
-    """What a weighting may look at, indexed by target position j.
+    """All that a weighting may read, indexed by target position j.
 
-    The signals that it ``needs``, and those that are at hand, are read by their names, as in ``signals.policy_ce``:
+    Signals are read by name, as in ``signals.policy_ce``: those that the weighting ``needs``, and others at hand.
 
         policy_ce       [1 or H, B, S] float32, the policy's own CE in nats (H where ``per_head``)
         policy_entropy  [1, B, S] float32, entropy of head 1's distribution for target j, in nats
@@ -43,7 +43,7 @@ class Signals:
     document_ids: Tensor | None = None  # [B, S]; None: each row is one document
     named: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0  # optimizer step, so that random controls draw anew each step
-    training: bool = True  # False: someone only looks at the weights, and a weighting's state stays as it is
+    training: bool = True  # False leaves the weighting's state as it is: the weights are only looked at
 
     def __getattr__(self, name: str) -> Tensor:
         named = self.__dict__.get("named", {})
@@ -53,17 +53,13 @@ class Signals:
         raise AttributeError(f"no signal {name} here (there are: {there}); does the weighting name it in needs?")
 
     def require(self, needs: Collection[str]) -> None:
-        """Refuses signals that lack one of the needed ones.
-
-        Raises:
-            ValueError: names it, and where it comes from.
-        """
+        """Raises a ValueError that names a missing signal and where it can come from."""
         for name in sorted(set(needs) - self.named.keys()):
             raise UserError(f"the weighting needs {name}, got none: {way_to(name)}")
 
 
 class State(Protocol):
-    """What a weighting remembers from step to step."""
+    """The memory that a weighting keeps from step to step."""
 
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None: ...
     def state_dict(self) -> dict: ...
@@ -71,18 +67,18 @@ class State(Protocol):
 
 
 class AnyWeighting:
-    """A callable from Signals to weights, with all that a recipe asks of a weighting.
+    """A callable from Signals to weights, with the attributes and methods that recipes use.
 
     Args:
-        rule: of the attributes below and the methods of :class:`State` it may have any or none. A plain function needs
-            only labels and valid pairs, gives weights >= 0 with mean 1 over the micro-batch, and remembers nothing.
+        rule: it may have any of the attributes below and of the methods of :class:`State`. A plain function needs only
+            labels and valid pairs, gives weights >= 0 with mean 1 over the micro-batch, and remembers nothing.
 
     Attributes:
-        name: what messages call it: the function's, or that of the builder that made it.
+        name: the name in messages: the function's, or that of the builder that made it.
         needs: names of the signals read, see :class:`Signals`.
         per_head: whether it reads the CE of all heads, for weights [H, B, S].
         bounds: least and largest weight.
-        scope: over whose targets the mean is 1: ``sequence`` (a document) or ``batch``.
+        scope: the mean is 1 over the targets of one ``sequence`` (a document), or of the ``batch``.
 
     Raises:
         ValueError: not a callable, or an unknown scope.
@@ -104,12 +100,12 @@ class AnyWeighting:
 
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
-        """Weights [B, S] or [H, B, S]; None for all ones."""
+        """Returns weights [B, S] or [H, B, S]; None for all ones."""
         signals.require(self.needs)
         return self._rule(signals)
 
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Merge what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
+        """Merges what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
 
         Args:
             all_reduce_sum: sum of a float64 tensor over all ranks; a collective, called only if there is a state.
@@ -118,15 +114,11 @@ class AnyWeighting:
             self._state.end_step(all_reduce_sum)
 
     def state_dict(self) -> dict:
-        """What a resumed run needs, the same on every rank; {} for a method without a memory."""
+        """Returns the state that a resumed run needs, the same on every rank; {} for a method without a memory."""
         return self._state.state_dict() if hasattr(self._state, "state_dict") else {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a :meth:`state_dict`.
-
-        Raises:
-            ValueError: the state is another method's.
-        """
+        """Restores a :meth:`state_dict`; raises a ValueError where the state is another method's."""
         if hasattr(self._state, "load_state_dict"):
             self._state.load_state_dict(state)
         elif state:
@@ -137,12 +129,12 @@ class AnyWeighting:
 
 
 def any_weighting(rule: Callable[[Signals], Tensor | None]) -> AnyWeighting:
-    """``rule`` with all that a recipe asks of a weighting: itself, or as :class:`AnyWeighting`."""
+    """Returns ``rule`` as an :class:`AnyWeighting`: itself if it is one already."""
     return rule if isinstance(rule, AnyWeighting) else AnyWeighting(rule)
 
 
 def builder_of(rule: Any) -> str:
-    """The name of a function, or of the function that made it; of an object, its class's."""
+    """Returns the name of a function or of the function that made it; for an object, its class's name."""
     name: str = getattr(rule, "__qualname__", type(rule).__name__)
     return name.split(".<locals>")[0]
 
@@ -154,8 +146,8 @@ class Weighting(AnyWeighting):
 
     Args:
         score: ``score(signals) -> [heads, B, S]`` or [1, B, S], with heads = H where ``per_head``, else 1. It gets the
-            signals it needs detached, in float32 and, of ``policy_ce``, only these heads; what it returns where a head
-            has no target is never read.
+            needed signals detached and in float32, ``policy_ce`` of these heads only. Its values where a head has no
+            target are never read.
         to_weights: ``to_weights(scores [G, L], mask [G, L]) -> [G, L]`` with mean 1 over each row's real entries. A
             row is one scope and has at least one real entry.
         needs: names of the signals read, see :class:`Signals`.
@@ -163,10 +155,10 @@ class Weighting(AnyWeighting):
         strength: lambda in [0, 1]. At 0 no weight is computed and nothing is needed: plain MTP, bit for bit.
         per_head: weights [H, B, S], for scores from the CE of all heads.
         bounds: least and largest weight that ``to_weights`` gives.
-        state: what the method remembers from step to step; None for nothing.
+        state: the method's memory from step to step; None for none.
 
     Attributes:
-        name: the function's that made it.
+        name: the name of the function that made it.
         needs, per_head: as given; nothing and False at strength 0.
         bounds: least and largest weight returned, strength included.
 
@@ -200,7 +192,7 @@ class Weighting(AnyWeighting):
 
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
-        """Weights [B, S], with ``per_head`` [H, B, S]; None for all ones.
+        """Returns weights [B, S], with ``per_head`` [H, B, S]; None for all ones.
 
         Raises:
             ValueError: a signal is missing or has another shape, or a score is not finite.
@@ -215,7 +207,7 @@ class Weighting(AnyWeighting):
         return weights if self.per_head else weights[0]
 
     def _prepared(self, signals: Signals, heads: int) -> Signals:
-        """The needed signals, checked, detached and in float32."""
+        """Returns the needed signals alone, checked, detached and in float32."""
         signals.require(self.needs)
         ready = {}
         for name in sorted(self.needs):
@@ -233,19 +225,19 @@ class Weighting(AnyWeighting):
 
 
 def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is none of the allowed ones."""
+    """Refuses a value that is none of the allowed ones."""
     if value not in allowed:
         raise UserError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_range(name: str, value: float, ok: bool, allowed: str) -> None:
-    """Refuse a number out of range, which the caller tests; NaN fails every comparison."""
+    """Refuses a number out of range; the caller makes the comparison ``ok``, which NaN always fails."""
     if not ok:
         raise UserError(f"{name} must be {allowed}, got {value}")
 
 
 def check_clip(min_weight: float, max_weight: float) -> tuple[float, float]:
-    """The clip of a continuous method, which must hold 1 so that mean 1 can be reached."""
+    """Returns the clip of a continuous method; it must contain 1, so that mean 1 can be reached."""
     check_range("min_weight", min_weight, 0 <= min_weight <= 1, "in [0, 1]")
     check_range("max_weight", max_weight, 1 <= max_weight < math.inf, ">= 1 and finite")
     return float(min_weight), float(max_weight)

@@ -1,4 +1,4 @@
-"""Whether the weights that a method gives are what every weighting promises."""
+"""The check that a method's weights are what every weighting promises."""
 
 import torch
 from torch import Tensor
@@ -12,15 +12,12 @@ _MEAN_TOLERANCE, _BOUND_TOLERANCE = 1e-3, 1e-4  # far above what float32 weights
 
 
 def is_checked(step: int) -> bool:
-    """Whether :func:`check_weights` runs in this step: the first three and every 20th. It waits for the device."""
+    """Returns whether the step's weights are checked: in few steps, because the check waits for the device."""
     return step < _FIRST or step % _EVERY == 0
 
 
 def check_weights(weights: Tensor | None, signals: Signals, weighting: AnyWeighting) -> None:
-    """Refuse weights that break what a weighting promises (:mod:`wmtp.weighting`).
-
-    Args:
-        weights: what ``weighting`` gave for ``signals``; None (all ones) is always right.
+    """Refuses ``weights`` of ``weighting`` that break its promises (:mod:`wmtp.weighting`); None is always right.
 
     Raises:
         ValueError: another shape than [B, S] or [H, B, S], a gradient, a weight that is not finite, is out of bounds or

@@ -1,8 +1,8 @@
-"""Controls: random weights with the distribution of a method's own. No claim about a method holds without them.
+"""Controls are random weights with the distribution of a method's own. No claim about a method holds without them.
 
-Random numbers are a hash of (seed, step, head, the document's labels, the target's place in its document): a document
-gets the same draw wherever it lies in a batch, on any rank, at any world size and after a resume, and another one at
-the next step.
+Random numbers are a hash of (seed, step, head, the document's labels, the target's place in its document). So a
+document gets the same draw wherever it lies in a batch, on any rank, at any world size and after a resume, and a new
+one at the next step.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,7 @@ from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_r
 def shuffled(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Control":
     """A random permutation of the method's own weights among the targets of each document.
 
-    What it shares with the method is everything but which token has which weight: the same numbers, the same mean, the
-    same share of each document.
+    The numbers, their mean and each document's share stay the method's; only the token that has a weight changes.
 
     Args:
         method: any weighting; weights [H, B, S] are permuted in each head by itself.
@@ -38,9 +37,9 @@ def shuffled(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Cont
 def random_matched(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Control":
     """Weights drawn with replacement from those that the method gave to the document.
 
-    The draws are then scaled back to the mean of the document's own weights (1 under scope ``sequence``) within the
-    method's bounds. Zeros stay zeros as long as the mean can be reached without them; where every draw is zero, every
-    weight is that mean.
+    The draws are then scaled to the mean of the document's own weights (1 under scope ``sequence``) within the method's
+    bounds. Zeros stay zeros as long as the mean can be reached without them. Where every draw is zero, every weight is
+    that mean.
 
     Args:
         method: any weighting; its ``bounds`` are kept, (0, inf) where it has none. Heads are drawn independently.
@@ -63,8 +62,8 @@ class Control(AnyWeighting):
     """A weighting that asks ``method`` for weights and draws them anew inside each document.
 
     Args:
-        method: a weighting, or any callable from signals to weights; what it needs, its state and its end of a step
-            are passed through.
+        method: a weighting, or any callable from signals to weights; its needs, its state and its end of a step are
+            passed through.
         redraw: ``redraw(weights [G, L] float64, rows, key [N] int64) -> [G, L]``; a row is a document of one head.
         seed: >= 0.
     """
@@ -79,7 +78,7 @@ class Control(AnyWeighting):
 
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
-        """Weights of the method's shape; None where the method gives None (all ones).
+        """Returns weights of the method's shape; None where the method gives None (all ones).
 
         Raises:
             ValueError: the method gave a weight that is not finite or is below 0.
@@ -100,7 +99,7 @@ class Control(AnyWeighting):
         return drawn if by_head else drawn[0]
 
     def _keys(self, signals: Signals, valid: Tensor, rows: ScopeRows) -> Tensor:
-        """A random int64 for each valid target, [N]."""
+        """Draws an int64 for each valid target: [N]."""
         head, row, target = valid.nonzero(as_tuple=True)  # [N] each
         place = _place_in_document(signals.labels, signals.document_ids)[row, target]
         label = signals.labels[row, target].long()
@@ -112,7 +111,7 @@ class Control(AnyWeighting):
 
 
 def _place_in_document(labels: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Each token's number within its document, from 0: [B, S]."""
+    """Numbers the tokens of each document from 0: [B, S]."""
     position = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
     if document_ids is None:
         return position

@@ -1,4 +1,4 @@
-"""Methods that weigh a token by what the policy and a reference model make of it."""
+"""Methods that weigh a token by the policy's loss or entropy and a reference model's loss."""
 
 import math
 import warnings
@@ -30,8 +30,9 @@ def rho1(
 ) -> Weighting:
     """Weights from the excess of the policy's loss over a reference model's (Rho-1, Lin et al. 2024, arXiv 2404.07965).
 
-    score_j = CE_policy,head1(j) - CE_ref(j), signed (their eq. 3): tokens the reference finds learnable and the policy
-    has not learnt yet. Scores without spread (a policy equal to its reference) give weight 1 everywhere and a warning.
+    score_j = CE_policy,head1(j) - CE_ref(j), signed (their eq. 3). It is high for tokens that the reference shows to be
+    learnable and that the policy has not learnt yet. Scores without spread (a policy equal to its reference) give
+    weight 1 everywhere and a warning.
 
     Args:
         mode: ``select``: the top ``percentile`` share of the scope's targets get 1 / kept share, the rest 0 (the
@@ -44,8 +45,8 @@ def rho1(
         min_weight, max_weight: clip of the continuous modes, 0 <= min <= 1 <= max. Mean 1 and the clip hold together.
         strength: lambda in [0, 1]; the loss uses (1 - lambda) + lambda * w. 0 is plain MTP.
         scope: ``sequence`` or ``batch``.
-        per_head: score every head by its own CE, weights [H, B, S]. For k > 1 this also measures context that the
-            head does not have.
+        per_head: score every head by its own CE, weights [H, B, S]. For k > 1 the score also measures the context that
+            the head lacks.
 
     Raises:
         ValueError: a value out of its range.
@@ -79,9 +80,9 @@ def dft(
 ) -> Weighting:
     """Weights proportional to the policy's own probability of the target (DFT, Wu et al. 2025, arXiv 2508.05629).
 
-    w_j is proportional to p(target_j)^(1 / temperature), p = exp(-CE) of head 1, without a gradient: the paper's
-    -sg(p) log p at temperature 1, but scaled to mean 1 and clipped, so that only the choice of tokens differs from
-    plain MTP and not the size of the loss.
+    w_j is proportional to p(target_j)^(1 / temperature), p = exp(-CE) of head 1, without a gradient. At temperature 1
+    this is the paper's -sg(p) log p, but scaled to mean 1 and clipped: only the choice of tokens differs from plain
+    MTP, not the size of the loss.
 
     Args:
         temperature: > 0; 1 is the paper's, large is uniform.
@@ -151,7 +152,7 @@ def _by_rank(
     min_weight: float,
     max_weight: float,
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]]:
-    """The rule of the modes ``select``, ``soft`` and ``emphasis`` (see :func:`rho1`), and the range of its weights."""
+    """Returns the rule of a mode ``select``, ``soft`` or ``emphasis`` (see :func:`rho1`) and its range of weights."""
     check_choice("mode", mode, ("select", "soft", "emphasis"))
     check_range("percentile", percentile, 0 < percentile <= 1, "in (0, 1]")
     check_range("temperature", temperature, 0 < temperature < math.inf, "> 0")
@@ -177,5 +178,5 @@ def _by_rank(
             )
         return torch.where(flat, mask.to(weights.dtype), weights)
 
-    # select gives n / round(percentile * n), at least one kept: most at percentile * n just below 1.5, of which one is.
+    # select gives n / max(1, round(percentile * n)), which is largest where percentile * n is just below 1.5.
     return to_weights, (0.0, 1.5 / percentile) if mode == "select" else clip

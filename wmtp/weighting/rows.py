@@ -12,31 +12,31 @@ from torch import Tensor
 
 from wmtp.errors import UserError
 
-SPREAD = 1e-6  # scores closer together than this say nothing: float32 noise of two equal models' CE
+SPREAD = 1e-6  # a smaller range of scores is the float32 noise of two equal models' CE
 SCOPES = ("sequence", "batch")
 _NEG_INF = float("-inf")
 
 
 class ScopeRows(NamedTuple):
-    """Where each valid entry lies when every scope has a row of its own."""
+    """The place of each valid entry when every scope has a row of its own."""
 
     row: Tensor  # [N], in the order of valid.nonzero()
     column: Tensor  # [N], the entry's number within its scope, in order of position
     mask: Tensor  # [G, L] bool: entries that are real; a row has at least one
 
     def lay(self, values: Tensor) -> Tensor:
-        """[N] values, one per valid entry, as rows [G, L], zeros behind them."""
+        """Lays values [N], one per valid entry, into rows [G, L], with zeros behind them."""
         rows = values.new_zeros(self.mask.shape)
         rows[self.row, self.column] = values
         return rows
 
     def pick(self, rows: Tensor) -> Tensor:
-        """The way back: [G, L] rows as [N] values."""
+        """Takes the values [N] back out of rows [G, L]."""
         return rows[self.row, self.column]
 
 
 def scope_rows(valid: Tensor, document_ids: Tensor | None, scope: str) -> ScopeRows:
-    """The rows of the scopes that have a valid target.
+    """Gives each scope that has a valid target a row of its own.
 
     Args:
         valid: [H, B, S] bool; heads never share a scope.
@@ -68,12 +68,11 @@ def weigh_rows(
     scope: str,
     rows_fn: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Gather each scope's scores into a padded row, apply ``rows_fn(scores [G, L], mask [G, L])``, scatter back.
+    """Applies ``rows_fn(scores [G, L], mask [G, L])`` to the scores of each scope, laid out as a padded row.
 
     Args:
-        scores, valid: [H, B, S]; heads never share a scope.
-        document_ids: [B, S] or None.
-        scope: ``sequence`` (one document) or ``batch`` (all of [B, S]).
+        scores, valid: [H, B, S].
+        document_ids, scope: as in :func:`scope_rows`.
 
     Returns:
         [H, B, S] float32, 0 where not valid.
@@ -91,7 +90,7 @@ def weigh_rows(
 
 
 def require_finite(values: Tensor, what: str) -> None:
-    """Refuse NaN and infinities, saying how many there are."""
+    """Refuses NaN and infinities; the message says how many there are."""
     bad = int((~torch.isfinite(values)).sum())
     if bad:
         raise UserError(
@@ -100,7 +99,7 @@ def require_finite(values: Tensor, what: str) -> None:
 
 
 def z_score(scores: Tensor, mask: Tensor) -> Tensor:
-    """(score - mean) / standard deviation of each row's real entries, zeros without spread: [G, L] float64."""
+    """Returns (score - mean) / standard deviation of each row's real entries, 0 without spread: [G, L] float64."""
     x = scores.double()
     count = mask.sum(1, keepdim=True).clamp(min=1)
     x = (x - (x * mask).sum(1, keepdim=True) / count) * mask
@@ -109,14 +108,14 @@ def z_score(scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def spread(scores: Tensor, mask: Tensor) -> Tensor:
-    """Largest minus smallest real score of each row: [G, 1]."""
+    """Returns the largest minus the smallest real score of each row: [G, 1]."""
     high = scores.masked_fill(~mask, _NEG_INF).amax(1, keepdim=True)
     low = scores.masked_fill(~mask, math.inf).amin(1, keepdim=True)
     return (high - low).clamp(min=0)
 
 
 def top_share(scores: Tensor, mask: Tensor, share: float) -> Tensor:
-    """The round(share * n) >= 1 highest of each row's n real entries, ties to the earlier position: [G, L] float."""
+    """Marks the round(share * n) >= 1 highest of each row's n real entries: [G, L] float; the earlier wins a tie."""
     keep = (mask.sum(1, keepdim=True) * share).round().clamp(min=1)
     order = scores.masked_fill(~mask, _NEG_INF).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
@@ -126,20 +125,20 @@ def top_share(scores: Tensor, mask: Tensor, share: float) -> Tensor:
 
 
 def clipped_mean_one(log_weights: Tensor, mask: Tensor, min_weight: float, max_weight: float) -> Tensor:
-    """:func:`clipped_mean` with mean 1: what a continuous weighting ends with."""
+    """Returns :func:`clipped_mean` with mean 1: the last step of a continuous weighting."""
     return clipped_mean(log_weights, mask, min_weight, max_weight, torch.ones_like(mask[:, :1], dtype=torch.float64))
 
 
 def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weight: float, mean: Tensor) -> Tensor:
-    """clip(exp(log_weights + c), min, max) with the c of each row that gives the real entries the mean asked for.
+    """Returns clip(exp(log_weights + c), min, max), with the c of each row that gives its real entries this mean.
 
-    Clipping and normalising in turn would break one of the two; the mean of the clipped weights grows with c, so c is
-    found by bisection between log(mean) - max(log_weights), where no weight is above the mean, and
+    Clipping and normalising one after the other would break one of the two. The mean of the clipped weights grows with
+    c, so c is found by bisection between log(mean) - max(log_weights), where no weight is above the mean, and
     log(mean) - min(log_weights), where none is below. Then the entries inside the clip are scaled once more, exactly.
 
     Args:
-        log_weights: [G, L], finite, or -inf for a weight of zero: that stays zero unless the mean cannot be reached
-            otherwise. Working in logs, weights never underflow before they are scaled.
+        log_weights: [G, L], finite, or -inf for a weight of zero, which stays zero unless the mean cannot be reached
+            otherwise. They are logs so that no weight underflows before it is scaled.
         mask: [G, L] bool.
         min_weight, max_weight: 0 <= min <= max.
         mean: [G, 1] in [min, max].
@@ -148,7 +147,7 @@ def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weigh
         [G, L] float64, 0 where masked out.
     """
     logs = log_weights.double()
-    # A zero goes so far below the smallest real weight that it underflows before that one counts.
+    # A zero is put so far below the smallest real weight that it underflows to 0 wherever that weight still counts.
     zero = logs == _NEG_INF
     floor = logs.masked_fill(zero | ~mask, math.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0) - 2000.0
     logs = torch.where(zero, floor, logs)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from wmtp.weighting.rows import SPREAD, scope_rows
 
 
 def target_table(ce: Tensor, valid: Tensor, weights: Tensor | None, document_ids: Tensor | None) -> Tensor:
-    """Returns what :func:`weight_statistics` reads of one micro-batch, to be gathered over micro-batches and ranks.
+    """Returns the figures of one micro-batch for :func:`weight_statistics`, to be joined over micro-batches and ranks.
 
     Args:
         ce, valid: [H, B, S], each head's CE (nats), and where it has a target.
@@ -34,7 +35,7 @@ def target_table(ce: Tensor, valid: Tensor, weights: Tensor | None, document_ids
 def weight_statistics(
     weights: Tensor, *, policy_ce: Tensor | None = None, position: Tensor | None = None
 ) -> dict[str, float]:
-    """Percentiles, concentration and correlations of the weights of N targets.
+    """Computes percentiles, concentration and correlations of the weights of N targets.
 
     Args:
         weights: [N] >= 0.
@@ -52,8 +53,9 @@ def weight_statistics(
     w = weights.detach().double()
     if w.numel() == 0:
         return {}
-    ordered = w.sort().values
-    figures = {name: _quantile(ordered, q) for name, q in (("p25", 0.25), ("p75", 0.75), ("p95", 0.95), ("max", 1.0))}
+    # torch.quantile refuses more than 2^24 numbers, numpy's does not.
+    quantiles = np.quantile(w.cpu().numpy(), (0.25, 0.75, 0.95, 1.0)).tolist()
+    figures = dict(zip(("p25", "p75", "p95", "max"), quantiles, strict=True))
     figures["mean"] = w.mean().item()
     figures["kept_share"] = (w > 0).double().mean().item()
     figures["effective_sample_size"] = (w.sum().square() / (w.numel() * w.square().sum()).clamp(min=1e-300)).item()
@@ -63,13 +65,6 @@ def weight_statistics(
         if correlation is not None:
             figures[name] = correlation
     return figures
-
-
-def _quantile(ordered: Tensor, q: float) -> float:
-    # torch.quantile refuses more than 2^24 numbers.
-    place = q * (ordered.numel() - 1)
-    low, high = ordered[[math.floor(place), math.ceil(place)]].tolist()
-    return low + (place - math.floor(place)) * (high - low)
 
 
 def _relative_entropy(w: Tensor) -> float:
@@ -86,6 +81,5 @@ def _pearson(x: Tensor, y: Tensor) -> float | None:
         raise ValueError(f"each weight needs its partner: {tuple(x.shape)} weights, {tuple(y.shape)} others")
     if not all(bool(side.max() - side.min() > SPREAD) for side in (x, y)):
         return None
-    x, y = x - x.mean(), y - y.mean()
-    r = ((x * y).sum() / (x.norm() * y.norm())).item()
-    return max(-1.0, min(1.0, r)) if math.isfinite(r) else None
+    r = torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+    return r if math.isfinite(r) else None

@@ -1,4 +1,4 @@
-"""Weights from a critic: how much each token changes the value that a frozen model gives to the text so far."""
+"""Weights from a critic follow each token's change of the value that a frozen model gives to the text so far."""
 
 import math
 import warnings
@@ -31,8 +31,8 @@ def critic(
 
     delta_j = V_j - gamma * V_{j-1}. In reinforcement learning the TD error of appending token j is
     r_j + gamma * V_j - V_{j-1}, with no reward r before the end. Both are the change V_j - V_{j-1} at gamma = 1, the
-    default; below, delta_j exceeds the TD error by (1 - gamma)(V_j + V_{j-1}) and so also rewards the level of the
-    value, which at gamma = 0 is all that is left. At the last token V_j stands for the reward itself.
+    default. Below 1, delta_j exceeds the TD error by (1 - gamma)(V_j + V_{j-1}) and so rewards the level of the value
+    too; at gamma = 0 only this level is left. At the last token V_j stands for the reward itself.
 
     Args:
         delta: the advantage of a token. ``td``: delta_j. ``gae``: A_j = sum_l (gamma * gae_lambda)^l delta_{j+l} over
@@ -40,7 +40,7 @@ def critic(
         gamma, gae_lambda: in [0, 1].
         map: ``softmax``: N * softmax(A / temperature). ``exp``: exp(A / beta) (AWR, Peng et al. 2019, arXiv
             1910.00177, Algorithm 1). Both are then scaled to mean 1 within the clip, so they give the same weights
-            where temperature equals beta; they are two customs of naming one knob.
+            where temperature equals beta: these are two names of one parameter.
         temperature, beta: > 0; large is uniform.
         whiten: before the map, subtract the mean and divide by the standard deviation: ``sequence``: of the
             document's own targets. ``running``: of all advantages of the steps so far (exponentially weighted, over
@@ -93,11 +93,11 @@ def critic(
 
 
 def value_deltas(values: Tensor, valid: Tensor, gamma: float) -> Tensor:
-    """delta_j = V_j - gamma * V_{j-1} at the targets, 0 elsewhere: [B, S] float64.
+    """Computes delta_j = V_j - gamma * V_{j-1} at the targets, 0 elsewhere: [B, S] float64.
 
     Args:
-        values: [B, S], V_j of the prefix x_<=j. Read at the targets and at the token before each of them, which is in
-            the same document: of a prompt, only the last token's value counts.
+        values: [B, S], V_j of the prefix x_<=j. It is read at the targets and at the token before each of them, which
+            is in the same document: of a prompt, only the last token's value counts.
         valid: [B, S] bool, head 1's targets (``wmtp.loss.valid_targets``).
         gamma: in [0, 1].
     """
@@ -108,15 +108,18 @@ def value_deltas(values: Tensor, valid: Tensor, gamma: float) -> Tensor:
 
 
 def gae(deltas: Tensor, decay: float, document_ids: Tensor | None = None) -> Tensor:
-    """A_j = sum_{l >= 0} decay^l delta_{j+l} within the document (Schulman et al. 2016, eq. 16): [B, S] float64.
+    """Computes A_j = sum_{l >= 0} decay^l delta_{j+l} within the document (Schulman et al. 2016, eq. 16).
 
-    By doubling: with the sums over the next n positions known, those over 2n are A_j + decay^n A_{j+n}. So it takes
-    log2(S) steps, and each term is the product it should be, with nothing divided by a vanishing power.
+    The sums over the next n positions give those over 2n: A_j + decay^n A_{j+n}. So it takes log2(S) steps, and no
+    term is divided by a power of decay that vanishes.
 
     Args:
         deltas: [B, S], 0 where the token is no target; l counts positions.
         decay: gamma * lambda in [0, 1].
         document_ids: [B, S], each document contiguous; None where each row is one document.
+
+    Returns:
+        [B, S] float64.
     """
     total, reach = deltas.double(), 1
     while reach < total.shape[1]:
@@ -129,13 +132,13 @@ def gae(deltas: Tensor, decay: float, document_ids: Tensor | None = None) -> Ten
 
 
 class RunningMoments:
-    """Mean and variance of what training has seen, exponentially weighted by optimizer step.
+    """The mean and variance of all targets seen in training, exponentially weighted by optimizer step.
 
-    Count, sum and sum of squares of a step are gathered locally, call by call, and merged over ranks once per step:
-    what is whitened with depends neither on the world size nor on how a step is cut into micro-batches. The three
-    decay together and only their ratios are used, so that the start needs no bias correction of its own (numerator and
-    denominator carry the same 1 - momentum^t), a step weighs as many targets as it has, and a forward pass that runs
-    twice, as under activation checkpointing, changes nothing.
+    Count, sum and sum of squares of a step are gathered on each rank, call by call, and merged over ranks once per
+    step. So the statistics depend neither on the world size nor on how a step is cut into micro-batches. The three
+    decay together and only their ratios are used. So the start needs no bias correction (numerator and denominator
+    carry the same 1 - momentum^t), a step weighs as many targets as it has, and a forward pass that runs twice, as
+    under activation checkpointing, changes nothing.
     """
 
     def __init__(self, momentum: float, warmup_steps: int) -> None:
@@ -145,12 +148,9 @@ class RunningMoments:
         self._gathered: Tensor | None = None  # of this step, on this rank
 
     def whiten(self, x: Tensor, valid: Tensor, *, gather: bool = True) -> Tensor:
-        """(x - mean) / standard deviation of the steps before this one; zeros while they are too few: [B, S] float64.
+        """Whitens x [B, S] by the steps before this one: (x - mean) / standard deviation, [B, S] float64.
 
-        Args:
-            x: [B, S].
-            valid: [B, S] bool, the entries that are gathered.
-            gather: False leaves the statistics alone.
+        The result is 0 while these steps are too few. ``gather`` adds the entries of ``valid`` to this step's sums.
         """
         if gather:
             seen = x[valid].double()
@@ -164,7 +164,7 @@ class RunningMoments:
         return (x.double() - mean) / std if std > SPREAD else torch.zeros_like(x, dtype=torch.float64)
 
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
-        """Merge the step's sums of all ranks; a step in which no rank gathered anything is refused."""
+        """Merges the step's sums of all ranks; refuses a step in which this rank gathered nothing."""
         if self._gathered is None:
             raise RuntimeError("end_step: no weights were computed since the last step; call it once per step")
         sums = all_reduce_sum(self._gathered).cpu()
@@ -173,13 +173,13 @@ class RunningMoments:
         self._gathered = None
 
     def state_dict(self) -> dict:
-        """The sums and the number of steps; between steps, so that nothing gathered is lost."""
+        """Returns the sums and the number of steps; within a step it refuses, as gathered sums would be lost."""
         if self._gathered is not None:
             raise RuntimeError("state_dict: the step's sums are not merged yet; call end_step first")
         return {"sums": self._sums.tolist(), "steps": self._steps}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from a :meth:`state_dict`, exactly."""
+        """Restores a :meth:`state_dict`, exactly."""
         if set(state) != {"sums", "steps"}:
             raise UserError(
                 f"the running whitening's state must hold sums and steps, got {', '.join(sorted(state)) or 'nothing'}; "
@@ -190,7 +190,7 @@ class RunningMoments:
 
 
 def _check_deltas(deltas: Tensor) -> None:
-    """Refuse what is not finite, warn of what says nothing."""
+    """Refuses differences that are not finite, and warns of differences without spread."""
     require_finite(deltas, "value differences")
     if deltas.numel() > 1 and (deltas.max() - deltas.min()).item() <= SPREAD:
         warnings.warn(
