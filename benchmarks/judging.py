@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,8 +42,8 @@ SLEEPERS, SLEEP_SECONDS, SLEEPERS_BAR = 4, 5, 1.3
 SLEEPER = f"import time\n\n\ndef f(x):\n    time.sleep({SLEEP_SECONDS})\n    return x\n"
 
 
-def fresh_interpreter(job: AssertionJob) -> bool:
-    """The baseline: True where a new interpreter runs program, set-up and asserts and leaves with status 0."""
+def fresh_interpreter(job: AssertionJob) -> str:
+    """The baseline: "passed" where a new interpreter runs program, set-up and asserts and leaves with status 0."""
     source = "\n".join([job.program, job.setup, *job.tests])
     done = subprocess.run(
         [sys.executable, "-I", "-W", "ignore", "-c", source],
@@ -50,7 +51,7 @@ def fresh_interpreter(job: AssertionJob) -> bool:
         stderr=subprocess.DEVNULL,
         timeout=60,
     )
-    return done.returncode == 0
+    return "passed" if done.returncode == 0 else f"status {done.returncode}"
 
 
 def in_the_pool(jobs: list[AssertionJob]) -> float:
@@ -59,7 +60,7 @@ def in_the_pool(jobs: list[AssertionJob]) -> float:
         started = time.perf_counter()
         outcomes = sandbox.judge(jobs)
         seconds = time.perf_counter() - started
-    require([outcome.verdict == "passed" for outcome in outcomes])
+    require([outcome.verdict for outcome in outcomes])
     return seconds
 
 
@@ -70,7 +71,7 @@ def one_at_a_time(jobs: list[AssertionJob], rounds: int) -> dict[str, list[float
     """
     milliseconds = {"sandbox": [], "fresh interpreter": []}
     with Sandbox(workers=1) as sandbox:
-        judges = (lambda job: sandbox.judge([job])[0].verdict == "passed", fresh_interpreter)
+        judges = (lambda job: sandbox.judge([job])[0].verdict, fresh_interpreter)
         for _ in range(rounds):
             for name, judge in zip(milliseconds, judges, strict=True):
                 for job in jobs:
@@ -91,19 +92,19 @@ def beside_sleepers(golds_: list[AssertionJob], wall_seconds: float) -> tuple[fl
         mixed.insert(index * step, job)
     with Sandbox(workers=2) as sandbox:
         started = time.perf_counter()
-        require([outcome.verdict == "passed" for outcome in sandbox.judge(golds_)])
+        require([outcome.verdict for outcome in sandbox.judge(golds_)])
         alone = time.perf_counter() - started
         started = time.perf_counter()
         outcomes = sandbox.judge(mixed)
         seconds = time.perf_counter() - started
         slept = [outcome.verdict for outcome, each in zip(outcomes, mixed, strict=True) if each is job]
-        require([verdict == ("timeout" if wall_seconds <= SLEEP_SECONDS else "passed") for verdict in slept])
+        require(slept, "timeout" if wall_seconds <= SLEEP_SECONDS else "passed")
         return seconds / (SLEEPERS * SLEEP_SECONDS / 2 + alone), sandbox.times_alone
 
 
-def require(passed: list[bool]) -> None:
-    if not all(passed):
-        raise SystemExit(f"error: {passed.count(False)} right programs did not pass; the times would mean nothing")
+def require(verdicts: list[str], expected: str = "passed") -> None:
+    if others := Counter(verdict for verdict in verdicts if verdict != expected):
+        raise SystemExit(f"error: {len(verdicts)} programs must be judged {expected}, and there were {dict(others)}")
 
 
 def times(args) -> None:
