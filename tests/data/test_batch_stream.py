@@ -74,9 +74,10 @@ def test_every_epoch_is_another_permutation_of_all_rows():
     assert len(set(map(tuple, epochs))) == 3
     assert global_rows(dataset, 9, batch_size=4, world_size=1, seed=1)[0] != batches
     assert state["position"] == 36
-    in_order = BatchStream(dataset, batch_size=5, rank=0, world_size=1, seed=0, shuffle=False)
-    assert [*chain(*(in_order.next_batch()["rows"] for _ in range(5)))] == [*range(12), *range(12), 0]
-    assert in_order.epoch == 25 / 12
+    stream = BatchStream(dataset, batch_size=5, rank=0, world_size=1, seed=0)
+    rows = [*chain(*(stream.next_batch()["rows"] for _ in range(5)))]
+    assert sorted(rows[:12]) == sorted(rows[12:24]) == [*range(12)]  # batches go across the end of an epoch
+    assert stream.epoch == 25 / 12
 
 
 def test_the_order_of_rows_is_golden():
@@ -106,8 +107,6 @@ def test_a_state_of_other_data_or_another_seed_is_refused():
         stream(rows=9).load_state_dict(state)
     with pytest.raises(ValueError, match="seed changed since the checkpoint, seed was 0, now 1; restore it"):
         stream(seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="shuffle was True, now False"):
-        stream(shuffle=False).load_state_dict(state)
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))

@@ -1,7 +1,7 @@
-"""Data: builders that turn a source into documents, packing into rows, and streams of batches.
+"""Training data: builders of documents from a source, packing into rows, and streams of batches.
 
 A builder is a plain function `builder(tokenizer, **config keys) -> Documents`, named as `_component_` in a config. To
-add one, write such a function; `document_from_text` makes a document out of a prompt and a completion.
+add one, write such a function; `document_from_text` makes a document of a prompt and a completion.
 """
 
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text

@@ -1,4 +1,4 @@
-"""Fields of a contest's problem, as deepmind/code_contests names them (Li et al. 2022, arXiv 2203.07814)."""
+"""The fields of a contest's problem, as deepmind/code_contests names them (Li et al. 2022, arXiv 2203.07814)."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ PYTHON3 = 3  # the dataset's number of the language
 
 
 def programs_of(row: dict, where: str, column: str, language: int) -> tuple[str, ...]:
-    """A problem's `solutions` or `incorrect_solutions` in one language, by the dataset's number of it.
+    """Returns a problem's `solutions` or `incorrect_solutions` in one language, given by the dataset's number.
 
     Raises:
-        ValueError: the field is missing, or is not equally many languages and texts.
+        ValueError: the field is missing, or its numbers of languages and texts differ.
     """
     found, inside = take(row, where, column, dict), f"{where}: field {column!r}"
     languages, sources = take(found, inside, "language", list), take_texts(found, inside, "solution")
@@ -22,7 +22,7 @@ def programs_of(row: dict, where: str, column: str, language: int) -> tuple[str,
 
 
 def whole_number(row: dict, where: str, column: str) -> int:
-    """A field that holds a whole number >= 0, with 0 for unknown."""
+    """Returns a field's whole number >= 0; 0 stands for unknown."""
     value = 0 if row.get(column) is None else take(row, where, column, int)
     if value < 0:
         raise UserError(f"{where}: field {column!r} must be >= 0 (0: unknown), got {value}")
@@ -30,17 +30,16 @@ def whole_number(row: dict, where: str, column: str) -> int:
 
 
 def topics(row: dict, where: str, column: str) -> tuple[str, ...]:
-    """A field that lists topics, without the empty ones."""
+    """Returns the topics that a field lists, without the empty ones."""
     return tuple(filter(None, take_texts(row, where, column)))
 
 
 def alphacode_prompt(description: str, *, rating: int = 0, tags: Sequence[str] = (), correct: bool = True) -> str:
-    """The text before a solution, in training and in sampling (Li et al. 2022, appendix on metadata conditioning).
+    """Returns the text before a solution, in training and sampling (Li et al. 2022, appendix: metadata conditioning).
 
     Args:
-        description: the problem's statement.
         rating, tags: the line is left out for 0 and for no tags.
-        correct: state that the solution is correct, or that it is not.
+        correct: states that the solution is correct, or that it is not.
     """
     lines = [f"RATING: {rating}"] * bool(rating) + [f"TAGS: {','.join(tags)}"] * bool(tags)
     lines += ["LANGUAGE IS python3", "CORRECT SOLUTION" if correct else "INCORRECT SOLUTION"]

@@ -1,4 +1,4 @@
-"""Documents, as every dataset builder returns them: token ids, labels, and any numbers the data have for each token."""
+"""Documents, the result of every dataset builder: token ids, labels, and the data's numbers for each token."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from wmtp.errors import UserError
 
 IGNORE = -100  # the label of a token that is no target
-_MOST = 8  # names of columns in a line
+_MOST = 8  # columns that a line names
 SCORES = ("reference_ce", "values")  # the signals that frozen models give, and `recipes/score_reference.py` writes
 
 
@@ -37,7 +37,7 @@ class Document:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens that are no target, which come before those that are."""
+        """Returns the tokens that are no target; they come before the targets."""
         return tuple(self.tokens[self.labels == IGNORE].tolist())
 
 
@@ -46,10 +46,10 @@ class Documents:
     """A dataset's documents in a fixed order.
 
     Attributes:
-        name: says what was read, for messages.
+        name: names the source in messages.
         items: at least one document; each of :data:`SCORES` is in all of them or in none.
-        skipped: how many candidates the builder left out, by reason.
-        scored_len: so many tokens of a longer document have been scored; None where all have.
+        skipped: the number of candidates that the builder left out, by reason.
+        scored_len: the number of tokens of a longer document that have been scored; None where all have.
         unread: columns of the source that the builder does not read.
 
     Raises:
@@ -83,16 +83,16 @@ class Documents:
         return iter(self.items)
 
     def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
-        """As :meth:`DocumentStream.read`."""
+        """Yields documents as :meth:`DocumentStream.read` does."""
         return ((index, document if keep(index) else None) for index, document in enumerate(self.items))
 
     def count(self) -> int:
-        """How many documents there are."""
+        """Returns the number of documents."""
         return len(self.items)
 
     @cached_property
     def signals(self) -> tuple[str, ...]:
-        """The names of the signals that every document has."""
+        """Returns the names of the signals that every document has."""
         everywhere = set(self.items[0].signals)
         for document in self.items if everywhere else ():
             everywhere &= document.signals.keys()
@@ -100,7 +100,7 @@ class Documents:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every document's length, tokens, labels and signals, in order."""
+        """Returns the SHA-256 of every document's length, tokens, labels and signals, in order."""
         digest = hashlib.sha256()
         for document in self.items:
             digest_tokens(digest, document)
@@ -112,13 +112,12 @@ class Documents:
 
 @dataclass(frozen=True)
 class DocumentStream:
-    """A dataset of any size: documents are made one by one as they are read, anew in every reading.
+    """A dataset of any size, whose documents are made one by one in every reading.
 
     Attributes:
-        name: says what is read, for messages.
-        makers: starts a reading: for each document in a fixed order, a function that makes it. What costs time, the
-            tokenizing, is left to that function.
-        count: how many documents there are, or None where only a whole reading would tell.
+        name: names the source in messages.
+        makers: starts a reading and yields, in a fixed order, a function for each document that makes (tokenizes) it.
+        count: returns the number of documents, or None where only a whole reading would tell.
     """
 
     name: str
@@ -126,12 +125,12 @@ class DocumentStream:
     count: Callable[[], int | None]
 
     def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
-        """One reading: (index, document) in order, where a document that is not kept is not made, and is None."""
+        """Yields (index, document) in order; a document that ``keep`` refuses is not made, and is None."""
         return ((index, make() if keep(index) else None) for index, make in enumerate(self.makers()))
 
 
 def left_out(skipped: Mapping[str, int], unread: Iterable[str] = ()) -> str:
-    """What a builder left out, by reason, and which columns it does not read, to end a line with; "" for nothing."""
+    """Returns the end of a line that lists what a builder left out and the columns it does not read; "" for nothing."""
     reasons, names = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count), list(unread)
     columns = ", ".join(names[:_MOST]) + (f" and {len(names) - _MOST} more" if len(names) > _MOST else "")
     said = [f"left out: {reasons}"] * bool(reasons) + [f"columns not read: {columns}"] * bool(names)
@@ -139,14 +138,14 @@ def left_out(skipped: Mapping[str, int], unread: Iterable[str] = ()) -> str:
 
 
 def digest_tokens(digest, document: Document) -> None:
-    """Add a document's length, tokens and labels to a hash: what is scored, without the scores."""
+    """Adds a document's length, tokens and labels, without its signals, to a hash."""
     digest.update(len(document).to_bytes(8, "little"))
     digest.update(document.tokens.astype("<i4").tobytes())
     digest.update(document.labels.astype("<i4").tobytes())
 
 
 def document_from_text(tokenizer, prompt: str, completion: str, id: str) -> Document:
-    """Prompt + completion + EOS, where the completion and EOS are the targets.
+    """Makes a document of prompt + completion + EOS; the completion and EOS are the targets.
 
     Prompt and completion are tokenized apart and joined: no token straddles the split, and a generated completion
     starts exactly where a trained one does. The prompt starts with BOS where the tokenizer's model expects one.

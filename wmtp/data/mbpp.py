@@ -61,7 +61,7 @@ def mbpp(
 
 
 def mbpp_task(row: dict, where: str) -> dict:
-    """The fields task_id, text, code, test_list of a row of either schema, checked, with LF line ends in the code."""
+    """Returns task_id, text, code and test_list of a row of either schema, checked, with LF line ends in the code."""
     take(row, where, "test_list", list)
     tests = take_texts(row, where, "test_list")
     if not tests:
@@ -76,7 +76,7 @@ def mbpp_task(row: dict, where: str) -> dict:
 
 
 def mbpp_prompt(task: dict, prompt: str = "docstring", examples: Iterable[dict] = ()) -> str:
-    """The text a model continues with the program; `examples` are solved tasks, for ``3shot``."""
+    """Returns the text that a model continues with the program; `examples` are solved tasks, for ``3shot``."""
     if prompt == "3shot":
         solved = "".join(f"{_paper_task(example)}{example['code']}\n[DONE]\n\n" for example in examples)
         return solved + _paper_task(task)
@@ -85,7 +85,7 @@ def mbpp_prompt(task: dict, prompt: str = "docstring", examples: Iterable[dict] 
 
 
 def few_shot_tasks(source: str, subset: str | None = None) -> list[dict]:
-    """Tasks 2, 3 and 4, which the paper shows before every task.
+    """Returns tasks 2, 3 and 4, which the paper shows before every task.
 
     Raises:
         FileNotFoundError, ValueError: source has no split `prompt`, or it lacks one of them.

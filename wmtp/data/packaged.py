@@ -1,8 +1,8 @@
 """The tasks that ship with the package: small, written for it, and usable without a download.
 
-Every task has correct and subtly wrong programs, so that a judge can be tried on both, and token weights can be looked
-at where the fault is known. The rows have the fields of the public datasets of the same form; they are read from
-`wmtp/data/tasks/*.jsonl` inside the installed package.
+Every task has correct and subtly wrong programs: a judge can be tried on both, and token weights can be examined where
+the fault is known. The rows have the fields of the public datasets of the same form, and lie in the package's folder
+`wmtp/data/tasks`.
 """
 
 import json
@@ -12,7 +12,7 @@ PACKAGED_TASKS = Path(__file__).with_name("tasks")  # with solutions, which no j
 
 
 def packaged_functions() -> list[dict]:
-    """36 function-writing tasks as rows of MBPP's `full` configuration, with a wrong program for each.
+    """Returns 36 function-writing tasks as rows of MBPP's `full` configuration, with a wrong program for each.
 
     Fields:
         task_id: int, 1 to 36.
@@ -28,7 +28,7 @@ def packaged_functions() -> list[dict]:
 
 
 def packaged_programs() -> list[dict]:
-    """12 tasks that read stdin and write stdout, as rows of deepmind/code_contests.
+    """Returns 12 tasks that read stdin and write stdout, as rows of deepmind/code_contests.
 
     Fields:
         name: unique.

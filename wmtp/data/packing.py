@@ -1,4 +1,4 @@
-"""Documents to fixed-length rows, and rows to batches: an endless stream for training, one pass for evaluation."""
+"""Packing of documents into rows of one length, and batches of rows: endless for training, one pass for evaluation."""
 
 import bisect
 import hashlib
@@ -24,11 +24,10 @@ class PackedDataset:
         document_ids: [R, S] int32, 0, 1, ... within a row, -1 for padding.
         signals: [R, S] float32 by name, 0 for padding: those that every document has.
         ids: the names of each row's documents.
-        members: their indices in the dataset that was packed.
-        pad_id: token id of padding.
+        members: the indices of each row's documents in the dataset that was packed.
         num_cut: documents cut to S tokens.
-        num_dropped: documents left out because no target was left within S tokens.
-        fingerprint: SHA-256 of the documents and of how they were packed.
+        num_dropped: documents left out because they have no target within S tokens.
+        fingerprint: SHA-256 of the documents and of the settings of :func:`pack`.
         name, skipped, unread: of the documents.
     """
 
@@ -55,7 +54,7 @@ class PackedDataset:
 
     @property
     def num_targets(self) -> int:
-        """Targets of head 1: a document's first token has nothing before it to predict it from."""
+        """Counts the targets of head 1; a document's first token is none, as nothing comes before it."""
         same_document = self.document_ids[:, 1:] == self.document_ids[:, :-1]
         return int(((self.labels[:, 1:] != IGNORE) & same_document).sum())
 
@@ -63,33 +62,28 @@ class PackedDataset:
     def max_token_id(self) -> int:
         return int(self.tokens.max())
 
-    @property
-    def fill_rate(self) -> float:
-        """Share of the rows' positions that hold a document's token."""
-        return float((self.document_ids >= 0).double().mean())
-
     def row_ids(self, row: int) -> tuple[str, ...]:
-        """The names of the documents of a row, in order."""
+        """Returns the names of the documents of a row, in order."""
         return self.ids[row]
 
     def summary(self, needs: Collection[str] | None = None) -> str:
-        """One line: rows, documents, targets, what was cut, dropped and left out, fill rate, and columns not read.
+        """Describes the data in one line: counts, share of the rows that is filled, and columns not read.
 
         Args:
-            needs: names of the signals that the weighting reads; None where that is not known.
+            needs: names of the signals that the weighting reads; None where they are not known.
         """
-        documents = sum(map(len, self.ids))
+        documents, filled = sum(map(len, self.ids)), float((self.document_ids >= 0).double().mean())
         idle = () if needs is None else (name for name in self.signals if name not in needs)
         return (
             f"{self.name}: {len(self)} rows of {self.seq_len} tokens, {documents} documents, {self.num_targets} "
             f"targets, {self.num_cut} cut, {self.num_dropped} dropped (no target within seq_len), "
-            f"{self.fill_rate:.1%} full{left_out(self.skipped, (*idle, *self.unread))}"
+            f"{filled:.1%} full{left_out(self.skipped, (*idle, *self.unread))}"
         )
 
     def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Any]:
-        """The rows as int64 tensors [B, S], their `signals` by name, float32, and the list `rows`.
+        """Returns the rows as int64 tensors [B, S], their `signals` by name, float32, and the list `rows`.
 
-        With `size`, the batch is filled up to so many rows with padding that holds no document and no target.
+        With `size`, rows of padding, without document and target, fill the batch up to so many rows.
         """
         empty = (size or len(rows)) - len(rows)
 
@@ -108,11 +102,11 @@ class PackedDataset:
 def pack(
     documents: Documents, seq_len: int, *, packed: bool = True, pad_id: int, require_targets: bool = True
 ) -> PackedDataset:
-    """Lay documents into rows of seq_len tokens; no document spans two rows.
+    """Packs documents into rows of seq_len tokens; no document spans two rows.
 
-    Longest first, each document goes where it leaves the least room (best-fit decreasing). A longer document is cut
-    to seq_len. Within a row documents keep their order, and so do rows by their first document: the result depends on
-    the documents alone.
+    Longest first, each document goes into the row where it leaves the least room (best-fit decreasing). A longer
+    document is cut to seq_len. Documents keep their order within a row, and rows are in the order of their first
+    documents: the result depends on the documents alone.
 
     Args:
         packed: False gives each document a row of its own.
@@ -120,7 +114,7 @@ def pack(
         require_targets: leave out documents without a target within seq_len tokens: training learns nothing from them.
 
     Raises:
-        ValueError: no document has a target within seq_len tokens, or the documents are scored up to fewer.
+        ValueError: no document has a target within seq_len tokens, or fewer than seq_len tokens have been scored.
     """
     if seq_len < 2:
         raise UserError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
@@ -188,23 +182,18 @@ class BatchStream:
     """An endless stream of batches whose whole state is one number: the rows all ranks have consumed together.
 
     Row p of the stream is ``permutation(seed, epoch = p // R)[p % R]`` of the R rows. A call takes the rows
-    [p, p + batch_size * world_size), of which rank r gets its contiguous block: the same global batch comes out at any
+    [p, p + batch_size * world_size), of which rank r gets its contiguous block. So the global batch is the same at any
     world size and any split into micro-batches, and a run resumes at another world size.
 
     Args:
-        dataset: what to draw from.
         batch_size: rows of one rank's batch.
-        rank, world_size: this process among all.
         seed: of the permutations, >= 0.
-        shuffle: False keeps the dataset's order in every epoch.
 
     Raises:
         ValueError: the dataset has fewer rows than one batch of all ranks.
     """
 
-    def __init__(
-        self, dataset: PackedDataset, *, batch_size: int, rank: int, world_size: int, seed: int, shuffle: bool = True
-    ) -> None:
+    def __init__(self, dataset: PackedDataset, *, batch_size: int, rank: int, world_size: int, seed: int) -> None:
         if batch_size < 1 or not 0 <= rank < world_size or seed < 0:
             raise UserError(
                 "batch_size must be >= 1, rank in [0, world_size) and seed >= 0, "
@@ -218,35 +207,26 @@ class BatchStream:
             )
         self.position = 0
         self._dataset, self._batch_size, self._rank, self._world_size = dataset, batch_size, rank, world_size
-        self._seed, self._shuffle = seed, shuffle
+        self._seed = seed
         self._order: tuple[int, np.ndarray] | None = None  # (epoch, its permutation)
 
     @property
     def epoch(self) -> float:
-        """How often the dataset has been seen."""
+        """Returns how often the dataset has been seen."""
         return self.position / len(self._dataset)
 
     def next_batch(self) -> dict[str, Any]:
-        """This rank's rows, as :meth:`PackedDataset.batch` gives them."""
+        """Returns this rank's rows as a :meth:`PackedDataset.batch`, and moves on."""
         start = self.position + self._rank * self._batch_size
         self.position += self._batch_size * self._world_size
         return self._dataset.batch([self._row(p) for p in range(start, start + self._batch_size)])
 
     def state_dict(self) -> dict:
-        """The position, and what it is a position in."""
-        return {
-            "position": self.position,
-            "seed": self._seed,
-            "shuffle": self._shuffle,
-            "fingerprint": self._dataset.fingerprint,
-        }
+        """Returns the position, with the seed and the data that it belongs to."""
+        return {"position": self.position, "seed": self._seed, "fingerprint": self._dataset.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where the state was taken.
-
-        Raises:
-            ValueError: the state belongs to other data, another packing, seed or shuffle.
-        """
+        """Restores a :meth:`state_dict`; refuses one of other data, another packing or another seed."""
         for key, value in self.state_dict().items():
             if key != "position" and state[key] != value:
                 what = "the data or its packing (dataset, tokenizer, seq_len, packed)" if key == "fingerprint" else key
@@ -258,8 +238,6 @@ class BatchStream:
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self._dataset))
-        if not self._shuffle:
-            return index
         if self._order is None or self._order[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._order = (epoch, generator.permutation(len(self._dataset)))
@@ -267,9 +245,9 @@ class BatchStream:
 
 
 def held_out_batches(dataset: PackedDataset, batch_size: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
-    """One pass over the dataset: every row once over all ranks, and equally many full batches on each rank.
+    """Yields one pass over the dataset: every row once over all ranks, in equally many full batches on each rank.
 
-    Ranks that run out get rows without document and target, so collectives inside the model stay in step.
+    Ranks that run out get rows without document and target, so that collectives inside the model stay in step.
     """
     per_step = batch_size * world_size
     for start in range(rank * batch_size, -(-len(dataset) // per_step) * per_step, per_step):

@@ -1,7 +1,7 @@
-"""Scoring a dataset part by part: what a recipe needs beside the forward pass, in memory that does not grow.
+"""The scoring of a dataset part by part, in memory that does not grow, without the forward pass.
 
-Part p holds the documents [p * size, (p + 1) * size) of the dataset, whoever scores it: a part is packed, batched and
-scored by itself, so its values do not depend on the number of processes or on which parts were there already.
+Part p holds the documents [p * size, (p + 1) * size) of the dataset. Each part is packed, batched and scored by itself,
+so its values depend neither on the number of processes nor on the parts that are there already.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,22 +21,21 @@ _END = object()
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive documents of a dataset: number p of them all."""
+    """Consecutive documents of a dataset: its part p."""
 
     number: int
     documents: tuple[Document, ...]
 
 
 class PartReader:
-    """One reading of a dataset in parts, making only the documents of those that are asked for.
+    """One reading of a dataset in parts, which makes only the documents of the parts to keep.
 
     Args:
-        dataset: what to read.
-        size: documents of a part; the last part may have less.
-        keep: which parts to make, by number.
+        size: documents of a part; the last part may have fewer.
+        keep: tells by its number whether a part is made.
 
     Attributes:
-        num_documents: of the dataset, as far as it has been read.
+        num_documents: documents of the dataset read so far.
     """
 
     def __init__(self, dataset: Documents | DocumentStream, size: int, keep: Callable[[int], bool]) -> None:
@@ -57,7 +56,7 @@ class PartReader:
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
-    """The items in order, the next one made in a thread while the caller is busy with this one."""
+    """Yields the items in order, while a thread makes the next one."""
     iterator = iter(items)
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
         ahead = pool.submit(next, iterator, _END)
@@ -67,10 +66,10 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 def rows_to_score(documents: Sequence[Document], column: str, seq_len: int, pad_id: int) -> PackedDataset | None:
-    """The documents that need a forward pass, packed; None where none does.
+    """Packs the documents that need a forward pass; returns None where none does.
 
     Args:
-        column: ``reference_ce`` needs documents with a target within seq_len tokens, ``values`` needs all.
+        column: ``reference_ce`` needs the documents with a target within seq_len tokens, ``values`` needs all.
     """
     every = column == "values"
     if not every and not any((document.labels[1:seq_len] != IGNORE).any() for document in documents):
@@ -79,10 +78,10 @@ def rows_to_score(documents: Sequence[Document], column: str, seq_len: int, pad_
 
 
 def column_of(documents: Sequence[Document], rows: PackedDataset | None, scores: np.ndarray) -> list[np.ndarray]:
-    """Rows' scores back to their documents: for each a [T] float32 column, 0 where nothing was scored.
+    """Takes the rows' scores back to their documents: for each a [T] float32 column, 0 where nothing was scored.
 
     Args:
-        rows: what :func:`rows_to_score` made of the documents.
+        rows: the documents packed by :func:`rows_to_score`.
         scores: [R, S] float32, a score for each position of the rows.
     """
     columns = [np.zeros(len(document), np.float32) for document in documents]
@@ -96,11 +95,7 @@ def column_of(documents: Sequence[Document], rows: PackedDataset | None, scores:
 
 
 def require_finite(documents: Sequence[Document], columns: Sequence[np.ndarray], what: str) -> None:
-    """Refuse scores that are no numbers.
-
-    Raises:
-        ValueError: names the first document and token that has one.
-    """
+    """Refuses scores that are not finite; the ValueError names the first document and token with one."""
     for document, column in zip(documents, columns, strict=True):
         bad = np.flatnonzero(~np.isfinite(column))
         if len(bad):

@@ -1,6 +1,6 @@
-"""Your own data: prompts and completions as text, or documents already made of token ids.
+"""Builders for your own data: prompts and completions as text, or documents of token ids.
 
-Each comes twice: as `Documents` in memory, for training, and as a `DocumentStream` of any size, for scoring.
+Each has two forms: `Documents` in memory, for training, and a `DocumentStream` of any size, for scoring.
 
 A column of any name that holds a finite number for each token of its row's document is a signal, for a weighting that
 names it in ``needs``.
@@ -23,7 +23,7 @@ from wmtp.files import publish, unfinished
 
 Rows = Iterable[tuple[str, dict]]  # of read_rows
 _TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(SCORES, list[float])}
-_FIRST_ROWS = 1000  # of a stream, in which a column that the config names must be
+_FIRST_ROWS = 1000  # of a stream: one of them must have the column that the config names
 
 
 def prompt_completion(
@@ -57,7 +57,7 @@ def prompt_completion(
     items = tuple(make() for make in _of_text(rows, tokenizer, columns))
     named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
     for key, (column, default) in named.items():
-        if items and column not in (None, default):  # who gives it a name of its own has such a column
+        if items and column not in (None, default):  # the data of a user who sets the key have such a column
             rows.require(key, column, source)
     return Documents(str(source), items, unread=rows.unread)
 
@@ -79,7 +79,7 @@ def prompt_completion_stream(
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or an id_column of another name that none of the first 1,000
-            rows has; what is wrong with a row shows when it is read.
+            rows has; a wrong row raises when it is read.
     """
     if id_column not in (None, "id"):
         rows = ReadColumns(read_rows(source, split, subset, streaming=True), {})
@@ -115,13 +115,13 @@ def tokenized_stream(tokenizer, *, source: str, split: str | None = None, subset
         source, split, subset: as in :func:`tokenized`.
 
     Raises:
-        FileNotFoundError, ValueError: source unreadable; what is wrong with a row shows when it is read.
+        FileNotFoundError, ValueError: source unreadable; a wrong row raises when it is read.
     """
     return _stream(lambda rows: _of_tokens(_token_columns(rows), tokenizer), source, split, subset)
 
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
-    """Write documents for :func:`tokenized`, as JSONL (or .jsonl.gz); the file appears only when whole."""
+    """Writes documents for :func:`tokenized`, as JSONL (or .jsonl.gz); the file appears only when whole."""
     path, vocab_hash = Path(path), tokenizer.vocab_hash()
     torn = unfinished(path)
     with gzip.open(torn, "wt", encoding="utf-8") if path.suffix == ".gz" else torn.open("w", encoding="utf-8") as file:
@@ -134,7 +134,7 @@ def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
 
 
 def _stream(makers: Callable[[Rows], Iterator], source: str, split: str | None, subset: str | None) -> DocumentStream:
-    read_rows(source, split, subset, streaming=True)  # refuses now what cannot be opened
+    read_rows(source, split, subset, streaming=True)  # refuses at once a source that cannot be opened
     return DocumentStream(
         name=str(source),
         makers=lambda: makers(read_rows(source, split, subset, streaming=True)),
@@ -200,9 +200,9 @@ def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Docume
 
 
 def _with_signals(document: Document, columns: Mapping[str, object], where: str, known: Collection[str]) -> Document:
-    """The document with those columns of its row that hold a finite number for each of its tokens.
+    """Adds to a document those columns of its row that hold a finite number for each of its tokens.
 
-    A ``known`` column that is there must. What other columns hold may be anything.
+    Columns of another content are passed over; a ``known`` one is refused.
     """
     for name in known:
         if columns.get(name) is not None:

@@ -52,17 +52,17 @@ def python_functions(
 ) -> Documents:
     """Functions and methods with a docstring, out of every module below a folder.
 
-    A module belongs to one split, by a hash of its path: the same on every machine, and no function of a module is seen
-    both in training and held out. Of functions with equal text the first in path order is kept, whatever its split.
+    A hash of its path puts each module into one split: the same on every machine, and no function of a module is both
+    in training and held out. Of functions with equal text the first in path order is kept, whatever its split.
 
     Args:
         root: folder of Python files; None is the standard library of this interpreter.
         split: ``train``, ``reference`` (for a reference model on data of its own), ``heldout``, or ``all``.
         fractions: shares of the modules for train, reference and heldout; each >= 0, together at most 1.
-        max_functions: keep so many, a sample that depends on nothing but their ids.
+        max_functions: keep at most so many, a sample that depends on their ids alone.
         min_body_lines, max_body_lines: bounds on the lines of the body.
-        exclude: names of folders that are not entered; by default those of tests, of packages that are installed, and
-            of the standard library's applications.
+        exclude: names of folders that are not entered; by default those of tests, of installed packages, and of the
+            standard library's applications.
 
     Raises:
         FileNotFoundError: root is no folder.
@@ -101,7 +101,7 @@ def python_functions(
 
 @functools.lru_cache(maxsize=2)  # a recipe asks for train and heldout of one tree
 def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Function], list[str], int]:
-    """The functions of all modules, each text once; the modules that do not parse; how many functions are repeated."""
+    """Returns all modules' functions, each text once, the modules that do not parse, and the count of repeated ones."""
     functions: dict[str, Function] = {}
     unparsed, repeated = [], 0
     for path in module_paths(folder, exclude):
@@ -110,7 +110,7 @@ def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Fu
             found = list(functions_of(read_source(path), module))
         except OSError as error:
             _refuse(error)
-        # ValueError: null bytes, or bytes outside the declared encoding; the last two: nested too deeply.
+        # ValueError: null bytes, or bytes outside the declared encoding; the last two: code nested too deeply.
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             unparsed.append(module)
             continue
@@ -121,7 +121,7 @@ def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Fu
 
 
 def module_paths(root: Path, exclude: Sequence[str] = EXCLUDED) -> list[Path]:
-    """Python files below root, sorted by path; folders whose name is excluded are not entered."""
+    """Returns the Python files below root, sorted by path; folders whose name is excluded are not entered."""
     found = []
     for folder, below, files in os.walk(root, onerror=_refuse):
         below[:] = [name for name in below if name not in exclude]
@@ -134,7 +134,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def split_of(module: str, fractions: Sequence[float]) -> str | None:
-    """The split of a module, from the hash of its relative path; None for the share that no split claims."""
+    """Returns the split of a module by the hash of its relative path; None for the share that no split claims."""
     share = text_hash(module) / 2**64
     for split, fraction in zip(SPLITS, fractions, strict=True):
         if share < fraction:
@@ -144,15 +144,15 @@ def split_of(module: str, fractions: Sequence[float]) -> str | None:
 
 
 def read_source(path: Path) -> str:
-    """A module's text by its declared encoding, with LF line ends."""
+    """Reads a module's text by its declared encoding, with LF line ends."""
     with tokenize.open(path) as file:
         return file.read()
 
 
 def functions_of(source: str, module: str) -> Iterator[Function]:
-    """The documented functions of a module in source order: of the module and its classes, not those inside functions.
+    """Yields the documented functions of a module and its classes in source order, without those inside functions.
 
-    Left out: functions without a body after the docstring, and bodies that start on the docstring's line.
+    Functions without a body after the docstring, or whose body starts on the docstring's line, are left out.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old escapes in other people's strings

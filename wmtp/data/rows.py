@@ -1,4 +1,4 @@
-"""Rows of a dataset as dictionaries, each with the place it came from, so that an error can name the line."""
+"""Rows of a dataset as dictionaries, each with its place in the source, so that an error can name the line."""
 
 import difflib
 import gzip
@@ -24,23 +24,23 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
 _OF_TESTS = re.compile(r"(?:^|_)(?:test|testcase|assert|assertion|input|output)s?(?:$|_)")  # a column's name
 _NAMED = 20  # fields that a message names
-_LIKENESS = 0.8  # of two names, from which on one may be the other misspelt
+_LIKENESS = 0.8  # two names at least as alike may be one name and its misspelling
 
 
 def read_rows(
     source: str | Path, split: str | None = None, subset: str | None = None, *, streaming: bool = False
 ) -> Iterator[tuple[str, dict]]:
-    """Yield (where, row) from a file, a folder or the Hugging Face hub; `where` is ``file:line``.
+    """Yields (where, row) from a file, a folder or the Hugging Face hub; `where` is ``file:line``.
 
     Args:
         source: a ``.json`` (one array, or one object a line), ``.jsonl`` or ``.parquet`` file, the first two also with
-            ``.gz``; a pipe with what one of the first two holds; a folder that holds ``{split}`` with one of these
+            ``.gz``; a pipe with the content of one of the first two; a folder with a file ``{split}`` of one of these
             endings; or a hub name ``owner/name``. Files and folders may be local or ``s3://``, see
             :func:`wmtp.storage.local_copy`.
-        split: which file of a folder, or which split of a hub dataset; unused for a file. ``all``: every one.
+        split: the file of a folder, or the split of a hub dataset; unused for a file. ``all``: every one.
         subset: the hub dataset's configuration, such as ``sanitized``.
-        streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Rows of files
-            are always read so, but for one JSON array, which is read as a whole.
+        streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Files are
+            always read so, except that one JSON array is read as a whole.
 
     Raises:
         FileNotFoundError: source, or the split's file in it, does not exist.
@@ -58,7 +58,7 @@ def read_rows(
 
 
 def count_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> int | None:
-    """How many rows :func:`read_rows` gives, without parsing them; None where only reading them all would tell.
+    """Counts the rows of :func:`read_rows` without parsing them; returns None where only reading them all would tell.
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`read_rows`.
@@ -84,7 +84,7 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
 
 
 def take(row: dict, where: str, column: str, kind: type[T]) -> T:
-    """A row's field, or a ValueError that says where it is missing or wrong, and which fields are there."""
+    """Returns a row's field; the ValueError of a missing or wrong one names the place and the row's fields."""
     value = row.get(column)
     if value is None and column in row:
         raise UserError(f"{where}: field {column!r} is null; give it a value, or leave the row out")
@@ -96,13 +96,13 @@ def take(row: dict, where: str, column: str, kind: type[T]) -> T:
 
 
 def fields_of(row: Mapping) -> str:
-    """The names of a row's fields, for a message; the first of them where they are many."""
+    """Lists the names of a row's fields for a message; only the first where they are many."""
     names = [*map(str, row)]
     return ", ".join([*names[:_NAMED], *["..."] * (len(names) > _NAMED)]) or "no fields"
 
 
 def take_texts(row: dict, where: str, column: str) -> list[str]:
-    """A row's list of strings, empty where it has none."""
+    """Returns a row's list of strings, empty where it has none."""
     values = [] if row.get(column) is None else take(row, where, column, list)
     if not all(isinstance(value, str) for value in values):
         raise UserError(f"{where}: field {column!r} must be a list of strings, got {values!r:.60}")
@@ -110,11 +110,11 @@ def take_texts(row: dict, where: str, column: str) -> list[str]:
 
 
 def refuse_unread_tests(row: dict, where: str, known: Collection[str], instead: str) -> None:
-    """Refuse a row with a column that looks like tests, and that nobody runs: programs would pass without them.
+    """Refuses a row with a column that looks like tests but is never run: programs would pass without them.
 
     Args:
-        known: columns that are run, or known to say nothing that the tests do not say.
-        instead: where tests belong.
+        known: columns that are run, or that add nothing to the tests.
+        instead: the columns where tests belong, for the message.
     """
     for column, value in row.items():
         name = re.sub(r"([a-z])([A-Z])", r"\1_\2", str(column)).lower().replace("-", "_")
@@ -126,27 +126,26 @@ def refuse_unread_tests(row: dict, where: str, known: Collection[str], instead: 
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number, as float32 too; true and false are none."""
+    """Returns whether a value is a number that is finite in float32 too; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def printable(text: object) -> str:
-    """A text that any file and terminal takes: what is no Unicode, as in the name of a file, stands there escaped."""
+    """Returns a text that any file and terminal takes: what is no Unicode, as in a file's name, is escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 class ReadColumns:
-    """Rows as they pass by, with an eye on their columns.
+    """Rows of :func:`read_rows` with a check of their columns while they are read.
 
-    A column that nobody reads, but that has the type and nearly the name of one that the row lacks, is refused: it is
+    A column that is not read is refused if it has the type of one that the row lacks, and nearly its name: it is
     misspelt.
 
     Args:
-        rows: of :func:`read_rows`.
-        optional: columns that are read, that a row may lack, and that would be missed; with the type of their values,
-            such as ``list[float]``.
+        optional: columns that are read and that a row may lack, with the type of their values, such as
+            ``list[float]``.
         read: the other columns that are read; needed for :attr:`unread`.
-        way_out: what to do about a column that is refused.
+        way_out: the advice in the message about a refused column.
 
     Attributes:
         there: the columns of the rows so far.
@@ -168,7 +167,7 @@ class ReadColumns:
     def __iter__(self) -> Iterator[tuple[str, dict]]:
         for where, row in self._rows:
             for column in row.keys() - self._read - self._harmless:
-                if row[column] is None:  # its type shows in a later row
+                if row[column] is None:  # a later row shows its type
                     continue
                 lacking = [n for n, kind in self._optional.items() if n not in row and _is_a(row[column], kind)]
                 near = difflib.get_close_matches(str(column), lacking, n=1, cutoff=_LIKENESS)
@@ -182,11 +181,11 @@ class ReadColumns:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """The columns that were there and that nobody reads."""
+        """Returns the columns of the rows so far that are not read."""
         return tuple(str(column) for column in self.there if column not in self._read)
 
     def require(self, key: str, column: str, source: object) -> None:
-        """Refuse a config's key that names a column which no row has."""
+        """Refuses a config's key that names a column which no row has."""
         if column not in self.there:
             raise UserError(
                 f"{key} is {column!r}, which no row of {source} has; its columns are {fields_of(self.there)}"
@@ -194,7 +193,7 @@ class ReadColumns:
 
 
 def _is_a(value: object, kind: Any) -> bool:
-    """Whether a value has a type, as far as its first element tells; a whole number is a float, a bool no number."""
+    """Returns whether a value, or a list's first element, has a type; an int is a float too, a bool is no number."""
     if get_origin(kind) is list:
         return isinstance(value, list) and all(_is_a(element, get_args(kind)[0]) for element in value[:1])
     return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
@@ -219,7 +218,7 @@ def _unicode(text: str, what: str) -> str:
 
 
 def _local_file(source: str | Path, split: str | None) -> Path | None:
-    """The file that source and split name; None for a name on the hub."""
+    """Returns the file that source and split name; None for a name on the hub."""
     with reading(source):
         path = local_copy(source)
         if path.is_dir():
@@ -232,7 +231,7 @@ def _local_file(source: str | Path, split: str | None) -> Path | None:
 
 
 def _splits(source: str | Path) -> list[str]:
-    """The splits that a folder without a file for a split `all` holds, by name; none of anything else."""
+    """Returns the splits of a folder by name; none where it has a file for a split `all`, or is no folder."""
     with reading(source):
         folder = local_copy(source)
         names = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
@@ -241,7 +240,7 @@ def _splits(source: str | Path) -> list[str]:
 
 
 def missing(path: str | Path, way_out: str, key: str = "") -> MissingError:
-    """The error of a path that is not there, named after the config's key where one is given."""
+    """Returns the error of a path that is not there; ``key`` (as in "source: ") stands before the path."""
     if str(path).startswith("/dev/"):
         return MissingError(
             f"{key}{path} does not exist in this process: what the shell writes for <(...) is open in one process "
@@ -279,10 +278,7 @@ def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _open(path: Path) -> TextIO:
-    """A text file, from its start; the mark that some editors put before the first character is passed over.
-
-    What is no file, such as a pipe, is read once, as a whole.
-    """
+    """Opens a text file, plain or gzipped, without the byte order mark; a pipe is read at once, as a whole."""
     file: BinaryIO = path.open("rb") if path.is_file() else io.BytesIO(path.read_bytes())
     zipped = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
     file.seek(0)
@@ -290,13 +286,13 @@ def _open(path: Path) -> TextIO:
 
 
 def unreadable(error: OSError, path: str | Path) -> UserError:
-    """What the file system refuses, as an error with the name of the file or folder."""
+    """Returns the file system's refusal as an error that names the file or folder."""
     return UserError(cannot_be_read(error, printable(error.filename or path), "name another source"))
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """What a file's bytes, or the file system, refuse, as one line with the file's name."""
+    """Turns the errors of reading a file inside this context into one line with the file's name."""
     name = printable(path)
     try:
         yield
@@ -310,7 +306,7 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def _from_parquet(path: Path) -> Iterator[dict]:
-    """The rows of this very file: readers that are given a name take it for a pattern."""
+    """Yields the rows of an open file, because readers that are given a name take it for a pattern."""
     with reading(path), path.open("rb") as file:
         for batch in _parquet_file(file, path).iter_batches(batch_size=_PARQUET_ROWS):
             yield from batch.to_pylist()
@@ -361,18 +357,14 @@ def _checked(row: object, where: str) -> tuple[str, dict]:
 def _from_hub(name: str, subset: str | None, split: str | None, streaming: bool):
     if split is None:
         raise UserError(f"{name} is read from the hub; set split (such as train)")
-    return _load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
-
-
-def _load_dataset(*args, **kwargs):
     import datasets
 
     try:
-        return datasets.load_dataset(*args, **kwargs)
+        return datasets.load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
     except Exception as error:  # the hub's errors share no base class
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"dataset {args[0]!r} cannot be loaded ({reason}); check its name, subset and split, "
+            f"dataset {name!r} cannot be loaded ({reason}); check its name, subset and split, "
             "or download it and give a local file or folder as source"
         ) from error
 

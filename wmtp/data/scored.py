@@ -1,7 +1,7 @@
-"""Scored datasets: documents with a column of a frozen model's, in a folder that says what they are of.
+"""Scored datasets: documents with a column of scores by a frozen model, in a folder with a manifest.
 
     <folder>/data/part-00000.parquet, ...   id, tokens, labels and the column (reference_ce or values), one row a
-                                            document; each part is complete from the moment it has its name
+                                            document; a part that has its name is complete
     <folder>/manifest.json                  hashes of the tokenizer, the model and the data, and every part's; it
                                             appears only when all parts are there
 
@@ -31,11 +31,11 @@ _HEADER = b"wmtp"  # key of a part's own record in its parquet metadata
 
 
 class TornPart(UserError):
-    """A part file that cannot be read, or whose content is not what its own record says."""
+    """The error of a part file that cannot be read, or whose content does not match its own record."""
 
 
 class Columns(Sequence[Document]):
-    """Documents side by side in flat arrays: twelve bytes a token, and no Python object until one is asked for."""
+    """Documents in flat arrays, twelve bytes a token; the object of a document is made when it is indexed."""
 
     def __init__(
         self, ids: pa.Array, lengths: np.ndarray, tokens: np.ndarray, labels: np.ndarray, **signals: np.ndarray
@@ -57,13 +57,13 @@ class Columns(Sequence[Document]):
 def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Documents:
     """The documents of a scored dataset with their column, for training; every hash of the manifest is checked.
 
-    A document that was longer than the scoring's seq_len has zeros from there on: its `scored_len` makes
-    :func:`wmtp.data.pack` refuse longer rows.
+    A document that was longer than the scoring's seq_len has zeros from there on; :func:`wmtp.data.pack` refuses longer
+    rows.
 
     Args:
         source: output_dir of `recipes/score_reference.py`, local or ``s3://``.
-        checkpoint: the model that must have written the column, as :func:`wmtp.pretrained.resolve_checkpoint` takes it;
-            None takes any.
+        checkpoint: the model that must have written the column, in any form that
+            :func:`wmtp.pretrained.resolve_checkpoint` takes; None accepts every model.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -97,23 +97,23 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
 
 
 def part_path(folder: Path, number: int) -> Path:
-    """Where a scored dataset keeps its part ``number``, counted from 0."""
+    """Returns the path of part ``number``, counted from 0."""
     return folder / "data" / f"part-{number:05d}.parquet"
 
 
 def part_paths(folder: Path) -> list[Path]:
-    """The parts that are complete, in order."""
+    """Returns the paths of the complete parts, in order."""
     return sorted((folder / "data").glob("part-*.parquet"))
 
 
 def write_part(
     path: Path, documents: Sequence[Document], values: Sequence[np.ndarray], binding: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write documents with their column; the file has its name only once it is whole and on disk.
+    """Writes documents with their column; the file gets its name only once it is whole and on disk.
 
     Args:
         values: for each document, [T] float32.
-        binding: what the values depend on beside the documents: column, tokenizer, model, seq_len, dtype, ...
+        binding: all that the values depend on beside the documents: column, tokenizer, model, seq_len, dtype, ...
 
     Returns:
         the part's entry in the manifest.
@@ -147,15 +147,15 @@ def write_part(
 
 
 def manifest_entry(path: Path, header: dict[str, Any]) -> dict[str, Any]:
-    """What the manifest says of a part: its file, with size and hash, and the part's own record."""
+    """Returns the manifest's entry of a part: its file, with size and hash, and the part's own record."""
     return {"file": f"data/{path.name}", "bytes": path.stat().st_size, "sha256": file_sha256(path), **header}
 
 
 def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
-    """A part's documents with their column, its binding, and its own record.
+    """Reads a part: its documents with their column, its binding, and its own record.
 
     Raises:
-        TornPart: the file cannot be read, or its content is not what its own record says.
+        TornPart: the file cannot be read, or its content does not match its own record.
     """
     binding, header = part_header(path)
     try:
@@ -177,7 +177,7 @@ def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
 
 
 def part_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A part's binding and its record, without its data.
+    """Reads a part's binding and its record, without its data.
 
     Raises:
         TornPart: the file cannot be read, or is no part of a scored dataset.
@@ -190,11 +190,7 @@ def part_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Refuse to mix parts of two scorings.
-
-    Raises:
-        ValueError: names the first setting that differs, and both values.
-    """
+    """Refuses to mix parts of two scorings; the ValueError names the first setting that differs, and both values."""
     ours, theirs = _flatten(wanted), _flatten(found)
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
@@ -206,7 +202,7 @@ def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Pa
 
 
 def data_sha256(documents: Iterable[Document]) -> str:
-    """SHA-256 over the documents' lengths, tokens and labels, in order."""
+    """Returns the SHA-256 of the documents' lengths, tokens and labels, in order."""
     digest = hashlib.sha256()
     for document in documents:
         digest_tokens(digest, document)
@@ -218,7 +214,7 @@ def data_sha256(documents: Iterable[Document]) -> str:
 
 
 def write_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write manifest.json over all parts, in order: from now on the dataset is complete."""
+    """Writes manifest.json over all parts, in order; with it the dataset is complete."""
     counts = ("documents", "tokens", "targets", "cut_documents", "scores")
     totals = {key: sum(e[key] for e in entries) for key in counts}
     manifest = {
@@ -233,11 +229,11 @@ def write_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete scored dataset.
+    """Reads the manifest of a complete scored dataset.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: the dataset is not complete, or the manifest is none.
+        ValueError: the dataset is not complete, or the file is no manifest.
     """
     if not folder.is_dir():
         raise MissingError(f"scored dataset {folder} does not exist; score it with recipes/score_reference.py")
@@ -260,7 +256,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
-    """All parts in one: each array is made once, at its full size, and filled part by part."""
+    """Reads all parts into arrays that are made once, at their full size."""
     column, totals, entries = manifest["column"], manifest["data"], manifest["parts"]
     if _all_sha256(entries) != totals["sha256"]:
         raise UserError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
