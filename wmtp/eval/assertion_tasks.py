@@ -60,11 +60,11 @@ class AssertionTask:
     inside: bool = False
 
     def program(self, completion: str) -> str:
-        """The program that a plain continuation of the prompt makes."""
+        """Returns the program that a plain continuation of the prompt makes."""
         return self.prompt + completion
 
     def job(self, program: str, *, limits: Limits | None = None) -> AssertionJob:
-        """What the sandbox judges; limits None leaves them to the sandbox."""
+        """Returns the job that the sandbox judges; limits None leaves them to the sandbox."""
         return AssertionJob(
             program=program,
             tests=self.tests + self.challenge_tests + self.plus_tests,
@@ -76,7 +76,7 @@ class AssertionTask:
         )
 
     def passes_base(self, outcome: Outcome) -> bool | None:
-        """Whether a program passed all tests but the plus tests; None where there are none of these."""
+        """Returns whether a program passed all tests but the plus tests; None where the task has no plus tests."""
         base = len(self.tests + self.challenge_tests)
         return outcome.tests[:base] == ("passed",) * base if self.plus_tests else None
 
@@ -197,7 +197,7 @@ def _rows(source: str, split: str | None, subset: str | None = None) -> ReadColu
 
 
 def _is_mbpp(row: dict, where: str) -> bool:
-    """Whether a row has MBPP's shape; else it has HumanEval's."""
+    """Returns whether a row has MBPP's shape; else it has HumanEval's."""
     if row.get("test_list") is None and (row.get("test") is None or row.get("entry_point") is None):
         raise UserError(
             f"{where}: neither MBPP's fields (task_id, text or prompt, code, test_list) nor HumanEval's (task_id, "
@@ -240,7 +240,7 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
 
 
 def _same_shape(test: str) -> str:
-    """MBPP+'s test, in which an empty list is close to every number, asking for the expected shape too."""
+    """Makes MBPP+'s test ask for the expected shape too: to `allclose`, an empty list is close to every number."""
     return test.replace(_CLOSE, f"np.shape(out) == np.shape(exp) and {_CLOSE}")
 
 
@@ -268,7 +268,7 @@ def _from_humaneval(row: dict, where: str) -> AssertionTask:
 
 
 def _whole(prompt: str, where: str) -> str:
-    """A prompt as a program of its own: one that ends with the head of a function without a docstring gets a body."""
+    """Returns a prompt as a program of its own: a function's head without a docstring at its end gets a body."""
     for body in ("", "\n    pass\n", "\n        pass\n", "\n\tpass\n"):
         with suppress(UserError):
             parsed(prompt + body, "prompt")
@@ -291,7 +291,7 @@ def _lf(text: str) -> str:
 
 
 def parsed(code: str, what: str, mode: str = "exec") -> ast.Module:
-    """The syntax tree of a dataset's code; `what` names it in the error."""
+    """Returns the syntax tree of a dataset's code; `what` names it in the error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MBPP has regular expressions in strings that are not raw
@@ -314,7 +314,7 @@ def bound_names(program: ast.AST) -> set[str]:
 
 
 def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
-    """The outermost call of the first test to something the solution defines.
+    """Finds the outermost call of the first test to something that the solution defines.
 
     A builtin's name is meant (MBPP task 126 asks for a `sum`) only where no test calls anything else of the solution's:
     one that has a helper `sum` of its own does not change what `assert sum(f(x)) == 6` adds up with.
@@ -347,7 +347,7 @@ def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, impor
 
 
 def _imported(program: ast.AST):
-    """(name, import statement) of what a program's top level imports, star imports left out."""
+    """Returns name and import statement of each import at a program's top level, without star imports."""
     for node in program.body:
         if isinstance(node, ast.Import):
             for alias in node.names:

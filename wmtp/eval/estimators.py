@@ -11,7 +11,7 @@ from wmtp.numerics.bootstrap import Interval, bootstrap_interval
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that one of k samples is right, from n samples of which c are (Chen et al. 2021).
+    """Estimates without bias the chance that one of k samples is right; c of n samples are (Chen et al. 2021).
 
     1 - C(n-c, k) / C(n, k) = 1 - prod_{i<min(c, k)} (1 - max(c, k) / (n - i)), summed as logarithms: right to the last
     few bits for any n, also where the chance is tiny.
@@ -30,7 +30,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k: int) -> float:
-    """Chance to solve a task with n submissions out of k samples (Li et al. 2022, n@k), exactly, not by simulation.
+    """Computes exactly the chance to solve a task with n submissions out of k samples (Li et al. 2022, n@k).
 
     k of the N samples are drawn without replacement. The f of them that pass the public tests are candidates, of which
     min(n, f) are submitted at random. With F public passes among all N and C correct ones among these,
@@ -72,7 +72,7 @@ def paired_difference(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Interval:
-    """Mean of `ours - theirs` over tasks, with a paired bootstrap: both runs are resampled by the same tasks.
+    """Estimates the mean of `ours - theirs` over tasks; the bootstrap is paired: both runs are resampled alike.
 
     Far narrower than two separate intervals where the same tasks are hard for both. An interval that holds 0 is a null
     result.
@@ -93,7 +93,7 @@ def paired_difference(
 
 
 def oracle_temperature(scores: Mapping[float | None, float]) -> float | None:
-    """The temperature with the best test score; of equal ones the lowest.
+    """Returns the temperature with the best test score; of equal ones the lowest.
 
     Chosen on the very score that is reported (as in Gloeckle et al. 2024), it is an optimistic estimate: an oracle, to
     be labelled as one and never compared with a temperature fixed beforehand.

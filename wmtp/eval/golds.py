@@ -25,7 +25,7 @@ def settle_tests(
     limits: Limits | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Task, ...]:
-    """The tasks as they are to be judged: those whose tests the protected judge cannot run become `inside` tasks.
+    """Returns the tasks as they are to be judged: tests that the protected judge cannot run are marked `inside`.
 
     Each task's own solution is judged, by rank 0 for all ranks. A test without an `assert` or `raise` that would run is
     also tried on functions that return a fresh object, which it must not pass.
@@ -84,7 +84,7 @@ def _find_inside(
 
 
 def _judge_golds(tasks: Sequence[AssertionTask], sandbox: Sandbox, limits: Limits | None) -> dict[str, Outcome]:
-    """Task id to outcome of the solutions that do not pass."""
+    """Returns the outcomes of the solutions that do not pass, by task id."""
     outcomes = sandbox.judge(task.job(task.program(task.solution), limits=limits) for task in tasks)
     found = zip(tasks, outcomes, strict=True)
     return {task.task_id: outcome for task, outcome in found if outcome.verdict != "passed"}
@@ -93,7 +93,7 @@ def _judge_golds(tasks: Sequence[AssertionTask], sandbox: Sandbox, limits: Limit
 def _find_empty(
     tasks: Sequence[AssertionTask], inside: Sequence[AssertionTask], sandbox: Sandbox, limits: Limits | None
 ) -> dict[str, str]:
-    """Task id to the first of its tests that functions pass which answer nothing."""
+    """Finds, by task id, the first test that also passes when every function returns nothing of use."""
     doubtful = [
         (task, test) for task in tasks for test in task.job("").tests if task in inside or not asserts_literally(test)
     ]
@@ -108,7 +108,7 @@ def _find_empty(
 
 
 def asserts_literally(test: str) -> bool:
-    """Whether running a test, which must compile, comes by an `assert` or a `raise` of its own.
+    """Returns whether a test, which must compile, has an `assert` or a `raise` of its own on its way.
 
     At its top level, in a class body, or in a function that is named from there, directly or through others.
     """
@@ -127,7 +127,7 @@ def asserts_literally(test: str) -> bool:
 
 
 def _stub(task: AssertionTask) -> str:
-    """A program with the names of the task's solution; whatever is called returns a fresh object."""
+    """Returns a program with the names of the task's solution, in which every call returns a fresh object."""
     program = parsed(task.program(task.solution), f"the solution of task {task.task_id}")
     classes = {node.name for node in program.body if isinstance(node, ast.ClassDef)}
     parts = ["def _answer(*args, **kwargs): return object()"]

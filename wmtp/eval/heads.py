@@ -19,7 +19,7 @@ class HeadScores(NamedTuple):
 def score_heads(
     hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
 ) -> HeadScores:
-    """CE and correctness of every head's prediction of every target; a `loss_fn` for a model's forward.
+    """Computes CE and correctness of every head's prediction of every target; a `loss_fn` for a model's forward.
 
     Args:
         hidden: [H, B, S, D] normed hidden states.
@@ -56,5 +56,5 @@ def summarize_heads(sums: Tensor) -> dict[str, float]:
 
 
 def head_sums(scores: HeadScores) -> Tensor:
-    """[3, H] float64 of one batch, to be added up over batches and ranks."""
+    """Returns [3, H] float64 sums of one batch, to be added up over batches and ranks."""
     return torch.stack([part.double().sum(dim=(1, 2)) for part in (scores.ce, scores.correct, scores.valid)])

@@ -57,15 +57,15 @@ class Journal:
             raise
 
     def add_sample(self, sample: Sample) -> None:
-        """Record a sample as soon as it is generated."""
+        """Records a sample as soon as it is generated."""
         self._append({"sample": asdict(sample)})
 
     def add_judgement(self, sample: Sample, judgement: Judgement) -> None:
-        """Record what the judge found; a later judgement of the same sample replaces a `harness_error` only."""
+        """Records the judge's outcome; a later judgement of the same sample replaces a `harness_error` only."""
         self._append({"judged": sample.key, "judgement": asdict(judgement)})
 
     def close(self) -> None:
-        """Bring the file to the disk and let others write it."""
+        """Brings the file to the disk and lets others write it."""
         with self._lock:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -92,7 +92,7 @@ class Journaled:
 
 
 def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journaled:
-    """Everything that processes of a run recorded, however many they were; empty where there is no journal.
+    """Reads all that the processes of a run recorded, however many they were; empty where there is no journal.
 
     A torn last line is dropped, in each file. `harness_error` gives way to another verdict of the same sample.
 
@@ -136,7 +136,7 @@ def _read_journal(path: Path) -> list[dict]:
 
 
 def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> None:
-    """Refuse a journal of other settings; `samples`, the name of a file, may change as long as its samples do not."""
+    """Refuses a journal of other settings; the file's name, `samples`, may change as long as its content does not."""
     if "settings" not in header:
         raise UserError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
     theirs, ours = header["settings"], json.loads(json.dumps(dict(settings)))

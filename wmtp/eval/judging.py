@@ -46,7 +46,7 @@ class Judging:
         self._progress = tqdm(total=total, disable=not show, desc=name, unit="sample", mininterval=seconds, miniters=1)
 
     def submit(self, task: Task, sample: Sample, job: Job) -> None:
-        """Have a sample of `task` judged as `job`; waits where many are being judged already."""
+        """Has a sample of `task` judged as `job`; waits where many are being judged already."""
         future = self._sandbox.submit(job)
         self._waiting += 1
         future.add_done_callback(lambda future: self._done.put((task, sample, future)))
@@ -54,7 +54,7 @@ class Judging:
             self._record()
 
     def finish(self) -> None:
-        """Until all samples of all ranks are judged; a dead rank ends us all."""
+        """Waits until all samples of all ranks are judged; a dead rank ends us all."""
         while self._waiting:
             self._record()
         self._tell()
@@ -74,7 +74,7 @@ class Judging:
             self._tell()
 
     def _tell(self) -> None:
-        """Bring the counters of all ranks, and the bar, up to date."""
+        """Brings the counters of all ranks, and the bar, up to date."""
         passed, judged = (self._counters.add(name, new) for name, new in self._new.items())
         self._new = dict.fromkeys(self._new, 0)
         self._next_show = time.monotonic() + _TELL_SECONDS

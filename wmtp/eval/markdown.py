@@ -7,7 +7,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2
 
 
 def fenced(text: str, *, language: str = "text", limit: int = 20_000, tail: bool = False) -> str:
-    """A code block that the text cannot end: its fence is longer than any run of backticks in the text.
+    """Returns a code block that the text cannot end: its fence is longer than any run of backticks in the text.
 
     Args:
         limit: characters shown; of longer text the first so many, or with ``tail`` the last, and how many are left out.
@@ -22,12 +22,12 @@ def fenced(text: str, *, language: str = "text", limit: int = 20_000, tail: bool
 
 
 def cell(text: object) -> str:
-    """Text as a line of Markdown that shows as it is."""
+    """Returns a text as one line of Markdown that shows as it is."""
     flat = _CONTROL.sub("?", " ".join(str(text).split()))
     return re.sub(r"([\\`*_{}\[\]<>#|~])", r"\\\1", flat)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of cells that are Markdown already."""
+    """Returns a table of cells that are Markdown already."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

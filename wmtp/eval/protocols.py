@@ -49,7 +49,7 @@ class Protocol:
     extract: Callable[[Task, str], str]
 
     def prompt(self, task: Task, tokenizer) -> list[int]:
-        """Token ids after which the answer starts.
+        """Returns the token ids after which the answer starts.
 
         Raises:
             ValueError: the protocol is for other tasks, or the tokenizer has no chat template for messages.
@@ -60,12 +60,12 @@ class Protocol:
         return tokenizer.apply_chat_template(rendered)
 
     def program(self, task: Task, completion: str) -> str:
-        """The program to judge; an answer that was not yet cut at a stop string is cut here."""
+        """Returns the program to judge; an answer that was not yet cut at a stop string is cut here."""
         return self.extract(task, cut_at_stop(completion, self.stop))
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
-    """The text before the first occurrence of any of the strings."""
+    """Returns the text before the first occurrence of any of the strings."""
     return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
 
 
@@ -162,7 +162,7 @@ def chat_protocol() -> Protocol:
 
 
 def first_code_block(answer: str) -> str:
-    """The lines of the first fenced block, without the fence's own indentation; the answer itself if it has none."""
+    """Returns the lines of the first fenced block, without the fence's indentation; the answer where it has none."""
     found = _FENCE.search(answer)
     if found is None:
         return answer

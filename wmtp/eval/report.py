@@ -40,7 +40,7 @@ def write_report(
     prompts: Mapping[str, str] | None = None,
     timings: Mapping[str, object] | None = None,
 ) -> None:
-    """Write results.json, report.md and, where there are timings, timings.json; each appears only when whole.
+    """Writes results.json, report.md and, where there are timings, timings.json; each appears only when whole.
 
     Args:
         results: of :func:`wmtp.eval.results.evaluation_results`.
@@ -55,7 +55,7 @@ def write_report(
 
 
 def headline(results: dict) -> list[str]:
-    """The figures that matter as lines for a terminal: each score, the oracle named as one, what was excluded."""
+    """Returns the main figures as lines for a terminal: each score, the oracle named as one, what was excluded."""
     fixed, many = results["fixed_temperature"], len(results["temperatures"]) > 1
     of_fixed = results["temperatures"][fixed]
     fewest, most = of_fixed["samples_per_task"]
@@ -75,7 +75,7 @@ def headline(results: dict) -> list[str]:
 
 
 def logged(results: dict, name: str) -> tuple[dict[str, float], dict[str, str]]:
-    """An evaluation's metrics and tags for MLflow, with what keeps two evaluations from being compared in both."""
+    """Returns an evaluation's metrics and tags for MLflow; both say what keeps two evaluations from being compared."""
     table = results["temperatures"][results["fixed_temperature"]]
     figures = table["metrics"] | {f"protected_{k}": v for k, v in table.get("protected_metrics", {}).items()}
     inside = results["judged_inside"]["tasks"]
@@ -103,7 +103,7 @@ def report_page(
     prompts: Mapping[str, str] | None = None,
     timings: Mapping[str, object] | None = None,
 ) -> str:
-    """A Markdown page: headline, intervals, failures with examples, settings, protections, timings.
+    """Returns a Markdown page: headline, intervals, failures with examples, settings, protections, timings.
 
     Args:
         results: of :func:`wmtp.eval.results.evaluation_results`, for these tasks, samples and judgements.
@@ -124,7 +124,7 @@ def report_page(
 
 
 def cautions(results: dict) -> list[str]:
-    """What the figures leave out and which protections were missing, a line each."""
+    """Returns a line for each thing that the figures leave out and each protection that was missing."""
     excluded, lines = results["excluded_harness_errors"], []
     if excluded:
         lines.append(
@@ -170,7 +170,7 @@ def cautions(results: dict) -> list[str]:
 
 
 def scores(results: dict) -> list[str]:
-    """The scores as Markdown: every temperature with intervals, the oracle named as one, how it was estimated."""
+    """Returns the scores as Markdown: each temperature with intervals, the oracle named as one, the estimators."""
     fixed = results["fixed_temperature"]
     metrics = list(results["temperatures"][fixed]["metrics"])
     rows = []
@@ -205,7 +205,7 @@ def scores(results: dict) -> list[str]:
 
 
 def _unfinished(results: dict) -> list[str]:
-    """What ends too early and what defines nothing asked for, where it is a tenth of the samples or more."""
+    """Says how many samples end too early or define nothing asked for, where these are a tenth or more."""
     found, total, settings = results.get("unfinished", {}), results["samples"], results["settings"]
     cut, undefined = found.get("cut_off", 0), found.get("undefined", {"samples": 0})
     lines = []
@@ -245,7 +245,7 @@ def _verdict_table(results: dict) -> list[str]:
 
 
 def _examples(tasks, samples, judgements, prompts) -> list[str]:
-    """The first samples of each verdict, of different tasks, failures first."""
+    """Returns the first samples of each verdict, of different tasks, failures first."""
     order = {task.task_id: position for position, task in enumerate(tasks)}
     in_order = sorted(samples, key=lambda s: (order[s.task_id], sort_key(s)))
     parts = ["## Examples"]
@@ -281,7 +281,7 @@ def _protections(sandbox: dict) -> list[str]:
 
 
 def _metric(name: str) -> str:
-    """pass_at_10 -> pass@10, 10_at_100 -> 10@100."""
+    """Renames pass_at_10 to pass@10, and 10_at_100 to 10@100."""
     return name.replace("_at_", "@").replace("_", " ")
 
 

@@ -39,7 +39,7 @@ def evaluation_results(
     sandbox: Mapping[str, Sequence[str]] | None = None,
     of_tasks: int | None = None,
 ) -> dict:
-    """Everything an evaluation found, as JSON values in a fixed order.
+    """Returns all findings of an evaluation, as JSON values in a fixed order.
 
     Args:
         tasks: all tasks of the benchmark; each needs a sample at every temperature.
@@ -125,7 +125,7 @@ def check_samples(
     n_at_ks: Sequence[tuple[int, int]] = (),
     fixed_temperature: float | None = None,
 ) -> float | None:
-    """Refuse samples that :func:`evaluation_results` could not report, before the work of judging them.
+    """Refuses samples that :func:`evaluation_results` could not report, before the work of judging them.
 
     Returns:
         The fixed temperature: the given one, or the only one.
@@ -164,7 +164,7 @@ def check_samples(
 def compare_results(
     ours: dict, theirs: dict, k: int = 1, *, temperature: float | None = None, seed: int = 0, resamples: int = 10_000
 ) -> Interval:
-    """Paired difference in pass@k, ours - theirs, of two evaluations of the same tasks, read from their results.json.
+    """Computes the paired difference in pass@k, ours - theirs, from the results.json of two evaluations alike.
 
     Args:
         temperature: None takes each run's fixed temperature.
@@ -184,12 +184,12 @@ def compare_results(
 
 
 def temperature_name(temperature: float | None) -> str:
-    """A temperature as a key of results.json."""
+    """Returns a temperature as a key of results.json."""
     return "unknown" if temperature is None else repr(float(temperature))
 
 
 def _by_temperature(tasks, samples) -> dict[float | None, dict[str, list[Sample]]]:
-    """Temperature, ascending, to task id, in the order of the tasks, to samples in their order."""
+    """Sorts samples by temperature, then by task in the order of the tasks, then by index."""
     task_ids = [task.task_id for task in tasks]
     known = set(task_ids)
     grouped: dict[float | None, dict[str, list[Sample]]] = {}
@@ -208,7 +208,7 @@ def _by_temperature(tasks, samples) -> dict[float | None, dict[str, list[Sample]
 
 
 def _counts(task_id: str, samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> dict:
-    """n and the numbers of successes of a task, of the samples that count."""
+    """Returns n and the numbers of successes of a task, of the samples that count."""
     all_judged = [judgements[sample.key] for sample in samples]
     judged = [judgement for judgement in all_judged if judgement.verdict != "harness_error"]
     counts = {"task_id": task_id, "n": len(judged), "correct": sum(j.verdict == "passed" for j in judged)}
@@ -222,7 +222,7 @@ def _counts(task_id: str, samples: Sequence[Sample], judgements: Mapping[Key, Ju
 
 
 def _metrics(counts: list[dict], ks, n_at_ks) -> Iterable[tuple[str, int, Callable[[dict], float]]]:
-    """(name, samples needed, value of a task's counts) of each figure to report."""
+    """Returns name, samples needed, and value of a task's counts, of each figure to report."""
     for k in ks:
         yield f"pass_at_{k}", k, lambda c, k=k: pass_at_k(c["n"], c["correct"], k)
     for n, k in n_at_ks:
@@ -241,7 +241,7 @@ def _over_tasks(name: str, counts: list[dict], k: int, value: Callable, seed: in
 
 
 def _totals(samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> dict:
-    """Verdicts, exceptions and tokens of some samples."""
+    """Counts verdicts, exceptions and tokens of some samples."""
     judged = [judgements[sample.key] for sample in samples]
     cut = Counter(judgements[s.key].verdict for s in samples if s.finish_reason == "length")
     exceptions = Counter(
@@ -265,7 +265,7 @@ def _totals(samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> d
 
 
 def _unreadable(tasks, samples, judgements, settings: Mapping[str, Any]) -> dict:
-    """How many samples are no Python, and why, where these are most: a score near 0 that says nothing of the model."""
+    """Says how many samples are no Python, and why, where these are most: then the score says nothing of the model."""
     details = ((sample, judgements[sample.key].detail) for sample in samples)
     broken = [
         sample for sample, detail in details if (found := _EXCEPTION.search(detail)) and found.group() in _NO_PYTHON
@@ -279,7 +279,7 @@ def _unreadable(tasks, samples, judgements, settings: Mapping[str, Any]) -> dict
 
 
 def _unfinished(tasks, samples, judgements) -> dict:
-    """How many samples fail because they end too early, or define nothing of the name that the tests call."""
+    """Counts the samples that fail because they end too early, or define nothing of the name that the tests call."""
     by_id = {task.task_id: task for task in tasks}
     cut, undefined = [], []
     for sample in samples:

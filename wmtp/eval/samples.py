@@ -80,7 +80,7 @@ class Judgement:
 
     @classmethod
     def of(cls, task: Task, outcome: Outcome) -> "Judgement":
-        """Of a sandbox's outcome."""
+        """Makes the judgement of a sandbox's outcome."""
         detail = re.sub(r"\b0x[0-9a-fA-F]{6,}", "0x...", " ".join(outcome.detail.split()))[:_MAX_DETAIL]
         if not isinstance(task, StdioTask):
             return cls(outcome.verdict, detail, passes_base=task.passes_base(outcome), judged=outcome.judged)
@@ -88,7 +88,7 @@ class Judgement:
 
 
 def find_samples(path: str | Path) -> None:
-    """Refuse a file of samples that is not there, before anything else is loaded.
+    """Refuses a file of samples that is not there, before anything else is loaded.
 
     Raises:
         UserError: there is no such file, or it is a folder.
@@ -202,7 +202,7 @@ def read_samples(
 
 
 def why_unreadable(tasks: Mapping[str, Task], samples: Sequence[Sample], *, cleaned: bool, protocol: str | None) -> str:
-    """Why samples may be no Python programs, and the way out, from the first of them.
+    """Says why samples may be no Python programs, and the way out, from the first of them.
 
     Args:
         tasks: by id.
@@ -235,7 +235,7 @@ def why_unreadable(tasks: Mapping[str, Task], samples: Sequence[Sample], *, clea
 
 
 def asked_names(task: Task) -> set[str]:
-    """What a task's tests and setup read beside the function asked for, such as classes; none of a stdio task."""
+    """Returns the names that a task's tests and setup read beside the function asked for; none of a stdio task."""
     if isinstance(task, StdioTask):
         return set()
     job = task.job("")
@@ -243,14 +243,14 @@ def asked_names(task: Task) -> set[str]:
 
 
 def _raw(row: dict) -> str | None:
-    """Of a file that was written here; another one's column of that name may hold anything."""
+    """Returns the raw answer of a row that was written here; another file's column of that name may hold anything."""
     return row["raw"] if isinstance(row.get("raw"), str) else None
 
 
 def write_samples(
     path: str | Path, samples: Iterable[Sample], judgements: Mapping[Key, Judgement] | None = None
 ) -> None:
-    """All samples with their judgements as JSON lines, by task, temperature and index; appears only when whole."""
+    """Writes all samples with their judgements as JSON lines, sorted; the file appears only when whole."""
     lines = []
     for sample in sorted(samples, key=sort_key):
         row = asdict(sample) | (asdict(judgements[sample.key]) if judgements and sample.key in judgements else {})

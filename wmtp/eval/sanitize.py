@@ -35,7 +35,7 @@ _MOST_CHARACTERS = 1_000_000  # that the parser is given in the search for one s
 
 
 def sanitize(text: str, entry_point: str | None = None, *, names: Collection[str] = (), prompt: str = "") -> str | None:
-    """The program that a text holds; None where no part of it is Python.
+    """Returns the program that a text holds; None where no part of it is Python.
 
     Doing it twice changes nothing. What is left out of the top level of a program does not change what its function
     answers: prints, inputs, asserts, calls of the function, the main guard, what the function does not use.
@@ -60,18 +60,18 @@ def sanitize(text: str, entry_point: str | None = None, *, names: Collection[str
 
 
 def open_names(code: str) -> set[str]:
-    """The names that a code reads and gives no value."""
+    """Returns the names that a code reads and gives no value."""
     binds, uses, _ = _names(code)
     return uses - binds
 
 
 def defines(program: str, name: str) -> bool:
-    """Whether a program gives a name a value; True too of what is no Python, or imports nobody knows what."""
+    """Returns whether a program gives a name a value; also True where it is no Python or has a star import."""
     return not is_program(program) or name in _names(program)[0] or "import *" in program
 
 
 def breaks_off(text: str) -> bool:
-    """Whether the code of a text, or of its last fence, ends where Python waits for more or in the middle of a line."""
+    """Returns whether a text's code, or that of its last fence, ends in the middle of a statement or of a line."""
     text = _plain(text)
     fences = [0, *(fence.end() for fence in _FENCE.finditer(text))]
     if len(fences) % 2 and len(fences) > 1:
@@ -95,7 +95,7 @@ def breaks_off(text: str) -> bool:
 
 
 def is_program(text: str) -> bool:
-    """Whether a text is Python, and more than blanks."""
+    """Returns whether a text is Python, and more than blanks."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return bool(text.strip()) and _error(text) is None
@@ -110,7 +110,7 @@ def _plain(text: str) -> str:
 
 
 def _cut(text: str, asked: set[str], prompt: str) -> str | None:
-    """The longest span of lines that is a program; one that defines a name asked for comes before all others."""
+    """Returns the longest span of lines that is a program; one that defines a name asked for comes first."""
     if not text.strip():
         return None
     if _error(prompt + text) is None:
@@ -132,7 +132,7 @@ def _cut(text: str, asked: set[str], prompt: str) -> str | None:
 
 
 def _parts(piece: str) -> Iterator[str]:
-    """The text between the first and the last fence, if it is a program; what is between two fences; all of it."""
+    """Returns the text from the first to the last fence, if it is a program; else each fenced block; else all of it."""
     fences = list(_FENCE.finditer(piece))
     if fences:
         inside = piece[fences[0].end() + 1 : fences[-1].start()]
@@ -155,7 +155,7 @@ def _forms(part: str, prompt: str, head: str) -> Iterator[str]:
 
 
 def _longest_span(text: str) -> tuple[str, int]:
-    """The lines that are a program together, and how many of them are not blank; the first where two are as long.
+    """Finds the most lines that are a program together, and counts those that are not blank; the first of equal ones.
 
     Where the parser stops at a line, no span from the same start that holds this line is a program: one or two
     attempts a start are enough.
@@ -181,7 +181,7 @@ def _longest_span(text: str) -> tuple[str, int]:
 
 
 def _dedented(text: str) -> str:
-    """Without the blanks that all lines start with; else as it is, for `textwrap` clears the blank lines of strings."""
+    """Removes the blanks that all lines start with. `textwrap.dedent` would also clear the blank lines of strings."""
     indented = all(line[0] in " \t" for line in text.split("\n") if line.strip())
     return textwrap.dedent(text) if indented else text
 
@@ -191,7 +191,7 @@ def _expanded(text: str, size: int) -> str:
 
 
 def _error(text: str) -> Exception | None:
-    """Why a text is no program."""
+    """Says why a text is no program."""
     try:
         compile(text, "program.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: no Unicode text
@@ -224,7 +224,7 @@ class _Statement:
 
 
 def _reduced(program: str, entry: set[str], asked: set[str]) -> str:
-    """The program without the statements of its top level that do not matter to the names asked for."""
+    """Removes the statements of a program's top level that do not matter to the names asked for."""
     statements = list(_statements(program))
     top = _TopLevel(statements)
     if not entry & top.bound.keys():
@@ -291,7 +291,7 @@ class _TopLevel:
                 self._data |= statement.binds
 
     def reached_from(self, names: Iterable[str]) -> set[str]:
-        """The names, those that their definitions use, and so on."""
+        """Returns the names, the names that their definitions use, and so on."""
         found, waiting = set(), list(names)
         while waiting:
             name = waiting.pop()
@@ -301,7 +301,7 @@ class _TopLevel:
         return found
 
     def changed_by(self, statement: _Statement, reached: set[str], entry: set[str]) -> bool:
-        """Whether a statement may change the objects that names reached hold, or a module's settings."""
+        """Returns whether a statement may change the objects of the names reached, or a module's settings."""
         reads = self.reached_from(statement.uses)
         if "input" in reads - self.bound.keys():
             return False
@@ -338,7 +338,7 @@ class _TopLevel:
 
 
 def _run(statement: ast.stmt) -> Iterator[ast.AST]:
-    """The nodes that run when a statement runs: without the bodies of functions, and without prints."""
+    """Yields the nodes that run when a statement runs: not the bodies of functions, and no prints."""
     waiting: list[ast.AST] = [statement]
     while waiting:
         node = waiting.pop()
@@ -352,7 +352,7 @@ def _run(statement: ast.stmt) -> Iterator[ast.AST]:
 
 
 def _root(node: ast.AST, through_calls: bool = False) -> tuple[str | None, set[str]]:
-    """The name that `a.b[0].c` starts with, and the attributes on the way."""
+    """Returns the name that `a.b[0].c` starts with, and the attributes on the way."""
     attributes = set()
     while isinstance(node, ast.Attribute | ast.Subscript) or (through_calls and isinstance(node, ast.Call)):
         attributes |= {node.attr} if isinstance(node, ast.Attribute) else set()
@@ -361,7 +361,7 @@ def _root(node: ast.AST, through_calls: bool = False) -> tuple[str | None, set[s
 
 
 def _is_idle(node: ast.stmt) -> bool:
-    """An assert, or a block for the program as a script, which it is not when its function is called."""
+    """Returns whether it is an assert, or a block that runs only where the program is started as a script."""
     if isinstance(node, ast.If) and not node.orelse:
         return {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)} == {"__name__"}
     return isinstance(node, ast.Assert)

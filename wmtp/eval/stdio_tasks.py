@@ -56,7 +56,7 @@ class StdioTask:
         return self.public_tests + self.private_tests + self.generated_tests
 
     def program(self, completion: str) -> str:
-        """The program that a plain continuation of the prompt makes: the continuation alone."""
+        """Returns the program that a plain continuation of the prompt makes: the continuation alone."""
         return completion
 
     def job(
@@ -68,7 +68,7 @@ class StdioTask:
         limits: Limits | None = None,
         stop_at_first_failure: bool = True,
     ) -> StdioJob:
-        """What the sandbox judges.
+        """Returns the job that the sandbox judges.
 
         Args:
             program: source.
@@ -94,12 +94,12 @@ class StdioTask:
         return StdioJob(program=program, tests=self.tests, limits=limits, stop_at_first_failure=stop_at_first_failure)
 
     def passes_public(self, outcome: Outcome) -> bool:
-        """Whether all public tests were judged and passed; True where there are none."""
+        """Returns whether all public tests were judged and passed; True where there are none."""
         public = outcome.tests[: len(self.public_tests)]
         return len(public) == len(self.public_tests) and all(verdict == "passed" for verdict in public)
 
     def passes_lenient(self, outcome: Outcome) -> bool | None:
-        """Whether all tests pass under DeepMind's rule of comparison; None where judging stopped before that shows."""
+        """Returns whether all tests pass under DeepMind's rule of comparison; None where judging stopped before."""
         if not all(outcome.lenient_tests):
             return False
         return True if len(outcome.lenient_tests) == len(self.tests) else None

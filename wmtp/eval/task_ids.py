@@ -39,7 +39,7 @@ class TaskIds:
                 self._by_name.setdefault(name, set()).add(task_id)
 
     def find(self, written: object, where: str) -> str:
-        """The task's own id.
+        """Returns the task's own id.
 
         Raises:
             ValueError: no task, or more than one, has the id; the message starts with `where`.
@@ -61,7 +61,7 @@ class TaskIds:
         raise UserError(f"{where}: task_id {written!r:.60} is none of the {len(self._known)} tasks{hint}")
 
     def _of_another_set(self, name: str) -> str | None:
-        """Which published set or split an id is of, and how to get its tasks; None where it is of none."""
+        """Says which published set or split an id is of, and how to get its tasks; None where it is of none."""
         ours = {known.rpartition("/")[0].casefold() for known in self._known}
         family, _, number = name.casefold().rpartition("/")
         family = family or (next(iter(ours)) if len(ours) == 1 else "")  # 602 among MBPP's is MBPP's
@@ -103,7 +103,7 @@ def select_tasks(
     exclude: Sequence | None,
     limit: int | None,
 ) -> tuple[T, ...]:
-    """The tasks of the rows with the given ids, in the order of `ids`, or of all; the first `limit` of these.
+    """Returns the tasks of the rows with the given ids, in the order of `ids`, or of all; the first `limit` of these.
 
     Args:
         rows: (where it was read, row).
