@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from wmtp.data.mbpp import mbpp_prompt
+from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.data.packaged import packaged_functions
 from wmtp.loss import token_cross_entropy, valid_targets
 from wmtp.models import from_checkpoint, load_checkpoint, load_value_model

@@ -40,9 +40,15 @@ from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_
 from wmtp.errors import clear_errors, ending
 from wmtp.models import ValueModel, checkpoint_activations, init_lora, load_checkpoint, save_value_model, shard_model
 from wmtp.pretrained import checkpoint_sha256, hf_tokenizer, require_same_vocabulary, resolve_checkpoint
-from wmtp.training.base_identity import require_same_base
 from wmtp.training.cached_states import CachedStates, keep_states
-from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.checkpoint import (
+    Checkpointer,
+    checkpoint_to_resume,
+    load_sharded,
+    load_trainer,
+    require_same_base,
+    restore_rng,
+)
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer
 from wmtp.training.output_dir import check_output_dir, open_output

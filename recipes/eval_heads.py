@@ -22,7 +22,8 @@ from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.eval.heads import head_sums, score_heads, summarize_heads
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.models import load_checkpoint, teacher_forced
+from wmtp.models import load_checkpoint
+from wmtp.models.teacher_forced import teacher_forced
 from wmtp.pretrained import model_tags, resolve_checkpoint
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.run_log import RunLog

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
-from wmtp.data import PACKAGED_TASKS
+from wmtp.data.packaged import PACKAGED_TASKS
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.eval.golds import settle_tests

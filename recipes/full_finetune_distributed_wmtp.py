@@ -27,9 +27,15 @@ from wmtp.errors import clear_errors, ending
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import checkpoint_activations, export_hf, load_checkpoint, shard_model
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
-from wmtp.report import preview
+from wmtp.report.preview import preview
 from wmtp.training.accumulation import StepWindow
-from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.checkpoint import (
+    Checkpointer,
+    checkpoint_to_resume,
+    load_sharded,
+    load_trainer,
+    restore_rng,
+)
 from wmtp.training.frozen_models import signals_beside, value_model_beside
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer

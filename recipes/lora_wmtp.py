@@ -31,18 +31,24 @@ from wmtp.models import (
     describe_training,
     export_hf,
     init_lora,
-    load_adapter,
     load_checkpoint,
     refuse_quantized,
-    save_adapter,
     shard_model,
 )
+from wmtp.models.adapter_folder import load_adapter, save_adapter
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
-from wmtp.report import preview
+from wmtp.report.preview import preview
 from wmtp.training.accumulation import StepWindow
-from wmtp.training.base_identity import describe_base, require_same_base
 from wmtp.training.cached_states import keep_states, trunk_states
-from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.checkpoint import (
+    Checkpointer,
+    checkpoint_to_resume,
+    describe_base,
+    load_sharded,
+    load_trainer,
+    require_same_base,
+    restore_rng,
+)
 from wmtp.training.frozen_models import signals_beside, value_model_beside
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer

@@ -28,7 +28,7 @@ from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import SCORES, PackedDataset
 from wmtp.data.parts import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
-from wmtp.data.scored import (
+from wmtp.data.scored_dataset import (
     MANIFEST,
     TornPart,
     data_sha256,

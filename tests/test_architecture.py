@@ -1,6 +1,8 @@
 """The rooms of the library: imports go down, in no circle, and a training recipe pulls in no more than it needs."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,13 @@ def test_the_sandbox_stands_apart(drawn):
 
 
 @pytest.mark.parametrize("recipe", ["full_finetune_distributed_wmtp", "lora_wmtp", "critic_stage1"])
-def test_a_training_recipe_imports_no_judge_and_no_registry(drawn, recipe):
-    found = {drawn.room(name) for name in drawn.pulled_in(ROOT / "recipes" / f"{recipe}.py")}
-    assert {"training", "models", "data"} <= found
-    assert not found & {"sandbox", "eval", "registry", "generation"}
+def test_a_training_recipe_imports_little_and_no_judge(drawn, recipe):
+    """Counted from the imports, and by importing it; what a config names comes on top."""
+    found = drawn.pulled_in(ROOT / "recipes" / f"{recipe}.py")
+    rooms = {drawn.room(name) for name in found}
+    assert {"training", "models", "data"} <= rooms
+    assert not rooms & {"sandbox", "eval", "registry", "generation"}
+    assert len(found) <= 60 and drawn.lines(found) <= 8500
+    program = f"import sys; import recipes.{recipe}; print(*(n for n in sys.modules if n.partition('.')[0] == 'wmtp'))"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(shown.splitlines()[-1].split()) - {"wmtp.training.launcher"} == found  # torch imports the launcher

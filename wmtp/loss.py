@@ -17,8 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
 from wmtp.numerics.products import mm_float32, operand
-from wmtp.weighting.base import Signals, any_weighting
-from wmtp.weighting.contract import check_weights, is_checked
+from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

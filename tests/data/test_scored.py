@@ -25,7 +25,7 @@ from wmtp.data import (
     tokenized_stream,
 )
 from wmtp.data.parts import PartReader, column_of, prefetch, require_finite, rows_to_score
-from wmtp.data.scored import part_path, read_part, require_same_binding, write_manifest, write_part
+from wmtp.data.scored_dataset import part_path, read_part, require_same_binding, write_manifest, write_part
 from wmtp.models import llama_mtp
 from wmtp.models.export import export_hf
 from wmtp.pretrained import byte_tokenizer

@@ -8,7 +8,7 @@ from decoding import Letters, completions, requests_of
 from torch import nn
 
 from wmtp.generation import Completion, DecodingStats, Request, Sampling, generate
-from wmtp.models import teacher_forced
+from wmtp.models.teacher_forced import teacher_forced
 from wmtp.pretrained import byte_tokenizer
 from wmtp.pretrained.source import Source
 

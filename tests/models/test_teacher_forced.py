@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wmtp.loss import weighted_mtp_cross_entropy
-from wmtp.models import teacher_forced
+from wmtp.models.teacher_forced import teacher_forced
 
 
 def test_k_step_logits_are_the_models_own_later_ones(tiny):

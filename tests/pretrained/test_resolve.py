@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from wmtp.pretrained import CheckpointError, hf_tokenizer, resolve, resolve_checkpoint
+from wmtp.pretrained import CheckpointError, gguf_conversion, hf_tokenizer, resolve, resolve_checkpoint
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_of_many_that_ask_at_once_one_converts(gguf, monkeypatch):
         time.sleep(0.2)
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(resolve, "convert_gguf", slow)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", slow)
     answers = []
 
     def ask():
@@ -48,10 +48,10 @@ def test_a_conversion_that_fails_is_tried_again(gguf, monkeypatch):
         folder.mkdir()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resolve, "convert_gguf", killed)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", killed)
     with pytest.raises(KeyboardInterrupt):
         resolve_checkpoint(gguf)
-    monkeypatch.setattr(resolve, "convert_gguf", lambda file, folder: folder.mkdir())
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", lambda file, folder: folder.mkdir())
     assert list(resolve_checkpoint(gguf).iterdir()) == []
 
 
@@ -79,7 +79,7 @@ def test_a_path_that_is_no_hub_name_gets_no_such_hint(tmp_path):
 
 
 def test_a_file_that_does_not_change_is_hashed_once(gguf, monkeypatch):
-    monkeypatch.setattr(resolve, "convert_gguf", lambda file, folder: folder.mkdir())
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", lambda file, folder: folder.mkdir())
     resolve_checkpoint(gguf)
     notes = gguf.parent / "cache" / "gguf" / "sha256"
     assert not [note for note in notes.iterdir() if note.read_text()]  # so young that it may still change unseen
@@ -99,6 +99,6 @@ def test_a_file_that_changes_while_it_is_converted_is_not_kept(gguf, monkeypatch
         folder.mkdir()
         file.write_bytes(b"another")
 
-    monkeypatch.setattr(resolve, "convert_gguf", slow)
+    monkeypatch.setattr(gguf_conversion, "convert_gguf", slow)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         resolve_checkpoint(gguf)

@@ -13,7 +13,7 @@ from services import new_store
 
 from runs import ROOT
 from wmtp.tracking import environment_tags
-from wmtp.tracking.own_code import code_sha256, own_code
+from wmtp.tracking.environment import code_sha256, own_code
 
 FILES = {
     "my_methods/__init__.py": "",

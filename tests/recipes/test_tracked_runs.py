@@ -20,8 +20,8 @@ from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from runs import read_metrics
 from wmtp.pretrained import CheckpointError, checkpoint_sha256, resolve_checkpoint
 from wmtp.registry.versions import last_move, moves, versions
-from wmtp.tracking import replay
-from wmtp.tracking.spool import FOLDER
+from wmtp.tracking import FOLDER
+from wmtp.tracking.replay import replay
 
 SHORT = {"save_every": None, "eval_every": None, "export_dtype": "none"}
 

@@ -11,8 +11,7 @@ from recipes.lora_wmtp import LoRARecipeWMTP
 from wmtp.config import load
 from wmtp.critic import Pair, Pairs, encode_pairs, preview_pairs
 from wmtp.pretrained import byte_tokenizer
-from wmtp.report.preview import token_table
-from wmtp.report.token_views import token_pieces
+from wmtp.report.tokens import token_pieces, token_table
 
 TOKENIZER = byte_tokenizer()
 ROOT = Path(__file__).resolve().parents[2]

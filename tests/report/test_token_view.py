@@ -16,7 +16,8 @@ from wmtp.data import pack
 from wmtp.data.documents import Document, Documents, document_from_text
 from wmtp.pretrained import byte_tokenizer
 from wmtp.pretrained.tokenizer import Tokenizer as WmtpTokenizer
-from wmtp.report import TokenView, token_pieces, token_views, token_weights_html
+from wmtp.report import TokenView, token_pieces, token_weights_html
+from wmtp.report.token_views import token_views
 
 TOKENIZER = byte_tokenizer()
 NONE = "\N{EN DASH}"

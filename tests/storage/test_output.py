@@ -201,8 +201,8 @@ def test_an_upload_by_hand_sends_what_is_lacking_and_takes_nothing_away(bucket, 
     moved = output.folder.rename(tmp_path / "elsewhere")
     monkeypatch.setattr("sys.excepthook", sys.excepthook)
     monkeypatch.setattr("sys.argv", ["wmtp.storage", "upload", str(moved), f"{bucket.uri}/run"])
-    monkeypatch.setattr("wmtp.storage.lock._EXPIRY", 0.2)  # of the run's lease, which it could not give back
-    monkeypatch.setattr("wmtp.storage.lock._HEARTBEAT", 0.2)
+    monkeypatch.setattr("wmtp.storage.lease._EXPIRY", 0.2)  # of the run's lease, which it could not give back
+    monkeypatch.setattr("wmtp.storage.lease._HEARTBEAT", 0.2)
     upload_by_hand()
     sent = [path.partition("/run/")[2] for method, path in bucket.proxy.log if method == "PUT" and "/run/" in path]
     assert sorted(name for name in sent if name.startswith("checkpoints/step")) == [

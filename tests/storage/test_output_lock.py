@@ -16,7 +16,8 @@ from wmtp.distributed import start_world
 from wmtp.errors import UserError
 from wmtp.models import llama_mtp, shard_model
 from wmtp.storage import StorageError
-from wmtp.storage.lock import FolderLock, Lease
+from wmtp.storage.lease import Lease
+from wmtp.storage.lock import FolderLock
 from wmtp.training.checkpoint import Checkpointer, latest_checkpoint
 from wmtp.training.output_dir import open_output
 
@@ -122,8 +123,8 @@ def test_ranks_without_a_common_folder_are_refused_and_publish_nothing(tmp_path)
 @pytest.fixture
 def lease(bucket, tmp_path, monkeypatch):
     """A lease on one folder, of a machine of that name."""
-    monkeypatch.setattr("wmtp.storage.lock._HEARTBEAT", 0.2)
-    monkeypatch.setattr("wmtp.storage.lock._EXPIRY", 30)  # never, under any load, while it is renewed
+    monkeypatch.setattr("wmtp.storage.lease._HEARTBEAT", 0.2)
+    monkeypatch.setattr("wmtp.storage.lease._EXPIRY", 30)  # never, under any load, while it is renewed
     monkeypatch.setattr("wmtp.storage.s3._FIRST_WAIT", 0.02)
     locks = []
 
@@ -144,12 +145,12 @@ def test_a_living_lease_is_refused_a_dead_one_is_taken_over(lease, bucket, tmp_p
     assert "waiting up to 30 s to see whether it lives" in capsys.readouterr().err
     first._end.set()  # as if killed
     first._thread.join()
-    monkeypatch.setattr("wmtp.storage.lock._EXPIRY", 0.5)
+    monkeypatch.setattr("wmtp.storage.lease._EXPIRY", 0.5)
     second, _ = lease("two_again")
     second.take()  # on another machine after a while
     second._end.set()
     second._thread.join()
-    monkeypatch.setattr("wmtp.storage.lock._EXPIRY", 10_000)
+    monkeypatch.setattr("wmtp.storage.lease._EXPIRY", 10_000)
     third = Lease(f"{bucket.uri}/run", lock.holder, second._holder.id)
     third.take()  # where it is known that the process has ended: at once
     third.release()
@@ -157,9 +158,9 @@ def test_a_living_lease_is_refused_a_dead_one_is_taken_over(lease, bucket, tmp_p
 
 
 def lose_a_lease(uri, folder):
-    import wmtp.storage.lock
+    import wmtp.storage.lease
 
-    wmtp.storage.lock._HEARTBEAT = 0.1
+    wmtp.storage.lease._HEARTBEAT = 0.1
     lock = FolderLock.of(Path(folder))
     lease = Lease(uri, lock.take(), None)
     lease.take()

@@ -13,9 +13,10 @@ from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from services import new_store
 
-from wmtp.tracking import MLflowLogger, replay
+from wmtp.tracking import FOLDER, MLflowLogger
 from wmtp.tracking.delivery import RUN_KEY, deliver
-from wmtp.tracking.spool import FOLDER, Spool, read_run
+from wmtp.tracking.replay import replay
+from wmtp.tracking.spool import Spool, read_run
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from wmtp.errors import mask_secrets
-from wmtp.tracking import MLflowLogger, check_store, code_changes, replay
+from wmtp.tracking import MLflowLogger, check_store, code_changes
 from wmtp.tracking.environment import config_sha256
+from wmtp.tracking.replay import replay
 from wmtp.tracking.store import entity_name
 
 ROOT = Path(__file__).resolve().parents[2]

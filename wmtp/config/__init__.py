@@ -1,8 +1,7 @@
 """A recipe's config: its files and command line, strict reading of its keys, building what its sections name."""
 
-from wmtp.config.changes import config_changes, differences
 from wmtp.config.components import build, component_of
-from wmtp.config.files import load, parse, read_command_line
+from wmtp.config.files import config_changes, differences, load, parse, read_command_line
 from wmtp.config.reader import ConfigError, ConfigReader, StopTraining
 
 __all__ = [

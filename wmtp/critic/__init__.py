@@ -1,8 +1,8 @@
 """The critic's first stage: losses that teach a value model, how well it tells programs apart, where a value falls."""
 
+from wmtp import on_demand
 from wmtp.critic.best_weights import BestWeights
 from wmtp.critic.evaluate import PairScores, evaluate_pairs, hidden_states, pair_values, score_pairs
-from wmtp.critic.localise import line_of_tokens, value_drop_by_line
 from wmtp.critic.losses import (
     ValueLoss,
     critic_loss,
@@ -23,8 +23,15 @@ from wmtp.critic.metrics import (
     probabilities,
     score_report,
 )
-from wmtp.critic.pair_dataset import PairDataset, balance_lengths, encode_pairs, pair_splits, split_by_problem
-from wmtp.critic.pairs import Pair, Pairs, code_contests_pairs, condefects_pairs, jsonl_pairs, packaged_pairs
+from wmtp.critic.pair_dataset import (
+    Pair,
+    PairDataset,
+    Pairs,
+    balance_lengths,
+    encode_pairs,
+    pair_splits,
+    split_by_problem,
+)
 from wmtp.critic.preview import preview_pairs
 from wmtp.critic.summary import critic_report
 
@@ -38,8 +45,6 @@ __all__ = [
     "auc",
     "balance_lengths",
     "brier",
-    "code_contests_pairs",
-    "condefects_pairs",
     "critic_loss",
     "critic_report",
     "encode_pairs",
@@ -47,12 +52,9 @@ __all__ = [
     "expected_calibration_error",
     "fit_length_baseline",
     "hidden_states",
-    "jsonl_pairs",
     "length_report",
     "length_scores",
-    "line_of_tokens",
     "mse_loss",
-    "packaged_pairs",
     "pair_splits",
     "pair_values",
     "pair_wins",
@@ -65,5 +67,10 @@ __all__ = [
     "score_report",
     "split_by_problem",
     "spread_rewards",
-    "value_drop_by_line",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    localise="line_of_tokens value_drop_by_line",
+    pairs="code_contests_pairs condefects_pairs jsonl_pairs packaged_pairs",
+)

@@ -8,12 +8,11 @@ and counts, empty programs, repeated ones, and pairs whose programs are the same
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
+from wmtp.critic.pair_dataset import Pair, Pairs
 from wmtp.data.contest_rows import PYTHON3, alphacode_prompt, programs_of, topics, whole_number
-from wmtp.data.documents import left_out
-from wmtp.data.mbpp import mbpp_prompt
+from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.rows import ReadColumns, is_number, read_rows, take
 from wmtp.errors import MissingError, UserError
@@ -24,73 +23,6 @@ _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
 _REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"
 _BOTH_SIDES = ("solutions", "incorrect_solutions")  # columns of CodeContests
 _JUDGED = {"is_correct": bool, "reward": float, "fault_line": int}  # columns of one's own rows that may be left out
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two answers to one problem.
-
-    Attributes:
-        problem: the problem's id; pairs are split into training and held-out ones by it.
-        prompt: what comes before either program, "" for nothing.
-        correct, incorrect: the programs, with LF line ends.
-        fault_line: number, from 1, of the line of `incorrect` that is wrong, where it is known.
-        correct_reward, incorrect_reward: what a value is to predict; 1 and 0 unless rewards were given.
-    """
-
-    problem: str
-    prompt: str
-    correct: str
-    incorrect: str
-    fault_line: int | None = None
-    correct_reward: float = 1.0
-    incorrect_reward: float = 0.0
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of a source in a fixed order.
-
-    Attributes:
-        name: says what was read, for messages.
-        items: at least one pair.
-        skipped: what was left out, by reason.
-        unread: columns of the source that the builder does not read.
-
-    Raises:
-        ValueError: there is no pair.
-    """
-
-    name: str
-    items: tuple[Pair, ...]
-    skipped: dict[str, int] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.items:
-            raise UserError(f"{self.name}: there is no pair{left_out(self.skipped)}")
-
-    def summary(self) -> str:
-        """One line: how many pairs, what was left out, and what is not read."""
-        return f"{self.name}: {len(self)} pairs{left_out(self.skipped, self.unread)}"
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Pair:
-        return self.items[index]
-
-    def __iter__(self) -> Iterator[Pair]:
-        return iter(self.items)
-
-    @cached_property
-    def problems(self) -> tuple[str, ...]:
-        """The problems, each once, in the order of their first pair."""
-        return tuple(dict.fromkeys(pair.problem for pair in self.items))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Builders
 
 
 def packaged_pairs() -> Pairs:

@@ -6,8 +6,7 @@ import torch
 
 from wmtp.critic.losses import spread_rewards
 from wmtp.critic.pair_dataset import PairDataset
-from wmtp.report.preview import token_table
-from wmtp.report.token_views import token_pieces
+from wmtp.report.tokens import token_pieces, token_table
 
 
 def preview_pairs(count: int, data: PairDataset, tokenizer, spread: str | None = None, **factors: float | None) -> str:

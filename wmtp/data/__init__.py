@@ -4,24 +4,12 @@ A builder is a plain function `builder(tokenizer, **config keys) -> Documents`, 
 add one, write such a function; `document_from_text` makes a document of a prompt and a completion.
 """
 
+from wmtp import on_demand
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
-from wmtp.data.mbpp import few_shot_tasks, mbpp, mbpp_prompt, mbpp_task
-from wmtp.data.packaged import PACKAGED_TASKS, packaged_functions, packaged_programs
 from wmtp.data.packing import BatchStream, PackedDataset, held_out_batches, pack
-from wmtp.data.prompt_completion import (
-    prompt_completion,
-    prompt_completion_stream,
-    save_tokenized,
-    tokenized,
-    tokenized_stream,
-)
-from wmtp.data.python_source import python_functions
-from wmtp.data.rows import read_rows
-from wmtp.data.scored import scored
 
 __all__ = [
     "IGNORE",
-    "PACKAGED_TASKS",
     "SCORES",
     "BatchStream",
     "Document",
@@ -29,20 +17,16 @@ __all__ = [
     "Documents",
     "PackedDataset",
     "document_from_text",
-    "few_shot_tasks",
     "held_out_batches",
-    "mbpp",
-    "mbpp_prompt",
-    "mbpp_task",
     "pack",
-    "packaged_functions",
-    "packaged_programs",
-    "prompt_completion",
-    "prompt_completion_stream",
-    "python_functions",
-    "read_rows",
-    "save_tokenized",
-    "scored",
-    "tokenized",
-    "tokenized_stream",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    completions="prompt_completion prompt_completion_stream save_tokenized tokenized tokenized_stream",
+    mbpp_rows="few_shot_tasks mbpp mbpp_prompt mbpp_task",
+    packaged="PACKAGED_TASKS packaged_functions packaged_programs",
+    python_source="python_functions",
+    rows="read_rows",
+    scored_dataset="scored",
+)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from wmtp.data.mbpp import SPLIT_IDS, mbpp_task
+from wmtp.data.mbpp_rows import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
 from wmtp.data.rows import ReadColumns, fields_of, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.errors import UserError

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from wmtp.data.contest_rows import alphacode_prompt
-from wmtp.data.mbpp import mbpp_prompt
+from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.errors import UserError
 from wmtp.eval.assertion_tasks import AssertionTask, mbpp_tasks
 from wmtp.eval.stdio_tasks import StdioTask

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-from wmtp.data.mbpp import SPLIT_IDS
+from wmtp.data.mbpp_rows import SPLIT_IDS
 from wmtp.errors import UserError
 
 # What stands before the number of a published task: the set's name, and the numbers of its splits.

@@ -1,23 +1,28 @@
 """Decoder with multi-token-prediction heads, value model, their builders, sharding, adapters and exports."""
 
-from wmtp.models.adapter_folder import check_adapter, load_adapter, read_adapter, save_adapter
+from wmtp import on_demand
 from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, smollm2_135m
 from wmtp.models.decoder import MTPDecoder, positions_in_documents
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint
-from wmtp.models.lora import Adapters, add_lora, init_lora, merge_lora, refuse_quantized
-from wmtp.models.memory import describe_training, parameter_counts, training_bytes
+from wmtp.models.lora import (
+    Adapters,
+    add_lora,
+    describe_training,
+    init_lora,
+    merge_lora,
+    parameter_counts,
+    refuse_quantized,
+    training_bytes,
+)
 from wmtp.models.parallel import checkpoint_activations, shard_model
-from wmtp.models.teacher_forced import TeacherForced, teacher_forced
 from wmtp.models.value import ValueModel, load_value_model, save_value_model, value_model_config, value_tokenizer
 
 __all__ = [
     "Adapters",
     "MTPDecoder",
-    "TeacherForced",
     "ValueModel",
     "add_lora",
-    "check_adapter",
     "checkpoint_activations",
     "codellama_7b",
     "describe_training",
@@ -25,21 +30,22 @@ __all__ = [
     "from_checkpoint",
     "init_lora",
     "llama_mtp",
-    "load_adapter",
     "load_checkpoint",
     "load_value_model",
     "merge_lora",
     "meta_mtp_7b",
     "parameter_counts",
     "positions_in_documents",
-    "read_adapter",
     "refuse_quantized",
-    "save_adapter",
     "save_value_model",
     "shard_model",
     "smollm2_135m",
-    "teacher_forced",
     "training_bytes",
     "value_model_config",
     "value_tokenizer",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    adapter_folder="check_adapter load_adapter read_adapter save_adapter",
+)

@@ -10,7 +10,6 @@ from wmtp.errors import hub_hint
 from wmtp.files import cache_folder, file_sha256, locked, write_whole
 from wmtp.pretrained.config_files import CheckpointError
 from wmtp.pretrained.folders import made_once
-from wmtp.pretrained.gguf_conversion import convert_gguf
 from wmtp.storage import local_copy
 
 _CONVERSION = 2  # raise it when a conversion's result changes: it is part of the cache key
@@ -69,6 +68,8 @@ def _converted(file: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest}"
     with made_once(folder) as partial:
         if partial is not None:
+            from wmtp.pretrained.gguf_conversion import convert_gguf  # for who has such a file and no folder of it yet
+
             convert_gguf(file, partial)
             if _state(file)[:-1] != read[:-1]:  # another process may link to a mirrored file, which sets its ctime
                 raise CheckpointError(f"{file} changed while it was read; start again when it is written")

@@ -1,17 +1,11 @@
 """What a run produced, for people: its data and its summary in a terminal, and pages of its token weights."""
 
-from wmtp.report.preview import preview
-from wmtp.report.run_summary import run_summary
-from wmtp.report.step_page import TokenWeightPages
-from wmtp.report.token_views import TokenView, token_pieces, token_views
-from wmtp.report.token_weights import token_weights_html
+from wmtp import on_demand
 
-__all__ = [
-    "TokenView",
-    "TokenWeightPages",
-    "preview",
-    "run_summary",
-    "token_pieces",
-    "token_views",
-    "token_weights_html",
-]
+__getattr__ = on_demand(
+    __name__,
+    step_page="TokenWeightPages",
+    token_views="TokenView",
+    token_weights="token_weights_html",
+    tokens="token_pieces token_table",
+)

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from wmtp.errors import UserError
 from wmtp.loss import valid_targets
-
-_LOOK_AHEAD = 8  # tokens: a character has at most four bytes, so its other half is never further away
+from wmtp.report.tokens import token_pieces
 
 
 @dataclass(frozen=True)
@@ -123,29 +122,6 @@ def token_views(
             pieces, special = token_pieces(tokenizer, its_tokens), tokenizer.special_ids
             views.append(TokenView(name, pieces, its_tokens, target, its_weights, shown, special))
     return views
-
-
-def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, such that the concatenation is exactly ``tokenizer.decode(tokens)``.
-
-    Decoding token by token would not do: where a character's bytes lie in several tokens, each alone is invalid UTF-8.
-    A piece ends where decoding both sides apart gives the text of the whole; tokens before that get an empty piece.
-    """
-    whole = tokenizer.decode(tokens)
-    for look_ahead in (_LOOK_AHEAD, len(tokens)):  # a long run of invalid bytes may be decoded by looking at all of it
-        pieces: list[str] = []
-        start = 0
-        for end in range(1, len(tokens) + 1):
-            after = tokens[end : end + look_ahead]
-            piece = tokenizer.decode(tokens[start:end])
-            if piece + tokenizer.decode(after) == tokenizer.decode([*tokens[start:end], *after]):
-                pieces.append(piece)
-                start = end
-            else:
-                pieces.append("")
-        if "".join(pieces) == whole:
-            break
-    return pieces
 
 
 def _by_head(weights: Mapping[str, Tensor | None], tokens: Tensor) -> dict[str, Tensor]:

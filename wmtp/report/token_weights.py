@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from wmtp.report.token_views import TokenView
-from wmtp.weighting import weight_statistics
+from wmtp.weighting.statistics import weight_statistics
 
 # Classes of weight, each from its lower bound to the next one's: a fixed scale, even in log(weight) about 1, so that
 # pages of different steps and methods compare. The class of 1 has no colour; `opacity` is that of the others.

@@ -1,7 +1,79 @@
-"""Paths that may be local or `s3://`: what a run reads is mirrored into a cache, what it writes is uploaded."""
+"""Paths that may be local or `s3://`: what a run reads is mirrored into a cache, what it writes is uploaded.
 
-from wmtp.storage.mirror import check_inputs, local_copy
+S3's code is imported here, by the functions that are given a path in S3, and nowhere else.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from wmtp.storage.names import StorageError, is_remote
 from wmtp.storage.output import Output
-from wmtp.storage.s3 import StorageError, is_remote
 
-__all__ = ["Output", "StorageError", "check_inputs", "is_remote", "local_copy"]
+__all__ = ["Output", "StorageError", "check_inputs", "is_remote", "local_copy", "output_of"]
+
+
+def local_copy(path: str | Path) -> Path:
+    """Returns the local path of what a config names.
+
+    Args:
+        path: a local path, which is returned as it is where it exists; ``s3://bucket/key`` of an object or of a folder,
+            which is mirrored into the cache (``$WMTP_CACHE``) and comes from there; or a relative local path that does
+            not exist, which is looked for below ``$WMTP_MIRROR`` (``s3://bucket/prefix``) where that is set. A local
+            path that is nowhere is returned too: what is said about it is the caller's.
+
+    Raises:
+        StorageError: S3 has no such object, refuses it, does not answer, or its content arrives corrupt.
+    """
+    local, mirror = Path(path).expanduser(), os.environ.get("WMTP_MIRROR") or ""
+    if not is_remote(path) and (local.exists() or not mirror or local.is_absolute()):
+        return local
+    from wmtp.storage.mirror import mirrored
+
+    if is_remote(path):
+        return mirrored(str(path))
+    if not is_remote(mirror):
+        raise StorageError(f"WMTP_MIRROR must be s3://bucket/prefix, got {mirror}")
+    return mirrored(f"{mirror.rstrip('/')}/{local.as_posix()}", otherwise=local)
+
+
+def output_of(output_dir: str, folder: Path | None = None) -> Output:
+    """Returns the folder where a run writes.
+
+    Args:
+        output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache.
+        folder: that folder, by hand.
+    """
+    if not is_remote(output_dir):
+        return Output(folder or Path(output_dir))
+    from wmtp.storage.remote_output import RemoteOutput
+
+    return RemoteOutput(output_dir, folder)
+
+
+def check_inputs(cfg: DictConfig | None) -> None:
+    """Refuses a config with a path in S3 that cannot be read; outputs and tracking are checked elsewhere.
+
+    Raises:
+        StorageError: it names the path's key.
+    """
+    if cfg is None:
+        return
+    for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):
+        if is_remote(value) and key.split(".")[0] not in ("output_dir", "tracking"):
+            try:
+                from wmtp.storage.mirror import existing_files
+
+                existing_files(value)
+            except StorageError as error:
+                raise StorageError(f"{key}: {error}") from None
+
+
+def _strings(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield prefix, value
+    elif isinstance(value, dict | list):
+        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _strings(child, f"{prefix}.{key}" if prefix else str(key))

@@ -4,9 +4,9 @@ import argparse
 from pathlib import Path
 
 from wmtp.errors import clear_errors
-from wmtp.storage.mirror import local_copy
-from wmtp.storage.output import Output
-from wmtp.storage.s3 import StorageError, split_uri
+from wmtp.storage import StorageError, local_copy
+from wmtp.storage.names import split_uri
+from wmtp.storage.remote_output import RemoteOutput
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         if not args.folder.is_dir():
             raise StorageError(f"folder {args.folder} does not exist")
         split_uri(args.uri)
-        output = Output(args.uri, args.folder)
+        output = RemoteOutput(args.uri, args.folder)
         output.claim()
         output.close()
 

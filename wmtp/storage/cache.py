@@ -18,7 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from wmtp.files import cache_folder, file_sha256, locked, take_lock
-from wmtp.storage.s3 import RemoteFile, StorageError, endpoint_url
+from wmtp.storage.names import StorageError
+from wmtp.storage.s3 import RemoteFile, endpoint_url
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _used: dict[Path, int | None] = {}  # trees this process uses: descriptors of their locks, held shared to its end

@@ -1,38 +1,25 @@
-"""One run at a time writes an output folder: a lock of the kernel's, and for ``s3://`` a lease that is kept alive."""
+"""One run at a time writes an output folder: a lock of the kernel's, which names its holder."""
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import socket
 import sys
-import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
-from weakref import WeakValueDictionary, finalize, ref
+from weakref import WeakValueDictionary
 
 from tqdm import tqdm
 
-from wmtp.storage.s3 import (
-    ChangedError,
-    CorruptError,
-    StorageError,
-    client,
-    error_code,
-    remove,
-    retrying,
-    split_uri,
-)
-from wmtp.storage.transfer import put_bytes
+from wmtp.storage.names import StorageError
 
 _SECONDS_TO_END = 5.0  # for a run that was just killed, and for a folder's content to come from another node
-_HEARTBEAT, _EXPIRY = 15.0, 60.0  # seconds; a lease that is not renewed for so long is nobody's
-_NAME = "run.lock"
+NAME = "run.lock"
 
 
 @dataclass(frozen=True)
@@ -89,7 +76,7 @@ class FolderLock:
                 )
             time.sleep(0.1)
         file = self._open()
-        before = _holder(os.pread(file.fileno(), 4096, 0))  # not by name: closing any descriptor ends the lock
+        before = holder_of(os.pread(file.fileno(), 4096, 0))  # not by name: closing any descriptor ends the lock
         self.previous = before.id if before and self._locks else None  # without locks it may well live
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self.holder = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started)
@@ -161,136 +148,24 @@ class FolderLock:
             return False
 
 
-class Lease:
-    """The right to write a folder in S3: an object that names the holder and changes as long as it lives.
-
-    Another machine's lease counts as given up once it has not changed for a minute, by the clock of whoever looks.
-
-    Args:
-        uri: of the folder.
-        holder: this process.
-        previous: id of a holder of which it is known that it has ended.
-    """
-
-    def __init__(self, uri: str, holder: Holder, previous: str | None) -> None:
-        self._uri, self._folder = f"{uri}/{_NAME}", uri
-        self._holder, self._previous = holder, previous
-        self._beats = 0
-        self._end = threading.Event()
-        self._thread: threading.Thread | None = None
-        finalize(self, self._end.set)  # the lease of a run that nobody holds any more is not renewed
-
-    def take(self) -> None:
-        """Become the writer, and stay it until :meth:`release`.
-
-        Raises:
-            StorageError: a run on another machine writes there.
-        """
-        seen, since = None, time.monotonic()
-        while True:
-            etag, there = self._there()
-            if there is None:
-                self._write(IfNoneMatch="*")
-            elif there.id in (self._holder.id, self._previous) or (etag == seen and time.monotonic() - since > _EXPIRY):
-                self._write(IfMatch=etag or "")
-            elif seen is None:
-                seen, since = etag, time.monotonic()
-                tqdm.write(f"{self._folder} was last written by {there}; waiting up to {_EXPIRY:.0f} s to see whether "
-                           "it lives", sys.stderr)  # fmt: skip
-            elif etag != seen:
-                raise StorageError(
-                    f"output_dir {self._folder} is being written by {there}; end that run, or give another output_dir"
-                )
-            now = self._there()[1]  # also where conditions are not kept: the last writer is the holder
-            if now is not None and now.id == self._holder.id:
-                break
-            time.sleep(min(1.0, _HEARTBEAT / 4))
-        self._thread = threading.Thread(target=_renew, args=(ref(self), self._end), name="lease", daemon=True)
-        self._thread.start()
-
-    def release(self) -> None:
-        self._end.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            try:
-                if (there := self._there()[1]) is not None and there.id == self._holder.id:
-                    remove(self._uri)
-            except StorageError as error:
-                tqdm.write(f"the lease on {self._folder} ends by itself in a minute: {error}", sys.stderr)
-
-    def renew(self) -> None:
-        """Show that the holder lives; where another has taken the lease, this process ends at once."""
-        try:
-            etag, there = self._there()
-            if there is not None and there.id != self._holder.id:
-                line = f"error: {self._folder} was taken over by {there}: this run ends, so that not two write there"
-                tqdm.write(line, sys.stderr)
-                sys.stderr.flush()
-                os._exit(1)
-            self._write(**({"IfNoneMatch": "*"} if there is None else {"IfMatch": etag}))
-        except StorageError:
-            pass  # S3 is away, for others too; uploads say so
-
-    def _write(self, **condition: str) -> None:
-        self._beats += 1
-        body = json.dumps({**asdict(self._holder), "beat": self._beats}).encode()
-        try:
-            put_bytes(self._uri, body, **condition)
-        except ChangedError:
-            pass  # somebody was faster, or an answer was lost on the way: reading tells
-        except StorageError as error:
-            if "NotImplemented" not in str(error):  # a store that knows no conditions
-                raise
-            put_bytes(self._uri, body)
-
-    def _there(self) -> tuple[str | None, Holder | None]:
-        """ETag and holder of the lease that is there; None where there is none."""
-        bucket, key = split_uri(self._uri)
-
-        def read() -> tuple[str | None, Holder | None]:
-            from botocore.exceptions import ClientError
-
-            try:
-                answer = client().get_object(Bucket=bucket, Key=key)
-                body = answer["Body"].read()
-                if answer["Metadata"].get("sha256", "") != hashlib.sha256(body).hexdigest():
-                    raise CorruptError(f"{self._uri} cannot be read: it arrives corrupt; check the network")
-                return answer["ETag"], _holder(body)
-            except ClientError as error:
-                if error_code(error) in ("NoSuchKey", "404"):
-                    return None, None
-                raise
-
-        return retrying(read, self._uri, "read")
-
-
-def _renew(lease: "ref[Lease]", end: threading.Event) -> None:
-    while not end.wait(_HEARTBEAT):
-        held = lease()
-        if held is not None:
-            held.renew()
-        del held
-
-
 def _lock_file(folder: Path) -> Path:
     """Where a folder's lock is: beside it, so that it holds only what belongs to the run; inside, where that is another
     file system or nobody may write there."""
     folder = folder.resolve()
-    beside = folder.with_name(f".{folder.name}.{_NAME}")
+    beside = folder.with_name(f".{folder.name}.{NAME}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     mounted = folder.exists() and folder.stat().st_dev != folder.parent.stat().st_dev
-    return folder / f".{_NAME}" if mounted or not os.access(folder.parent, os.W_OK) else beside
+    return folder / f".{NAME}" if mounted or not os.access(folder.parent, os.W_OK) else beside
 
 
 def _read(path: Path) -> Holder | None:
     try:
-        return _holder(path.read_bytes())
+        return holder_of(path.read_bytes())
     except OSError:
         return None
 
 
-def _holder(content: bytes) -> Holder | None:
+def holder_of(content: bytes) -> Holder | None:
     """The holder that a lock or a lease names; None where it is torn."""
     try:
         fields = json.loads(content)

@@ -1,26 +1,14 @@
-"""From a path in a config to a local path: what is here is used, what is not is mirrored from S3 once per host."""
+"""From S3 to a local path: what is there is mirrored once per host."""
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-
 from wmtp.files import MANIFEST, flat_manifest
 from wmtp.storage.cache import Cache
-from wmtp.storage.s3 import (
-    SCHEME,
-    ChangedError,
-    CorruptError,
-    RemoteFile,
-    StorageError,
-    find_files,
-    is_remote,
-    split_uri,
-    where,
-)
+from wmtp.storage.names import SCHEME, StorageError, split_uri
+from wmtp.storage.s3 import ChangedError, CorruptError, RemoteFile, find_files, where
 from wmtp.storage.transfer import download
 
 _LISTINGS = 3  # before a folder that is being written to is given up
@@ -28,27 +16,24 @@ _FILES_AT_ONCE = 4
 _T = TypeVar("_T")
 
 
-def local_copy(path: str | Path) -> Path:
-    """The local path of what a config names.
+def mirrored(uri: str, otherwise: Path | None = None) -> Path:
+    """Returns the local path of an object or of a folder, which is in the cache then.
 
     Args:
-        path: a local path, which is returned as it is where it exists; ``s3://bucket/key`` of an object or of a folder,
-            which is mirrored into the cache (``$WMTP_CACHE``) and comes from there; or a relative local path that does
-            not exist, which is looked for below ``$WMTP_MIRROR`` (``s3://bucket/prefix``) where that is set. A local
-            path that is nowhere is returned too: what is said about it is the caller's.
+        uri: ``s3://bucket/key``.
+        otherwise: what is returned where there is no such object.
 
     Raises:
-        StorageError: S3 has no such object, refuses it, does not answer, or its content arrives corrupt.
+        StorageError: S3 refuses it, does not answer, or its content arrives corrupt; or it is not there, without
+            `otherwise`.
     """
-    if is_remote(path):
-        return while_it_changes(lambda: _tree(str(path), existing_files(str(path))))
-    local, mirror = Path(path).expanduser(), os.environ.get("WMTP_MIRROR")
-    if local.exists() or not mirror or local.is_absolute():
-        return local
-    if not is_remote(mirror):
-        raise StorageError(f"WMTP_MIRROR must be s3://bucket/prefix, got {mirror}")
-    uri = f"{mirror.rstrip('/')}/{local.as_posix()}"
-    return while_it_changes(lambda: _tree(uri, files) if (files := find_files(uri)) else local)
+
+    def read() -> Path:
+        if otherwise is None:
+            return _tree(uri, existing_files(uri))
+        return _tree(uri, files) if (files := find_files(uri)) else otherwise
+
+    return while_it_changes(read)
 
 
 def fetch_folder(uri: str, files: list[RemoteFile], target: Path) -> None:
@@ -135,23 +120,3 @@ def _relative(file: RemoteFile, key: str) -> str:
     if ".." in Path(name).parts:
         raise StorageError(f"{SCHEME}{file.bucket}/{file.key} would leave its folder; rename the object")
     return name
-
-
-def check_inputs(cfg: DictConfig | None) -> None:
-    """Every S3 path of a config can be read, or the error names its key. Outputs and tracking are checked elsewhere."""
-    if cfg is None:
-        return
-    for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):
-        if is_remote(value) and key.split(".")[0] not in ("output_dir", "tracking"):
-            try:
-                existing_files(value)
-            except StorageError as error:
-                raise StorageError(f"{key}: {error}") from None
-
-
-def _strings(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield prefix, value
-    elif isinstance(value, dict | list):
-        for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _strings(child, f"{prefix}.{key}" if prefix else str(key))

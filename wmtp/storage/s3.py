@@ -6,12 +6,11 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
-from wmtp.errors import UserError, disk_fault
+from wmtp.errors import disk_fault
+from wmtp.storage.names import SCHEME, StorageError, split_uri
 
-SCHEME = "s3://"
 PART_BYTES = 16 << 20  # of a request: large enough for its overhead, small enough to lose little in a cut
 THREADS = 8  # requests under way at once
 _KEYS_PER_LISTING = 1000  # as many as S3 gives
@@ -20,10 +19,6 @@ _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNot
            "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
 _T = TypeVar("_T")
-
-
-class StorageError(UserError):
-    """What S3 refused or could not do: one line with the URI, the reason and the way out, and never a credential."""
 
 
 class ChangedError(StorageError):
@@ -46,23 +41,6 @@ class RemoteFile:
     @property
     def uri(self) -> str:
         return f"{SCHEME}{self.bucket}/{self.key}"
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a path names an object or a folder in S3: ``s3://bucket/key``."""
-    return str(path).startswith(SCHEME)
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key, the key without slashes around it.
-
-    Raises:
-        StorageError: not ``s3://bucket/key``.
-    """
-    bucket, _, key = str(uri).removeprefix(SCHEME).partition("/")
-    if not is_remote(uri) or not bucket or not key.strip("/"):
-        raise StorageError(f"{uri} must be s3://bucket/key")
-    return bucket, key.strip("/")
 
 
 def endpoint_url() -> str | None:

@@ -10,6 +10,7 @@ from io import BufferedReader
 from pathlib import Path
 
 from wmtp.files import file_sha256, publish, unfinished
+from wmtp.storage.names import split_uri
 from wmtp.storage.s3 import (
     PART_BYTES,
     THREADS,
@@ -20,7 +21,6 @@ from wmtp.storage.s3 import (
     client,
     error_code,
     retrying,
-    split_uri,
 )
 
 _MOST_PARTS = 9_000  # S3 takes 10,000

@@ -5,27 +5,21 @@
     sender          the thread that sends it, in order, until the store has it; delivery puts one record there
     replay          the same without the run, for what was left behind
     store           which store, and what it accepts
-    environment     what a result depends on beside its config, as tags
-    own_code        the researcher's own modules that it depends on
+    environment     what a result depends on beside its config, as tags, and the researcher's own modules among it
     system          CPU, memory, disk, network and GPU figures
 
 `python -m wmtp.tracking replay OUTPUT_DIR` sends what a run left behind. mlflow itself is imported by the thread: the
 import takes seconds, and only rank 0 of a tracked run needs it.
 """
 
-from wmtp.tracking.environment import code_changes, environment_tags, mlflow_fields
-from wmtp.tracking.logger import MLflowLogger
-from wmtp.tracking.replay import replay
-from wmtp.tracking.store import check_store, mlflow_client, store_uri, use_store
+from wmtp import on_demand
 
-__all__ = [
-    "MLflowLogger",
-    "check_store",
-    "code_changes",
-    "environment_tags",
-    "mlflow_client",
-    "mlflow_fields",
-    "replay",
-    "store_uri",
-    "use_store",
-]
+FOLDER = "tracking_spool"  # in output_dir: what MLflow is sent beside the metrics
+METRICS = "metrics.jsonl"
+
+__getattr__ = on_demand(
+    __name__,
+    environment="code_changes environment_tags mlflow_fields",
+    logger="MLflowLogger",
+    store="check_store mlflow_client store_uri use_store",
+)

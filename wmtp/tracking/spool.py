@@ -20,9 +20,8 @@ from pathlib import Path
 
 from wmtp.errors import UserError
 from wmtp.files import take_lock, write_whole
+from wmtp.tracking import FOLDER, METRICS
 
-FOLDER = "tracking_spool"
-METRICS = "metrics.jsonl"
 Position = tuple[int, int]  # number of a file, 0 for metrics.jsonl, and up to where in it
 
 

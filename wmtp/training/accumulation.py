@@ -9,7 +9,7 @@ from wmtp.data import PackedDataset
 from wmtp.distributed import all_reduce_sum, gather_objects
 from wmtp.loss import MTPLoss
 from wmtp.training.stopping import StopFlag
-from wmtp.weighting import target_table, weight_statistics
+from wmtp.weighting.statistics import target_table, weight_statistics
 
 
 class StepSums(NamedTuple):

@@ -11,7 +11,7 @@ from wmtp.config import ConfigError
 from wmtp.distributed import gather_objects, on_rank_0
 from wmtp.errors import is_traceback, keep_tracebacks
 from wmtp.files import UNFINISHED
-from wmtp.storage import Output, StorageError, check_inputs
+from wmtp.storage import Output, StorageError, check_inputs, output_of
 from wmtp.storage.lock import Holder
 
 
@@ -31,7 +31,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
         StorageError: on every rank, in the same words: no credentials, no bucket, no permission, nothing there; another
             run writes there; or the folder is not the same one for all ranks.
     """
-    output = Output(output_dir)
+    output = output_of(output_dir)
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     def prepare() -> tuple[Holder, list[str]]:

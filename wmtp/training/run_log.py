@@ -15,10 +15,16 @@ from wmtp.distributed import on_rank_0, wait_for_all
 from wmtp.files import write_whole
 from wmtp.pretrained.folders import RUN_FILE, checkpoint_sha256
 from wmtp.storage import Output
-from wmtp.tracking import code_changes, environment_tags, mlflow_fields, use_store
-from wmtp.tracking.environment import config_sha256
-from wmtp.tracking.own_code import code_sha256, own_code
-from wmtp.tracking.spool import FOLDER, METRICS
+from wmtp.tracking import FOLDER, METRICS
+from wmtp.tracking.environment import (
+    code_changes,
+    code_sha256,
+    config_sha256,
+    environment_tags,
+    mlflow_fields,
+    own_code,
+)
+from wmtp.tracking.store import use_store
 
 _CODE = "code"
 

@@ -32,13 +32,9 @@ micro-batch:
         return weights * signals.valid[0].sum() / weights.sum().clamp(min=1e-9)
 """
 
-from wmtp.weighting.base import AnyWeighting, Signals, Weighting, any_weighting
-from wmtp.weighting.contract import check_weights
-from wmtp.weighting.controls import random_matched, shuffled
-from wmtp.weighting.methods import dft, entropy, rho1, uniform
+from wmtp import on_demand
+from wmtp.weighting.base import AnyWeighting, Signals, Weighting, any_weighting, check_weights
 from wmtp.weighting.rows import clipped_mean, clipped_mean_one, spread, top_share, weigh_rows, z_score
-from wmtp.weighting.statistics import target_table, weight_statistics
-from wmtp.weighting.values import critic, gae, value_deltas
 
 __all__ = [
     "AnyWeighting",
@@ -48,19 +44,16 @@ __all__ = [
     "check_weights",
     "clipped_mean",
     "clipped_mean_one",
-    "critic",
-    "dft",
-    "entropy",
-    "gae",
-    "random_matched",
-    "rho1",
-    "shuffled",
     "spread",
-    "target_table",
     "top_share",
-    "uniform",
-    "value_deltas",
     "weigh_rows",
-    "weight_statistics",
     "z_score",
 ]
+
+__getattr__ = on_demand(
+    __name__,
+    controls="random_matched shuffled",
+    methods="dft entropy rho1 uniform",
+    statistics="target_table weight_statistics",
+    values="critic gae value_deltas",
+)

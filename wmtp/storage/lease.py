@@ -1,0 +1,131 @@
+"""One run at a time writes a folder in S3: a lease there that is kept alive."""
+
+import hashlib
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict
+from weakref import finalize, ref
+
+from tqdm import tqdm
+
+from wmtp.storage.lock import NAME, Holder, holder_of
+from wmtp.storage.names import StorageError, split_uri
+from wmtp.storage.s3 import ChangedError, CorruptError, client, error_code, remove, retrying
+from wmtp.storage.transfer import put_bytes
+
+_HEARTBEAT, _EXPIRY = 15.0, 60.0  # seconds; a lease that is not renewed for so long is nobody's
+
+
+class Lease:
+    """The right to write a folder in S3: an object that names the holder and changes as long as it lives.
+
+    Another machine's lease counts as given up once it has not changed for a minute, by the clock of whoever looks.
+
+    Args:
+        uri: of the folder.
+        holder: this process.
+        previous: id of a holder of which it is known that it has ended.
+    """
+
+    def __init__(self, uri: str, holder: Holder, previous: str | None) -> None:
+        self._uri, self._folder = f"{uri}/{NAME}", uri
+        self._holder, self._previous = holder, previous
+        self._beats = 0
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        finalize(self, self._end.set)  # the lease of a run that nobody holds any more is not renewed
+
+    def take(self) -> None:
+        """Become the writer, and stay it until :meth:`release`.
+
+        Raises:
+            StorageError: a run on another machine writes there.
+        """
+        seen, since = None, time.monotonic()
+        while True:
+            etag, there = self._there()
+            if there is None:
+                self._write(IfNoneMatch="*")
+            elif there.id in (self._holder.id, self._previous) or (etag == seen and time.monotonic() - since > _EXPIRY):
+                self._write(IfMatch=etag or "")
+            elif seen is None:
+                seen, since = etag, time.monotonic()
+                tqdm.write(f"{self._folder} was last written by {there}; waiting up to {_EXPIRY:.0f} s to see whether "
+                           "it lives", sys.stderr)  # fmt: skip
+            elif etag != seen:
+                raise StorageError(
+                    f"output_dir {self._folder} is being written by {there}; end that run, or give another output_dir"
+                )
+            now = self._there()[1]  # also where conditions are not kept: the last writer is the holder
+            if now is not None and now.id == self._holder.id:
+                break
+            time.sleep(min(1.0, _HEARTBEAT / 4))
+        self._thread = threading.Thread(target=_renew, args=(ref(self), self._end), name="lease", daemon=True)
+        self._thread.start()
+
+    def release(self) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            try:
+                if (there := self._there()[1]) is not None and there.id == self._holder.id:
+                    remove(self._uri)
+            except StorageError as error:
+                tqdm.write(f"the lease on {self._folder} ends by itself in a minute: {error}", sys.stderr)
+
+    def renew(self) -> None:
+        """Show that the holder lives; where another has taken the lease, this process ends at once."""
+        try:
+            etag, there = self._there()
+            if there is not None and there.id != self._holder.id:
+                line = f"error: {self._folder} was taken over by {there}: this run ends, so that not two write there"
+                tqdm.write(line, sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+            self._write(**({"IfNoneMatch": "*"} if there is None else {"IfMatch": etag}))
+        except StorageError:
+            pass  # S3 is away, for others too; uploads say so
+
+    def _write(self, **condition: str) -> None:
+        self._beats += 1
+        body = json.dumps({**asdict(self._holder), "beat": self._beats}).encode()
+        try:
+            put_bytes(self._uri, body, **condition)
+        except ChangedError:
+            pass  # somebody was faster, or an answer was lost on the way: reading tells
+        except StorageError as error:
+            if "NotImplemented" not in str(error):  # a store that knows no conditions
+                raise
+            put_bytes(self._uri, body)
+
+    def _there(self) -> tuple[str | None, Holder | None]:
+        """ETag and holder of the lease that is there; None where there is none."""
+        bucket, key = split_uri(self._uri)
+
+        def read() -> tuple[str | None, Holder | None]:
+            from botocore.exceptions import ClientError
+
+            try:
+                answer = client().get_object(Bucket=bucket, Key=key)
+                body = answer["Body"].read()
+                if answer["Metadata"].get("sha256", "") != hashlib.sha256(body).hexdigest():
+                    raise CorruptError(f"{self._uri} cannot be read: it arrives corrupt; check the network")
+                return answer["ETag"], holder_of(body)
+            except ClientError as error:
+                if error_code(error) in ("NoSuchKey", "404"):
+                    return None, None
+                raise
+
+        return retrying(read, self._uri, "read")
+
+
+def _renew(lease: "ref[Lease]", end: threading.Event) -> None:
+    while not end.wait(_HEARTBEAT):
+        held = lease()
+        if held is not None:
+            held.renew()
+        del held

@@ -1,0 +1,333 @@
+"""Where a run of an output_dir in S3 writes: a local folder, and a copy of it there, made in the background.
+
+A checkpoint, an export or a scored dataset is complete in S3 exactly when its manifest.json is there: it goes last.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from wmtp.files import (
+    MANIFEST,
+    UNFINISHED,
+    cache_folder,
+    flat_manifest,
+    publish,
+    unfinished,
+    verify_manifest,
+    write_manifest,
+    write_whole,
+)
+from wmtp.storage.lease import Lease
+from wmtp.storage.lock import FolderLock, Holder
+from wmtp.storage.mirror import fetch_folder, while_it_changes
+from wmtp.storage.names import StorageError, split_uri
+from wmtp.storage.output import Output
+from wmtp.storage.s3 import RemoteFile, list_files, remove, remove_files
+from wmtp.storage.transfer import put_bytes, upload
+
+_NOT_UPLOADED = (UNFINISHED, ".lock")
+_REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part
+_PROBE = ".wmtp_can_write"
+_SECONDS_BETWEEN_ROUNDS = 60.0
+_CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
+
+
+class RemoteOutput(Output):
+    """The folder of a run and its remote copy. Whoever claims it uploads.
+
+    From the first :meth:`upload` on, what is new goes up at each call and every minute. It never raises and never
+    waits: what failed is said on stderr, tried again the next time, and is an error in :meth:`close`. The local files
+    stay what they are.
+
+    Args:
+        output_dir: ``s3://bucket/prefix``, which is worked on in a folder below the cache.
+        folder: that folder, by hand.
+    """
+
+    def __init__(self, output_dir: str, folder: Path | None = None) -> None:
+        self._uri = output_dir.rstrip("/")
+        bucket, key = split_uri(self._uri)
+        here = cache_folder() / "outputs" / bucket / key
+        super().__init__(folder or here, self._uri)
+        self._uploads = False
+        self._record = here.with_name(f"{here.name}.uploads.json")  # by inode, so also of a folder that was moved
+        self.lease: Lease | None = None
+        self._sent: dict[str, list[int] | None] = {}  # inode, size and mtime of each file when it was uploaded
+        self._error: StorageError | None = None  # why the last round did not upload everything
+        self._busy: str | None = None  # the folder that is being uploaded
+        self._lock = threading.Condition()
+        self._asked = self._done = 0  # rounds
+        self._ending = False
+        self._worker: threading.Thread | None = None
+
+    def claim(self, *, whole: bool = False) -> Holder:
+        holder = super().claim()
+        self._uploads = True
+        self._probe()
+        self.lease = Lease(self._uri, holder, FolderLock.of(self.folder).previous)
+        self.lease.take()
+        self.fetch(whole=whole)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return holder
+
+    def begin(self, replaces: Iterable[str] = ()) -> None:
+        self.clear(*replaces)
+        self.upload()
+
+    def upload(self, path: Path | None = None) -> None:
+        if not self._uploads:
+            return
+        if path is not None and path.is_dir() and path != self.folder and not (path / MANIFEST).exists():
+            write_manifest(path)
+        with self._lock:
+            self._asked += 1
+            self._lock.notify_all()
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="upload", daemon=True)
+            self._worker.start()
+
+    def may_remove(self, path: Path) -> bool:
+        with self._lock:
+            return self._busy != str(path.relative_to(self.folder))
+
+    def clear(self, *names: str) -> None:
+        """Remove files and folders from the remote copy, as a new run replaces an old one.
+
+        Raises:
+            StorageError: it cannot be done.
+        """
+        if not self._uploads:
+            return
+        for name in names:
+            there = self._remote_files(name)
+            remove_files([file for file in there if (self._name(file) + "/").startswith(f"{name}/")])
+        self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
+
+    def fetch(self, *, whole: bool = True) -> None:
+        """Bring what a run left in S3 to this machine, where it has none of it, or less.
+
+        Args:
+            whole: the run's files and its newest complete checkpoint, verified; otherwise only their names. Of a run
+                without checkpoints, what another machine has added.
+
+        Raises:
+            StorageError: it cannot be read, or is corrupt.
+        """
+        while_it_changes(lambda: self._fetch(whole))
+
+    def _fetch(self, whole: bool) -> None:
+        files = {self._name(file): file for file in self._remote_files()}
+        self._remember(files)
+        self.remote_names = list(files)
+        if not whole:
+            return
+        newest, here = _newest_checkpoint(files), _newest_checkpoint(self._local_files())
+        wanted = {name: file for name, file in files.items() if not name.startswith(_REMADE)}
+        if (self.folder / "config.yaml").exists():
+            if newest is not None and here is not None and here >= newest:
+                return
+            if newest is None:  # journals and parts only grow; what this machine sent, and no longer has, is not missed
+                sizes = {name: (_stamp(self.folder / name) or (0, -1))[1] for name in wanted.keys() - self._sent.keys()}
+                wanted = {name: wanted[name] for name, size in sizes.items() if size < wanted[name].num_bytes}
+        fetch_folder(self._uri, list(wanted.values()), self.folder)
+        if newest is not None:
+            target = self.folder / newest
+            self._say(f"fetching {self.remote}/{newest}")
+            torn = unfinished(target)
+            inside = {name.removeprefix(f"{newest}/"): f for name, f in files.items() if name.startswith(f"{newest}/")}
+            fetch_folder(f"{self.remote}/{newest}", list(inside.values()), torn)
+            verify_manifest(torn)
+            shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
+            publish(torn, target)
+        fetched = [name for name in files if name in wanted or (newest is not None and _step_of(name) == newest)]
+        self._sent |= {name: _stamp(self.folder / name) for name in fetched}
+        self._write_record()
+
+    def close(self, *, fail: bool = True) -> None:
+        """Waits until everything is uploaded, after one more try where something was not; see :class:`Output`."""
+        if self._uploads:
+            self.upload()
+            self._wait()
+            if self._error is not None:
+                self.upload()
+                self._wait()
+            self._end_worker()
+        if self.lease is not None:
+            self.lease.release()
+        super().close(fail=fail)
+        if not self._uploads:
+            return
+        if self._error is None:
+            self._say(f"uploaded to {self.remote}")
+            return
+        line = (
+            f"not everything could be uploaded: {self._error}; it is all in {self.folder}; when S3 answers again, "
+            f"run: python -m wmtp.storage upload {self.folder} {self.remote}"
+        )
+        if fail:
+            raise StorageError(line)
+        self._say(line)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The background
+
+    def _wait(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: self._done >= self._asked)
+
+    def _end_worker(self) -> None:
+        with self._lock:
+            self._ending = True
+            self._lock.notify_all()
+        if self._worker is not None:
+            self._worker.join()
+        self._worker, self._ending = None, False
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: self._ending or self._asked > self._done, _SECONDS_BETWEEN_ROUNDS)
+                if self._ending:
+                    return
+                round_ = self._asked
+            try:
+                self._round()
+                self._error = None
+            except StorageError as error:
+                self._error = error
+                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {error}")
+            except Exception as error:  # whatever it is, training goes on, and close() tells
+                self._error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
+                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
+            with self._lock:
+                self._busy, self._done = None, round_
+                self._lock.notify_all()
+
+    def _round(self) -> None:
+        """Upload what is new: the run's own files, then checkpoints, newest first, then what says which is the last."""
+        try:
+            files = self._local_files()
+            self._send([name for name in files if not name.startswith("checkpoints/")])
+            for step in sorted({step for name in files if (step := _step_of(name))}, reverse=True):
+                with self._lock:
+                    self._busy = step
+                self._send([name for name in self._local_files() if _step_of(name) == step])
+                with self._lock:
+                    self._busy = None
+            if "checkpoints/latest" in files:
+                self._send(["checkpoints/latest"])
+                self._prune()
+        finally:
+            self._write_record()
+
+    def _send(self, names: list[str]) -> None:
+        """Upload files that changed; manifests after all others, the deepest first."""
+        manifests = {name for name in names if Path(name).name == MANIFEST}
+        changed = {name for name in names if self._sent.get(name) != _stamp(self.folder / name)}
+        for name in manifests:
+            below = name.removesuffix(MANIFEST)
+            if flat_manifest(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
+                # Files of that folder are about to be replaced: until all are, it must not look complete.
+                remove(f"{self.remote}/{name}")
+                self._sent.pop(name, None)
+                changed.add(name)
+        known = {
+            name.removesuffix(MANIFEST) + file: entry["sha256"]
+            for name in manifests
+            for file, entry in (flat_manifest(self.folder / name) or {}).items()
+        }
+        for name in sorted(changed, key=lambda name: (name in manifests, -name.count("/"), name)):
+            path, stamp = self.folder / name, _stamp(self.folder / name)
+            try:
+                if name not in manifests or self._all_sent(path):
+                    upload(path, f"{self.remote}/{name}", sha256=known.get(name))
+                    self._sent[name] = stamp
+            except FileNotFoundError:
+                self._sent.pop(name, None)  # of an old checkpoint, removed meanwhile: its manifest is not sent
+
+    def _all_sent(self, manifest: Path) -> bool:
+        """Whether the files that a manifest names are up."""
+        below = manifest.parent.relative_to(self.folder)
+        return all((below / name).as_posix() in self._sent for name in flat_manifest(manifest) or {})
+
+    def _prune(self) -> None:
+        """Remove remote checkpoints that are older than the newest complete one and no longer here, and old bests."""
+        files = {self._name(file): file for file in self._remote_files("checkpoints/")}
+        newest, here = _newest_checkpoint(files), {_step_of(name) for name in self._local_files()}
+        if newest is None:
+            return
+        old = {n: file for n, file in files.items() if (step := _step_of(n)) and step < newest and step not in here}
+        if (self.folder / "best").is_dir():
+            best = {self._name(file): file for file in self._remote_files("best/")}
+            old |= {name: file for name, file in best.items() if not (self.folder / name).exists()}
+        remove_files(list(old.values()))
+        for name in old:
+            self._sent.pop(name, None)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Files, here and there
+
+    def _local_files(self) -> list[str]:
+        """Names of all files that are not being written."""
+        found = []
+        for folder, folders, files in os.walk(self.folder):  # passes over what vanishes meanwhile
+            folders[:] = [name for name in folders if name not in _CACHES and not name.endswith(_NOT_UPLOADED)]
+            below = Path(folder).relative_to(self.folder)
+            found += [(below / name).as_posix() for name in files if not name.endswith(_NOT_UPLOADED)]
+        return found
+
+    def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
+        _, key = split_uri(self._uri)
+        there = list_files(self._uri, prefix=f"{key}/{below}")
+        return (file for file in there if not file.key.endswith(_NOT_UPLOADED))  # the lease among them
+
+    def _name(self, file: RemoteFile) -> str:
+        return file.key.removeprefix(split_uri(self._uri)[1]).lstrip("/")
+
+    def _probe(self) -> None:
+        """Write a tiny object and remove it: what would fail after hours fails now."""
+        put_bytes(f"{self.remote}/{_PROBE}", b"wmtp")
+        remove(f"{self.remote}/{_PROBE}")
+
+    def _remember(self, there: dict[str, RemoteFile]) -> None:
+        """Take over what an earlier process uploaded, as far as it is still there."""
+        try:
+            record = json.loads(self._record.read_text())
+        except (FileNotFoundError, ValueError):
+            return
+        self._sent = {n: at for n, at in record.items() if at and n in there and there[n].num_bytes == at[-2]}
+
+    def _write_record(self) -> None:
+        write_whole(self._record, json.dumps(self._sent))
+
+    def _say(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _newest_checkpoint(names) -> str | None:
+    """``checkpoints/step_N`` of the highest complete step, of files' names."""
+    complete = [m[1] for name in names if (m := re.fullmatch(rf"(checkpoints/step_\d+)/{re.escape(MANIFEST)}", name))]
+    return max(complete, default=None)
+
+
+def _step_of(name: str) -> str | None:
+    """``checkpoints/step_N`` of a file in a checkpoint."""
+    match = re.match(r"(checkpoints/step_\d+)/", name)
+    return match and match[1]
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """What changes when a file is written or replaced; None where it is gone."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return None
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns]
