@@ -1,4 +1,4 @@
-"""The critic's first stage: losses that teach a value model, how well it tells programs apart, where a value falls."""
+"""The critic's first stage: losses and data of a value model, its accuracy on pairs of programs, and fault lines."""
 
 from wmtp import on_demand
 from wmtp.critic.best_weights import BestWeights

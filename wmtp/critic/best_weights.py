@@ -1,9 +1,9 @@
 """The trained weights of the best evaluation so far, on disk, so that early stopping survives a kill.
 
-    <output_dir>/best/step_00000040/    shards of what is trained (torch.distributed.checkpoint) and a manifest
+    <output_dir>/best/step_00000040/    shards of the trained weights (torch.distributed.checkpoint) and a manifest
 
-A resumed run repeats the steps after its checkpoint exactly, so the best of a checkpoint at step c is the newest of
-these at or before c: that one, and the newer ones, are what must stay.
+A resumed run repeats the steps after its checkpoint exactly. So the best of a checkpoint at step c is the newest folder
+at or before c; that folder and the newer ones must stay.
 """
 
 import shutil
@@ -20,17 +20,13 @@ from wmtp.training.checkpoint import complete_checkpoints, publish_shards, verif
 
 
 class BestWeights:
-    """Saves, forgets and restores the best trained weights under ``<output_dir>/best``. Every rank calls each method.
-
-    Args:
-        output_dir: the run's folder, on a file system that all ranks share.
-    """
+    """The best trained weights under ``<output_dir>/best``, which all ranks share. Every rank calls each method."""
 
     def __init__(self, output_dir: Path) -> None:
         self.folder = output_dir / "best"
 
     def save(self, step: int, model: nn.Module, checkpoints: Path) -> None:
-        """Keep what is trained now as the best; remove what neither this run nor a checkpoint can go back to.
+        """Saves the trained weights as the best; removes those that neither this run nor a checkpoint can go back to.
 
         Args:
             checkpoints: folder of the checkpoints that a run may be resumed from, none of them being written now.
@@ -55,10 +51,10 @@ class BestWeights:
                 shutil.rmtree(path)
 
     def restore(self, step: int, model: nn.Module) -> None:
-        """Read the weights saved at a step into the model, in place.
+        """Reads the weights saved at a step into the model, in place.
 
         Raises:
-            ValueError: they are not there, or a file is not what its manifest says.
+            ValueError: they are not there, or a file does not match its manifest.
         """
         on_rank_0(lambda: verify_manifest(self._of(step)))
         reshard(model)

@@ -1,4 +1,4 @@
-"""Values of whole pair data sets, and the states of a frozen backbone that they are computed from."""
+"""Values and scores of whole pair data sets, and the cached states of a frozen backbone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ from wmtp.training.cached_states import CachedStates
 
 @dataclass(frozen=True)
 class PairScores:
-    """One number per program from its values; column 0 the correct program of each pair, column 1 the incorrect one."""
+    """The scores of programs; column 0 is the correct program of each pair, column 1 the incorrect one."""
 
     mean: np.ndarray  # [P, 2] float64: mean value over the response
     last: np.ndarray  # [P, 2] float64: value at the last response token
 
 
 def pair_values(model: nn.Module, batch: dict, device: torch.device | str, hidden: Tensor | None = None) -> Tensor:
-    """Values [P, 2, S] of a batch of pairs.
+    """Computes the values [P, 2, S] of a batch of pairs.
 
     Each program is a row of its own that starts at position 0 and is padded at the end, so plain causal attention is
-    exact: no mask, no document ids.
+    exact without a mask or document ids.
 
     Args:
         model: a :class:`wmtp.models.ValueModel`.
         batch: of :meth:`wmtp.critic.PairDataset.batch`.
-        hidden: [P, 2, S, D] from :func:`hidden_states`: then the backbone does not run.
+        hidden: [P, 2, S, D] from :func:`hidden_states`; with them the backbone does not run.
     """
     tokens = batch["tokens"].flatten(0, 1).to(device)  # [2P, S]
     if hidden is not None:
@@ -44,7 +44,7 @@ def pair_values(model: nn.Module, batch: dict, device: torch.device | str, hidde
 
 
 def hidden_states(folder: Path, dataset: PairDataset, model_key: str, **stored: Any) -> CachedStates:
-    """What :class:`~wmtp.models.ValueModel` gives with ``return_hidden``, [P, 2, S, D], for the response tokens.
+    """Caches the hidden states [P, 2, S, D] of a :class:`~wmtp.models.ValueModel` for the response tokens.
 
     Args:
         folder, dataset, stored: as in :class:`wmtp.training.cached_states.CachedStates`.
@@ -66,7 +66,7 @@ def hidden_states(folder: Path, dataset: PairDataset, model_key: str, **stored: 
 def score_pairs(
     values_of: Callable[[dict], Tensor], dataset: PairDataset, *, batch_size: int, world: World | None = None
 ) -> PairScores:
-    """Scores of every pair, on every rank; each rank computes its share.
+    """Scores every pair; each rank computes its share, and all get the result.
 
     Args:
         values_of: batch -> values [P, 2, S], such as :func:`pair_values` of a model in evaluation mode.
@@ -106,14 +106,14 @@ def evaluate_pairs(
     world: World | None = None,
     seed: int = 0,
 ) -> dict[str, float]:
-    """:func:`wmtp.critic.score_report` of a value model: pairwise accuracy with its interval, AUC, calibration.
+    """Returns :func:`wmtp.critic.score_report` of a value model: pairwise accuracy, its interval, AUC, calibration.
 
     Args:
         values_of, batch_size, world: as in :func:`score_pairs`.
-        loss: what the values were trained by, ``mse`` or ``pairwise``: says which probability they imply.
+        loss: the values' training loss, ``mse`` or ``pairwise``, which decides the probability that they imply.
         score: ``mean`` of the response's values, or the ``last`` one.
-        labels: whether ``mse`` learnt labels, 1 and 0. Values that regress other rewards are no probabilities, and have
-            no calibration.
+        labels: ``mse`` learnt labels, 1 and 0. Values that regress other rewards are no probabilities, and have no
+            calibration.
         seed: of the bootstrap.
     """
     scores = score_pairs(values_of, dataset, batch_size=batch_size, world=world)

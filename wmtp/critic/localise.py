@@ -1,4 +1,4 @@
-"""Where in a program the value falls: the critic's guess at the faulty line."""
+"""The fall of the value over the lines of a program: the critic's guess at the faulty line."""
 
 import numpy as np
 
@@ -15,20 +15,19 @@ def value_drop_by_line(
     rule: str = "end",
     num_lines: int | None = None,
 ) -> np.ndarray:
-    """How much the value falls over each line of a program: [L] float64, larger is more suspicious.
+    """Computes the fall of the value over each line of a program: [L] float64, larger is more suspicious.
 
         end      V at the end of the line before, minus V at the line's own end
         token    the largest fall from one token to the next, V_{t-1} - V_t over the line's tokens t
 
+    Lines without a token of their own (mostly blank ones) are NaN.
+
     Args:
-        values: [T] V of each token of the program (no prompt, no EOS): V_t is the value of what ends with token t.
+        values: [T] V_t of each token t of the program (no prompt, no EOS).
         line_of_token: [T] each token's line, from 1, never falling: see :func:`line_of_tokens`.
-        before: value of what precedes the program (the prompt's last token); without it, as for an empty prompt, the
-            first token of the program stands for it.
+        before: value of the prompt's last token; without a prompt the program's first token stands for it.
         rule: ``end`` or ``token``.
         num_lines: L; by default the last token's line.
-
-    Lines that hold no token of their own (blank ones, mostly) are NaN: nothing is known of them.
 
     Raises:
         ValueError: lengths that differ, no token, lines that fall or lie outside 1 to L, or an unknown rule.
@@ -51,13 +50,11 @@ def value_drop_by_line(
 
 
 def line_of_tokens(tokenizer, text: str) -> np.ndarray:
-    """[T] the line, from 1, of each token of ``tokenizer.encode(text)``; the text has LF line ends.
+    """Returns the line, from 1, of each token of ``tokenizer.encode(text)``: [T]; the text has LF line ends.
 
-    A token belongs to the line of its first character that is no white space; white space alone to the line of its
-    first character, so a line end belongs to the line it ends. Tokens that are bytes of one character share its line.
-
-    Args:
-        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
+    A token belongs to the line of its first character that is no white space. White space alone belongs to the line of
+    its first character, so a line end belongs to the line that it ends. Tokens that are bytes of one character share
+    its line.
     """
     line_of_character = np.cumsum([1, *(letter == "\n" for letter in text)])[:-1] if text else np.ones(0, int)
     lines = []

@@ -2,8 +2,7 @@
 
 Every loss is a sum and a count: add both up over the optimizer step (ranks and micro-batches) and divide once, so that
 the result depends neither on the world size nor on how the step is cut. V_j is the value of the prefix x_<=j; the
-response is the program and its EOS, the prompt is never a target. Values are float32, as a value model gives them, or
-float64.
+response is the program and its EOS, the prompt is never a target. Values are float32 or float64.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ SPREADS = ("terminal", "uniform", "length", "gae")
 
 
 class ValueLoss(NamedTuple):
-    """What one micro-batch adds to the step; only ``loss_sum`` carries a gradient."""
+    """The share of one micro-batch in the step's loss; only ``loss_sum`` carries a gradient."""
 
     loss_sum: Tensor  # scalar, of the values' dtype
     count: Tensor  # scalar int64: target tokens of mse, pairs of pairwise
@@ -35,7 +34,7 @@ def spread_rewards(
     gamma: float = 1.0,
     gae_lambda: float = 0.95,
 ) -> tuple[Tensor, Tensor]:
-    """What the value of each position is to be, given one reward per sequence.
+    """Spreads one reward per sequence over the response: the targets of the value at each position.
 
         terminal    r at the last response token, no target elsewhere
         uniform     r at every response token
@@ -47,7 +46,6 @@ def spread_rewards(
                     delta_j = gamma * V_{j+1} - V_j and delta_T = r - V_T; V carries no gradient
 
     Args:
-        spread: one of the above.
         rewards: [B] one reward per sequence.
         response: [B, S] bool, True at response tokens.
         values: [B, S] the current V; needed by ``gae`` alone.
@@ -77,7 +75,7 @@ def spread_rewards(
 
 
 def mse_loss(values: Tensor, targets: Tensor, has_target: Tensor) -> ValueLoss:
-    """Sum of (V - target)^2 over the positions that have a target, and their number; all [B, S]."""
+    """Sums (V - target)^2 over the positions that have a target, and counts them; all [B, S]."""
     error = torch.where(has_target, values - targets, 0.0)
     return ValueLoss(error.square().sum(), has_target.sum())
 
@@ -85,7 +83,7 @@ def mse_loss(values: Tensor, targets: Tensor, has_target: Tensor) -> ValueLoss:
 def pairwise_loss(
     correct_values: Tensor, correct_response: Tensor, incorrect_values: Tensor, incorrect_response: Tensor
 ) -> ValueLoss:
-    """Bradley-Terry: sum of -log sigmoid(mean V over the correct response - mean V over the incorrect one).
+    """Sums -log sigmoid(mean V over the correct response - mean V over the incorrect one) (Bradley-Terry).
 
     Args:
         correct_values, incorrect_values: [P, S] values of the two responses of each pair (each side its own S).
@@ -97,13 +95,13 @@ def pairwise_loss(
 
 
 def response_mean(values: Tensor, response: Tensor) -> Tensor:
-    """[B] mean of values [B, S] over the response tokens; 0 where a row has none."""
+    """Returns the mean of values [B, S] over the response tokens: [B], 0 where a row has none."""
     values = torch.where(response, values, 0.0)
     return values.sum(dim=1) / response.sum(dim=1).clamp(min=1)
 
 
 def response_last(values: Tensor, response: Tensor) -> Tensor:
-    """[B] the value at the last response token of values [B, S]; 0 where a row has none."""
+    """Returns the value [B, S] at the last response token: [B], 0 where a row has none."""
     last = response & (response.cumsum(dim=1) == response.sum(dim=1, keepdim=True))
     return torch.where(last, values, 0.0).sum(dim=1)
 
@@ -111,7 +109,7 @@ def response_last(values: Tensor, response: Tensor) -> Tensor:
 def critic_loss(
     loss: str, reward_spread: str | None = None, *, gamma: float | None = None, gae_lambda: float | None = None
 ) -> Callable[[Tensor, Tensor, Tensor], ValueLoss]:
-    """The loss that a config names, as a function of (values [P, 2, S], response [P, 2, S], rewards [P, 2]).
+    """Returns the loss that a config names as a function of (values [P, 2, S], response [P, 2, S], rewards [P, 2]).
 
     Axis 1 is the program of a pair: 0 the correct one, 1 the incorrect one.
 

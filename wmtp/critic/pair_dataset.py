@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wmtp.data.documents import IGNORE, Document, document_from_text, left_out
+from wmtp.data.documents import IGNORE, Document, digest_tokens, document_from_text, left_out
 from wmtp.errors import UserError
 from wmtp.numerics.keyed import text_hash
 
@@ -21,10 +21,10 @@ class Pair:
 
     Attributes:
         problem: the problem's id; pairs are split into training and held-out ones by it.
-        prompt: what comes before either program, "" for nothing.
+        prompt: the text before either program, "" for none.
         correct, incorrect: the programs, with LF line ends.
-        fault_line: number, from 1, of the line of `incorrect` that is wrong, where it is known.
-        correct_reward, incorrect_reward: what a value is to predict; 1 and 0 unless rewards were given.
+        fault_line: number, from 1, of the wrong line of `incorrect`, where it is known.
+        correct_reward, incorrect_reward: targets of the values; 1 and 0 unless rewards were given.
     """
 
     problem: str
@@ -41,9 +41,9 @@ class Pairs:
     """The pairs of a source in a fixed order.
 
     Attributes:
-        name: says what was read, for messages.
+        name: names the source in messages.
         items: at least one pair.
-        skipped: what was left out, by reason.
+        skipped: the number of candidates left out, by reason.
         unread: columns of the source that the builder does not read.
 
     Raises:
@@ -60,7 +60,7 @@ class Pairs:
             raise UserError(f"{self.name}: there is no pair{left_out(self.skipped)}")
 
     def summary(self) -> str:
-        """One line: how many pairs, what was left out, and what is not read."""
+        """Describes the pairs in one line: their number, those left out, and columns not read."""
         return f"{self.name}: {len(self)} pairs{left_out(self.skipped, self.unread)}"
 
     def __len__(self) -> int:
@@ -74,20 +74,18 @@ class Pairs:
 
     @cached_property
     def problems(self) -> tuple[str, ...]:
-        """The problems, each once, in the order of their first pair."""
+        """Returns the problems, each once, in the order of their first pair."""
         return tuple(dict.fromkeys(pair.problem for pair in self.items))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Builders
-
-
 def split_by_problem(pairs: Pairs, fraction: float, part: str = "heldout") -> tuple[Pairs, Pairs]:
-    """(the rest, the part); all pairs of a problem fall to one side, by a hash of the part's name and the problem's id.
+    """Splits pairs into (the rest, the part) by a hash of the part's name and the problem's id.
+
+    So all pairs of a problem are on one side, and parts of different names are drawn independently.
 
     Args:
-        fraction: expected share of the problems that makes up the part, in (0, 1).
-        part: its name; parts of different names are drawn independently.
+        fraction: expected share of the problems in the part, in (0, 1).
+        part: its name.
 
     Raises:
         ValueError: a fraction outside (0, 1), or a side without a problem.
@@ -108,15 +106,13 @@ def split_by_problem(pairs: Pairs, fraction: float, part: str = "heldout") -> tu
 
 @dataclass(frozen=True)
 class PairDataset:
-    """Tokenized pairs. Axis 1 of what is [P, 2] is the program: 0 the correct one, 1 the incorrect one.
+    """Tokenized pairs. Axis 1 of an array [P, 2] is the program: 0 the correct one, 1 the incorrect one.
 
     Attributes:
-        name: for messages.
-        pairs: the pairs in words.
+        name: names the source in messages.
         documents: for each pair the two documents: prompt, program, EOS; program and EOS are the response.
-        pad_id: token id of padding.
         seq_len: no document is longer.
-        skipped: what was left out, by reason.
+        skipped: the number of pairs left out, by reason.
     """
 
     name: str
@@ -131,22 +127,22 @@ class PairDataset:
 
     @cached_property
     def problems(self) -> np.ndarray:
-        """[P] the problem of each pair."""
+        """Returns the problem of each pair, [P]."""
         return np.array([pair.problem for pair in self.pairs])
 
     @cached_property
     def rewards(self) -> np.ndarray:
-        """[P, 2] float32."""
+        """Returns the rewards of both programs, [P, 2] float32."""
         return np.array([(pair.correct_reward, pair.incorrect_reward) for pair in self.pairs], np.float32)
 
     @property
     def rewards_are_labels(self) -> bool:
-        """Whether every reward is 1 for the correct and 0 for the incorrect program."""
+        """Returns whether every reward is 1 for the correct and 0 for the incorrect program."""
         return bool((self.rewards == [1, 0]).all())
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """[P, 2] tokens of the response, EOS included."""
+        """Counts the tokens of each response, EOS included: [P, 2]."""
         return np.array([[int((d.labels != IGNORE).sum()) for d in both] for both in self.documents])
 
     @cached_property
@@ -155,23 +151,21 @@ class PairDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over tokens, labels, rewards and problems of all pairs, in order."""
+        """Returns the SHA-256 of tokens, labels, rewards and problems of all pairs, in order."""
         digest = hashlib.sha256()
         for pair, both in zip(self.pairs, self.documents, strict=True):
             digest.update(f"{pair.problem!r} {pair.correct_reward} {pair.incorrect_reward}".encode())
             for document in both:
-                digest.update(len(document).to_bytes(8, "little"))
-                digest.update(document.tokens.astype("<i4").tobytes())
-                digest.update(document.labels.astype("<i4").tobytes())
+                digest_tokens(digest, document)
         return digest.hexdigest()
 
     def take(self, indices: Sequence[int]) -> "PairDataset":
-        """The dataset of these pairs, in this order."""
+        """Returns the dataset of these pairs, in this order."""
         pairs, documents = (tuple(part[i] for i in indices) for part in (self.pairs, self.documents))
         return replace(self, pairs=pairs, documents=documents)
 
     def with_rewards(self, rewards: np.ndarray) -> "PairDataset":
-        """The same pairs with other rewards, [P, 2]."""
+        """Returns the same pairs with other rewards, [P, 2]."""
         pairs = (
             replace(pair, correct_reward=float(good), incorrect_reward=float(bad))
             for pair, (good, bad) in zip(self.pairs, rewards, strict=True)
@@ -179,7 +173,7 @@ class PairDataset:
         return replace(self, pairs=tuple(pairs))
 
     def batch(self, rows: Sequence[int], *, size: int | None = None) -> dict[str, Tensor | list[int]]:
-        """The pairs as tensors, padded at the end to the longest document among them.
+        """Returns the pairs as tensors, padded at the end to the longest document among them.
 
         Returns:
             tokens [P, 2, S] int64, response [P, 2, S] bool (where the program's tokens and EOS are), rewards [P, 2]
@@ -198,7 +192,7 @@ class PairDataset:
         return {"rows": list(rows), "tokens": tokens, "response": response, "rewards": rewards}
 
     def summary(self) -> str:
-        """One line: pairs, problems, documents, tokens, targets, and what was left out; no document is ever cut."""
+        """Describes the data in one line of counts; no document is ever cut."""
         tokens, targets = sum(len(d) for both in self.documents for d in both), self.lengths.sum()
         line = f"{self.name}: {len(self)} pairs of {len(set(self.problems))} problems, {2 * len(self)} documents, "
         line += f"{tokens} tokens, {targets} targets, none cut"
@@ -206,7 +200,7 @@ class PairDataset:
 
 
 def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
-    """Tokenize pairs; a pair of which a document has more than seq_len tokens is left out, and counted.
+    """Tokenizes pairs; a pair with a document of more than seq_len tokens is left out, and counted.
 
     Raises:
         ValueError: no pair is left.
@@ -230,12 +224,12 @@ def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
 
 
 def balance_lengths(dataset: PairDataset, *, seed: int = 0) -> PairDataset:
-    """Choose pairs so that length alone tells nothing about which program is correct.
+    """Chooses pairs so that length alone does not tell the correct program.
 
     Pairs are put into bins of the absolute difference of the two responses' lengths, in tokens (0, 1, 2, 3 to 4, 5 to
-    8, ...). Of each bin equally many pairs stay in which the correct program is the longer and in which it is the
-    shorter one, so a rule that prefers longer (or shorter) programs is right in half of the pairs, in every bin. Pairs
-    of equal length all stay. Which pairs of the larger side stay depends on the seed and their texts alone.
+    8, ...). Each bin keeps as many pairs with the longer program correct as with the shorter one, so a rule that
+    prefers longer (or shorter) programs is right in half of them. Pairs of equal length all stay. The seed and the
+    texts alone decide which pairs of the larger side stay.
 
     Raises:
         ValueError: nothing is left, as all differences have one sign.
@@ -272,14 +266,14 @@ def pair_splits(
     balance: bool = True,
     seed: int = 0,
 ) -> dict[str, PairDataset]:
-    """``train``, ``heldout`` and, with a fraction for it, ``test``: disjoint by problem, each balanced by length.
+    """Splits pairs into ``train``, ``heldout`` and, with a fraction for it, ``test``: disjoint by problem.
 
     Args:
         seq_len: longest document, in tokens.
-        heldout_fraction: share of the problems to stop training by.
-        test_fraction: share of the problems that nothing is chosen by; None for no such part.
-        balance: see :func:`balance_lengths`.
-        seed: of the balancing; which part a problem falls to does not depend on it.
+        heldout_fraction: share of the problems for early stopping.
+        test_fraction: share of the problems for no choice at all; None for no such part.
+        balance: balance each part by :func:`balance_lengths`.
+        seed: of the balancing, not of the split.
 
     Raises:
         ValueError: a part without a problem, or without a pair that fits.

@@ -1,8 +1,8 @@
-"""Pairs of a correct and an incorrect program for one problem: what the critic learns values from.
+"""Pairs of a correct and an incorrect program for one problem, from which the critic learns values.
 
 A builder is a plain function ``builder(**config keys) -> Pairs``, named as `_component_` in a config; it reads text,
-the tokenizer comes later (see wmtp.critic.pair_dataset). Every builder brings programs to LF line ends, and leaves out,
-and counts, empty programs, repeated ones, and pairs whose programs are the same but for white space at the end.
+which wmtp.critic.pair_dataset tokenizes. Every builder brings programs to LF line ends. It leaves out, and counts,
+empty programs, repeated ones, and pairs whose programs differ only in white space at the end.
 """
 
 import math
@@ -15,9 +15,8 @@ from wmtp.data.contest_rows import PYTHON3, alphacode_prompt, programs_of, topic
 from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
 from wmtp.data.rows import ReadColumns, is_number, read_rows, take
-from wmtp.errors import MissingError, UserError
+from wmtp.errors import UserError
 from wmtp.numerics.keyed import text_hash
-from wmtp.storage import local_copy
 
 _NO_PROGRAM, _SAME = "empty programs", "pairs of the same program"
 _REPEATED, _BOTH = "repeated programs or pairs", "programs given as correct and as incorrect"
@@ -26,7 +25,7 @@ _JUDGED = {"is_correct": bool, "reward": float, "fault_line": int}  # columns of
 
 
 def packaged_pairs() -> Pairs:
-    """The tasks that ship with the package (36 functions, 12 programs): needs no file, and is small.
+    """The small tasks that ship with the package: 36 functions and 12 programs.
 
     The prompt of a function is a docstring of the task and its tests, that of a program is CodeContests' (see
     :func:`wmtp.data.contest_rows.alphacode_prompt`).
@@ -43,21 +42,20 @@ def packaged_pairs() -> Pairs:
 def condefects_pairs(source: str, split: str | None = None) -> Pairs:
     """ConDefects (Wu et al. 2023, arXiv 2310.16253): AtCoder submissions, each with its author's later, accepted one.
 
-    The data has no problem statement: the prompt is empty.
+    The data has no problem statement: the prompt is empty. A fault_location outside the program's lines (something is
+    missing before or after them) gives no fault_line.
 
     Args:
-        source: a JSONL file (.gz too), or a folder, of which `{split}.jsonl` is read, or all its JSONL files. Rows:
-            task, faulty, correct, fault_location (a line number of `faulty`, from 1, as text).
-        split: which file of a folder; None: all of them.
-
-    A fault_location outside the program's lines (something is missing before or after them) gives no fault_line.
+        source: a JSONL file (.gz too), or a folder of them. Rows: task, faulty, correct, fault_location (a line number
+            of `faulty`, from 1, as text).
+        split: the name of one file of a folder; None: all its files.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a wrong row; the message names file and line.
     """
     builder = _Builder(f"condefects pairs of {source}")
     columns = ("task", "faulty", "correct", "fault_location")
-    rows = ReadColumns(_rows_of_files(source, split), {}, columns)
+    rows = ReadColumns(read_rows(source, split or "all"), {}, columns)
     for where, row in rows:
         task, faulty, correct, at = (take(row, where, column, str) for column in columns)
         if not at.strip().isdecimal():
@@ -82,11 +80,11 @@ def code_contests_pairs(
 
     Args:
         source: the hub name, a JSONL or parquet file with the dataset's fields, or a folder with `{split}` of these.
-        split: ``train``, ``valid`` or ``test`` of the hub; which file of a folder; unused for a file.
+        split: ``train``, ``valid`` or ``test`` of the hub; the name of one file of a folder; unused for a file.
         subset: of a hub dataset.
         language: the dataset's number of the programming language; by default 3, Python 3.
-        max_pairs_per_problem: keep so many; programs are paired in a random order that uses each as evenly as can be.
-        max_problems: read only the first so many problems that give a pair.
+        max_pairs_per_problem: keep so many; programs are paired in a random order, each as often as the others.
+        max_problems: read only so many problems that give a pair.
         skip_one_class: leave out, and count, problems without a correct or without an incorrect program.
         seed: of the order in which programs are paired.
 
@@ -115,11 +113,11 @@ def jsonl_pairs(
     skip_one_class: bool = False,
     seed: int = 0,
 ) -> Pairs:
-    """Your own data: rows that are pairs, or rows that are labelled completions, of which pairs are made.
+    """Your own data: rows that are pairs, or labelled completions, which are then paired.
 
     A pair is {problem, prompt, correct, incorrect}, with an optional fault_line. A labelled row is {problem, prompt,
-    completion} with is_correct (true or false), or reward (a number; above `reward_threshold` is correct), or both. A
-    reward becomes what `mse` losses learn; without it that is 1 for correct and 0 for incorrect.
+    completion} with is_correct (true or false), or reward (a number; above `reward_threshold` is correct), or both.
+    `mse` losses learn the reward; without one they learn 1 for correct and 0 for incorrect.
 
     Args:
         source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name.
@@ -168,7 +166,7 @@ class _Programs:
 
 
 class _Builder:
-    """Collects pairs, leaves out what cannot be one, and counts it."""
+    """A collection of pairs that leaves out, and counts, what cannot be one."""
 
     def __init__(self, name: str, max_pairs_per_problem: int = 16, skip_one_class: bool = False, seed: int = 0) -> None:
         if isinstance(max_pairs_per_problem, bool) or max_pairs_per_problem < 1:
@@ -179,7 +177,7 @@ class _Builder:
         self._seen: set[tuple[str, str, str]] = set()
 
     def add(self, pair: Pair) -> None:
-        """Add a pair, unless a program is empty, both are the same, or the pair is there already."""
+        """Adds a pair, unless a program is empty, both are the same, or the pair is there already."""
         texts = [_lf(text) for text in (pair.prompt, pair.correct, pair.incorrect)]
         _, correct, incorrect = texts
         key = (pair.problem, correct, incorrect)
@@ -196,9 +194,9 @@ class _Builder:
             self._pairs.append(Pair(pair.problem, *texts, pair.fault_line, *rewards))
 
     def add_programs(self, programs: _Programs, where: str) -> None:
-        """Add pairs of a problem's correct and incorrect programs, up to max_pairs_per_problem."""
+        """Adds pairs of a problem's correct and incorrect programs, up to max_pairs_per_problem."""
         correct, incorrect = self._distinct(programs.correct), self._distinct(programs.incorrect)
-        for text in correct.keys() & incorrect.keys():  # which of the two is right cannot be told
+        for text in correct.keys() & incorrect.keys():  # nobody can tell which of the two is right
             del correct[text], incorrect[text]
             self.skipped[_BOTH] += 1
         if not correct or not incorrect:
@@ -220,7 +218,7 @@ class _Builder:
         return Pairs(self.name, tuple(self._pairs), skipped, () if rows is None else rows.unread)
 
     def _distinct(self, programs: Iterable[tuple[str, float]]) -> dict[str, float]:
-        """Program to reward, each text once; the first reward of a text stays."""
+        """Returns the rewards by program, each text once; the first reward of a text stays."""
         found: dict[str, float] = {}
         for text, reward in programs:
             text = _lf(text)
@@ -237,9 +235,9 @@ class _Builder:
 
 
 def _combinations(first: int, second: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Up to `limit` of the first x second index pairs, none twice, each index used as often as any other, within one.
+    """Yields up to `limit` of the first x second index pairs, none twice; uses of an index differ by at most one.
 
-    Along diagonals: (0, 0), (1, 1), ...; once both indices are back at 0, the second is moved by one.
+    It walks along diagonals, (0, 0), (1, 1), ...; once both indices are back at 0, the second moves on by one.
     """
     period = math.lcm(first, second)
     for k in range(min(limit, first * second)):
@@ -254,19 +252,6 @@ def _contest_problem(row: dict, where: str, language: int) -> tuple[_Programs, s
     correct, incorrect = (programs_of(row, where, column, language) for column in _BOTH_SIDES)
     both = [(text, 1.0) for text in correct], [(text, 0.0) for text in incorrect]
     return _Programs(name, prompt, *both), where
-
-
-def _rows_of_files(source: str, split: str | None) -> Iterator[tuple[str, dict]]:
-    folder = local_copy(source)
-    if split is not None or not folder.is_dir():
-        yield from read_rows(source, split)
-        return
-    files = sorted(f for f in folder.iterdir() if f.name.endswith((".jsonl", ".jsonl.gz")))
-    if not files:
-        there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
-        raise MissingError(f"{folder} has no JSONL file; it holds {there}")
-    for file in files:
-        yield from read_rows(file)
 
 
 def _problem_id(row: dict, where: str) -> str:

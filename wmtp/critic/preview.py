@@ -1,4 +1,4 @@
-"""The first pairs of a critic's data in the terminal, with what its loss teaches at each token."""
+"""The first pairs of a critic's data in the terminal, with the loss's target at each token."""
 
 from typing import Any
 
@@ -10,14 +10,11 @@ from wmtp.report.tokens import token_pieces, token_table
 
 
 def preview_pairs(count: int, data: PairDataset, tokenizer, spread: str | None = None, **factors: float | None) -> str:
-    """The first pairs with what the critic's loss teaches at each token: the spread reward, or where it compares.
+    """Shows the first ``count`` pairs, of two documents each, with the spread reward at each token.
 
     Args:
-        count: so many pairs, of two documents each.
-        data: tokenized pairs.
-        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
-        spread, factors: as :func:`wmtp.critic.losses.spread_rewards` takes them; ``gae`` starts from values of 0, as a
-            new value head gives them. None, for the loss ``pairwise``, shows the reward at every token of a response.
+        spread, factors: as in :func:`wmtp.critic.losses.spread_rewards`; ``gae`` starts from values of 0, like those of
+            a new value head. None, for the loss ``pairwise``, shows the reward at every token of a response.
     """
     tables: list[str] = []
     given = {name: value for name, value in factors.items() if value is not None}

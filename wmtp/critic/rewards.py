@@ -1,4 +1,4 @@
-"""Rewards of programs from a reward model: each text is scored once, and the score kept in a file."""
+"""Rewards of programs from a reward model: each text is scored once, and a file keeps the score."""
 
 import hashlib
 import json
@@ -22,33 +22,26 @@ _ROUND = 64  # texts of one process between two writes of the file
 
 
 class HFRewardModel:
-    """A `transformers` sequence-classification model that gives a text its reward, with a file of what it has given.
+    """A `transformers` sequence-classification model that gives texts rewards, with a file of all rewards so far.
 
-    Make it with :func:`hf_reward_model`.
+    :func:`hf_reward_model` makes it.
     """
 
     def __init__(self, folder: Path, *, cache: Path, batch_size: int, max_length: int, dtype: torch.dtype) -> None:
         self._folder, self._batch_size, self._max_length, self._dtype = folder, batch_size, max_length, dtype
-        self._sha256 = checkpoint_sha256(folder)
         computed = str(dtype) if dtype == torch.float32 else f"{dtype}, last layer in float32"
-        kind = hashlib.sha256(f"{self._sha256} {computed}".encode()).hexdigest()
+        kind = hashlib.sha256(f"{checkpoint_sha256(folder)} {computed}".encode()).hexdigest()
         self.file = cache / f"{kind[:24]}.jsonl"
         self._model = self._tokenizer = None
-
-    @property
-    def sha256(self) -> str:
-        """Which model: SHA-256 over its files."""
-        return self._sha256
 
     def score(
         self, texts: Sequence[str], names: Sequence[str], device: torch.device | str = "cpu"
     ) -> tuple[np.ndarray, int]:
-        """Rewards [N] of texts, and how many of them were computed now. Every rank calls it with the same texts.
+        """Returns the rewards [N] of texts, and the number computed now. Every rank calls it with the same texts.
 
         Args:
-            texts: what is scored: prompt and program.
-            names: what each text is called in messages.
-            device: where the model runs.
+            texts: prompt and program.
+            names: of the texts, in messages.
 
         Raises:
             ValueError: a text is longer than max_length tokens, or its reward is not finite; the message names it.
@@ -95,7 +88,7 @@ class HFRewardModel:
                     f"{text[:40]!r}...; raise max_length, or lower seq_len"
                 )
         pad = model.config.pad_token_id
-        step = 1 if pad is None else self._batch_size  # without a padding token the model takes one text at a time
+        step = 1 if pad is None else self._batch_size  # without a padding token texts cannot share a batch
         with torch.no_grad():
             for start in range(0, len(encoded), step):
                 part = encoded[start : start + step]
@@ -113,11 +106,11 @@ class HFRewardModel:
                     self._folder, local_files_only=True, dtype=self._dtype, output_loading_info=True
                 )
                 self._tokenizer = AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
-            except Exception as error:  # transformers has no base class for what can be wrong with a folder
+            except Exception as error:  # transformers' errors share no base class
                 raise UserError(
                     f"reward model {self._folder} cannot be loaded: {' '.join(str(error).split())}"
                 ) from error
-            if loading["missing_keys"]:  # transformers makes them up
+            if loading["missing_keys"]:  # transformers fills them with random numbers
                 raise UserError(
                     f"reward model {self._folder} lacks {min(loading['missing_keys'])}; give a model that was trained "
                     "to score text"
@@ -130,7 +123,7 @@ class HFRewardModel:
         return self._model, self._tokenizer
 
     def _read(self) -> dict[str, float]:
-        """Text hash to reward; a line that a killed run left torn is ignored."""
+        """Reads the rewards by text hash; a torn line of a killed run is ignored."""
         known = {}
         if self.file.exists():
             for line in self.file.read_text().splitlines(keepends=True):
@@ -150,7 +143,7 @@ class HFRewardModel:
 
 
 def _with_float32_reward(model: nn.Module) -> nn.Module:
-    """The model, whose last layer computes in float32: rewards in bfloat16 would keep 8 bits, and pairs tie."""
+    """Makes the last layer compute in float32: rewards in bfloat16 keep 8 bits, and pairs would tie."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == 1]
     if not layers:
         raise UserError(f"reward model {type(model).__name__} has no linear layer with one output")
@@ -171,10 +164,10 @@ def hf_reward_model(
     Args:
         path: the model's folder, with its tokenizer.
         batch_size: texts at a time; 1 where the model's config has no pad_token_id.
-        max_length: longest text in its tokens; a longer one is refused, not cut.
+        max_length: largest number of the model's tokens in a text; a longer text is refused, not cut.
         dtype: of the model's weights and computation: ``fp32`` or ``bf16``; its last layer computes in float32.
-        cache: folder of the rewards already given; None is `rewards` in ``$WMTP_CACHE`` or ``~/.cache/wmtp``. A file
-            is named by the model's hash, a reward found by its text's hash.
+        cache: folder of the rewards computed before; None is `rewards` in ``$WMTP_CACHE`` or ``~/.cache/wmtp``. The
+            model's hash names the file, the text's hash the reward.
 
     Raises:
         CheckpointError: no such folder.
@@ -195,7 +188,7 @@ def hf_reward_model(
 def reward_pairs(
     model: HFRewardModel, dataset: PairDataset, device: torch.device | str = "cpu"
 ) -> tuple[PairDataset, int]:
-    """The pairs with a reward model's rewards instead of their labels', and how many texts were scored now."""
+    """Replaces the pairs' rewards with those of a reward model; returns the number of texts scored now too."""
     texts, names = [], []
     for pair in dataset.pairs:
         for program, kind in ((pair.correct, "correct"), (pair.incorrect, "incorrect")):

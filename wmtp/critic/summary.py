@@ -11,7 +11,7 @@ _FIGURES = (
 def critic_report(
     value: dict[str, float], length_only: dict[str, float], facts: dict[str, object], *, chosen_on_these: bool
 ) -> str:
-    """Markdown: what was trained and on what, then a table of the value model beside the length-only rule.
+    """Writes Markdown: facts of the training, then a table of the value model and the length-only rule.
 
     Args:
         value, length_only: of :func:`wmtp.critic.score_report`.
