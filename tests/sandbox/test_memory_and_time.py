@@ -3,6 +3,9 @@
 import mmap
 import os
 import resource
+import select
+import subprocess
+import sys
 import textwrap
 import time
 
@@ -16,6 +19,19 @@ pytestmark = pytest.mark.skipif(not syscalls.SUPPORTED, reason="confinement need
 
 SMALL = Limits(cpu_seconds=20, wall_seconds=120, memory_bytes=128 << 20)
 KEY = "limits.memory_bytes"
+
+
+@pytest.fixture
+def busy_cpu():
+    """A CPU on which another process spins."""
+    cpu = min(os.sched_getaffinity(0))
+    code = f"import os\nos.sched_setaffinity(0, {{{cpu}}})\nprint(flush=True)\nwhile True: pass"
+    spinner = subprocess.Popen([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE)
+    spinner.stdout.readline()
+    yield cpu
+    spinner.kill()
+    spinner.wait()
+    spinner.stdout.close()
 
 
 @pytest.fixture(scope="module", params=["watched", "address space"])
@@ -219,6 +235,40 @@ def test_starved_is_who_was_put_aside(wall, cpu, preempted, read, expected):
     assert starved(wall, half, half) is expected  # the program and the judge, by turns
 
 
+@pytest.mark.parametrize(
+    ("waited", "expected"),
+    [
+        (0.5, False),  # computed for a second beside others, was put aside 100 times for it, and then slept
+        (5.0, True),  # half of the time without a CPU
+    ],
+)
+def test_the_kernels_own_count_says_who_was_starved(waited, expected):
+    assert starved(10.0, {"cpu": 1.0, "preempted": 100, "read": 0, "waited": waited}) is expected
+    assert starved(10.0, {"cpu": 1.0, "preempted": 100, "read": 0})  # without it
+
+
+def test_time_without_a_cpu_is_the_kernels_own_count(busy_cpu):
+    """A child computes beside a busy process on one CPU, and a sleeper sleeps there."""
+    memory = ResidentMemory()
+    waited = []
+    for action in ("while time.process_time() < 0.3: pass", "time.sleep(0.6)"):
+        code = f"import os, sys, time\nos.sched_setaffinity(0, {{{busy_cpu}}})\nprint(flush=True)\n{action}"
+        child = subprocess.Popen([sys.executable, "-I", "-c", code], stdout=subprocess.PIPE)
+        ended = os.pidfd_open(child.pid)
+        child.stdout.readline()
+        begun = memory.waited(ended)
+        if begun is None:
+            pytest.skip("the kernel does not say how long a process waits for a CPU")
+        select.select([ended], [], [])  # it is dead and not reaped
+        waited.append(memory.waited(ended) - begun)
+        child.wait()
+        child.stdout.close()
+        assert memory.waited(ended) is None  # gone
+        os.close(ended)
+    computes, sleeps = waited
+    assert computes > 0.1 and computes > 3 * sleeps
+
+
 def test_usage_is_that_of_the_process():
     before = own_usage()
     end = time.process_time() + 0.05
@@ -226,6 +276,7 @@ def test_usage_is_that_of_the_process():
         pass
     assert own_usage()["cpu"] - before["cpu"] >= 0.04
     assert usage_of(resource.getrusage(resource.RUSAGE_SELF)).keys() == {"cpu", "preempted", "read"}
+    assert own_usage().keys() - {"waited"} == {"cpu", "preempted", "read"}
 
 
 def test_time_for_being_alone_is_at_least_the_seconds_and_else_the_share():

@@ -15,10 +15,9 @@ _REFUSALS = ("failed to map segment", "annot allocate memory", "an't allocate me
 _NO_REFUSALS = ("static TLS", "not permitted")  # a library that no address fits; a folder mounted noexec
 
 _BLOCKS_A_READ = 256  # of 512 bytes: what the kernel reads ahead in a file
-# A process that wants to run and may not is put aside and taken up again many times: every 10 to 140 ms beside 5 to 15
-# busy processes on its CPU, every 20 ms under a container's quota of a tenth of one. One that sleeps, whole or in naps
-# of a millisecond, or waits for a lock that nobody frees, goes of its own accord: it is put aside once a second or
-# less, whatever runs beside it. The line is drawn at 0.3 s (half of the idle time must be accounted for).
+# The kernel says how long each thread waited for a CPU (/proc/PID/schedstat), under a quota too. Where that
+# cannot be read, the times are counted that a process was put aside: one that wants to run and may not is, every 10 to
+# 140 ms beside 5 to 15 busy processes on its CPU. One that computes first and then sleeps looks the same.
 _PUT_ASIDE_SECONDS = 0.15
 _READ_SECONDS = 0.02  # of a busy disk
 
@@ -53,6 +52,15 @@ class ResidentMemory:
             return 0 if pid == "-1" else self._read(pid)
         except (FileNotFoundError, ProcessLookupError):
             return 0
+
+    def waited(self, process: int) -> float | None:
+        """Returns the seconds that the living threads of a pidfd's process waited for a CPU; None where unknown."""
+        try:
+            with open(os.open(f"self/fdinfo/{process}", os.O_RDONLY, dir_fd=self._proc)) as file:
+                pid = next(line.split()[1] for line in file if line.startswith("Pid:"))
+            return _waited(f"{pid}/task", self._proc)
+        except (OSError, StopIteration):
+            return None
 
     def _read(self, name: str) -> int:
         with open(os.open(f"{name}/status", os.O_RDONLY, dir_fd=self._proc)) as file:
@@ -96,13 +104,30 @@ def usage_of(usage: resource.struct_rusage) -> Usage:
 
 
 def own_usage() -> Usage:
-    """Returns the usage of this process."""
-    return usage_of(resource.getrusage(resource.RUSAGE_SELF))
+    """Returns the usage of this process; `waited`, the seconds without a CPU, where the kernel says them."""
+    used = usage_of(resource.getrusage(resource.RUSAGE_SELF))
+    try:
+        return used | {"waited": _waited("/proc/self/task")}
+    except OSError:
+        return used
+
+
+def _waited(tasks: str, folder: int | None = None) -> float:
+    descriptor = os.open(tasks, os.O_RDONLY | os.O_DIRECTORY, dir_fd=folder)
+    try:
+        seconds = 0.0
+        for thread in os.listdir(descriptor):
+            with open(os.open(f"{thread}/schedstat", os.O_RDONLY, dir_fd=descriptor)) as file:
+                seconds += 1e-9 * int(file.read().split()[1])
+        return seconds
+    finally:
+        os.close(descriptor)
 
 
 def between(before: Usage, after: Usage) -> Usage:
     """Returns what was used from one time to another."""
-    return {name: after[name] - value for name, value in before.items()}
+    used = {name: after[name] - before[name] for name in ("cpu", "preempted", "read")}
+    return used | ({"waited": after["waited"] - before.get("waited", 0.0)} if "waited" in after else {})
 
 
 def starved(wall: float, *usages: Usage) -> bool:
@@ -114,5 +139,7 @@ def starved(wall: float, *usages: Usage) -> bool:
         usages: of the processes that took turns meanwhile.
     """
     idle = wall - sum(usage["cpu"] for usage in usages)
-    kept = sum(_PUT_ASIDE_SECONDS * usage["preempted"] + _READ_SECONDS * usage["read"] for usage in usages)
+    kept = 0.0
+    for usage in usages:
+        kept += usage.get("waited", _PUT_ASIDE_SECONDS * usage["preempted"]) + _READ_SECONDS * usage["read"]
     return idle > 0.1 * wall and kept > 0.5 * idle

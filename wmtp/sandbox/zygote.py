@@ -8,7 +8,6 @@ over a socket between the judge and the forked process. The judge sends a reques
 import gc
 import importlib
 import os
-import resource
 import select
 import signal
 import socket
@@ -146,17 +145,17 @@ class Zygote:
         if pid == 0:
             child.run(self._confinement, request, descriptors, self._scratch)
         _close(descriptors)
-        status, usage, swollen = self._wait(pid, request["limits"])
+        report = self._wait(pid, request["limits"])
         self._clear_scratch()
-        return {"status": status, "swollen": swollen, "peak": 1024 * usage.ru_maxrss, **usage_of(usage)}
+        return report
 
-    def _wait(self, pid: int, limits: dict) -> tuple[int, resource.struct_rusage, bool]:
+    def _wait(self, pid: int, limits: dict) -> dict:
         """Reaps the process once it has ended, killing it at a limit, or when the judge says so or hangs up.
 
         It is killed only while it is not reaped, so that its id cannot be another process's.
 
         Returns:
-            Its status and usage, and whether it was killed because it held too much memory.
+            Its `status` and usage, and whether it was killed because it held too much memory (`swollen`).
         """
         try:
             ended = os.pidfd_open(pid)
@@ -176,9 +175,11 @@ class Zygote:
                 exceeded = left <= 0 or headroom < 0
                 if self._control in ready or exceeded:
                     os.kill(pid, signal.SIGKILL)
+                waited = self._memory.waited(ended) if watched and (ready or exceeded) else None
                 reaped, status, usage = os.wait4(pid, 0 if ready or exceeded else os.WNOHANG)
                 if reaped:
-                    return status, usage, headroom < 0
+                    report = {"status": status, "swollen": headroom < 0, "peak": 1024 * usage.ru_maxrss}
+                    return report | usage_of(usage) | ({} if waited is None else {"waited": waited})
         finally:
             if ended is not None:
                 os.close(ended)
