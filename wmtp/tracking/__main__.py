@@ -1,4 +1,4 @@
-"""python -m wmtp.tracking replay OUTPUT_DIR [--tracking-uri URI]: send what a run left unsent."""
+"""`python -m wmtp.tracking replay OUTPUT_DIR [--tracking-uri URI]` sends the records that a run left unsent."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from wmtp.tracking.replay import replay
 
 parser = argparse.ArgumentParser(prog="python -m wmtp.tracking", description="Records that have not reached MLflow.")
 commands = parser.add_subparsers(required=True, metavar="COMMAND")
-command = commands.add_parser("replay", help="send what a run left unsent; twice changes nothing")
+command = commands.add_parser("replay", help="send the records that a run left unsent; twice changes nothing")
 command.add_argument("output_dir", type=Path, help="the run's output_dir")
 command.add_argument("--tracking-uri", help="the store; by default the run's own")
 arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The store's side of one run: experiment and run, and each kind of record put there so that twice is as once."""
+"""The store's side of one run: its experiment, its run, and its records. To send a record twice changes nothing."""
 
 import json
 from pathlib import Path
@@ -25,20 +25,19 @@ _RECORDS_AT_ONCE = 200
 
 
 class Refused(UserError):
-    """The store says no, and will say no again."""
+    """A refusal of the store that another try would meet again."""
 
 
 class Postponed(Exception):
-    """An artifact could not be sent and was put behind all other records: where files go may fail alone."""
+    """An artifact that could not be sent and was put behind all other records: the file store may fail alone."""
 
 
 class Delivery:
-    """The store's side of one run: finds or makes experiment and run, and puts records there.
+    """A connection to the store for one run: finds or creates its experiment and run, and sends its records.
 
     Args:
-        uri: the store.
-        run: as in the spool's run.json: experiment, run_name, artifact_location, key, run_id, parent_run_id, started.
-        output_dir: what artifacts' paths are relative to.
+        run: the spool's run.json: experiment, run_name, artifact_location, key, run_id, parent_run_id, started.
+        output_dir: the folder that artifacts' paths are relative to.
     """
 
     def __init__(self, uri: str, run: dict, output_dir: Path) -> None:
@@ -47,10 +46,10 @@ class Delivery:
         self.run_id: str | None = run.get("run_id")
 
     def connect(self) -> None:
-        """Open the store and look for the experiment and, where it goes on, the run. Nothing is made yet.
+        """Opens the store and looks for the experiment and for the run if it is resumed. It creates nothing.
 
         Raises:
-            Refused: wrong credentials, an unusable database, an experiment or a run that is not there.
+            Refused: wrong credentials, an unusable database, a deleted experiment, or no such run.
         """
         try:
             self._client = mlflow_client(self._uri)
@@ -73,7 +72,7 @@ class Delivery:
             )
 
     def open_run(self) -> str:
-        """The run's id: of the run that goes on, of one that an earlier try made unnoticed, or of a new one."""
+        """Returns the id of the resumed run, of one that an unanswered request created, or of a new one."""
         if self._client is None:
             self.connect()
         if self.run_id is not None:
@@ -100,13 +99,13 @@ class Delivery:
             try:
                 return self._client.create_experiment(name, self._run.get("artifact_location"))
             except Exception:
-                found = self._client.get_experiment_by_name(name)  # another run may have made it in between
+                found = self._client.get_experiment_by_name(name)  # another run may have created it in between
                 if found is None:
                     raise
         return found.experiment_id
 
     def send(self, records: list[dict]) -> None:
-        """Put records of one kind there. A record that is there already changes nothing."""
+        """Sends records of one kind. A record that the store already has changes nothing."""
         getattr(self, f"_send_{records[0]['kind']}")(records)
 
     def _send_metrics(self, records: list[dict]) -> None:
@@ -120,9 +119,9 @@ class Delivery:
         self._log("metrics", batch, _METRICS_PER_BATCH)
 
     def _send_params(self, records: list[dict]) -> None:
-        """What an earlier process of the run logged stays; where a value has changed since, a tag says to what.
+        """Sends new params. Params that an earlier process of the run logged stay; a tag gives each changed value.
 
-        A value that is changed back is said too, and one that the config no longer has is None.
+        A value that was changed back has its tag too; the tag of a key that the config no longer has says None.
         """
         from mlflow.entities import Param
 
@@ -161,7 +160,7 @@ class Delivery:
             self._client.log_text(self.run_id, record["text"], record["file"])
 
     def _send_artifact(self, records: list[dict]) -> None:
-        # File by file, in this thread: mlflow would send a folder from a pool that holds up the end of the process.
+        # File by file, in this thread: mlflow would send a folder from a pool that delays the end of the process.
         for record in records:
             path = self._output_dir / record["path"]
             if path.is_dir():
@@ -172,7 +171,7 @@ class Delivery:
                 self._client.log_artifact(self.run_id, str(path), record["folder"])
 
     def _send_run_file(self, records: list[dict]) -> None:
-        """Nothing for the store: a model that was exported before its run had an id is told the id now."""
+        """Sends nothing: it writes the run's id into models that were exported before the run had one."""
         for record in records:
             path = self._output_dir / record["path"]
             write_whole(path, json.dumps({**json.loads(path.read_text()), "run_id": self.run_id}, indent=1) + "\n")
@@ -187,7 +186,9 @@ class Delivery:
 
 
 def deliver(spool: Spool, delivery: Delivery) -> int:
-    """Send the next records of the spool, all of one kind; how many. What can never be sent is set aside.
+    """Sends the next records of the spool, all of one kind, and returns their number.
+
+    Records that can never be sent are set aside.
 
     Raises:
         Postponed: an artifact failed. Any other exception is the store's.
@@ -224,12 +225,12 @@ def deliver(spool: Spool, delivery: Delivery) -> int:
 
 
 def _http_status(error: BaseException) -> int:
-    """The HTTP status behind an error of mlflow's, 0 where there is none."""
+    """Returns the HTTP status behind an error of mlflow's, 0 if there is none."""
     for part in (error, error.__cause__, error.__context__):
         status = getattr(part, "get_http_status_code", None)
         if status is not None:
             text = str(error)
-            for code in (401, 403):  # mlflow hides those of a proxy, which answers without its JSON
+            for code in (401, 403):  # a proxy answers without mlflow's JSON: its code is only in the text
                 if f"error code {code}" in text:
                     return code
             return status()
@@ -237,5 +238,5 @@ def _http_status(error: BaseException) -> int:
 
 
 def _never(error: BaseException) -> bool:
-    """Whether the store would refuse the same record again: a bad value, or a file that is gone."""
+    """Returns whether the store would refuse the same record again: a bad value, or a file that is gone."""
     return isinstance(error, FileNotFoundError) or _http_status(error) == 400

@@ -1,4 +1,4 @@
-"""What a result depends on beside its config: code, packages, hardware."""
+"""Code, packages and hardware that a result depends on beside its config."""
 
 import ast
 import getpass
@@ -21,7 +21,7 @@ from wmtp.files import file_sha256
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers", "datasets", "mlflow", "wmtp")
 _MAX_CHANGES = 2_000_000  # characters of the diff that are kept
 _CODE = {".py", ".yaml", ".yml", ".toml", ".sh"}
-_MAX_NEW_FILE = 100_000  # bytes: a larger file that git does not know, or one of another kind, is named only
+_MAX_NEW_FILE = 100_000  # bytes: of a larger untracked file, or one of another kind, only the name is kept
 _SOURCE = Path(__file__).resolve()
 _PACKAGE = Path(__file__).resolve().parents[1]
 _OTHERS = {_PACKAGE, _PACKAGE.parent / "recipes"} | {
@@ -31,11 +31,11 @@ _NO_PART_OF_THE_RESULT = ("output_dir", "resume", "overwrite", "tracking")
 
 
 def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
-    """The tags of every run: code versions, packages, Python, hardware, number of processes.
+    """Returns the tags of every run: code versions, packages, Python, hardware, number of processes.
 
     Args:
         own: source files of the researcher's own. ``wmtp.git_dirty`` says whether any code is in no commit, and
-            ``wmtp.own_git_commit`` has the commits of the repositories that they are in.
+            ``wmtp.own_git_commit`` has the commits of the repositories that these files are in.
     """
     import torch
     import torch.distributed as dist
@@ -45,12 +45,12 @@ def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
     ours, theirs = repositories([_SOURCE]), repositories(own)
     commits = {root: _git(root, "rev-parse", "HEAD").strip() for root in {*ours, *theirs}}
     changed = any(_git(root, "status", "--porcelain").strip() for root in commits)
-    # An image has the commit it was built from in its environment, and no checkout.
+    # An image has no checkout; the commit that it was built from is in its environment.
     commit = next(map(commits.get, ours), None) or os.environ.get("WMTP_GIT_COMMIT") or "unknown"
     elsewhere = " ".join(f"{root.name}@{commits[root] or 'unknown'}" for root in theirs if root not in ours)
     return {
         "wmtp.git_commit": commit,
-        "wmtp.git_dirty": str(changed or not all(map(_is_tracked, own))),
+        "wmtp.git_dirty": str(changed or not all(_git(file.parent, "ls-files", "--", file.name) for file in own)),
         **({"wmtp.own_git_commit": elsewhere} if elsewhere else {}),
         "wmtp.packages": " ".join(f"{name}=={_version(name)}" for name in _PACKAGES),
         "wmtp.python": platform.python_version(),
@@ -60,18 +60,18 @@ def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
 
 
 def config_sha256(cfg: dict) -> str:
-    """SHA-256 of a resolved config without what decides only where a run is written: equal runs have equal hashes."""
+    """Returns the SHA-256 of a resolved config without the keys that only say where a run is written.
+
+    Equal runs have equal hashes.
+    """
     kept = {key: value for key, value in cfg.items() if key not in _NO_PART_OF_THE_RESULT}
     return hashlib.sha256(repr(_sorted(kept)).encode()).hexdigest()
 
 
 def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[str, str]:
-    """What MLflow shows of a run in columns and at its head: source and its version, user, and a description.
+    """Returns the tags that MLflow's pages show of a run: source and its version, user, and a description.
 
-    Args:
-        cfg: the config as plain containers.
-        facts: method and dataset.
-        recipe: the recipe's name.
+    `facts` has the run's method and dataset.
     """
     file = Path(getattr(sys.modules[recipe_module(recipe)], "__file__", None) or recipe)
     commit = next((_git(root, "rev-parse", "HEAD").strip() for root in repositories([file])), "")
@@ -95,22 +95,17 @@ def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[s
 
 
 def repositories(files: Iterable[Path]) -> list[Path]:
-    """The checkouts that files belong to, each once. A package installed below one, which ignores it, does not."""
-    roots = [_git(file.parent, "rev-parse", "--show-toplevel").strip() for file in files if not _is_ignored(file)]
+    """Returns the git checkouts of files, each once. Files that git ignores, such as installed packages, have none."""
+    known = [file for file in files if not _git(file.parent, "check-ignore", file.name)]
+    roots = [_git(file.parent, "rev-parse", "--show-toplevel").strip() for file in known]
     return [Path(root) for root in dict.fromkeys(roots) if root]
 
 
-def _is_ignored(file: Path) -> bool:
-    return bool(_git(file.parent, "check-ignore", file.name))
-
-
-def _is_tracked(file: Path) -> bool:
-    return bool(_git(file.parent, "ls-files", "--", file.name))
-
-
 def code_changes(own: Iterable[Path] = ()) -> str:
-    """The diffs between the commits and the files as they are, of WMTP's checkout and those of the researcher's own
-    files, new files too, without secrets; empty for none."""
+    """Returns the uncommitted diffs of WMTP's checkout and of those with the researcher's own files, secrets masked.
+
+    New files are included; without changes the text is empty.
+    """
     diff = "".join(map(_changes, repositories([_SOURCE, *own])))
     if len(diff) > _MAX_CHANGES:
         diff = f"{diff[:_MAX_CHANGES]}\nCut here: the diff has {len(diff)} characters.\n"
@@ -129,11 +124,11 @@ def _changes(root: Path) -> str:
 
 
 def _git(folder: Path, *args: str, ok: int = 0) -> str:
-    """What git says in a folder; empty where it fails, or where there is no commit."""
+    """Returns git's output in a folder; empty if git fails or there is no commit."""
     try:
         done = subprocess.run(("git", "-C", str(folder), *args), capture_output=True, check=False, timeout=60)
     except (OSError, subprocess.SubprocessError):
-        return ""  # no git, or it hangs: the tag says unknown
+        return ""  # git is not installed, or hangs: the tag says unknown
     return done.stdout.decode("utf-8", "replace") if done.returncode in (0, ok) else ""
 
 
@@ -164,11 +159,9 @@ def _sorted(value):
 
 
 def own_code(cfg: object, recipe: str) -> dict[str, Path]:
-    """The source files by the path at which they can be imported again; empty where all code is WMTP's or installed.
+    """Returns the source files by the path from which they can be imported again; empty if all code is installed.
 
-    Args:
-        cfg: the config as plain containers: the modules of its ``_component_`` s are looked at.
-        recipe: the recipe's name, as in :func:`recipe_module`.
+    They are those of the config's ``_component_`` s and of the recipe, and what these import.
     """
     names = [*_components(cfg), recipe_module(recipe)]
     found: dict[str, Path] = {}
@@ -185,20 +178,20 @@ def own_code(cfg: object, recipe: str) -> dict[str, Path]:
 
 
 def recipe_module(recipe: str) -> str:
-    """The module that the recipe of that name runs as: what this process was started with, or one that it imported."""
+    """Returns the name of the module that a recipe runs as: ``__main__``, or an imported module of that name."""
     known = [name for name in list(sys.modules) if name.rpartition(".")[2] == recipe]
     started = Path(getattr(sys.modules["__main__"], "__file__", None) or "").stem == recipe
     return "__main__" if started or not known else known[0]
 
 
 def code_sha256(code: Mapping[str, Path]) -> str:
-    """One hash of all the files and their names."""
+    """Returns one hash of all files and their names."""
     lines = [f"{file_sha256(file)}  {name}\n" for name, file in sorted(code.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _components(value: object) -> Iterator[str]:
-    """Every module that a ``_component_`` path passes through."""
+    """Yields every module that a ``_component_`` path passes through."""
     for key, child in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
         if key == "_component_" and isinstance(child, str):
             yield from _with_packages(child)
@@ -212,11 +205,11 @@ def _own_file(module: ModuleType | None) -> Path | None:
 
 
 def _imports(module: ModuleType, file: Path) -> Iterator[str]:
-    """Names of what a module imports anywhere in its source, as far as they may be modules."""
+    """Yields the names that a module imports anywhere in its source; some may be no modules."""
     package = getattr(module, "__package__", None) or ""
     try:
         tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):  # it was changed after it was imported
+    except (SyntaxError, ValueError):  # the file was changed after the import
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -232,6 +225,6 @@ def _imports(module: ModuleType, file: Path) -> Iterator[str]:
 
 
 def _with_packages(name: str) -> Iterator[str]:
-    """``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
+    """Yields ``a``, ``a.b`` and ``a.b.c`` of ``a.b.c``."""
     parts = name.split(".")
     return (".".join(parts[:count]) for count in range(1, len(parts) + 1))

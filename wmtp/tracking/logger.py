@@ -17,27 +17,27 @@ from wmtp.tracking.spool import Spool, read_run
 from wmtp.tracking.store import absolute, check_store, store_uri
 from wmtp.tracking.system import SystemMetrics
 
-_STORE_SECONDS = 15.0  # at the start, for a server's answer; afterwards nobody waits for it
-_FILE_SECONDS = 120.0  # for a SQLite file, which is made and migrated in this process
+_STORE_SECONDS = 15.0  # at the start, for a server's answer; later calls do not wait
+_FILE_SECONDS = 120.0  # for a SQLite file, which is created and migrated in this process
 
 
 class MLflowLogger:
-    """A run in MLflow: torchtune's `MetricLoggerInterface` and what a run needs beside. Only rank 0 makes one.
+    """A run in MLflow: torchtune's `MetricLoggerInterface` with tags, artifacts and data. Only rank 0 makes one.
 
-    No call waits for the store but :meth:`connect` and :meth:`start`, for 15 seconds at most, and :meth:`close`, for
-    `flush_seconds`. What the store has not taken by then stays in the spool.
+    Only three calls wait for the store: :meth:`connect` and :meth:`start` for 15 seconds at most, and :meth:`close` for
+    `flush_seconds`. Records that the store has not taken by then stay in the spool.
 
     Args:
-        experiment: name of the experiment, made when absent; the recipe fills in ``{dataset}`` and ``{method}``. Runs
+        experiment: name of the experiment, created if absent; the recipe fills in ``{dataset}`` and ``{method}``. Runs
             to be compared belong into one experiment, so the default leaves the method out.
         run_name: name of the run; null lets MLflow invent one.
-        tracking_uri: where runs are kept; null is `sqlite:///mlflow.db` in the working directory, or
-            `$MLFLOW_TRACKING_URI` where that is set.
+        tracking_uri: the store; null is `$MLFLOW_TRACKING_URI` if set, else `sqlite:///mlflow.db` in the working
+            directory.
         artifact_location: of a new experiment, e.g. `s3://bucket/wmtp`; null is the store's default.
         parent_run_id: the run that this one is shown below; ``training`` is the run that trained the evaluated model.
         system_metrics_seconds: between figures of CPU, memory, disk, network and GPU; null for none.
-        flush_seconds: how long :meth:`close` tries on while nothing goes through.
-        log_export: give exported models to MLflow, as artifact `export`, or by reference where they lie in S3.
+        flush_seconds: for :meth:`close` to go on trying while nothing is accepted.
+        log_export: log exported models as artifact `export`, or by reference if they are in S3.
 
     Raises:
         ValueError: a store that cannot be used, or credentials that it refuses.
@@ -76,7 +76,7 @@ class MLflowLogger:
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's id of the run; None as long as the store has not given one."""
+        """MLflow's id of the run; None until the store has given one."""
         return None if self._delivery is None else self._delivery.run_id
 
     @property
@@ -86,7 +86,7 @@ class MLflowLogger:
 
     @property
     def where(self) -> str:
-        """Store, experiment and run, for people."""
+        """Store, experiment and run, as a text for people."""
         run = f"run {self.run_id}" if self.run_id else "the run begins there when the store answers"
         return f"{mask_secrets(self._uri)} (experiment {self._run['experiment']}, {run})"
 
@@ -101,13 +101,13 @@ class MLflowLogger:
         training_run_id: str | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Open the store. Nothing is written yet, there or here.
+        """Opens the store. Nothing is written yet, neither to the store nor to disk.
 
         Args:
             output_dir: the run's folder, which will hold the spool.
-            method, dataset: what the experiment's name is made of.
-            run_id: MLflow's id of the run that goes on, as far as it is known.
-            resumed: the run in output_dir goes on: its spool knows the run too, also one that has no id yet.
+            method, dataset: fill the placeholders of the experiment's name.
+            run_id: MLflow's id of a resumed run, if it is known.
+            resumed: the run in output_dir is resumed; its spool names it even if it has no id yet.
             training_run_id: the run that trained the model which this one evaluates.
             say: called with lines about a store that fails.
 
@@ -141,7 +141,7 @@ class MLflowLogger:
         self._sender.wait_connected(self._wait_seconds)
 
     def start(self) -> None:
-        """Begin the run, or go on with it: from here on calls are recorded, and sent as soon as may be."""
+        """Begins or resumes the run: later calls are recorded, and sent as soon as possible."""
         self._spool = Spool(self._output_dir)
         self._spool.set_run(**self._run)
         if self._resumed:
@@ -154,20 +154,20 @@ class MLflowLogger:
             )
 
     def log_config(self, config: DictConfig) -> None:
-        """All config values as params, and the resolved config as artifact config.yaml."""
+        """Logs all config values as params, and the resolved config as artifact config.yaml."""
         flat = _flatten(OmegaConf.to_container(config, resolve=True))
         self._record("params", params={key: mask_secrets(str(value)) for key, value in flat.items()})
         self.log_text(OmegaConf.to_yaml(config, resolve=True), "config.yaml")
 
     def log_tags(self, tags: Mapping[str, object]) -> None:
-        """Set tags; one that is there is replaced."""
+        """Sets tags, and replaces existing ones of the same names."""
         self._record("tags", tags={key: mask_secrets(str(value)) for key, value in tags.items()})
 
     def log_dataset(self, name: str, sha256: str, section: Mapping[str, object], context: str) -> None:
-        """The data as MLflow's input of the run, with the first 36 digits of their hash, which is all that it holds.
+        """Logs the data as the run's input, with the first 36 digits of their hash: MLflow keeps no more.
 
         Args:
-            section: the config's section that builds them; its ``source`` says where they are.
+            section: the config's section that builds them; its ``source`` is their path.
             context: ``training`` or ``evaluation``.
         """
         source = section.get("source")
@@ -178,27 +178,27 @@ class MLflowLogger:
         self._record("dataset", name=name, digest=sha256[:36], source_type=kind, context=context, **texts)
 
     def log(self, name: str, data: float, step: int) -> None:
-        """One metric of a step; a tensor with one element will do."""
+        """Logs one metric of a step: a number or a tensor with one element."""
         self.log_dict({name: data}, step)
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
-        """A step's metrics. NaN stays NaN; what is beyond float64 becomes the largest number of its sign."""
+        """Logs a step's metrics. NaN stays NaN; an integer beyond float64 becomes infinite."""
         self._record("metrics", step=step, metrics={name: _number(value) for name, value in payload.items()})
 
     def log_text(self, text: str, file: str) -> None:
-        """A text as an artifact under this name, without secrets."""
+        """Logs a text as the artifact `file`, secrets masked."""
         self._record("text", text=mask_secrets(text), file=file)
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
-        """A file or a folder as an artifact, read when it is sent: it must stay where it is until the run ends."""
+        """Logs a file or a folder as an artifact. It is read when it is sent, so it must stay until the run ends."""
         self._record("artifact", path=self._below(path), folder=folder)
 
     def log_model(self, folder: Path, run_file: Path, reference: Mapping[str, object] | None) -> None:
-        """A model's folder as an artifact of its name; or ``name.json`` that says where it lies, for a reference.
+        """Logs a model's folder as an artifact of its name, or a reference to it as ``name.json``.
 
         Args:
-            run_file: a JSON file in it that names the run; where the run has no id yet it is filled in later.
-            reference: uri and sha256 of a copy that whoever reads the artifact can reach.
+            run_file: a JSON file in the folder that names the run; a run id that is not known yet is filled in later.
+            reference: uri and sha256 of a copy that readers of the artifact can reach; None logs the folder itself.
         """
         if self.run_id is None:
             self._record("run_file", path=self._below(run_file))
@@ -210,7 +210,7 @@ class MLflowLogger:
             self.log_text(json.dumps(reference, indent=1), f"{folder.name}.json")
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED, and wait until the store has it all, or `flush_seconds`."""
+        """Ends the run as FINISHED, FAILED or KILLED, and waits until the store has all records, or `flush_seconds`."""
         if self._spool is None:
             if self._sender is not None:
                 self._sender.stop()
@@ -219,7 +219,7 @@ class MLflowLogger:
             self._system.stop()
         try:
             self._record("status", status=status)
-        except OSError as error:  # of a full disk; what is recorded is sent all the same
+        except OSError as error:  # of a full disk; earlier records are sent all the same
             self._say(f"WARNING: tracking: that the run is {status} could not be recorded: {one_line(error)}")
         left = self._sender.close(self._flush_seconds)
         refused = self._spool.folder / "refused.jsonl"
@@ -234,7 +234,7 @@ class MLflowLogger:
         self._spool = None
 
     def _below(self, path: Path) -> str:
-        """The path from output_dir on where it is below: the folder may move before all is sent."""
+        """Returns a path relative to output_dir if it lies there: the folder may move before all is sent."""
         path, own = path.absolute(), self._output_dir.absolute()
         return path.relative_to(own).as_posix() if path.is_relative_to(own) else str(path)
 
@@ -243,7 +243,7 @@ class MLflowLogger:
 
 
 def _now() -> int:
-    """Milliseconds since 1970, as MLflow counts."""
+    """Returns the milliseconds since 1970, as MLflow counts."""
     return time.time_ns() // 1_000_000
 
 

@@ -1,4 +1,4 @@
-"""Sending what a run left behind, without the run."""
+"""Delivery of the records that a run left unsent, without the run."""
 
 from pathlib import Path
 
@@ -9,16 +9,15 @@ from wmtp.tracking.store import check_store, store_uri
 
 
 def replay(output_dir: Path, uri: str | None = None) -> str:
-    """Send what a run left unsent; returns one line that says what was done.
+    """Sends the records that a run left unsent. Returns one line that says what was done.
 
     A run whose process was killed is ended as KILLED. To replay twice changes nothing.
 
     Args:
-        output_dir: the run's folder.
-        uri: the store; by default the run's own, ``$MLFLOW_TRACKING_URI`` where the run was told it by the environment.
+        uri: the store; by default the one in the run's config, or else in the environment.
 
     Raises:
-        ValueError: no spool there, a run that is under way, or a store that refuses or does not answer.
+        ValueError: no spool in the folder, a run that is under way, or a store that refuses or does not answer.
     """
     if not read_run(output_dir):
         raise UserError(f"{output_dir} holds no tracking_spool of a run; give the output_dir of a tracked run")
@@ -49,7 +48,7 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
 
 
 def _deliver_all(spool: Spool, delivery: Delivery) -> None:
-    """Until nothing is left, or all that is left are artifacts of which each failed once."""
+    """Sends records until none is left, or only artifacts that have each failed once."""
     postponed = 0
     while True:
         try:

@@ -1,4 +1,4 @@
-"""The thread that sends a run's records: in order, again and again until the store has them."""
+"""The thread that sends a run's records in order and tries again until the store has them."""
 
 import threading
 import time
@@ -11,16 +11,11 @@ from wmtp.tracking.spool import Spool
 _SECONDS_BETWEEN_BATCHES = 1.0
 _LONGEST_WAIT = 60.0  # of the back-off: 1, 2, 4, ... seconds
 _LONGEST_WAIT_AT_END = 2.0
-_UPLOAD_BYTES_PER_SECOND = 10e6  # the slowest upload that close() takes for alive
+_UPLOAD_BYTES_PER_SECOND = 10e6  # close() gives up on slower uploads
 
 
 class Sender:
-    """A thread that sends a run's records and outlives every mood of the store.
-
-    Args:
-        delivery: the store's side of the run.
-        say: called with a line when the store fails and when it is back.
-    """
+    """A thread that sends a run's records and survives every failure of the store, of which `say` is told."""
 
     def __init__(self, delivery: Delivery, say: Callable[[str], None]) -> None:
         self._delivery, self._say = delivery, say
@@ -36,19 +31,19 @@ class Sender:
 
     @property
     def failure(self) -> str | None:
-        """Why the last try failed, None where it did not."""
+        """The reason why the last try failed; None if it did not."""
         return self._failure
 
     def wait_connected(self, seconds: float) -> None:
-        """Return when the store has answered, has failed, or after so many seconds.
+        """Waits until the store has answered or failed, at most so many seconds.
 
         Raises:
-            ValueError: it refused.
+            ValueError: the store refused.
         """
         self._wait(lambda: self._connected, seconds)
 
     def start(self, spool: Spool, seconds: float) -> None:
-        """Begin to send; return when the run has its id, when the store has failed, or after so many seconds.
+        """Begins to send. Waits until the run has its id or the store has failed, at most so many seconds.
 
         Raises:
             ValueError: the store refused.
@@ -66,7 +61,7 @@ class Sender:
                 raise UserError(self._refused)
 
     def close(self, seconds: float) -> int:
-        """Send what is left, giving up when nothing went through for so many seconds; how many records are left."""
+        """Sends the remaining records until nothing is accepted for so many seconds. Returns how many are unsent."""
         with self._changed:
             self._closing, self._idle = True, False
             self._last_success = time.monotonic()
@@ -82,13 +77,13 @@ class Sender:
         return left
 
     def stop(self) -> None:
-        """End the thread, at once or after the request that is under way."""
+        """Ends the thread, at once or after the request that is under way."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
 
     def _seconds_of_uploads(self) -> float:
-        """What the artifact under way may take beside: a large file gives no sign of life."""
+        """Returns the extra seconds that the artifact under way may take: its upload reports no progress."""
         waiting = self._spool.unsent(1)
         if not waiting or waiting[0][0]["kind"] != "artifact" or self._failure:
             return 0.0
@@ -128,7 +123,7 @@ class Sender:
                         self._changed.notify_all()
                     return
                 delay = self._failed(error, delay)
-            except Exception as error:  # the library and each kind of store have errors of their own
+            except Exception as error:  # mlflow and each kind of store raise errors of their own
                 delay = self._failed(error, delay)
 
     def _succeeded(self, reached: str | None = None) -> None:

@@ -1,14 +1,14 @@
-"""What a run has to tell MLflow, on disk until the store has it.
+"""The spool: a run's records for MLflow, on disk until the store has them.
 
-    <output_dir>/metrics.jsonl                  the run's metrics, a step and its time a line: these are here alone
-    <output_dir>/tracking_spool/run.json        which run: experiment, name, key, and its id once the store gave one
-    <output_dir>/tracking_spool/000001.jsonl    all other records, one a line, of the first process; 000002 of the next
-    <output_dir>/tracking_spool/sent.json       up to where in each file the store has them
+    <output_dir>/metrics.jsonl                  the run's metrics, one step with its time per line, kept only here
+    <output_dir>/tracking_spool/run.json        the run: experiment, name, key, and its id once the store gave one
+    <output_dir>/tracking_spool/000001.jsonl    all other records of the first process, one per line; 000002: the next
+    <output_dir>/tracking_spool/sent.json       for each file, the position up to which the store has its records
     <output_dir>/tracking_spool/refused.jsonl   records that the store can never take, with its reason
 
-A record is written before the call that makes it returns, without waiting for the disk: a killed process loses none, a
+A call that makes a record returns once it is written, without waiting for the disk: a killed process loses no record, a
 machine that loses power may lose the last seconds. To send a record twice changes nothing, so `sent.json` may lag. A
-run that goes on cuts metrics.jsonl; a step that happens again keeps its time, and so is the same record to the store.
+resumed run cuts metrics.jsonl; a repeated step keeps its time, so it is the same record to the store.
 """
 
 import io
@@ -22,14 +22,11 @@ from wmtp.errors import UserError
 from wmtp.files import take_lock, write_whole
 from wmtp.tracking import FOLDER, METRICS
 
-Position = tuple[int, int]  # number of a file, 0 for metrics.jsonl, and up to where in it
+Position = tuple[int, int]  # number of a file, 0 for metrics.jsonl, and an offset in bytes
 
 
 class Spool:
     """The spool of one run, open in one process at a time.
-
-    Args:
-        output_dir: the run's folder.
 
     Raises:
         ValueError: another process has it open.
@@ -53,21 +50,21 @@ class Spool:
 
     @property
     def run(self) -> dict:
-        """What run.json says; empty for a run that has not begun."""
+        """The content of run.json; empty for a run that has not begun."""
         return read_run(self.output_dir)
 
     def set_run(self, **facts: object) -> None:
-        """Change facts of run.json, which is whole at every moment."""
+        """Changes facts in run.json, which is whole at every moment."""
         write_whole(self.folder / "run.json", json.dumps({**self.run, **facts}, indent=1) + "\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Records
 
     def append(self, record: dict) -> None:
-        """Write a record down, whole or not at all. Any thread may call it.
+        """Writes a record, whole or not at all. Any thread may call it.
 
         Raises:
-            OSError: the disk is full; it names the file.
+            OSError: the disk is full; the error names the file.
         """
         line = (json.dumps(record) + "\n").encode()
         with self._writing:
@@ -75,15 +72,15 @@ class Spool:
                 self._file = (self.folder / f"{self._next:06d}.jsonl").open("ab", buffering=0)
             start = self._file.seek(0, os.SEEK_END)
             try:
-                while line:  # a disk that gets full takes a part
+                while line:  # a disk that fills up takes a part
                     line = line[self._file.write(line) :]
             except OSError as error:
                 with suppress(OSError):
-                    self._file.truncate(start)  # or the next record would go on in this one's line
+                    self._file.truncate(start)  # the next record must begin a line
                 raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def unsent(self, limit: int) -> list[tuple[dict, Position]]:
-        """The next records to send, at most so many, each with the position to give to :meth:`mark_sent`."""
+        """Returns the next records to send, at most so many, each with its position for :meth:`mark_sent`."""
         found: list[tuple[dict, Position]] = []
         for number in (0, *self._numbers()):
             path, offset = self._path(number), self._sent.get(number, 0)
@@ -93,7 +90,7 @@ class Spool:
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
-                        break  # being written, or torn when its process was killed: then the next file goes on
+                        break  # being written, or torn by a kill: the next file goes on
                     offset += len(line)
                     record = json.loads(line)
                     if number == 0:
@@ -108,7 +105,10 @@ class Spool:
         return len(self.unsent(limit=10**9))
 
     def mark_sent(self, *positions: Position) -> None:
-        """The store has all records up to here. Without effect after :meth:`close`: another process may go on."""
+        """Records that the store has all records up to these positions.
+
+        It has no effect after :meth:`close`: another process may have the spool.
+        """
         if self._closed:
             return
         self._sent |= dict(positions)
@@ -118,12 +118,12 @@ class Spool:
                 self._path(number).unlink()
 
     def refuse(self, record: dict, why: str) -> None:
-        """Keep a record that the store can never take out of the way of those behind it."""
+        """Sets a record aside that the store can never take, so that later ones can be sent."""
         with (self.folder / "refused.jsonl").open("a") as file:
             file.write(json.dumps({"why": why, **record}) + "\n")
 
     def close(self) -> None:
-        """Let another process open it; a spool without anything unsent keeps no records, only where it is."""
+        """Closes the spool, so that another process may open it. If all records are sent, their files are removed."""
         self._closed = True
         with self._writing:
             if self._file is not None:
@@ -144,7 +144,7 @@ class Spool:
     def _read_sent(self) -> dict[int, int]:
         file, metrics = self.folder / "sent.json", self.output_dir / METRICS
         sent = {int(number): at for number, at in json.loads(file.read_text()).items()} if file.exists() else {}
-        if 0 in sent:  # what was cut off happens again, from here on
+        if 0 in sent:  # steps that a resumed run cut off are repeated after this position
             sent[0] = min(sent[0], metrics.stat().st_size if metrics.exists() else 0)
         return sent
 
@@ -153,6 +153,6 @@ class Spool:
 
 
 def read_run(output_dir: Path) -> dict:
-    """What a folder's spool says about its run, without opening it; empty where there is none."""
+    """Returns the content of a folder's run.json without opening the spool; empty if there is none."""
     file = output_dir / FOLDER / "run.json"
     return json.loads(file.read_text()) if file.exists() else {}

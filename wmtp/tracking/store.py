@@ -1,4 +1,4 @@
-"""Which MLflow store a process talks to, how it is opened, and the names it accepts."""
+"""The MLflow store of a process: its URI, its checks, its client, and the names it accepts."""
 
 import base64
 import http.client
@@ -23,32 +23,32 @@ _of_config: str | None = None
 
 
 def use_store(uri: str | None) -> None:
-    """Make the store of a config this process's own: where its run goes, ``runs:/`` and ``models:/`` names are read."""
+    """Makes the store of a config this process's own: for its run, and for ``runs:/`` and ``models:/`` names."""
     global _of_config
     _of_config = uri
 
 
 def store_uri() -> str:
-    """The store of the config (:func:`use_store`), else ``$MLFLOW_TRACKING_URI``, else sqlite:///mlflow.db here."""
+    """Returns the store of the config (:func:`use_store`), ``$MLFLOW_TRACKING_URI``, or sqlite:///mlflow.db."""
     return _of_config or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
 
 
 def absolute(uri: str) -> str:
-    """The URI with a SQLite file's whole path: what is written down must hold in another working directory."""
+    """Returns a URI with a SQLite file's absolute path, so that it also holds in another working directory."""
     file = sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file.absolute()}"
 
 
 def sqlite_file(uri: str) -> Path | None:
-    """The file of a SQLite store, None for any other."""
+    """Returns the file of a SQLite store, None for any other store."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
 
 
 def check_store(uri: str) -> None:
-    """Refuse a store that can never be used. One that is down or slow is none of these: runs go on without it.
+    """Refuses a store that can never be used. A store that is down or slow passes: runs go on without it.
 
     Raises:
-        ValueError: no kind of MLflow store, a SQLite file that cannot be one, or credentials that a server refuses.
+        ValueError: no kind of MLflow store, a path that is no SQLite file, or credentials that a server refuses.
     """
     shown, scheme = mask_secrets(uri), uri.partition(":")[0].partition("+")[0].lower()
     where = f"tracking_uri {shown!r}"
@@ -73,7 +73,7 @@ def check_store(uri: str) -> None:
 
 
 def refused_credentials(where: str, status: int) -> str:
-    """What to say of a store that answers 401 or 403."""
+    """Returns the message for a store that answers 401 or 403."""
     return (
         f"{where} refuses the credentials (HTTP {status}); set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
         "or MLFLOW_TRACKING_TOKEN"
@@ -81,9 +81,9 @@ def refused_credentials(where: str, status: int) -> str:
 
 
 def _check_credentials(uri: str, where: str) -> None:
-    """One request without mlflow, whose import would take seconds: only a clear no counts here."""
+    """Refuses credentials that a server answers with 401 or 403. It does without mlflow, whose import takes seconds."""
     if os.environ.get("MLFLOW_TRACKING_AUTH") or os.environ.get("MLFLOW_TRACKING_AWS_SIGV4"):
-        return  # requests are signed in ways that only mlflow knows
+        return  # only mlflow can sign such requests
     parts = urlsplit(uri)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME") or unquote(parts.username or "")
     password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or unquote(parts.password or "")
@@ -104,11 +104,9 @@ def _check_credentials(uri: str, where: str) -> None:
 
 
 def mlflow_client(uri: str):
-    """An `MlflowClient`. mlflow's own patience is cut down to what a caller that tries again needs."""
+    """Returns an `MlflowClient` with few retries of its own, for callers that try again."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # mlflow's 7 retries take minutes
-    os.environ.setdefault(
-        "MLFLOW_DISABLE_TELEMETRY", "true"
-    )  # it would tell mlflow's makers, from a closed cluster too
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow would report usage, even from a closed cluster
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow.tracking import MlflowClient
 
@@ -116,7 +114,7 @@ def mlflow_client(uri: str):
 
 
 def entity_name(name: str) -> str:
-    """A metric's or param's name as MLflow accepts it: ``pass@1`` becomes ``pass_at_1``, other signs ``_``."""
+    """Returns a metric's or param's name as MLflow accepts it: ``pass@1`` becomes ``pass_at_1``, other signs ``_``."""
     name = re.sub(r"[^\w\-. :/]", "_", name.replace("@", "_at_"))
     parts = [part if part.strip(".") else "_" * len(part) for part in name.split("/") if part]
     return "/".join(parts)[:MAX_NAME].rstrip("/") or "_"

@@ -1,4 +1,4 @@
-"""Figures of the machine while a run lasts, under the names that MLflow's own pages show."""
+"""System metrics during a run, under the names that MLflow's own pages show."""
 
 import threading
 from collections.abc import Callable
@@ -6,14 +6,10 @@ from contextlib import suppress
 
 
 class SystemMetrics:
-    """A thread that measures CPU, memory, disk, network and, where there is one, GPU, with MLflow's own probes.
+    """A thread that measures CPU, memory, disk, network and GPUs with MLflow's own probes.
 
-    MLflow's monitor around them sends by itself and ends for good at the first server that does not answer; here the
-    figures go where all metrics go.
-
-    Args:
-        seconds: between figures.
-        log: called with ``system/...`` names and values.
+    MLflow's own monitor around these probes ends at the first server that does not answer; here `log` gets the metrics,
+    named ``system/...``, and they go through the spool.
     """
 
     def __init__(self, seconds: float, log: Callable[[dict[str, float]], None]) -> None:
@@ -23,12 +19,12 @@ class SystemMetrics:
         self._thread.start()
 
     def stop(self) -> None:
-        """No figure is logged any more when this returns."""
+        """Ends the thread. Nothing is logged after this returns."""
         self._stop.set()
         self._thread.join()
 
     def _work(self) -> None:
-        if self._stop.wait(self._seconds):  # a run that is over before the first figure needs no probes
+        if self._stop.wait(self._seconds):  # a run that ends before the first measurement needs no probes
             return
         probes = _probes()
         while True:
@@ -38,7 +34,7 @@ class SystemMetrics:
                 figures |= probe.aggregate_metrics()
                 probe.clear_metrics()
             if not self._stop.is_set():
-                with suppress(OSError):  # a full disk, of which the run's own figures tell
+                with suppress(OSError):  # a full disk: the run's own metrics report it
                     self._log({f"system/{name}": value for name, value in figures.items()})
             if self._stop.wait(self._seconds):
                 return
