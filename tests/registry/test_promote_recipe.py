@@ -127,7 +127,7 @@ def test_evaluations_that_cannot_be_promoted_are_refused(store, promote, trained
     refused(f"run {training} .training1. is no evaluation", evaluation_run=training)
     refused("is RUNNING, not FINISHED", evaluation_run=store.evaluation(training, GOOD, status="RUNNING", **of_good))
     random = store.evaluation(training, GOOD, model_sha256=None)
-    refused("says not which model it is of", evaluation_run=random)
+    refused("does not name its model", evaluation_run=random)
     orphan = store.evaluation(None, GOOD, **of_good)
     refused("names no training run", evaluation_run=orphan)
     other_model = store.evaluation(training, GOOD)  # the hash of another export

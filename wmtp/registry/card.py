@@ -1,10 +1,11 @@
-"""A model card for a registered version, in the Hub's format: what is known of a model, and what is not.
+"""The model card of a registered version, in the Hub's format.
 
 Every value comes from the training run, the evaluation runs or the export itself; a few statements that no run can know
-(the base's licence, known limits) come from the config. What is neither is called unknown. Nothing is guessed.
+(the base's licence, known limits) come from the config. All other values are called unknown. Nothing is guessed.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.registry.promotion import Evaluation, Export
 
 UNKNOWN = "unknown"
-# The parts of a training config that say what was learnt from what and how; the whole of it is the run's config.yaml.
+# The keys of a training config that the card shows; the run's config.yaml has all of them.
 _DATA_KEYS = ("dataset", "seq_len", "packed")
 _WEIGHT_KEYS = ("weighting", "head_weights", "reference_checkpoint", "value_model", "refresh_policy_ce")
 _OPTIMIZATION_KEYS = (
@@ -32,7 +33,7 @@ _FILE = "README.md"
 
 @dataclass(frozen=True)
 class Statements:
-    """What no run can know of a model; every key of it is optional, and what is not given is called unknown.
+    """Statements that no run can know of a model. Every key is optional; the card calls missing ones unknown.
 
     Args:
         license: of the base model, as the Hub names licences: ``apache-2.0``, ``llama2``, ``other``.
@@ -60,14 +61,7 @@ class Statements:
 def model_card(
     name: str, version: str, export: Export, evaluations: Sequence[Evaluation], statements: Statements
 ) -> str:
-    """The card of one version as a README.md: YAML header, then Markdown.
-
-    Args:
-        name, version: in the registry.
-        export: of the training run.
-        evaluations: of this export, one or more.
-        statements: from the config.
-    """
+    """Returns the card of a version as a README.md: YAML header, then Markdown. It needs at least one evaluation."""
     shape = _shape(export.folder)
     parts = [
         f"# {cell(name)}, version {cell(version)}",
@@ -94,44 +88,35 @@ def model_card(
 
 
 def card_artifact(name: str) -> str:
-    """The folder of a run's artifacts that holds its card as a registered model: two names may share a run."""
+    """Returns the folder among a run's artifacts for the card of a registered model; two models may share a run."""
     return f"model_card/{name}"
 
 
 def log_card(client, run_id: str, name: str, card: str) -> str:
-    """Store the card as an artifact of the training run; returns its ``runs:/`` name."""
+    """Logs the card as an artifact of the training run. Returns its ``runs:/`` name."""
     path = f"{card_artifact(name)}/{_FILE}"
     client.log_text(run_id, card, path)
     return f"runs:/{run_id}/{path}"
 
 
 def _header(name: str, shape: Mapping, evaluations: Sequence[Evaluation], statements: Statements) -> str:
-    """The Hub's metadata. A licence that is not known is `unknown` there too."""
+    """Returns the Hub's metadata as YAML."""
     header: dict = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     header["license"] = statements.license or UNKNOWN
-    if statements.license_link:
-        header["license_link"] = statements.license_link
-    if statements.base_model:
-        header["base_model"] = statements.base_model
-    if statements.language:
-        header["language"] = list(statements.language)
+    for key in ("license_link", "base_model", "language"):
+        if value := getattr(statements, key):
+            header[key] = list(value) if key == "language" else value
     heads = shape["heads"]
     header["tags"] = ["wmtp", *(["multi-token-prediction"] if isinstance(heads, int) and heads > 1 else [])]
     results = []
     for evaluation in evaluations:
         fixed = evaluation.results["temperatures"][evaluation.results["fixed_temperature"]]
+        metrics = {metric.replace("_at_", "@"): figure["estimate"] for metric, figure in fixed["metrics"].items()}
         results.append(
             {
                 "task": {"type": "text-generation"},
                 "dataset": {"name": evaluation.name, "type": evaluation.name},
-                "metrics": [
-                    {
-                        "type": metric.replace("_at_", "@"),
-                        "name": metric.replace("_at_", "@"),
-                        "value": figure["estimate"],
-                    }
-                    for metric, figure in fixed["metrics"].items()
-                ],
+                "metrics": [{"type": metric, "name": metric, "value": value} for metric, value in metrics.items()],
             }
         )
     header["model-index"] = [{"name": name, "results": results}]
@@ -139,7 +124,7 @@ def _header(name: str, shape: Mapping, evaluations: Sequence[Evaluation], statem
 
 
 def _shape(folder: Path) -> dict:
-    """What the export's own files say."""
+    """Returns the export's config.json with its number of heads and of parameters."""
     config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
     mtp = folder / MTP_CONFIG
     heads = json.loads(mtp.read_text()).get("num_future_tokens", UNKNOWN) if mtp.is_file() else 1
@@ -147,20 +132,13 @@ def _shape(folder: Path) -> dict:
 
 
 def _parameters(folder: Path) -> dict[str, int]:
-    """Numbers in the weights, by file, from the files' headers."""
+    """Returns the number of parameters in each weight file, from the files' headers."""
     counts = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 (no mapping)
-        counts[file.name] = sum(_product(shape) for shape in shapes)
+        counts[file.name] = sum(map(math.prod, shapes))
     return counts
-
-
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
 
 
 def _summary(export: Export, shape: Mapping) -> str:
@@ -205,15 +183,12 @@ def _model_rows(export: Export, shape: Mapping, statements: Statements) -> list[
 
 def _training(export: Export) -> list[str]:
     config, tags = export.run.config, export.run.tags
-    parts = []
-    if not config:
-        parts.append("The run holds no config: data, weights and settings are unknown.")
+    parts = [] if config else ["The run holds no config: data, weights and settings are unknown."]
     for title, keys in (("Data", _DATA_KEYS), ("Token weights", _WEIGHT_KEYS), ("Settings", _OPTIMIZATION_KEYS)):
         if chosen := {key: config[key] for key in keys if key in config}:
             parts += [f"### {title}", _yaml_block(chosen)]
-    where = [f"{cell(tags.get('wmtp.world_size', UNKNOWN))} process(es) on {cell(tags.get('wmtp.hardware', UNKNOWN))}"]
-    where.append(f"data SHA-256 {cell(tags.get('wmtp.data_sha256', UNKNOWN))}")
-    parts.append(f"Trained by {', '.join(where)}.")
+    size, hardware, data = (cell(tags.get(f"wmtp.{key}", UNKNOWN)) for key in ("world_size", "hardware", "data_sha256"))
+    parts.append(f"Trained by {size} process(es) on {hardware}, data SHA-256 {data}.")
     measured = {
         key: value for key, value in sorted(export.run.metrics.items()) if key.startswith(("eval/", "train/loss"))
     }
@@ -241,7 +216,7 @@ def _evaluated(evaluation: Evaluation) -> list[str]:
 
 
 def _limits(export: Export, evaluations: Sequence[Evaluation]) -> list[str]:
-    """What follows from the runs themselves."""
+    """Returns the limits that follow from the runs themselves."""
     names = ", ".join(evaluation.name for evaluation in evaluations)
     lines = [f"Evaluated on {names} alone; what it does elsewhere, and whether its training data held these tasks, "
              "is unknown."]  # fmt: skip
@@ -258,17 +233,12 @@ def _limits(export: Export, evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def _licence(export: Export, statements: Statements) -> str:
-    if statements.license is None and export.run.config.get("checkpoint", UNKNOWN) is None:
-        return (
-            "Trained from random weights: there is no base model. Nothing says under which licence these weights are."
-        )
     if statements.license is None:
+        if export.run.config.get("checkpoint", UNKNOWN) is None:
+            return "Trained from random weights: there is no base model. The licence of these weights is unknown."
         return "The licence of the base model is unknown. Find it out before you pass the model on."
     link = f" (<{statements.license_link}>)" if statements.license_link else ""
-    return (
-        f"The base model is under {cell(statements.license)}{link}; what it says of "
-        "fine-tuned models applies to this one."
-    )
+    return f"The base model is under {cell(statements.license)}{link}; its terms for fine-tuned models apply."
 
 
 def _provenance(export: Export, evaluations: Sequence[Evaluation]) -> list[list[str]]:

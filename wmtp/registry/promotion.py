@@ -1,7 +1,7 @@
-"""Which export an evaluation is of, and whether it may take the place of the one in production.
+"""The rule of promotion: an evaluated export replaces the one in production unless it is worse.
 
-Everything is read back from MLflow: an evaluation's results.json, its settings, the training run it names, and the
-export itself, whose hash must be the one that was evaluated.
+Everything is read back from MLflow: an evaluation's results.json, its settings, the training run that it names, and the
+export itself, whose hash must be the evaluated one.
 """
 
 import json
@@ -12,21 +12,21 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from wmtp.errors import mask_secrets
+from wmtp.errors import one_line
 from wmtp.eval.estimators import pass_at_k
 from wmtp.eval.results import compare_results
 from wmtp.pretrained.folders import checkpoint_sha256
 from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.registry.versions import Choice, RegistryError, store_errors
 
-# What must be equal for two evaluations to be of the same thing, beside tasks, samples a task and the protocol. What
-# tells the models apart (checkpoint, model, tokenizer), how they are computed (dtype, drafts) and the seed may differ.
+# Settings that must be equal for two evaluations to be compared, beside samples per task and the protocol. Those of the
+# model (checkpoint, model, tokenizer), of the computation (dtype, drafts) and the seed may differ.
 _SAME = ("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "limits")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What MLflow holds of a run: JSON values, empty where the run has none."""
+    """A run as MLflow holds it: JSON values, empty if the run has none."""
 
     run_id: str
     name: str
@@ -39,7 +39,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation of a model that is known by its hash."""
+    """An evaluation of the model with that hash."""
 
     run: RunRecord
     name: str
@@ -49,16 +49,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Export:
-    """A training run's export, fetched and held against the hash that was evaluated."""
+    """A training run's export, fetched; its hash is the evaluated one."""
 
     run: RunRecord
-    source: str  # where it lives, as a URI
-    folder: Path  # here
+    source: str  # URI
+    folder: Path  # the local copy
     sha256: str
 
 
 def read_run(client, run_id: str) -> RunRecord:
-    """A run of the store, with its config.
+    """Returns a run of the store, with its config.
 
     Raises:
         RegistryError: no such run.
@@ -74,7 +74,7 @@ def read_run(client, run_id: str) -> RunRecord:
 
 
 def read_evaluation(client, run_id: str) -> Evaluation:
-    """The results of an evaluation run, and which model they are of.
+    """Returns the results of an evaluation run, with the hash of its model.
 
     Raises:
         RegistryError: no such run, or one that is no finished evaluation of a model.
@@ -92,17 +92,14 @@ def read_evaluation(client, run_id: str) -> Evaluation:
     sha256 = run.tags.get("wmtp.model_sha256")
     if sha256 is None:
         raise RegistryError(
-            f"evaluation run {run.run_id} says not which model it is of (tag wmtp.model_sha256): it had random weights "
-            "or judged existing samples; evaluate the export with checkpoint=runs:/<training run>/export"
+            f"evaluation run {run.run_id} does not name its model (tag wmtp.model_sha256): it had random weights or "
+            "judged existing samples; evaluate the export with checkpoint=runs:/<training run>/export"
         )
     return Evaluation(run, name, sha256, results)
 
 
 def evaluated_export(client, evaluation: Evaluation, training_run: str | None = None) -> Export:
-    """The export that was evaluated, fetched through MLflow.
-
-    Args:
-        training_run: null takes the one that the evaluation names.
+    """Fetches the evaluated export through MLflow; by default that of the training run which the evaluation names.
 
     Raises:
         RegistryError: no training run is known, it has no export, or its export is another model.
@@ -128,17 +125,17 @@ def evaluated_export(client, evaluation: Evaluation, training_run: str | None = 
 
 
 def require_comparable(ours: Evaluation, theirs: Evaluation) -> None:
-    """Refuse to compare evaluations of other tasks, or under another protocol.
+    """Refuses to compare evaluations of different tasks, or under different protocols.
 
     Raises:
-        RegistryError: naming the first setting that differs, and both values.
+        RegistryError: names the first setting that differs, and both values.
     """
     pair = f"evaluations {ours.run.run_id} and {theirs.run.run_id} ({ours.name}) cannot be compared"
     our, their = _settings(ours), _settings(theirs)
     for key in (*_SAME, "samples_per_task"):
         if our.get(key) != their.get(key):
             raise RegistryError(f"{pair}: {key} {_short(our.get(key))} and {_short(their.get(key))}; evaluate alike")
-    # A path in a protocol may differ from machine to machine. The prompts themselves, token by token, then tell.
+    # A path in a protocol may differ from machine to machine; equal prompts, token by token, prove equal protocols.
     protocols = [settings.get("protocol") or {} for settings in (our, their)]
     same_prompts = our.get("prompts_sha256") == their.get("prompts_sha256")
     if protocols[0] != protocols[1] and not (same_prompts and len({p.get("_component_") for p in protocols}) == 1):
@@ -154,18 +151,18 @@ def not_worse(
     seed: int = 0,
     resamples: int = 10_000,
 ) -> tuple[bool, str, dict]:
-    """Whether a model may take the place of another: unless it is worse by more than chance explains.
+    """Decides whether a model may replace another: it may unless it is worse by more than chance explains.
 
-    The paired difference in pass@k, ours - theirs, is bootstrapped over tasks (95 %). Refused is what lies below 0 with
-    its whole interval; with few tasks that asks little, so ``max_drop`` can ask for more.
+    The paired difference in pass@k, ours - theirs, is bootstrapped over tasks (95 %). A model whose whole interval lies
+    below 0 is refused. With few tasks that asks little; ``max_drop`` asks for more.
 
     Args:
         k: of pass@k, at each run's fixed temperature.
-        max_drop: also refuse where the interval reaches below -max_drop (a non-inferiority margin).
+        max_drop: also refuse if the interval reaches below -max_drop (a non-inferiority margin).
         seed, resamples: of the bootstrap.
 
     Returns:
-        The decision, why in words, and the figures.
+        The decision, the reason in words, and the figures.
 
     Raises:
         ValueError: the two cannot be compared, or have too few samples for k.
@@ -199,16 +196,13 @@ def not_worse(
 def production_choice(
     version: str, ours: Evaluation, evaluation_of: Callable[[str], Evaluation], **rule
 ) -> Callable[[str | None, list], Choice | None]:
-    """How `production` is chosen, for :func:`wmtp.registry.versions.move_alias`: a version goes in unless it is worse.
+    """Returns the `choose` of :func:`wmtp.registry.versions.move_alias` that promotes a version unless it is worse.
+
+    It raises RegistryError if :func:`not_worse`, called with `rule`, refuses.
 
     Args:
-        version: the one that wants in.
-        ours: its evaluation.
-        evaluation_of: gives a version's evaluation to compare with.
-        **rule: of :func:`not_worse`.
-
-    Returns:
-        A function that raises RegistryError where the rule refuses.
+        version: the candidate, with its evaluation `ours`.
+        evaluation_of: returns the evaluation of the version in production.
     """
 
     def choose(before: str | None, record: list) -> Choice | None:
@@ -216,10 +210,8 @@ def production_choice(
             return None
         if before is None:
             first = not any(move.alias == "production" and move.state == "done" for move in record)
-            figures = {
-                "evaluation": ours.name,
-                **{k: f["estimate"] for k, f in _fixed(ours.results)["metrics"].items()},
-            }
+            metrics = _fixed(ours.results)["metrics"]
+            figures = {"evaluation": ours.name, **{name: figure["estimate"] for name, figure in metrics.items()}}
             return Choice(version, "first in production" if first else "nothing was in production", figures)
         accepted, why, figures = not_worse(ours, evaluation_of(before), **rule)
         if not accepted:
@@ -236,18 +228,18 @@ def _settings(evaluation: Evaluation) -> dict:
 
 
 def _fixed(results: dict) -> dict:
-    """What an evaluation found at its fixed temperature."""
+    """Returns an evaluation's results at its fixed temperature."""
     return results["temperatures"][results["fixed_temperature"]]
 
 
 def _score(results: dict, k: int) -> float:
-    """The mean over tasks that the difference is one of: of all tasks, whatever k's the evaluation reported."""
+    """Returns the mean pass@k over all tasks, for any k: the evaluation may have reported others."""
     values = [pass_at_k(c["n"], c["correct"], k) for c in _fixed(results)["per_task"]]
     return sum(values) / len(values)
 
 
 def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> dict | None:
-    """A run's artifact file, or None where it has none."""
+    """Returns the parsed content of a run's artifact, or None if the run has none of that name."""
     with store_errors(f"the artifacts of run {run_id} cannot be listed"):
         if path not in {item.path for item in client.list_artifacts(run_id)}:
             return None
@@ -255,11 +247,10 @@ def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> di
         try:
             text = Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
         except Exception as error:  # each artifact store has errors of its own
-            line = str(error).splitlines()[0] if str(error).strip() else type(error).__name__
-            raise RegistryError(f"artifact {path} of run {run_id} cannot be fetched: {mask_secrets(line)}") from error
+            raise RegistryError(f"artifact {path} of run {run_id} cannot be fetched: {one_line(error):.300}") from error
     try:
         return read(text)
-    except Exception as error:  # as each format has
+    except Exception as error:  # each format has errors of its own
         raise RegistryError(f"artifact {path} of run {run_id} is damaged: {type(error).__name__}") from error
 
 

@@ -4,12 +4,11 @@
       version 3        one export: its source, hashes, runs, evaluations and card
     aliases            staging -> 3, production -> 3
 
-The record is append-only and says who moved which alias when, from where to where, and on which figures. MLflow sets a
-tag or an alias without looking at what is there, so two processes that promote at once could each undo the other
-unseen. A move is therefore written down first, under a key that only its own process uses, and then all records are
-read again: where another one has taken the same number, both withdraw and try again, seeing the other's result. Of two
-moves at most one can find itself alone. (This is mutual exclusion by flags; it needs only that a read sees what was
-written before.)
+The record is append-only. It says who moved which alias and when, between which versions, and on which figures. MLflow
+overwrites tags and aliases without a check, so two processes that promote at once could undo each other unnoticed. A
+move is therefore recorded first, under a key that only its own process uses. Then all records are read again: if
+another process has taken the same number, both withdraw and try again. Of two moves at most one finds itself alone.
+(This is mutual exclusion by flags; it only needs reads that see all earlier writes.)
 
 Every function takes an `MlflowClient`; mlflow itself is imported where it is used.
 """
@@ -24,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
-from wmtp.errors import UserError, mask_secrets
+from wmtp.errors import UserError, mask_secrets, one_line
 from wmtp.tracking.store import absolute, check_store, mlflow_client, sqlite_file, store_uri, use_store
 
 ALIASES = ("staging", "production")
@@ -35,12 +34,12 @@ _TRIES = 50
 
 
 class RegistryError(UserError):
-    """What was asked of the registry cannot be done: one line that names the model and the way out."""
+    """A request that the registry cannot fulfil: one line that names the model and the way out."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model. `number` is a string, as a server has it (a local store gives an integer)."""
+    """A version of a registered model. `number` is a string, though a local store gives an integer."""
 
     number: str
     source: str
@@ -50,7 +49,7 @@ class Version:
 
     @property
     def evaluations(self) -> dict[str, str]:
-        """The evaluations that it was registered with: name to run id."""
+        """The evaluations that the version was registered with: name to run id."""
         own = {key: run_id for key, run_id in self.tags.items() if key.startswith(_EVALUATION)}
         return {key.removeprefix(_EVALUATION): run_id for key, run_id in sorted(own.items())}
 
@@ -59,8 +58,8 @@ class Version:
 class Move:
     """One move of an alias.
 
-    `state` is ``intended`` while it is under way, then ``done``, or ``abandoned`` where its process ended before the
-    alias was moved. `before` and `after` are versions, None where the alias points at nothing.
+    `state` is ``intended`` while the move is under way, then ``done``, or ``abandoned`` if its process ended before the
+    alias was moved. `before` and `after` are versions, None if the alias points at nothing.
     """
 
     number: int
@@ -79,7 +78,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Choice:
-    """Where an alias shall point, and why."""
+    """The version that an alias is to point at, and the reason."""
 
     after: str | None
     decision: str
@@ -87,20 +86,20 @@ class Choice:
 
 
 def open_store(tracking_uri: str | None = None):
-    """An `MlflowClient` on a store that is there; `resolve_checkpoint` reads names such as ``runs:/ID`` from it too.
+    """Returns an `MlflowClient` on an existing store; `resolve_checkpoint` then reads names such as ``runs:/ID`` there.
 
     Args:
         tracking_uri: null is ``$MLFLOW_TRACKING_URI``, else sqlite:///mlflow.db in the working directory.
 
     Raises:
-        ValueError: no such store, a URI that is none, or credentials that a server refuses.
+        ValueError: no such store, a URI of another kind, or credentials that a server refuses.
     """
     use_store(tracking_uri)
     uri = absolute(store_uri())
     check_store(uri)
     file = sqlite_file(uri)
     if file is not None and not file.exists():
-        raise RegistryError(  # opening it would make an empty one
+        raise RegistryError(  # mlflow would create an empty one
             f"the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI (or tracking_uri) to the store of the runs"
         )
     with store_errors(f"the MLflow store {mask_secrets(uri)} cannot be opened"):
@@ -109,18 +108,17 @@ def open_store(tracking_uri: str | None = None):
 
 @contextmanager
 def store_errors(what: str) -> Iterator[None]:
-    """MLflow's errors as one line that begins with ``what``."""
+    """Turns MLflow's errors into a RegistryError that begins with ``what``."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
-        line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise RegistryError(f"{what}: {mask_secrets(line)}") from error
+        raise RegistryError(f"{what}: {one_line(error):.300}") from error
 
 
 def check_name(name: str) -> str:
-    """A registered model's name as it is, if it can be one in every place that names are written to.
+    """Returns a registered model's name unchanged, or refuses one that aliases, tags and paths could not hold.
 
     Raises:
         RegistryError: characters other than letters, digits, ``-``, ``_`` and ``.``.
@@ -140,19 +138,24 @@ def check_name(name: str) -> str:
 def ensure_version(
     client, name: str, *, model_sha256: str, source: str, run_id: str, evaluation: tuple[str, str], tags: dict[str, str]
 ) -> Version:
-    """The version of an export, made unless there is one of the same model; the evaluation is added to it.
+    """Returns the version of an export, created unless one has the same model, and adds the evaluation to it.
 
     Args:
-        model_sha256: `checkpoint_sha256` of the export, what tells two versions apart.
+        model_sha256: `checkpoint_sha256` of the export; each version has another.
         source: URI of the export's folder.
         run_id: the training run.
         evaluation: name and run id; an earlier one of the same name is replaced.
-        tags: what else a new version shall say.
+        tags: further tags of a new version.
     """
+    from mlflow.exceptions import MlflowException
+
     check_name(name)
     with store_errors(f"model {name} cannot be registered"):
-        if not _exists(client, name):
-            _create(client, name)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         version = find_version(client, name, model_sha256)
         if version is None:
             tags = {"wmtp.model_sha256": model_sha256, "wmtp.training_run_id": run_id, **tags}
@@ -167,12 +170,12 @@ def ensure_version(
 
 
 def find_version(client, name: str, model_sha256: str) -> Version | None:
-    """The oldest version whose model has this hash, or None."""
+    """Returns the oldest version whose model has this hash, or None."""
     return next((v for v in versions(client, name) if v.tags.get("wmtp.model_sha256") == model_sha256), None)
 
 
 def read_version(client, name: str, number: str) -> Version:
-    """One version of a model.
+    """Returns one version of a model.
 
     Raises:
         RegistryError: no such model or version.
@@ -184,7 +187,7 @@ def read_version(client, name: str, number: str) -> Version:
 
 
 def versions(client, name: str) -> list[Version]:
-    """All versions of a model, oldest first.
+    """Returns all versions of a model, oldest first.
 
     Raises:
         RegistryError: no such model.
@@ -198,13 +201,13 @@ def versions(client, name: str) -> list[Version]:
             found, token = found + list(page), page.token
             if not token:
                 break
-    # A search leaves tags to the store's taste: each is read by itself.
+    # Some stores leave tags out of a search, so each version is read by itself.
     numbers = sorted((str(version.version) for version in found), key=int)
     return [read_version(client, name, number) for number in numbers]
 
 
 def describe(client, name: str, version: str, card: str, where: str) -> None:
-    """Give a version its card: as description, as much as every store keeps, and a tag with the artifact's name."""
+    """Sets a version's description to its card, cut to the length that every store keeps, and tags the artifact."""
     text = card.split("---\n", 2)[-1].lstrip()  # the YAML header is for the Hub
     if len(text) > _MAX_DESCRIPTION:
         note = f"\n\n[... the whole card is {where} ...]\n"
@@ -219,10 +222,10 @@ def describe(client, name: str, version: str, card: str, where: str) -> None:
 
 
 def moves(client, name: str) -> list[Move]:
-    """The record of a model, oldest first.
+    """Returns all moves of a model's aliases, oldest first.
 
     Raises:
-        RegistryError: no such model, or a record that is none of ours.
+        RegistryError: no such model, or a tag that is no record of a move.
     """
     found = []
     for key, value in _require(client, name).tags.items():
@@ -235,13 +238,13 @@ def moves(client, name: str) -> list[Move]:
 
 
 def aliased(client, name: str, alias: str) -> str | None:
-    """The version that an alias points at now."""
+    """Returns the version that an alias points at now."""
     version = _require(client, name).aliases.get(alias)
     return None if version is None else str(version)
 
 
 def last_move(record: Sequence[Move], alias: str) -> Move | None:
-    """The last move of an alias that took place."""
+    """Returns the last completed move of an alias."""
     return next((move for move in reversed(record) if move.alias == alias and move.state == "done"), None)
 
 
@@ -256,27 +259,26 @@ def move_alias(
     evaluation_run: str | None = None,
     patience: float = 30.0,
 ) -> Move | None:
-    """Move an alias to the version that is chosen in view of the one it points at, and write the move down.
+    """Moves an alias to the version that `choose` returns, and records the move.
 
     Args:
         alias: ``staging`` or ``production``.
-        choose: called with the alias's version and the record; called again, with what is true then, when another
-            process moved something meanwhile. None leaves everything as it is; an exception passes through and
-            nothing is changed.
+        choose: called with the alias's version and all moves, and called again with current ones if another process
+            moved an alias meanwhile. None leaves the alias; an exception passes through and nothing is changed.
         action, by, evaluation_run: for the record.
         patience: seconds that another move may be under way before its process counts as dead.
 
     Returns:
-        The move, done; None where there was nothing to do.
+        The completed move; None if there was nothing to do.
 
     Raises:
-        RegistryError: no such model or version, or other processes kept moving.
+        RegistryError: no such model or version, or other processes kept moving the alias.
     """
     if alias not in ALIASES:
         raise RegistryError(f"alias must be one of {', '.join(ALIASES)}, got {alias!r}")
     for _ in range(_TRIES):
         record = _settled(client, name, patience)
-        # Read after the record: whatever moved the alias since has left a record that the check below finds.
+        # Read after the record: a process that moves the alias later leaves a record, which the check below finds.
         before = aliased(client, name, alias)
         choice = choose(before, record)
         if choice is None or choice.after == before:
@@ -298,13 +300,13 @@ def move_alias(
     raise RegistryError(f"{name}@{alias} was not moved: other processes moved it {_TRIES} times meanwhile; try again")
 
 
-def roll_back(
-    client, name: str, alias: str, *, by: str, number: int | None = None, patience: float = 30.0
-) -> Move | None:
-    """Restore where an alias pointed before its last move; itself a move, so that rolling back twice changes nothing.
+def roll_back(client, name: str, alias: str, *, by: str, number: int | None = None) -> Move | None:
+    """Moves an alias back to the version before its last move.
+
+    This is a move too, so two rollbacks together change nothing.
 
     Args:
-        number: of an earlier move, to restore what was before that one.
+        number: of an earlier move, to go back to the version before that one.
 
     Raises:
         RegistryError: no such move, or the alias was moved since without a record.
@@ -329,11 +331,11 @@ def roll_back(
             raise RegistryError(f"{name}@{alias} points at {shown(before)} already, as before move {target.number}")
         return Choice(target.before, f"undoes move {target.number}")
 
-    return move_alias(client, name, alias, choose, action="rollback", by=by, patience=patience)
+    return move_alias(client, name, alias, choose, action="rollback", by=by)
 
 
 def _carry_out(client, name: str, move: Move) -> Move:
-    """Move the alias as the record says, look whether it is there, and mark the record as done."""
+    """Moves the alias as recorded, checks that it has moved, and marks the record as done."""
     with store_errors(f"{name}@{move.alias} cannot be moved to {shown(move.after)}"):
         if move.after is None:
             client.delete_registered_model_alias(name, move.alias)
@@ -344,7 +346,7 @@ def _carry_out(client, name: str, move: Move) -> Move:
                 f"{name}@{move.alias} was set to {shown(move.after)} and points at {shown(now)}: someone moves it "
                 "outside of this record"
             )
-        if move.after is not None:  # for whoever looks at the version alone
+        if move.after is not None:  # for readers of the version's own page
             said = f"move {move.number}, {move.time}, by {move.by}: {move.decision}"
             client.set_model_version_tag(name, move.after, f"wmtp.{move.alias}", said)
         done = replace(move, state="done")
@@ -353,7 +355,7 @@ def _carry_out(client, name: str, move: Move) -> Move:
 
 
 def _settled(client, name: str, patience: float) -> list[Move]:
-    """The record, once no move is under way; what a dead process left is closed by what it did."""
+    """Returns all moves once none is under way. A dead process's move is closed as done or abandoned."""
     deadline = time.monotonic() + patience
     while True:
         record = moves(client, name)
@@ -380,20 +382,6 @@ def _require(client, name: str):
         return client.get_registered_model(name)
 
 
-def _exists(client, name: str) -> bool:
-    return bool(client.search_registered_models(f"name='{name}'", max_results=1))
-
-
-def _create(client, name: str) -> None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was a moment earlier
-            raise
-
-
 def shown(version: str | None) -> str:
-    """Where an alias points, in words."""
+    """Returns the version that an alias points at, in words."""
     return "nothing" if version is None else f"version {version}"
