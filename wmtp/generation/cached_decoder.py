@@ -1,9 +1,8 @@
 """The decoder's forward pass over cached keys and values, with a length per row.
 
-A block's keys and values must be there for every token before the one that asks, but its query, output and MLP are
-needed only where a result is wanted. So the trunk runs on all new tokens and writes every head's keys and values from
-its own result, and the heads run on the positions that are asked of them: a window that is verified, the last position
-of a prompt.
+A block needs keys and values of all earlier tokens, but query, output and MLP only at positions whose result is used.
+So the trunk runs on all new tokens and writes every head's keys and values from its own states, and the heads run only
+on the requested positions: a window to verify, or the last position of a prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,8 +24,8 @@ _ALIGNMENT = 32  # the attended length is a multiple of it: fewer shapes, and al
 class KVCache:
     """Keys and values of several blocks, [rows, positions, 2, num_kv_heads, head_dim] each; grows in positions.
 
-    Nothing is ever erased: what lies beyond a row's length is masked until it is overwritten. It starts as zeros, for a
-    masked NaN would still spread.
+    Nothing is erased: entries beyond a row's length are masked until they are overwritten. New entries are zeros,
+    because a masked NaN would still spread.
     """
 
     def __init__(self, model: MTPDecoder, num_blocks: int, rows: int) -> None:
@@ -39,7 +38,7 @@ class KVCache:
         return self.blocks[0].shape[1]
 
     def reserve(self, length: int) -> None:
-        """Make room for ``length`` positions in every row."""
+        """Makes room for ``length`` positions in every row."""
         if length <= self.capacity:
             return
         capacity = -(-length // _GROWTH) * _GROWTH
@@ -48,7 +47,7 @@ class KVCache:
             self.blocks[i][:, : old.shape[1]] = old
 
     def copy_row(self, row: int, source: "KVCache", source_row: int, length: int) -> None:
-        """Copy the first ``length`` positions of a row, from another cache or this one."""
+        """Copies the first ``length`` positions of a row, from another cache or this one."""
         self.reserve(length)
         for ours, theirs in zip(self.blocks, source.blocks, strict=True):
             ours[row, :length] = theirs[source_row, :length]
@@ -56,7 +55,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the tokens [B, W] of one forward stand, in the form that attention needs; the same for every block."""
+    """The positions of the tokens [B, W] of one forward in the form that attention needs, the same for every block."""
 
     angles: Tensor  # complex [B * W, 1, head_dim / 2]: RoPE turns pairs of coordinates, that is, multiplies
     slots: Tensor  # [B * W] index of (row, position) in a cache seen as [rows * positions, ...]
@@ -66,8 +65,8 @@ class _Places:
 class CachedDecoder:
     """The first ``num_heads`` heads of a model, and its trunk, over :class:`KVCache`.
 
-    It reads the weights when it is built (on a CPU it makes a packed copy, see :mod:`wmtp.generation.linear`), so build
-    a new one after a training step. Blocks are numbered trunk first, then head 1, then the extra heads.
+    It reads the weights when it is built (on a CPU it makes a packed copy, see :mod:`wmtp.generation.linear`), so it is
+    out of date after a training step. Blocks are numbered trunk first, then head 1, then the extra heads.
     """
 
     def __init__(self, model: MTPDecoder, num_heads: int) -> None:
@@ -85,7 +84,7 @@ class CachedDecoder:
         return KVCache(self.model, len(self._blocks), rows)
 
     def extend(self, tokens: Tensor, lengths: Sequence[int], cache: KVCache) -> tuple[Tensor, _Places]:
-        """Run the trunk on new tokens and cache the keys and values of all blocks.
+        """Runs the trunk on new tokens and caches the keys and values of all blocks.
 
         Args:
             tokens: [B, W], row b's W tokens after the ``lengths[b]`` that are cached.
@@ -107,7 +106,7 @@ class CachedDecoder:
         return h.view(*tokens.shape, -1), places
 
     def heads(self, states: Tensor, places: _Places, cache: KVCache) -> Tensor:
-        """Logits [heads, B, W, V] in float32 at trunk states; the first are head 1's, the next token's.
+        """Returns float32 logits [heads, B, W, V] at trunk states; the first are head 1's, for the next token.
 
         Args:
             states: [B, W, D], at places whose keys and values are cached.
@@ -117,7 +116,7 @@ class CachedDecoder:
         return self._unembed(torch.cat(hidden)).view(self.num_heads, *states.shape[:2], -1)
 
     def prefill(self, prompt: Sequence[int], cache: KVCache) -> Tensor:
-        """Cache a whole prompt in row 0; the logits [heads, 1, 1, V] at its last token."""
+        """Caches a whole prompt in row 0. Returns the logits [heads, 1, 1, V] at its last token."""
         device = self.model.tok_embeddings.weight.device
         for start in range(0, len(prompt), PREFILL_CHUNK):
             tokens = torch.tensor([prompt[start : start + PREFILL_CHUNK]], device=device)
@@ -128,7 +127,7 @@ class CachedDecoder:
     # One block
 
     def _places(self, first: Tensor, width: int, cache: KVCache) -> _Places:
-        """Of ``width`` tokens a row from position ``first`` [B], of the cache's first B rows."""
+        """Returns the places of ``width`` tokens per row from position ``first`` [B], in the cache's first B rows."""
         positions = first[:, None] + torch.arange(width)  # [B, W], on the host, where the lengths are known
         attended = min(-(-(int(positions.max()) + 1) // _ALIGNMENT) * _ALIGNMENT, cache.capacity)
         device, dtype = cache.blocks[0].device, cache.blocks[0].dtype
@@ -137,7 +136,7 @@ class CachedDecoder:
         positions = positions.to(device)
         hidden = torch.arange(attended, device=device) > positions[:, :, None]  # [B, W, T]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-        # A row that waits for the others in its window may stand past the context's end; it is never read.
+        # A row that waits for the others in its window may be past the context's end; its result is never read.
         angles = self._angles[positions.flatten().clamp(max=len(self._angles) - 1)]
         return _Places(angles[:, None], slots, mask.repeat(1, self._groups, 1)[:, None])
 
@@ -148,12 +147,12 @@ class CachedDecoder:
         cache.blocks[i].view(-1, *both.shape[1:]).index_copy_(0, places.slots, both)
 
     def _run(self, i: int, h: Tensor, places: _Places, cache: KVCache) -> Tensor:
-        """The block's output [B * W, D] for states of places whose keys and values are cached."""
+        """Returns the block's output [B * W, D] for states at places whose keys and values are cached."""
         block = self._blocks[i]
         batch, _, _, attended = places.mask.shape
         (queries,) = block.queries(block.attention_norm(h))
         queries = self._rotate(queries.unflatten(-1, (-1, self._head_dim)), places.angles)
-        # Grouped-query attention without copies of the keys: the queries of a group are more rows over the same keys.
+        # Grouped-query attention without copies of the keys: a group's queries become rows over the same keys.
         queries = queries.view(batch, -1, self._num_kv_heads, self._groups, self._head_dim).permute(0, 2, 3, 1, 4)
         keys, values = cache.blocks[i][:batch, :attended].permute(2, 0, 3, 1, 4)  # [B, num_kv_heads, T, head_dim]
         out = F.scaled_dot_product_attention(queries.flatten(2, 3), keys, values, attn_mask=places.mask)
@@ -164,13 +163,13 @@ class CachedDecoder:
 
     @staticmethod
     def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-        """RoPE of [N, heads, head_dim], in float32 like the model's."""
+        """Applies RoPE to [N, heads, head_dim], in float32 like the model."""
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
         return torch.view_as_real(pairs * angles).flatten(-2).type_as(x)
 
 
 class _Block:
-    """A transformer block's layers, as its cached form calls them."""
+    """The layers of a transformer block, in the form that cached decoding calls."""
 
     def __init__(self, block: nn.Module) -> None:
         attention, mlp = block.attn, block.mlp
@@ -183,6 +182,6 @@ class _Block:
 
 
 def _norm(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
-    """The module's result, with its weight cast once: F.rms_norm has a fused kernel only for one dtype."""
+    """Returns the module as a function with its weight cast once: F.rms_norm is fused only for equal dtypes."""
     weight = norm.scale.float()
     return lambda x: F.rms_norm(x.float(), weight.shape, weight, norm.eps).type_as(x)

@@ -1,4 +1,4 @@
-"""Continuous batching: rows that each decode one request, replaced as soon as they finish."""
+"""Continuous batching: each row decodes one request and takes the next as soon as it finishes."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -30,9 +30,9 @@ class Request:
     """A prompt to continue.
 
     Args:
-        id: handed back with the completion.
+        id: returned with the completion.
         prompt: token ids, at least one.
-        key: strings and numbers, usually (seed, task, sample); the random numbers depend on it and on nothing else.
+        key: strings and numbers, usually (seed, task, sample); the random numbers depend only on it.
     """
 
     id: object
@@ -42,14 +42,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """What a request got.
+    """The result of a request.
 
     Args:
         id: the request's.
         text: decoded up to the first stop string or end token, both left out, as are the names of special tokens.
-        tokens: every token generated, with the end token or those of the stop string.
+        tokens: all generated tokens, with the end token or those of the stop string.
         finish_reason: ``stop``, ``eos``, or ``length``: max_new_tokens or the model's context is used up.
-        forwards: passes of the model that made its tokens, the prompt's too; fewer than tokens where drafts helped.
+        forwards: passes of the model for its tokens, the prompt's too; fewer than tokens if drafts were accepted.
     """
 
     id: object
@@ -61,7 +61,7 @@ class Completion:
 
 @dataclass
 class DecodingStats:
-    """Counts of one or several calls of :func:`generate`, which adds to them; seconds leave out the consumer's time."""
+    """Counts that calls of :func:`generate` add to. The seconds exclude the consumer's time."""
 
     prefills: int = 0  # prompts computed; samples of one prompt share it
     forwards: int = 0  # of the decoder after prefill, for all rows at once
@@ -77,26 +77,26 @@ class DecodingStats:
 
     @property
     def tokens_per_forward(self) -> float:
-        """New tokens a row gains in one forward after its prefill: 1 in plain decoding, up to H with drafts."""
+        """New tokens per row and forward after the prefill: 1 in plain decoding, up to H with drafts."""
         return (self.new_tokens - self.first_tokens) / self.row_forwards if self.row_forwards else 0.0
 
     def count_drafts(self, count: int) -> None:
-        """A row got ``count`` drafts, of heads 2 to count + 1."""
+        """Counts ``count`` drafts of a row, of heads 2 to count + 1."""
         for k in range(2, count + 2):
             self.drafted[k] = self.drafted.get(k, 0) + 1
 
     def count_verified(self, draft: int, *, accepted: bool) -> None:
-        """The draft at this index of a window, all before it accepted, was compared with the model."""
+        """Counts the draft at this index of a window, which was compared with the model: all before it are accepted."""
         k = draft + 2
         self.verified[k] = self.verified.get(k, 0) + 1
         self.accepted[k] = self.accepted.get(k, 0) + accepted
 
     def acceptance(self) -> dict[int, float]:
-        """Per head, the share of its verified drafts that were accepted."""
+        """Returns, per head, the share of its verified drafts that were accepted."""
         return {k: self.accepted.get(k, 0) / n for k, n in sorted(self.verified.items())}
 
     def as_dict(self) -> dict:
-        """All counts and the two figures derived from them."""
+        """Returns all counts and the two figures derived from them."""
         return {**asdict(self), "tokens_per_forward": self.tokens_per_forward, "acceptance": self.acceptance()}
 
 
@@ -110,38 +110,38 @@ def generate(
     num_drafts: int = 0,
     stats: DecodingStats | None = None,
 ) -> Iterator[Completion]:
-    """Continue every request's prompt; yields each completion as it finishes, in no fixed order.
+    """Continues every request's prompt and yields each completion as it finishes, in no fixed order.
 
-    A row that finishes makes room for the next request at once, and ``requests`` is read only as room appears. Requests
-    with the same prompt, one after the other, share its prefill. With ``num_drafts`` > 0 decoding is self-speculative:
-    heads 2 to num_drafts + 1 draft the tokens after the next, and one forward verifies them. Greedy tokens are those of
-    plain decoding; sampled ones have its distribution (:func:`~wmtp.generation.sampling.verify_sampled`), though not
-    its random numbers, so a single text differs.
+    A finished row takes the next request at once; ``requests`` is read only when a row is free. Successive requests
+    with the same prompt share its prefill. With ``num_drafts`` > 0 decoding is self-speculative: heads 2 to
+    num_drafts + 1 draft the tokens after the next, and one forward verifies them. Greedy tokens are those of plain
+    decoding; sampled ones have its distribution (:func:`~wmtp.generation.sampling.verify_sampled`), but other random
+    numbers, so a single text differs.
 
     The text depends on the prompt, ``sampling``, ``num_drafts`` and the request's key, not on batch size, order or
-    number of processes, up to rounding: attention adds in an order that varies with the shape of the batch, which moves
-    logits by about 1e-6 of their size in float32 and makes another token win only where two are closer than that. In
-    bfloat16 on a CPU a row's products do not depend on the others, and attention hardly: SmolLM2's texts were the same
-    at batch sizes 1, 3 and 10. A window of drafts changes its shape more, so there a greedy text may part from plain
-    decoding's where two tokens' logits nearly tie. On CUDA states in bfloat16 move logits by about 1e-2 between batch
-    shapes, and texts do part.
+    number of processes, up to rounding. Attention adds in an order that varies with the shape of the batch, which moves
+    logits by about 1e-6 of their size in float32: another token wins only if two are closer than that. In bfloat16 on a
+    CPU a row's products do not depend on other rows, and attention hardly: SmolLM2's texts were the same at batch sizes
+    1, 3 and 10. A window of drafts changes the shape more, so a greedy text may differ from plain decoding's where two
+    logits nearly tie. On CUDA, bfloat16 states move logits by about 1e-2 between batch shapes, and texts do differ.
 
-    A text ends with the tokenizer's EOS, and with every token that the files of the model's checkpoint name as one
-    (``eos_token_id`` of config.json and generation_config.json, which chat models have several of).
+    A text ends with the tokenizer's EOS, or with any token that the checkpoint's files name as one (``eos_token_id`` of
+    config.json and generation_config.json; chat models have several).
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, whole on one device, in the dtype to compute in. Its weights are
-            read when iteration starts; on a CPU a packed copy of them lives until it ends.
+            read when iteration starts; on a CPU a packed copy of them exists until it ends.
         tokenizer: has ``decode``, ``eos_id`` and ``special_ids``.
-        requests: checked before anything runs where they are a sequence, one by one as they are read elsewhere.
+        requests: a sequence is checked before anything runs; requests of an iterator are checked as they are read.
         batch_size: rows decoded at once.
-        num_drafts: 0 to H - 1; 0 is plain decoding, with head 1 alone. Each draft costs a head's block and one more row
-            in the forward that verifies it, accepted or not: few are best where the heads are often wrong.
+        num_drafts: 0 to H - 1; 0 is plain decoding with head 1. Each draft costs a head's block and one more row in the
+            forward that verifies it, accepted or not: few are best if the heads are often wrong.
         stats: counts are added to it.
 
     Raises:
         ValueError: a prompt that is empty, leaves no room for a token, or has ids outside the vocabulary; a bad key;
-            more drafts than the model has extra heads; a model that cannot decode as it is; non-finite logits.
+            more drafts than the model has extra heads; a model that is sharded or has active dropout; non-finite
+            logits.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
@@ -191,14 +191,14 @@ class _Row:
 
     request: Request
     digest: bytes
-    room: int  # tokens it may still get
+    room: int  # tokens left to generate
     length: int  # tokens in the cache: all but the newest one
     tokens: list[int] = field(default_factory=list)
     forwards: int = 1  # the prefill
     finish_reason: Literal["stop", "eos", "length"] | None = None
 
     def numbers(self, count: int) -> list[Numbers]:
-        """The random numbers of the next ``count`` tokens."""
+        """Returns the random numbers of the next ``count`` tokens."""
         return [numbers_at(self.digest, len(self.tokens) + i) for i in range(count)]
 
 
@@ -214,13 +214,7 @@ class _Batch:
     """The requests in flight: request b is entry b of ``_rows`` and ``_draft_logits``, and row b of the cache."""
 
     def __init__(
-        self,
-        model: MTPDecoder,
-        tokenizer,
-        sampling: Sampling,
-        batch_size: int,
-        num_drafts: int,
-        stats: DecodingStats,
+        self, model: MTPDecoder, tokenizer, sampling: Sampling, batch_size: int, num_drafts: int, stats: DecodingStats
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._stats = model, tokenizer, sampling, stats
         self._batch_size = batch_size
@@ -249,11 +243,11 @@ class _Batch:
         self._cache, self._prompt_cache = self._decoder.new_cache(self._batch_size), self._decoder.new_cache(1)
         embedding = self._model.tok_embeddings.weight
         self._device = embedding.device
-        # Of each row, the extra heads' logits at its last cached token: what the next drafts are drawn from.
+        # The extra heads' logits at each row's last cached token; the next drafts are drawn from them.
         self._draft_logits = torch.zeros(self._batch_size, self._num_drafts, len(embedding), device=self._device)
 
     def _admit(self, requests: Iterator[Request]) -> Iterator[Completion]:
-        """New requests take the places of finished rows; what they leave empty is closed up. Some finish at once."""
+        """Puts new requests in the places of finished rows and yields those that finish at once; closes gaps."""
         gaps = [b for b, row in enumerate(self._rows) if row.finish_reason]
         for place in (*gaps, *range(len(self._rows), self._batch_size)):
             for request in requests:
@@ -268,7 +262,7 @@ class _Batch:
 
     @torch.inference_mode()
     def _start(self, request: Request) -> _Row:
-        """Prefill the prompt, unless the request before had the same, and choose the first token."""
+        """Prefills the prompt, unless the request before had the same, and chooses the first token."""
         started = time.perf_counter()
         _check_request(request, self._model)
         prompt = tuple(request.prompt)
@@ -316,7 +310,7 @@ class _Batch:
 
     @torch.inference_mode()
     def _step(self) -> None:
-        """Every row gets the drafts that the model accepts, and the token that it puts after them."""
+        """Appends to every row the drafts that the model accepts, and its own token after them."""
         started = time.perf_counter()
         rows = self._rows
         count = min(self._num_drafts, max(row.room for row in rows) - 1)  # drafts in the window
@@ -327,8 +321,8 @@ class _Batch:
         newest = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
         window = torch.cat([newest, drafts.tokens], dim=1)  # [B, W]
         states, places = self._decoder.extend(window, [row.length for row in rows], self._cache)
-        # The extra heads too run on the whole window, though only the last accepted position matters: in one pass over
-        # the unembedding, whose reading is most of what a second pass for that position alone would cost.
+        # The extra heads also run on the whole window, though only the last accepted position matters: a second pass
+        # for that position would cost nearly as much, because it reads the unembedding again.
         logits = self._decoder.heads(states, places, self._cache)  # [heads, B, W, V]
         accepted, token = self._verify(logits[0], drafts, useful, numbers)
         if self._num_drafts:
@@ -343,14 +337,14 @@ class _Batch:
                 if i < num_useful:
                     self._stats.count_verified(i, accepted=i < num_accepted)
                 self._append(row, new)
-                if row.finish_reason:  # what was accepted behind an end token or a stop string is dropped
+                if row.finish_reason:  # tokens accepted after an end token or a stop string are dropped
                     break
         self._stats.forwards += 1
         self._stats.row_forwards += len(rows)
         self._stats.decode_seconds += time.perf_counter() - started
 
     def _draft(self, count: int, numbers: list[list[Numbers]]) -> "_Drafts":
-        """Of heads 2 to count + 1 at the last cached token, which head 1 has continued with the newest token."""
+        """Returns drafts of heads 2 to count + 1 at the last cached token; head 1 gave the newest token there."""
         logits = self._draft_logits[: len(self._rows), :count]  # [B, count, V]
         if self._sampling.greedy:
             return _Drafts(logits.argmax(-1), None)
@@ -361,7 +355,7 @@ class _Batch:
     def _verify(
         self, logits: Tensor, drafts: "_Drafts", useful: list[int], numbers: list[list[Numbers]]
     ) -> tuple[Tensor, Tensor]:
-        """The number of accepted drafts, and the token after them, each [B]."""
+        """Returns the number of accepted drafts and the token after them, each [B]."""
         useful = torch.tensor(useful, device=self._device)
         if self._sampling.greedy:
             return verify_greedy(logits, drafts.tokens, useful)
@@ -374,7 +368,7 @@ class _Batch:
         return accepted, sample(weights, seeds.gather(1, accepted[:, None])[:, 0])
 
     def _append(self, row: _Row, token: int) -> None:
-        """Add a token, whose predecessor is then in the cache, and see whether the completion ends with it."""
+        """Adds a token, whose predecessor is now cached, and checks whether it ends the completion."""
         row.tokens.append(token)
         row.length += 1
         row.room -= 1
@@ -389,7 +383,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Drafts:
-    """The window's tokens after the newest: ``tokens[b, i]`` is head i + 2's, drawn from ``q[b, i]``."""
+    """The drafts in a window: ``tokens[b, i]`` is head i + 2's, drawn from ``q[b, i]``."""
 
     tokens: Tensor  # [B, W - 1]
     q: Tensor | None  # [B, W - 1, V]; None in greedy decoding, or without drafts

@@ -1,4 +1,4 @@
-"""Matrix products with few rows: on a CPU, weights laid out once for the kernels that decoding needs."""
+"""Matrix products with few rows; on a CPU with weights packed once for the kernels that decoding needs."""
 
 from collections.abc import Callable
 
@@ -13,12 +13,12 @@ _FEW_ROWS = 4
 
 
 def side_by_side(*modules: nn.Module) -> Linear:
-    """The outputs of linear layers that read the same input [N, D], as a tuple; one product where weights are packed.
+    """Returns a function from an input [N, D] to the outputs of linear layers; one product if weights are packed.
 
     On a CPU the weights of plain layers are copied into oneDNN's blocked layout. A product of 1 to 16 rows then takes
-    the time of reading the weights once, where the library behind ``F.linear`` takes two to four times that in float32;
-    and a row of the result has the same bits whatever the other rows are. Layers that are more than a weight (LoRA),
-    and those on other devices, are called as they are.
+    the time of reading the weights once; the library behind ``F.linear`` takes two to four times that in float32. The
+    bits of a row then do not depend on the other rows. Layers with more than a weight (LoRA), and those on other
+    devices, are called unchanged.
     """
     weights = [module.weight for module in modules if type(module) is nn.Linear and module.bias is None]
     if len(weights) < len(modules) or not _can_pack(weights[0]):
@@ -29,7 +29,7 @@ def side_by_side(*modules: nn.Module) -> Linear:
 
 
 def times(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [N, D] -> x @ weight.T [N, V] in float32, with the weight packed as in :func:`side_by_side`."""
+    """Returns x [N, D] -> x @ weight.T [N, V] in float32, with the weight packed as in :func:`side_by_side`."""
     matrix = operand(weight)
     product = _packed(matrix) if _can_pack(matrix) else lambda x: mm_float32(x, matrix.T)
     return lambda x: product(operand(x))
@@ -46,7 +46,7 @@ def _can_pack(weight: Tensor) -> bool:
 
 
 def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    # The two operators are those that torch.compile's weight freezing emits; there is no public name for them.
+    # torch.compile's weight freezing emits these two operators; they have no public name.
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _FEW_ROWS)
 
     def product(x: Tensor) -> Tensor:

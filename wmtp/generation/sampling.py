@@ -14,14 +14,14 @@ from wmtp.numerics.keyed import splitmix64, top53
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen and when a completion ends.
+    """The choice of the next token, and the ends of a completion.
 
     Args:
-        max_new_tokens: a completion's longest length, in tokens.
-        temperature: 0 takes the most probable token (greedy); else logits are divided by it.
-        top_p: sample from the smallest set of most probable tokens that holds this probability (Holtzman et al. 2020,
-            arXiv 1904.09751); 1 is all of them. Tokens as probable as the set's last one belong to it.
-        stop: strings that end a completion; they and what follows are cut off.
+        max_new_tokens: maximum length of a completion.
+        temperature: 0 takes the most probable token (greedy); otherwise logits are divided by it.
+        top_p: sample from the smallest set of most probable tokens with this total probability (Holtzman et al. 2020,
+            arXiv 1904.09751); 1 is all tokens. Tokens as probable as the set's last one belong to it.
+        stop: strings that end a completion; they and the text after them are cut off.
 
     Raises:
         ValueError: for a value outside its range.
@@ -49,28 +49,28 @@ class Sampling:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Probabilities that ``sampling`` gives the next token: float32 [..., V] from logits [..., V]; not for greedy."""
+    """Returns the probabilities of the next token: float32 [..., V] from logits [..., V]; not for greedy sampling."""
     logits = logits.float()
-    # Divided after the maximum is gone: a tiny temperature cannot overflow.
+    # The maximum is subtracted before the division, so a tiny temperature cannot overflow.
     probs = ((logits - logits.amax(-1, keepdim=True)) / sampling.temperature).softmax(-1)
     return probs if sampling.top_p == 1 else _nucleus(probs, sampling.top_p)
 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
-    """``probs`` [..., V] with all but its nucleus set to zero, and normalised again."""
-    # A token less probable than (1 - top_p) / V, with all those below it, holds less than 1 - top_p: it is outside. So
-    # few tokens need sorting. Half of that bound, for the sum of float32 probabilities is only nearly one.
+    """Returns ``probs`` [..., V] with all but its nucleus set to zero, normalised again."""
+    # Tokens less probable than (1 - top_p) / V add up to less than 1 - top_p, so they are outside and need no sorting.
+    # Half of that bound is used, because the sum of float32 probabilities is only nearly one.
     candidates = int((probs >= 0.5 * (1 - top_p) / probs.shape[-1]).sum(-1).max())
     top = probs.topk(candidates).values
-    before = top.double().cumsum(-1) - top  # what the more probable tokens hold together
+    before = top.double().cumsum(-1) - top  # total probability of the more probable tokens
     size = (before < top_p).sum(-1, keepdim=True)
-    # The set is defined by the least probability in it, so the order in which equal tokens are sorted does not matter.
+    # The set is defined by its smallest probability, so the order of equally probable tokens does not matter.
     kept = probs.where(probs >= top.gather(-1, size - 1), 0.0)
     return kept / kept.sum(-1, keepdim=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Random numbers that depend on (key, position) alone
+# Random numbers that depend only on (key, position)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Numbers:
 
 
 def key_digest(key: tuple) -> bytes:
-    """A request's key as 32 bytes; equal keys, and only those, give the same.
+    """Returns a request's key as 32 bytes: equal for equal keys, different for different ones.
 
     Raises:
         ValueError: the key holds something other than strings, numbers and None.
@@ -96,11 +96,11 @@ def key_digest(key: tuple) -> bytes:
 
 
 def numbers_at(digest: bytes, position: int) -> Numbers:
-    """The numbers of the ``position``-th token of the completion whose key has this digest.
+    """Returns the numbers of the ``position``-th token of the completion whose key has this digest.
 
-    A position is drafted and refused any number of times before it is decided, always with the same numbers. That is
-    sound: a refused draft that was never compared with the model has influenced nothing, and one that was compared
-    decides the position.
+    A position may be drafted and dropped many times before it is decided, always with the same numbers. That is sound:
+    a draft that was never compared with the model has influenced nothing, and one that was compared decides the
+    position.
     """
     bits = hashlib.blake2b(position.to_bytes(8, "little"), digest_size=24, key=digest).digest()
     token, draft = (int.from_bytes(bits[i : i + 8], "little", signed=True) for i in (0, 8))
@@ -108,21 +108,21 @@ def numbers_at(digest: bytes, position: int) -> Numbers:
 
 
 def sample(probs: Tensor, seeds: Tensor) -> Tensor:
-    """One token each, [...], drawn from probs [..., V] (which need not sum to one) with int64 seeds [...].
+    """Returns tokens [...] drawn from probs [..., V] (which need not sum to one) with int64 seeds [...].
 
-    The draw is a race: argmax of p_i / E_i with exponential E_i, which is the Gumbel-max trick without logarithms of p.
-    An inverse CDF would need one number instead of V, but there rounding moves every later boundary, and in a tail of
-    thousands of narrow intervals that changes the token far more often than the rounding itself is large; in a race
-    only the two leaders matter. E_i comes from output i of SplitMix64 (Steele, Lea and Flood 2014), integer arithmetic
-    that is the same on every device.
+    The draw is a race: argmax of p_i / E_i with exponential E_i, the Gumbel-max trick without logarithms of p. An
+    inverse CDF would need one random number instead of V. But rounding would then move every later boundary, and change
+    the token far more often than by its own size in a tail of thousands of narrow intervals. In a race only the two
+    leaders matter. E_i comes from output i of SplitMix64 (Steele, Lea and Flood 2014), integer arithmetic that is the
+    same on every device.
     """
     return (probs / _exponential(seeds, probs.shape[-1])).argmax(-1)
 
 
 def _exponential(seeds: Tensor, count: int) -> Tensor:
-    """Float32 [..., count] standard exponential numbers; int64 arithmetic wraps, as the generator wants."""
+    """Returns float32 [..., count] standard exponential numbers."""
     bits = top53(splitmix64(seeds, count))
-    # Uniform in (0, 1). float32 keeps small values finely graded, which are those of the winners.
+    # Uniform in (0, 1). Winners have small values, where float32 is finest.
     uniform = (bits.float() + 0.5).mul_(2.0**-53).clamp_(max=1 - 2.0**-24)
     return uniform.neg_().log1p_().neg_()
 
@@ -132,12 +132,12 @@ def _exponential(seeds: Tensor, count: int) -> Tensor:
 
 
 def verify_greedy(logits: Tensor, drafts: Tensor, useful: Tensor) -> tuple[Tensor, Tensor]:
-    """How many drafts of each row are what greedy decoding says, [B], and the token that it says next, [B].
+    """Returns the number of leading drafts that greedy decoding agrees with, [B], and its token after them, [B].
 
     Args:
         logits: [B, W, V], the model's at the last accepted token and at each of the W - 1 drafts.
         drafts: [B, W - 1].
-        useful: [B], how many of a row's drafts count.
+        useful: [B], the number of a row's drafts that count.
     """
     choice = logits.argmax(-1)  # [B, W]
     accepted = _leading(choice[:, :-1] == drafts, useful)
@@ -147,21 +147,21 @@ def verify_greedy(logits: Tensor, drafts: Tensor, useful: Tensor) -> tuple[Tenso
 def verify_sampled(
     p: Tensor, q: Tensor | None, drafts: Tensor, useful: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Rejection sampling of drafts: the tokens are distributed as if the model had drawn each of them.
+    """Verifies drafts by rejection sampling: the tokens are distributed as if the model had drawn each of them.
 
     Leviathan et al. 2023 (arXiv 2211.17192, appendix A.1) and Chen et al. 2023 (arXiv 2302.01318, theorem 1): a draft
-    d ~ q is accepted with probability min(1, p(d) / q(d)); after the first rejection the token comes from
-    max(0, p - q), and after none from p.
+    d ~ q is accepted with probability min(1, p(d) / q(d)). After the first rejection the token is drawn from
+    max(0, p - q); if all drafts are accepted, from p.
 
     Args:
         p: [B, W, V], the model's distribution (head 1) at the last accepted token and at each of the W - 1 drafts.
         q: [B, W - 1, V], the distribution that each draft was drawn from (heads 2 to W); None without drafts.
         drafts: [B, W - 1].
-        useful: [B], how many of a row's drafts count.
+        useful: [B], the number of a row's drafts that count.
         uniforms: [B, W - 1] in [0, 1).
 
     Returns:
-        accepted drafts [B], and the distribution [B, V] of the token after them, not normalised.
+        The number of accepted drafts [B], and the distribution [B, V] of the token after them, not normalised.
     """
     if drafts.shape[1] == 0:
         return torch.zeros_like(useful), p[:, 0]
@@ -170,12 +170,12 @@ def verify_sampled(
     accepted = _leading(uniforms * q_draft < p_draft, useful)
     next_p = p[rows, accepted]
     residual = (next_p - q[rows, accepted.clamp(max=drafts.shape[1] - 1)]).clamp_(min=0)
-    # A draft is refused only where p(d) < q(d), so p > q elsewhere, except where that much is lost to rounding.
+    # A draft is refused only if p(d) < q(d), so p > q for another token, unless rounding hides the difference.
     from_residual = (accepted < useful) & (residual.sum(-1) > 0)
     return accepted, residual.where(from_residual[:, None], next_p)
 
 
 def _leading(accept: Tensor, useful: Tensor) -> Tensor:
-    """The number of True before the first False, [B], of the first ``useful`` [B] entries of each row."""
+    """Returns the number of leading True among the first ``useful`` [B] entries of each row: [B]."""
     counts = torch.arange(accept.shape[1], device=accept.device) < useful[:, None]
     return (accept & counts).cumprod(1).sum(1)

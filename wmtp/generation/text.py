@@ -4,24 +4,18 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Looks for stop strings in the decoded text, whatever tokens they span.
-
-    Args:
-        tokenizer: has ``decode``.
-        stop: the strings; none is fine.
-    """
+    """A search for stop strings in the decoded text; they may span any tokens."""
 
     def __init__(self, tokenizer, stop: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
-        self._stop = tuple(stop)
-        # A token holds at least a byte, so a string that ends in the newest token starts at most that many tokens ago.
-        # Three more, so that a character cut at the window's start is not one of the string's.
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        # A token holds at least a byte, so a string of n bytes in the newest token starts at most n tokens ago. Three
+        # more tokens complete a character that the window's start would cut.
         self._window = max((len(s.encode()) for s in self._stop), default=0) + 3
 
     def ended(self, tokens: list[int]) -> bool:
-        """Whether a stop string is complete in the text of ``tokens``; called after each new token.
+        """Returns whether the text of ``tokens`` contains a stop string; called after each new token.
 
-        Decodes only the end of the text, and all of it once something is found there.
+        It decodes only the end of the text, and all of it if a string is found there.
         """
         if not self._stop:
             return False
@@ -29,6 +23,6 @@ class StopStrings:
         return any(s in end for s in self._stop) and self.cut(self._tokenizer.decode(tokens)) is not None
 
     def cut(self, text: str) -> str | None:
-        """The text before its first stop string, or None where there is none."""
+        """Returns the text before its first stop string, or None if it has none."""
         starts = [at for s in self._stop if (at := text.find(s)) >= 0]
         return text[: min(starts)] if starts else None

@@ -1,4 +1,4 @@
-"""How far a mean would move with other tasks of its kind."""
+"""Bootstrap confidence intervals of a mean over tasks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from wmtp.errors import UserError
 
-_AT_ONCE = 1000  # resamples; bounds memory, and is part of what a seed means
+_AT_ONCE = 1000  # resamples drawn at once: bounds memory; another number gives other intervals for the same seed
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ def bootstrap_interval(
     resamples: int = 10_000,
     level: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap of a mean (Efron 1979): how far it would move with other tasks of this kind.
+    """Returns the percentile bootstrap interval of a mean (Efron 1979): its spread over other tasks of the same kind.
 
     Args:
-        values: [T] one value a task, such as its pass@k.
-        seed: same seed, same interval; two runs with T tasks are resampled alike.
-        groups: [T] the problem of each value, where several belong to one: values of one problem are not independent,
-            so problems are what is drawn (Efron and Tibshirani 1993, chapter 13).
+        values: [T] one value per task, such as its pass@k.
+        seed: equal seeds give equal intervals; two runs with T tasks are resampled alike.
+        groups: [T] the problem of each value, if several share one: values of one problem are not independent, so
+            problems are drawn instead of values (Efron and Tibshirani 1993, chapter 13).
         resamples: number of bootstrap samples.
-        level: share of the resampled means inside.
+        level: share of the resampled means inside the interval.
 
-    An interval of no width (all values equal, or one group) says that the bootstrap cannot see the error, not that
-    there is none.
+    An interval of width zero (all values equal, or one group) means that the bootstrap cannot estimate the error, not
+    that there is none.
 
     Raises:
         ValueError: no tasks, a value that is not finite, level outside (0, 1), or resamples < 1.

@@ -1,4 +1,4 @@
-"""What a run produced, for people: its data and its summary in a terminal, and pages of its token weights."""
+"""Reports for people: a run's data and summary in a terminal, and pages of its token weights."""
 
 from wmtp import on_demand
 

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says, for people:  python -m wmtp.report runs/tiny/rho1"""
+"""Summaries of runs from their metrics.jsonl: python -m wmtp.report runs/tiny/rho1"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The first documents of a run's data in the terminal: tokens, which of them are targets, and with what weight."""
+"""A preview of a run's data in the terminal: tokens of the first documents, with the weights of the targets."""
 
 from collections.abc import Callable
 
@@ -23,19 +23,15 @@ def preview(
     batch_size: int,
     step: int = 0,
 ) -> str:
-    """The first documents with the weights that the loss would give their targets now; training is as without it.
+    """Returns the first documents with the weights that the loss would now give their targets. It changes no state.
 
     A collective: every rank calls it, and runs the model in evaluation mode on the same rows.
 
     Args:
-        count: so many documents.
-        model: the policy.
-        data: packed documents, shown row by row.
-        prepare: a batch of `data` to what model and loss read: on the device, with the signals of frozen models.
-        weighting: see wmtp.weighting.
-        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
+        count: number of documents.
+        prepare: moves a batch of `data` to the device and adds the signals of frozen models.
         batch_size: rows at a time.
-        step: optimizer step, for weightings that draw anew each step.
+        step: optimizer step, for weightings that draw random numbers each step.
     """
     was_training = model.training
     tables: list[str] = []

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says, in a few lines."""
+"""A summary of a run's metrics.jsonl in a few lines."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ from wmtp.errors import UserError
 
 
 def run_summary(output_dir: Path) -> str:
-    """Held-out CE of each head before and after, and the median speed, of a run of the full fine-tuning recipe.
+    """Returns a run's CE on held-out data of each head, before and after, and its median speed.
 
     Raises:
         ValueError: the folder holds no metrics of a run.

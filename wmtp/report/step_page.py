@@ -1,4 +1,4 @@
-"""Pages that show micro-batches of a training run as the loss saw them."""
+"""Pages that show micro-batches of a training run with the weights that the loss used."""
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
@@ -15,7 +15,7 @@ _TITLES = {"reference_ce": "reference CE", "values": "value"}
 
 
 class TokenWeightPages:
-    """What a run's token weights look like on its code, every so many steps.
+    """Pages of a run's token weights on its code, every so many steps.
 
     Args:
         every: optimizer steps between pages, >= 1.
@@ -37,10 +37,10 @@ class TokenWeightPages:
         self._beside = {name: any_weighting(method) for name, method in (beside or {}).items()}
 
     def check(self, needs: Set[str]) -> None:
-        """Refuse a weighting that reads what the run does not have.
+        """Refuses a weighting that needs a signal which the run does not have.
 
         Args:
-            needs: what the run's own weighting reads.
+            needs: signals that the run's own weighting reads.
         """
         at_hand = {"policy_ce"} | (needs - {"policy_entropy"})
         for name, method in self._beside.items():
@@ -61,15 +61,14 @@ class TokenWeightPages:
         ids: Sequence[Sequence[str]],
         settings: dict | None = None,
     ) -> str:
-        """A page of the documents of a micro-batch, shaded by the weights that the loss used.
+        """Returns a page of the documents of a micro-batch, shaded by the weights that the loss used.
 
         Args:
-            tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
-            batch: tokens, labels and document_ids [B, S], and the signals that the run has.
-            out: what :func:`wmtp.loss.mtp_loss` returned for the batch.
-            step: the step's number, from 1; random controls draw as they would have in it.
+            batch: tokens, labels and document_ids [B, S], and the run's signals.
+            out: the result of :func:`wmtp.loss.mtp_loss` for the batch.
+            step: the step's number, from 1; random controls draw the numbers of that step.
             ids: the names of each row's documents.
-            settings: listed above the documents: the run's weighting.
+            settings: listed above the documents, such as the run's weighting.
         """
         named = batch["signals"] | {"policy_ce": out.ce}
         signals = Signals(batch["labels"], out.valid, batch["document_ids"], named, step=step - 1, training=False)

@@ -1,6 +1,6 @@
-"""Documents cut into tokens with what is known of each: what :func:`wmtp.report.token_weights_html` shows."""
+"""Documents cut into tokens with weights and signals of each token, as :func:`wmtp.report.token_weights_html` shows."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,11 +18,11 @@ class TokenView:
     Attributes:
         id: names the document.
         pieces: T token texts, whose concatenation is the document's text. A token that holds only the first bytes of a
-            character has an empty one; the token that completes the character has it whole.
+            character has an empty one; the token that completes the character has all of it.
         tokens: [T] token ids.
-        is_target: [T] bool, where a loss is taken; elsewhere (prompt, first token) weights mean nothing.
+        is_target: [T] bool, True if the token has a loss; the weights of others (prompt, first token) mean nothing.
         weights: method to [T] weights, finite and >= 0 at the targets. At least one method.
-        signals: name ("CE", "reference CE", "value", ...) to [T] figures, NaN where there is none.
+        signals: name ("CE", "reference CE", "value", ...) to [T] figures, NaN for none.
         special_ids: token ids to be shown as special tokens rather than as code.
 
     Raises:
@@ -60,7 +60,7 @@ class TokenView:
                 )
 
     def target_weights(self, method: str) -> np.ndarray:
-        """[N] float64: the method's weights of the targets."""
+        """Returns the method's weights of the targets: [N] float64."""
         return np.asarray(self.weights[method], dtype=np.float64)[np.asarray(self.is_target, dtype=bool)]
 
 
@@ -72,21 +72,18 @@ def token_views(
     *,
     ids: Sequence[Sequence[str]],
     limit: int | None = None,
-    at_every_token: Collection[str] = ("value",),
 ) -> list[TokenView]:
-    """The documents of a packed batch, in order, without padding.
+    """Returns the documents of a packed batch, in order, without padding.
 
     Args:
-        tokenizer: a :class:`wmtp.pretrained.Tokenizer`.
         batch: tokens and labels [B, S], and document_ids [B, S] (-1 for padding); without document_ids each row is one
             document.
-        weights: method to what its weighting returned: [B, S], None (all ones), or [H, B, S], shown as one method for
-            each head (a head has weight 0 where a target lies too near the document's start for it).
-        signals: name to [B, S] figures, shown where a token is a target.
-        ids: the names of each row's documents, as :meth:`wmtp.data.PackedDataset.row_ids` gives them. Rows after the
-            last of these must be padding.
-        limit: at most so many documents.
-        at_every_token: names of the signals that hold for tokens that are no target too.
+        weights: method to the result of its weighting: [B, S], None (all ones), or [H, B, S], shown as one method for
+            each head (a head has weight 0 for targets too near the document's start).
+        signals: name to [B, S] figures, shown for targets; values are shown for all tokens.
+        ids: the names of each row's documents, as :meth:`wmtp.data.PackedDataset.row_ids` returns them. Rows beyond
+            them must be padding.
+        limit: maximum number of documents.
 
     Raises:
         ValueError: shapes or names that do not fit the batch.
@@ -114,7 +111,7 @@ def token_views(
             here = documents[row] == number
             target = valid[row][here]
             shown = {
-                signal: figure[row][here] if signal in at_every_token else np.where(target, figure[row][here], np.nan)
+                signal: figure[row][here] if signal == "value" else np.where(target, figure[row][here], np.nan)
                 for signal, figure in figures.items()
             }
             its_tokens = tokens[row][here].tolist()
@@ -125,7 +122,7 @@ def token_views(
 
 
 def _by_head(weights: Mapping[str, Tensor | None], tokens: Tensor) -> dict[str, Tensor]:
-    """One [B, S] for each method, or for each head of it where the weights are [H, B, S]."""
+    """Returns [B, S] weights for each method, or for each of its heads if they are [H, B, S]."""
     result = {}
     for name, w in weights.items():
         if w is None:

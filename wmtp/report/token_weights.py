@@ -12,8 +12,8 @@ import torch
 from wmtp.report.token_views import TokenView
 from wmtp.weighting.statistics import weight_statistics
 
-# Classes of weight, each from its lower bound to the next one's: a fixed scale, even in log(weight) about 1, so that
-# pages of different steps and methods compare. The class of 1 has no colour; `opacity` is that of the others.
+# Classes of weights, each from its lower bound to that of the next: a fixed scale, symmetric in log(weight) about 1, so
+# that pages of different steps and methods can be compared. The class of weight 1 has no colour.
 _SCALE = (
     ("w0", "0", 0.0, "low", 0.70),
     ("w1", "under ¼", math.ulp(0.0), "low", 0.50),
@@ -25,21 +25,21 @@ _SCALE = (
     ("w7", "4 and more", 4.0, "high", 0.80),
 )
 _BOUNDS = np.array([lowest for _, _, lowest, _, _ in _SCALE])
-# Characters that reorder the text around them: code must be seen in the order of its tokens.
+# Characters that reorder the text around them: code must appear in the order of its tokens.
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def token_weights_html(documents: Sequence[TokenView], *, title: str, settings: dict | None = None) -> str:
-    """A self-contained page: no script, no network, for a browser or an artifact viewer that forbids both.
+    """Returns a self-contained HTML page, without scripts or network, as artifact viewers require.
 
     Each document has a column for each method, its tokens shaded from blue (weight below 1) to orange (above); tokens
     without a loss are grey. Pointing at a token marks it in every column and shows its position, id, text, weights and
     signals; a switch shows these numbers for all tokens, others hide methods. The text of a document's `<pre>` is its
-    code, but for characters that HTML cannot hold or that would not be seen where they stand (controls, surrogates,
-    changes of writing direction): these are shown escaped, as in ``\\x00``.
+    code. Characters that HTML cannot hold, or that are invisible (controls, surrogates, changes of writing direction),
+    are escaped, as in ``\\x00``.
 
     Args:
-        documents: what to show; all with the same methods and signals, in the same order.
+        documents: all with the same methods and signals, in the same order.
         title: of the page.
         settings: name to value, listed above the documents (a step, a run, a method's arguments).
 
@@ -72,7 +72,7 @@ def token_weights_html(documents: Sequence[TokenView], *, title: str, settings: 
 
 
 def _section(document: TokenView) -> str:
-    """One document: a head, a column for each method, and the table that every column's tokens point into."""
+    """Returns one document: a head, a column for each method, and the table of the tokens' numbers."""
     targets = int(np.asarray(document.is_target, dtype=bool).sum())
     texts = [_text(piece) for piece in document.pieces]
     columns = "".join(_column(document, n, method, texts) for n, method in enumerate(document.weights))
@@ -113,7 +113,7 @@ def _column(document: TokenView, number: int, method: str, texts: list[str]) -> 
 
 
 def _style(methods: int, longest: int) -> str:
-    """The style sheet, and the rules that depend on the scale, the number of methods and the longest document."""
+    """Returns the style sheet, with rules for the scale, the number of methods and the longest document."""
     rules = [files("wmtp.report").joinpath("token_weights.css").read_text(encoding="utf-8")]
     for name, _, _, side, opacity in _SCALE:
         if side is not None:
@@ -140,12 +140,12 @@ _LEGEND = _legend()
 
 
 def _text(piece: str) -> str:
-    """A token's text as HTML: markup escaped, line ends marked, what cannot stand in a page or be seen escaped."""
+    """Returns a token's text as HTML: markup and invisible characters escaped, line ends marked."""
     parts = []
     for character in piece:
         if character == "\n":
             parts.append("<u></u>\n")
-        elif character == "\r":  # written plainly, an HTML parser would turn it into a line feed
+        elif character == "\r":  # an HTML parser turns a plain one into a line feed
             parts.append("<u></u>&#13;")
         elif character != "\t" and (unicodedata.category(character) in ("Cc", "Cs") or character in _REORDERING):
             parts.append(f"<s>{ascii(character)[1:-1]}</s>")
@@ -155,7 +155,7 @@ def _text(piece: str) -> str:
 
 
 def _escape(value) -> str:
-    """A name or setting as HTML on one line."""
+    """Returns a name or setting as HTML on one line."""
     return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)), quote=False)
 
 

@@ -3,18 +3,18 @@
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-_LOOK_AHEAD = 8  # tokens: a character has at most four bytes, so its other half is never further away
+_LOOK_AHEAD = 8  # tokens: a character has at most four bytes, so its last byte is never further away
 _WIDTH = 100  # characters of a line
 
 
 def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
-    """The text of each token, such that the concatenation is exactly ``tokenizer.decode(tokens)``.
+    """Returns the text of each token, such that their concatenation is exactly ``tokenizer.decode(tokens)``.
 
-    Decoding token by token would not do: where a character's bytes lie in several tokens, each alone is invalid UTF-8.
-    A piece ends where decoding both sides apart gives the text of the whole; tokens before that get an empty piece.
+    Tokens cannot be decoded one by one: the bytes of a character may lie in several tokens, each of which is invalid
+    UTF-8. A piece ends where both sides, decoded apart, give the text of the whole; tokens before get an empty piece.
     """
     whole = tokenizer.decode(tokens)
-    for look_ahead in (_LOOK_AHEAD, len(tokens)):  # a long run of invalid bytes may be decoded by looking at all of it
+    for look_ahead in (_LOOK_AHEAD, len(tokens)):  # a long run of invalid bytes may need all of its tokens
         pieces: list[str] = []
         start = 0
         for end in range(1, len(tokens) + 1):
@@ -31,14 +31,15 @@ def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def token_table(pieces: Sequence[str], figures: Mapping[str, Sequence[str]], width: int = _WIDTH) -> str:
-    """Tokens side by side with their figures below them, in plain text; a line ends where the code's line does.
+    """Returns tokens in plain text with their figures below them; each line of code begins a new line.
 
-    Spaces are shown as a dot, line ends and what cannot be seen as escapes, a token of a character's first bytes as ~.
+    Spaces appear as a dot, line ends and invisible characters as escapes, and a token with only the first bytes of a
+    character as ~.
 
     Args:
         pieces: the tokens' texts.
-        figures: name to a text for each token, "" where it has none; names stand before the lines.
-        width: characters of a line, where its first token leaves a choice.
+        figures: name to a text for each token, "" if it has none; the names begin the lines.
+        width: characters of a line, unless a single token is longer.
     """
     rows = {"token": [_shown(piece) for piece in pieces], **figures}
     margin = max(map(len, rows)) + 1
@@ -63,5 +64,5 @@ def _shown(piece: str) -> str:
 
 
 def _columns(text: str) -> int:
-    """Columns of a terminal that a text takes: characters of East Asian scripts take two."""
+    """Returns the terminal columns that a text takes: characters of East Asian scripts take two."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
