@@ -1,4 +1,4 @@
-"""Starting the process group, the few collectives a recipe's loop needs, and waits for ranks that are slower."""
+"""The process group, the few collectives of a recipe's loop, and waits for slower ranks."""
 
 import contextlib
 import ctypes
@@ -29,7 +29,7 @@ _calls = itertools.count()
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """This process's place among all processes."""
 
     rank: int
     size: int
@@ -42,7 +42,7 @@ class World:
 
 
 def start_world(device: str, *, replicas: int = 1) -> World:
-    """Join the processes that torchrun or `tune run` started; alone, a world of one, so a recipe has one path.
+    """Joins the processes that torchrun or `tune run` started; without a launcher it makes a world of one process.
 
     Args:
         device: ``cpu`` (gloo), ``cuda`` (nccl for CUDA tensors, gloo for CPU ones), or ``auto``.
@@ -50,7 +50,7 @@ def start_world(device: str, *, replicas: int = 1) -> World:
             of one node.
 
     Raises:
-        ConfigError: CUDA asked for but absent, or replicas that do not divide the world size.
+        ConfigError: CUDA is requested but absent, or replicas do not divide the world size.
     """
     _end_with_launcher()
     if device == "auto":
@@ -77,14 +77,14 @@ def start_world(device: str, *, replicas: int = 1) -> World:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all ranks, as a new tensor; float64, so that counts and long sums stay exact."""
+    """Returns the sum over all ranks as a new float64 tensor, so that counts and long sums stay exact."""
     total = values.detach().double().clone()
     dist.all_reduce(total)
     return total
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, on every rank. Waits as :func:`wait_for_all` does."""
+    """Returns every rank's value, on every rank. It waits as :func:`wait_for_all` does."""
     wait_for_all()
     gathered: list = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
@@ -92,10 +92,10 @@ def gather_objects(value: T) -> list[T]:
 
 
 def wait_for_all() -> None:
-    """Return when every rank has come here, however late the slowest one is.
+    """Waits until every rank has called it, without a timeout.
 
-    A collective gives up after the process group's timeout, though the rank that it waits for is at work. This wait
-    ends with that rank alone: the launcher ends all processes when one dies. Python's signal handlers run in it.
+    A collective gives up after the process group's timeout even if the slow rank is at work. This wait ends early only
+    if a rank dies: the launcher then ends all processes. Python's signal handlers run during the wait.
     """
     size = dist.get_world_size()
     if size == 1:
@@ -108,17 +108,17 @@ def wait_for_all() -> None:
             time.sleep(pause)
             pause = min(0.2, 1.5 * pause)
         if dist.get_rank() == 0:
-            store.delete_key(str(number - 1))  # which nobody asks for any more
+            store.delete_key(str(number - 1))  # no rank reads it any more
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """What `work` returns, on every rank: rank 0 does it, for as long as it takes. Its error is every rank's.
+    """Calls `work` on rank 0, for as long as it takes, and returns its value on every rank.
 
     Args:
         work: returns a value that can be pickled.
 
     Raises:
-        UserError: on the other ranks, rank 0's own where it is one.
+        UserError: on the other ranks, if `work` raised on rank 0: the same error, or its message.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return work()
@@ -131,7 +131,7 @@ def on_rank_0(work: Callable[[], T]) -> T:
             _tell(store, None, told)
             until = time.monotonic() + _SECONDS_TO_READ
             while store.add("read", 0) < others and time.monotonic() < until:
-                time.sleep(0.05)  # this rank's end takes the others with it: let each say why first
+                time.sleep(0.05)  # this rank's end takes the others with it: each prints the reason first
             raise
         _tell(store, value, None)
         return value
@@ -159,20 +159,20 @@ def _tell(store: dist.Store, value: object, error: UserError | None) -> None:
 
 
 def end_world() -> None:
-    """Leave the process group, when all ranks have come here."""
+    """Leaves the process group once all ranks have called it."""
     wait_for_all()
     dist.destroy_process_group()
 
 
 def tell_failure() -> None:
-    """Let the other ranks know that this one ends with an error, before the launcher ends them."""
+    """Tells the other ranks that this one ends with an error, before the launcher ends them."""
     if dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # the store is gone with its launcher
             _store("ending").set("failed", "1")
 
 
 def a_rank_failed() -> bool:
-    """Whether a rank has ended with an error."""
+    """Returns whether a rank has ended with an error."""
     try:
         return dist.is_initialized() and _store("ending").check(["failed"])
     except RuntimeError:
@@ -181,7 +181,7 @@ def a_rank_failed() -> bool:
 
 @contextlib.contextmanager
 def _while_rank_0_lives() -> Iterator[None]:
-    """What the store of the process group refuses, as one line: without a launcher it is rank 0's and ends with it."""
+    """Turns errors of the process group's store into a UserError: without a launcher the store ends with rank 0."""
     try:
         yield
     except dist.DistError as error:
@@ -193,15 +193,15 @@ def _store(name: str) -> dist.PrefixStore:
 
 
 def _end_with_launcher() -> None:
-    """Let the kernel end this process when the launcher that started it dies, by whatever signal.
+    """Lets the kernel end this process when the launcher that started it dies by any signal.
 
-    torchrun's workers have sessions of their own: a killed launcher would leave them training, beside the next run on
+    torchrun's workers have sessions of their own: a killed launcher would leave them training, beside the next run in
     the same folder. A process that was started without a launcher outlives its shell, as `nohup` users expect.
     """
     if sys.platform != "linux" or "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have died before that, and an orphan's parent is init; or the launcher itself is process 1 of a container.
+    # The launcher may have died before that call: an orphan's parent is init, unless the launcher itself is process 1.
     if os.getppid() == 1 and not _runs_python(1):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -214,9 +214,9 @@ def _runs_python(pid: int) -> bool:
 
 
 class SharedCounters:
-    """Whole numbers, from 0, that all ranks add to: work for whoever is free, and progress over all of them.
+    """Integer counters, from 0, that all ranks add to: to share out work and to sum progress.
 
-    Unlike a collective, a call waits for no other rank. All ranks make their sets of counters in the same order.
+    Unlike a collective, a call waits for no other rank. All ranks create their counters in the same order.
     """
 
     _sets = itertools.count()
@@ -225,11 +225,11 @@ class SharedCounters:
         self._store = _store(f"counters/{next(SharedCounters._sets)}")
 
     def add(self, key: str, amount: int = 0) -> int:
-        """Add to a counter and return its new value; without an amount, its value."""
+        """Adds to a counter and returns its new value."""
         with _while_rank_0_lives():
             return self._store.add(key, amount)
 
     def take(self, key: str, stop: int) -> Iterator[int]:
-        """Numbers 0, 1, ... below ``stop``, each given to exactly one of the ranks that iterate."""
+        """Yields the numbers 0, 1, ... below ``stop``, each on exactly one of the ranks that iterate."""
         while (index := self.add(key, 1) - 1) < stop:
             yield index

@@ -1,7 +1,7 @@
-"""The errors that are for the user: what they can mend, told in one line without secrets. How an error ends a process.
+"""Errors that the user can fix, in one line without secrets, and the end of a process by an error.
 
-A recipe's `main` is decorated with :func:`clear_errors`, its work stands in :func:`ending`. An error is never caught
-on its way out, so that a debugger stops where it was raised; what is printed is decided last, by `sys.excepthook`.
+A recipe's `main` is decorated with :func:`clear_errors`, and its work runs in :func:`ending`. No error is caught on its
+way out, so a debugger stops where it was raised; `sys.excepthook` decides at the end what is printed.
 """
 
 import errno
@@ -21,20 +21,21 @@ from urllib.parse import quote
 
 
 class UserError(ValueError):
-    """Something that the user can mend: one line that names the thing, its value and the way out.
+    """A mistake that the user can fix: one line that names the thing, its value and the way out.
 
-    A recipe ends with that line alone; every other exception is a fault of code, WMTP's or the user's own, and keeps
-    its traceback (:func:`clear_errors`). A component of your own may raise it too.
+    A recipe prints only that line; every other exception is a fault of code, WMTP's or the user's own, and keeps its
+    traceback (:func:`clear_errors`). A component of your own may raise it too.
     """
 
     exit_status = 1
 
 
 class Stopped(KeyboardInterrupt):
-    """A run ended early and can go on (:mod:`wmtp.training.stopping`): its text is the last line, its exit status 75.
+    """The early end of a run that can be resumed (:mod:`wmtp.training.stopping`), with exit status 75.
 
     Args:
-        agreed: every rank ends so, when its own work is done.
+        text: the last line that is printed.
+        agreed: every rank raises it when its own work is done.
     """
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -45,19 +46,19 @@ class Stopped(KeyboardInterrupt):
 
 
 class MissingError(UserError, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 class ExistsError(UserError, FileExistsError):
-    """A file or folder that is there already and would be written over."""
+    """A file or folder that exists and would be overwritten."""
 
 
 class DiskError(UserError, OSError):
-    """A file that the machine did not write or read: a full disk, a quota, a file system that is gone."""
+    """A file that could not be written or read: a full disk, a quota, a file system that is gone."""
 
 
 def hub_hint(name: object) -> str:
-    """What to add about a path that is not there, where it is a name on the Hugging Face hub; else nothing."""
+    """Returns a hint for a path that does not exist but looks like a name on the Hugging Face hub; else ''."""
     found = re.fullmatch(r"(?:hf://|https://huggingface\.co/)?([\w-][\w.-]*/[\w-][\w.-]*)", str(name))
     if found is None:
         return ""
@@ -82,7 +83,7 @@ _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<
 
 _SECRET = re.compile(r"(^|_)(KEY|KEY_ID|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)$|PASSWORD$", re.IGNORECASE)
 _IN_URL = re.compile(r"(?<=://)[^/\s@:]*:[^/\s@]*(?=@)")
-_SHORTEST_SECRET = 8  # a shorter value is a word: to mask it would mangle the text, and no service gives out such a key
+_SHORTEST_SECRET = 8  # shorter values are words: masking them would mangle texts, and no service issues such keys
 _MASK = "***"
 
 _output_dir: Path | None = None
@@ -91,35 +92,35 @@ _other_folders: set[Path] = set()  # that this process may write to
 
 
 def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:
-    """Tell where this process's tracebacks go: ``error_rank0.txt`` in a folder that is the run's own.
+    """Sets the run's folder as the place of this process's tracebacks: ``error_rank0.txt``.
 
     Args:
-        resumes: whether the recipe can go on with what the folder holds.
+        resumes: whether the recipe can resume from the folder.
     """
     global _output_dir, _resumes
     _output_dir, _resumes = output_dir, resumes
 
 
 def may_fill(folder: Path) -> Path:
-    """Returns a folder, which from now on may be the one meant where an error of a full disk names none."""
+    """Returns a folder, and remembers it as one that a disk error without a path may be about."""
     _other_folders.add(folder)
     return folder
 
 
 def is_traceback(path: Path) -> bool:
-    """Whether a file of an output_dir is one that :func:`keep_tracebacks` made: no sign of a run."""
+    """Returns whether a file of an output_dir is a traceback of :func:`keep_tracebacks`, which is no sign of a run."""
     return re.fullmatch(r"error_rank\d+\.txt", path.name) is not None
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Let the error that ends this process be the last thing on the screen, and its exit status be 1.
+    """Makes the error that ends this process the last thing on the screen, with exit status 1.
 
-    A :class:`UserError`, and what the machine refused (a full disk, a file that may not be read), is one line. Every
-    other error keeps its traceback, as it is the code's: WMTP's, a library's, or what someone has just written. The
-    traceback of either kind is in ``output_dir`` too; WMTP_TRACEBACK=1 shows it. Under a launcher one rank of a node
-    speaks, the first to fail, and the launcher repeats it (:mod:`wmtp.training.launcher`). Ctrl-C, where no
-    :func:`wmtp.training.stopping.stopping` takes it, is one line and status 130.
+    A :class:`UserError`, a full disk or an unreadable file is one line. Every other error is a fault of code (WMTP's, a
+    library's, or the user's own) and keeps its traceback. All tracebacks are also written to ``output_dir``, and
+    WMTP_TRACEBACK=1 shows them. Under a launcher only the first rank of a node to fail prints, and the launcher repeats
+    its line (:mod:`wmtp.training.launcher`). Ctrl-C outside :func:`wmtp.training.stopping.stopping` is one line and
+    status 130.
     """
     before = sys.excepthook
     sys.excepthook = _end
@@ -129,9 +130,9 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
-    """Call ``cleanup`` with how the work inside ended: FINISHED, KILLED (Ctrl-C) or FAILED; the error goes on.
+    """Calls ``cleanup`` with the end of the work inside: FINISHED, KILLED (Ctrl-C) or FAILED. Errors pass through.
 
-    What goes wrong in the clean-up of a run that has failed is said, and does not hide why it failed.
+    An error in the clean-up of a run that has failed is printed and does not hide the first one.
     """
     try:
         yield
@@ -147,26 +148,26 @@ def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
 
 
 def mask_secrets(text: str) -> str:
-    """Returns the text with ``***`` in the place of each secret.
+    """Returns the text with ``***`` in place of each secret.
 
-    A secret is the value, of 8 characters or more, of an environment variable named like one (``*_KEY``, ``*_KEY_ID``,
-    ``*_SECRET``, ``*_TOKEN``, ``*PASSWORD``), as it is or percent-encoded, and the ``user:password`` of a URL.
+    A secret is a value of 8 or more characters of an environment variable named ``*_KEY``, ``*_KEY_ID``, ``*_SECRET``,
+    ``*_TOKEN`` or ``*PASSWORD``, plain or percent-encoded, and the ``user:password`` of a URL.
     """
     values = {value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET}
     values |= {quote(value, safe="") for value in values}
-    for value in sorted(values, key=len, reverse=True):  # one may hold another
+    for value in sorted(values, key=len, reverse=True):  # one may contain another
         text = text.replace(value, _MASK)
     return _IN_URL.sub(_MASK, text)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line, without secrets; its class where it says nothing."""
+    """Returns an error's message on one line, secrets masked; its class if the message is empty."""
     return mask_secrets(" ".join(str(error).split())) or type(error).__name__
 
 
 @contextmanager
 def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
-    """Make one line of what a part that knows nothing of users refuses, such as the sandbox."""
+    """Turns errors of these kinds into a UserError, for parts that know none, such as the sandbox."""
     try:
         yield
     except kinds as error:
@@ -174,29 +175,29 @@ def as_user_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def raised_in(error: BaseException) -> str:
-    """The file of the innermost frame that is no library's: it is WMTP's, or the user's own."""
+    """Returns the file of the innermost frame in WMTP's or the user's own code; '' if there is none."""
     own = [frame.filename for frame in traceback.extract_tb(error.__traceback__) if not _is_library(frame.filename)]
     return own[-1] if own else ""
 
 
 def disk_fault(error: BaseException, *folders: Path) -> str | None:
-    """What the disk refused, with path and free bytes, where that is the error's cause; else None.
+    """Returns the fault of the disk that caused an error, with path and free bytes; None for other errors.
 
     Args:
-        error: an OSError, or what torch, safetensors or SQLite made of one.
-        folders: where it was written, for errors that do not say: by default output_dir, the working folder or one of
-            :func:`may_fill`, whichever has the least room.
+        error: an OSError, or one that torch, safetensors or SQLite raised because of it.
+        folders: candidates for errors without a path; by default output_dir, the working folder and those of
+            :func:`may_fill`. The one with the least room is named.
     """
     for cause in _causes(error):
         number = cause.errno if isinstance(cause, OSError) else None
         if number == errno.ENOTCONN and not cause.filename:  # type: ignore[attr-defined]
-            continue  # a socket's; a file system in user space has it too
+            continue  # of a socket; with a path it is of a file system in user space
         text = str(cause)
-        if number is None and (match := re.search(r"\(os error (\d+)\)", text)):  # safetensors and other Rust
+        if number is None and (match := re.search(r"\(os error (\d+)\)", text)):  # from safetensors and other Rust code
             number = int(match[1])
         if "database or disk is full" in text:
             number = errno.ENOSPC
-        torn = re.search(r"PytorchStreamWriter failed|unexpected pos", text)  # torch.save: not what its writer met
+        torn = re.search(r"PytorchStreamWriter failed|unexpected pos", text)  # torch.save hides the cause
         said = "a file could not be written whole" if torn else _OF_THE_DISK.get(number or 0)
         if said is not None:
             named = [Path(os.fsdecode(cause.filename))] if isinstance(cause, OSError) and cause.filename else []
@@ -208,14 +209,14 @@ def disk_fault(error: BaseException, *folders: Path) -> str | None:
 
 
 def cannot_be_read(error: Exception, path: str | Path, otherwise: str, doubt: str = "") -> str:
-    """One line on a file that cannot be read. A fault of the disk, or of rights, has a way out of its own.
+    """Returns one line on a file that cannot be read. Faults of the disk and missing rights have their own way out.
 
     Args:
         otherwise: the way out of every other fault.
-        doubt: what may be wrong with the file's bytes, where it is not the path that is at fault.
+        doubt: the suspected fault of the file's content, left out if its path is at fault.
     """
     lost = isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE)
-    if fault := disk_fault(error, *[Path(path)] * lost):  # else it was a copy, in the cache, that could not be written
+    if fault := disk_fault(error, *[Path(path)] * lost):  # if not lost, a copy in the cache could not be written
         return f"{fault}; mend that, or {otherwise}"
     why = one_line(error)[:200]
     if isinstance(error, OSError) and error.strerror:
@@ -230,21 +231,21 @@ def cannot_be_read(error: Exception, path: str | Path, otherwise: str, doubt: st
 
 
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
-    """What `sys.excepthook` does in a recipe. Whatever goes wrong in it, the process ends."""
+    """Prints an error and ends the process, as a recipe's `sys.excepthook`; even if printing fails."""
     try:
         _say(error)
-    except Exception:  # the screen is gone, or the error's own text is an error
+    except Exception:  # the screen is gone, or str(error) raises
         with suppress(Exception):
             print(_text(error), end="", file=sys.__stderr__, flush=True)
     finally:
         if not (sys.flags.interactive or sys.flags.inspect):
-            # A rank that fails alone must not wait for its peers in a finaliser: the launcher ends them.
+            # A rank that fails alone must not wait for others in a finaliser: the launcher ends them.
             interrupted = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
             os._exit(getattr(error, "exit_status", interrupted))
 
 
 def _say(error: BaseException) -> None:
-    screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook puts a buffer in the place of sys.stderr
+    screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook replaces sys.stderr with a buffer
     file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")
     in_order = isinstance(error, KeyboardInterrupt)
@@ -269,7 +270,7 @@ def _say(error: BaseException) -> None:
 
 
 def line_for_user(error: BaseException) -> str | None:
-    """The one line that an error is for the user; None where its traceback is what they need."""
+    """Returns an error's one line for the user; None if they need its traceback."""
     goes_on = _resumes and _output_dir is not None and os.path.exists(_output_dir / "config.yaml")
     resume = f"resume=true goes on from what is complete in {_output_dir}"
     if isinstance(error, Stopped):
@@ -290,9 +291,9 @@ def _text(error: BaseException) -> str:
 
 
 def _keep(error: BaseException) -> Path | None:
-    """Write an error's traceback into output_dir, once; the file, None where there is none."""
+    """Writes an error's traceback into output_dir, once. Returns the file, or None."""
     kept = getattr(error, "_wmtp_kept", None)
-    # A mistake that is found before the run begins leaves no trace on disk.
+    # A mistake that is found before the run begins writes nothing to disk.
     told_early = isinstance(error, UserError | KeyboardInterrupt)
     if kept or _output_dir is None or isinstance(error, Stopped):
         return kept
@@ -311,7 +312,7 @@ def _keep(error: BaseException) -> Path | None:
 
 
 def _is_first() -> bool:
-    """Whether no other rank of this node has spoken. Rank 0, with the same error a little later, goes first."""
+    """Returns whether no other rank of this node has printed. Others wait a moment, so that rank 0 goes first."""
     reply = os.environ.get("TORCHELASTIC_ERROR_FILE")
     spoken = None if reply is None else Path(reply).parents[1] / "wmtp_error"  # of this node's ranks and this attempt
     if os.environ.get("RANK", "0") != "0":
@@ -327,14 +328,14 @@ def _is_first() -> bool:
 
 
 def _end_progress_bars() -> None:
-    """Leave the line of a progress bar, which would share it with the error, and be drawn again after it."""
+    """Closes progress bars, which would share a line with the error and be drawn again after it."""
     if "tqdm" in sys.modules:
         for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
             bar.close()
 
 
 def _reply(line: str) -> None:
-    """Tell the launcher, in torch's format; `wmtp` is the line that it ends with, empty where another rank's is it."""
+    """Passes the line to the launcher in torch's format; `wmtp` is its last line, empty if another rank has one."""
     reply = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if reply is None:
         return
@@ -344,7 +345,7 @@ def _reply(line: str) -> None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it came of, and what of it other ranks met (torch's CheckpointException)."""
+    """Yields an error, its causes, and those of other ranks (in torch's CheckpointException)."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -363,11 +364,11 @@ def _free_bytes(path: Path) -> int:
     try:
         there = next(at for at in (path.absolute(), *path.absolute().parents) if os.path.exists(at))
         return shutil.disk_usage(there).free
-    except OSError:  # the one that does not answer
+    except OSError:  # the file system does not answer
         return 0
 
 
 def _is_library(file: str) -> bool:
     if file.startswith(_WMTP):
-        return file.startswith(_WMTP + "sandbox")  # which stands alone and knows no error of ours
+        return file.startswith(_WMTP + "sandbox")  # it imports nothing of WMTP, so it raises no UserError
     return file.startswith(_LIBRARIES) or "/site-packages/" in file or "/dist-packages/" in file

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, their hashes and manifests, and locks between processes."""
+"""Atomic writes of files and folders, their hashes and manifests, and locks between processes."""
 
 import fcntl
 import hashlib
@@ -12,11 +12,11 @@ from pathlib import Path
 from wmtp.errors import UserError, may_fill
 
 MANIFEST = "manifest.json"
-UNFINISHED = ".tmp"  # how the name of what is being written ends
+UNFINISHED = ".tmp"  # suffix of a file or folder that is being written
 
 
 def cache_folder() -> Path:
-    """Returns where what is fetched or made once is kept: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
+    """Returns the folder for data that is fetched or computed once: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
     return may_fill(Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp"))
 
 
@@ -27,7 +27,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Returns once a file's content, or a folder's names, are on disk."""
+    """Waits until a file's content, or a folder's names, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,7 +36,7 @@ def sync(path: Path) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Returns the name to write a file or a folder under until :func:`publish`; a killed process's remains go."""
+    """Returns the path to write a file or a folder to before :func:`publish`; removes a killed process's remains."""
     written = path.with_name(path.name + UNFINISHED)
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(written, ignore_errors=True)
@@ -44,7 +44,7 @@ def unfinished(path: Path) -> Path:
 
 
 def publish(written: Path, path: Path) -> None:
-    """Gives a written file or folder its name, once it is on disk; the name is on disk too when this returns."""
+    """Renames a written file or folder to its final path. Content and name are on disk when this returns."""
     for part in (*written.rglob("*"), written):
         sync(part)
     os.replace(written, path)
@@ -52,18 +52,18 @@ def publish(written: Path, path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file in UTF-8 so that whatever ends the process leaves the old one or the new one, whole."""
+    """Writes a text file in UTF-8 atomically: a killed process leaves the old or the new file whole."""
     written = unfinished(path)
     written.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     publish(written, path)
 
 
 def take_lock(path: Path, *, shared: bool = False, wait: bool = True) -> int | None:
-    """Locks a file, which is made where it is absent and stays. Any thread or process of the host can wait for it.
+    """Locks a file, which is created if absent and never removed, against all other threads and processes of the host.
 
     Returns:
-        a descriptor: the lock ends when it is closed, or with the process; None where another has the lock and ``wait``
-        is False.
+        A descriptor: the lock ends when it is closed, or with the process. None if another has the lock and ``wait`` is
+        False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -77,7 +77,7 @@ def take_lock(path: Path, *, shared: bool = False, wait: bool = True) -> int | N
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[bool]:
-    """Holds :func:`take_lock` for a block; gives whether it was free."""
+    """Holds :func:`take_lock` for a block; yields whether the lock was free."""
     descriptor = take_lock(path, shared=shared, wait=wait)
     try:
         yield descriptor is not None
@@ -87,7 +87,7 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[b
 
 
 def write_manifest(folder: Path) -> dict[str, dict]:
-    """Lists every file with its size and SHA-256, all of it on disk when this returns. Returns what was listed."""
+    """Writes a folder's manifest: each file's size and SHA-256, and returns it. All is on disk when this returns."""
     files: dict[str, dict] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
         sync(path)
@@ -99,7 +99,7 @@ def write_manifest(folder: Path) -> dict[str, dict]:
 
 
 def flat_manifest(file: Path) -> dict[str, dict] | None:
-    """Returns what a manifest says of each file; None where it is gone, or a file of that name of another kind."""
+    """Returns a manifest's entry for each file; None if it is gone, or not one of :func:`write_manifest`."""
     try:
         entries = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -109,7 +109,7 @@ def flat_manifest(file: Path) -> dict[str, dict] | None:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Holds every file against the manifest.
+    """Compares every file with the manifest.
 
     Raises:
         ValueError: no manifest, or a file that is missing, of another size, or of other content.

@@ -1,4 +1,4 @@
-"""Building what a section of a config names, with its keys checked by name."""
+"""Building of the components that a config's sections name, with their keys checked by name."""
 
 import functools
 import importlib
@@ -16,7 +16,7 @@ from torchtune.config._utils import _get_component_from_path
 from wmtp.config.reader import ConfigError, as_number, unknown_key, whole_number
 from wmtp.errors import UserError, one_line, raised_in
 
-_MOVED_TO = {  # where components were named before, and where they are
+_MOVED_TO = {  # earlier modules of components, and the rooms that have them now
     "wmtp.data": ("wmtp.eval", "wmtp.critic", "wmtp.pretrained"),
     "wmtp.lr_schedule": ("wmtp.training.lr_schedule",),
     "wmtp.model_card": ("wmtp.registry.card",),
@@ -25,20 +25,19 @@ _MOVED_TO = {  # where components were named before, and where they are
 
 
 def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> Any:
-    """Call a section's `_component_` with its keys, after checking them by name; no section gives None.
+    """Calls a section's `_component_` with its keys, after checking them by name. No section gives None.
 
     A function of ``signals`` is a weighting itself: it is not called, its other keys are fixed (functools.partial).
-    Sections with a `_component_` among its keys, at any depth of plain sections, are built first, with the same checks,
-    as ``where.key``.
+    Sections below this one that have a `_component_` are built first, with the same checks, as ``where.key``.
 
     Args:
         section: config with a `_component_` dot path; its other keys are keyword arguments.
         where: the section's name, for messages.
-        *args, **kwargs: what the recipe itself passes.
+        *args, **kwargs: arguments of the recipe's own.
 
     Raises:
-        ConfigError: component not found, key unknown or missing, or a value that WMTP or a library refused. What is
-            raised in code of the user's own, which is neither, is theirs and comes as it is.
+        ConfigError: component not found, key unknown or missing, or a value that WMTP or a library refused. Errors
+            raised in the user's own code pass unchanged.
     """
     if section is None:
         return None
@@ -62,7 +61,7 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     try:
         return component(*args, **{**values, **kwargs})
     except UserError as error:
-        # What a component says about one of its own keys gets the key's full name: weighting.method.percentile.
+        # A message about one of the component's own keys gets the key's full name: weighting.method.percentile.
         if str(error).split(" ", 1)[0] in section:
             raise ConfigError(f"{where}.{one_line(error)}") from error
         raise
@@ -73,18 +72,17 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
 
 
 def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
-    """The class or function that a section's `_component_` names.
+    """Returns the class or function that a section's `_component_` names.
 
     Raises:
-        ConfigError: none is named, or it cannot be found. An error of the module itself, which is the user's own, comes
-            as it is.
+        ConfigError: none is named, or it cannot be found. An error inside the module passes unchanged.
     """
     path = section.get("_component_")
     if path is None:
         raise ConfigError(f"{where} has no _component_: name the class or function to build, as a dot path")
     if not isinstance(path, str):
         raise ConfigError(f"{where}._component_ must be the dot path of a class or function, got {path!r}")
-    if os.getcwd() not in sys.path:  # a user's own module, beside where the recipe is started
+    if os.getcwd() not in sys.path:  # for the user's own modules in the working directory
         sys.path.append(os.getcwd())
     try:
         component = _get_component_from_path(path)
@@ -104,7 +102,7 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
 
 
 def _moved(path: str) -> str | None:
-    """Where a component of WMTP is that an older config names elsewhere; None for all others."""
+    """Returns a hint where a component of an older config is now; None if WMTP has not moved it."""
     folder, _, name = path.rpartition(".")
     for room in _MOVED_TO.get(folder, ()):
         if hasattr(importlib.import_module(room), name):
@@ -115,12 +113,12 @@ def _moved(path: str) -> str | None:
 def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(component, eval_str=True).parameters
-    except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation that is only there for a type checker
+    except (NameError, AttributeError, TypeError, SyntaxError):  # an annotation that only a type checker can resolve
         return inspect.signature(component).parameters
 
 
 def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
-    """A value as a number where its parameter takes nothing else, by its annotation or default; also inside lists."""
+    """Returns a value as a number if its parameter's annotation or default takes only numbers; also inside lists."""
     kinds = _kinds(parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default))
     if not kinds & {"int", "float"} or not kinds <= {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}:
         return value
@@ -136,7 +134,7 @@ def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
 
 
 def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
-    """A text is a sequence of letters to Python, but no list of names to whoever writes a config; nor is a list one."""
+    """Refuses a text for a parameter that takes a list, of whose letters Python would make one, and the reverse."""
     annotation = parameter.annotation
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     kinds = {get_origin(option) or option for option in options}
@@ -147,13 +145,13 @@ def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -
 
 
 def _kinds(annotation: Any) -> set[str]:
-    """Names of the types that an annotation is made of: int, float and NoneType of ``list[int | float] | None``."""
+    """Returns the names of the types in an annotation: int, float and NoneType of ``list[int | float] | None``."""
     parts = annotation if isinstance(annotation, list) else get_args(annotation)
     return set().union(*map(_kinds, parts)) if parts else {getattr(annotation, "__name__", type(annotation).__name__)}
 
 
 def _built(value: Any, where: str) -> Any:
-    """A config value as plain Python, with what its sections name built."""
+    """Returns a config value as plain Python, with the components of its sections built."""
     if not OmegaConf.is_dict(value):
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if "_component_" in value:

@@ -1,4 +1,4 @@
-"""A recipe's config from its file, the files that it starts from, and the command line; how two configs differ."""
+"""A recipe's config from its file, the files in its `defaults`, and the command line; differences of two configs."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ from wmtp.errors import mask_secrets, one_line
 
 
 def parse(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-    """Decorates a recipe's `main`: it is called with the config of :func:`read_command_line`."""
+    """Decorates a recipe's `main` to call it with the config of :func:`read_command_line`."""
 
     @functools.wraps(main)
     def wrapper() -> None:
@@ -27,16 +27,16 @@ def parse(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
 
 
 def read_command_line(arguments: Sequence[str], about: str | None = None) -> DictConfig:
-    """The config of ``--config file.yaml``, with the command line's changes, in their order.
+    """Returns the config of ``--config file.yaml``, with the command line's changes, in their order.
 
-    ``key=value`` sets a (dotted) key to a YAML value, which may hold further ``=``; where the key is a section, a text
-    is its new `_component_`. ``~key`` removes a key.
+    ``key=value`` sets a (dotted) key to a YAML value, which may contain further ``=``; a text for a section sets its
+    `_component_`. ``~key`` removes a key.
 
     Args:
-        about: what ``--help`` shows.
+        about: text for ``--help``.
 
     Raises:
-        ConfigError: the file is no config, or an argument is no change of one.
+        ConfigError: the file is no config, or an argument is no change of a key.
     """
     parser = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -58,20 +58,20 @@ def read_command_line(arguments: Sequence[str], about: str | None = None) -> Dic
 
 
 def load(path: str | os.PathLike[str]) -> DictConfig:
-    """Returns the keys of a config file, on top of those of the files that its `defaults` names.
+    """Returns the keys of a config file, merged over those of the files that its `defaults` names.
 
-    `defaults` is a path from the file's folder, or a list of them, of which later ones go on top; they may have
-    `defaults` themselves. Sections are taken key by key; one that names another `_component_` begins anew. ``~key:``,
-    with no value, removes a key that they have.
+    `defaults` is a path relative to the file's folder, or a list of paths, of which later ones win; these files may
+    have `defaults` too. Sections are merged key by key, but a section with another `_component_` replaces the earlier
+    one. ``~key:``, with no value, removes a key of theirs.
 
     Raises:
-        ConfigError: a file cannot be read, is no config, or starts from itself; a key to remove is not there.
+        ConfigError: a file cannot be read, is no config, or starts from itself; a key to remove does not exist.
     """
     return OmegaConf.create(_load(Path(path).expanduser(), ()))
 
 
 def _load(file: Path, after: tuple[Path, ...]) -> dict:
-    """Returns a file's keys, and those that it starts from; `after` are the files that start from it."""
+    """Returns a file's keys merged over its `defaults`; `after` are the files that lead to it."""
     name = f"--config {file}" if not after else f"{file}, which {after[-1]} starts from (defaults),"
     if any(file.resolve() == other.resolve() for other in after):
         raise ConfigError(f"{after[0]} starts from itself (defaults): {' -> '.join(map(str, [*after, file]))}")
@@ -93,7 +93,7 @@ def _load(file: Path, after: tuple[Path, ...]) -> dict:
 
 
 def _on_top(base: dict, keys: dict, where: str) -> dict:
-    """Returns `base` with `keys` put on top, in the order of `base`."""
+    """Returns `keys` merged over `base`, in the order of `base`."""
     merged = dict(base)
     for key, value in keys.items():
         old = merged.get(key)
@@ -134,11 +134,11 @@ def _change(cfg: DictConfig, change: str) -> None:
 
 
 def config_changes(before: Mapping | None, now: DictConfig) -> str:
-    """What a run that goes on does otherwise: `` with max_steps 20 -> 40, optimizer.lr 0.003 -> 0.001``, or ''.
+    """Returns the changes of a resumed run: `` with max_steps 20 -> 40, optimizer.lr 0.003 -> 0.001``, or ''.
 
     Args:
-        before: the config of its checkpoint, None where it holds none.
-        now: the config; its keys resume and overwrite say nothing about the run.
+        before: the config of its checkpoint, None if it holds none.
+        now: the config; its keys resume and overwrite do not count.
     """
     if before is None:
         return ""
@@ -148,7 +148,7 @@ def config_changes(before: Mapping | None, now: DictConfig) -> str:
 
 
 def differences(before: Mapping, after: Mapping, prefix: str = "") -> list[str]:
-    """Each (dotted) key whose value differs, with both values, short and without secrets; an absent one is null."""
+    """Returns each (dotted) key whose value differs, with both values, short and masked; an absent one is null."""
     found = []
     for key in dict.fromkeys([*before, *after]):
         old, new = before.get(key), after.get(key)

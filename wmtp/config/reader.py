@@ -1,4 +1,4 @@
-"""Reading a recipe's config strictly: every value is checked where it is read, and a key nobody read is an error."""
+"""Strict reading of a recipe's config: each value is checked when it is read, and an unread key is an error."""
 
 import difflib
 import math
@@ -14,21 +14,21 @@ from wmtp.errors import UserError, one_line
 
 
 class ConfigError(UserError):
-    """A config that cannot be run: one line saying which key, its value, and what is allowed."""
+    """A config that cannot be run: one line with the key, its value, and the allowed values."""
 
 
 class StopTraining(UserError):
-    """Training cannot go on: one line saying at which step, why, and what to look at."""
+    """Training that cannot go on: one line with the step, the reason, and a place to look."""
 
 
 _REQUIRED = object()
 
 
 class ConfigReader:
-    """Typed access to a config's keys. Call :meth:`done` when all are read: what nobody read is a misspelt key.
+    """Typed access to a config's keys. :meth:`done` is called once all are read: an unread key is a misspelt one.
 
-    A recipe that reads a new key allows it; there is no schema to keep beside the code. Texts that begin with ``~/``
-    are paths in the home folder, everywhere in the config. A number in quotes is that number.
+    A recipe allows a key by reading it; there is no schema beside the code. Texts that begin with ``~/`` are paths in
+    the home folder, everywhere in the config. A number in quotes is that number.
     """
 
     def __init__(self, cfg: DictConfig) -> None:
@@ -41,7 +41,7 @@ class ConfigReader:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
-        """The value of a (dotted) key; `default` where it is absent or null, an error if there is none."""
+        """Returns the value of a (dotted) key, or `default` if it is absent or null; raises if there is no default."""
         self._read.add(key.split(".")[0])
         value = OmegaConf.select(self._cfg, key)
         if value is not None:
@@ -54,7 +54,7 @@ class ConfigReader:
         self, key: str, default: Any = _REQUIRED, *, above: float = -math.inf, minimum: float = -math.inf,
         maximum: float = math.inf,
     ) -> float | None:  # fmt: skip
-        """A finite real number in the given range; None only if that is the default."""
+        """Returns a finite number in the given range; None only if that is the default."""
         value = as_number(self.get(key, default))
         if value is None:
             return None
@@ -67,7 +67,7 @@ class ConfigReader:
         return float(value)
 
     def integer(self, key: str, default: Any = _REQUIRED, *, minimum: int = 0) -> int | None:
-        """A whole number >= minimum; None only if that is the default."""
+        """Returns a whole number >= minimum; None only if that is the default."""
         value = whole_number(as_number(self.get(key, default)))
         if value is None:
             return None
@@ -84,7 +84,7 @@ class ConfigReader:
         whole: bool = False,
         distinct: bool = True,
     ) -> list[float] | None:
-        """A list of one or more finite numbers >= minimum, different or whole ones if asked; None only by default."""
+        """Returns a list of one or more finite numbers >= minimum; None only if that is the default."""
         values = self.get(key, default)
         if values is None:
             return None
@@ -107,14 +107,14 @@ class ConfigReader:
         return value
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
-        """true or false."""
+        """Returns True or False."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise ConfigError(f"{key} must be true or false, got {value!r}")
         return value
 
     def choice(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
-        """The option the value names; null is the default, or None where that is an option."""
+        """Returns the option that the value names; null means the default, or None if that is an option."""
         value = self.get(key, default)
         if None in options.values() and key in self._cfg and self._cfg[key] is None:
             return None
@@ -129,21 +129,21 @@ class ConfigReader:
         raise ConfigError(f"{key} must be one of {', '.join(reversed(names.values()))}, got {got}")
 
     def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
-        """A nested part of the config, to be given to :func:`build`."""
+        """Returns a section of the config, for :func:`build`."""
         value = self.get(key, None if optional else _REQUIRED)
         if value is not None and not OmegaConf.is_dict(value):
             raise ConfigError(f"{key} must be a section with a _component_, got {value!r}")
         return value
 
     def done(self) -> None:
-        """Refuse keys that nobody read."""
+        """Refuses keys that were not read."""
         unread = [str(key) for key in self._cfg if key not in self._read]
         if unread:
             raise ConfigError("; ".join(unknown_key(key, self._read, "config") for key in unread))
 
 
 def as_number(value: Any) -> Any:
-    """The number that a text is, such as '1e-5' in quotes; anything else as it is."""
+    """Returns the number that a text spells, such as '1e-5' in quotes; anything else unchanged."""
     if not isinstance(value, str):
         return value
     for kind in (int, float):
@@ -154,7 +154,7 @@ def as_number(value: Any) -> Any:
 
 
 def whole_number(value: Any) -> Any:
-    """1e5 is the whole number that it is, though YAML reads a float."""
+    """Returns a float without a fraction, such as 1e5 in YAML, as an int; anything else unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -168,7 +168,7 @@ def _expand_home(node: Any) -> None:
 
 
 def unknown_key(key: str, known: set[str], where: str) -> str:
-    """What to say of a key that nobody knows: the nearest one, or all there are."""
+    """Returns the message for an unknown key, with the nearest known one, or with all."""
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
     return f"unknown key {key!r} in {where}; {hint}"
