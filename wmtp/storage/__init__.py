@@ -1,6 +1,6 @@
-"""Paths that may be local or `s3://`: what a run reads is mirrored into a cache, what it writes is uploaded.
+"""Paths that may be local or `s3://`: a run's inputs are mirrored into a cache, its outputs are uploaded.
 
-S3's code is imported here, by the functions that are given a path in S3, and nowhere else.
+Only these functions import the code for S3, once they are given a path in S3.
 """
 
 import os
@@ -16,13 +16,12 @@ __all__ = ["Output", "StorageError", "check_inputs", "is_remote", "local_copy", 
 
 
 def local_copy(path: str | Path) -> Path:
-    """Returns the local path of what a config names.
+    """Returns the local path of a file or folder that a config names.
 
     Args:
-        path: a local path, which is returned as it is where it exists; ``s3://bucket/key`` of an object or of a folder,
-            which is mirrored into the cache (``$WMTP_CACHE``) and comes from there; or a relative local path that does
-            not exist, which is looked for below ``$WMTP_MIRROR`` (``s3://bucket/prefix``) where that is set. A local
-            path that is nowhere is returned too: what is said about it is the caller's.
+        path: a local path, or ``s3://bucket/key`` of an object or a folder, which is mirrored into the cache
+            (``$WMTP_CACHE``). A relative local path that does not exist is looked for below ``$WMTP_MIRROR``
+            (``s3://bucket/prefix``), if that is set. A path that exists nowhere is returned too: the caller reports it.
 
     Raises:
         StorageError: S3 has no such object, refuses it, does not answer, or its content arrives corrupt.
@@ -40,11 +39,11 @@ def local_copy(path: str | Path) -> Path:
 
 
 def output_of(output_dir: str, folder: Path | None = None) -> Output:
-    """Returns the folder where a run writes.
+    """Returns the output folder of a run.
 
     Args:
-        output_dir: a local folder, or ``s3://bucket/prefix``, which is worked on in a folder below the cache.
-        folder: that folder, by hand.
+        output_dir: a local folder, or ``s3://bucket/prefix``, whose local folder lies below the cache.
+        folder: another local folder.
     """
     if not is_remote(output_dir):
         return Output(folder or Path(output_dir))
@@ -57,7 +56,7 @@ def check_inputs(cfg: DictConfig | None) -> None:
     """Refuses a config with a path in S3 that cannot be read; outputs and tracking are checked elsewhere.
 
     Raises:
-        StorageError: it names the path's key.
+        StorageError: names the path's key.
     """
     if cfg is None:
         return

@@ -1,4 +1,4 @@
-"""By hand: `python -m wmtp.storage get s3://bucket/key`; `upload <folder> s3://bucket/prefix` after a failed one."""
+"""Downloads and uploads by hand: `python -m wmtp.storage get s3://bucket/key`, `upload <folder> s3://bucket/prefix`."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     get = commands.add_parser("get", help="mirror an object or folder into the cache and print where it is")
     get.add_argument("uri")
-    send = commands.add_parser("upload", help="upload what of a run's folder is not in S3 yet, manifests last")
+    send = commands.add_parser(
+        "upload", help="upload the files of a run's folder that are not in S3 yet, manifests last"
+    )
     send.add_argument("folder", type=Path)
     send.add_argument("uri")
     args = parser.parse_args()

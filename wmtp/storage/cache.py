@@ -1,10 +1,10 @@
 """The cache of mirrored objects: contents by their SHA-256, folders of links to them, locks, and a size limit.
 
 $WMTP_CACHE/s3/blobs/<sha256>            contents, read-only
-               index/<object>.json       what an object's content was: ETag, size, SHA-256, the blob's mtime
-               trees/<digest>/<name>     a mirrored file or folder: hard links to blobs, there by a rename
-               partial/                  what is being fetched
-               locks/                    locked files; they stay, and are empty
+               index/<object>.json       an object's ETag, size, SHA-256, and its blob's mtime
+               trees/<digest>/<name>     a mirrored file or folder: hard links to blobs, appears by a rename
+               partial/                  downloads under way
+               locks/                    empty files to lock; they are never removed
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from wmtp.storage.names import StorageError
 from wmtp.storage.s3 import RemoteFile, endpoint_url
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_used: dict[Path, int | None] = {}  # trees this process uses: descriptors of their locks, held shared to its end
+_used: dict[Path, int | None] = {}  # trees this process uses: descriptors of their shared locks, held until it ends
 
 
 def size_limit() -> int | None:
-    """Bytes that mirrored objects may take: ``$WMTP_CACHE_LIMIT``, such as ``200GB``; None is no limit.
+    """Returns the bytes that mirrored objects may take: ``$WMTP_CACHE_LIMIT``, such as ``200GB``; None is no limit.
 
     Raises:
-        StorageError: no such size.
+        StorageError: the variable is not a size.
     """
     text = os.environ.get("WMTP_CACHE_LIMIT", "").strip()
     if not text:
@@ -41,19 +41,19 @@ def size_limit() -> int | None:
 
 
 class Cache:
-    """The mirrored objects below one folder, for all processes of a host."""
+    """The mirrored objects below the cache folder, shared by all processes of a host."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = (folder or cache_folder()) / "s3"
+    def __init__(self) -> None:
+        self._folder = cache_folder() / "s3"
         for name in ("blobs", "index", "trees", "partial"):
             (self._folder / name).mkdir(parents=True, exist_ok=True)
 
     # ---- one object
 
     def digest_of(self, file: RemoteFile) -> str | None:
-        """SHA-256 of an object's content, where it is here and whole; None where it must be fetched.
+        """Returns the SHA-256 of an object's content if the cache has it whole; None if it must be fetched.
 
-        Size and mtime are looked at; where they are not as noted, the whole content is.
+        Size and mtime are compared with the index; if the mtime differs, the content is hashed again.
         """
         try:
             entry = json.loads(self._index(file).read_text())
@@ -71,11 +71,11 @@ class Cache:
         if stat.st_size == entry["bytes"] and file_sha256(blob) == entry["sha256"]:
             self.note(file, entry["sha256"])
             return entry["sha256"]
-        blob.unlink(missing_ok=True)  # somebody wrote into it; trees that link to it are made anew
+        blob.unlink(missing_ok=True)  # somebody wrote into it; trees that link to it are built again
         return None
 
     def note(self, file: RemoteFile, sha256: str) -> None:
-        """Write down what an object's content is."""
+        """Records an object's ETag, size and SHA-256 in the index."""
         stat = self.blob(sha256).stat()
         entry = {"uri": file.uri, "etag": file.etag, "bytes": file.num_bytes, "sha256": sha256}
         written = self._index(file).with_suffix(f".{os.getpid()}.tmp")
@@ -86,12 +86,12 @@ class Cache:
         return self._folder / "blobs" / sha256
 
     def partial(self, file: RemoteFile) -> Path:
-        """Where an object is fetched to: a name of its own for each of its contents."""
+        """Returns the path to download an object to; each version of its content has its own."""
         return self._folder / "partial" / _key(endpoint_url(), file.uri, file.etag)
 
     @contextmanager
     def fetching(self, file: RemoteFile) -> Iterator[None]:
-        """One process, and one thread of it, at a time for an object."""
+        """Holds the lock under which one thread of one process at a time fetches an object."""
         with locked(self._lock(_key("object", endpoint_url(), file.uri))):
             yield
 
@@ -101,13 +101,13 @@ class Cache:
     # ---- mirrored files and folders
 
     def tree(self, name: str, digests: dict[str, str]) -> Path:
-        """A folder whose files are these contents, or with the one name "" a file; kept while this process lives.
+        """Returns a folder of the given files, or a single file if the only name is "".
 
-        What is there is never taken away, not for a moment: other processes read it.
+        It stays while this process lives. It is never replaced, not even briefly: other processes read it.
 
         Args:
-            name: the last part of its path.
-            digests: SHA-256 of each file, at least one, by its relative name; their blobs are here.
+            name: the last part of the returned path.
+            digests: SHA-256 of each file, at least one, by its relative name; their blobs exist.
         """
         digest = _key("tree", *(f"{file} {sha256}" for file, sha256 in sorted(digests.items())))
         folder = self._folder / "trees" / digest
@@ -117,7 +117,7 @@ class Cache:
             made = folder if folder.exists() else Path(tempfile.mkdtemp(".tmp", f"{digest}.", folder.parent))
             for file, sha256 in digests.items():
                 link, new = made / name / file if file else made / name, made / ".new"
-                if not _same_file(link, self.blob(sha256)):  # not there yet, or of a blob that was damaged since
+                if not _same_file(link, self.blob(sha256)):  # missing, or a link to a blob that was damaged since
                     link.parent.mkdir(parents=True, exist_ok=True)
                     new.unlink(missing_ok=True)
                     os.link(self.blob(sha256), new)
@@ -131,24 +131,24 @@ class Cache:
         lock = self._lock(tree.name)
         if tree not in _used:
             _used[tree] = take_lock(lock, shared=True)
-        os.utime(lock)  # when it was last used
+        os.utime(lock)  # the time of the tree's last use
 
     # ---- the size limit
 
     @contextmanager
     def filling(self, num_bytes: int) -> Iterator[None]:
-        """Make room for so many bytes, then keep blobs that are in no tree yet from being removed."""
+        """Makes room for `num_bytes`, then protects blobs that are in no tree yet from removal."""
         self.make_room(num_bytes)
         with locked(self._lock("filling"), shared=True):
             yield
 
     def make_room(self, num_bytes: int = 0) -> None:
-        """Remove the trees that were used longest ago, as far as the limit needs and no process uses them."""
+        """Removes the least recently used trees that no process uses, until `num_bytes` fit under the limit."""
         limit = size_limit()
         if limit is None:
             return
         with locked(self._lock("filling"), wait=False) as ours:
-            if not ours:  # a process that is filling the cache does this when it is done
+            if not ours:  # the process that is filling the cache makes room when it is done
                 return
             trees = [tree for tree in (self._folder / "trees").iterdir() if not tree.name.endswith(".tmp")]
             for tree in sorted(trees, key=self._last_use):
@@ -160,7 +160,7 @@ class Cache:
             self._sweep()
 
     def _sweep(self) -> int:
-        """Remove blobs that no tree links to, and leftovers of killed processes; returns the bytes that stay."""
+        """Removes blobs that no tree links to and leftovers of killed processes. Returns the bytes that remain."""
         total = 0
         for torn in (self._folder / "trees").glob("*.tmp"):
             shutil.rmtree(torn)

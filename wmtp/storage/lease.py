@@ -1,4 +1,4 @@
-"""One run at a time writes a folder in S3: a lease there that is kept alive."""
+"""The lease that lets one run at a time write a folder in S3."""
 
 import hashlib
 import json
@@ -16,18 +16,14 @@ from wmtp.storage.names import StorageError, split_uri
 from wmtp.storage.s3 import ChangedError, CorruptError, client, error_code, remove, retrying
 from wmtp.storage.transfer import put_bytes
 
-_HEARTBEAT, _EXPIRY = 15.0, 60.0  # seconds; a lease that is not renewed for so long is nobody's
+_HEARTBEAT, _EXPIRY = 15.0, 60.0  # seconds between renewals, and after which an unrenewed lease is free
 
 
 class Lease:
-    """The right to write a folder in S3: an object that names the holder and changes as long as it lives.
+    """The right to write a folder in S3: an object that names the holder and is rewritten while the holder lives.
 
-    Another machine's lease counts as given up once it has not changed for a minute, by the clock of whoever looks.
-
-    Args:
-        uri: of the folder.
-        holder: this process.
-        previous: id of a holder of which it is known that it has ended.
+    Another machine's lease is free once it has not changed for a minute, by this machine's clock. That of `previous`,
+    the id of a holder that is known to have ended, is free at once.
     """
 
     def __init__(self, uri: str, holder: Holder, previous: str | None) -> None:
@@ -36,10 +32,10 @@ class Lease:
         self._beats = 0
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
-        finalize(self, self._end.set)  # the lease of a run that nobody holds any more is not renewed
+        finalize(self, self._end.set)  # a lease that was garbage-collected is not renewed
 
     def take(self) -> None:
-        """Become the writer, and stay it until :meth:`release`.
+        """Makes this process the writer until :meth:`release`.
 
         Raises:
             StorageError: a run on another machine writes there.
@@ -59,7 +55,7 @@ class Lease:
                 raise StorageError(
                     f"output_dir {self._folder} is being written by {there}; end that run, or give another output_dir"
                 )
-            now = self._there()[1]  # also where conditions are not kept: the last writer is the holder
+            now = self._there()[1]  # read back: a store that ignores conditions lets the last writer win
             if now is not None and now.id == self._holder.id:
                 break
             time.sleep(min(1.0, _HEARTBEAT / 4))
@@ -67,6 +63,7 @@ class Lease:
         self._thread.start()
 
     def release(self) -> None:
+        """Stops the renewals and removes the object, if it is still this process's."""
         self._end.set()
         if self._thread is not None:
             self._thread.join()
@@ -78,7 +75,7 @@ class Lease:
                 tqdm.write(f"the lease on {self._folder} ends by itself in a minute: {error}", sys.stderr)
 
     def renew(self) -> None:
-        """Show that the holder lives; where another has taken the lease, this process ends at once."""
+        """Renews the lease. If another process has taken it, this process ends at once."""
         try:
             etag, there = self._there()
             if there is not None and there.id != self._holder.id:
@@ -88,7 +85,7 @@ class Lease:
                 os._exit(1)
             self._write(**({"IfNoneMatch": "*"} if there is None else {"IfMatch": etag}))
         except StorageError:
-            pass  # S3 is away, for others too; uploads say so
+            pass  # S3 does not answer other processes either; uploads report it
 
     def _write(self, **condition: str) -> None:
         self._beats += 1
@@ -96,14 +93,14 @@ class Lease:
         try:
             put_bytes(self._uri, body, **condition)
         except ChangedError:
-            pass  # somebody was faster, or an answer was lost on the way: reading tells
+            pass  # another process was faster, or an answer got lost: reading the object tells
         except StorageError as error:
-            if "NotImplemented" not in str(error):  # a store that knows no conditions
+            if "NotImplemented" not in str(error):  # the store knows no conditions
                 raise
             put_bytes(self._uri, body)
 
     def _there(self) -> tuple[str | None, Holder | None]:
-        """ETag and holder of the lease that is there; None where there is none."""
+        """Returns ETag and holder of the current lease, or None for both."""
         bucket, key = split_uri(self._uri)
 
         def read() -> tuple[str | None, Holder | None]:

@@ -1,4 +1,4 @@
-"""One run at a time writes an output folder: a lock of the kernel's, which names its holder."""
+"""The kernel lock that lets one run at a time write an output folder, and names its holder."""
 
 import errno
 import fcntl
@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from wmtp.storage.names import StorageError
 
-_SECONDS_TO_END = 5.0  # for a run that was just killed, and for a folder's content to come from another node
+_SECONDS_TO_END = 5.0  # for a killed run to end, and for another node's writes to appear
 NAME = "run.lock"
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who writes a folder."""
+    """The process that writes a folder."""
 
     id: str
     host: str
@@ -38,14 +38,14 @@ class Holder:
 class FolderLock:
     """This process's lock on a folder; it ends with the object, with :meth:`release`, or with the process.
 
-    Each rank locks one byte of a file beside the folder: rank 0's says that the folder is taken, the others' that
-    processes of a run still live. These are POSIX record locks: they end with a process by kill -9, no forked
-    child inherits them, and they hold between hosts where NFS has locks. The file names the holder.
+    Each rank locks one byte of a file beside the folder. Rank 0's byte means that the folder is taken, the other bytes
+    that processes of a run still live. These are POSIX record locks: kill -9 ends them, forked children do not inherit
+    them, and they hold between hosts if NFS has locks. The file names the holder.
     """
 
     @classmethod
     def of(cls, folder: Path) -> "FolderLock":
-        """This process's lock object for a folder."""
+        """Returns this process's one lock object for a folder."""
         path = _lock_file(folder)
         found = _own.get(path)
         if found is None or not found._is_current():
@@ -55,15 +55,15 @@ class FolderLock:
     def __init__(self, folder: Path, path: Path) -> None:
         self._folder, self._path = folder, path
         self._file: FileIO | None = None
-        self._locks = True  # whether the file system has locks
-        self.holder: Holder | None = None  # this process, once it has the lock on rank 0
+        self._locks = True  # the file system has locks
+        self.holder: Holder | None = None  # this process, once rank 0 has the lock
         self.previous: str | None = None  # id of the holder before, whose process has ended
 
     def take(self) -> Holder:
-        """Become the folder's writer. Rank 0 only.
+        """Makes this process the folder's writer. Rank 0 only.
 
         Raises:
-            StorageError: a run writes there; the line names its process. Or the place cannot be written.
+            StorageError: another run writes there (the message names its process), or the folder cannot be written.
         """
         if self.holder is not None:
             return self.holder
@@ -76,8 +76,8 @@ class FolderLock:
                 )
             time.sleep(0.1)
         file = self._open()
-        before = holder_of(os.pread(file.fileno(), 4096, 0))  # not by name: closing any descriptor ends the lock
-        self.previous = before.id if before and self._locks else None  # without locks it may well live
+        before = holder_of(os.pread(file.fileno(), 4096, 0))  # not by path: closing any other descriptor ends the lock
+        self.previous = before.id if before and self._locks else None  # without locks it may still live
         started = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         self.holder = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), started)
         file.seek(0)
@@ -87,7 +87,7 @@ class FolderLock:
         return self.holder
 
     def join(self, holder: Holder, rank: int) -> bool:
-        """Take part in rank 0's run; False where this rank does not see what rank 0 wrote: another file system."""
+        """Joins rank 0's run. Returns False if this rank does not see rank 0's file: it is on another file system."""
         until = time.monotonic() + _SECONDS_TO_END
         while _read(self._path) != holder:
             if time.monotonic() > until:
@@ -97,15 +97,15 @@ class FolderLock:
         return True
 
     def release(self) -> None:
-        """Let another run write there."""
+        """Ends the lock, so that another run may write the folder."""
         if self._file is not None:
             if self.holder is not None and self._is_current():
-                self._path.unlink(missing_ok=True)  # whoever opened it meanwhile sees that it is gone, and opens again
+                self._path.unlink(missing_ok=True)  # a process that has opened it sees that it is gone and opens again
             self._file.close()
         self._file = self.holder = None
 
     def _lock_all(self) -> bool:
-        """Lock rank 0's byte, if every byte is free and the file is still the one of that name."""
+        """Locks rank 0's byte if all bytes are free and the open file is still the one at its path."""
         file = self._open()
         if not self._lock(0, 0):
             return False
@@ -134,12 +134,12 @@ class FolderLock:
                 return False
             self._locks = False
             if start == 0:
-                line = f"WARNING: {self._path} cannot be locked ({error.strerror}): see to it that no second run writes"
+                line = f"WARNING: {self._path} cannot be locked ({error.strerror}): make sure that no second run writes"
                 tqdm.write(f"{line} {self._folder}", sys.stderr)
         return True
 
     def _is_current(self) -> bool:
-        """Whether the file is still the one of its name."""
+        """Returns whether the open file is still the one at its path."""
         if self._file is None:
             return True
         try:
@@ -149,8 +149,11 @@ class FolderLock:
 
 
 def _lock_file(folder: Path) -> Path:
-    """Where a folder's lock is: beside it, so that it holds only what belongs to the run; inside, where that is another
-    file system or nobody may write there."""
+    """Returns the path of a folder's lock.
+
+    It lies beside the folder, which holds only the run's own files; inside, if the folder is a mount or its parent
+    cannot be written.
+    """
     folder = folder.resolve()
     beside = folder.with_name(f".{folder.name}.{NAME}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +169,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def holder_of(content: bytes) -> Holder | None:
-    """The holder that a lock or a lease names; None where it is torn."""
+    """Returns the holder that a lock or a lease names; None if the content is torn."""
     try:
         fields = json.loads(content)
         return Holder(*(fields[name] for name in ("id", "host", "pid", "started")))
@@ -174,4 +177,4 @@ def holder_of(content: bytes) -> Holder | None:
         return None
 
 
-_own: WeakValueDictionary[Path, FolderLock] = WeakValueDictionary()  # a second open and close would drop the lock
+_own: WeakValueDictionary[Path, FolderLock] = WeakValueDictionary()  # one per path: a second close would end the lock

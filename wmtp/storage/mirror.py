@@ -1,4 +1,4 @@
-"""From S3 to a local path: what is there is mirrored once per host."""
+"""Mirrored objects and folders of S3, fetched once per host."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,21 +11,20 @@ from wmtp.storage.names import SCHEME, StorageError, split_uri
 from wmtp.storage.s3 import ChangedError, CorruptError, RemoteFile, find_files, where
 from wmtp.storage.transfer import download
 
-_LISTINGS = 3  # before a folder that is being written to is given up
+_LISTINGS = 3  # tries to read a folder that is being written
 _FILES_AT_ONCE = 4
 _T = TypeVar("_T")
 
 
 def mirrored(uri: str, otherwise: Path | None = None) -> Path:
-    """Returns the local path of an object or of a folder, which is in the cache then.
+    """Returns the local path of an object or a folder, which is fetched into the cache.
 
     Args:
-        uri: ``s3://bucket/key``.
-        otherwise: what is returned where there is no such object.
+        otherwise: returned if there is no such object.
 
     Raises:
-        StorageError: S3 refuses it, does not answer, or its content arrives corrupt; or it is not there, without
-            `otherwise`.
+        StorageError: S3 refuses it, does not answer, or its content arrives corrupt; or it does not exist and there is
+            no `otherwise`.
     """
 
     def read() -> Path:
@@ -37,7 +36,7 @@ def mirrored(uri: str, otherwise: Path | None = None) -> Path:
 
 
 def fetch_folder(uri: str, files: list[RemoteFile], target: Path) -> None:
-    """Copy objects below a URI to the same names below a folder, outside of the cache, each verified."""
+    """Downloads objects below a URI to the same names below a folder outside the cache, each verified."""
     _, key = split_uri(uri)
     with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="fetch") as pool:
         pending = []
@@ -50,7 +49,7 @@ def fetch_folder(uri: str, files: list[RemoteFile], target: Path) -> None:
 
 
 def existing_files(uri: str) -> list[RemoteFile]:
-    """As :func:`find_files`; where it finds nothing, the StorageError that reading would end with."""
+    """Returns :func:`find_files` of a URI; raises a StorageError if there are none."""
     files = find_files(uri)
     if not files:
         raise StorageError(f"{uri} does not exist: {where()} has no such object or folder")
@@ -58,7 +57,7 @@ def existing_files(uri: str) -> list[RemoteFile]:
 
 
 def while_it_changes(read: Callable[[], _T]) -> _T:
-    """What a function returns that lists objects and reads them; begun again where somebody wrote in between."""
+    """Returns ``read()``, which lists objects and reads them; calls it again if an object changed in between."""
     for listing in range(1, _LISTINGS + 1):
         try:
             return read()
@@ -81,12 +80,12 @@ def _tree(uri: str, files: list[RemoteFile]) -> Path:
                     _check_manifest(cache, uri, name, named)
             path = cache.tree(key.rpartition("/")[2], named)
     if missing:
-        cache.make_room()  # what others fetched at the same time counts too
+        cache.make_room()  # other processes may have fetched at the same time
     return path
 
 
 def _content(cache: Cache, file: RemoteFile) -> str:
-    """SHA-256 of an object's content, which is in the cache when this returns."""
+    """Fetches an object into the cache unless it is there. Returns the SHA-256 of its content."""
     digest = cache.digest_of(file)
     if digest is not None:
         return digest
@@ -104,7 +103,7 @@ def _content(cache: Cache, file: RemoteFile) -> str:
 
 
 def _check_manifest(cache: Cache, uri: str, manifest: str, digests: dict[str, str]) -> None:
-    """Hold a folder against its manifest of sizes and SHA-256s, where it is one of that kind."""
+    """Compares a folder with its manifest of sizes and SHA-256s; passes over manifests of another kind."""
     for name, entry in (flat_manifest(cache.blob(digests[manifest])) or {}).items():
         name = manifest.removesuffix(MANIFEST) + name
         if digests.get(name) != entry["sha256"]:
@@ -115,7 +114,7 @@ def _check_manifest(cache: Cache, uri: str, manifest: str, digests: dict[str, st
 
 
 def _relative(file: RemoteFile, key: str) -> str:
-    """Name of an object below the folder of that key; "" for the object itself."""
+    """Returns an object's name relative to a key; "" for the object of that key itself."""
     name = file.key.removeprefix(key).lstrip("/")
     if ".." in Path(name).parts:
         raise StorageError(f"{SCHEME}{file.bucket}/{file.key} would leave its folder; rename the object")

@@ -1,4 +1,4 @@
-"""What is known of a path in S3 without asking S3."""
+"""Paths in S3 as text, without a request."""
 
 from pathlib import Path
 
@@ -8,19 +8,19 @@ SCHEME = "s3://"
 
 
 class StorageError(UserError):
-    """What S3 refused or could not do: one line with the URI, the reason and the way out, and never a credential."""
+    """A request that S3 refused or could not do: one line with URI, reason and way out, and never a credential."""
 
 
 def is_remote(path: str | Path) -> bool:
-    """Whether a path names an object or a folder in S3: ``s3://bucket/key``."""
+    """Returns whether a path names an object or a folder in S3: ``s3://bucket/key``."""
     return str(path).startswith(SCHEME)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Bucket and key, the key without slashes around it.
+    """Returns bucket and key of ``s3://bucket/key``, the key without slashes around it.
 
     Raises:
-        StorageError: not ``s3://bucket/key``.
+        StorageError: the URI has another form.
     """
     bucket, _, key = str(uri).removeprefix(SCHEME).partition("/")
     if not is_remote(uri) or not bucket or not key.strip("/"):

@@ -1,4 +1,4 @@
-"""Where a run writes."""
+"""The output folder of a run."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,10 +10,10 @@ class Output:
     """The folder of a run, which one run at a time writes.
 
     Attributes:
-        folder: where it is.
-        remote: where a copy of it is kept, ``s3://bucket/prefix``; None for none.
-        remote_names: what an earlier run left there.
-        lock: this process's, from :meth:`claim` or :meth:`join` on.
+        folder: its local path.
+        remote: ``s3://bucket/prefix`` of its copy; None for none.
+        remote_names: files of an earlier run in the copy.
+        lock: this process's, after :meth:`claim` or :meth:`join`.
     """
 
     def __init__(self, folder: str | Path, remote: str | None = None) -> None:
@@ -22,42 +22,44 @@ class Output:
         self.lock: FolderLock | None = None
 
     def claim(self, *, whole: bool = False) -> Holder:
-        """Makes the folder this process's to write until it is closed. Rank 0 alone.
+        """Locks the folder, and its copy, for this process until :meth:`close`. Rank 0 only.
 
         Args:
-            whole: fetch what a run left in S3 where this machine has none of it or less; else only its files' names.
+            whole: also fetch an earlier run's files from S3 if this machine has fewer; otherwise only their names.
 
         Raises:
-            StorageError: another run writes there; or S3 refuses.
+            StorageError: another run writes there; or no credentials, no bucket, no permission in S3.
         """
         self.lock = FolderLock.of(self.folder)
         return self.lock.take()
 
     def join(self, holder: Holder, rank: int) -> bool:
-        """Takes part in the run of rank 0, which claimed the folder; False where this rank does not see its files."""
+        """Joins the run of rank 0, which claimed the folder. Returns False if this rank does not see its files."""
         self.lock = FolderLock.of(self.folder)
         return self.lock.join(holder, rank)
 
     def begin(self, replaces: Iterable[str] = ()) -> None:
-        """The run exists here, and now in S3: what it replaces, by name, goes from there, and uploads start."""
+        """Removes the files and folders that a new run replaces from the remote copy, then starts uploads."""
 
     def upload(self, path: Path | None = None) -> None:
-        """Starts uploading what is new or has changed below the folder, `path` among it.
+        """Starts uploading the new and changed files below the folder.
 
         Args:
             path: a file or folder that is complete now. A folder without a manifest gets one.
         """
 
     def may_remove(self, path: Path) -> bool:
-        """Whether a folder is not being uploaded just now. A removed one that was not uploaded is not missed."""
+        """Returns whether a folder is not being uploaded just now."""
         return True
 
     def close(self, *, fail: bool = True) -> None:
-        """Lets another run write there, once everything is uploaded.
+        """Waits until everything is uploaded, then lets another run write the folder.
+
+        Args:
+            fail: False for a run that has failed: what could not be uploaded is only printed.
 
         Raises:
-            StorageError: something could not be uploaded; with ``fail`` False, for a run that has failed, it is only
-                said.
+            StorageError: something could not be uploaded.
         """
-        if self.lock is not None and fail:  # where a run failed, other ranks may still be at work: it ends with them
+        if self.lock is not None and fail:  # other ranks of a failed run may still be at work: the lock ends with them
             self.lock.release()

@@ -1,6 +1,6 @@
-"""Where a run of an output_dir in S3 writes: a local folder, and a copy of it there, made in the background.
+"""The output folder of a run whose output_dir is in S3: a local folder, and a copy uploaded in the background.
 
-A checkpoint, an export or a scored dataset is complete in S3 exactly when its manifest.json is there: it goes last.
+A checkpoint, an export or a scored dataset in S3 is complete if its manifest.json is there: it is uploaded last.
 """
 
 import json
@@ -34,22 +34,21 @@ from wmtp.storage.s3 import RemoteFile, list_files, remove, remove_files
 from wmtp.storage.transfer import put_bytes, upload
 
 _NOT_UPLOADED = (UNFINISHED, ".lock")
-_REMADE = ("checkpoints/", "export/", "token_weights/")  # what a run that goes on elsewhere does not read, or in part
+_REMADE = ("checkpoints/", "export/", "token_weights/")  # not fetched as a whole: a resumed run reads little of them
 _PROBE = ".wmtp_can_write"
 _SECONDS_BETWEEN_ROUNDS = 60.0
-_CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: made again faster than moved
+_CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: computed again faster than moved
 
 
 class RemoteOutput(Output):
-    """The folder of a run and its remote copy. Whoever claims it uploads.
+    """The folder of a run and its remote copy, which the process that claims it uploads.
 
-    From the first :meth:`upload` on, what is new goes up at each call and every minute. It never raises and never
-    waits: what failed is said on stderr, tried again the next time, and is an error in :meth:`close`. The local files
-    stay what they are.
+    After the first :meth:`upload`, new files are uploaded at each call and every minute. Uploads never raise and never
+    block: a failure is printed to stderr and tried again, and :meth:`close` raises it. The local files stay.
 
     Args:
-        output_dir: ``s3://bucket/prefix``, which is worked on in a folder below the cache.
-        folder: that folder, by hand.
+        output_dir: ``s3://bucket/prefix``, whose local folder lies below the cache.
+        folder: another local folder.
     """
 
     def __init__(self, output_dir: str, folder: Path | None = None) -> None:
@@ -58,7 +57,7 @@ class RemoteOutput(Output):
         here = cache_folder() / "outputs" / bucket / key
         super().__init__(folder or here, self._uri)
         self._uploads = False
-        self._record = here.with_name(f"{here.name}.uploads.json")  # by inode, so also of a folder that was moved
+        self._record = here.with_name(f"{here.name}.uploads.json")  # self._sent; inodes outlast a move of the folder
         self.lease: Lease | None = None
         self._sent: dict[str, list[int] | None] = {}  # inode, size and mtime of each file when it was uploaded
         self._error: StorageError | None = None  # why the last round did not upload everything
@@ -99,10 +98,10 @@ class RemoteOutput(Output):
             return self._busy != str(path.relative_to(self.folder))
 
     def clear(self, *names: str) -> None:
-        """Remove files and folders from the remote copy, as a new run replaces an old one.
+        """Removes files and folders from the remote copy.
 
         Raises:
-            StorageError: it cannot be done.
+            StorageError: S3 refuses it or does not answer.
         """
         if not self._uploads:
             return
@@ -112,14 +111,14 @@ class RemoteOutput(Output):
         self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
 
     def fetch(self, *, whole: bool = True) -> None:
-        """Bring what a run left in S3 to this machine, where it has none of it, or less.
+        """Fetches an earlier run's files from S3 if this machine has none of them, or fewer.
 
         Args:
             whole: the run's files and its newest complete checkpoint, verified; otherwise only their names. Of a run
-                without checkpoints, what another machine has added.
+                without checkpoints, the files that another machine has added to.
 
         Raises:
-            StorageError: it cannot be read, or is corrupt.
+            StorageError: the files cannot be read, or are corrupt.
         """
         while_it_changes(lambda: self._fetch(whole))
 
@@ -134,7 +133,7 @@ class RemoteOutput(Output):
         if (self.folder / "config.yaml").exists():
             if newest is not None and here is not None and here >= newest:
                 return
-            if newest is None:  # journals and parts only grow; what this machine sent, and no longer has, is not missed
+            if newest is None:  # journals and parts only grow; files that this machine sent and then removed stay away
                 sizes = {name: (_stamp(self.folder / name) or (0, -1))[1] for name in wanted.keys() - self._sent.keys()}
                 wanted = {name: wanted[name] for name, size in sizes.items() if size < wanted[name].num_bytes}
         fetch_folder(self._uri, list(wanted.values()), self.folder)
@@ -145,21 +144,26 @@ class RemoteOutput(Output):
             inside = {name.removeprefix(f"{newest}/"): f for name, f in files.items() if name.startswith(f"{newest}/")}
             fetch_folder(f"{self.remote}/{newest}", list(inside.values()), torn)
             verify_manifest(torn)
-            shutil.rmtree(target, ignore_errors=True)  # incomplete, or it would count as here
+            shutil.rmtree(target, ignore_errors=True)  # incomplete, or `here` would name it
             publish(torn, target)
         fetched = [name for name in files if name in wanted or (newest is not None and _step_of(name) == newest)]
         self._sent |= {name: _stamp(self.folder / name) for name in fetched}
         self._write_record()
 
     def close(self, *, fail: bool = True) -> None:
-        """Waits until everything is uploaded, after one more try where something was not; see :class:`Output`."""
+        """Waits until everything is uploaded, with one more try after a failure; see :class:`Output`."""
         if self._uploads:
             self.upload()
             self._wait()
             if self._error is not None:
                 self.upload()
                 self._wait()
-            self._end_worker()
+            with self._lock:
+                self._ending = True
+                self._lock.notify_all()
+            if self._worker is not None:
+                self._worker.join()
+            self._worker, self._ending = None, False
         if self.lease is not None:
             self.lease.release()
         super().close(fail=fail)
@@ -183,14 +187,6 @@ class RemoteOutput(Output):
         with self._lock:
             self._lock.wait_for(lambda: self._done >= self._asked)
 
-    def _end_worker(self) -> None:
-        with self._lock:
-            self._ending = True
-            self._lock.notify_all()
-        if self._worker is not None:
-            self._worker.join()
-        self._worker, self._ending = None, False
-
     def _work(self) -> None:
         while True:
             with self._lock:
@@ -201,18 +197,17 @@ class RemoteOutput(Output):
             try:
                 self._round()
                 self._error = None
-            except StorageError as error:
+            except Exception as error:  # of any kind: training goes on, and close() raises it
+                if not isinstance(error, StorageError):
+                    error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
                 self._error = error
-                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {error}")
-            except Exception as error:  # whatever it is, training goes on, and close() tells
-                self._error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
                 self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
             with self._lock:
                 self._busy, self._done = None, round_
                 self._lock.notify_all()
 
     def _round(self) -> None:
-        """Upload what is new: the run's own files, then checkpoints, newest first, then what says which is the last."""
+        """Uploads new files: the run's own, then checkpoints, newest first, then the file that names the latest."""
         try:
             files = self._local_files()
             self._send([name for name in files if not name.startswith("checkpoints/")])
@@ -229,13 +224,13 @@ class RemoteOutput(Output):
             self._write_record()
 
     def _send(self, names: list[str]) -> None:
-        """Upload files that changed; manifests after all others, the deepest first."""
+        """Uploads the files that changed; manifests after all others, the deepest first."""
         manifests = {name for name in names if Path(name).name == MANIFEST}
         changed = {name for name in names if self._sent.get(name) != _stamp(self.folder / name)}
         for name in manifests:
             below = name.removesuffix(MANIFEST)
             if flat_manifest(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
-                # Files of that folder are about to be replaced: until all are, it must not look complete.
+                # Files of that folder are about to be replaced: it must not look complete before all are.
                 remove(f"{self.remote}/{name}")
                 self._sent.pop(name, None)
                 changed.add(name)
@@ -251,15 +246,18 @@ class RemoteOutput(Output):
                     upload(path, f"{self.remote}/{name}", sha256=known.get(name))
                     self._sent[name] = stamp
             except FileNotFoundError:
-                self._sent.pop(name, None)  # of an old checkpoint, removed meanwhile: its manifest is not sent
+                self._sent.pop(name, None)  # an old checkpoint was removed meanwhile: its manifest is not sent
 
     def _all_sent(self, manifest: Path) -> bool:
-        """Whether the files that a manifest names are up."""
+        """Returns whether all files that a manifest names are uploaded."""
         below = manifest.parent.relative_to(self.folder)
         return all((below / name).as_posix() in self._sent for name in flat_manifest(manifest) or {})
 
     def _prune(self) -> None:
-        """Remove remote checkpoints that are older than the newest complete one and no longer here, and old bests."""
+        """Removes remote checkpoints that this machine no longer has and that are older than the newest complete one.
+
+        The same goes for files of earlier best checkpoints.
+        """
         files = {self._name(file): file for file in self._remote_files("checkpoints/")}
         newest, here = _newest_checkpoint(files), {_step_of(name) for name in self._local_files()}
         if newest is None:
@@ -273,12 +271,12 @@ class RemoteOutput(Output):
             self._sent.pop(name, None)
 
     # ------------------------------------------------------------------------------------------------------------------
-    # Files, here and there
+    # Local and remote files
 
     def _local_files(self) -> list[str]:
-        """Names of all files that are not being written."""
+        """Returns the names of all files that are not being written."""
         found = []
-        for folder, folders, files in os.walk(self.folder):  # passes over what vanishes meanwhile
+        for folder, folders, files in os.walk(self.folder):  # which passes over folders that vanish meanwhile
             folders[:] = [name for name in folders if name not in _CACHES and not name.endswith(_NOT_UPLOADED)]
             below = Path(folder).relative_to(self.folder)
             found += [(below / name).as_posix() for name in files if not name.endswith(_NOT_UPLOADED)]
@@ -287,18 +285,18 @@ class RemoteOutput(Output):
     def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
         _, key = split_uri(self._uri)
         there = list_files(self._uri, prefix=f"{key}/{below}")
-        return (file for file in there if not file.key.endswith(_NOT_UPLOADED))  # the lease among them
+        return (file for file in there if not file.key.endswith(_NOT_UPLOADED))  # leaves out the lease
 
     def _name(self, file: RemoteFile) -> str:
         return file.key.removeprefix(split_uri(self._uri)[1]).lstrip("/")
 
     def _probe(self) -> None:
-        """Write a tiny object and remove it: what would fail after hours fails now."""
+        """Writes a tiny object and removes it, so that missing rights are found before hours of training."""
         put_bytes(f"{self.remote}/{_PROBE}", b"wmtp")
         remove(f"{self.remote}/{_PROBE}")
 
     def _remember(self, there: dict[str, RemoteFile]) -> None:
-        """Take over what an earlier process uploaded, as far as it is still there."""
+        """Reads which files an earlier process uploaded, as far as they are still in S3."""
         try:
             record = json.loads(self._record.read_text())
         except (FileNotFoundError, ValueError):
@@ -313,19 +311,19 @@ class RemoteOutput(Output):
 
 
 def _newest_checkpoint(names) -> str | None:
-    """``checkpoints/step_N`` of the highest complete step, of files' names."""
+    """Returns ``checkpoints/step_N`` of the highest complete step among file names."""
     complete = [m[1] for name in names if (m := re.fullmatch(rf"(checkpoints/step_\d+)/{re.escape(MANIFEST)}", name))]
     return max(complete, default=None)
 
 
 def _step_of(name: str) -> str | None:
-    """``checkpoints/step_N`` of a file in a checkpoint."""
+    """Returns ``checkpoints/step_N`` of a file in a checkpoint, None for other files."""
     match = re.match(r"(checkpoints/step_\d+)/", name)
     return match and match[1]
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """What changes when a file is written or replaced; None where it is gone."""
+    """Returns inode, size and mtime, which change when a file is written or replaced; None if it is gone."""
     try:
         stat = path.stat()
     except FileNotFoundError:

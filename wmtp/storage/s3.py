@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from wmtp.errors import disk_fault
 from wmtp.storage.names import SCHEME, StorageError, split_uri
 
-PART_BYTES = 16 << 20  # of a request: large enough for its overhead, small enough to lose little in a cut
-THREADS = 8  # requests under way at once
+PART_BYTES = 16 << 20  # of a request: large against its overhead, little to lose when a connection breaks
+THREADS = 8  # concurrent requests
 _KEYS_PER_LISTING = 1000  # as many as S3 gives
-_FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds before the second try, doubled from try to try
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds before the second try, doubled before each further one
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
            "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
 _ABSENT = {"404", "NoSuchKey", "NotFound"}
@@ -22,16 +22,16 @@ _T = TypeVar("_T")
 
 
 class ChangedError(StorageError):
-    """The object is not the one it was a moment ago: someone has written it again."""
+    """An object was written again while it was being read."""
 
 
 class CorruptError(StorageError):
-    """Content that arrived is not what was sent."""
+    """The content that arrived is not the content that was sent."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """An object as a listing tells it."""
+    """An object of a listing."""
 
     bucket: str
     key: str
@@ -44,13 +44,13 @@ class RemoteFile:
 
 
 def endpoint_url() -> str | None:
-    """Where S3 is: boto's own variables first, then the one MLflow has; None is AWS."""
+    """Returns the URL of S3: from boto's own variables first, then from MLflow's; None is AWS."""
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
     return next((os.environ[name] for name in names if os.environ.get(name)), None)
 
 
 def client():
-    """This process's S3 client, for the endpoint and the credentials of its environment."""
+    """Returns this process's S3 client, for the endpoint and the credentials of its environment."""
     names = ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION")
     return _client(os.getpid(), endpoint_url(), tuple(hash(os.environ.get(name)) for name in names))
 
@@ -76,19 +76,15 @@ def _client(pid: int, endpoint: str | None, identity: tuple[int, ...]):
 
 
 def attempts() -> int:
-    """Tries of a request before it has failed: ``$AWS_MAX_ATTEMPTS``, or 8, which is about half a minute."""
+    """Returns how often a request is tried: ``$AWS_MAX_ATTEMPTS``, or 8, which is about half a minute."""
     return max(1, int(os.environ.get("AWS_MAX_ATTEMPTS") or 8))
 
 
 def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
-    """Returns what a call does; tried again with growing waits where what arrived was broken: the rest botocore does.
-
-    Args:
-        call: makes a request and reads its answer.
-        uri, doing: for the message: ``s3://bucket/key``, ``read``.
+    """Returns ``call()``, tried again with growing waits if a broken answer arrived; botocore retries other failures.
 
     Raises:
-        StorageError: it failed for good, or too often.
+        StorageError: the call failed for good, or too often; the message says that `uri` cannot be `doing`, say, read.
     """
     from botocore.exceptions import (
         BotoCoreError,
@@ -111,7 +107,7 @@ def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
 
 
 def explained(error: Exception, uri: str, doing: str) -> StorageError:
-    """An error of boto3 as one line: built from its code, since its own text may quote a request."""
+    """Returns an error of boto3 as one line, built from its code: its own text may quote a request."""
     from botocore.exceptions import (
         ClientError,
         NoCredentialsError,
@@ -146,21 +142,21 @@ def explained(error: Exception, uri: str, doing: str) -> StorageError:
     if code == "NoSuchBucket":
         return StorageError(f"{what}: {where()} has no bucket {bucket}; make it, or check AWS_ENDPOINT_URL")
     if code in _ABSENT:
-        return ChangedError(f"{what}: it does not exist at {where()}")  # any more: it was listed
+        return ChangedError(f"{what}: it does not exist at {where()}")  # removed: it was listed before
     if code in {"412", "PreconditionFailed"}:
         return ChangedError(f"{what}: it was written again while it was being read")
     return StorageError(f"{what}: {where()} answers {code}")
 
 
 def where() -> str:
-    """The endpoint for messages: host and port alone, since a URL may carry a password."""
+    """Returns the endpoint for messages: host and port only, since a URL may contain a password."""
     endpoint = endpoint_url()
     parts = urllib.parse.urlsplit(endpoint) if endpoint else None
     return "AWS S3" if parts is None else f"S3 at {parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
 def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
-    """The objects of a folder, by key; ``prefix`` instead of the URI's own key and a slash."""
+    """Yields the objects of a folder in the order of their keys; ``prefix`` replaces the URI's own key and slash."""
     bucket, key = split_uri(uri)
     options: dict[str, Any] = {"Bucket": bucket, "MaxKeys": _KEYS_PER_LISTING}
     options["Prefix"] = f"{key}/" if prefix is None else prefix
@@ -168,16 +164,16 @@ def list_files(uri: str, *, prefix: str | None = None) -> Iterator[RemoteFile]:
     while more:
         files, more = _page(uri, **options)
         for file in files:
-            options["StartAfter"] = file.key  # which is sure, as a continuation token would not be
-            if not file.key.endswith("/"):  # a console's mark of an empty folder
+            options["StartAfter"] = file.key  # safer than a continuation token, which may arrive corrupt
+            if not file.key.endswith("/"):  # a console marks an empty folder so
                 yield file
 
 
 def _page(uri: str, **options: Any) -> tuple[list[RemoteFile], bool]:
-    """Objects by key, and whether there are more.
+    """Returns one page of a listing, and whether there are more.
 
-    Content is held against its hash; a listing has none. A byte that changes on the way can end it early or rename an
-    object, and what is missing in it is not fetched, what is wrong in it is removed. So two in a row must agree.
+    A listing has no hash to verify. A byte that changes on the way could end it early or rename an object, and then
+    files are not fetched or wrong ones are removed. So two listings in a row must agree.
     """
     said = None
 
@@ -196,9 +192,9 @@ def _page(uri: str, **options: Any) -> tuple[list[RemoteFile], bool]:
 
 
 def find_files(uri: str) -> list[RemoteFile]:
-    """The one object that a URI names, or else the objects of the folder that it names; empty where there is nothing.
+    """Returns the object that a URI names, or else the objects of the folder that it names, or an empty list.
 
-    One listing rather than a HEAD: a HEAD's refusal does not say why.
+    It lists instead of sending a HEAD, whose refusal does not give a reason.
     """
     bucket, key = split_uri(uri)
     first, _ = _page(uri, Bucket=bucket, Prefix=key, MaxKeys=1)
@@ -208,13 +204,13 @@ def find_files(uri: str) -> list[RemoteFile]:
 
 
 def remove(uri: str) -> None:
-    """Removes the object of that URI, if there is one."""
+    """Removes the object of a URI, if there is one."""
     bucket, key = split_uri(uri)
     remove_files([RemoteFile(bucket, key, "", 0)])
 
 
 def remove_files(files: list[RemoteFile]) -> None:
-    """Removes objects, manifests first: what is being taken apart does not look complete."""
+    """Removes objects, manifests first, so that a folder that is partly removed does not look complete."""
     for file in sorted(files, key=lambda file: not file.key.endswith("/manifest.json")):
         retrying(partial(client().delete_object, Bucket=file.bucket, Key=file.key), file.uri, "removed")
 

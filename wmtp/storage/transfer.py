@@ -1,4 +1,4 @@
-"""One object to one file and back: boto3's parallel transfer, and the proof that what arrived is what was sent."""
+"""Transfer of one object to one file and back: boto3's parallel transfer, and a check of what arrived."""
 
 import base64
 import hashlib
@@ -28,11 +28,11 @@ _md5 = partial(hashlib.md5, usedforsecurity=False)
 
 
 def download(file: RemoteFile, target: Path) -> str:
-    """Fetches an object; `target` appears by a rename once its content is proved. Returns the SHA-256.
+    """Downloads an object to `target`, which appears by a rename once it is verified. Returns the SHA-256.
 
-    The content is held against the SHA-256 that the object carries (metadata ``sha256``, as :func:`upload` stores it,
-    or S3's own checksum), else against its ETag where that is an MD5, of the whole or of its parts. The caller lets one
-    process at a time do this.
+    The content is compared with the object's SHA-256 (metadata ``sha256``, as :func:`upload` stores it, or S3's own
+    checksum), otherwise with its ETag if that is an MD5 of the whole or of its parts. One process at a time may do
+    this for a target.
 
     Raises:
         ChangedError: the object is no longer the one that was listed.
@@ -51,7 +51,7 @@ def _fetch(file: RemoteFile, part: Path) -> str:
     try:
         with _manager(PART_BYTES) as manager, part.open("wb") as arriving:
             manager.download(file.bucket, file.key, arriving, subscribers=_facts(file.num_bytes, file.etag)).result()
-    except S3DownloadFailedError:  # its ETag is no longer that
+    except S3DownloadFailedError:  # its ETag has changed
         raise _changed(file) from None
     except RetriesExceededError as error:
         raise error.last_exception from None
@@ -64,7 +64,7 @@ def _fetch(file: RemoteFile, part: Path) -> str:
 
 
 def _expected(file: RemoteFile) -> tuple[str | None, str | None, int]:
-    """Returns what the object says of its content: SHA-256, or else an ETag made of MD5s and the bytes of its parts."""
+    """Returns an object's SHA-256 and None, or None and an ETag made of MD5s; then the bytes of its parts, or 0."""
     at = {"Bucket": file.bucket, "Key": file.key}
     head = client().head_object(**at, ChecksumMode="ENABLED")
     if (head["ETag"], head["ContentLength"]) != (file.etag, file.num_bytes):
@@ -78,12 +78,12 @@ def _expected(file: RemoteFile) -> tuple[str | None, str | None, int]:
     if "-" not in etag:
         return None, etag, 0
     part_bytes = client().head_object(**at, PartNumber=1)["ContentLength"]
-    of_one_size = -(-file.num_bytes // max(1, part_bytes)) == int(etag.partition("-")[2])  # else nothing tells which
+    of_one_size = -(-file.num_bytes // max(1, part_bytes)) == int(etag.partition("-")[2])  # other sizes are unknown
     return None, etag if of_one_size else None, part_bytes
 
 
 def _etag(path: Path, part_bytes: int) -> str:
-    """Returns a file's ETag as S3 makes it: the MD5, or of an upload in parts that of the parts' MD5s."""
+    """Returns a file's ETag as S3 computes it: its MD5, or for an upload in parts the MD5 of the parts' MD5s."""
     with path.open("rb") as file:
         if not part_bytes:
             return hashlib.file_digest(file, _md5).hexdigest()
@@ -97,19 +97,15 @@ def _etag_of(md5s: list[bytes]) -> str:
 
 
 def upload(path: Path, uri: str, *, sha256: str | None = None) -> None:
-    """Writes a file's content as it is now to an object, which appears when all of it is there.
-
-    A file that grows meanwhile is uploaded up to where it ended at first.
+    """Uploads a file to an object, which appears once it is whole. What is appended meanwhile is left out.
 
     Args:
-        path: the file.
-        uri: ``s3://bucket/key``.
-        sha256: of the content where it is known, as a manifest knows it; to be kept with the object. Of a file of one
-            part it is computed. A large one is not read twice for it: the ETags of its parts prove it too.
+        sha256: of the content, if a manifest gives it; stored with the object. For a file of one part it is computed. A
+            large file is not read twice for it: the ETags of its parts verify it too.
 
     Raises:
         FileNotFoundError: no such file.
-        StorageError: S3 refuses it, does not answer, or keeps something else than was sent.
+        StorageError: S3 refuses it, does not answer, or stores something else than was sent.
     """
     with path.open("rb") as file:
         num_bytes = os.fstat(file.fileno()).st_size
@@ -124,7 +120,7 @@ def put_bytes(uri: str, body: bytes, **condition: str) -> None:
     """Writes a small object.
 
     Args:
-        condition: ``IfNoneMatch="*"`` where there is none, ``IfMatch=etag`` where it is still that one.
+        condition: ``IfNoneMatch="*"``: no such object exists; ``IfMatch=etag``: the object still has that ETag.
 
     Raises:
         ChangedError: the condition does not hold.
@@ -148,13 +144,13 @@ def _in_parts(file: BufferedReader, num_bytes: int, uri: str, metadata: dict[str
         with _manager(max(PART_BYTES, -(-num_bytes // _MOST_PARTS))) as manager:
             manager.upload(body, bucket, key, {"Metadata": metadata}, _facts(num_bytes)).result()
     except ClientError as error:
-        if error_code(error) != "NoSuchUpload":  # else an earlier try may have completed it, and its answer got lost
+        if error_code(error) != "NoSuchUpload":  # an earlier try may have completed it, and its answer got lost
             raise
     _prove(client().head_object(Bucket=bucket, Key=key), _etag_of(body.md5s), uri)
 
 
 class _Parts:
-    """The first bytes of a file, whose parts are hashed as they are read."""
+    """A reader of a file's first bytes that hashes the parts as they are read."""
 
     def __init__(self, file: BufferedReader, num_bytes: int) -> None:
         self._file, self._left = file, num_bytes
@@ -169,13 +165,13 @@ class _Parts:
 
 
 def _prove(answer: dict, etag: str, uri: str) -> None:
-    """Holds what S3 says it has against what was sent, where its ETag is made of MD5s."""
+    """Compares the ETag that S3 answers with that of the sent content, if it is made of MD5s."""
     if _md5_etag(answer) not in (None, etag):
         raise CorruptError(f"{uri} cannot be written: it arrives corrupt; check the network")
 
 
 def _md5_etag(answer: dict) -> str | None:
-    """Returns an answer's ETag; None where it is not made of MD5s, as under some encryptions."""
+    """Returns an answer's ETag; None if it is not made of MD5s, as under some encryptions."""
     etag = answer["ETag"].strip('"').lower()
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
     return etag if plain and re.fullmatch(r"[0-9a-f]{32}(-\d+)?", etag) else None
@@ -184,7 +180,7 @@ def _md5_etag(answer: dict) -> str | None:
 def _manager(part_bytes: int):
     from s3transfer.manager import TransferConfig, TransferManager
 
-    # From one byte on in ranges: these alone are asked for by their ETag.
+    # Always in ranges, even of one byte: only those are requested with the ETag as a condition.
     config = TransferConfig(
         multipart_threshold=1,
         multipart_chunksize=part_bytes,
@@ -195,7 +191,7 @@ def _manager(part_bytes: int):
 
 
 def _facts(num_bytes: int, etag: str | None = None) -> list:
-    """Tells a transfer what it would ask S3 for, or read the file's start for."""
+    """Returns a subscriber that gives a transfer the size and ETag, which it would otherwise ask S3 for."""
     from s3transfer.subscribers import BaseSubscriber
 
     class Facts(BaseSubscriber):
