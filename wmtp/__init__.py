@@ -6,31 +6,30 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-# What other packages say at the start and is known to mean nothing here, by logger and level. It would stand above the
-# first line that does. Filters, since MLflow sets the levels of its loggers anew when it is imported.
+# Loggers of other packages whose messages below a level mean nothing here. Filters are used, since MLflow sets the
+# levels of its loggers again when it is imported.
 _FROM_LEVEL = {
-    "torchao": logging.ERROR,  # the compiled kernels it did not find, which no recipe uses
-    "mlflow.store.db.utils": logging.WARNING,  # that it makes the tables of a new database,
-    "alembic.runtime.migration": logging.WARNING,  # or brings an older one's up to date, step by step
+    "torchao": logging.ERROR,  # missing compiled kernels, which no recipe uses
+    "mlflow.store.db.utils": logging.WARNING,  # the creation of a new database's tables
+    "alembic.runtime.migration": logging.WARNING,  # the migration of an older database
 }
 for _name in _FROM_LEVEL:
     logging.getLogger(_name).addFilter(lambda record: record.levelno >= _FROM_LEVEL[record.name])
 
-# Where a peer is gone, torch's C++ prints a page of stack frames beside the exception. It is read when torch is loaded.
+# When a peer is gone, torch's C++ prints a page of stack frames beside the exception. torch reads this at its import.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 __version__ = "0.1.0"
 
 
 def on_demand(package: str, **modules: str) -> Callable[[str], Any]:
-    """Returns a package's `__getattr__` (PEP 562): what a module defines is imported when it is asked for.
+    """Returns a package's `__getattr__` (PEP 562), which imports a module when one of its names is used.
 
-    So a config names ``wmtp.data.python_functions``, and a run imports the code of its own source and no other.
+    So a config names ``wmtp.data.python_functions``, and a run imports only the code of its own source.
 
     Args:
-        package: its name.
-        modules: for each module of the package the names that are asked for there, apart by spaces. None is a
-            module's too: that would take its place as soon as anybody imports it.
+        modules: for each module of the package its public names, separated by spaces. No name may be a module's too: an
+            import of that module would replace it.
     """
     home = {name: module for module, names in modules.items() for name in names.split()}
     assert not home.keys() & modules.keys()

@@ -100,7 +100,7 @@ class ConfigReader:
         return list(values) if whole else [float(v) for v in values]
 
     def text(self, key: str, default: Any = _REQUIRED) -> str | None:
-        """A text with more than blanks, such as a path; None only if that is the default."""
+        """Returns a text with more than blanks, such as a path; None only if that is the default."""
         value = self.get(key, default)
         if value is not None and not (isinstance(value, str) and value.strip()):
             raise ConfigError(f"{key} must be one text, got {value!r}")

@@ -1,4 +1,4 @@
-"""Code, packages and hardware that a result depends on beside its config."""
+"""Code (the researcher's own too), packages and hardware that a result depends on beside its config."""
 
 import ast
 import getpass
