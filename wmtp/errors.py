@@ -108,7 +108,7 @@ def may_fill(folder: Path) -> Path:
 
 
 def is_traceback(path: Path) -> bool:
-    """Returns whether a file of an output_dir is a traceback of :func:`keep_tracebacks`, which is no sign of a run."""
+    """Returns whether a file is a traceback of :func:`keep_tracebacks`: a folder with only these holds no run."""
     return re.fullmatch(r"error_rank\d+\.txt", path.name) is not None
 
 

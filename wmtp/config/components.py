@@ -102,7 +102,7 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
 
 
 def _moved(path: str) -> str | None:
-    """Returns a hint where a component of an older config is now; None if WMTP has not moved it."""
+    """Returns the new place of a component that an older config names; None if WMTP has not moved it."""
     folder, _, name = path.rpartition(".")
     for room in _MOVED_TO.get(folder, ()):
         if hasattr(importlib.import_module(room), name):
@@ -134,7 +134,7 @@ def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
 
 
 def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
-    """Refuses a text for a parameter that takes a list, of whose letters Python would make one, and the reverse."""
+    """Refuses a text for a list parameter (Python would iterate over its letters) and a list for a text parameter."""
     annotation = parameter.annotation
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     kinds = {get_origin(option) or option for option in options}

@@ -107,7 +107,7 @@ class ConfigReader:
         return value
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
-        """Returns True or False."""
+        """Returns the value of a key that must be true or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise ConfigError(f"{key} must be true or false, got {value!r}")

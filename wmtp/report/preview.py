@@ -23,7 +23,7 @@ def preview(
     batch_size: int,
     step: int = 0,
 ) -> str:
-    """Returns the first documents with the weights that the loss would now give their targets. It changes no state.
+    """Returns the first documents with the weights that the loss would now give their targets. Training is unaffected.
 
     A collective: every rank calls it, and runs the model in evaluation mode on the same rows.
 

@@ -155,7 +155,7 @@ def _sorted(value):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A researcher's own code: components outside of WMTP, a copied recipe, what they import
+# The researcher's own code: components outside WMTP, a copied recipe, and their imports
 
 
 def own_code(cfg: object, recipe: str) -> dict[str, Path]:

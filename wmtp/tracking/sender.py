@@ -24,15 +24,10 @@ class Sender:
         self._connected = self._opened = self._idle = self._closing = self._stopped = False
         self._awaited = True  # the run has not begun: a refusal can still stop it
         self._refused: str | None = None
-        self._failure: str | None = None
+        self.failure: str | None = None  # of the last try
         self._last_success = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-
-    @property
-    def failure(self) -> str | None:
-        """The reason why the last try failed; None if it did not."""
-        return self._failure
 
     def wait_connected(self, seconds: float) -> None:
         """Waits until the store has answered or failed, at most so many seconds.
@@ -56,7 +51,7 @@ class Sender:
 
     def _wait(self, reached: Callable[[], bool], seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: reached() or self._refused or self._failure, seconds)
+            self._changed.wait_for(lambda: reached() or self._refused or self.failure, seconds)
             if self._refused:
                 raise UserError(self._refused)
 
@@ -85,7 +80,7 @@ class Sender:
     def _seconds_of_uploads(self) -> float:
         """Returns the extra seconds that the artifact under way may take: its upload reports no progress."""
         waiting = self._spool.unsent(1)
-        if not waiting or waiting[0][0]["kind"] != "artifact" or self._failure:
+        if not waiting or waiting[0][0]["kind"] != "artifact" or self.failure:
             return 0.0
         path = self._spool.output_dir / waiting[0][0]["path"]
         files = path.rglob("*") if path.is_dir() else [path]
@@ -128,9 +123,9 @@ class Sender:
 
     def _succeeded(self, reached: str | None = None) -> None:
         with self._changed:
-            if self._failure and self._connected:
+            if self.failure and self._connected:
                 self._say("tracking: the store answers again")
-                self._failure = None
+                self.failure = None
             self._last_success = time.monotonic()
             if reached == "_idle":
                 self._idle = not self._spool.unsent(1)
@@ -143,12 +138,12 @@ class Sender:
             return delay
         delay = min(max(1.0, 2 * delay), _LONGEST_WAIT)
         with self._changed:
-            if self._failure is None and not self._closing:
+            if self.failure is None and not self._closing:
                 self._say(
                     f"tracking: the store does not take what it is sent ({one_line(error):.300}); the run goes on, all "
                     "is kept in its tracking_spool and sent again"
                 )
-            self._failure = f"{one_line(error):.300}"
+            self.failure = f"{one_line(error):.300}"
             self._changed.notify_all()
         self._sleep(delay)
         return delay

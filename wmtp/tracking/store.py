@@ -1,14 +1,10 @@
 """The MLflow store of a process: its URI, its checks, its client, and the names it accepts."""
 
-import base64
-import http.client
 import os
 import re
-import urllib.error
-import urllib.request
 from importlib.metadata import entry_points
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from wmtp.errors import UserError, mask_secrets
 
@@ -81,26 +77,24 @@ def refused_credentials(where: str, status: int) -> str:
 
 
 def _check_credentials(uri: str, where: str) -> None:
-    """Refuses credentials that a server answers with 401 or 403. It does without mlflow, whose import takes seconds."""
+    """Refuses credentials that a server answers with 401 or 403, without mlflow, whose import takes seconds."""
+    import requests
+
     if os.environ.get("MLFLOW_TRACKING_AUTH") or os.environ.get("MLFLOW_TRACKING_AWS_SIGV4"):
         return  # only mlflow can sign such requests
-    parts = urlsplit(uri)
-    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or unquote(parts.username or "")
-    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or unquote(parts.password or "")
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    plain = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])).rstrip("/")
-    request = urllib.request.Request(f"{plain}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default")
-    if user:
-        request.add_header("Authorization", f"Basic {base64.b64encode(f'{user}:{password}'.encode()).decode()}")
-    elif token:
-        request.add_header("Authorization", f"Bearer {token}")
+    user, password, token = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD", "TOKEN"))
+    url = f"{uri.rstrip('/')}/api/2.0/mlflow/experiments/get-by-name?experiment_name=Default"
     try:
-        urllib.request.urlopen(request, timeout=_PROBE_SECONDS).close()
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise UserError(refused_credentials(where, error.code)) from None
-    except (OSError, http.client.HTTPException):
-        return  # down or slow: the sender tries again and says so
+        answer = requests.get(
+            url,
+            headers={"Authorization": f"Bearer {token}"} if token else None,
+            auth=(user, password or "") if user else None,  # otherwise the user and password in the URL, if any
+            timeout=_PROBE_SECONDS,
+        )
+    except requests.RequestException:
+        return  # down or slow: the sender tries again and reports it
+    if answer.status_code in (401, 403):
+        raise UserError(refused_credentials(where, answer.status_code))
 
 
 def mlflow_client(uri: str):
