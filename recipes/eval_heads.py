@@ -23,7 +23,7 @@ from wmtp.errors import clear_errors, ending
 from wmtp.eval.heads import head_sums, score_heads, summarize_heads
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint
-from wmtp.models.teacher_forced import teacher_forced
+from wmtp.models.teacher_forced import TeacherForced
 from wmtp.pretrained import model_tags, resolve_checkpoint
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.run_log import RunLog
@@ -114,7 +114,7 @@ class EvalHeadsRecipe:
         """Figures of the trained heads and of the teacher-forced baseline, over all target tokens of the dataset."""
         heads = self._model.num_future_tokens
         # The baseline reads head 1 alone; both see the same rows, so they are compared target by target.
-        views = {"heads": (self._model, {}), "teacher_forced": (teacher_forced(self._model, heads), {"num_heads": 1})}
+        views = {"heads": (self._model, {}), "teacher_forced": (TeacherForced(self._model, heads), {"num_heads": 1})}
         sums = {name: torch.zeros(3, heads, dtype=torch.float64, device=self._world.device) for name in views}
         batches = list(held_out_batches(self._data, self._batch_size, self._world.rank, self._world.size))
         for batch in tqdm(batches, disable=not self._world.is_main, desc="heads", unit="batch"):

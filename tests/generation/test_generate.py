@@ -8,7 +8,7 @@ from decoding import Letters, completions, requests_of
 from torch import nn
 
 from wmtp.generation import Completion, DecodingStats, Request, Sampling, generate
-from wmtp.models.teacher_forced import teacher_forced
+from wmtp.models.teacher_forced import TeacherForced
 from wmtp.pretrained import byte_tokenizer
 from wmtp.pretrained.source import Source
 
@@ -227,7 +227,7 @@ def test_models_that_cannot_generate_are_refused(tiny, letters):
     with pytest.raises(ValueError, match="num_drafts must be a whole number between 0 and"):
         generate(tiny(num_future_tokens=1), letters, request, Sampling(4), num_drafts=2, **options)
     with pytest.raises(ValueError, match="generate needs an MTPDecoder, got TeacherForced"):
-        generate(teacher_forced(tiny(), 2), letters, request, Sampling(4), **options)
+        generate(TeacherForced(tiny(), 2), letters, request, Sampling(4), **options)
     with pytest.raises(ValueError, match="batch_size must be a whole number >= 1, got 0"):
         generate(tiny(), letters, request, Sampling(4), batch_size=0)
     with pytest.raises(ValueError, match="key must be a tuple of strings and numbers"):

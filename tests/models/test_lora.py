@@ -15,7 +15,6 @@ from wmtp.models import (
     from_checkpoint,
     init_lora,
     load_checkpoint,
-    merge_lora,
     parameter_counts,
     training_bytes,
 )
@@ -130,9 +129,7 @@ def test_merged_and_unmerged_logits_agree(tmp_path, dora):
     load_checkpoint(exported, tmp_path / "merged")
     scale = logits.abs().max()
     torch.testing.assert_close(exported(TOKENS) / scale, logits / scale, atol=1e-5, rtol=0)
-    merge_lora(model)
-    torch.testing.assert_close(model(TOKENS) / scale, logits / scale, atol=1e-5, rtol=0)
-    assert not any("lora" in name or "magnitude" in name for name, _ in model.named_parameters())
+    assert not any("lora" in name or "magnitude" in name for name, _ in exported.named_parameters())
 
 
 def test_dora_is_its_formula():
@@ -208,19 +205,15 @@ def test_the_full_precision_trunk_never_exists(tmp_path, monkeypatch):
 def test_four_bits_are_merged_only_when_that_is_asked_for(tmp_path):
     _, model = quantized(tmp_path, heads="full")
     moved(model).eval()
-    for merge in (merge_lora, lambda model: export_hf(model, tmp_path / "merged")):
-        with pytest.raises(
-            ValueError, match=r"quantised to nf4, and merge_quantized is false.*set merge_quantized=true"
-        ):
-            merge(model)
-    assert not (tmp_path / "merged").exists()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"quantised to nf4, and merge_quantized is false.*set merge_quantized=true"):
+        export_hf(model, tmp_path / "merged")
+    assert sorted(tmp_path.iterdir()) == before  # nothing half written either
     logits = model(TOKENS)
     export_hf(model, tmp_path / "merged", merge_quantized=True)
     exported = from_checkpoint(tmp_path / "merged")
     load_checkpoint(exported, tmp_path / "merged")
-    merge_lora(model, merge_quantized=True)
-    for merged in (exported, model):
-        torch.testing.assert_close(merged(TOKENS), logits, atol=1e-5 * logits.abs().max().item(), rtol=0)
+    torch.testing.assert_close(exported(TOKENS), logits, atol=1e-5 * logits.abs().max().item(), rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

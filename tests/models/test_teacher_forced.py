@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wmtp.loss import weighted_mtp_cross_entropy
-from wmtp.models.teacher_forced import teacher_forced
+from wmtp.models.teacher_forced import TeacherForced
 
 
 def test_k_step_logits_are_the_models_own_later_ones(tiny):
@@ -10,7 +10,7 @@ def test_k_step_logits_are_the_models_own_later_ones(tiny):
     tokens = torch.randint(0, 67, (2, 9))
     ids = torch.tensor([[0] * 5 + [1] * 4, [0] * 7 + [-1] * 2])
     own = model(tokens, document_ids=ids)[0]
-    forced = teacher_forced(model, 3)(tokens, document_ids=ids)
+    forced = TeacherForced(model, 3)(tokens, document_ids=ids)
     assert forced.shape == (3, 2, 9, 67)
     for k in (1, 2, 3):
         for t in range(9):
@@ -23,7 +23,7 @@ def test_every_head_has_head_1s_cross_entropy_where_it_has_a_target(tiny):
     tokens = torch.randint(0, 67, (2, 12))
     ids = torch.tensor([[0] * 5 + [1] * 7, [0] * 9 + [-1] * 3])
     labels = torch.where(ids >= 0, tokens, -100)
-    out = teacher_forced(tiny(), 3)(
+    out = TeacherForced(tiny(), 3)(
         tokens, document_ids=ids, loss_fn=weighted_mtp_cross_entropy, labels=labels
     )  # fmt: skip
     assert out.valid.sum(dim=(1, 2)).tolist() == [4 + 6 + 8, 3 + 5 + 7, 2 + 4 + 6]
@@ -35,7 +35,7 @@ def test_a_transformers_model_can_be_wrapped(tiny_hf):
     hf, _ = tiny_hf()
     tokens = torch.randint(0, 67, (1, 6))
     with torch.no_grad():
-        forced, own = teacher_forced(hf, 2)(tokens), hf(tokens).logits
+        forced, own = TeacherForced(hf, 2)(tokens), hf(tokens).logits
     assert torch.equal(forced[0], own) and torch.equal(forced[1, :, :-1], own[:, 1:])
 
 
@@ -43,4 +43,4 @@ def test_a_model_with_heads_of_its_own_is_refused(tiny):
     with pytest.raises(
         ValueError, match=r"needs a model that gives \[B, S, V\] or \[1, B, S, V\], got \(2, 1, 4, 67\)"
     ):
-        teacher_forced(tiny(num_future_tokens=2), 2)(torch.zeros(1, 4, dtype=torch.long))
+        TeacherForced(tiny(num_future_tokens=2), 2)(torch.zeros(1, 4, dtype=torch.long))

@@ -1,9 +1,9 @@
-"""A trained adapter as a folder: what `peft` loads onto the `transformers` model, and what its format has no place for.
+"""A trained adapter as a folder: files that `peft` loads onto the `transformers` model, and files of our own.
 
     adapter_config.json         peft's own, with the next: adapters of the trunk and head 1, as modules_to_save their
-    adapter_model.safetensors   trained norms and unembedding; not with a frozen trunk, which has nothing of these
+    adapter_model.safetensors   trained norms and unembedding; both absent with a frozen trunk, which has none of these
     wmtp_heads.safetensors      all other trained parameters (the extra heads'), by their names in MTPDecoder
-    wmtp_adapter.json           the base it belongs to, by hash; what add_lora was given
+    wmtp_adapter.json           the hash of its base, and the arguments of add_lora
 
 Rows of q and k, and so of their B and magnitudes, are in HF's order in peft's files.
 """
@@ -14,16 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from wmtp.distributed import wait_for_all
-from wmtp.errors import ExistsError
-from wmtp.files import publish, unfinished
-from wmtp.models.export import full_parameter
-from wmtp.models.load import local_part, local_tensor, named_parameters, reshard
+from wmtp.models.export import full_parameter, whole_folder
+from wmtp.models.load import local_part, local_tensor, named_parameters
 from wmtp.models.lora import Adapters
 from wmtp.pretrained.checkpoint_formats import is_rotated, key_of, to_half_split, to_interleaved
 from wmtp.pretrained.config_files import CheckpointError, read_json, unreadable
@@ -34,53 +29,43 @@ PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
-# Whatever may differ between the run that trained an adapter and the one that reads it.
+# These may differ between the run that trained an adapter and the one that reads it.
 _FREE = ("dropout", "quantize")
 
 
 @torch.no_grad()
 def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, base_name: str | None = None) -> None:
-    """Write the trained parameters of a model as an adapter folder, which appears whole or not at all.
+    """Writes the trained parameters of a model as an adapter folder, which appears whole or not at all.
 
     Every rank of a sharded model calls this; rank 0 writes.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder` that :func:`~wmtp.models.add_lora` adapted.
         folder: must not exist.
-        base_weights: what names the base's weights: :func:`~wmtp.pretrained.checkpoint_sha256` of its folder.
+        base_weights: :func:`~wmtp.pretrained.checkpoint_sha256` of the base's folder.
         base_name: the base's folder or name, for peft's base_model_name_or_path.
 
     Raises:
         FileExistsError: the folder is there already.
     """
-    folder = Path(folder)
-    reshard(model)
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if not sharded and not is_main:
-        return
-    if folder.exists():
-        raise ExistsError(f"adapter folder {folder} already exists; give another, or remove it")
-    if sharded:
-        wait_for_all()  # every rank has looked before rank 0 writes
-    peft, ours = {}, {}
-    for name, parameter in named_parameters(model):
-        if not parameter.requires_grad:
-            continue
-        tensor = full_parameter(parameter)  # a collective: every rank takes part
-        if not is_main:
-            continue
-        tensor = tensor.to("cpu", copy=True).contiguous()
-        keys = _peft_keys(name, model)
-        if not keys:
-            ours[name] = tensor
-            continue
-        if _has_rotated_rows(name):
-            tensor = to_half_split(tensor, model.config.head_dim).contiguous()
-        peft |= {key: tensor.clone() for key in keys}
-    if is_main:
-        writing = unfinished(folder)
-        writing.mkdir()
+    with whole_folder(model, Path(folder), "adapter") as writing:
+        peft, ours = {}, {}
+        for name, parameter in named_parameters(model):
+            if not parameter.requires_grad:
+                continue
+            tensor = full_parameter(parameter)  # a collective: every rank takes part
+            if writing is None:
+                continue
+            tensor = tensor.to("cpu", copy=True).contiguous()
+            keys = _peft_keys(name, model)
+            if not keys:
+                ours[name] = tensor
+                continue
+            if _has_rotated_rows(name):
+                tensor = to_half_split(tensor, model.config.head_dim).contiguous()
+            peft |= {key: tensor.clone() for key in keys}
+        if writing is None:
+            return
         if peft:
             save_file(peft, writing / PEFT_WEIGHTS, metadata={"format": "pt"})
             (writing / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, base_name), indent=2) + "\n")
@@ -89,13 +74,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
         about = {"base_weights": base_weights, "base_name": base_name, "adapters": asdict(model.adapters)}
         about["num_future_tokens"] = model.num_future_tokens
         (writing / ADAPTER).write_text(json.dumps(about, indent=2) + "\n")
-        publish(writing, folder)
-    if sharded:
-        wait_for_all()  # when it returns, on any rank, the folder is there
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """What wmtp_adapter.json says: base_weights, base_name, adapters (arguments of `add_lora`), num_future_tokens.
+    """Reads wmtp_adapter.json: base_weights, base_name, adapters (arguments of `add_lora`), num_future_tokens.
 
     Raises:
         CheckpointError: the folder holds no adapter.
@@ -108,7 +90,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path, *, base_weights: str) -> None:
-    """Fill the trained parameters of an adapted model from an adapter folder; each rank reads what it keeps.
+    """Fills the trained parameters of an adapted model from an adapter folder; each rank reads its own part.
 
     Raises:
         CheckpointError: one line, before anything is changed: no adapter there, one of another base, one whose settings
@@ -141,7 +123,7 @@ def check_adapter(folder: str | Path, adapters: Adapters, base_weights: str, num
 
 
 def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -> dict[str, Tensor]:
-    """The stored tensor of every parameter, mapped from the files, in the files' row order; everything is checked."""
+    """Returns the stored tensor of every parameter, mapped from the files and checked, in the files' row order."""
     files = {}
     for name in parameters:
         keys = _peft_keys(name, model)
@@ -171,19 +153,19 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -
 
 
 def _peft_keys(name: str, model: nn.Module) -> list[str]:
-    """Where peft's file has a parameter; empty where it has no place for it, or there is no such file."""
+    """Returns the keys of a parameter in peft's file; empty where it has no place for it, or there is no such file."""
     if name.startswith("extra_heads.") or model.adapters.trunk == "frozen":
         return []
     for ours, theirs in _PARTS.items():
         if name.endswith(f".{ours}"):
             return [_PREFIX + key_of(name.removesuffix(ours) + "weight", "hf").removesuffix("weight") + theirs]
-    # peft wraps embedding and unembedding apart, also where they are one.
+    # peft wraps embedding and unembedding separately, even where they are one.
     tied = ["lm_head.weight"] if name == "tok_embeddings.weight" else []
     return [_PREFIX + key for key in (key_of(name, "hf"), *tied)]
 
 
 def _has_rotated_rows(name: str) -> bool:
-    """Whether peft's file has a parameter's rows in another order: B and magnitude of q and k, trunk and head 1."""
+    """Returns whether peft's file orders a parameter's rows otherwise: B and magnitude of q and k, trunk and head 1."""
     module = name.removesuffix(".lora_b.weight").removesuffix(".magnitude")
     return module != name and name.startswith("layers.") and is_rotated(f"{module}.weight")
 

@@ -1,4 +1,4 @@
-"""Models by name. Each builder gives random weights; `load_checkpoint` fills them, also under torch.device("meta")."""
+"""Builders of models by name, with random weights, or none under torch.device("meta"); `load_checkpoint` fills them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -31,22 +31,22 @@ def llama_mtp(
 
     Args:
         vocab_size: V, the number of token ids.
-        num_layers: blocks on head 1's path: the trunk and head 1. Extra heads come on top, so that a next-token model
-            keeps its number when it gets heads; Meta's n_layers is num_layers + num_future_tokens - 1.
+        num_layers: blocks on head 1's path: the trunk and head 1. Extra heads are not counted, so that a next-token
+            model keeps its number when it gets heads; Meta's n_layers is num_layers + num_future_tokens - 1.
         num_heads, num_kv_heads: attention heads; fewer key/value heads are grouped-query attention.
         embed_dim: D.
         intermediate_dim: width of the MLP.
-        max_seq_len: longest sequence of this run; sets the size of the RoPE cache, and never shortens what an export
-            says of its checkpoint.
+        max_seq_len: longest sequence of this run; sets the size of the RoPE cache. An export keeps the length of its
+            checkpoint.
         num_future_tokens: H, the number of prediction heads.
-        rope_base, rope_scaling: RoPE's theta, and Llama 3's long-context scaling in HF's words, if any.
+        rope_base, rope_scaling: RoPE's theta, and Llama 3's long-context scaling with HF's keys, if any.
         norm_eps: epsilon of RMSNorm.
         tie_word_embeddings: use the embedding as unembedding.
         head_dim: embed_dim / num_heads if not given.
         attention: ``sdpa`` or ``flex`` (CUDA).
 
     Raises:
-        ValueError: one line naming the argument, its value and what is allowed.
+        ValueError: an argument out of its range.
     """
     config = LlamaShape(
         vocab_size=vocab_size,
@@ -140,7 +140,7 @@ def from_checkpoint(
     """A model of the shape that a checkpoint's config.json or params.json describes; its weights are not read here.
 
     Args:
-        path: whatever :func:`~wmtp.pretrained.resolve_checkpoint` takes.
+        path: any form that :func:`~wmtp.pretrained.resolve_checkpoint` takes.
         num_future_tokens: H; by default as many heads as the checkpoint has.
         max_seq_len: by default the checkpoint's.
         attention: as in :func:`llama_mtp`.

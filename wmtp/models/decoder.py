@@ -1,12 +1,12 @@
-"""A Llama decoder with parallel multi-token-prediction heads, in Meta's layout, on torchtune's modules.
+"""A Llama decoder with parallel multi-token-prediction heads, in Meta's layout, made of torchtune's modules.
 
     tok_embeddings -> layers[0] .. layers[-2] -+-> layers[-1]      -> norm -> unembedding    head 1, the next token
                                                +-> extra_heads[0]  -> norm -> unembedding    head 2
                                                +-> extra_heads[j]  -> norm -> unembedding    head j + 2
 
 Every head is one full transformer block on the same trunk state; norm and unembedding are shared (Gloeckle et al. 2024,
-arXiv 2404.19737, section 2). With H = 1 this is an ordinary Llama. Decoding with cached keys and values lives in
-`wmtp.generation`, over the same modules.
+arXiv 2404.19737, section 2). With H = 1 this is an ordinary Llama. `wmtp.generation` decodes with cached keys and
+values, over the same modules.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ from wmtp.pretrained.source import Source
 
 
 class MTPDecoder(nn.Module):
-    """Trunk, H heads beside each other, shared norm and unembedding.
+    """A trunk, H parallel heads, and a norm and unembedding that they share.
 
     Args:
         config: the model's sizes; kept as ``model.config`` and written by the export.
-        attention: ``sdpa``, or ``flex``: flex attention (CUDA only) skips the blocks that no document needs.
+        attention: ``sdpa``, or ``flex`` (CUDA only), which skips blocks of the mask that are empty.
     """
 
     def __init__(self, config: LlamaShape, *, attention: str = "sdpa") -> None:
@@ -42,7 +42,7 @@ class MTPDecoder(nn.Module):
         if attention not in ("sdpa", "flex"):
             raise UserError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         self.config = config
-        self.source: Source | None = None  # what the checkpoint's files said, once load_checkpoint has read one
+        self.source: Source | None = None  # facts from the checkpoint's files, once load_checkpoint has read one
         self.attention = attention
         self.rope = _rope(config)  # one module for all blocks, so its cache exists once
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)
@@ -55,7 +55,7 @@ class MTPDecoder(nn.Module):
 
     @property
     def num_future_tokens(self) -> int:
-        """H, the number of heads."""
+        """Returns H, the number of heads."""
         return self.config.num_future_tokens
 
     @property
@@ -72,12 +72,12 @@ class MTPDecoder(nn.Module):
 
     @property
     def unembedding(self) -> Tensor:
-        """[V, D]; of a tied model, the embedding. Under FSDP2 it is whole only inside the forward pass."""
+        """Returns the unembedding [V, D]: a tied model's embedding. FSDP2 has it whole only in the forward pass."""
         return self.tok_embeddings.weight if self.config.tie_word_embeddings else self.output.weight
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Random weights: normal with standard deviation 0.02, norms at one. Call it before sharding."""
+        """Draws weights from a normal with standard deviation 0.02 and sets norms to one. Call it before sharding."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.scale"):
                 parameter.fill_(1.0)
@@ -85,7 +85,7 @@ class MTPDecoder(nn.Module):
                 parameter.normal_(std=0.02)
 
     def reset_rope(self, device: torch.device | str | None = None) -> None:
-        """Compute the RoPE cache anew, in float32, on ``device`` (by default where it is)."""
+        """Computes the RoPE cache anew, in float32, on ``device`` (by default its own)."""
         if device is None:
             device = getattr(self.rope, "cache", self.norm.scale).device
         if torch.device(device).type != "meta":
@@ -114,7 +114,7 @@ class MTPDecoder(nn.Module):
         loss_fn: Callable | None = None,
         **loss_inputs: Any,
     ) -> Any:
-        """Logits of every head, or whatever ``loss_fn`` makes of the hidden states.
+        """Computes the logits of every head, or the result of ``loss_fn`` on the hidden states.
 
         Args:
             tokens: [B, S] token ids.
@@ -123,13 +123,13 @@ class MTPDecoder(nn.Module):
             input_pos: [B, S] positions; by default counted from each document's start.
             mask: [B, S, S] bool or BlockMask, True where a query may look; by default causal within documents.
             num_heads: compute only the first heads; by default all H.
-            trunk_state: [B, S, D] that ``return_trunk`` gave for these tokens: the trunk does not run again.
-            return_trunk: give the trunk's state [B, S, D], which all heads read, and compute no head.
+            trunk_state: [B, S, D], the result of ``return_trunk`` for these tokens: the trunk does not run again.
+            return_trunk: return the trunk's state [B, S, D], which all heads read, and compute no head.
             loss_fn: called as ``loss_fn(hidden, unembedding, document_ids=document_ids, **loss_inputs)``.
 
         Returns:
-            logits [H, B, S, V] in the computation's dtype (as `transformers` gives them; cross-entropies and decoding
-            take float32 ones, see wmtp.numerics.products), the trunk's state, or the result of ``loss_fn``.
+            logits [H, B, S, V] in the computation's dtype (like those of `transformers`; cross-entropies and decoding
+            use float32, see wmtp.numerics.products), the trunk's state, or the result of ``loss_fn``.
         """
         if return_trunk:
             return self._run_trunk(tokens, *self._attention_inputs(tokens, document_ids, input_pos, mask))
@@ -143,9 +143,9 @@ class MTPDecoder(nn.Module):
         )
         if loss_fn is None:
             return F.linear(hidden, self.unembedding)
-        # The loss runs here, and not on the forward's result, because here FSDP2 has the unembedding unsharded: it
+        # The loss runs here, and not on the forward's result, because here FSDP2 has the unembedding unsharded. It
         # belongs to the root's parameter group (with the embedding it may be tied to), which is resharded when this
-        # method returns. The fused loss multiplies by it chunk by chunk and hands its gradient back whole.
+        # method returns. The fused loss multiplies by it chunk by chunk and returns its gradient whole.
         return loss_fn(hidden, self.unembedding, document_ids=document_ids, **loss_inputs)
 
     def hidden_states(
@@ -158,9 +158,9 @@ class MTPDecoder(nn.Module):
         num_heads: int | None = None,
         trunk_state: Tensor | None = None,
     ) -> Tensor:
-        """Normed states of the heads, [H, B, S, D]; arguments as in :meth:`forward`.
+        """Computes the normed states of the heads, [H, B, S, D]; arguments as in :meth:`forward`.
 
-        Of a model sharded with FSDP2, call forward with a ``loss_fn`` that returns them: only forward gathers weights.
+        With FSDP2, call forward with a ``loss_fn`` that returns them: only forward gathers weights.
         """
         if num_heads is not None and not 1 <= num_heads <= self.num_future_tokens:
             raise UserError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
@@ -178,12 +178,12 @@ class MTPDecoder(nn.Module):
     def _attention_inputs(
         self, tokens: Tensor, document_ids: Tensor | None, input_pos: Tensor | None, mask: Any
     ) -> tuple[Any, Tensor | None]:
-        """The mask and positions that every block gets; (None, None) is plain causal attention."""
+        """Returns the mask and positions of every block; (None, None) is plain causal attention."""
         if tokens.shape[1] > self.max_seq_len:
             raise UserError(f"the sequence length must be <= max_seq_len {self.max_seq_len}, got {tokens.shape[1]}")
         if mask is not None:
             return mask, input_pos
-        # Rows of one document take the causal path, with no mask. To see that on CUDA would wait for the device.
+        # Rows of one document take the causal path, without a mask. On CUDA this test would wait for the device.
         plain = document_ids is None or (
             document_ids.device.type == "cpu" and bool((document_ids == document_ids[:, :1]).all())
         )
@@ -199,7 +199,7 @@ class MTPDecoder(nn.Module):
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """Each token's distance from the start of its document, [B, S]; a document is a run of equal ids."""
+    """Returns each token's distance from the start of its document, [B, S]; a document is a run of equal ids."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
     starts = torch.zeros_like(index)
     starts[:, 1:] = index[:, 1:] * (document_ids[:, 1:] != document_ids[:, :-1])
@@ -207,13 +207,13 @@ def positions_in_documents(document_ids: Tensor) -> Tensor:
 
 
 def dense_mask(document_ids: Tensor) -> Tensor:
-    """[B, S, S] bool: query i sees key j <= i of its own document (padding, -1, sees padding: no row is empty)."""
+    """Returns [B, S, S] bool: query i sees key j <= i of its document (padding, -1, sees padding: no row is empty)."""
     same = document_ids[:, :, None] == document_ids[:, None, :]
     return same.tril_()
 
 
 def block_mask(document_ids: Tensor) -> Any:
-    """The mask of :func:`dense_mask` as flex attention's BlockMask."""
+    """Returns the mask of :func:`dense_mask` as flex attention's BlockMask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
-"""Writing a model as an HF Llama folder: head 1 for `transformers`, the other heads in files beside it."""
+"""The export of a model as an HF Llama folder: head 1 for `transformers`, the other heads in files of their own."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +33,13 @@ def export_hf(
     max_shard_bytes: float = 5e9,
     merge_quantized: bool = False,
 ) -> None:
-    """Write ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
+    """Writes ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
 
-    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not look at. Low-rank
-    adapters are merged into what is written; the model itself keeps them apart. config.json and generation_config.json
-    are those of the checkpoint that the model was read from, with what training changed, and the tokenizer's files are
-    the tokenizer's own; `transformers` reads them from 4.40 on. The folder appears whole or not at all: it is written
-    beside its place and renamed.
+    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not read. Low-rank
+    adapters are merged into the written weights; the model itself keeps them apart. config.json and
+    generation_config.json are those of the checkpoint that the model was read from, with the changes of training, and
+    the tokenizer's files are the tokenizer's own; `transformers` reads them from 4.40 on. The folder appears whole or
+    not at all.
 
     Every rank of a sharded model calls this; parameters are gathered one at a time and rank 0 writes, holding at most
     ``max_shard_bytes`` (or the additional heads, if they are larger).
@@ -48,7 +51,7 @@ def export_hf(
             `transformers`. Without it the folder has no tokenizer, and its end tokens are those of the source alone.
         dtype: of the stored weights; by default each parameter's own.
         max_shard_bytes: largest size of one file.
-        merge_quantized: write the weights of a quantised trunk as what their 4 bits say, adapters merged.
+        merge_quantized: write the weights of a quantised trunk with their rounding errors, adapters merged.
 
     Raises:
         FileExistsError: the folder is there already.
@@ -56,14 +59,52 @@ def export_hf(
         ValueError: the model has parameters that are no part of a Llama, the tokenizer cannot be used, or the trunk is
             quantised and merge_quantized is false.
     """
-    folder = Path(folder)
+    with whole_folder(model, Path(folder), "export") as writing:
+        write_hf(model, writing, tokenizer_source, dtype, max_shard_bytes, merge_quantized)
+
+
+@contextmanager
+def whole_folder(model: nn.Module, folder: Path, kind: str) -> Iterator[Path | None]:
+    """Gives rank 0 a folder to write into, and publishes it as ``folder`` when the block ends; other ranks get None.
+
+    Every rank of a sharded model enters the block, in which it gathers parameters, and leaves it when the folder is
+    there. A block that raises leaves nothing behind.
+
+    Raises:
+        FileExistsError: the folder is there already.
+    """
     reshard(model)
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    if not sharded and not is_main:
-        return
-    if folder.exists():
-        raise ExistsError(f"export folder {folder} already exists; give another, or remove it")
+    if (is_main or sharded) and folder.exists():
+        raise ExistsError(f"{kind} folder {folder} already exists; give another, or remove it")
+    if sharded:
+        # Every rank has looked before rank 0 writes. Gathering does not order them all: it stays inside a replica.
+        wait_for_all()
+    if is_main:
+        writing = unfinished(folder)
+        writing.mkdir()
+        try:
+            yield writing
+        except BaseException:
+            shutil.rmtree(writing)
+            raise
+        publish(writing, folder)
+    else:
+        yield None
+    if sharded:
+        wait_for_all()
+
+
+def write_hf(
+    model: nn.Module,
+    writing: Path | None,
+    tokenizer_source: Any,
+    dtype: torch.dtype | None,
+    max_shard_bytes: float = 5e9,
+    merge_quantized: bool = False,
+) -> None:
+    """Writes the files of :func:`export_hf` into the folder of a :func:`whole_folder`."""
     refuse_quantized(model, merge_quantized)
     tokenizer = _as_tokenizer(tokenizer_source)
     parameters = without_adapters(model)
@@ -73,19 +114,12 @@ def export_hf(
         raise UserError(
             f"parameter {strangers[0]} has no place in an HF Llama folder; remove what was added to the decoder"
         )
-    if sharded:
-        # Every rank has looked before rank 0 writes. Gathering does not order them all: it stays inside a replica.
-        wait_for_all()
-
-    if is_main:
-        writing = unfinished(folder)
-        writing.mkdir()
     files, pending, heads, weight_map, total = 0, {}, {}, {}, 0
     for name, parameter in parameters.items():
         tensor = full_parameter(parameter)  # a collective: every rank takes part
         module = adapters.get(name)
         low_rank = () if module is None else [full_parameter(p) for p in adapter_parameters(module)]
-        if not is_main:
+        if writing is None:
             continue
         tensor = dequantized(tensor)
         if low_rank:
@@ -104,21 +138,17 @@ def export_hf(
             pending = {}
         pending[key] = tensor
         total += _num_bytes(tensor)
-    if is_main:
+    if writing is not None:
         weight_map |= _write(writing, files + 1, pending)
         _name_files(writing, files + 1, weight_map, total)
         if heads:
             save_file(heads, writing / MTP_WEIGHTS, metadata={"format": "pt"})
             (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
-        stored_dtype = dtype or parameters["norm.scale"].dtype
-        _write_configs(writing, model, stored_dtype, tokenizer)
-        publish(writing, folder)
-    if sharded:
-        wait_for_all()  # when it returns, on any rank, the folder is there
+        _write_configs(writing, model, dtype or parameters["norm.scale"].dtype, tokenizer)
 
 
 def full_parameter(parameter: Tensor) -> Tensor:
-    """A parameter whole, on its compute device; of a sharded model a collective that every rank calls."""
+    """Returns a parameter whole, on its compute device; for a sharded model this is a collective of all ranks."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
     return parameter.detach().to(compute_device(parameter)).full_tensor()
@@ -134,7 +164,7 @@ def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, i
 
 
 def _name_files(folder: Path, files: int, weight_map: dict[str, int], total: int) -> None:
-    """HF's file names, which say how many there are: known only now."""
+    """Gives the files HF's names, which contain their number, and writes the index."""
     names = (
         {1: HF_WEIGHTS} if files == 1 else {n: f"model-{n:05d}-of-{files:05d}.safetensors" for n in range(1, files + 1)}
     )
@@ -146,7 +176,7 @@ def _name_files(folder: Path, files: int, weight_map: dict[str, int], total: int
 
 
 def _as_tokenizer(source: Any) -> Any:
-    """The tokenizer of whatever tokenizer_source is, or None."""
+    """Returns the tokenizer of any form of tokenizer_source, or None."""
     from wmtp.pretrained.tokenizer import Tokenizer, hf_tokenizer  # which imports this package
 
     if isinstance(source, str | Path):

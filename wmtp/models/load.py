@@ -1,4 +1,4 @@
-"""Reading a checkpoint into a model, sharded or not: each rank reads what it keeps."""
+"""Loading of a checkpoint into a model, sharded or not: each rank reads its own part."""
 
 import math
 from collections.abc import Iterable
@@ -15,17 +15,17 @@ from wmtp.pretrained.config_files import CheckpointError
 from wmtp.pretrained.shape import LlamaShape
 from wmtp.pretrained.source import read_source
 
-# Constants of the computation that no tensor's shape gives away.
+# Constants of the computation that no tensor's shape shows.
 _CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps")
 
 
 @torch.no_grad()
 def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device | str = "cpu") -> None:
-    """Fill an :class:`~wmtp.models.MTPDecoder` from an HF or Meta checkpoint.
+    """Fills an :class:`~wmtp.models.MTPDecoder` from an HF or Meta checkpoint.
 
-    The model may be on the meta device, where it is materialised on ``device``, and it may be sharded with FSDP2: then
-    each rank cuts its own shard out of one tensor after another, with no collective, and holds at no time more than its
-    shards and one full tensor. Values are cast to the parameters' dtype.
+    A model on the meta device is materialised on ``device``. Of a model sharded with FSDP2, each rank cuts its own
+    shard out of one tensor after another, without a collective, and never holds more than its shards and one full
+    tensor. Values are cast to the parameters' dtype.
 
     Heads that the checkpoint lacks start as copies of head 1, its last block; heads that the model lacks are left out.
     An untied model takes a tied checkpoint's embedding as its unembedding too. Low-rank adapters are no part of a
@@ -33,10 +33,10 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
     `add_lora` marked for quantisation are quantised one by one as they are read, on the device of the computation.
 
     Args:
-        model: an MTPDecoder, wrapped for activation checkpointing or compiled or not.
+        model: an MTPDecoder; it may be compiled, or wrapped for activation checkpointing.
         path: a folder, see :func:`~wmtp.pretrained.resolve_checkpoint`.
-        device: where the parameters of a model on the meta device go. RoPE's cache goes to the device of the
-            computation, so with CPU-offloaded shards give ``cpu``.
+        device: of the parameters of a model on the meta device. RoPE's cache goes to the device of the computation, so
+            with CPU-offloaded shards give ``cpu``.
 
     Raises:
         CheckpointError: one line, before anything is changed: a file missing or truncated, a parameter missing, unknown
@@ -54,12 +54,12 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
             module.weight = None  # it never exists in full precision
         model.to_empty(device=device)
         for name, parameter in named_parameters(model):
-            if is_adapter(name):  # what was left in memory there could pass for weights
+            if is_adapter(name):  # leftovers in memory could pass for weights
                 local_tensor(parameter).fill_(math.nan)
         parameters |= without_adapters(model)
     target = compute_device(parameters["norm.scale"])
     for name, parameter in parameters.items():
-        # No name holds what was read: the next tensor comes when this one is gone.
+        # No variable holds the tensor that was read, so it is freed before the next one is read.
         if name in quantized:
             quantized[name].weight = quantize_nf4(checkpoint.read(sources[name]).to(target, parameter.dtype), name)
             continue
@@ -69,35 +69,35 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
 
 
 def named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """Parameters by their own names, whatever wraps the blocks (activation checkpointing, torch.compile)."""
+    """Yields parameters by their own names, whatever wraps the blocks (activation checkpointing, torch.compile)."""
     for name, parameter in model.named_parameters():
         yield own_name(name), parameter
 
 
 def own_name(name: str) -> str:
-    """A parameter's or module's name without what activation checkpointing and torch.compile put into it."""
+    """Returns a parameter's or module's name without the prefixes of activation checkpointing and torch.compile."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter belongs to a low-rank adapter (see wmtp.models.lora)."""
+    """Returns whether a parameter belongs to a low-rank adapter (see wmtp.models.lora)."""
     return name.endswith((".lora_a.weight", ".lora_b.weight", ".magnitude"))
 
 
 def without_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that a checkpoint has, by their own names."""
+    """Returns the parameters that a checkpoint has, by their own names."""
     return {name: parameter for name, parameter in named_parameters(model) if not is_adapter(name)}
 
 
 def reshard(model: nn.Module) -> None:
-    """Make sure that the registered parameters are the shards, not what a forward pass gathered."""
+    """Makes the shards the registered parameters again, where a forward pass left the gathered ones."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def compute_device(parameter: Tensor) -> torch.device:
-    """Where a parameter's computation runs; a CPU-offloaded shard's own device is not it."""
+    """Returns the device of a parameter's computation, which is not that of a CPU-offloaded shard."""
     if isinstance(parameter, DTensor) and parameter.device_mesh.device_type != parameter.device.type:
         kind = parameter.device_mesh.device_type
         return torch.device(kind, torch.get_device_module(kind).current_device())
@@ -105,19 +105,19 @@ def compute_device(parameter: Tensor) -> torch.device:
 
 
 def local_tensor(parameter: Tensor) -> Tensor:
-    """What this rank holds of a parameter: its shard, or all of it."""
+    """Returns this rank's part of a parameter: its shard, or all of it."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def local_part(full: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a full tensor that this rank holds of ``parameter``: a view, cut as torch.chunk cuts."""
+    """Returns this rank's part of the full tensor of ``parameter``: a view, cut as torch.chunk cuts."""
     if not isinstance(parameter, DTensor):
         return full
     for mesh_dim, placement in enumerate(parameter.placements):
         if type(placement) is Shard:
             size, rank = parameter.device_mesh.size(mesh_dim), parameter.device_mesh.get_local_rank(mesh_dim)
             rows = full.shape[placement.dim]
-            chunk = -(-rows // size)  # the last ranks may hold less, or nothing
+            chunk = -(-rows // size)  # the last ranks may have fewer rows, or none
             start = min(rank * chunk, rows)
             full = full.narrow(placement.dim, start, min(chunk, rows - start))
         elif not isinstance(placement, Replicate):
@@ -126,11 +126,11 @@ def local_part(full: Tensor, parameter: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Which stored tensor fills which parameter
+# The stored tensor of each parameter
 
 
 def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
-    """For each parameter, the name under which the checkpoint has its values; everything is checked here."""
+    """Returns, for each parameter, the name of its values in the checkpoint, after all checks."""
     stored = checkpoint.shape
     if model.tie_word_embeddings and not stored.tie_word_embeddings:
         raise CheckpointError(
@@ -185,7 +185,7 @@ def _source(name: str, model: LlamaShape, stored: LlamaShape) -> str:
 
 
 def _may_be_left_out(key: str, model: LlamaShape, stored: LlamaShape) -> bool:
-    """Heads beyond the model's, RoPE frequencies that older files carry, a tied unembedding stored twice."""
+    """Tells heads beyond the model's, RoPE frequencies of older files, and a tied unembedding stored twice."""
     place, _, rest = key.partition(".")
     if place == "extra_heads":
         return model.num_future_tokens - 1 <= int(rest.partition(".")[0]) < stored.num_future_tokens - 1

@@ -1,10 +1,10 @@
-"""Low-rank adapters on the decoder's projections, and what of it is trained beside them; what training takes.
+"""Low-rank adapters on the decoder's projections, other parts trained with them, and the memory of training.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685)     y = W x + alpha / r * B A x
     DoRA (Liu et al. 2024, arXiv 2402.09353)    y = m * (W + alpha / r * B A) x / |W + alpha / r * B A|, norms by row
 
 Order of use: build the decoder, :func:`add_lora`, then activation checkpointing and sharding, then `load_checkpoint`
-(which fills W alone) and :func:`init_lora`. Exports hold the merged weight; :func:`merge_lora` makes that the model.
+(which fills W alone) and :func:`init_lora`. Exports hold the merged weight.
 """
 
 import math
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from wmtp.errors import UserError
@@ -31,7 +30,7 @@ TRUNK, HEADS, QUANTIZE = ("lora", "frozen"), ("full", "lora", "frozen"), (None, 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What :func:`add_lora` did to a model, kept as ``model.adapters``; the arguments are described there."""
+    """The arguments that :func:`add_lora` adapted a model with, kept as ``model.adapters``."""
 
     rank: int
     alpha: float
@@ -60,27 +59,27 @@ def add_lora(
     quantize: str | None = None,
     seed: int = 0,
 ) -> nn.Module:
-    """Put adapters on the projections of a decoder's blocks, in place; what is not named here is frozen.
+    """Puts adapters on the projections of a decoder's blocks, in place, and freezes all parameters not named here.
 
-    Head 1 goes with the trunk: its block is the last one of the pretrained model, which `transformers` and `peft` know.
-    So ``trunk`` speaks for ``model.layers`` and ``heads`` for ``model.extra_heads``, heads 2 to H.
+    Head 1 belongs to the trunk here: its block is the last one of the pretrained model, for `transformers` and `peft`
+    too. So ``trunk`` is about ``model.layers`` and ``heads`` about ``model.extra_heads``, heads 2 to H.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, on the meta device or not, not yet sharded.
         rank: r, the inner width of the adapters.
         alpha: the adapters' output is scaled by alpha / rank.
         dropout: share of the adapters' input that training drops, in [0, 1).
-        targets: which projections: q_proj, k_proj, v_proj, output_proj of the attention; w1 (gate), w2 (down),
-            w3 (up) of the MLP.
-        dora: a trained magnitude for each row beside the low-rank direction. At the start it is the row's norm, so the
-            model is the base bit for bit where the computation has the weights' own dtype.
+        targets: the projections: q_proj, k_proj, v_proj, output_proj of the attention; w1 (gate), w2 (down), w3 (up)
+            of the MLP.
+        dora: train a magnitude for each row besides the low-rank direction. It starts as the row's norm, so the model
+            starts as the base, bit for bit, where the computation has the weights' own dtype.
         trunk: ``lora``: adapters; ``frozen``: nothing below the extra heads is trained, and nothing keeps activations.
         heads: ``full``: trained whole; ``lora``: adapters; ``frozen``.
         train_norms: train the norms of every block that has trained parameters, and the shared last one.
         train_unembedding: train the unembedding, and so the embedding of a tied model.
-        quantize: ``nf4``: the projections of the trunk's blocks, without those of the heads, are held in 4 bits. On the
-            meta device that happens to each as `load_checkpoint` reads it.
-        seed: of A, see :func:`init_lora`; a model on the meta device is initialised by calling that later.
+        quantize: ``nf4``: the projections of the trunk's blocks, without those of the heads, are held in 4 bits. Those
+            of a model on the meta device are quantised one by one when `load_checkpoint` reads them.
+        seed: of A, see :func:`init_lora`, which a model on the meta device needs later.
 
     Raises:
         ValueError: a value out of range, an unknown target, or a choice that trains nothing.
@@ -153,9 +152,9 @@ def _check(chosen: Adapters, model: nn.Module) -> None:
 
 @torch.no_grad()
 def init_lora(model: nn.Module, *, seed: int = 0) -> None:
-    """Set A to its random start (uniform within 1 / sqrt(in_dim), as in the authors' code), B to zero, m to W's norms.
+    """Sets A to uniform values within 1 / sqrt(in_dim) (as the authors' code does), B to zero and m to W's norms.
 
-    The values depend on the seed, the parameter's name and W alone: equal at any world size.
+    The values depend on the seed, the parameter's name and W alone, and are equal at any world size.
     """
     for name, module in lora_modules(model):
         generator = keyed_generator(seed, name)
@@ -168,65 +167,37 @@ def init_lora(model: nn.Module, *, seed: int = 0) -> None:
             if is_nf4(weight):  # whole on every process, unlike m
                 norms = local_part(torch.linalg.norm(weight.to(magnitude.dtype), dim=1), magnitude)
             else:
-                norms = torch.linalg.norm(local_tensor(weight), dim=1)  # rows are what both are cut by
+                norms = torch.linalg.norm(local_tensor(weight), dim=1)  # both are cut by rows
             local_tensor(magnitude).copy_(norms)
 
 
 def lora_modules(model: nn.Module) -> Iterator[tuple[str, LoRALinear | DoRALinear]]:
-    """(name, module) of every adapted projection, by the module's own name, whatever wraps the blocks."""
+    """Yields (name, module) of every adapted projection, by the module's own name, whatever wraps the blocks."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear | DoRALinear):
             yield own_name(name), module
 
 
 def adapter_parameters(module: LoRALinear | DoRALinear) -> list[nn.Parameter]:
-    """A [r, in], B [out, r] and, of DoRA, m [out]."""
+    """Returns A [r, in], B [out, r] and, for DoRA, m [out]."""
     return [module.lora_a.weight, module.lora_b.weight, *([module.magnitude] if hasattr(module, "magnitude") else [])]
 
 
 def merged_weight(weight: Tensor, module: LoRALinear | DoRALinear, a: Tensor, b: Tensor, m: Tensor | None = None):
-    """The one matrix that does what W [out, in], A [r, in], B [out, r] (and m [out]) do, whole; in W's dtype."""
+    """Returns the matrix [out, in] that equals W [out, in] with A [r, in], B [out, r] (and m [out]), in W's dtype."""
     merged = weight.float() + module.alpha / module.rank * (b.float() @ a.float())
     if m is not None:
         merged *= (m.float() / torch.linalg.norm(merged, dim=1))[:, None]
     return merged.to(weight.dtype)
 
 
-@torch.no_grad()
-def merge_lora(model: nn.Module, *, merge_quantized: bool = False) -> nn.Module:
-    """Replace every adapted projection by a plain one that computes the same, in place.
-
-    Args:
-        merge_quantized: also turn quantised weights into full-precision ones, W being what their 4 bits say.
-
-    Raises:
-        ValueError: the model is sharded (export it instead, which merges), or quantised and merge_quantized is false.
-    """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError("a sharded model cannot be merged in place; export it, and the exported weights are merged")
-    refuse_quantized(model, merge_quantized)
-    for _, module in quantized_modules(model):
-        module.weight = nn.Parameter(dequantized(module.weight), requires_grad=False)
-        module.quantized_to = None
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoRALinear | DoRALinear):
-            linear = nn.Linear(module.in_dim, module.out_dim, bias=False, device="meta")
-            merged = merged_weight(module.weight, module, *adapter_parameters(module))
-            linear.weight = nn.Parameter(merged, requires_grad=module.weight.requires_grad)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, linear)
-    if hasattr(model, "adapters"):
-        del model.adapters
-    return model
-
-
 def dequantized(weight: Tensor) -> Tensor:
-    """A weight in full precision: itself, or what its 4 bits say."""
+    """Returns a weight in full precision: itself, or the values of its 4 bits."""
     return weight.to(weight.dtype) if is_nf4(weight) else weight
 
 
 def refuse_quantized(model: nn.Module, merge_quantized: bool) -> None:
-    """Raises ValueError where a model's quantised weights would be merged unasked."""
+    """Refuses to merge a model's quantised weights unless merge_quantized asks for it."""
     if not merge_quantized and any(True for _ in quantized_modules(model)):
         raise UserError(
             "the trunk is quantised to nf4, and merge_quantized is false: merged weights hold its rounding errors; "
@@ -235,7 +206,7 @@ def refuse_quantized(model: nn.Module, merge_quantized: bool) -> None:
 
 
 class _LoRALinear(LoRALinear):
-    """torchtune's, with alpha / r applied at the inner width r: two passes over the output less in each step."""
+    """torchtune's layer, with alpha / r applied at the inner width r: it saves two passes over the output a step."""
 
     def forward(self, x: Tensor) -> Tensor:
         if is_nf4(self.weight) or self.disabled:
@@ -245,7 +216,7 @@ class _LoRALinear(LoRALinear):
 
 
 def _place(block: nn.Module, target: str) -> tuple[nn.Module, nn.Module]:
-    """Where in a block a target is, and the linear layer."""
+    """Returns the module of a block that holds a target, and the target's linear layer."""
     parent = block.attn if target in ATTENTION_TARGETS else block.mlp
     return parent, getattr(parent, target)
 
@@ -259,7 +230,7 @@ def _adapted(linear: nn.Module, chosen: Adapters) -> LoRALinear | DoRALinear:
         adapted = kind(in_dim, out_dim, rank=chosen.rank, alpha=chosen.alpha, dropout=chosen.dropout)
     adapted.rank, adapted.alpha = chosen.rank, chosen.alpha  # DoRALinear keeps their ratio alone
     adapted.weight = linear.weight
-    adapted.to_empty(device=linear.weight.device)  # of torchtune's modules: the adapter's parameters alone
+    adapted.to_empty(device=linear.weight.device)  # torchtune's modules make the adapter's parameters alone
     for parameter in adapter_parameters(adapted):
         parameter.data = parameter.data.to(linear.weight.dtype)
     return adapted
@@ -270,15 +241,15 @@ def _is_number(value: object) -> bool:
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters, over all processes."""
+    """Counts (trained, all) parameters, over all processes."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 def training_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Bytes that this process holds while it trains: weights by dtype, gradients, and AdamW's two moments.
+    """Counts the bytes that this process holds in training: weights by dtype, gradients, and AdamW's two moments.
 
-    Activations, and the blocks that FSDP2 gathers for their computation, come on top.
+    Activations, and the blocks that FSDP2 gathers for their computation, are not counted.
     """
     weights: dict[str, int] = {}
     for parameter in model.parameters():
@@ -289,7 +260,7 @@ def training_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def describe_training(model: nn.Module, world_size: int) -> str:
-    """Two lines: what is trained, and the memory of :func:`training_bytes`."""
+    """Describes the trained parameters, and the memory of :func:`training_bytes`, in a line each."""
     trained, total = parameter_counts(model)
     parts = {what: sum(by_dtype.values()) for what, by_dtype in training_bytes(model).items()}
     by_dtype = ", ".join(f"{name} {_gigabytes(n)}" for name, n in training_bytes(model)["weights"].items())

@@ -2,9 +2,9 @@
 
 A weight is cut into blocks of 64 values; each value keeps a 4-bit index into 16 quantiles of a normal distribution,
 each block one 8-bit scale. The values are torchao's `NF4Tensor`. Every process holds the whole of a quantised weight
-(half a byte a value), and FSDP2 leaves it alone. Sharding it, which torchao's hooks allow, would need rows and blocks
-that divide evenly among the processes, gather it in every pass, and fail on one process: there FSDP2 of torch 2.13
-skips the hook that takes the tensor apart, and the one that puts it together gets one part instead of three.
+(half a byte a value), and FSDP2 leaves it alone. torchao's hooks allow sharding, but it would need rows and blocks that
+divide evenly among the processes, gather the weight in every pass, and fail on one process: there FSDP2 of torch 2.13
+skips the hook that takes the tensor apart, so the hook that puts it together gets one part instead of three.
 """
 
 import math
@@ -20,10 +20,10 @@ _BLOCK, _SCALE_BLOCK = 64, 256  # values that share a scale, and scales that sha
 
 
 def quantize_nf4(weight: Tensor, name: str = "weight") -> nn.Parameter:
-    """A frozen NF4 parameter of a [out, in] weight, on its device; to be read with ``.to(dtype)``.
+    """Makes a frozen NF4 parameter of a [out, in] weight, on its device; ``.to(dtype)`` reads it.
 
-    Scales are quantised in groups of 256, or of the largest power of two that divides their number: the same on any
-    number of processes.
+    Scales are quantised in groups of 256, or of the largest smaller power of two that divides their number: the same on
+    any number of processes.
 
     Raises:
         ValueError: the number of values is no multiple of 64.
@@ -46,20 +46,20 @@ def is_nf4(weight: Tensor | None) -> bool:
 
 
 def mark_nf4(module: nn.Module) -> None:
-    """Have a linear layer's weight quantised: now, or of one on the meta device when `load_checkpoint` reads it."""
+    """Quantises a linear layer's weight: now, or on the meta device when `load_checkpoint` reads it."""
     module.quantized_to = "nf4"
     if not module.weight.is_meta:
         module.weight = quantize_nf4(module.weight)
 
 
 def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every linear layer with a quantised weight, or one that is to be quantised as it is read."""
+    """Yields (name, module) of every linear layer whose weight is quantised, or will be when it is read."""
     for name, module in model.named_modules():
         if getattr(module, "quantized_to", None) is not None:
             yield name, module
 
 
 def nf4_bytes(weight: Tensor) -> int:
-    """Bytes of a quantised weight, scales included."""
+    """Counts the bytes of a quantised weight, scales included."""
     names, _ = weight.__tensor_flatten__()
     return sum(getattr(weight, name).nbytes for name in names)

@@ -19,31 +19,31 @@ def shard_model(
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Shard every block of ``layers`` and ``extra_heads``, then the root (embedding, norm, unembedding), in place.
+    """Shards every block of ``layers`` and ``extra_heads``, then the root (embedding, norm, unembedding), in place.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder` or :class:`~wmtp.models.ValueModel`, on the meta device or not; its
-            parameters keep their dtype. Modules that it lists as ``float32_modules`` compute in float32. Quantised
-            weights are not sharded: every process holds them whole.
+            parameters keep their dtype. Its ``float32_modules`` compute in float32. Quantised weights are not sharded:
+            every process holds them whole.
         mesh: one dimension (FSDP), or two: replicate, shard (HSDP).
         param_dtype: of the gathered weights and so of the computation.
         reduce_dtype: of the gradients' reduction.
         cpu_offload: keep the shards in host memory; load with ``device="cpu"``.
         reshard_after_forward: free gathered weights after the forward pass and gather them again for the backward.
     """
-    # Not cast_forward_inputs: FSDP2 would round every float input, and the root's inputs include the loss's float32
-    # weights. Activations need no cast: they take param_dtype from the gathered embedding.
+    # Without cast_forward_inputs, because FSDP2 would round every float input, and the root's inputs include the loss's
+    # float32 weights. Activations need no cast: they take param_dtype from the gathered embedding.
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
         ),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
-        # For the root too: left to its default, an evaluation would leave whole, rounded weights registered.
+        # For the root too: with its default, an evaluation would leave whole, rounded weights registered.
         "reshard_after_forward": reshard_after_forward,
         "ignored_params": {module.weight for _, module in quantized_modules(model)},
     }
-    # A value model's head: its small differences would drown in bfloat16.
+    # This is for a value model's head, whose small differences would be lost in bfloat16.
     full_precision = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     for module in getattr(model, "float32_modules", ()):
         fully_shard(module, **(options | {"mp_policy": full_precision}))
@@ -53,6 +53,6 @@ def shard_model(
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Keep only each block's input in the forward pass and recompute the rest in the backward. Before sharding."""
+    """Keeps only each block's input in the forward pass and recomputes the rest in the backward. Before sharding."""
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, TransformerSelfAttentionLayer))
     return model

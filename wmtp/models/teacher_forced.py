@@ -1,4 +1,4 @@
-"""k-step logits of a next-token model that must stay as it is: a baseline for evaluation, not trained heads."""
+"""The k-step logits of an unchanged next-token model: a baseline for evaluation, not trained heads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,18 +9,18 @@ from wmtp.errors import UserError
 
 
 class TeacherForced(nn.Module):
-    """A next-token model seen as H heads: head k at position t gives the model's own logits at position t + k - 1.
+    """A next-token model as H heads: head k at position t gives the model's own logits at position t + k - 1.
 
-    Head k thus predicts token t + k like any k-th head, but it has read the true tokens up to t + k - 1, which a
-    trained head at t has not: its cross-entropy is a bound to compare with, and it has nothing to decode from.
+    So head k predicts token t + k like any k-th head, but it has read the true tokens up to t + k - 1, which a trained
+    head at t has not. Its cross-entropy is a bound to compare with; nothing can be decoded from it.
 
     A pair (t, k) is valid where token t + k exists in t's document. Then position t + k - 1 lies in that document too
-    (documents are contiguous), so no valid pair reads another document. For the last k - 1 positions of a row there is
-    no such position and no target either: their hidden states and logits are zeros, finite, never the prediction of a
-    valid pair (`wmtp.loss.valid_targets` leaves them out).
+    (documents are contiguous), so no valid pair reads another document. The last k - 1 positions of a row have neither
+    such a position nor a target: their hidden states and logits are zeros, and `wmtp.loss.valid_targets` leaves them
+    out.
 
     Args:
-        model: gives [B, S, V] or [1, B, S, V] logits, bare or as ``.logits``, when called with tokens.
+        model: returns [B, S, V] or [1, B, S, V] logits, bare or as ``.logits``, when called with tokens.
         num_future_tokens: H.
     """
 
@@ -40,13 +40,7 @@ class TeacherForced(nn.Module):
         return self.model.max_seq_len
 
     def forward(self, tokens: Tensor, *, loss_fn: Callable | None = None, **inputs: Any) -> Any:
-        """Logits [H, B, S, V], or ``loss_fn`` of the shifted hidden states, if the model is an MTPDecoder with H = 1.
-
-        Args:
-            tokens: [B, S].
-            loss_fn: as in :meth:`wmtp.models.MTPDecoder.forward`.
-            **inputs: passed on to the model.
-        """
+        """Computes logits [H, B, S, V], or, of an MTPDecoder with H = 1, ``loss_fn`` of the shifted hidden states."""
         if loss_fn is None:
             logits = self.model(tokens, **inputs)
             return self._shifted(getattr(logits, "logits", logits))
@@ -57,7 +51,7 @@ class TeacherForced(nn.Module):
         return self.model(tokens, loss_fn=shifted_loss, **inputs)
 
     def _shifted(self, x: Tensor) -> Tensor:
-        """[B, S, X] or [1, B, S, X] -> [H, B, S, X], row k - 1 moved k - 1 positions towards the start."""
+        """Shifts [B, S, X] or [1, B, S, X] to [H, B, S, X]: row k - 1 is moved k - 1 positions towards the start."""
         if x.dim() == 4 and x.shape[0] == 1:
             x = x[0]
         if x.dim() != 3:
@@ -66,8 +60,3 @@ class TeacherForced(nn.Module):
         for shift in range(min(self.num_future_tokens, x.shape[1])):
             heads[shift, :, : x.shape[1] - shift] = x[:, shift:]
         return heads
-
-
-def teacher_forced(model: nn.Module, num_future_tokens: int) -> TeacherForced:
-    """``model`` with H = ``num_future_tokens`` teacher-forced heads; its weights are shared, not copied."""
-    return TeacherForced(model, num_future_tokens)

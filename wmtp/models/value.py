@@ -13,20 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
-from wmtp.distributed import wait_for_all
-from wmtp.errors import ExistsError, UserError
-from wmtp.files import UNFINISHED, publish, unfinished
+from wmtp.errors import UserError
 from wmtp.models.builders import from_checkpoint
 from wmtp.models.decoder import MTPDecoder
-from wmtp.models.export import export_hf, full_parameter
-from wmtp.models.load import load_checkpoint, local_part, local_tensor, own_name, reshard
+from wmtp.models.export import full_parameter, whole_folder, write_hf
+from wmtp.models.load import load_checkpoint, local_part, local_tensor, own_name
 from wmtp.models.parallel import shard_model
 from wmtp.numerics.keyed import keyed_generator
 from wmtp.pretrained.config_files import CheckpointError, read_json, unreadable
@@ -38,10 +34,9 @@ HEAD_WEIGHTS, VALUE_CONFIG = "value_head.safetensors", "value_model.json"
 
 
 class ValueHead(nn.Module):
-    """Hidden state [..., D] -> value [...], in float32 whatever the dtype of the hidden state.
+    """The head that maps hidden states [..., D] of any dtype to values [...], in float32.
 
     Args:
-        embed_dim: D.
         kind: ``linear``: D -> 1; ``mlp``: D -> D, SiLU, D -> 1. Both start at value 0, see :meth:`init_weights`.
     """
 
@@ -57,7 +52,7 @@ class ValueHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int = 0) -> None:
-        """Output layer zero; inner layer normal with standard deviation D^-1/2, bias zero.
+        """Sets the output layer and biases to zero, the inner layer to normal with standard deviation D^-1/2.
 
         The values depend on the seed alone: every rank of a sharded head cuts its part out of the same full tensor.
         """
@@ -77,14 +72,14 @@ class ValueHead(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """V_t = head(h_t), with h_t the normed hidden state of the backbone's head 1 at position t.
+    """The model of V_t = head(h_t), where h_t is the normed hidden state of the backbone's head 1 at position t.
+
+    `wmtp.models.shard_model` and `checkpoint_activations` take it like a decoder; `load_checkpoint` takes its backbone.
 
     Args:
         backbone: a decoder with H = 1; its unembedding is not used. Freeze it (``requires_grad_(False)``) to train the
             head alone: then it keeps neither activations nor optimizer state.
         head: ``linear`` or ``mlp``.
-
-    `wmtp.models.shard_model` and `checkpoint_activations` take it like a decoder; `load_checkpoint` takes its backbone.
     """
 
     def __init__(self, backbone: MTPDecoder, head: str = "linear") -> None:
@@ -124,7 +119,7 @@ class ValueModel(nn.Module):
 
     @property
     def float32_modules(self) -> tuple[nn.Module, ...]:
-        """What `shard_model` shards on its own, without mixed precision."""
+        """Returns the modules that `shard_model` shards on their own, without mixed precision."""
         return (self.value_head,)
 
     def forward(
@@ -135,14 +130,14 @@ class ValueModel(nn.Module):
         hidden: Tensor | None = None,
         return_hidden: bool = False,
     ) -> Tensor:
-        """Values [B, S], float32.
+        """Computes the values [B, S], float32.
 
         Args:
             tokens: [B, S] token ids.
             document_ids: [B, S], as in :meth:`wmtp.models.MTPDecoder.forward`; None where each row is one document
-                (padding at a row's end has no influence on what comes before it).
-            hidden: [B, S, D] states that ``return_hidden`` gave for these tokens: a frozen backbone need not run again.
-            return_hidden: give the hidden states [B, S, D] that the head would read, in the computation's dtype.
+                (padding at a row's end does not influence the tokens before it).
+            hidden: [B, S, D], the result of ``return_hidden`` for these tokens: the backbone does not run again.
+            return_hidden: return the hidden states [B, S, D] that the head reads, in the computation's dtype.
         """
         if hidden is None:
             hidden = self.backbone.hidden_states(tokens, document_ids=document_ids, num_heads=1)[0]
@@ -161,44 +156,28 @@ def save_value_model(
     settings: dict[str, Any],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a value model's folder, which appears whole or not at all. Every rank of a sharded model calls this.
+    """Writes a value model's folder, which appears whole or not at all. Every rank of a sharded model calls this.
 
     Args:
-        model: sharded or not; adapters are merged into what is written.
+        model: sharded or not; adapters are merged into the written weights.
         folder: must not exist.
         tokenizer: the backbone's, a :class:`wmtp.pretrained.Tokenizer`; it goes into the folder.
-        settings: how the model was trained (loss, reward, ...), as JSON; kept in value_model.json.
+        settings: of its training (loss, reward, ...), as JSON; kept in value_model.json.
         dtype: of the stored backbone; by default each parameter's own. The head is stored in float32.
 
     Raises:
         FileExistsError: the folder is there already.
     """
-    folder = Path(folder)
-    reshard(model)
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
-    if not sharded and not is_main:
-        return
-    if folder.exists():
-        raise ExistsError(f"value model folder {folder} already exists; give another, or remove it")
-    if sharded:
-        wait_for_all()  # every rank has looked before rank 0 writes
-    partial = folder.with_name(f"{folder.name}{UNFINISHED}")
-    if is_main:
-        unfinished(folder)
-    if sharded:
-        wait_for_all()
-    export_hf(model.backbone, partial, tokenizer_source=tokenizer, dtype=dtype)
-    head = {own_name(name): full_parameter(p) for name, p in model.value_head.named_parameters()}
-    if is_main:
+    with whole_folder(model, Path(folder), "value model") as writing:
+        write_hf(model.backbone, writing, tokenizer, dtype)
+        head = {own_name(name): full_parameter(p) for name, p in model.value_head.named_parameters()}
+        if writing is None:
+            return
         head = {name: tensor.to("cpu", torch.float32, copy=True).contiguous() for name, tensor in head.items()}
-        save_file(head, partial / HEAD_WEIGHTS, metadata={"format": "pt"})
+        save_file(head, writing / HEAD_WEIGHTS, metadata={"format": "pt"})
         about = {"head": model.value_head.kind, "embed_dim": model.config.embed_dim, "settings": settings}
         about |= {"vocab_size": model.vocab_size, "vocab_hash": tokenizer.vocab_hash()}
-        (partial / VALUE_CONFIG).write_text(json.dumps(about, indent=2) + "\n")
-        publish(partial, folder)
-    if sharded:
-        wait_for_all()  # when it returns, on any rank, the folder is there
+        (writing / VALUE_CONFIG).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def load_value_model(
@@ -210,13 +189,13 @@ def load_value_model(
     cpu_offload: bool = False,
     attention: str = "sdpa",
 ) -> ValueModel:
-    """A saved value model, frozen and in evaluation mode; each rank of a mesh reads its own shards.
+    """Loads a saved value model, frozen and in evaluation mode; each rank of a mesh reads its own shards.
 
     Args:
         path: a folder of :func:`save_value_model`, or ``runs:/<MLflow run id>/<artifact path>``.
         mesh: shard over it with FSDP2; None gives a plain model.
         param_dtype: of the backbone's computation; the head computes in float32.
-        device: where the parameters go; with ``cpu_offload`` they stay in host memory between uses.
+        device: of the parameters; with ``cpu_offload`` they stay in host memory between uses.
         attention: as in :class:`~wmtp.models.MTPDecoder`.
 
     Raises:
@@ -241,7 +220,7 @@ def load_value_model(
 
 
 def value_model_config(path: str | Path) -> dict[str, Any]:
-    """What value_model.json says: head, embed_dim, vocab_size, vocab_hash, settings.
+    """Reads value_model.json: head, embed_dim, vocab_size, vocab_hash, settings.
 
     Raises:
         CheckpointError: the folder holds no value model.
@@ -253,10 +232,10 @@ def value_model_config(path: str | Path) -> dict[str, Any]:
 
 
 def value_tokenizer(path: str | Path):
-    """The tokenizer of a saved value model, to be held against the policy's with `require_same_vocabulary`.
+    """Returns the tokenizer of a saved value model; `require_same_vocabulary` compares it with the policy's.
 
     Raises:
-        CheckpointError: the folder's tokenizer is not the one the value model was trained with.
+        CheckpointError: the value model was trained with another tokenizer than the folder's.
     """
     from wmtp.pretrained.tokenizer import hf_tokenizer  # which imports this package
 
