@@ -43,7 +43,7 @@ def test_missing_files(tiny_hf, tmp_path):
     model = on_meta(folder)
     gone = sorted(folder.glob("model-*.safetensors"))[3]
     gone.unlink()
-    refused(model, folder, str(gone), "is missing; copy the checkpoint again")
+    refused(model, folder, str(gone), "is missing; copy its folder again, with all files")
     (folder / "model.safetensors.index.json").write_text("{}")
     refused(model, folder, "model.safetensors.index.json lacks weight_map")
     (folder / "model.safetensors.index.json").unlink()

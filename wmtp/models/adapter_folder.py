@@ -14,14 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wmtp.models.export import full_parameter, whole_folder
 from wmtp.models.load import local_part, local_tensor, named_parameters
 from wmtp.models.lora import Adapters
-from wmtp.pretrained.checkpoint_formats import is_rotated, key_of, to_half_split, to_interleaved
-from wmtp.pretrained.config_files import CheckpointError, read_json, unreadable
+from wmtp.pretrained.checkpoint_formats import (
+    is_rotated,
+    key_of,
+    open_safetensors,
+    to_half_split,
+    to_interleaved,
+)
+from wmtp.pretrained.config_files import CheckpointError, read_json
 
 ADAPTER = "wmtp_adapter.json"
 HEADS_WEIGHTS = "wmtp_heads.safetensors"
@@ -130,25 +136,21 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -
         files.setdefault(folder / (PEFT_WEIGHTS if keys else HEADS_WEIGHTS), {})[name] = keys[0] if keys else name
     found = {}
     for file, keys in files.items():
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing; copy the adapter again, with all of its files")
-        try:
-            content = load_file(file)
-        except Exception as error:  # safetensors has errors of its own
-            raise unreadable(file, error) from error
+        content = open_safetensors(file)
         both = {key: name for name in keys for key in _peft_keys(name, model) or [name]}
         unknown = sorted(content.keys() - both.keys())
         if unknown:
             raise CheckpointError(f"{file}: {unknown[0]} has no place in the model's adapters; copy the adapter again")
         for key, name in both.items():
-            if key in content and keys[name] in content and not torch.equal(content[key], content[keys[name]]):
+            both_there = key != keys[name] and key in content and keys[name] in content
+            if both_there and not torch.equal(content[key].read(), content[keys[name]].read()):
                 raise CheckpointError(f"{file}: {key} is not {keys[name]}, and the model is tied; untie its base")
         for name, key in keys.items():
             expected, stored = tuple(parameters[name].shape), content.get(key)
-            if stored is None or tuple(stored.shape) != expected:
+            if stored is None or stored.shape != expected:
                 has = "lacks it" if stored is None else f"holds {list(stored.shape)}"
                 raise CheckpointError(f"{file} {has}: {key} must be {list(expected)}; copy the adapter again")
-            found[name] = stored
+            found[name] = stored.read()
     return found
 
 

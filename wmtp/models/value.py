@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,7 +24,8 @@ from wmtp.models.export import full_parameter, whole_folder, write_hf
 from wmtp.models.load import load_checkpoint, local_part, local_tensor, own_name
 from wmtp.models.parallel import shard_model
 from wmtp.numerics.keyed import keyed_generator
-from wmtp.pretrained.config_files import CheckpointError, read_json, unreadable
+from wmtp.pretrained.checkpoint_formats import open_safetensors
+from wmtp.pretrained.config_files import CheckpointError, read_json
 from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.pretrained.shape import LlamaShape
 
@@ -251,16 +251,10 @@ def value_tokenizer(path: str | Path):
 
 @torch.no_grad()
 def _load_head(head: ValueHead, file: Path) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing; copy the folder again, with all of its files")
-    try:
-        stored = safe_open(file, framework="pt")
-    except Exception as error:  # safetensors has errors of its own
-        raise unreadable(file, error) from error
-    parameters = dict(head.named_parameters())
-    shapes = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+    stored, parameters = open_safetensors(file), dict(head.named_parameters())
+    shapes = {key: tensor.shape for key, tensor in stored.items()}
     expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if shapes != expected:
         raise CheckpointError(f"{file} holds {shapes}, a {head.kind} head has {expected}; copy the folder again")
     for name, parameter in parameters.items():
-        local_tensor(parameter).copy_(local_part(stored.get_tensor(name), parameter))
+        local_tensor(parameter).copy_(local_part(stored[name].read(), parameter))

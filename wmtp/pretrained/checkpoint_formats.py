@@ -1,7 +1,7 @@
 """The two checkpoint formats, read one tensor at a time: HF folders (safetensors) and Meta's (consolidated.pth).
 
 Parameter names here are torchtune's, as in :class:`~wmtp.models.MTPDecoder`; a format's own names are its keys. The
-additional heads of an HF folder lie beside the model that `transformers` reads, in mtp_heads.safetensors.
+additional heads of an HF folder are in mtp_heads.safetensors, which `transformers` does not read.
 """
 
 import re
@@ -32,7 +32,7 @@ HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 _ADAPTERS = ("adapter_config.json", "wmtp_adapter.json")
 
-# What torch.compile, DDP, FSDP and activation checkpointing put into names, and peft before them.
+# Parts of names that torch.compile, DDP, FSDP and activation checkpointing put in, and peft puts in front.
 _WRAPPERS = re.compile(
     r"^base_model\.model\.|\b(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_layer)\."
 )
@@ -66,7 +66,7 @@ class StoredTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint: what it is, and where each of its tensors lies."""
+    """An opened checkpoint: its shape, its format, and the place of each of its tensors."""
 
     path: Path
     shape: LlamaShape
@@ -74,13 +74,13 @@ class Checkpoint:
     form: str  # "hf" or "meta"
 
     def read(self, name: str) -> Tensor:
-        """A parameter's full tensor, in torchtune's layout."""
+        """Reads a parameter's full tensor, in torchtune's layout."""
         tensor = self.tensors[key_of(name, self.form)].read()
         return to_interleaved(tensor, self.shape.head_dim) if self.form == "hf" and is_rotated(name) else tensor
 
 
 def key_of(name: str, form: str) -> str | None:
-    """A parameter's key in the format ``hf`` or ``meta``, None where that format has no such parameter.
+    """Returns a parameter's key in the format ``hf`` or ``meta``; None where that format has no such parameter.
 
     ``layers.0.attn.q_proj.weight`` is ``model.layers.0.self_attn.q_proj.weight`` or ``layers.0.attention.wq.weight``.
     Blocks of additional heads keep their place, ``extra_heads.{j}``, with the format's names inside.
@@ -97,12 +97,12 @@ def key_of(name: str, form: str) -> str | None:
 
 
 def is_rotated(name: str) -> bool:
-    """Whether RoPE turns a projection's output, so that the order of its rows is a convention."""
+    """Returns whether RoPE turns a projection's output, so that the order of its rows is a convention."""
     return name.endswith(("attn.q_proj.weight", "attn.k_proj.weight"))
 
 
 def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """q or k projection from HF's row order to Meta's and torchtune's.
+    """Converts a q or k projection from HF's row order to Meta's and torchtune's.
 
     RoPE turns pairs of rows of each head. HF pairs row i with row i + head_dim / 2, Meta row 2i with row 2i + 1.
     """
@@ -110,7 +110,7 @@ def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """The inverse of :func:`to_interleaved`."""
+    """Converts back: the inverse of :func:`to_interleaved`."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -119,7 +119,7 @@ def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Look at every file of a checkpoint, reading none of its tensors but an unembedding that should be tied.
+    """Opens and checks every file of a checkpoint; no tensor is read but an unembedding that should be tied.
 
     Raises:
         CheckpointError: no checkpoint there, or two; a file missing or truncated, files that contradict each other, or
@@ -131,27 +131,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
     shape = hf_shape(path)
     tensors = _hf_tensors(path)
     if shape.num_future_tokens > 1:
-        tensors |= _open_safetensors(path / MTP_WEIGHTS)
+        tensors |= open_safetensors(path / MTP_WEIGHTS)
     if shape.tie_word_embeddings:
         _refuse_untied(path, tensors)
     return Checkpoint(path, shape, tensors, "hf")
 
 
 def read_shape(path: Path) -> LlamaShape:
-    """What a checkpoint's config.json says about the model, or params.json with the shapes in consolidated.pth.
+    """Reads a model's shape from config.json, or from params.json and the shapes in consolidated.pth.
 
     Raises:
-        CheckpointError: as :func:`open_checkpoint`, of the files that are read.
+        CheckpointError: as :func:`open_checkpoint`, for these files.
     """
     return hf_shape(path) if _form(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
 
 
 def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
-    """Refuse a checkpoint that has a key under the name that a wrapper gave it.
-
-    Raises:
-        CheckpointError: it has.
-    """
+    """Refuses a checkpoint that has a key under the name that a wrapper gave it."""
     wrapped = next((stored for stored in tensors if stored != key and _WRAPPERS.sub("", stored) == key), None)
     if wrapped is not None:
         raise CheckpointError(
@@ -161,7 +157,7 @@ def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
 
 
 def _form(path: Path) -> str:
-    """``hf`` or ``meta``, by the files of a folder."""
+    """Returns ``hf`` or ``meta``, by the files of a folder."""
     there = {file.name for file in path.iterdir()} if path.is_dir() else set()
     meta = {META_CONFIG, META_WEIGHTS} <= there
     if meta and there & {CONFIG, HF_WEIGHTS, HF_INDEX}:
@@ -188,7 +184,7 @@ def _form(path: Path) -> str:
 
 
 def _hf_tensors(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of the model that `transformers` reads: each in one file, which the index names if there is one."""
+    """Finds the tensors of the model that `transformers` reads: each in one file, as an index, if any, says."""
     index, weight_map = path / HF_INDEX, None
     if index.is_file():
         weight_map = read_json(index, "weight_map")["weight_map"]
@@ -206,7 +202,7 @@ def _hf_tensors(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{path} holds {strays[0]} beside {named}: two models; remove the one that is not meant")
     tensors = {}
     for name in names:
-        for key, tensor in _open_safetensors(path / name).items():
+        for key, tensor in open_safetensors(path / name).items():
             if key in tensors:
                 raise CheckpointError(f"{path}: {tensors[key].file.name} and {name} both hold {key}; copy it again")
             tensors[key] = tensor
@@ -220,7 +216,7 @@ def _hf_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _refuse_untied(path: Path, tensors: dict[str, StoredTensor]) -> None:
-    """A tied unembedding may be stored too, but only as what it is: `transformers` 4 and 5 read two as two models."""
+    """Refuses a tied unembedding that is stored too and differs: `transformers` 4 and 5 read two models from it."""
     embedding, unembedding = (tensors.get(key_of(name, "hf")) for name in ("tok_embeddings.weight", "output.weight"))
     if embedding is None or unembedding is None:
         return
@@ -232,9 +228,14 @@ def _refuse_untied(path: Path, tensors: dict[str, StoredTensor]) -> None:
         )
 
 
-def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+def open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    """Opens a safetensors file, and returns its tensors by key.
+
+    Raises:
+        CheckpointError: the file is missing or truncated.
+    """
     if not file.is_file():
-        raise CheckpointError(f"{file} is missing; copy the checkpoint again, with all of its files")
+        raise CheckpointError(f"{file} is missing; copy its folder again, with all files")
     try:
         handle = safe_open(file, framework="pt")  # maps the file, and checks its length against its header
     except Exception as error:

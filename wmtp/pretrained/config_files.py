@@ -1,7 +1,7 @@
-"""What the config files of a checkpoint say about the model: HF's config.json, mtp_config.json and Meta's params.json.
+"""The model in a checkpoint's config files: HF's config.json, mtp_config.json and Meta's params.json.
 
-A key that is neither read here nor known to change no logit is refused by name and value: what it stands for would be
-missing from the computation without a word.
+A key that is neither read here nor known to be harmless is refused by name and value: its effect on the logits would
+silently be missing.
 """
 
 import json
@@ -16,7 +16,7 @@ CONFIG = "config.json"
 MTP_WEIGHTS, MTP_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 META_WEIGHTS, META_CONFIG = "consolidated.pth", "params.json"
 
-# Read below. What LlamaConfig gives where a file lacks one of them is what `transformers` takes.
+# Read below. LlamaConfig gives the default of `transformers` where a file lacks one of them.
 _HF_READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
     head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
     original_max_position_embeddings num_future_tokens"""
@@ -33,7 +33,7 @@ _HF_FIXED: dict[str, tuple] = {
     "add_cross_attention": (False,),
     "quantization_config": (None,),
 }
-# What `transformers` 4 and 5, and tools around it, write beside: names, storage, initialisation, and how to generate.
+# Other keys of `transformers` 4 and 5, and of tools around it: names, storage, initialisation, generation.
 _HF_HARMLESS = """model_type architectures auto_map transformers_version torch_dtype dtype initializer_range use_cache
     pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
     return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_decoder
@@ -48,7 +48,7 @@ _HF_HARMLESS = """model_type architectures auto_map transformers_version torch_d
 
 _META_READ = """dim n_layers n_heads n_kv_heads norm_eps rope_theta use_scaled_rope rope_scaling_factor
     rope_high_freq_factor max_seq_len n_future_tokens vocab_size"""
-# The MLP's width, which the first two give by a formula, is read off the tensors.
+# The first two give the MLP's width by a formula; it is read from the tensors' shapes.
 _META_HARMLESS = "multiple_of ffn_dim_multiplier max_batch_size model_parallel_size"
 
 
@@ -56,16 +56,16 @@ OTHER_MODEL = "use a checkpoint of the Llama family (Llama, CodeLlama, SmolLM2)"
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be used: one line saying which file, what is wrong with it, and what to do."""
+    """The error of a checkpoint that cannot be used: one line that names the file, the fault and the way out."""
 
 
 def unreadable(file: Path, error: Exception, kind: str = "") -> CheckpointError:
-    """What to raise for a file of a checkpoint that a reader of its kind, or the file system, refuses."""
+    """Returns the error of a file of a checkpoint that its reader, or the file system, refuses."""
     return CheckpointError(cannot_be_read(error, file, "copy it again", f"{kind}, it may be truncated"))
 
 
 def read_json(file: Path, *required: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
         CheckpointError: it cannot be read, is no object, or lacks a required key or its value.
@@ -85,7 +85,7 @@ def read_json(file: Path, *required: str) -> dict[str, Any]:
 def refuse_unknown(
     file: Path, given: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, tuple] | None = None
 ) -> None:
-    """Refuse what a config says that is not in the computation; a key whose value is None says nothing.
+    """Refuses keys of a config that the computation does not follow; a key whose value is None counts as absent.
 
     Raises:
         CheckpointError: a key that is neither known nor fixed, or a fixed one with another value than allowed.
@@ -106,12 +106,12 @@ def refuse_unknown(
 
 
 def hf_shape(path: Path) -> LlamaShape:
-    """The model of an HF folder.
+    """Reads the shape of an HF folder's model.
 
     Raises:
         CheckpointError: no config.json there, or a model that is no plain Llama.
     """
-    from transformers import LlamaConfig  # knows the defaults of a config.json that does not say everything
+    from transformers import LlamaConfig  # knows the defaults of keys that a config.json lacks
 
     file = path / CONFIG
     raw = read_json(file)
@@ -143,12 +143,12 @@ def hf_shape(path: Path) -> LlamaShape:
 
 
 def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> LlamaShape:
-    """The model of a Meta folder.
+    """Reads the shape of a Meta folder's model.
 
     Args:
         embedding: shape of the embedding; params.json may give vocab_size as -1.
         mlp: shape of a gate projection, whose width params.json gives by a formula.
-        tied: whether there is no unembedding.
+        tied: there is no unembedding.
 
     Raises:
         CheckpointError: a model that is no plain Llama.
@@ -183,14 +183,14 @@ def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, 
 
 
 def _hf_rope(file: Path, raw: Mapping[str, Any]) -> tuple[float, dict | None]:
-    """RoPE's base and scaling, from `transformers` 4's keys and 5's, which must say the same where both are there.
+    """Returns RoPE's base and scaling from the keys of `transformers` 4 and 5, which must agree where both are there.
 
-    Versions differ in which of two values they take, so that no choice here could be right for all of them.
+    Of two values one version takes the first and another the second, so no choice here could be right for all.
     """
     given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) not in (None, {})}
     bases: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
     for key, value in given.items():
-        if isinstance(value, Mapping):  # whose base `transformers` 5 writes beside the scaling
+        if isinstance(value, Mapping):  # `transformers` 5 writes the base into it too
             bases[f"{key}.rope_theta"] = value.get("rope_theta")
             given[key] = {k: v for k, v in value.items() if k != "rope_theta"}
     bases = {key: value for key, value in bases.items() if value is not None}
@@ -217,7 +217,7 @@ def _same(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
-    """H, which mtp_config.json gives beside the heads' weights, and config.json may declare."""
+    """Returns H, which mtp_config.json gives and config.json may declare too."""
     heads, there = 1, (path / MTP_WEIGHTS).is_file()
     if (path / MTP_CONFIG).is_file():
         about = read_json(path / MTP_CONFIG, "num_future_tokens")
@@ -242,7 +242,7 @@ def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
 
 
 def _meta_scaling(file: Path, params: Mapping[str, Any]) -> dict | None:
-    """Llama 3's RoPE scaling: Meta's flag does not say by how much."""
+    """Returns Llama 3's RoPE scaling, whose factor is not in Meta's own params.json."""
     if not params.get("use_scaled_rope"):
         return None
     if params.get("rope_scaling_factor") is None:

@@ -1,4 +1,4 @@
-"""Folders that hold a model: what identifies one, and how one is made once for all who ask."""
+"""Folders that hold a model: the hash that identifies one, and a lock under which one process makes it for all."""
 
 import hashlib
 import json
@@ -13,10 +13,10 @@ _ABOUT = {RUN_FILE, MANIFEST, "README.md"}
 
 
 def checkpoint_sha256(path: str | Path) -> str:
-    """SHA-256 over the names and contents of a checkpoint folder's files: which model a result is of.
+    """Returns the SHA-256 of the names and contents of a checkpoint folder's files, which identifies the model.
 
-    What is said about the model (which run made it, what the folder holds, its card) is left out: the same weights are
-    the same model whoever trained them, and wherever they lie.
+    Files about the model (the run that made it, the manifest, its card) do not count: the same weights are the same
+    model, whatever run trained them and wherever they lie.
     """
     digest = hashlib.sha256()
     for file in sorted(p for p in Path(path).iterdir() if p.is_file() and p.name not in _ABOUT):
@@ -25,7 +25,7 @@ def checkpoint_sha256(path: str | Path) -> str:
 
 
 def model_tags(path: Path | None) -> dict[str, str]:
-    """What a run on a model tells MLflow about it: its hash, and the run that trained it where its folder says so."""
+    """Returns a model's MLflow tags: its hash, and the run that trained it where its folder names one."""
     if path is None:
         return {}
     tags = {"wmtp.model_sha256": checkpoint_sha256(path)}
@@ -38,7 +38,7 @@ def model_tags(path: Path | None) -> dict[str, str]:
 
 @contextmanager
 def made_once(folder: Path) -> Iterator[Path | None]:
-    """Give the first process that asks a place to make the folder in, and all others None once the folder is there."""
+    """Gives the first process a place to make the folder in, and all others None once the folder is there."""
     if folder.is_dir():  # it appeared by a rename, so it is whole
         yield None
         return
@@ -46,6 +46,6 @@ def made_once(folder: Path) -> Iterator[Path | None]:
         if folder.is_dir():
             yield None
             return
-        partial = unfinished(folder)  # what is there is of a process that was killed: the lock is ours
+        partial = unfinished(folder)  # with the lock taken, its remains are those of a killed process
         yield partial
         publish(partial, folder)

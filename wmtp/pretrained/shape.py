@@ -11,10 +11,10 @@ ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """Sizes and constants of a model; everything a checkpoint's config file says about the computation.
+    """The sizes and constants of a model's computation, as a checkpoint's config file gives them.
 
     Raises:
-        ValueError: for a value that no model can have, one line each.
+        ValueError: a value that no model can have.
     """
 
     vocab_size: int
@@ -28,7 +28,7 @@ class LlamaShape:
     rope_base: float = 10_000.0
     norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
-    rope_scaling: dict | None = None  # Llama 3's, in HF's words: rope_type "llama3" and ROPE_SCALING_KEYS
+    rope_scaling: dict | None = None  # Llama 3's, with HF's keys: rope_type "llama3" and ROPE_SCALING_KEYS
     head_dim: int | None = None  # embed_dim / num_heads if not given
 
     def __post_init__(self) -> None:
@@ -62,10 +62,10 @@ class LlamaShape:
 
 
 def checked_scaling(scaling: Mapping | None) -> dict | None:
-    """HF's rope_scaling, or rope_parameters, as a plain dict with the keys of Llama 3; None for plain RoPE.
+    """Returns HF's rope_scaling or rope_parameters as a dict with the keys of Llama 3; None for plain RoPE.
 
     Raises:
-        UserError: another kind of scaling, a key or a value that has no place in it, or one that lacks.
+        UserError: another kind of scaling, a key or a value that does not belong to it, or a missing key.
     """
     if scaling is None:
         return None

