@@ -52,7 +52,7 @@ VICTIMS = {
     (2, "local", "tune run"): ("launcher",),
     (2, "s3", "forked"): ("in an upload",),
 }
-SPEED = ("tokens_per_second", "time")  # the only figures that may differ
+SPEED = ("per_second", "time", "data_wait", "peak_memory_gib", "tflops", "mfu")  # the only figures that may differ
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,8 @@ as `value_model`, by this path or as `runs:/<MLflow run>/value_model`. `output_d
 correct programs from incorrect ones, beside a rule that looks at their length alone.
 """
 
-import json
 import math
 import shutil
-import time
 from pathlib import Path
 
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
@@ -36,14 +34,23 @@ from wmtp.critic import (
 )
 from wmtp.critic.rewards import reward_pairs
 from wmtp.data import BatchStream
-from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world, wait_for_all
+from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
-from wmtp.models import ValueModel, checkpoint_activations, init_lora, load_checkpoint, save_value_model, shard_model
-from wmtp.pretrained import checkpoint_sha256, hf_tokenizer, require_same_vocabulary, resolve_checkpoint
-from wmtp.training.cached_states import CachedStates, keep_states
+from wmtp.models import (
+    ValueModel,
+    checkpoint_activations,
+    init_lora,
+    load_checkpoint,
+    require_fit,
+    save_value_model,
+    shard_model,
+)
+from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
+from wmtp.training.cached_states import keep_states
 from wmtp.training.checkpoint import (
     Checkpointer,
     checkpoint_to_resume,
+    describe_base,
     load_sharded,
     load_trainer,
     require_same_base,
@@ -52,11 +59,12 @@ from wmtp.training.checkpoint import (
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer
 from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.performance import StepMeter, build_profiler, model_flops
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESULTS = ("checkpoints", "best", "value_model", "report.md")  # what a run leaves in output_dir, beside metrics.jsonl
+RESULTS = ("checkpoints", "best", "value_model", "report.md", "profiler")  # in output_dir, beside metrics.jsonl
 
 
 class CriticStage1Recipe:
@@ -118,6 +126,8 @@ class CriticStage1Recipe:
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
         self._value_model_dtype = read.choice("value_model_dtype", DTYPES, "fp32")
         self._log_model = read.flag("log_model", False)
+        self._profiler_cfg = read.section("profiler", optional=True)
+        self._peak_flops = read.number("peak_flops", None, above=0)
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
 
@@ -152,22 +162,19 @@ class CriticStage1Recipe:
         if path is not None:
             require_same_vocabulary(self._tokenizer, hf_tokenizer(path), "backbone")
         self._data, self._heldout, self._test = self._build_data()
-        self._stream = BatchStream(
-            self._data,
-            batch_size=self._batch_size,
-            rank=self._world.rank,
-            world_size=self._world.size,
-            seed=self._seed,
-        )
+        ranks = {"rank": self._world.rank, "world_size": self._world.size}
+        self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
         pairs_per_step = self._batch_size * self._world.size * self._accumulation_steps
         self._total_steps = self._max_steps or math.ceil(self._epochs * len(self._data) / pairs_per_step)
+        self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(path)
         self._torch_optimizer = build_optimizer(self._optimizer_cfg, self._parameter_groups())
 
         self._step, run_id = 0, None
         self._best = {"step": None, "accuracy": -math.inf, "evaluations_since": 0}
-        self._frozen = self._describe_backbone(path)
+        base = describe_base(self._checkpoint, {"backbone_model": self._model_cfg}, seed=self._seed)
+        self._frozen = {"backbone_weights": base.pop("base_weights"), **base}
         trained = {"trained": f"{self._backbone} backbone, {self._head} head", "loss": self._full_loss_name}
         self._identity = {**self._frozen, **trained}
         self._checkpointer = Checkpointer(
@@ -190,23 +197,16 @@ class CriticStage1Recipe:
             run_id=run_id,
             replaces=RESULTS,
         )
-        if self._world.is_main:
-            self._checkpointer.remove_torn()
-            self._best_weights.forget_after(self._step)
+        self._checkpointer.remove_torn()
+        self._best_weights.forget_after(self._step)
 
     def _build_data(self) -> tuple[PairDataset, PairDataset, PairDataset | None]:
         """Training, held-out and test pairs: disjoint by problem, each balanced by length."""
         pairs = build(self._dataset_cfg, where="dataset")
         self._log.say(pairs.summary())
-        parts = pair_splits(
-            self._tokenizer,
-            pairs,
-            seq_len=self._seq_len,
-            heldout_fraction=self._heldout_fraction,
-            test_fraction=self._test_fraction,
-            balance=self._balance_lengths,
-            seed=self._seed,
-        )
+        fractions = {"heldout_fraction": self._heldout_fraction, "test_fraction": self._test_fraction}
+        chosen = {"seq_len": self._seq_len, "balance": self._balance_lengths, "seed": self._seed}
+        parts = pair_splits(self._tokenizer, pairs, **fractions, **chosen)
         for data in parts.values():
             self._log.say(data.summary())
         if self._reward_cfg is not None:
@@ -237,13 +237,7 @@ class CriticStage1Recipe:
                 backbone.output.requires_grad_(False)  # the value does not depend on it
             model = ValueModel(backbone, self._head)
         largest = max(data.max_token_id for data in (self._data, self._heldout, self._test) if data is not None)
-        if model.vocab_size <= largest:
-            raise ConfigError(
-                f"model has {model.vocab_size} token ids, the dataset uses id {largest}; "
-                "use the tokenizer of the model's checkpoint"
-            )
-        if self._seq_len > model.max_seq_len:
-            raise ConfigError(f"seq_len {self._seq_len} is longer than model.max_seq_len {model.max_seq_len}")
+        require_fit(model, largest, self._seq_len)
         if self._activation_checkpointing and self._backbone != "frozen":
             checkpoint_activations(model)
         shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=self._cpu_offload)
@@ -262,14 +256,6 @@ class CriticStage1Recipe:
         backbone = [p for p in self._model.backbone.parameters() if p.requires_grad]
         return [head, {"params": backbone}] if backbone else [head]
 
-    def _describe_backbone(self, path: Path | None) -> dict[str, str]:
-        """What the frozen part of the model is: checkpoints do not hold it, so a resumed run must find the same."""
-        weights = f"random, seed {self._seed}"
-        if path is not None:
-            weights = on_rank_0(lambda: checkpoint_sha256(path))
-        model = json.dumps(OmegaConf.to_container(self._model_cfg, resolve=True), sort_keys=True)
-        return {"backbone_weights": weights, "backbone_model": model}
-
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""
         state = load_trainer(checkpoint)
@@ -283,19 +269,6 @@ class CriticStage1Recipe:
         self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
-    def _hidden_states(self) -> dict[str, CachedStates]:
-        """With cache_hidden: the backbone's states of each data set, by its fingerprint; empty without."""
-        return keep_states(
-            hidden_states,
-            self._model,
-            (self._data, self._heldout, self._test),
-            self._output_dir / "hidden_states",
-            dtype=self._cache_hidden,
-            model_key=f"{self._frozen} {self._dtype}",
-            batch_size=self._batch_size,
-            world=self._world,
-        )
-
     # ------------------------------------------------------------------------------------------------------------------
     # Training
 
@@ -303,27 +276,35 @@ class CriticStage1Recipe:
         """The loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
         model, optimizer = self._model, self._torch_optimizer
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self._hidden = self._hidden_states()
+        cached = {"dtype": self._cache_hidden, "model_key": f"{self._frozen} {self._dtype}", "world": self._world}
+        cached |= {"folder": self._output_dir / "hidden_states", "batch_size": self._batch_size}
+        self._hidden = keep_states(hidden_states, model, (self._data, self._heldout, self._test), **cached)
+        flops = [model_flops(model, trunk=self._cache_hidden is None)]
+        meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
+        self._profiler.start(self._step)
         model.train()
         progress = tqdm(
             total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
         )
         while self._step < self._total_steps and not self._out_of_patience() and not self._stop.agreed:
-            started = time.perf_counter()
-            sums = torch.zeros(4, dtype=torch.float64, device=self._world.device)  # loss, its count, tokens, stop
+            meter.start()
+            sums = torch.zeros(5, dtype=torch.float64, device=self._world.device)  # as they are named below
             rows = []
             for _ in range(self._accumulation_steps):
-                batch = self._stream.next_batch()
+                with meter.data_wait():
+                    batch = self._stream.next_batch()
                 values = self._values(batch, self._data)  # [P, 2, S]
                 response = batch["response"].to(values.device)
                 out = self._loss(values, response, batch["rewards"].to(values.device))
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
-                sums[:3] += torch.stack([out.loss_sum.detach(), out.count, response.sum()]).double()
+                tokens = batch["num_tokens"].sum().to(values.device)
+                counts = [out.count, tokens, tokens * values.shape[-1]]  # and positions that attention may look at
+                sums[:4] += torch.stack([out.loss_sum.detach(), *counts]).double()
                 rows += batch["rows"]
 
-            sums[3] = self._stop.wanted()
-            loss_sum, count, tokens, stop = all_reduce_sum(sums).tolist()
+            sums[4] = self._stop.wanted()
+            loss_sum, count, tokens, positions, stop = all_reduce_sum(sums).tolist()
             self._stop.agree(stop)
             loss = loss_sum / count
             scale_grads(model, torch.tensor(1.0 / count, device=self._world.device))
@@ -347,8 +328,7 @@ class CriticStage1Recipe:
             last = self._step == self._total_steps
             if last or self._step % self._log_every == 0:
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
-                metrics |= {"train/epoch": self._stream.epoch}
-                metrics |= {"train/tokens_per_second": tokens / (time.perf_counter() - started)}
+                metrics |= {"train/epoch": self._stream.epoch, **meter.metrics(tokens, positions / tokens)}
                 self._log.metrics(metrics, self._step)
             if last or (self._eval_every and self._step % self._eval_every == 0):
                 self._keep_best(self.evaluate(self._heldout))
@@ -356,6 +336,8 @@ class CriticStage1Recipe:
                 self._stop.ask_all()
             if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
+            self._profiler.step()
+        self._profiler.stop(self._log)
         progress.close()
         if self._step and self._checkpointer.saved_step != self._step:  # however it ended
             self.save_checkpoint()
@@ -370,16 +352,9 @@ class CriticStage1Recipe:
     def evaluate(self, data: PairDataset) -> dict[str, float]:
         """Pairwise accuracy with its interval, AUC and calibration over all pairs of a data set."""
         self._model.eval()
-        return evaluate_pairs(
-            lambda batch: self._values(batch, data),
-            data,
-            batch_size=self._batch_size,
-            loss=self._loss_name,
-            score=self._score,
-            labels=self._data.rewards_are_labels,
-            world=self._world,
-            seed=self._seed,
-        )
+        judged = {"loss": self._loss_name, "score": self._score, "labels": self._data.rewards_are_labels}
+        values = lambda batch: self._values(batch, data)
+        return evaluate_pairs(values, data, batch_size=self._batch_size, **judged, world=self._world, seed=self._seed)
 
     def _keep_best(self, report: dict[str, float]) -> None:
         """Log an evaluation; save the weights if they are the best so far, else count towards patience."""
@@ -425,9 +400,7 @@ class CriticStage1Recipe:
         reward_model = None if self._reward_cfg is None else OmegaConf.to_container(self._reward_cfg, resolve=True)
         settings |= {"reward_model": reward_model, **self._frozen}
         folder = self._output_dir / "value_model"
-        if self._world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
-        wait_for_all()
+        on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))  # of this very run, resumed after its end
         dtype = self._value_model_dtype
         save_value_model(self._model, folder, tokenizer=self._tokenizer, settings=settings, dtype=dtype)
         self._output.upload(folder)

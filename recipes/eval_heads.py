@@ -22,7 +22,7 @@ from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.eval.heads import head_sums, score_heads, summarize_heads
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.models import load_checkpoint
+from wmtp.models import load_checkpoint, require_fit
 from wmtp.models.teacher_forced import TeacherForced
 from wmtp.pretrained import model_tags, resolve_checkpoint
 from wmtp.training.output_dir import check_output_dir, open_output
@@ -72,13 +72,7 @@ class EvalHeadsRecipe:
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):
             self._model = build(self._model_cfg, where="model").to(self._dtype)
-        if self._model.vocab_size <= self._data.max_token_id:
-            raise ConfigError(
-                f"model has {self._model.vocab_size} token ids, the dataset uses id {self._data.max_token_id}; "
-                "use the tokenizer of the model's checkpoint"
-            )
-        if self._seq_len > self._model.max_seq_len:
-            raise ConfigError(f"seq_len {self._seq_len} is longer than model.max_seq_len {self._model.max_seq_len}")
+        require_fit(self._model, self._data.max_token_id, self._seq_len)
         if self._speed_prompts and self._model.num_future_tokens > 1:
             self._check_speed()
         if path is None:

@@ -9,7 +9,6 @@ The recipe is meant to be copied and edited: the loop is in `train`, plain PyTor
 
 import math
 import shutil
-import time
 from pathlib import Path
 
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
@@ -22,13 +21,19 @@ from tqdm import tqdm
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
 from wmtp.data import BatchStream, pack
-from wmtp.distributed import all_reduce_sum, end_world, start_world, wait_for_all
+from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
-from wmtp.models import checkpoint_activations, export_hf, load_checkpoint, shard_model
+from wmtp.models import (
+    checkpoint_activations,
+    export_hf,
+    load_checkpoint,
+    require_fit,
+    shard_model,
+)
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
-from wmtp.training.accumulation import StepWindow
+from wmtp.training.accumulation import StepWindow, num_training_steps
 from wmtp.training.checkpoint import (
     Checkpointer,
     checkpoint_to_resume,
@@ -38,15 +43,16 @@ from wmtp.training.checkpoint import (
 )
 from wmtp.training.frozen_models import signals_beside, value_model_beside
 from wmtp.training.lr_schedule import build_schedule
-from wmtp.training.optimizers import build_optimizer
+from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.performance import StepMeter, build_profiler, model_flops
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
-from wmtp.training.validation import cross_entropy_table, held_out_cross_entropy
+from wmtp.training.validation import epoch_cross_entropy, held_out_cross_entropy
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESULTS = ("checkpoints", "export", "token_weights")  # what a run leaves in output_dir, beside metrics.jsonl
+RESULTS = ("checkpoints", "export", "profiler", "token_weights")  # in output_dir, beside metrics.jsonl
 
 
 class FullFinetuneRecipeWMTP:
@@ -101,6 +107,8 @@ class FullFinetuneRecipeWMTP:
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
         self._export_dtype = read.choice("export_dtype", {**DTYPES, "none": None}, "bf16")
         self._token_view_cfg = read.section("token_view", optional=True)
+        self._profiler_cfg = read.section("profiler", optional=True)
+        self._peak_flops = read.number("peak_flops", None, above=0)
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
 
@@ -133,21 +141,22 @@ class FullFinetuneRecipeWMTP:
         self._eval_data = None if self._eval_dataset_cfg is None else self._pack(self._eval_dataset_cfg, "eval_dataset")
         models = {"reference_ce": self._reference_cfg, "values": self._value_model_path}
         self._beside = signals_beside(self._weighting.needs, self._data, models)
-        self._stream = BatchStream(
-            self._data,
-            batch_size=self._batch_size,
-            rank=self._world.rank,
-            world_size=self._world.size,
-            seed=self._seed,
-        )
-        self._total_steps = self._count_steps()
+        ranks = {"rank": self._world.rank, "world_size": self._world.size}
+        self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
+        step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}
+        step["rows_per_micro_batch"] = self._batch_size * self._world.size
+        self._total_steps = num_training_steps(self._max_steps, self._epochs, self._data, **step)
+        self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
         self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
         self._reference = self._build_reference()
-        self._value_model = self._load_value_model()
+        path = self._value_model_path if "values" in self._beside else None
+        into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
+        self._value_model = value_model_beside(path, self._tokenizer, self._seq_len, self._world, **into)
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
-        self._torch_optimizer = build_optimizer(self._optimizer_cfg, self._parameter_groups())
+        groups = parameter_groups(self._model, self._extra_heads_lr)
+        self._torch_optimizer = build_optimizer(self._optimizer_cfg, groups)
 
         self._step, run_id = 0, None
         self._checkpointer = Checkpointer(self._output_dir, keep_last=self._keep_checkpoints, output=self._output)
@@ -166,8 +175,7 @@ class FullFinetuneRecipeWMTP:
             run_id=run_id,
             replaces=RESULTS,
         )
-        if self._world.is_main:
-            self._checkpointer.remove_torn()
+        self._checkpointer.remove_torn()
 
     def _pack(self, section: DictConfig, where: str):
         documents = build(section, self._tokenizer, where=where)
@@ -175,27 +183,13 @@ class FullFinetuneRecipeWMTP:
         self._log.say(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 
-    def _count_steps(self) -> int:
-        if self._max_steps is not None:
-            return self._max_steps
-        if self._tokens_per_step is not None:
-            return math.ceil(self._epochs * self._data.num_targets / self._tokens_per_step)
-        rows_per_step = self._batch_size * self._world.size * self._accumulation_steps
-        return math.ceil(self._epochs * len(self._data) / rows_per_step)
-
     def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, *, frozen: bool = False):
         """A sharded model. From a checkpoint it is built on the meta device and each rank reads only its own shard;
         without one it starts random, from one seed on every rank: the same full model, then cut."""
         path = None if checkpoint is None else resolve_checkpoint(checkpoint)
         with torch.device("cpu" if path is None else "meta"):
             model = build(section, where=where)
-        if model.vocab_size <= self._data.max_token_id:
-            raise ConfigError(
-                f"{where} has {model.vocab_size} token ids, the dataset uses id {self._data.max_token_id}; "
-                "use the tokenizer of the model's checkpoint"
-            )
-        if self._seq_len > model.max_seq_len:
-            raise ConfigError(f"seq_len {self._seq_len} is longer than {where}.max_seq_len {model.max_seq_len}")
+        require_fit(model, self._data.max_token_id, self._seq_len, where)
         if frozen:
             model.requires_grad_(False).eval()
         elif self._activation_checkpointing:
@@ -216,24 +210,6 @@ class FullFinetuneRecipeWMTP:
             raise ConfigError("reference_model has no weights: set reference_checkpoint")
         require_same_vocabulary(self._tokenizer, hf_tokenizer(resolve_checkpoint(self._reference_checkpoint)))
         return self._build_model(self._reference_cfg, self._reference_checkpoint, "reference_model", frozen=True)
-
-    def _load_value_model(self):
-        """The critic's frozen value model that runs beside the policy, or None where nothing needs it."""
-        if "values" not in self._beside:
-            return None
-        into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
-        return value_model_beside(self._value_model_path, self._tokenizer, self._seq_len, self._world, **into)
-
-    def _parameter_groups(self) -> list[dict]:
-        """What is trained; the extra heads in a group of their own where they have their own learning rate."""
-        trained = [p for p in self._model.parameters() if p.requires_grad]
-        if self._extra_heads_lr is None:
-            return [{"params": trained}]
-        heads = set(self._model.extra_heads.parameters())
-        if not heads:
-            raise ConfigError("extra_heads_lr is set, but model.num_future_tokens is 1; set extra_heads_lr=null")
-        trunk = [p for p in trained if p not in heads]
-        return [{"params": trunk}, {"params": [p for p in trained if p in heads], "lr": self._extra_heads_lr}]
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continue where the checkpoint was saved; returns the MLflow run id."""
@@ -260,16 +236,22 @@ class FullFinetuneRecipeWMTP:
             self._log.say(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data is not None and self._step == 0:
             self._log.metrics(self.evaluate(), self._step)
+        frozen = [model_flops(frozen) for frozen in (self._reference, self._value_model)]
+        flops = [model_flops(model), *frozen]
+        meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
+        self._profiler.start(self._step)
         model.train()
         progress = tqdm(
             total=self._total_steps, initial=self._step, disable=not self._world.is_main, desc="train", unit="step"
         )
         while self._step < self._total_steps and not self._stop.agreed:
-            started = time.perf_counter()
-            window = StepWindow()
             self._score_epoch()
-            while not self._window_full(window):
-                batch = self._next_batch(self._stream.next_batch())
+            window = StepWindow(self._accumulation_steps, self._tokens_per_step)
+            meter.start()
+            while not window.full():
+                with meter.data_wait():
+                    batch = self._stream.next_batch()
+                batch = self._next_batch(batch)
                 out = model(
                     batch["tokens"],
                     document_ids=batch["document_ids"],
@@ -307,11 +289,10 @@ class FullFinetuneRecipeWMTP:
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
 
             if self._step % self._log_every == 0 or self._step == self._total_steps:
-                seconds = time.perf_counter() - started
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
                 metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
                 metrics |= {f"weights/{name}": value for name, value in window.weight_statistics().items()}
-                metrics["train/tokens_per_second"] = sums.tokens / seconds
+                metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
             if self._token_view is not None and self._step % self._token_view.every == 0:
                 self._write_token_view(window)
@@ -322,17 +303,13 @@ class FullFinetuneRecipeWMTP:
                 self._stop.ask_all()
             if self._save_every and self._step % self._save_every == 0:
                 self.save_checkpoint()
+            self._profiler.step()
+        self._profiler.stop(self._log)
         progress.close()
         if self._step and self._checkpointer.saved_step != self._step:  # however it ended
             self.save_checkpoint()
         self._checkpointer.wait()
         self._stop.end(f"after step {self._step} of {self._total_steps}")
-
-    def _window_full(self, window: StepWindow) -> bool:
-        """Whether the step has all its micro-batches: so many, or so many target tokens over all ranks."""
-        if self._accumulation_steps is not None:
-            return len(window) == self._accumulation_steps
-        return len(window) > 0 and window.head1_targets() >= self._tokens_per_step
 
     @torch.no_grad()
     def _next_batch(self, batch: dict) -> dict:
@@ -363,16 +340,11 @@ class FullFinetuneRecipeWMTP:
 
     def _score_epoch(self) -> None:
         """With refresh_policy_ce=epoch, as an epoch begins: the policy's CE of every row, kept until the next one."""
-        epoch = int(self._stream.epoch)
-        if self._refresh_policy_ce == "step" or "policy_ce" not in self._weighting.needs:
-            return
-        heads = self._model.num_future_tokens if self._weighting.per_head else 1
-        kept = self._epoch_ce
-        if kept is not None and (kept["epoch"], len(kept["ce"])) == (epoch, heads):
-            return
-        table = cross_entropy_table(self._model, self._data, self._inputs, heads, self._batch_size, self._world)
-        self._model.train()
-        self._epoch_ce = {"epoch": epoch, "ce": table}
+        if self._refresh_policy_ce == "epoch" and "policy_ce" in self._weighting.needs:
+            heads = self._model.num_future_tokens if self._weighting.per_head else 1
+            scored = {"heads": heads, "batch_size": self._batch_size, "world": self._world}
+            kept, epoch = self._epoch_ce, int(self._stream.epoch)
+            self._epoch_ce = epoch_cross_entropy(kept, epoch, self._model, self._data, self._inputs, **scored)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation, checkpoints, export
@@ -398,9 +370,7 @@ class FullFinetuneRecipeWMTP:
         if self._export_dtype is None:
             return
         folder = self._output_dir / "export"
-        if self._world.is_main:
-            shutil.rmtree(folder, ignore_errors=True)  # of this very run, resumed after its end
-        wait_for_all()
+        on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True))  # of this very run, resumed after its end
         export_hf(self._model, folder, tokenizer_source=self._tokenizer, dtype=self._export_dtype)
         self._log.exported(folder, self._step)
 

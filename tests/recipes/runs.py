@@ -6,6 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+SPEED = ("per_second", "/data_wait", "/peak_memory_gib", "/tflops", "/mfu")  # ends of figures that differ each time
+
+
+def series(lines):
+    """All of a run's figures that must go on bit for bit: every one but its speed."""
+    return [{name: value for name, value in line.items() if not name.endswith(SPEED)} for line in lines]
+
+
 def read_metrics(output_dir):
     """The figures of each line; when they were logged is left out."""
     lines = map(json.loads, (Path(output_dir) / "metrics.jsonl").read_text().splitlines())

@@ -135,7 +135,7 @@ def test_the_reference_ce_column_replaces_the_reference_model(tiny_config, run_r
 @pytest.mark.slow
 def test_launched_on_two_processes_the_error_of_rank_1_alone_is_the_last_line(tiny_config, tmp_path):
     (tmp_path / "fails_on_rank_1.py").write_text(
-        "import os\nfrom wmtp.data import byte_tokenizer\nfrom wmtp.errors import UserError\n"
+        "import os\nfrom wmtp.pretrained import byte_tokenizer\nfrom wmtp.errors import UserError\n"
         "def tokenizer():\n    if os.environ['RANK'] == '1':\n"
         "        raise UserError('no room on this node; use another')\n"
         "    return byte_tokenizer()\n"

@@ -17,7 +17,7 @@ from processes import start
 from services import new_store
 
 from recipes.critic_stage1 import CriticStage1Recipe
-from runs import ROOT, read_metrics
+from runs import ROOT, read_metrics, series
 from wmtp.config import StopTraining, load
 from wmtp.errors import Stopped
 from wmtp.models import MTPDecoder, load_value_model
@@ -63,11 +63,6 @@ def run(cfg):
     recipe.train()
     recipe.finish()
     return recipe, read_metrics(cfg.output_dir)
-
-
-def series(metrics):
-    """All that must go on bit for bit: every metric but the speed."""
-    return [{key: v for key, v in line.items() if "tokens_per_second" not in key} for line in metrics]
 
 
 def files_of(folder):

@@ -13,11 +13,12 @@ from processes import run_recipe_file, start
 from services import new_store
 from transformers import AutoModelForCausalLM
 
-from runs import read_metrics
+from runs import read_metrics, series
 from wmtp.config import StopTraining
 from wmtp.models import from_checkpoint, load_checkpoint
 from wmtp.pretrained import hf_tokenizer
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
+from wmtp.training.optimizers import parameter_groups
 
 TAGS = ("git_commit", "git_dirty", "config_sha256", "data_sha256", "packages", "python", "hardware", "world_size")
 TAGS += ("recipe", "method", "dataset")
@@ -25,11 +26,6 @@ TAGS += ("recipe", "method", "dataset")
 
 def losses(metrics):
     return [line["train/loss"] for line in metrics if "train/loss" in line]
-
-
-def series(metrics):
-    """All that must go on bit for bit: every metric but the speed."""
-    return [{key: v for key, v in line.items() if "tokens_per_second" not in key} for line in metrics]
 
 
 @pytest.fixture
@@ -223,7 +219,7 @@ def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):
     for name, distance in moved.items():
         assert distance == pytest.approx(0.5 if name.startswith("extra_heads") else cfg.optimizer.lr, rel=0.05)
     recipe._model.norm.requires_grad_(False)
-    grouped = sum(len(group["params"]) for group in recipe._parameter_groups())
+    grouped = sum(len(group["params"]) for group in parameter_groups(recipe._model, cfg.extra_heads_lr))
     assert grouped == len(list(recipe._model.parameters())) - 1
 
 
@@ -233,3 +229,4 @@ def test_metrics_are_json_lines(tiny_config, run_recipe):
     lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
     keys = set().union(*(json.loads(line) for line in lines))
     assert {"train/loss", "train/ce_head1", "train/ce_head2", "train/grad_norm", "train/lr", "weights/p95"} <= keys
+    assert {"train/tokens_per_second", "train/data_wait", "train/peak_memory_gib", "train/tflops"} <= keys

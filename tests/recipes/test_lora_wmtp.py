@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
 from recipes.lora_wmtp import LoRARecipeWMTP
-from runs import ROOT, read_metrics, write_own_rules
+from runs import ROOT, read_metrics, series, write_own_rules
 from wmtp.config import load
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
@@ -70,11 +70,6 @@ def run(cfg):
 
 def losses(metrics):
     return [line["train/loss"] for line in metrics if "train/loss" in line]
-
-
-def series(metrics):
-    """All that must go on bit for bit: every metric but the speed."""
-    return [{key: v for key, v in line.items() if "tokens_per_second" not in key} for line in metrics]
 
 
 def values(recipe):

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from processes import run_recipe_file, start, start_launched
 from services import new_store
 
-from runs import read_metrics
+from runs import read_metrics, series
 from wmtp.config import ConfigError
 from wmtp.errors import Stopped, clear_errors
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
@@ -24,8 +24,8 @@ RECIPE = "full_finetune_distributed_wmtp"
 QUICK = {"eval_dataset": None, "save_every": None, "export_dtype": "none"}
 
 
-def series(output_dir):
-    return [{key: v for key, v in line.items() if "per_second" not in key} for line in read_metrics(output_dir)]
+def figures(output_dir):
+    return series(read_metrics(output_dir))
 
 
 def wait_for_lines(metrics, number, alive):
@@ -77,7 +77,7 @@ def test_stopped_killed_with_its_launcher_and_finished_it_equals_a_run_left_alon
 
     start(*job, size=2, log=log).join()
     start(run_recipe_file, RECIPE, str(tmp_path / "alone.yaml"), size=2, log=log).join()
-    assert series(tmp_path / "run") == series(tmp_path / "alone")
+    assert figures(tmp_path / "run") == figures(tmp_path / "alone")
     (run,) = client.search_runs(["1"])
     assert run.info.status == "FINISHED"
 
@@ -100,7 +100,7 @@ def test_a_finished_run_is_found_finished_whatever_save_every_was(tiny_config, r
     cfg.overwrite = True
     run_recipe(cfg)
     assert [path.name for path in complete_checkpoints(folder / "checkpoints")] == ["step_00000002"]
-    assert series(folder) == [{k: v for k, v in line.items() if "per_second" not in k} for line in before]
+    assert figures(folder) == [{k: v for k, v in line.items() if "per_second" not in k} for line in before]
 
 
 @pytest.mark.parametrize("resume", [False, "auto"])

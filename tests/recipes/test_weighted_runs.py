@@ -12,7 +12,7 @@ from services import new_store
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.score_reference import ScoreReferenceRecipe
-from runs import write_own_rules
+from runs import series, write_own_rules
 from wmtp.errors import UserError
 from wmtp.training.checkpoint import complete_checkpoints
 
@@ -32,7 +32,7 @@ def train(tiny_config, run_recipe, models):
         for key, value in overrides.items():
             OmegaConf.update(cfg, key.replace("__", "."), value, merge=False)
         lines = [line for line in run_recipe(cfg) if "train/loss" in line]
-        return [{key: v for key, v in line.items() if "tokens_per_second" not in key} for line in lines]
+        return series(lines)
 
     return run
 

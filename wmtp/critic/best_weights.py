@@ -45,8 +45,8 @@ class BestWeights:
         wait_for_all()
 
     def forget_after(self, step: int) -> None:
-        """Remove what was saved after a step that the run goes back to. Rank 0 only."""
-        for path in self.folder.glob("step_*"):
+        """Rank 0 removes what was saved after a step that the run goes back to."""
+        for path in self.folder.glob("step_*") if dist.get_rank() == 0 else ():
             if path.name > self._of(step).name:  # also a torn one: its name is longer
                 shutil.rmtree(path)
 

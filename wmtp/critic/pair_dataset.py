@@ -176,20 +176,23 @@ class PairDataset:
         """Returns the pairs as tensors, padded at the end to the longest document among them.
 
         Returns:
-            tokens [P, 2, S] int64, response [P, 2, S] bool (where the program's tokens and EOS are), rewards [P, 2]
-            float32, and the list `rows`. With `size`, filled up to so many pairs that have no response.
+            tokens [P, 2, S] int64, num_tokens [P, 2] int64 (without padding), response [P, 2, S] bool (where the
+            program's tokens and EOS are), rewards [P, 2] float32, and the list `rows`. With `size`, filled up to so
+            many pairs that have no response.
         """
         size = len(rows) if size is None else size
         longest = max((len(d) for row in rows for d in self.documents[row]), default=2)
         tokens = torch.full((size, 2, longest), self.pad_id, dtype=torch.int64)
         response = torch.zeros(tokens.shape, dtype=torch.bool)
-        rewards = torch.zeros(size, 2)
+        rewards, num_tokens = torch.zeros(size, 2), torch.zeros(size, 2, dtype=torch.int64)
         for i, row in enumerate(rows):
             rewards[i] = torch.from_numpy(self.rewards[row])
             for side, document in enumerate(self.documents[row]):
+                num_tokens[i, side] = len(document)
                 tokens[i, side, : len(document)] = torch.from_numpy(document.tokens)
                 response[i, side, : len(document)] = torch.from_numpy(document.labels != IGNORE)
-        return {"rows": list(rows), "tokens": tokens, "response": response, "rewards": rewards}
+        counted = {"tokens": tokens, "num_tokens": num_tokens}
+        return {"rows": list(rows), **counted, "response": response, "rewards": rewards}
 
     def summary(self) -> str:
         """Describes the data in one line of counts; no document is ever cut."""

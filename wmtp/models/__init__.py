@@ -1,7 +1,7 @@
 """Decoder with multi-token-prediction heads, value model, their builders, sharding, adapters and exports."""
 
 from wmtp import on_demand
-from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, smollm2_135m
+from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, require_fit, smollm2_135m
 from wmtp.models.decoder import MTPDecoder, positions_in_documents
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint
@@ -35,6 +35,7 @@ __all__ = [
     "parameter_counts",
     "positions_in_documents",
     "refuse_quantized",
+    "require_fit",
     "save_value_model",
     "shard_model",
     "smollm2_135m",

@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
+from wmtp.errors import UserError
 from wmtp.models.decoder import MTPDecoder
 from wmtp.pretrained.checkpoint_formats import read_shape
 from wmtp.pretrained.resolve import resolve_checkpoint
@@ -155,3 +158,14 @@ def from_checkpoint(
         max_seq_len=shape.max_seq_len if max_seq_len is None else max_seq_len,
     )
     return MTPDecoder(shape, attention=attention)
+
+
+def require_fit(model: nn.Module, max_token_id: int, seq_len: int, where: str = "model") -> None:
+    """Raises UserError where a model has too few token ids for a data set, or is for shorter rows."""
+    if model.vocab_size <= max_token_id:
+        raise UserError(
+            f"{where} has {model.vocab_size} token ids, the dataset uses id {max_token_id}; "
+            "use the tokenizer of the model's checkpoint"
+        )
+    if seq_len > model.max_seq_len:
+        raise UserError(f"seq_len {seq_len} is longer than {where}.max_seq_len {model.max_seq_len}")

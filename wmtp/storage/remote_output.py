@@ -34,7 +34,8 @@ from wmtp.storage.s3 import RemoteFile, list_files, remove, remove_files
 from wmtp.storage.transfer import put_bytes, upload
 
 _NOT_UPLOADED = (UNFINISHED, ".lock")
-_REMADE = ("checkpoints/", "export/", "token_weights/")  # not fetched as a whole: a resumed run reads little of them
+# Not fetched as a whole: a resumed run reads little of them.
+_REMADE = ("checkpoints/", "export/", "profiler/", "token_weights/")
 _PROBE = ".wmtp_can_write"
 _SECONDS_BETWEEN_ROUNDS = 60.0
 _CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: computed again faster than moved

@@ -1,5 +1,6 @@
 """The micro-batches of one optimizer step, and what they sum to over all ranks."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -12,32 +13,61 @@ from wmtp.training.stopping import StopFlag
 from wmtp.weighting.statistics import target_table, weight_statistics
 
 
+def num_training_steps(
+    max_steps: int | None,
+    epochs: float | None,
+    data: PackedDataset,
+    *,
+    rows_per_micro_batch: int,
+    micro_batches: int | None,
+    target_tokens: int | None,
+) -> int:
+    """Returns the optimizer steps of a run of so many steps, or else passes over the data.
+
+    Args:
+        rows_per_micro_batch: over all ranks.
+        micro_batches, target_tokens: of a step, as in :class:`StepWindow`.
+    """
+    if max_steps is not None:
+        return max_steps
+    if target_tokens is not None:
+        return math.ceil(epochs * data.num_targets / target_tokens)
+    return math.ceil(epochs * len(data) / (rows_per_micro_batch * micro_batches))
+
+
 class StepSums(NamedTuple):
     """Sums over an optimizer step's micro-batches and all ranks."""
 
     loss_sum: float
     num_targets: float  # sum_k b_k * N_k: divide the loss and the gradients by it, once
     tokens: float
+    targets: list[float]  # N_k, of each head
     ce: list[float]  # mean cross-entropy of each head, nats per target, unweighted
 
 
 class StepWindow:
-    """Collects the micro-batches of one optimizer step."""
+    """Collects the micro-batches of one optimizer step: so many, or so many target tokens over all ranks.
 
-    def __init__(self) -> None:
+    Args:
+        micro_batches: of the step; None to count target tokens.
+        target_tokens: of head 1, over all ranks: the micro-batch that reaches them is the step's last.
+    """
+
+    def __init__(self, micro_batches: int | None, target_tokens: int | None = None) -> None:
+        self._micro_batches, self._target_tokens = micro_batches, target_tokens
         self.batches: list[dict] = []
         self.outs: list[MTPLoss] = []
 
-    def __len__(self) -> int:
-        return len(self.outs)
+    def full(self) -> bool:
+        """Whether the step has all its micro-batches; every rank asks."""
+        if self._micro_batches is not None:
+            return len(self.outs) == self._micro_batches
+        targets = sum(out.valid[0].sum() for out in self.outs)
+        return bool(self.outs) and all_reduce_sum(targets).item() >= self._target_tokens
 
     def add(self, batch: dict, out: MTPLoss) -> None:
         self.batches.append(batch)
         self.outs.append(out)
-
-    def head1_targets(self) -> float:
-        """Target tokens so far, over all ranks."""
-        return all_reduce_sum(sum(out.valid[0].sum() for out in self.outs)).item()
 
     def sums(self, stop: StopFlag | None = None) -> StepSums:
         """In one collective, in which the ranks also agree whether the run ends after this step."""
@@ -53,7 +83,7 @@ class StepWindow:
             stop.agree(wanted)
         heads = len(ce)
         means = [s / max(n, 1) for s, n in zip(both[:heads], both[heads:], strict=True)]
-        return StepSums(loss_sum, num_targets, tokens, means)
+        return StepSums(loss_sum, num_targets, tokens, both[heads:], means)
 
     def weight_statistics(self) -> dict[str, float]:
         """Of the weights of all target tokens of the step, on all ranks; see wmtp.weighting.weight_statistics."""

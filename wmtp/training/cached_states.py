@@ -141,10 +141,6 @@ class CachedStates:
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
 
-    @property
-    def num_bytes(self) -> int:
-        return self._file.num_bytes
-
     def complete(self) -> bool:
         """Whether an earlier run has computed them all."""
         return self._file.complete()

@@ -72,8 +72,8 @@ class Checkpointer:
         self._publishing: Future | None = None
 
     def remove_torn(self) -> None:
-        """Remove what an earlier run that was killed left half-written. Rank 0 only, before training."""
-        for torn in self.folder.glob(f"step_*{UNFINISHED}"):
+        """Rank 0 removes what an earlier run that was killed left half-written, before training."""
+        for torn in self.folder.glob(f"step_*{UNFINISHED}") if self._is_main else ():
             shutil.rmtree(torn)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict) -> None:

@@ -43,18 +43,20 @@ def signals_beside(needs: Collection[str], data: PackedDataset, models: Mapping[
 
 
 def value_model_beside(
-    path: str, tokenizer: Any, seq_len: int, world: World, *, dtype: torch.dtype, cpu_offload: bool = False
-) -> ValueModel:
+    path: str | None, tokenizer: Any, seq_len: int, world: World, *, dtype: torch.dtype, cpu_offload: bool = False
+) -> ValueModel | None:
     """The critic's frozen value model, sharded as the policy is, for rows of ``seq_len`` tokens of its tokenizer.
 
     Args:
-        path: as `resolve_checkpoint` takes it.
+        path: as `resolve_checkpoint` takes it; None for no model.
         tokenizer: the policy's.
         dtype: of the computation.
 
     Raises:
         ValueError: no value model there, one of other token ids, or one of shorter rows.
     """
+    if path is None:
+        return None
     path = resolve_checkpoint(path)
     require_same_vocabulary(tokenizer, hf_tokenizer(path), "value model")
     device = "cpu" if cpu_offload else world.device

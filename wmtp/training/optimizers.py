@@ -17,6 +17,24 @@ from torch.distributed.checkpoint.state_dict import (
 
 from wmtp.config import ConfigError, build
 from wmtp.errors import one_line, raised_in
+from wmtp.models import MTPDecoder
+
+
+def parameter_groups(model: MTPDecoder, extra_heads_lr: float | None) -> list[dict[str, Any]]:
+    """Returns what is trained; heads 2 to H in a group of their own where they have their own learning rate.
+
+    Raises:
+        ConfigError: a learning rate of extra heads of which none is trained.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if extra_heads_lr is None:
+        return [{"params": trained}]
+    heads = set(model.extra_heads.parameters())
+    own, rest = [p for p in trained if p in heads], [p for p in trained if p not in heads]
+    if not own:
+        why = "no extra head is trained" if heads else "model.num_future_tokens is 1"
+        raise ConfigError(f"extra_heads_lr is set, but {why}; set extra_heads_lr=null")
+    return [*([{"params": rest}] if rest else []), {"params": own, "lr": extra_heads_lr}]
 
 
 def build_optimizer(section: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from wmtp.data import PackedDataset, held_out_batches
 from wmtp.distributed import World, all_reduce_sum
@@ -32,13 +32,29 @@ def held_out_cross_entropy(
 
 
 @torch.no_grad()
-def cross_entropy_table(
-    model: nn.Module, data: PackedDataset, inputs: Callable[[dict], dict], heads: int, batch_size: int, world: World
-) -> Tensor:
-    """[heads, R, S] float32 on the CPU: the CE of the first heads for every target of a data set, on every rank.
+def epoch_cross_entropy(
+    kept: dict | None,
+    epoch: int,
+    model: nn.Module,
+    data: PackedDataset,
+    inputs: Callable[[dict], dict],
+    *,
+    heads: int,
+    batch_size: int,
+    world: World,
+) -> dict:
+    """The CE of the first heads for every target of a data set, as an epoch begins, on every rank.
 
-    Arguments as in :func:`held_out_cross_entropy`.
+    Args:
+        kept: of an earlier call, returned again where it is of this epoch and of so many heads.
+        model: left in training mode.
+        data, inputs, batch_size: as in :func:`held_out_cross_entropy`.
+
+    Returns:
+        ``epoch``, and ``ce`` [heads, R, S] float32 on the CPU: small state of a checkpoint.
     """
+    if kept is not None and (kept["epoch"], len(kept["ce"])) == (epoch, heads):
+        return kept
     model.eval()
     table = torch.zeros(heads, *data.tokens.shape)
     for batch in held_out_batches(data, batch_size, world.rank, world.size):
@@ -46,4 +62,5 @@ def cross_entropy_table(
         ce = model(**inputs(batch), labels=labels, num_heads=heads, loss_fn=token_cross_entropy).cpu()
         table[:, batch["rows"]] = ce[:, : len(batch["rows"])]
     dist.all_reduce(table)  # every row was scored by one rank, and is 0 on the others
-    return table
+    model.train()
+    return {"epoch": epoch, "ce": table}
