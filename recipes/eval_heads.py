@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
-from wmtp.data import held_out_batches, pack
+from wmtp.data import pack, validation_batches
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.eval.heads import head_sums, score_heads, summarize_heads
@@ -37,7 +37,7 @@ class EvalHeadsRecipe:
     """Order of events: read the config, `setup`, `evaluate`, `measure_speed`, `report`, `cleanup`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Read and check every key; nothing is built or written yet."""
+        """Reads and checks every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
         self._output_name = str(read.get("output_dir"))
@@ -58,7 +58,7 @@ class EvalHeadsRecipe:
         read.done()
 
     def setup(self) -> None:
-        """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
+        """Builds everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
         self._output = open_output(self._output_name, self._cfg)
         self._output_dir = self._output.folder
@@ -68,7 +68,7 @@ class EvalHeadsRecipe:
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._documents = build(self._dataset_cfg, self._tokenizer, where="dataset")
         self._data = pack(self._documents, self._seq_len, packed=True, pad_id=self._tokenizer.pad_id)
-        self._log.say(f"dataset: {self._data.summary()}")
+        self._log.info(f"dataset: {self._data.summary()}")
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):
             self._model = build(self._model_cfg, where="model").to(self._dtype)
@@ -76,7 +76,7 @@ class EvalHeadsRecipe:
         if self._speed_prompts and self._model.num_future_tokens > 1:
             self._check_speed()
         if path is None:
-            self._log.say("checkpoint=null: the model's weights are random")
+            self._log.info("checkpoint=null: the model's weights are random")
             self._model.to(self._world.device)
         else:
             load_checkpoint(self._model, path, device=self._world.device)
@@ -93,7 +93,7 @@ class EvalHeadsRecipe:
         )
 
     def _check_speed(self) -> None:
-        """What measuring speed would find out after the whole evaluation."""
+        """Finds what measuring speed would find only after the whole evaluation."""
         longest = self._model.max_seq_len
         if self._max_new_tokens >= longest:
             raise ConfigError(
@@ -110,7 +110,7 @@ class EvalHeadsRecipe:
         # The baseline reads head 1 alone; both see the same rows, so they are compared target by target.
         views = {"heads": (self._model, {}), "teacher_forced": (TeacherForced(self._model, heads), {"num_heads": 1})}
         sums = {name: torch.zeros(3, heads, dtype=torch.float64, device=self._world.device) for name in views}
-        batches = list(held_out_batches(self._data, self._batch_size, self._world.rank, self._world.size))
+        batches = list(validation_batches(self._data, self._batch_size, self._world.rank, self._world.size))
         for batch in tqdm(batches, disable=not self._world.is_main, desc="heads", unit="batch"):
             tokens, labels, document_ids = (
                 batch[key].to(self._world.device) for key in ("tokens", "labels", "document_ids")
@@ -121,7 +121,7 @@ class EvalHeadsRecipe:
         return {name: summarize_heads(all_reduce_sum(total)) for name, total in sums.items()}
 
     def measure_speed(self) -> dict[str, dict[str, float]]:
-        """Greedy decoding of the same prompts with 0 (plain) to H - 1 drafts a forward, in turn, on rank 0 alone."""
+        """Times greedy decoding of the same prompts with 0 (plain) to H - 1 drafts a forward, in turn, on rank 0."""
         if not self._world.is_main or self._speed_prompts == 0 or self._model.num_future_tokens == 1:
             return {}
         requests = []
@@ -153,7 +153,7 @@ class EvalHeadsRecipe:
         return figures
 
     def report(self, quality: dict, speed: dict) -> None:
-        """Print the table, write heads.json, log to MLflow."""
+        """Prints the table, writes heads.json, logs to MLflow."""
         if not self._world.is_main:
             return
         (self._output_dir / "heads.json").write_text(json.dumps({**quality, "speed": speed}, indent=1) + "\n")
@@ -171,13 +171,13 @@ class EvalHeadsRecipe:
             lines.append(f"{name:>8}  " + "  ".join(f"{figure} {value:.3f}" for figure, value in figures.items()))
         lines.append(f"wrote {self._output_dir}/heads.json")
         for line in lines:
-            self._log.say(line)
+            self._log.info(line)
         views = (*quality.items(), *speed.items())
         flat = {f"eval/heads/{view}/{name}": value for view, figures in views for name, value in figures.items()}
         self._log.result(flat, self._output_dir / "heads.json")
 
     def cleanup(self, status: str = "FINISHED") -> None:
-        """End the MLflow run and leave the process group."""
+        """Ends the MLflow run and leaves the process group."""
         self._log.close(status)
         if status == "FINISHED":
             end_world()

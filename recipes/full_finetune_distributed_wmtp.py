@@ -33,7 +33,7 @@ from wmtp.models import (
 )
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
-from wmtp.training.accumulation import StepWindow, num_training_steps
+from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.checkpoint import (
     Checkpointer,
     checkpoint_to_resume,
@@ -41,14 +41,14 @@ from wmtp.training.checkpoint import (
     load_trainer,
     restore_rng,
 )
-from wmtp.training.frozen_models import signals_beside, value_model_beside
+from wmtp.training.frozen_models import frozen_signals, frozen_value_model
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
-from wmtp.training.validation import epoch_cross_entropy, held_out_cross_entropy
+from wmtp.training.validation import epoch_cross_entropy, validate
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,7 +59,7 @@ class FullFinetuneRecipeWMTP:
     """Order of events: read the config, `setup`, `train` (which evaluates and saves), `export`, `cleanup`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Read and check every key; nothing is built or written yet."""
+        """Reads and checks every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
         self._output_name = str(read.get("output_dir"))
@@ -121,7 +121,7 @@ class FullFinetuneRecipeWMTP:
     # Set-up
 
     def setup(self) -> None:
-        """Build everything in the order in which a mistake is cheapest to find: files, data, then models."""
+        """Builds everything in the order in which a mistake is cheapest to find: files, data, then models."""
         self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
@@ -140,7 +140,7 @@ class FullFinetuneRecipeWMTP:
         self._data = self._pack(self._dataset_cfg, "dataset")
         self._eval_data = None if self._eval_dataset_cfg is None else self._pack(self._eval_dataset_cfg, "eval_dataset")
         models = {"reference_ce": self._reference_cfg, "values": self._value_model_path}
-        self._beside = signals_beside(self._weighting.needs, self._data, models)
+        self._frozen_signals = frozen_signals(self._weighting.needs, self._data, models)
         ranks = {"rank": self._world.rank, "world_size": self._world.size}
         self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
         step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}
@@ -151,9 +151,9 @@ class FullFinetuneRecipeWMTP:
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
         self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
         self._reference = self._build_reference()
-        path = self._value_model_path if "values" in self._beside else None
+        path = self._value_model_path if "values" in self._frozen_signals else None
         into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
-        self._value_model = value_model_beside(path, self._tokenizer, self._seq_len, self._world, **into)
+        self._value_model = frozen_value_model(path, self._tokenizer, self._seq_len, self._world, **into)
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
         groups = parameter_groups(self._model, self._extra_heads_lr)
         self._torch_optimizer = build_optimizer(self._optimizer_cfg, groups)
@@ -163,7 +163,7 @@ class FullFinetuneRecipeWMTP:
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
         steps = {"step": self._step, "num_training_steps": self._total_steps}
-        self._scheduler = build_schedule(self._scheduler_cfg, self._torch_optimizer, **steps, say=self._log.say)
+        self._scheduler = build_schedule(self._scheduler_cfg, self._torch_optimizer, **steps, log=self._log.info)
         self._log.start(
             self._cfg,
             recipe=Path(__file__).stem,
@@ -180,11 +180,11 @@ class FullFinetuneRecipeWMTP:
     def _pack(self, section: DictConfig, where: str):
         documents = build(section, self._tokenizer, where=where)
         data = pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
-        self._log.say(f"{where}: {data.summary(self._weighting.needs)}")
+        self._log.info(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 
     def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, *, frozen: bool = False):
-        """A sharded model. From a checkpoint it is built on the meta device and each rank reads only its own shard;
+        """Builds the sharded model. From a checkpoint it is built on the meta device, each rank reads its own shard;
         without one it starts random, from one seed on every rank: the same full model, then cut."""
         path = None if checkpoint is None else resolve_checkpoint(checkpoint)
         with torch.device("cpu" if path is None else "meta"):
@@ -203,8 +203,8 @@ class FullFinetuneRecipeWMTP:
         return model
 
     def _build_reference(self):
-        """The frozen reference model that runs beside the policy, or None where the weighting or the data need none."""
-        if "reference_ce" not in self._beside:
+        """Builds the frozen reference model beside the policy; None where weighting or data need none."""
+        if "reference_ce" not in self._frozen_signals:
             return None
         if self._reference_checkpoint is None:
             raise ConfigError("reference_model has no weights: set reference_checkpoint")
@@ -212,7 +212,7 @@ class FullFinetuneRecipeWMTP:
         return self._build_model(self._reference_cfg, self._reference_checkpoint, "reference_model", frozen=True)
 
     def _restore(self, checkpoint: Path) -> str | None:
-        """Continue where the checkpoint was saved; returns the MLflow run id."""
+        """Continues where the checkpoint was saved; returns the MLflow run id."""
         state = load_trainer(checkpoint)
         changes = config_changes(state.get("config"), self._cfg)
         self._stream.load_state_dict(state["stream"])
@@ -221,19 +221,19 @@ class FullFinetuneRecipeWMTP:
         self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
         self._step = self._checkpointer.saved_step = state["step"]
-        self._log.say(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
+        self._log.info(f"resumed {checkpoint} at step {self._step} of {self._total_steps}{changes}")
         return state["run_id"]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Training
 
     def train(self) -> None:
-        """The loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
+        """Runs the loop. One optimizer step: micro-batches forward and backward, one division, clip, guard, update."""
         model, optimizer = self._model, self._torch_optimizer
         parameters = [p for p in model.parameters() if p.requires_grad]
         if self._preview:
             shown = {"tokenizer": self._tokenizer, "batch_size": self._batch_size, "step": self._step}
-            self._log.say(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
+            self._log.info(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data is not None and self._step == 0:
             self._log.metrics(self.evaluate(), self._step)
         frozen = [model_flops(frozen) for frozen in (self._reference, self._value_model)]
@@ -246,9 +246,9 @@ class FullFinetuneRecipeWMTP:
         )
         while self._step < self._total_steps and not self._stop.agreed:
             self._score_epoch()
-            window = StepWindow(self._accumulation_steps, self._tokens_per_step)
+            accumulated = Accumulation(self._accumulation_steps, self._tokens_per_step)
             meter.start()
-            while not window.full():
+            while not accumulated.full():
                 with meter.data_wait():
                     batch = self._stream.next_batch()
                 batch = self._next_batch(batch)
@@ -264,11 +264,11 @@ class FullFinetuneRecipeWMTP:
                 )
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
-                window.add(batch, out)
+                accumulated.add(batch, out)
 
-            sums = window.sums(self._stop)
+            sums = accumulated.sums(self._stop)
             if sums.num_targets == 0:
-                raise StopTraining(f"step {self._step + 1}: no target token; {window.documents(self._data)}")
+                raise StopTraining(f"step {self._step + 1}: no target token; {accumulated.documents(self._data)}")
             loss = sums.loss_sum / sums.num_targets
             scale_grads(model, torch.tensor(1.0 / sums.num_targets, device=self._world.device))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
@@ -276,7 +276,7 @@ class FullFinetuneRecipeWMTP:
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 raise StopTraining(
                     f"step {self._step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
-                    f"{window.documents(self._data)}"
+                    f"{accumulated.documents(self._data)}"
                 )
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
@@ -291,11 +291,11 @@ class FullFinetuneRecipeWMTP:
             if self._step % self._log_every == 0 or self._step == self._total_steps:
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
                 metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
-                metrics |= {f"weights/{name}": value for name, value in window.weight_statistics().items()}
+                metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
             if self._token_view is not None and self._step % self._token_view.every == 0:
-                self._write_token_view(window)
+                self._write_token_view(accumulated)
             last = self._step == self._total_steps
             if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
                 self._log.metrics(self.evaluate(), self._step)
@@ -313,7 +313,7 @@ class FullFinetuneRecipeWMTP:
 
     @torch.no_grad()
     def _next_batch(self, batch: dict) -> dict:
-        """Move a batch to the device and add what frozen models, or the epoch's start, say about its tokens."""
+        """Moves a batch to the device and adds what frozen models, or the epoch's start, say about its tokens."""
         batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._world.device), batch)
         inputs = self._inputs(batch)
         if self._reference is not None:
@@ -325,21 +325,21 @@ class FullFinetuneRecipeWMTP:
             batch["signals"]["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
         return batch
 
-    def _write_token_view(self, window: StepWindow) -> None:
-        """Code of this step's first micro-batch on rank 0, shaded by its weights."""
+    def _write_token_view(self, accumulated: Accumulation) -> None:
+        """Writes code of this step's first micro-batch on rank 0, shaded by its weights."""
         if self._world.is_main:
-            batch, out = window.batches[0], window.outs[0]
+            batch, out = accumulated.batches[0], accumulated.outs[0]
             ids = [self._data.row_ids(row) for row in batch["rows"]]
             named = {"step": self._step, "ids": ids, "settings": dict(self._weighting_cfg)}
             page = self._token_view.html(self._tokenizer, batch, out, **named)
             self._log.page(f"token_weights/step_{self._step:08d}.html", page)
 
     def _inputs(self, batch: dict) -> dict:
-        """What a model reads of a batch."""
+        """Returns what a model reads of a batch."""
         return {key: batch[key].to(self._world.device) for key in ("tokens", "document_ids")}
 
     def _score_epoch(self) -> None:
-        """With refresh_policy_ce=epoch, as an epoch begins: the policy's CE of every row, kept until the next one."""
+        """Scores every row by the policy as an epoch begins, with refresh_policy_ce=epoch; kept until the next one."""
         if self._refresh_policy_ce == "epoch" and "policy_ce" in self._weighting.needs:
             heads = self._model.num_future_tokens if self._weighting.per_head else 1
             scored = {"heads": heads, "batch_size": self._batch_size, "world": self._world}
@@ -350,12 +350,12 @@ class FullFinetuneRecipeWMTP:
     # Evaluation, checkpoints, export
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out CE of each head, in nats per target token, over all of eval_dataset."""
-        ce = held_out_cross_entropy(self._model, self._eval_data, self._inputs, self._batch_size, self._world)
+        """Computes the held-out CE of each head, in nats per target token, over all of eval_dataset."""
+        ce = validate(self._model, self._eval_data, self._inputs, self._batch_size, self._world)
         return {f"eval/ce_head{k}": mean for k, mean in enumerate(ce, start=1)}
 
     def save_checkpoint(self) -> None:
-        """Start saving all that a resumed run needs; the loop goes on while the shards are written."""
+        """Starts saving all that a resumed run needs; the loop goes on while the shards are written."""
         trainer = {
             "stream": self._stream.state_dict(),
             "config": OmegaConf.to_container(self._cfg, resolve=True),
@@ -366,7 +366,7 @@ class FullFinetuneRecipeWMTP:
         self._checkpointer.save(self._step, self._model, self._torch_optimizer, trainer)
 
     def export(self) -> None:
-        """Write the model as an HF folder: head 1 for `transformers`, the other heads beside it."""
+        """Writes the model as an HF folder: head 1 for `transformers`, the other heads beside it."""
         if self._export_dtype is None:
             return
         folder = self._output_dir / "export"
@@ -375,7 +375,7 @@ class FullFinetuneRecipeWMTP:
         self._log.exported(folder, self._step)
 
     def cleanup(self, status: str = "FINISHED") -> None:
-        """End the MLflow run and leave the process group."""
+        """Ends the MLflow run and leaves the process group."""
         self._log.close(status)
         if status == "FINISHED":
             self._checkpointer.close()

@@ -48,7 +48,7 @@ class PromoteRecipe:
     """Order of events: read the config, `setup` (the store), then the one action."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Read and check every key; nothing is changed yet."""
+        """Reads and checks every key; nothing is changed yet."""
         read = ConfigReader(cfg)
         self._action = read.choice("action", {name: name for name in ACTIONS}, "register")
         self._name = check_name(read.get("name"))
@@ -74,20 +74,20 @@ class PromoteRecipe:
             raise ConfigError("promote runs as one process: use --nproc_per_node 1")
 
     def setup(self) -> None:
-        """Open the store that holds runs and registry."""
+        """Opens the store that holds runs and registry."""
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self._client = open_store(self._tracking_uri)
         self._statements = build(self._card_cfg, where="card") or Statements()
 
     def run(self) -> None:
-        """Do what `action` says."""
+        """Does what `action` says."""
         getattr(self, self._action)()
 
     # ------------------------------------------------------------------------------------------------------------------
     # Actions
 
     def register(self) -> None:
-        """A version for the export that was evaluated, with its card, and `staging` on it."""
+        """Registers a version for the export that was evaluated, with its card, and sets `staging` to it."""
         evaluation = read_evaluation(self._client, self._evaluation_run)
         export = evaluated_export(self._client, evaluation, self._training_run)
         kept = ("wmtp.git_commit", "wmtp.config_sha256", "wmtp.data_sha256", "wmtp.method", "wmtp.dataset")
@@ -101,7 +101,7 @@ class PromoteRecipe:
         card = model_card(self._name, version.number, export, evaluations, self._statements)
         where = log_card(self._client, export.run.run_id, self._name, card)
         describe(self._client, self._name, version.number, card, where)
-        say(f"{self._name} version {version.number}: {export.source}, card {where}")
+        log(f"{self._name} version {version.number}: {export.source}, card {where}")
         self._report(
             move_alias(
                 self._client, self._name, "staging",
@@ -112,7 +112,7 @@ class PromoteRecipe:
         )  # fmt: skip
 
     def production(self) -> None:
-        """`production` on the version that the evaluation is of, unless it is worse than what is there."""
+        """Sets `production` to the version that the evaluation is of, unless it is worse than the one there."""
         ours = read_evaluation(self._client, self._evaluation_run)
         version = find_version(self._client, self._name, ours.model_sha256)
         if version is None:
@@ -132,12 +132,12 @@ class PromoteRecipe:
         )  # fmt: skip
 
     def rollback(self) -> None:
-        """`alias` where it was before its last move, or before the move of that number."""
+        """Sets `alias` back to where it was before its last move, or before the move of that number."""
         move = roll_back(self._client, self._name, self._alias, by=self._by, number=self._undo)
         self._report(move, self._alias)
 
     def show(self) -> None:
-        """The versions and the record of moves, as tables."""
+        """Prints the versions and the record of moves, as tables."""
         record = moves(self._client, self._name)
         pointed = {alias: aliased(self._client, self._name, alias) for alias in ("staging", "production")}
         rows = []
@@ -160,12 +160,12 @@ class PromoteRecipe:
         for alias, target in pointed.items():
             last = last_move(record, alias)
             if target != (last.after if last else None):
-                say(f"WARNING: {alias} points at version {target}, which no recorded move explains")
+                log(f"WARNING: {alias} points at version {target}, which no recorded move explains")
 
     # ------------------------------------------------------------------------------------------------------------------
 
     def _evaluation_of(self, version: str, name: str) -> Evaluation:
-        """The evaluation of that name that the version in production was registered with."""
+        """Returns the evaluation of that name that the version in production was registered with."""
         known = read_version(self._client, self._name, version).evaluations
         if name not in known:
             raise RegistryError(
@@ -176,13 +176,13 @@ class PromoteRecipe:
 
     def _report(self, move: Move | None, alias: str) -> None:
         if move is None:
-            say(f"{self._name}@{alias} is there already; nothing changed")
+            log(f"{self._name}@{alias} is there already; nothing changed")
             return
         ends = f"{shown(move.before)} -> {shown(move.after)}"
-        say(f"{self._name}@{alias}: {ends} (move {move.number}: {move.decision})")
+        log(f"{self._name}@{alias}: {ends} (move {move.number}: {move.decision})")
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

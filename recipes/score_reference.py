@@ -39,7 +39,7 @@ from wmtp.data.scored_dataset import (
     read_manifest,
     read_part,
     require_same_binding,
-    write_manifest,
+    write_column_manifest,
     write_part,
 )
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
@@ -59,7 +59,7 @@ class ScoreReferenceRecipe:
     """Order of events: read the config, `setup`, `score`, `report`, `cleanup`."""
 
     def __init__(self, cfg: DictConfig) -> None:
-        """Read and check every key; nothing is built or written yet."""
+        """Reads and checks every key; nothing is built or written yet."""
         self._cfg = cfg
         read = ConfigReader(cfg)
         self._output_name = str(read.get("output_dir"))
@@ -93,7 +93,7 @@ class ScoreReferenceRecipe:
     # Set-up
 
     def setup(self) -> None:
-        """Build everything in the order in which a mistake is cheapest to find: files, data, then the model."""
+        """Builds everything in the order in which a mistake is cheapest to find: files, data, then the model."""
         self._world = start_world(self._device_name)
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
@@ -126,7 +126,7 @@ class ScoreReferenceRecipe:
         wait_for_all()
 
     def _check_output_dir(self) -> bool:
-        """Refuse to write over a scored dataset, or into a folder that is none; whether one goes on there."""
+        """Refuses to write over a scored dataset, or into any other folder; returns whether one goes on there."""
         there = check_output_dir(
             self._output, "a scored dataset", results=RESULTS, overwrite=self._overwrite, resume=self._resume
         )
@@ -135,7 +135,7 @@ class ScoreReferenceRecipe:
         return there and self._resume != "no"
 
     def _build_model(self, path: Path) -> torch.nn.Module:
-        """The frozen model, whole on this process's device in the dtype of the computation, or a shard of it."""
+        """Builds the frozen model in the dtype of the computation: whole on this process's device, or a shard of it."""
         if self._column == "values":
             mesh = self._world.mesh if self._fully_shard else None
             model = load_value_model(path, mesh=mesh, param_dtype=DTYPES[self._dtype_name], device=self._world.device)
@@ -154,7 +154,7 @@ class ScoreReferenceRecipe:
         return model.requires_grad_(False).eval()
 
     def _what_decides_a_score(self, path: Path) -> dict:
-        """What the column depends on beside the documents: the manifest names it, and a resumed run must share it."""
+        """Returns what the column depends on beside the documents; the manifest names it, a resumed run shares it."""
         section = None if self._model_cfg is None else OmegaConf.to_container(self._model_cfg, resolve=True)
         return {
             "column": self._column,
@@ -166,7 +166,7 @@ class ScoreReferenceRecipe:
         }
 
     def _check_parts(self) -> int | None:
-        """The parts that are there must be of this very scoring; how many, where an earlier run completed it."""
+        """Refuses parts of another scoring; returns how many there are where an earlier run completed it."""
         if self._resume == "no":
             return None
         for path in part_paths(self._output_dir):
@@ -182,14 +182,14 @@ class ScoreReferenceRecipe:
     # Scoring
 
     def score(self) -> dict[int, dict]:
-        """Score this rank's parts, one after the other, while a thread prepares the next; their manifest entries."""
+        """Scores this rank's parts in turn, while a thread prepares the next; returns their manifest entries."""
         self._counters = SharedCounters()
         self._started = time.perf_counter()
         total = self._dataset.count() if self._world.is_main else None
         self._progress = tqdm(total=total, disable=not self._world.is_main, desc="score", unit="document")
         rank, size = self._world.rank, self._world.size
         if total is not None and total <= self._documents_per_part * (size - 1):
-            self._log.say(f"{total} documents are too few parts for {size} processes; lower documents_per_part")
+            self._log.info(f"{total} documents are too few parts for {size} processes; lower documents_per_part")
         self._reader = PartReader(self._dataset, self._documents_per_part, lambda number: number % size == rank)
         entries = {}
         for part, rows, entry in prefetch(map(self._prepare, self._reader)):
@@ -214,7 +214,7 @@ class ScoreReferenceRecipe:
         return entries
 
     def _prepare(self, part: Part) -> tuple[Part, PackedDataset | None, dict | None]:
-        """A part with its rows, or with its manifest entry where it is scored already. Runs in the thread."""
+        """Returns a part with its rows, or with its manifest entry where it is scored already. Runs in the thread."""
         for document in part.documents:
             if int(document.tokens.max()) >= self._model.vocab_size:
                 raise UserError(
@@ -233,7 +233,7 @@ class ScoreReferenceRecipe:
         return part, rows_to_score(part.documents, self._column, self._seq_len, self._tokenizer.pad_id), None
 
     def _kept(self, part: Part, path: Path) -> dict | None:
-        """The manifest entry of a part that is there; None, and the file is gone, where it was torn."""
+        """Returns the manifest entry of a part that is there; removes a torn one and returns None."""
         try:
             _, binding, header = read_part(path)
         except TornPart as torn:
@@ -251,7 +251,7 @@ class ScoreReferenceRecipe:
         return manifest_entry(path, header)
 
     def _score_part(self, part: Part, rows: PackedDataset | None) -> dict:
-        """Forward passes over a part's rows, then its file; its manifest entry."""
+        """Scores a part's rows and writes its file; returns its manifest entry."""
         scores = []
         for batch in self._batches(rows):
             if self._fully_shard:
@@ -270,7 +270,7 @@ class ScoreReferenceRecipe:
 
     @torch.no_grad()
     def _forward(self, batch: dict) -> torch.Tensor:
-        """[B, S] float32: the CE of head 1 for each target token, or the value of each prefix."""
+        """Returns [B, S] float32: the CE of head 1 for each target token, or the value of each prefix."""
         tokens, labels, document_ids = (
             batch[key].to(self._world.device) for key in ("tokens", "labels", "document_ids")
         )
@@ -281,11 +281,11 @@ class ScoreReferenceRecipe:
         ]
 
     def _any_rank_works(self, works: bool) -> bool:
-        """Whether any rank has a batch: a sharded model's forward is a collective, so all ranks run equally many."""
+        """Returns whether any rank has a batch: a sharded model's forward is a collective, which all ranks join."""
         return any(gather_objects(works))
 
     def _empty_batch(self) -> dict:
-        """Padding alone: what a rank runs that has no batch while others have."""
+        """Returns padding alone, for a rank that has no batch while others have."""
         shape = (1, 2)
         fill = {"tokens": self._tokenizer.pad_id, "labels": -100, "document_ids": -1}
         return {name: torch.full(shape, value) for name, value in fill.items()}
@@ -300,7 +300,7 @@ class ScoreReferenceRecipe:
     # Results
 
     def report(self, entries: dict[int, dict]) -> dict | None:
-        """Write the manifest over all ranks' parts, on rank 0, and say and track the totals. The manifest."""
+        """Writes the manifest over all ranks' parts, on rank 0, and logs the totals; returns the manifest."""
         seconds = time.perf_counter() - self._started
         everyone = gather_objects((entries, self._reader.num_documents))
         if not self._world.is_main:
@@ -315,7 +315,9 @@ class ScoreReferenceRecipe:
                 f"cannot resume: {self._dataset.name} ends before the documents of {beyond[0]}; restore it, or score "
                 "into another output_dir"
             )
-        manifest = write_manifest(self._output_dir, self._binding, [entries[number] for number in sorted(entries)])
+        manifest = write_column_manifest(
+            self._output_dir, self._binding, [entries[number] for number in sorted(entries)]
+        )
         data, scored_now = manifest["data"], self._counters.add("tokens")
         kept = self._counters.add("kept_parts")
         name = "mean CE" if self._column == "reference_ce" else "mean value"
@@ -323,8 +325,8 @@ class ScoreReferenceRecipe:
         line += f"parts{f' ({kept} were there)' * bool(kept)}, {name} {manifest['mean']:.4f}"
         if data["cut_documents"]:
             line += f", {data['cut_documents']} documents cut to {self._seq_len} tokens"
-        self._log.say(f"{line}, {scored_now / seconds:.0f} tokens/s")
-        self._log.say(f"wrote {self._output_dir / MANIFEST}")
+        self._log.info(f"{line}, {scored_now / seconds:.0f} tokens/s")
+        self._log.info(f"wrote {self._output_dir / MANIFEST}")
         metrics = {f"score/{key}": data[key] for key in ("documents", "tokens", "targets", "cut_documents")}
         metrics[f"score/{name.replace(' ', '_').lower()}"] = manifest["mean"]
         metrics["score/tokens_per_second"] = scored_now / seconds
@@ -332,7 +334,7 @@ class ScoreReferenceRecipe:
         return manifest
 
     def cleanup(self, status: str = "FINISHED") -> None:
-        """End the MLflow run and leave the process group."""
+        """Ends the MLflow run and leaves the process group."""
         self._log.close(status)
         if status == "FINISHED":
             end_world()

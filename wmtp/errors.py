@@ -233,7 +233,7 @@ def cannot_be_read(error: Exception, path: str | Path, otherwise: str, doubt: st
 def _end(kind: type[BaseException], error: BaseException, trace: object) -> None:
     """Prints an error and ends the process, as a recipe's `sys.excepthook`; even if printing fails."""
     try:
-        _say(error)
+        _log(error)
     except Exception:  # the screen is gone, or str(error) raises
         with suppress(Exception):
             print(_text(error), end="", file=sys.__stderr__, flush=True)
@@ -244,7 +244,7 @@ def _end(kind: type[BaseException], error: BaseException, trace: object) -> None
             os._exit(getattr(error, "exit_status", interrupted))
 
 
-def _say(error: BaseException) -> None:
+def _log(error: BaseException) -> None:
     screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook replaces sys.stderr with a buffer
     file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")

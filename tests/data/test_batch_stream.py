@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmtp.data import BatchStream, Document, Documents, held_out_batches, pack
+from wmtp.data import BatchStream, Document, Documents, pack, validation_batches
 
 
 def make_dataset(rows: int, *, scored: bool = False):
@@ -112,7 +112,7 @@ def test_a_state_of_other_data_or_another_seed_is_refused():
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
 def test_held_out_rows_come_once_and_all_ranks_step_together(rows, batch_size, world_size):
     dataset = make_dataset(rows, scored=True)
-    ranks = [list(held_out_batches(dataset, batch_size, r, world_size)) for r in range(world_size)]
+    ranks = [list(validation_batches(dataset, batch_size, r, world_size)) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert sorted(row for batches in ranks for batch in batches for row in batch["rows"]) == list(range(rows))
     for batch in (batch for batches in ranks for batch in batches):

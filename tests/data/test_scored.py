@@ -25,7 +25,7 @@ from wmtp.data import (
     tokenized_stream,
 )
 from wmtp.data.parts import PartReader, column_of, prefetch, require_finite, rows_to_score
-from wmtp.data.scored_dataset import part_path, read_part, require_same_binding, write_manifest, write_part
+from wmtp.data.scored_dataset import part_path, read_part, require_same_binding, write_column_manifest, write_part
 from wmtp.models import llama_mtp
 from wmtp.models.export import export_hf
 from wmtp.pretrained import byte_tokenizer
@@ -68,7 +68,7 @@ def write_scored(folder, column="reference_ce", seq_len=8, vocab_hash=None, chec
         write_part(part_path(folder, number), documents.items[place], values[place], binding)
         for number, place in enumerate((slice(0, 2), slice(2, 4)))
     ]
-    write_manifest(folder, binding, entries)
+    write_column_manifest(folder, binding, entries)
     return folder
 
 

@@ -35,7 +35,7 @@ def settle(sandbox, tmp_path):
     def run(rows, tests="protected", **options):
         path, lines = tmp_path / "tasks.jsonl", []
         path.write_text("".join(json.dumps({**row, "task_id": name}) + "\n" for name, row in rows.items()))
-        tasks = settle_tests(assertion_tasks(str(path), **options), sandbox, tests=tests, say=lines.append)
+        tasks = settle_tests(assertion_tasks(str(path), **options), sandbox, tests=tests, log=lines.append)
         return {task.task_id: task.inside for task in tasks}, lines
 
     return run

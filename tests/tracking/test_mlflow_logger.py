@@ -32,7 +32,7 @@ def begin(store, tmp_path):
         section = {"experiment": "e", "artifact_location": str(tmp_path / "artifacts"), **section}
         logger = MLflowLogger(tracking_uri=store, **section)
         logger.said = []
-        names = {"method": "m", "dataset": "d", "training_run_id": training_run_id, "say": logger.said.append}
+        names = {"method": "m", "dataset": "d", "training_run_id": training_run_id, "log": logger.said.append}
         logger.connect(output_dir, resumed=resumed, run_id=run_id, **names)
         logger.start()
         return logger

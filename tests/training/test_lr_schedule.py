@@ -15,7 +15,7 @@ def optimizer(*rates):
 def build(own=None, steps=5, step=0, component="wmtp.training.lr_schedule.cosine_with_warmup", says=None, **keys):
     says = [] if says is None else says
     section = OmegaConf.create({"_component_": component, **keys})
-    return build_schedule(section, own or optimizer(1.0), num_training_steps=steps, step=step, say=says.append)
+    return build_schedule(section, own or optimizer(1.0), num_training_steps=steps, step=step, log=says.append)
 
 
 def rates(own, schedule, steps):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from wmtp.critic.losses import response_last, response_mean
 from wmtp.critic.metrics import probabilities, score_report
 from wmtp.critic.pair_dataset import PairDataset
-from wmtp.data import held_out_batches
+from wmtp.data import validation_batches
 from wmtp.distributed import World, gather_objects
 from wmtp.errors import UserError
 from wmtp.training.cached_states import CachedStates
@@ -78,7 +78,7 @@ def score_pairs(
     """
     rank, world_size = (0, 1) if world is None else (world.rank, world.size)
     mine: dict[int, list[list[float]]] = {}
-    for batch in held_out_batches(dataset, batch_size, rank, world_size):
+    for batch in validation_batches(dataset, batch_size, rank, world_size):
         values = values_of(batch).flatten(0, 1).double().cpu()
         response = batch["response"].flatten(0, 1)
         both = torch.stack([response_mean(values, response), response_last(values, response)])  # [2, 2P]

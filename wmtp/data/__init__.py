@@ -6,7 +6,7 @@ add one, write such a function; `document_from_text` makes a document of a promp
 
 from wmtp import on_demand
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
-from wmtp.data.packing import BatchStream, PackedDataset, held_out_batches, pack
+from wmtp.data.packing import BatchStream, PackedDataset, pack, validation_batches
 
 __all__ = [
     "IGNORE",
@@ -17,8 +17,8 @@ __all__ = [
     "Documents",
     "PackedDataset",
     "document_from_text",
-    "held_out_batches",
     "pack",
+    "validation_batches",
 ]
 
 __getattr__ = on_demand(

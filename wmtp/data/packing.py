@@ -244,7 +244,7 @@ class BatchStream:
         return int(self._order[1][index])
 
 
-def held_out_batches(dataset: PackedDataset, batch_size: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+def validation_batches(dataset: PackedDataset, batch_size: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:
     """Yields one pass over the dataset: every row once over all ranks, in equally many full batches on each rank.
 
     Ranks that run out get rows without document and target, so that collectives inside the model stay in step.

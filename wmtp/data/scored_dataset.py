@@ -213,7 +213,7 @@ def data_sha256(documents: Iterable[Document]) -> str:
 # The manifest
 
 
-def write_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def write_column_manifest(folder: Path, binding: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Writes manifest.json over all parts, in order; with it the dataset is complete."""
     counts = ("documents", "tokens", "targets", "cut_documents", "scores")
     totals = {key: sum(e[key] for e in entries) for key in counts}

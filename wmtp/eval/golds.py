@@ -23,7 +23,7 @@ def settle_tests(
     *,
     tests: str = "protected",
     limits: Limits | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[Task, ...]:
     """Returns the tasks as they are to be judged: tests that the protected judge cannot run are marked `inside`.
 
@@ -35,7 +35,7 @@ def settle_tests(
         tests: "protected" refuses tasks whose solution passes only with the tests inside the program's process;
             "inside" lets them be judged so.
         limits: of a program; None leaves them to the sandbox.
-        say: is told, a line each, what was decided and which tests are not used.
+        log: is told, a line each, what was decided and which tests are not used.
 
     Raises:
         UserError: one line that names the tasks which cannot be judged, and why: their own solution fails, or a test
@@ -44,13 +44,13 @@ def settle_tests(
     asserting = [task for task in tasks if isinstance(task, AssertionTask)]
     inside = on_rank_0(lambda: _find_inside(asserting, sandbox, tests, limits))
     if inside:
-        say(
+        log(
             f"{len(inside)} of {len(tasks)} tasks are judged inside: their tests run in the program's process, where a "
             f"program can fool them: {_listed(inside)}"
         )
     if unused := [task.unused_tests for task in asserting if task.unused_tests]:
         counts = f"{sum(unused)} challenge tests of {len(unused)} tasks"
-        say(f"{counts} are not run; tasks.challenge_tests=true runs them too")
+        log(f"{counts} are not run; tasks.challenge_tests=true runs them too")
     return tuple(
         replace(task, inside=True) if isinstance(task, AssertionTask) and task.task_id in inside else task
         for task in tasks

@@ -140,7 +140,7 @@ class RemoteOutput(Output):
         fetch_folder(self._uri, list(wanted.values()), self.folder)
         if newest is not None:
             target = self.folder / newest
-            self._say(f"fetching {self.remote}/{newest}")
+            self._log(f"fetching {self.remote}/{newest}")
             torn = unfinished(target)
             inside = {name.removeprefix(f"{newest}/"): f for name, f in files.items() if name.startswith(f"{newest}/")}
             fetch_folder(f"{self.remote}/{newest}", list(inside.values()), torn)
@@ -171,7 +171,7 @@ class RemoteOutput(Output):
         if not self._uploads:
             return
         if self._error is None:
-            self._say(f"uploaded to {self.remote}")
+            self._log(f"uploaded to {self.remote}")
             return
         line = (
             f"not everything could be uploaded: {self._error}; it is all in {self.folder}; when S3 answers again, "
@@ -179,7 +179,7 @@ class RemoteOutput(Output):
         )
         if fail:
             raise StorageError(line)
-        self._say(line)
+        self._log(line)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The background
@@ -202,7 +202,7 @@ class RemoteOutput(Output):
                 if not isinstance(error, StorageError):
                     error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
                 self._error = error
-                self._say(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
+                self._log(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
             with self._lock:
                 self._busy, self._done = None, round_
                 self._lock.notify_all()
@@ -307,7 +307,7 @@ class RemoteOutput(Output):
     def _write_record(self) -> None:
         write_whole(self._record, json.dumps(self._sent))
 
-    def _say(self, line: str) -> None:
+    def _log(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
 
 

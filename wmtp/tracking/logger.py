@@ -99,7 +99,7 @@ class MLflowLogger:
         run_id: str | None = None,
         resumed: bool = False,
         training_run_id: str | None = None,
-        say: Callable[[str], None] = print,
+        log: Callable[[str], None] = print,
     ) -> None:
         """Opens the store. Nothing is written yet, neither to the store nor to disk.
 
@@ -109,7 +109,7 @@ class MLflowLogger:
             run_id: MLflow's id of a resumed run, if it is known.
             resumed: the run in output_dir is resumed; its spool names it even if it has no id yet.
             training_run_id: the run that trained the model which this one evaluates.
-            say: called with lines about a store that fails.
+            log: called with lines about a store that fails.
 
         Raises:
             ValueError: the store refuses: credentials, database, deleted experiment, unknown run.
@@ -135,9 +135,9 @@ class MLflowLogger:
         if kept and run_id in (None, kept.get("run_id")):
             run |= {name: kept.get(name) for name in ("experiment", "key", "started", "run_id")}
         self._run = {**run, "tracking_uri": mask_secrets(self._uri), "uri_in_config": self._uri_in_config}
-        self._output_dir, self._say, self._resumed = output_dir, say, resumed
+        self._output_dir, self._log, self._resumed = output_dir, log, resumed
         self._delivery = Delivery(self._uri, self._run, output_dir)
-        self._sender = Sender(self._delivery, say)
+        self._sender = Sender(self._delivery, log)
         self._sender.wait_connected(self._wait_seconds)
 
     def start(self) -> None:
@@ -220,13 +220,13 @@ class MLflowLogger:
         try:
             self._record("status", status=status)
         except OSError as error:  # of a full disk; earlier records are sent all the same
-            self._say(f"WARNING: tracking: that the run is {status} could not be recorded: {one_line(error)}")
+            self._log(f"WARNING: tracking: that the run is {status} could not be recorded: {one_line(error)}")
         left = self._sender.close(self._flush_seconds)
         refused = self._spool.folder / "refused.jsonl"
         if refused.exists():
-            self._say(f"tracking: the store refused {len(refused.read_text().splitlines())} records, kept in {refused}")
+            self._log(f"tracking: the store refused {len(refused.read_text().splitlines())} records, kept in {refused}")
         if left:
-            self._say(
+            self._log(
                 f"WARNING: tracking: {left} records have not reached {mask_secrets(self._uri)} "
                 f"({self._sender.failure or 'no answer'}); they are kept in {self._spool.folder}: send them with "
                 f"python -m wmtp.tracking replay {self._output_dir}"

@@ -17,8 +17,8 @@ _UPLOAD_BYTES_PER_SECOND = 10e6  # close() gives up on slower uploads
 class Sender:
     """A thread that sends a run's records and survives every failure of the store, of which `say` is told."""
 
-    def __init__(self, delivery: Delivery, say: Callable[[str], None]) -> None:
-        self._delivery, self._say = delivery, say
+    def __init__(self, delivery: Delivery, log: Callable[[str], None]) -> None:
+        self._delivery, self._log = delivery, log
         self._spool: Spool | None = None
         self._changed = threading.Condition()
         self._connected = self._opened = self._idle = self._closing = self._stopped = False
@@ -124,7 +124,7 @@ class Sender:
     def _succeeded(self, reached: str | None = None) -> None:
         with self._changed:
             if self.failure and self._connected:
-                self._say("tracking: the store answers again")
+                self._log("tracking: the store answers again")
                 self.failure = None
             self._last_success = time.monotonic()
             if reached == "_idle":
@@ -139,7 +139,7 @@ class Sender:
         delay = min(max(1.0, 2 * delay), _LONGEST_WAIT)
         with self._changed:
             if self.failure is None and not self._closing:
-                self._say(
+                self._log(
                     f"tracking: the store does not take what it is sent ({one_line(error):.300}); the run goes on, all "
                     "is kept in its tracking_spool and sent again"
                 )

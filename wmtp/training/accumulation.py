@@ -26,7 +26,7 @@ def num_training_steps(
 
     Args:
         rows_per_micro_batch: over all ranks.
-        micro_batches, target_tokens: of a step, as in :class:`StepWindow`.
+        micro_batches, target_tokens: of a step, as in :class:`Accumulation`.
     """
     if max_steps is not None:
         return max_steps
@@ -45,7 +45,7 @@ class StepSums(NamedTuple):
     ce: list[float]  # mean cross-entropy of each head, nats per target, unweighted
 
 
-class StepWindow:
+class Accumulation:
     """Collects the micro-batches of one optimizer step: so many, or so many target tokens over all ranks.
 
     Args:
@@ -59,7 +59,7 @@ class StepWindow:
         self.outs: list[MTPLoss] = []
 
     def full(self) -> bool:
-        """Whether the step has all its micro-batches; every rank asks."""
+        """Returns whether the step has all its micro-batches; every rank asks."""
         if self._micro_batches is not None:
             return len(self.outs) == self._micro_batches
         targets = sum(out.valid[0].sum() for out in self.outs)
@@ -70,7 +70,7 @@ class StepWindow:
         self.outs.append(out)
 
     def sums(self, stop: StopFlag | None = None) -> StepSums:
-        """In one collective, in which the ranks also agree whether the run ends after this step."""
+        """Adds up in one collective, in which the ranks also agree whether the run ends after this step."""
         ce = sum(out.ce.double().sum(dim=(1, 2)) for out in self.outs)  # [H]
         count = sum(out.valid.sum(dim=(1, 2)) for out in self.outs).double()  # [H]
         tokens = sum((batch["document_ids"] >= 0).sum() for batch in self.batches)
@@ -86,7 +86,7 @@ class StepWindow:
         return StepSums(loss_sum, num_targets, tokens, both[heads:], means)
 
     def weight_statistics(self) -> dict[str, float]:
-        """Of the weights of all target tokens of the step, on all ranks; see wmtp.weighting.weight_statistics."""
+        """Describes the weights of all target tokens of the step, over all ranks (wmtp.weighting.weight_statistics)."""
         pairs = zip(self.batches, self.outs, strict=True)
         mine = [target_table(out.ce, out.valid, out.weights, batch["document_ids"]) for batch, out in pairs]
         everyone: Tensor = torch.cat(gather_objects(torch.cat(mine).cpu()))
@@ -94,7 +94,7 @@ class StepWindow:
         return weight_statistics(weights, policy_ce=policy_ce, position=position)
 
     def documents(self, data: PackedDataset) -> str:
-        """The documents of the micro-batches whose loss is not finite (of all, if every loss is), over all ranks."""
+        """Names the documents of micro-batches whose loss is not finite (of all, if every loss is), over all ranks."""
         rows = [batch["rows"] for batch in self.batches]
         bad = [r for r, out in zip(rows, self.outs, strict=True) if not bool(torch.isfinite(out.loss_sum))]
         everyone = gather_objects((bad, rows))

@@ -44,17 +44,17 @@ class StateFile:
         return self._tokens * self._dim * self._dtype.itemsize
 
     def complete(self) -> bool:
-        """Whether an earlier run has written it all."""
+        """Returns whether an earlier run has written it all."""
         return self._note.exists() and self._file.exists() and self._file.stat().st_size == self.num_bytes
 
     def complete_for_all(self, world: World | None) -> bool:
-        """:meth:`complete`, as every rank sees it."""
+        """Returns :meth:`complete`, as every rank sees it."""
         done = self.complete()
         return all(gather_objects(done)) if world is not None and world.size > 1 else done
 
     @contextmanager
     def written(self, world: World | None) -> Iterator[Callable[[int, Tensor], None]]:
-        """Give ``write(start, states [n, D])``; the file is complete when the last rank leaves the block."""
+        """Gives ``write(start, states [n, D])``; the file is complete when the last rank leaves the block."""
         alone, is_main = world is None or world.size == 1, world is None or world.is_main
         if is_main:
             self._file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ class StateFile:
             wait_for_all()
 
     def read(self, start: int, end: int) -> Tensor:
-        """[end - start, D] states, mapped from the file."""
+        """Returns [end - start, D] states, mapped from the file."""
         if self._states is None:
             size = self._tokens * self._dim
             flat = torch.from_file(str(self._file), shared=True, size=size, dtype=self._dtype)
@@ -142,7 +142,7 @@ class CachedStates:
         self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
 
     def complete(self) -> bool:
-        """Whether an earlier run has computed them all."""
+        """Returns whether an earlier run has computed them all."""
         return self._file.complete()
 
     @torch.no_grad()
@@ -163,7 +163,7 @@ class CachedStates:
                     write(self._starts[row], states[i][kept[i]])
 
     def of(self, batch: dict) -> Tensor:
-        """[..., S, D] states of a batch of the data set, 0 where none is kept."""
+        """Returns [..., S, D] states of a batch of the data set, 0 where none is kept."""
         kept = self._kept(batch).cpu()
         states = torch.zeros(*kept.shape, self._dim, dtype=self._dtype)
         for i, row in enumerate(batch["rows"]):
@@ -172,7 +172,7 @@ class CachedStates:
 
 
 def trunk_states(folder: Path, dataset: PackedDataset, model_key: str, **stored: Any) -> CachedStates:
-    """What :class:`~wmtp.models.MTPDecoder` gives with ``return_trunk``, [B, S, D], for every token.
+    """Computes the trunk's states, [B, S, D], that :class:`~wmtp.models.MTPDecoder` gives with ``return_trunk``.
 
     Args:
         folder, dataset, stored: as in :class:`CachedStates`.

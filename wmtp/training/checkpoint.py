@@ -72,12 +72,12 @@ class Checkpointer:
         self._publishing: Future | None = None
 
     def remove_torn(self) -> None:
-        """Rank 0 removes what an earlier run that was killed left half-written, before training."""
+        """Removes, on rank 0 and before training, what a killed run left half-written."""
         for torn in self.folder.glob(f"step_*{UNFINISHED}") if self._is_main else ():
             shutil.rmtree(torn)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, trainer: dict) -> None:
-        """Start saving; returns once the state is copied. Every rank calls it with the same step.
+        """Starts saving; returns once the state is copied. Every rank calls it with the same step.
 
         Args:
             step: optimizer steps done.
@@ -102,7 +102,7 @@ class Checkpointer:
             self._publishing = self._publisher.submit(self._publish, self._writing, torn, target)
 
     def wait(self) -> None:
-        """Wait until the save under way, if any, is complete and visible.
+        """Waits until the save under way, if any, is complete and visible.
 
         Raises:
             DiskError: it could not be written: a full disk, a quota, a file system that is gone.
@@ -128,7 +128,7 @@ class Checkpointer:
 
 
 def publish_shards(torn: Path, target: Path) -> None:
-    """Give a folder that `torch.distributed.checkpoint` wrote its name, with a manifest, if it is whole. One rank only.
+    """Renames a folder that `torch.distributed.checkpoint` wrote, with a manifest, if it is whole. One rank only.
 
     Raises:
         UserError: a file that its metadata name is not there, or shorter or longer: another rank's went elsewhere.
@@ -156,7 +156,7 @@ def _size(path: Path) -> int | None:
 
 
 def _result(future: Future, folder: Path) -> None:
-    """A future's end, with what the disk refused to any rank as one line instead of all their tracebacks."""
+    """Waits for a future; a disk's refusal on any rank becomes one line instead of all their tracebacks."""
     try:
         future.result()
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -170,12 +170,12 @@ def _result(future: Future, folder: Path) -> None:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Returns the complete checkpoints, oldest first."""
     return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).exists())
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None where it has none.
+    """Returns the newest complete checkpoint of a run, or None where it has none.
 
     Read off the folder rather than off `latest`, which is for people and scripts: it lags by one where a run was killed
     between the two renames.
@@ -185,7 +185,7 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 
 def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
-    """The checkpoint that a run goes on from, None for a new run: what rank 0 sees, on every rank.
+    """Returns the checkpoint that a run goes on from, None for a new run: as rank 0 sees it, on every rank.
 
     Args:
         resume: ``no``, ``yes`` (there must be one) or ``auto``.
@@ -202,7 +202,7 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
 
 
 def load_trainer(checkpoint: Path) -> dict:
-    """The loop's state, after every file of the checkpoint was held against its manifest, by rank 0 for all."""
+    """Reads the loop's state, after every file of the checkpoint was held against its manifest, by rank 0 for all."""
     on_rank_0(lambda: verify_manifest(checkpoint))
     return torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
 
@@ -215,7 +215,7 @@ def load_sharded(
     trained_only: bool = False,
     changes: str = "",
 ) -> None:
-    """Read weights and the optimizer's moments in place, each rank its shards, saved at whatever world size.
+    """Reads weights and the optimizer's moments in place, each rank its shards, saved at whatever world size.
 
     The optimizer's hyperparameters stay those of the config.
 
@@ -241,7 +241,7 @@ def load_sharded(
 
 
 def restore_rng(states: list[dict], rank: int) -> None:
-    """Continue this rank's random streams; a rank that did not exist then keeps its seeded ones."""
+    """Continues this rank's random streams; a rank that did not exist then keeps its seeded ones."""
     if rank >= len(states):
         return
     state = states[rank]

@@ -14,7 +14,7 @@ from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_check
 from wmtp.weighting.base import FROM_A_MODEL, OF_THE_POLICY, way_to
 
 
-def signals_beside(needs: Collection[str], data: PackedDataset, models: Mapping[str, Any]) -> set[str]:
+def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[str, Any]) -> set[str]:
     """Returns the signals that a frozen model must give, because the weighting needs them and the data lack them.
 
     Args:
@@ -42,10 +42,10 @@ def signals_beside(needs: Collection[str], data: PackedDataset, models: Mapping[
     return beside
 
 
-def value_model_beside(
+def frozen_value_model(
     path: str | None, tokenizer: Any, seq_len: int, world: World, *, dtype: torch.dtype, cpu_offload: bool = False
 ) -> ValueModel | None:
-    """The critic's frozen value model, sharded as the policy is, for rows of ``seq_len`` tokens of its tokenizer.
+    """Builds the critic's frozen value model, sharded as the policy is, for rows of ``seq_len`` tokens.
 
     Args:
         path: as `resolve_checkpoint` takes it; None for no model.

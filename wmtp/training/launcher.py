@@ -24,7 +24,7 @@ _NOISE = (
 
 
 def prepare() -> Callable[..., Any]:
-    """Make the launcher end with the error that a recipe told; the rendezvous backend that torch asked for is none."""
+    """Makes the launcher end with the error that a recipe told; the rendezvous backend that torch asked for is none."""
     elastic = "torch.distributed.elastic.multiprocessing"
     for name in ("torch.distributed.run", f"{elastic}.errors.error_handler", f"{elastic}.redirects"):
         logging.getLogger(name).addFilter(lambda record: not any(noise in str(record.msg) for noise in _NOISE))
@@ -33,7 +33,7 @@ def prepare() -> Callable[..., Any]:
 
 
 def last_words(failures: dict[int, Any]) -> tuple[list[str], int] | None:
-    """What to print of the failures of a launch, the first error last, and its exit status; None where torch's own
+    """Says what to print of the failures of a launch, the first error last, and its exit status; None where torch's own
     report is needed.
 
     Args:
@@ -75,7 +75,7 @@ def _hook(before: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _statuses(error: BaseException) -> set[int | None]:
-    """The exit statuses of the workers that the launcher waited for when a signal came."""
+    """Returns the exit statuses of the workers that the launcher waited for when a signal came."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         context = getattr(frame.f_locals.get("self"), "_pcontext", None)  # of the agent whose `run` it is
         if workers := getattr(context, "subprocess_handlers", None):

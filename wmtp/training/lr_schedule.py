@@ -57,7 +57,7 @@ def build_schedule(
     *,
     num_training_steps: int,
     step: int = 0,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Any:
     """Builds the config's schedule, stands it at a step of its course, and says so if a step's rate is 0.
 
@@ -70,7 +70,7 @@ def build_schedule(
         optimizer: with its groups' learning rates as the config says, not yet scheduled.
         num_training_steps: optimizer steps of the whole run.
         step: optimizer steps done.
-        say: called with a line of warning.
+        log: called with a line of warning.
 
     Returns:
         the schedule, or None.
@@ -90,7 +90,7 @@ def build_schedule(
     rates = _rates(build(section, stand_in, where="lr_scheduler", **steps), stand_in, num_training_steps)
     zero = [name for name, rate in (("first", rates[:1]), ("last", rates[-1:])) if 0.0 in rate]
     if zero and any(rates):
-        say(
+        log(
             f"WARNING: the {' and the '.join(zero)} of {num_training_steps} steps changes nothing: its learning rate "
             f"is 0 by lr_scheduler ({section._component_}); wmtp.training.lr_schedule.cosine_with_warmup has "
             "no such step"
@@ -101,7 +101,7 @@ def build_schedule(
 
 
 def _rates(schedule: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
-    """Each step's largest learning rate while the schedule goes so many steps."""
+    """Yields each step's largest learning rate while the schedule goes so many steps."""
     if not callable(getattr(schedule, "step", None)):
         raise ConfigError(f"lr_scheduler gives a {type(schedule).__name__}, which is no schedule: it has no step()")
     required = [p.name for p in inspect.signature(schedule.step).parameters.values() if p.default is p.empty]

@@ -53,7 +53,7 @@ def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str |
 def check_output_dir(
     output: Output, what: str, *, results: Sequence[str], overwrite: bool, resume: str | None = None
 ) -> bool:
-    """Whether a folder holds an earlier run of the recipe, which its config.yaml tells: as rank 0 sees it.
+    """Returns whether a folder holds an earlier run of the recipe, by its config.yaml: as rank 0 sees it.
 
     A run that left no result, because it ended in its set-up, is no reason to refuse anything.
 
@@ -96,7 +96,7 @@ def _look(output: Output, what: str, results: Sequence[str], overwrite: bool, re
 
 
 def _is_result(path: Path, parts: Sequence[str], results: Sequence[str]) -> bool:
-    """Whether a file is work that was done: not half-written, not empty, and of records one of a step or a sample."""
+    """Returns whether a file holds work: it is whole and not empty, and records are of a step or a sample."""
     if parts[0] not in results or any(part.endswith(UNFINISHED) for part in parts):
         return False
     if not path.exists():

@@ -79,7 +79,7 @@ def model_flops(model: nn.Module | None, *, trunk: bool = True) -> ModelFlops:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Dense peak of a device in operations a second; None where it is not known, and for all but bfloat16."""
+    """Returns the dense bfloat16 peak of a device in operations a second; None where it is not known."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
@@ -111,12 +111,12 @@ class StepMeter:
         self.start()
 
     def start(self) -> None:
-        """The step begins now."""
+        """Marks the beginning of a step."""
         self._started, self._waited = self._clock(), 0.0
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
-        """Around what the step waits for: the next batch."""
+        """Measures what the step waits for: the next batch."""
         begun = self._clock()
         yield
         self._waited += self._clock() - begun
@@ -138,7 +138,7 @@ class StepMeter:
         return found
 
     def _peak_memory(self) -> int:
-        """Bytes: on CUDA the most that was allocated since the last call; on a CPU the process's largest size."""
+        """Returns bytes: on CUDA the most allocated since the last call; on a CPU the process's largest size."""
         device = self._world.device
         if device.type != "cuda":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -161,7 +161,7 @@ def build_profiler(section: DictConfig | None, output_dir: Path, world: World, n
 
 
 def _backbone(model: MTPDecoder, trunk: bool, heads: bool = True) -> tuple[ModelFlops, bool]:
-    """Cost of the blocks, and whether something in them or in the last norm is trained."""
+    """Returns the cost of the blocks, and whether something in them or in the last norm is trained."""
     token = position = 0.0
     grad = _trained(model.tok_embeddings) and trunk
     for block in model.layers[:-1] if trunk else ():
@@ -175,7 +175,7 @@ def _backbone(model: MTPDecoder, trunk: bool, heads: bool = True) -> tuple[Model
 
 
 def _block(block: Any, grad: bool) -> tuple[ModelFlops, bool]:
-    """Cost of one block, and whether its output has a gradient.
+    """Returns the cost of one block, and whether its output has a gradient.
 
     Args:
         grad: whether its input has one.

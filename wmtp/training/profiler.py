@@ -73,7 +73,7 @@ class Profiler:
         self._traced, self._written = traced, list[str]()
 
     def start(self, step: int) -> None:
-        """Before the loop.
+        """Begins before the loop.
 
         Args:
             step: optimizer steps done.
@@ -92,21 +92,23 @@ class Profiler:
             self._profile.start()
 
     def step(self) -> None:
-        """An optimizer step has ended."""
+        """Marks the end of an optimizer step."""
         if self._profile is not None:
             self._profile.step()
 
     def stop(self, log: RunLog) -> None:
-        """After the loop, on every rank: one line says where traces and tables are; MLflow gets them."""
+        """Ends after the loop, on every rank: one line says where traces and tables are; MLflow gets them."""
         if self._profile is None:
             return
         self._profile.stop()
         wait_for_all()  # the other processes' files
         if not self._written:
             done, first = self._profile.step_num, self._before + 1
-            log.say(f"profiler: recorded nothing, this start has done {done} steps and step {first} would be the first")
+            log.info(
+                f"profiler: recorded nothing, this start has done {done} steps and step {first} would be the first"
+            )
             return
-        log.say(f"profiled {', '.join(self._written)}: traces (for ui.perfetto.dev) and tables in {self._folder}")
+        log.info(f"profiled {', '.join(self._written)}: traces (for ui.perfetto.dev) and tables in {self._folder}")
         log.artifact(self._folder)
 
     def _write(self, profile: torch.profiler.profile) -> None:

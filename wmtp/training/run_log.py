@@ -70,7 +70,7 @@ class RunLog:
         run_id: str | None = None,
         replaces: Sequence[str] = (),
     ) -> None:
-        """Begin, or go on after ``step``; before this a mistake leaves no trace on disk. Every rank calls it.
+        """Begins, or goes on after ``step``; before this a mistake leaves no trace on disk. Every rank calls it.
 
         Code of the researcher's own that the run depends on is kept in ``code/HASH``, also in MLflow.
 
@@ -98,10 +98,10 @@ class RunLog:
         def begin() -> None:
             if self._tracker:
                 names = {"method": method, "dataset": dataset, "training_run_id": tags.get("wmtp.training_run_id")}
-                self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, say=self.say)
+                self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, log=self.info)
             replaced = () if resumed else (*replaces, _CODE, FOLDER, self._file.name)
             if not resumed and (steps := _last_step(self._file)):
-                self.say(f"{self._output_dir} held a run of {steps} steps, which this one replaces")
+                self.info(f"{self._output_dir} held a run of {steps} steps, which this one replaces")
             self._prepare_folder(cfg, step, replaced)
             kept = {f"{_CODE}/{self._facts['own_code_sha256'][:12]}/{name}": file for name, file in own.items()}
             for name, file in kept.items():
@@ -122,7 +122,7 @@ class RunLog:
                 for name, text in {**texts, "git_diff.patch": code_changes(own.values())}.items():
                     if text:
                         self._tracker.log_text(text, name)
-                self.say(f"tracking in {self._tracker.where}")
+                self.info(f"tracking in {self._tracker.where}")
 
         on_rank_0(begin)
 
@@ -148,7 +148,7 @@ class RunLog:
                     self._times[" ".join(map(str, (line.pop("step"), *line)))] = at
 
     def metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Write a step's figures down; held-out ones are shown too."""
+        """Writes a step's figures down; held-out ones are shown too."""
         if not self._is_main:
             return
         at = self._times.get(" ".join(map(str, (step, *metrics))), round(time.time(), 3))
@@ -157,10 +157,10 @@ class RunLog:
                 file.write(json.dumps({"step": step, "time": at, **metrics}) + "\n")
         evaluated = {key: value for key, value in metrics.items() if key.startswith("eval/")}
         if evaluated:
-            self.say(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
+            self.info(f"step {step}: " + "  ".join(f"{k} {v:.4f}" for k, v in evaluated.items()))
 
     def result(self, metrics: dict[str, float], *files: Path, tags: Mapping[str, object] | None = None) -> None:
-        """What a job without steps found: its figures, and the files that hold them, for MLflow."""
+        """Logs the findings of a job without steps: its figures, and the files that hold them, for MLflow."""
         if self._tracker:
             self._tracker.log_dict(metrics, 0)
             self._tracker.log_tags(tags or {})
@@ -169,19 +169,19 @@ class RunLog:
                 self._tracker.log_artifact(file)
 
     def artifact(self, path: Path, folder: str | None = None) -> None:
-        """Copy a file or folder to MLflow."""
+        """Copies a file or folder to MLflow."""
         if self._tracker:
             self._tracker.log_artifact(path, folder)
 
     def exported(self, folder: Path, step: int) -> None:
-        """Write into an exported model's folder which run it is of, upload it, and give it to MLflow: as an artifact,
-        or by reference where it is uploaded."""
+        """Writes into an exported model's folder which run it is of, uploads it, and gives it to MLflow: as an
+        artifact, or by reference where it is uploaded."""
         if not self._is_main:
             return
         experiment = self._tracker.experiment if self._tracker else None
         facts = {"run_id": self.run_id, "experiment": experiment, "step": step, **self._facts}
         (folder / RUN_FILE).write_text(json.dumps(facts, indent=1) + "\n")
-        self.say(f"exported to {folder}")
+        self.info(f"exported to {folder}")
         if self._tracker:
             reference = None
             if self._output.remote:
@@ -191,20 +191,20 @@ class RunLog:
         self._output.upload(folder)
 
     def page(self, name: str, html: str) -> None:
-        """Write a page below output_dir and copy it to MLflow, both under its name: ``folder/file.html``."""
+        """Writes a page below output_dir and copies it to MLflow, both under its name: ``folder/file.html``."""
         if self._is_main:
             file = self._output_dir / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(html, encoding="utf-8")
             self.artifact(file, str(Path(name).parent))
 
-    def say(self, line: str) -> None:
-        """A line on stderr, above the progress bar."""
+    def info(self, line: str) -> None:
+        """Prints a line on stderr, above the progress bar."""
         if self._is_main:
             tqdm.write(line, file=sys.stderr)
 
     def close(self, status: str = "FINISHED") -> None:
-        """End the MLflow run as FINISHED, FAILED or KILLED."""
+        """Ends the MLflow run as FINISHED, FAILED or KILLED."""
         if self._tracker:
             self._tracker.close(status)
         use_store(None)
@@ -221,5 +221,5 @@ def _lines(metrics: Path) -> list[dict]:
 
 
 def builder_name(section: DictConfig) -> str:
-    """What a section builds: ``rho1`` of ``wmtp.weighting.rho1``. A run's method and dataset are named so."""
+    """Returns what a section builds: ``rho1`` of ``wmtp.weighting.rho1``. A run's method and dataset are named so."""
     return str(section._component_).rpartition(".")[2]

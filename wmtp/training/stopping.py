@@ -42,27 +42,27 @@ class StopFlag:
         self.agreed = False
 
     def wanted(self) -> bool:
-        """Whether this rank wants to end. From the first question on a signal waits to be asked for."""
+        """Returns whether this rank wants to end. From the first question on a signal waits to be asked for."""
         global _flagged
         _flagged = True
         return self._reason() is not None
 
     def agree(self, ranks: float) -> None:
-        """Take what a collective found: how many ranks want to end."""
+        """Takes what a collective found: how many ranks want to end."""
         self.agreed = self.agreed or ranks > 0
 
     def ask_all(self) -> None:
-        """Agree in a collective of its own, after work that takes longer than a step; every rank calls it."""
+        """Agrees in a collective of its own, after work that takes longer than a step; every rank calls it."""
         self.agree(sum(gather_objects(self.wanted())))
 
     def wanted_by_any(self, counters: SharedCounters) -> bool:
-        """Whether a rank wants to end, as far as it has been asked; for ranks that do not work in step."""
+        """Returns whether a rank wants to end, as far as it has been asked; for ranks that do not work in step."""
         if self.wanted():
             counters.add("stop", 1)
         return counters.add("stop") > 0
 
     def end(self, where: str) -> None:
-        """After the loop, when all is saved: every rank calls it.
+        """Ends a stopped run after the loop, when all is saved: every rank calls it.
 
         Args:
             where: ``after step 40 of 100``, for the line.
@@ -87,7 +87,7 @@ class StopFlag:
 
 @contextmanager
 def stopping(*, resumes: bool = True) -> Iterator[None]:
-    """Around a recipe: the first SIGTERM or SIGINT ends it in order, with one line and the exit status 75.
+    """Surrounds a recipe: the first SIGTERM or SIGINT ends it in order, with one line and the exit status 75.
 
     Args:
         resumes: whether the recipe can go on with what it saved; else the status is 128 and the signal's number.

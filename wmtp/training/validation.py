@@ -6,16 +6,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from wmtp.data import PackedDataset, held_out_batches
+from wmtp.data import PackedDataset, validation_batches
 from wmtp.distributed import World, all_reduce_sum
 from wmtp.loss import token_cross_entropy, weighted_mtp_cross_entropy
 
 
 @torch.no_grad()
-def held_out_cross_entropy(
+def validate(
     model: nn.Module, data: PackedDataset, inputs: Callable[[dict], dict], batch_size: int, world: World
 ) -> list[float]:
-    """Mean CE of each head, in nats per target token, over all of a data set; the same on every rank.
+    """Computes the mean CE of each head, in nats per target token, over all of a data set; the same on every rank.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, which is left in evaluation mode.
@@ -24,7 +24,7 @@ def held_out_cross_entropy(
     """
     model.eval()
     sums = torch.zeros(2, model.num_future_tokens, dtype=torch.float64, device=world.device)
-    for batch in held_out_batches(data, batch_size, world.rank, world.size):
+    for batch in validation_batches(data, batch_size, world.rank, world.size):
         out = model(**inputs(batch), labels=batch["labels"].to(world.device), loss_fn=weighted_mtp_cross_entropy)
         sums += torch.stack([part.double().sum(dim=(1, 2)) for part in (out.ce, out.valid)])
     ce, count = all_reduce_sum(sums)
@@ -43,12 +43,12 @@ def epoch_cross_entropy(
     batch_size: int,
     world: World,
 ) -> dict:
-    """The CE of the first heads for every target of a data set, as an epoch begins, on every rank.
+    """Computes the CE of the first heads for every target of a data set, as an epoch begins, on every rank.
 
     Args:
         kept: of an earlier call, returned again where it is of this epoch and of so many heads.
         model: left in training mode.
-        data, inputs, batch_size: as in :func:`held_out_cross_entropy`.
+        data, inputs, batch_size: as in :func:`validate`.
 
     Returns:
         ``epoch``, and ``ce`` [heads, R, S] float32 on the CPU: small state of a checkpoint.
@@ -57,7 +57,7 @@ def epoch_cross_entropy(
         return kept
     model.eval()
     table = torch.zeros(heads, *data.tokens.shape)
-    for batch in held_out_batches(data, batch_size, world.rank, world.size):
+    for batch in validation_batches(data, batch_size, world.rank, world.size):
         labels = batch["labels"].to(world.device)
         ce = model(**inputs(batch), labels=labels, num_heads=heads, loss_fn=token_cross_entropy).cpu()
         table[:, batch["rows"]] = ce[:, : len(batch["rows"])]
