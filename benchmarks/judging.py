@@ -98,8 +98,9 @@ def beside_sleepers(golds_: list[AssertionJob], wall_seconds: float) -> tuple[fl
         outcomes = sandbox.judge(mixed)
         seconds = time.perf_counter() - started
         slept = [outcome.verdict for outcome, each in zip(outcomes, mixed, strict=True) if each is job]
-        require(slept, "timeout" if wall_seconds <= SLEEP_SECONDS else "passed")
-        return seconds / (SLEEPERS * SLEEP_SECONDS / 2 + alone), sandbox.times_alone
+        require(slept, "timeout" if wall_seconds < SLEEP_SECONDS else "passed")
+        asleep = SLEEPERS * min(SLEEP_SECONDS, wall_seconds) / 2
+        return seconds / (asleep + alone), sandbox.times_alone
 
 
 def require(verdicts: list[str], expected: str = "passed") -> None:
@@ -111,7 +112,7 @@ def times(args) -> None:
     jobs = [job for _, job in golds.mbpp("test")][: args.programs]
     seconds = statistics.median(in_the_pool(jobs) for _ in range(args.rounds))
     report(f"{len(jobs)} MBPP solutions on 2 workers", seconds, "s", f"bar <= {POOL_BAR_SECONDS} for 500")
-    for wall_seconds in (SLEEP_SECONDS, 30):
+    for wall_seconds in (SLEEP_SECONDS - 1, 30):
         ratio, repeated = beside_sleepers(jobs[:200], wall_seconds)
         name = f"{SLEEPERS} sleepers of {SLEEP_SECONDS} s among {len(jobs[:200])} solutions, limit {wall_seconds} s"
         against = f"sleep / 2 workers + solutions alone; bar <= {SLEEPERS_BAR}; {repeated} judged again alone"
