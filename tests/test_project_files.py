@@ -68,7 +68,10 @@ def test_hooks_run_the_pinned_ruff():
     ]
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     commands = [hook["entry"].split()[:3] for hook in hooks]
-    assert commands == [["uvx", pin.replace("==", "@"), "check"], ["uvx", pin.replace("==", "@"), "format"]]
+    assert commands[:2] == [["uvx", pin.replace("==", "@"), "check"], ["uvx", pin.replace("==", "@"), "format"]]
+    # Those for files are of one release, and types are checked as `make types` does.
+    assert {tuple(command[1:]) for command in commands[2:-1]} == {("--from", "pre-commit-hooks==6.0.0")}
+    assert commands[-1] == ["make", "types"]
 
 
 def test_owned_paths_and_files_named_in_the_guides_exist(targets):

@@ -78,7 +78,7 @@ def score_pairs(
     """
     rank, world_size = (0, 1) if world is None else (world.rank, world.size)
     mine: dict[int, list[list[float]]] = {}
-    for batch in validation_batches(dataset, batch_size, rank, world_size):
+    for batch in validation_batches(dataset, batch_size, rank, world_size):  # type: ignore[arg-type]  # as packed rows
         values = values_of(batch).flatten(0, 1).double().cpu()
         response = batch["response"].flatten(0, 1)
         both = torch.stack([response_mean(values, response), response_last(values, response)])  # [2, 2P]

@@ -22,7 +22,7 @@ class ValueLoss(NamedTuple):
     """The share of one micro-batch in the step's loss; only ``loss_sum`` carries a gradient."""
 
     loss_sum: Tensor  # scalar, of the values' dtype
-    count: Tensor  # scalar int64: target tokens of mse, pairs of pairwise
+    count: Tensor  # type: ignore[assignment]  # scalar int64: target tokens of mse, pairs of pairwise
 
 
 def spread_rewards(
@@ -140,7 +140,7 @@ def critic_loss(
 
     def mse(values: Tensor, response: Tensor, rewards: Tensor) -> ValueLoss:
         values, response = values.flatten(0, 1), response.flatten(0, 1)  # [2P, S]
-        targets = spread_rewards(reward_spread, rewards.flatten(), response, values, **factors)
+        targets = spread_rewards(str(reward_spread), rewards.flatten(), response, values, **factors)
         return mse_loss(values, *targets)
 
     return mse

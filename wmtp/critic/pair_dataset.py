@@ -161,8 +161,8 @@ class PairDataset:
 
     def take(self, indices: Sequence[int]) -> "PairDataset":
         """Returns the dataset of these pairs, in this order."""
-        pairs, documents = (tuple(part[i] for i in indices) for part in (self.pairs, self.documents))
-        return replace(self, pairs=pairs, documents=documents)
+        documents = tuple(self.documents[i] for i in indices)
+        return replace(self, pairs=tuple(self.pairs[i] for i in indices), documents=documents)
 
     def with_rewards(self, rewards: np.ndarray) -> "PairDataset":
         """Returns the same pairs with other rewards, [P, 2]."""
@@ -212,10 +212,8 @@ def encode_pairs(tokenizer, pairs: Pairs, *, seq_len: int) -> PairDataset:
         raise UserError(f"seq_len must be >= 2, got {seq_len}")
     kept, documents = [], []
     for pair in pairs:
-        both = tuple(
-            document_from_text(tokenizer, pair.prompt, text, f"{pair.problem} ({kind})")
-            for text, kind in ((pair.correct, "correct"), (pair.incorrect, "incorrect"))
-        )
+        correct = document_from_text(tokenizer, pair.prompt, pair.correct, f"{pair.problem} (correct)")
+        both = correct, document_from_text(tokenizer, pair.prompt, pair.incorrect, f"{pair.problem} (incorrect)")
         if max(map(len, both)) <= seq_len:
             kept.append(pair)
             documents.append(both)

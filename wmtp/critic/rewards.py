@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ class HFRewardModel:
         computed = str(dtype) if dtype == torch.float32 else f"{dtype}, last layer in float32"
         kind = hashlib.sha256(f"{checkpoint_sha256(folder)} {computed}".encode()).hexdigest()
         self.file = cache / f"{kind[:24]}.jsonl"
-        self._model = self._tokenizer = None
+        self._model: Any = None
+        self._tokenizer: Any = None
 
     def score(
         self, texts: Sequence[str], names: Sequence[str], device: torch.device | str = "cpu"

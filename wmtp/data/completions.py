@@ -53,7 +53,8 @@ def prompt_completion(
     columns = (prompt_column, completion_column, reference_ce_column, id_column)
     way_out = f"Set reference_ce_column to it, or to null if the data has no {reference_ce_column}"
     missed = {reference_ce_column: list[float]} if reference_ce_column is not None else {}
-    rows = ReadColumns(read_rows(source, split, subset), missed, columns, way_out=way_out)
+    read = [column for column in columns if column is not None]
+    rows = ReadColumns(read_rows(source, split, subset), missed, read, way_out=way_out)
     items = tuple(make() for make in _of_text(rows, tokenizer, columns))
     named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
     for key, (column, default) in named.items():
@@ -142,7 +143,9 @@ def _stream(makers: Callable[[Rows], Iterator], source: str, split: str | None, 
     )
 
 
-def _of_text(rows: Rows, tokenizer, columns: tuple[str | None, ...]) -> Iterator[Callable[[], Document]]:
+def _of_text(
+    rows: Rows, tokenizer, columns: tuple[str, str, str | None, str | None]
+) -> Iterator[Callable[[], Document]]:
     for where, row in rows:
         yield partial(_text_document, tokenizer, where, row, *columns)
 
@@ -150,7 +153,7 @@ def _of_text(rows: Rows, tokenizer, columns: tuple[str | None, ...]) -> Iterator
 def _text_document(
     tokenizer, where: str, row: dict, prompt: str, completion: str, reference_ce: str | None, id: str | None
 ) -> Document:
-    texts = [take(row, where, column, str) for column in (prompt, completion)]
+    texts = take(row, where, prompt, str), take(row, where, completion, str)
     document = document_from_text(tokenizer, *texts, _name(row.get(id), where))
     read = (prompt, completion, reference_ce, "reference_ce", id)
     columns = {name: column for name, column in row.items() if name not in read}

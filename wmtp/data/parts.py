@@ -62,7 +62,7 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
         ahead = pool.submit(next, iterator, _END)
         while (item := ahead.result()) is not _END:
             ahead = pool.submit(next, iterator, _END)
-            yield item
+            yield item  # type: ignore[misc]  # no _END
 
 
 def rows_to_score(documents: Sequence[Document], column: str, seq_len: int, pad_id: int) -> PackedDataset | None:
@@ -85,7 +85,9 @@ def column_of(documents: Sequence[Document], rows: PackedDataset | None, scores:
         scores: [R, S] float32, a score for each position of the rows.
     """
     columns = [np.zeros(len(document), np.float32) for document in documents]
-    for row, members in enumerate(() if rows is None else rows.members):
+    if rows is None:
+        return columns
+    for row, members in enumerate(rows.members):
         start = 0
         for i in members:
             length = min(len(documents[i]), rows.seq_len)

@@ -162,7 +162,7 @@ def functions_of(source: str, module: str) -> Iterator[Function]:
         if ast.get_docstring(node, clean=False) is None or len(node.body) < 2:
             continue
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
-        docstring_end, following = node.body[0].end_lineno, node.body[1]
+        docstring_end, following = node.body[0].end_lineno or node.lineno, node.body[1]
         if min([following.lineno, *(d.lineno for d in getattr(following, "decorator_list", ()))]) <= docstring_end:
             continue
         indent = lines[node.lineno - 1][: node.col_offset]

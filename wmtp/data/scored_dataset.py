@@ -46,7 +46,7 @@ class Columns(Sequence[Document]):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> Document:
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))

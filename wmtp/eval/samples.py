@@ -196,7 +196,8 @@ def read_samples(
             "tasks.only=with_samples to judge the others alone"
         )
     if not readable:
-        cause = why_unreadable(by_id, list(samples.values()), cleaned=True, protocol=protocol and protocol.name)
+        name = None if protocol is None else protocol.name
+        cause = why_unreadable(by_id, list(samples.values()), cleaned=True, protocol=name)
         raise UserError(f"{path}: none of the {len(samples)} samples is a Python program: {cause}")
     return list(samples.values())
 
@@ -275,7 +276,8 @@ def _count(row: dict, where: str, column: str) -> int | None:
 def _optional(row: dict, where: str, column: str, kinds: tuple[type, ...]):
     value = row.get(column)
     if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
-        name = {str: "a string", int: "a whole number"}.get(kinds[0] if len(kinds) == 1 else None, "a number")
+        named: dict[tuple, str] = {(str,): "a string", (int,): "a whole number"}
+        name = named.get(kinds, "a number")
         each = "; give each answer a row of its own, as a string" if isinstance(value, list) else ""
         raise UserError(f"{where}: field {column!r} must be {name}, got {type(value).__name__} {value!r:.60}{each}")
     return value

@@ -1,7 +1,7 @@
 """Tasks whose answer is a program from stdin to stdout: CodeContests (Li et al. 2022, arXiv 2203.07814)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from wmtp.data.contest_rows import PYTHON3, programs_of, topics, whole_number
@@ -131,7 +131,7 @@ def code_contests(
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
     """
-    rows = ReadColumns(read_rows(source, split), _JUDGING)
+    rows: Iterable[tuple[str, dict]] = ReadColumns(read_rows(source, split), _JUDGING)
     if reproducible_only:
         rows = ((where, row) for where, row in rows if take(row, where, "gold_passes_exactly", bool))
     return select_tasks(rows, _name, _stdio_task, source, ids, exclude, limit)
@@ -156,9 +156,10 @@ def _name(row: dict, where: str) -> str:
 def _stdio_task(row: dict, where: str) -> StdioTask:
     refuse_unread_tests(row, where, _COLUMNS, "tests, or public_tests, private_tests or generated_tests")
     if row.get("tests") is not None and all(row.get(kind) is None for kind in _KINDS):
-        public, private, generated = (), _tests(row, where, "tests"), ()
+        found = [(), _tests(row, where, "tests"), ()]
     else:
-        public, private, generated = (_tests(row, where, kind) for kind in _KINDS)
+        found = [_tests(row, where, kind) for kind in _KINDS]
+    public, private, generated = found
     if not public + private + generated:
         raise UserError(f"{where}: no tests; a problem needs tests, or public_tests, private_tests or generated_tests")
     return StdioTask(

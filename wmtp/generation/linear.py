@@ -1,6 +1,7 @@
 """Matrix products with few rows; on a CPU with weights packed once for the kernels that decoding needs."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ Linear = Callable[[Tensor], tuple[Tensor, ...]]
 _FEW_ROWS = 4
 
 
-def side_by_side(*modules: nn.Module) -> Linear:
+def side_by_side(*modules: Any) -> Linear:
     """Returns a function from an input [N, D] to the outputs of linear layers; one product if weights are packed.
 
     On a CPU the weights of plain layers are copied into oneDNN's blocked layout. A product of 1 to 16 rows then takes

@@ -163,7 +163,7 @@ def verify_sampled(
     Returns:
         The number of accepted drafts [B], and the distribution [B, V] of the token after them, not normalised.
     """
-    if drafts.shape[1] == 0:
+    if q is None or drafts.shape[1] == 0:
         return torch.zeros_like(useful), p[:, 0]
     rows = torch.arange(len(p), device=p.device)
     p_draft, q_draft = (x[:, : drafts.shape[1]].gather(2, drafts[:, :, None])[:, :, 0] for x in (p, q))

@@ -1,10 +1,8 @@
 """Builders of models by name, with random weights, or none under torch.device("meta"); `load_checkpoint` fills them."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-
-from torch import nn
+from typing import Any
 
 from wmtp.errors import UserError
 from wmtp.models.decoder import MTPDecoder
@@ -26,7 +24,7 @@ def llama_mtp(
     rope_base: float = 10_000,
     norm_eps: float = 1e-5,
     tie_word_embeddings: bool = False,
-    rope_scaling: Mapping | None = None,
+    rope_scaling: dict | None = None,
     head_dim: int | None = None,
     attention: str = "sdpa",
 ) -> MTPDecoder:
@@ -160,7 +158,7 @@ def from_checkpoint(
     return MTPDecoder(shape, attention=attention)
 
 
-def require_fit(model: nn.Module, max_token_id: int, seq_len: int, where: str = "model") -> None:
+def require_fit(model: Any, max_token_id: int, seq_len: int, where: str = "model") -> None:
     """Raises UserError where a model has too few token ids for a data set, or is for shorter rows."""
     if model.vocab_size <= max_token_id:
         raise UserError(

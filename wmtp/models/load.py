@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ _CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scalin
 
 
 @torch.no_grad()
-def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+def load_checkpoint(model: Any, path: str | Path, *, device: torch.device | str = "cpu") -> None:
     """Fills an :class:`~wmtp.models.MTPDecoder` from an HF or Meta checkpoint.
 
     A model on the meta device is materialised on ``device``. Of a model sharded with FSDP2, each rank cuts its own
@@ -47,7 +48,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
     reshard(model)
     parameters = without_adapters(model)
     sources = _sources(model.config, checkpoint, parameters)
-    quantized = {f"{own_name(name)}.weight": module for name, module in quantized_modules(model)}
+    quantized: dict[str, Any] = {f"{own_name(name)}.weight": module for name, module in quantized_modules(model)}
 
     if any(parameter.is_meta for parameter in parameters.values()):
         for module in quantized.values():
@@ -68,7 +69,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, device: torch.device 
     model.source = source
 
 
-def named_parameters(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+def named_parameters(model: Any) -> Iterable[tuple[str, nn.Parameter]]:
     """Yields parameters by their own names, whatever wraps the blocks (activation checkpointing, torch.compile)."""
     for name, parameter in model.named_parameters():
         yield own_name(name), parameter
@@ -84,12 +85,12 @@ def is_adapter(name: str) -> bool:
     return name.endswith((".lora_a.weight", ".lora_b.weight", ".magnitude"))
 
 
-def without_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+def without_adapters(model: Any) -> dict[str, nn.Parameter]:
     """Returns the parameters that a checkpoint has, by their own names."""
     return {name: parameter for name, parameter in named_parameters(model) if not is_adapter(name)}
 
 
-def reshard(model: nn.Module) -> None:
+def reshard(model: Any) -> None:
     """Makes the shards the registered parameters again, where a forward pass left the gathered ones."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -9,6 +9,7 @@ skips the hook that takes the tensor apart, so the hook that puts it together ge
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ def is_nf4(weight: Tensor | None) -> bool:
     return isinstance(weight, NF4Tensor)
 
 
-def mark_nf4(module: nn.Module) -> None:
+def mark_nf4(module: Any) -> None:
     """Quantises a linear layer's weight: now, or on the meta device when `load_checkpoint` reads it."""
     module.quantized_to = "nf4"
     if not module.weight.is_meta:
@@ -59,7 +60,7 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def nf4_bytes(weight: Tensor) -> int:
+def nf4_bytes(weight: Any) -> int:
     """Counts the bytes of a quantised weight, scales included."""
     names, _ = weight.__tensor_flatten__()
     return sum(getattr(weight, name).nbytes for name in names)

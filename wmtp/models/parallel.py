@@ -1,5 +1,7 @@
 """Sharding with FSDP2, and activation checkpointing."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -33,7 +35,7 @@ def shard_model(
     """
     # Without cast_forward_inputs, because FSDP2 would round every float input, and the root's inputs include the loss's
     # float32 weights. Activations need no cast: they take param_dtype from the gathered embedding.
-    options = {
+    options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
@@ -47,9 +49,10 @@ def shard_model(
     full_precision = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     for module in getattr(model, "float32_modules", ()):
         fully_shard(module, **(options | {"mp_policy": full_precision}))
-    for block in (*model.layers, *model.extra_heads):
+    for block in (*model.layers, *model.extra_heads):  # type: ignore[misc]
         fully_shard(block, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def checkpoint_activations(model: nn.Module) -> nn.Module:

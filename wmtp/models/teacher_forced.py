@@ -24,6 +24,8 @@ class TeacherForced(nn.Module):
         num_future_tokens: H.
     """
 
+    model: Any
+
     def __init__(self, model: nn.Module, num_future_tokens: int) -> None:
         super().__init__()
         if num_future_tokens < 1:

@@ -117,8 +117,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     for name, key in keys.items():
         # llama.cpp keeps q and k in Meta's RoPE layout.
         weight = tensor(key)
-        weight = to_half_split(weight, config.head_dim) if is_rotated(name) else weight
-        weights[key_of(name, "hf")] = weight.contiguous()
+        weight = to_half_split(weight, sizes["head_dim"]) if is_rotated(name) else weight
+        weights[str(key_of(name, "hf"))] = weight.contiguous()
 
     folder.mkdir(parents=True)
     save_file(weights, folder / HF_WEIGHTS, metadata={"format": "pt"})

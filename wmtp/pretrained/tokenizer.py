@@ -117,11 +117,12 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not self._as_in_folder or not (self._folder / _FILE).is_file():
+        own = self._folder
+        if own is None or not self._as_in_folder or not (own / _FILE).is_file():
             self._hf.save_pretrained(str(folder))
-        for name in _FILES if self._folder is not None else ():
-            if (self._folder / name).is_file() and not (folder / name).exists():
-                shutil.copyfile(self._folder / name, folder / name)
+        for name in _FILES:
+            if own is not None and (own / name).is_file() and not (folder / name).exists():
+                shutil.copyfile(own / name, folder / name)
         _mend_for_transformers_4(folder)
 
 

@@ -189,7 +189,7 @@ def trunk_states(folder: Path, dataset: PackedDataset, model_key: str, **stored:
 
 def keep_states(
     make: Callable[..., CachedStates],
-    model: nn.Module,
+    model: Any,
     datasets: Sequence[Dataset | None],
     folder: Path,
     *,

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Checkpointer:
         # them the fastest disk waits for the slowest.
         self._group = dist.new_group(backend="gloo", timeout=timedelta(days=7))
         self._publisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._writing: Future | None = None
+        self._writing: Any = None  # a Future
         self._publishing: Future | None = None
 
     def remove_torn(self) -> None:
@@ -94,7 +95,7 @@ class Checkpointer:
             torch.save({**trainer, "step": step, "rng": rng}, torn / TRAINER)
         dist.barrier(group=self._group)
         weights = _weights(model, self._trained_only)
-        state = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
+        state: dict[str, Any] = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
         if not any(tensor.is_cuda for tensor in state["model"].values()):
             state = _clone(state)  # CPU tensors are shared with the optimizer, which goes on updating them in place
         self._writing = dcp.async_save(state, checkpoint_id=str(torn), process_group=self._group)

@@ -57,10 +57,10 @@ def frozen_value_model(
     """
     if path is None:
         return None
-    path = resolve_checkpoint(path)
-    require_same_vocabulary(tokenizer, hf_tokenizer(path), "value model")
+    folder = resolve_checkpoint(path)
+    require_same_vocabulary(tokenizer, hf_tokenizer(folder), "value model")
     device = "cpu" if cpu_offload else world.device
-    model = load_value_model(path, mesh=world.mesh, param_dtype=dtype, device=device, cpu_offload=cpu_offload)
+    model = load_value_model(folder, mesh=world.mesh, param_dtype=dtype, device=device, cpu_offload=cpu_offload)
     if seq_len > model.max_seq_len:
         raise ConfigError(f"seq_len {seq_len} is longer than the value model's {model.max_seq_len}")
     return model

@@ -9,11 +9,12 @@ from torch import nn
 from wmtp.data import PackedDataset, validation_batches
 from wmtp.distributed import World, all_reduce_sum
 from wmtp.loss import token_cross_entropy, weighted_mtp_cross_entropy
+from wmtp.models import MTPDecoder
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, data: PackedDataset, inputs: Callable[[dict], dict], batch_size: int, world: World
+    model: MTPDecoder, data: PackedDataset, inputs: Callable[[dict], dict], batch_size: int, world: World
 ) -> list[float]:
     """Computes the mean CE of each head, in nats per target token, over all of a data set; the same on every rank.
 
