@@ -245,6 +245,8 @@ def test_starved_is_who_was_put_aside(wall, cpu, preempted, read, expected):
 def test_the_kernels_own_count_says_who_was_starved(waited, expected):
     assert starved(10.0, {"cpu": 1.0, "preempted": 100, "read": 0, "waited": waited}) is expected
     assert starved(10.0, {"cpu": 1.0, "preempted": 100, "read": 0})  # without it
+    taken_by_the_host = {"cpu": 0.0, "preempted": 0, "read": 0, "waited": 0.0, "stolen": 5.0}
+    assert starved(10.0, {"cpu": 1.0, "preempted": 100, "read": 0, "waited": waited}, taken_by_the_host)
 
 
 def test_time_without_a_cpu_is_the_kernels_own_count(busy_cpu):
@@ -276,7 +278,7 @@ def test_usage_is_that_of_the_process():
         pass
     assert own_usage()["cpu"] - before["cpu"] >= 0.04
     assert usage_of(resource.getrusage(resource.RUSAGE_SELF)).keys() == {"cpu", "preempted", "read"}
-    assert own_usage().keys() - {"waited"} == {"cpu", "preempted", "read"}
+    assert own_usage().keys() - {"waited", "stolen"} == {"cpu", "preempted", "read"}
 
 
 def test_time_for_being_alone_is_at_least_the_seconds_and_else_the_share():

@@ -22,6 +22,7 @@ _PUT_ASIDE_SECONDS = 0.15
 _READ_SECONDS = 0.02  # of a busy disk
 
 Usage = dict[str, float]
+_FIGURES = ("cpu", "preempted", "read", "waited", "stolen")
 
 
 class ResidentMemory:
@@ -104,11 +105,17 @@ def usage_of(usage: resource.struct_rusage) -> Usage:
 
 
 def own_usage() -> Usage:
-    """Returns the usage of this process; `waited`, the seconds without a CPU, where the kernel says them."""
+    """Returns the usage of this process.
+
+    Where the kernel says them, also the seconds that it waited for a CPU (`waited`), and those that a hypervisor took
+    from all CPUs for others (`stolen`).
+    """
     used = usage_of(resource.getrusage(resource.RUSAGE_SELF))
     try:
-        return used | {"waited": _waited("/proc/self/task")}
-    except OSError:
+        with open("/proc/stat") as file:
+            stolen = int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+        return used | {"waited": _waited("/proc/self/task"), "stolen": stolen}
+    except (OSError, IndexError):
         return used
 
 
@@ -126,8 +133,7 @@ def _waited(tasks: str, folder: int | None = None) -> float:
 
 def between(before: Usage, after: Usage) -> Usage:
     """Returns what was used from one time to another."""
-    used = {name: after[name] - before[name] for name in ("cpu", "preempted", "read")}
-    return used | ({"waited": after["waited"] - before.get("waited", 0.0)} if "waited" in after else {})
+    return {name: after[name] - before.get(name, 0.0) for name in _FIGURES if name in after}
 
 
 def starved(wall: float, *usages: Usage) -> bool:
@@ -141,5 +147,6 @@ def starved(wall: float, *usages: Usage) -> bool:
     idle = wall - sum(usage["cpu"] for usage in usages)
     kept = 0.0
     for usage in usages:
-        kept += usage.get("waited", _PUT_ASIDE_SECONDS * usage["preempted"]) + _READ_SECONDS * usage["read"]
+        kept += usage.get("waited", _PUT_ASIDE_SECONDS * usage["preempted"]) + usage.get("stolen", 0.0)
+        kept += _READ_SECONDS * usage["read"]
     return idle > 0.1 * wall and kept > 0.5 * idle

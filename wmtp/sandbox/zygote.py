@@ -175,7 +175,10 @@ class Zygote:
                 exceeded = left <= 0 or headroom < 0
                 if self._control in ready or exceeded:
                     os.kill(pid, signal.SIGKILL)
-                waited = self._memory.waited(ended) if watched and (ready or exceeded) else None
+                waited = None
+                if watched and (ready or exceeded):  # its last wait counts once it has ended
+                    select.select([ended], [], [])
+                    waited = self._memory.waited(ended)
                 reaped, status, usage = os.wait4(pid, 0 if ready or exceeded else os.WNOHANG)
                 if reaped:
                     report = {"status": status, "swollen": headroom < 0, "peak": 1024 * usage.ru_maxrss}
