@@ -176,7 +176,7 @@ class Zygote:
                 if self._control in ready or exceeded:
                     os.kill(pid, signal.SIGKILL)
                 waited = None
-                if watched and (ready or exceeded):  # its last wait counts once it has ended
+                if ended is not None and watched and (ready or exceeded):  # its last wait counts once it has ended
                     select.select([ended], [], [])
                     waited = self._memory.waited(ended)
                 reaped, status, usage = os.wait4(pid, 0 if ready or exceeded else os.WNOHANG)
