@@ -1,7 +1,6 @@
 """The judge's conversation with one program: requests, answers, what it raises, the tests' functions that it calls."""
 
 import builtins
-import contextlib
 import itertools
 import mmap
 import operator
@@ -14,6 +13,7 @@ from wmtp.sandbox import wire
 from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
 from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
+from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
 from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, remote_class, value_class
 from wmtp.sandbox.supervise import ANSWERED, Ended, Process
 
@@ -25,10 +25,6 @@ _MAX_WALK = 10_000  # items that are kept, to be held against the next walk
 _END = object()  # of a walk
 _MAX_NAME = 200  # characters of a class's name: made classes are kept, and the next programs have the same judge
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
-# From a call, they would end the test's own loops early.
-_CONTROL_FLOW = {"next": StopIteration, "anext": StopAsyncIteration}
-_NO_ATTRIBUTES = frozenset(dir(BaseException))
-_MAX_BASES = 8
 
 
 class Session:
@@ -166,7 +162,7 @@ class Session:
 
     def _read_answer(self, answer: dict, operation: str | None) -> object:
         try:
-            issued = [_warning(self, content) for content in answer.pop("warnings", [])]
+            issued = [warning(self, content) for content in answer.pop("warnings", [])]
             ((kind, content),) = answer.items()
             if kind == "too_large":
                 raise Ended("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
@@ -178,7 +174,7 @@ class Session:
                 raise Ended("wrong_answer", "to catch this exception of the program's is to catch failed assertions")
             if kind == "error":
                 number = content.get("raised")  # of an exception of the test's own
-                self.raised = _exception(self, content, operation) if number is None else self._thrown[int(number)]
+                self.raised = exception(self, content, operation) if number is None else self._thrown[int(number)]
                 self.raised_verdict = "exception"
                 self.raised_detail = f"{type(self.raised).__name__}: {content['message']}"
                 if content.get("refused_memory") is True and number is None:
@@ -224,7 +220,7 @@ class Session:
         if tag == "j":
             return self._exports.get(content)[0]
         if tag == "X":
-            return _exception_class(self, content, self._classes)
+            return exception_class(self, content, self._classes)
         if tag == "S":
             (handle, name, _, base, changed), data = content
             value = self.decode(data)
@@ -324,92 +320,3 @@ def _library_path(value: object) -> str | None:
     except (AttributeError, KeyError):
         return None
     return f"{module}:{name}" if found is value else None
-
-
-class RemoteError(Exception):
-    """An exception of the program's whose own class cannot be had in the judge."""
-
-
-class ProgramsClass(type):
-    """Class of the classes that stand for the program's own exceptions: what they do and have is asked of it."""
-
-    _remote_session: "Session"
-    _remote_reference: dict
-
-    def __call__(cls, /, *args: object, **kwargs: object) -> object:
-        return cls._remote_session.request("call", cls, *args, **kwargs)
-
-    def __getattr__(cls, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls._remote_session.request("attr", cls, name)
-
-
-class _Programs:
-    """What the instances of those classes have in common."""
-
-    def __str__(self) -> str:
-        return self._remote_message
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self._remote_session.request("attr", self, name)
-
-
-def _exception_class(session: "Session", content: list, known: dict[int, type]) -> type:
-    """Returns the class that stands for an exception class of the program's: always the same for the same handle."""
-    handle, name, bases = content
-    if type(handle) is not int or type(name) is not str or len(bases) > _MAX_BASES:
-        raise ValueError("an exception class has a handle, a name and base classes")
-    if handle not in known:
-        classes = [session.decode(base) for base in bases]
-        if not classes or not all(isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes):
-            raise ValueError("an exception class is derived from exception classes")
-        members = {"__module__": "program", "_remote_session": session, "_remote_reference": {"h": handle}}
-        mixed = [] if any(issubclass(cls, _Programs) for cls in classes) else [_Programs]
-        known[handle] = ProgramsClass(name[:200] or "_", (*mixed, *classes), members)
-    return known[handle]
-
-
-def _exception(session: "Session", content: dict, operation: str | None) -> BaseException:
-    """Returns the exception that the program raised: of the same builtin class, or of one that stands for its own.
-
-    Raises one of `codec.MALFORMED`.
-    """
-    cls, message = session.decode(content["class"]), content["message"]
-    if type(message) is not str or not (isinstance(cls, type) and issubclass(cls, BaseException)):
-        raise ValueError("an exception has a class and a message")
-    args = [session.decode(arg) for arg in content["args"]]
-    flow = (StopIteration, StopAsyncIteration, GeneratorExit)
-    if issubclass(cls, flow) and not issubclass(cls, _CONTROL_FLOW.get(operation, ())):
-        return RemoteError(f"{cls.__name__}: {message}")
-    try:
-        error = cls.__new__(cls, *args)
-        with contextlib.suppress(TypeError, ValueError):
-            next(base for base in cls.__mro__ if base.__module__ == "builtins").__init__(error, *args)
-    except (TypeError, ValueError):  # a group without its exceptions
-        return RemoteError(f"{cls.__name__}: {message}")
-    if isinstance(cls, ProgramsClass):
-        error._remote_message, error._remote_reference = message, {"h": int(content["handle"])}
-    for name, data in content["attributes"]:
-        if name not in _NO_ATTRIBUTES and not name.startswith("_"):
-            value = session.decode(data)
-            with contextlib.suppress(TypeError, AttributeError, ValueError):
-                setattr(error, name, value)
-    if "cause" in content:
-        error.__cause__ = _exception(session, content["cause"], None)
-    return error
-
-
-def _warning(session: "Session", content: list) -> tuple:
-    """Returns message, class and line of a warning of the program's, as `warnings.warn_explicit` takes them."""
-    category, text, line = content
-    cls = session.decode(category)
-    if not (isinstance(cls, type) and issubclass(cls, Warning)) or type(text) is not str or type(line) is not int:
-        raise ValueError("a warning has a class, a message and a line")
-    if not isinstance(cls, ProgramsClass):
-        return text, cls, line
-    message = cls.__new__(cls, text)
-    message._remote_message = text
-    return message, cls, line

@@ -1,6 +1,7 @@
 """What a process uses, seen from outside it: CPU time, memory, and whether it was the machine that kept it waiting."""
 
 import errno
+import functools
 import mmap
 import os
 import resource
@@ -47,21 +48,22 @@ class ResidentMemory:
 
     def of(self, process: int) -> int:
         """Returns the bytes that the process of a pidfd holds; 0 once it has ended."""
-        with open(os.open(f"self/fdinfo/{process}", os.O_RDONLY, dir_fd=self._proc)) as file:
-            pid = next((line.split()[1] for line in file if line.startswith("Pid:")), "-1")
         try:
-            return 0 if pid == "-1" else self._read(pid)
+            return self._read(self._pid(process))
         except (FileNotFoundError, ProcessLookupError):
             return 0
 
     def waited(self, process: int) -> float | None:
         """Returns the seconds that the living threads of a pidfd's process waited for a CPU; None where unknown."""
         try:
-            with open(os.open(f"self/fdinfo/{process}", os.O_RDONLY, dir_fd=self._proc)) as file:
-                pid = next(line.split()[1] for line in file if line.startswith("Pid:"))
-            return _waited(f"{pid}/task", self._proc)
-        except (OSError, StopIteration):
+            return _waited(f"{self._pid(process)}/task", self._proc)
+        except OSError:
             return None
+
+    def _pid(self, process: int) -> str:
+        """Returns the number that /proc has for a pidfd's process; -1, which it has not, once that is reaped."""
+        with open(os.open(f"self/fdinfo/{process}", os.O_RDONLY, dir_fd=self._proc)) as file:
+            return next((line.split()[1] for line in file if line.startswith("Pid:")), "-1")
 
     def _read(self, name: str) -> int:
         with open(os.open(f"{name}/status", os.O_RDONLY, dir_fd=self._proc)) as file:
@@ -112,11 +114,20 @@ def own_usage() -> Usage:
     """
     used = usage_of(resource.getrusage(resource.RUSAGE_SELF))
     try:
-        with open("/proc/stat") as file:
-            stolen = int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
-        return used | {"waited": _waited("/proc/self/task"), "stolen": stolen}
+        return used | {"waited": _waited("/proc/self/task"), "stolen": _stolen() if _is_stolen_from() else 0.0}
     except (OSError, IndexError):
         return used
+
+
+def _stolen() -> float:
+    with open("/proc/stat") as file:
+        return int(file.readline().split()[8]) / os.sysconf("SC_CLK_TCK")
+
+
+@functools.cache
+def _is_stolen_from() -> bool:
+    """Returns whether there is a hypervisor that takes time: a machine of many CPUs is slow to say how much."""
+    return _stolen() > 0
 
 
 def _waited(tasks: str, folder: int | None = None) -> float:
