@@ -52,9 +52,9 @@ def test_a_row_of_the_dataset(tmp_path):
     assert task.tags == ("math", "greedy") and task.difficulty == 7 and task.solutions == ("py3", "py3 too")
     assert task.tests == (*task.public_tests, *task.private_tests, *task.generated_tests)
     assert task.tests[0] == StdioTest("1 2\n", "3\n") and task.tests[-1] == StdioTest("5 5\n", "10\n")
-    job = task.job("program", machine_factor=3, memory_factor=2)
+    job = task.job("program", machine_factor=3)
     assert (job.program, job.tests) == ("program", task.tests)
-    assert (job.limits.cpu_seconds, job.limits.memory_bytes) == (4.5, 512_000_000)
+    assert (job.limits.cpu_seconds, job.limits.memory_bytes) == (4.5, 1_024_000_000)
     assert job.limits.wall_seconds == Limits().wall_seconds
     assert task.job("p", machine_factor=40).limits.wall_seconds == 300  # never shorter than the CPU time allows
 

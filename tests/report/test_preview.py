@@ -22,16 +22,17 @@ def test_a_table_ends_its_lines_where_the_code_does_and_where_it_must():
     tokens = [*b"if x:\n\t", 0xEA, 0xB0, 0x80, *b"\x1b", TOKENIZER.eos_id]
     pieces = token_pieces(TOKENIZER, tokens)
     figures = ["", "", "", "0.50", "", "", "1.00", "", "", "12.00", "", "2.25"]
-    assert token_table(pieces, {"weight": figures}, width=40).splitlines() == [
+    assert token_table(pieces, {"weight": figures}).splitlines() == [
         "token  i f · x    : \\n",
         "weight       0.50",
         "token  \\t   ~ ~ 가    \\x1b <eos>",
         "weight 1.00     12.00      2.25",
     ]
-    long = token_table(list("abcdefgh"), {"weight": ["1.00"] * 8}, width=22).splitlines()
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    long = token_table(list(letters), {"weight": ["1.00"] * len(letters)}).splitlines()
     assert long == [
         line
-        for part in ("a    b    c", "d    e    f", "g    h")
+        for part in ("    ".join(letters[:18]), "    ".join(letters[18:]))
         for line in (f"token  {part}", "weight " + " ".join(["1.00"] * len(part.split())))
     ]
 

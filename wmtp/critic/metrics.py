@@ -8,7 +8,7 @@ import numpy as np
 
 from wmtp.numerics.bootstrap import bootstrap_interval
 
-CALIBRATION_BINS = 10
+_BINS = 10  # of a calibration curve
 RESAMPLES = 2000  # of an interval: every evaluation during training has one
 
 
@@ -35,18 +35,18 @@ def brier(probability: np.ndarray) -> float:
     return float(brier_score_loss(_is_correct(probability), _flat(probability)))
 
 
-def expected_calibration_error(probability: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+def expected_calibration_error(probability: np.ndarray) -> float:
     """Returns the mean gap between probability and share of correct programs, over bins weighted by their size.
 
-    The bins of the probability [P, 2] have equal width. Source: Naeini et al. 2015, "Obtaining well calibrated
+    The ten bins of the probability [P, 2] have equal width. Source: Naeini et al. 2015, "Obtaining well calibrated
     probabilities using Bayesian binning", eq. 1 (ECE).
     """
     from sklearn.calibration import calibration_curve
 
     predicted = _flat(probability)
-    is_correct, mean_predicted = calibration_curve(_is_correct(probability), predicted, n_bins=bins)
+    is_correct, mean_predicted = calibration_curve(_is_correct(probability), predicted, n_bins=_BINS)
     # The curve leaves empty bins out, and puts a probability on an edge into the bin below.
-    sizes = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], predicted))
+    sizes = np.bincount(np.searchsorted(np.linspace(0, 1, _BINS + 1)[1:-1], predicted))
     return float(np.average(np.abs(is_correct - mean_predicted), weights=sizes[sizes > 0]))
 
 

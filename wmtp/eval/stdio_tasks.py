@@ -13,6 +13,9 @@ from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 
 _KINDS = ("public_tests", "private_tests", "generated_tests")
 _JUDGING = {**dict.fromkeys((*_KINDS, "tests", "time_limit"), dict), "memory_limit_bytes": int}
+# Contests set their memory limits for compiled languages, and where only the address space can be limited, stacks and
+# arenas that are never touched count too.
+_MEMORY_FACTOR = 4
 _COLUMNS = frozenset({*_JUDGING, "input_file", "output_file"})  # the last two are CodeContests' own
 
 
@@ -64,7 +67,6 @@ class StdioTask:
         program: str,
         *,
         machine_factor: float = 2.0,
-        memory_factor: float = 4.0,
         limits: Limits | None = None,
         stop_at_first_failure: bool = True,
     ) -> StdioJob:
@@ -73,24 +75,21 @@ class StdioTask:
         Args:
             program: source.
             machine_factor: CPU time allowed, in time limits: contests set theirs for their own machines.
-            memory_factor: memory allowed, in memory limits: contests set theirs for compiled languages, and where only
-                the address space can be limited, stacks and arenas that are never touched count too.
-            limits: used as they are where the contest's limit is unknown; the factors do not apply to them.
+            limits: used as they are where the contest's limit is unknown; the factor does not apply to them.
             stop_at_first_failure: False judges all tests, which :meth:`passes_lenient` needs of a failing program.
 
         Raises:
-            ValueError: a factor that is not > 0.
+            ValueError: machine_factor is not > 0.
         """
-        for name, factor in (("machine_factor", machine_factor), ("memory_factor", memory_factor)):
-            if not 0 < factor < math.inf:
-                raise UserError(f"{name} must be a number > 0, got {factor!r}")
+        if not 0 < machine_factor < math.inf:
+            raise UserError(f"machine_factor must be a number > 0, got {machine_factor!r}")
         limits = Limits() if limits is None else limits
         if self.time_limit_seconds is not None:
             cpu_seconds = self.time_limit_seconds * machine_factor
             # Wall time only ends what sleeps: a loaded machine must not turn right programs into timeouts.
             limits = replace(limits, cpu_seconds=cpu_seconds, wall_seconds=max(limits.wall_seconds, 5 * cpu_seconds))
         if self.memory_limit_bytes is not None:
-            limits = replace(limits, memory_bytes=int(self.memory_limit_bytes * memory_factor))
+            limits = replace(limits, memory_bytes=self.memory_limit_bytes * _MEMORY_FACTOR)
         return StdioJob(program=program, tests=self.tests, limits=limits, stop_at_first_failure=stop_at_first_failure)
 
     def passes_public(self, outcome: Outcome) -> bool:

@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 
 _LOOK_AHEAD = 8  # tokens: a character has at most four bytes, so its last byte is never further away
-_WIDTH = 100  # characters of a line
+_WIDTH = 100  # characters of a line, unless a single token is longer
 
 
 def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
@@ -30,7 +30,7 @@ def token_pieces(tokenizer, tokens: Sequence[int]) -> list[str]:
     return pieces
 
 
-def token_table(pieces: Sequence[str], figures: Mapping[str, Sequence[str]], width: int = _WIDTH) -> str:
+def token_table(pieces: Sequence[str], figures: Mapping[str, Sequence[str]]) -> str:
     """Returns tokens in plain text with their figures below them; each line of code begins a new line.
 
     Spaces appear as a dot, line ends and invisible characters as escapes, and a token with only the first bytes of a
@@ -39,7 +39,6 @@ def token_table(pieces: Sequence[str], figures: Mapping[str, Sequence[str]], wid
     Args:
         pieces: the tokens' texts.
         figures: name to a text for each token, "" if it has none; the names begin the lines.
-        width: characters of a line, unless a single token is longer.
     """
     rows = {"token": [_shown(piece) for piece in pieces], **figures}
     margin = max(map(len, rows)) + 1
@@ -47,7 +46,7 @@ def token_table(pieces: Sequence[str], figures: Mapping[str, Sequence[str]], wid
     widths = [max(_columns(texts[i]) for texts in rows.values()) + 1 for i in range(len(pieces))]
     for i, piece in enumerate(pieces):
         used += widths[i]
-        full = i + 1 < len(pieces) and margin + used + widths[i + 1] > width
+        full = i + 1 < len(pieces) and margin + used + widths[i + 1] > _WIDTH
         if full or "\n" in piece or i + 1 == len(pieces):
             for name, texts in rows.items():
                 part = texts[start : i + 1]

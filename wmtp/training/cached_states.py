@@ -43,13 +43,9 @@ class StateFile:
     def num_bytes(self) -> int:
         return self._tokens * self._dim * self._dtype.itemsize
 
-    def complete(self) -> bool:
-        """Returns whether an earlier run has written it all."""
-        return self._note.exists() and self._file.exists() and self._file.stat().st_size == self.num_bytes
-
-    def complete_for_all(self, world: World | None) -> bool:
-        """Returns :meth:`complete`, as every rank sees it."""
-        done = self.complete()
+    def complete(self, world: World | None) -> bool:
+        """Returns whether an earlier run has written it all, as every rank sees it."""
+        done = self._note.exists() and self._file.exists() and self._file.stat().st_size == self.num_bytes
         return all(gather_objects(done)) if world is not None and world.size > 1 else done
 
     @contextmanager
@@ -63,18 +59,15 @@ class StateFile:
                 file.truncate(self.num_bytes)
         if not alone:
             wait_for_all()
-        descriptor = os.open(self._file, os.O_WRONLY)
+        with self._file.open("r+b") as file:
 
-        def write(start: int, states: Tensor) -> None:
-            states = states.to("cpu", self._dtype).contiguous()
-            at = int(start) * self._dim * self._dtype.itemsize
-            _write_all(descriptor, states.view(torch.uint8).numpy().tobytes(), at)
+            def write(start: int, states: Tensor) -> None:
+                file.seek(int(start) * self._dim * self._dtype.itemsize)
+                file.write(states.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().tobytes())
 
-        try:
             yield write
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            file.flush()
+            os.fsync(file.fileno())
         if not alone:
             wait_for_all()
         if is_main:
@@ -89,12 +82,6 @@ class StateFile:
             flat = torch.from_file(str(self._file), shared=True, size=size, dtype=self._dtype)
             self._states = flat.view(-1, self._dim)
         return self._states[start:end]
-
-
-def _write_all(descriptor: int, content: bytes, at: int) -> None:
-    while content:
-        written = os.pwrite(descriptor, content, at)
-        content, at = content[written:], at + written
 
 
 class Dataset(Protocol):
@@ -141,14 +128,10 @@ class CachedStates:
         self._starts = np.concatenate([[0], np.cumsum(counts)])
         self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
 
-    def complete(self) -> bool:
-        """Returns whether an earlier run has computed them all."""
-        return self._file.complete()
-
     @torch.no_grad()
     def compute(self, model: nn.Module, world: World | None = None, *, batch_size: int) -> None:
         """Runs the model over the data set, unless that is done; every rank calls this and writes its share."""
-        if self._file.complete_for_all(world):
+        if self._file.complete(world):
             return
         rank, world_size, device = (0, 1, "cpu") if world is None else (world.rank, world.size, world.device)
         model.eval()
