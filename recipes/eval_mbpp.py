@@ -25,8 +25,8 @@ from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.eval.golds import settle_tests
 from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
-from wmtp.eval.report import headline, logged, write_report
 from wmtp.eval.results import check_samples, evaluation_results
+from wmtp.eval.results_page import headline, logged, write_results
 from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint
@@ -297,7 +297,7 @@ class EvalMBPPRecipe:
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
         prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}
-        write_report(
+        write_results(
             self._output_dir, results, self._tasks, samples, kept.judgements,
             title=self._name, prompts=prompts, timings={"ranks": timings},
         )  # fmt: skip

@@ -19,7 +19,7 @@ from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
 from wmtp.config import ConfigError, load, read_command_line
 from wmtp.data import packaged_functions, packaged_programs
-from wmtp.eval.report import headline
+from wmtp.eval.results_page import headline
 from wmtp.models import export_hf
 from wmtp.pretrained import byte_tokenizer
 

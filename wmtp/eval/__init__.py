@@ -1,4 +1,4 @@
-"""Evaluation: tasks, protocols that ask a model, samples, their judgement, estimators, results and the report.
+"""Evaluation: tasks, protocols that ask a model, samples, their judgement, estimators, results and their page.
 
 A task builder is a plain function `builder(**config keys)`, named as `_component_` in a config: `mbpp_tasks`,
 `humaneval_tasks`, `assertion_tasks`, `packaged_function_tasks`, `code_contests`, `packaged_program_tasks`; a

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from wmtp.errors import UserError
 from wmtp.eval.markdown import cell, fenced, table
-from wmtp.eval.report import cautions, headline, scores
+from wmtp.eval.results_page import cautions, headline, scores
 from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.registry.promotion import Evaluation, Export
 

@@ -29,7 +29,7 @@ _TEXT_LIMIT = 1500  # characters of one text on the page
 _PROMPT_LIMIT = 600  # characters of the end of a prompt
 
 
-def write_report(
+def write_results(
     folder: str | Path,
     results: dict,
     tasks: Sequence[Task],
@@ -44,10 +44,10 @@ def write_report(
 
     Args:
         results: of :func:`wmtp.eval.results.evaluation_results`.
-        title, prompts, timings: as in :func:`report_page`.
+        title, prompts, timings: as in :func:`results_page`.
     """
     folder = Path(folder)
-    page = report_page(results, tasks, samples, judgements, title=title, prompts=prompts, timings=timings)
+    page = results_page(results, tasks, samples, judgements, title=title, prompts=prompts, timings=timings)
     write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_whole(folder / "report.md", page)
     if timings is not None:
@@ -93,7 +93,7 @@ def logged(results: dict, name: str) -> tuple[dict[str, float], dict[str, str]]:
     return {f"eval/{name}/{metric}": value for metric, value in metrics.items()}, tags
 
 
-def report_page(
+def results_page(
     results: dict,
     tasks: Sequence[Task],
     samples: Sequence[Sample],

@@ -10,8 +10,8 @@ from markdown_it import MarkdownIt
 
 from wmtp.eval import AssertionTask, StdioTask
 from wmtp.eval.journal import Journal, read_journals
-from wmtp.eval.report import headline, logged, report_page, write_report
 from wmtp.eval.results import check_samples, compare_results, evaluation_results
+from wmtp.eval.results_page import headline, logged, results_page, write_results
 from wmtp.eval.samples import Judgement, Sample
 from wmtp.sandbox import StdioTest
 
@@ -43,7 +43,9 @@ def test_scores_are_means_over_tasks_of_the_unbiased_estimate():
     assert results["temperatures"]["0.2"]["per_task"][1] == {
         "task_id": "Mbpp/11", "n": 4, "correct": 2, "verdicts": {"passed": 2, "timeout": 2},
     }  # fmt: skip
-    assert results["excluded_harness_errors"] == 0 and "WARNING" not in report_page(results, TASKS, samples, judgements)
+    assert results["excluded_harness_errors"] == 0 and "WARNING" not in results_page(
+        results, TASKS, samples, judgements
+    )
 
 
 def test_a_harness_error_counts_neither_for_nor_against_the_model_and_is_said_aloud():
@@ -53,7 +55,7 @@ def test_a_harness_error_counts_neither_for_nor_against_the_model_and_is_said_al
     assert metrics["pass_at_1"]["estimate"] == pytest.approx((1 + 1 / 2) / 2) and metrics["pass_at_1"]["tasks"] == 2
     assert metrics["pass_at_2"]["estimate"] == 1 and metrics["pass_at_2"]["tasks"] == 1
     assert results["excluded_harness_errors"] == 3
-    page = report_page(results, TASKS, samples, judgements)
+    page = results_page(results, TASKS, samples, judgements)
     assert "WARNING: 3 of 6 samples are excluded: the judge itself failed on them" in page
     assert "WARNING: pass@1 at temperature 0.2 leaves out 1 of 3 tasks" in page
     assert "WARNING: pass@2 at temperature 0.2 leaves out 2 of 3 tasks" in page
@@ -70,7 +72,7 @@ def test_the_oracle_is_labelled_and_the_headline_is_the_fixed_temperature():
     best = results["oracle"]["metrics"]["pass_at_1"]
     assert (best["temperature"], best["estimate"]) == ("0.8", pytest.approx(0.5))
     assert "chosen on the test score itself" in results["oracle"]["note"]
-    page = report_page(results, TASKS, samples, judgements)
+    page = results_page(results, TASKS, samples, judgements)
     assert "**pass@1 = 16.7 % (95 % interval 0.0 to 50.0), 3 tasks, 2 samples a task, temperature 0.2**" in page
     fixed, oracle = headline(results)
     assert f"**{fixed}**" in page and "50.0 % at the oracle temperature 0.8 (chosen on the test score itself" in oracle
@@ -103,7 +105,7 @@ def test_stdio_figures_n_at_k_and_the_lenient_rule():
     chances = [len(right & set(pair)) / len(public & set(pair)) for pair in combinations(range(4), 2)]
     assert metrics["1_at_2"]["estimate"] == pytest.approx(sum(chances) / 6 / 3)
     assert metrics["lenient_pass_at_1"]["estimate"] == pytest.approx((2 / 4 + 1 / 4) / 3)
-    page = report_page(results, stdio, samples, judgements)
+    page = results_page(results, stdio, samples, judgements)
     assert "| temperature | pass@1 | 1@2 | lenient pass@1 |" in page
     # One sample whose judging stopped early: the lenient figure would be a guess, and is left out.
     judgements[samples[5].key] = replace(judgements[samples[5].key], passes_lenient=None)
@@ -132,7 +134,7 @@ def test_tasks_judged_inside_are_counted_apart_and_said_first():
         "Without them pass@1 = 25.0 %."
     )
     assert headline(results)[0] == caution
-    page = report_page(results, TASKS, samples, judgements)
+    page = results_page(results, TASKS, samples, judgements)
     assert f"> {caution}" in page and "Of these judged inside: passed 2. Tasks: Mbpp/11." in page
     assert "### passed (judged inside): Mbpp/11" in page and "### passed: Mbpp/2" in page
     del protected["judged_inside"]  # as in results that were written before there was such a mode
@@ -186,7 +188,7 @@ def test_base_tests_are_reported_beside_base_and_plus():
     assert metrics["pass_at_1"]["estimate"] == pytest.approx((1 / 2 + 1 + 0) / 3)
     assert metrics["base_pass_at_1"]["estimate"] == pytest.approx((1 + 1 + 1 / 2) / 3)
     assert headline(results)[2].startswith("base pass@1 = 83.3 %")
-    assert "Base: the dataset's own tests alone" in report_page(results, TASKS, samples, judgements)
+    assert "Base: the dataset's own tests alone" in results_page(results, TASKS, samples, judgements)
 
 
 def test_failure_classes_and_tokens():
@@ -198,7 +200,7 @@ def test_failure_classes_and_tokens():
     assert results["exceptions"] == {"NameError": 1, "SyntaxError": 1, "other": 1}
     assert results["cut_at_max_tokens"] == {"exception": 1}
     assert results["tokens"] == {"total": 190, "per_sample": 190 / 6, "forwards": 60, "per_forward": 190 / 60}
-    page = report_page(results, TASKS, samples, judgements)
+    page = results_page(results, TASKS, samples, judgements)
     assert "| exception | 3 | 50.0 % | 1 |" in page and "Tokens a forward pass: 3.167" in page
 
 
@@ -234,7 +236,7 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path):
         options = {"fixed_temperature": 0.2, "settings": settings, "sandbox": sandbox}
         results = evaluation_results(TASKS, samples, found.judgements, ks=(1, 2), **options)
         prompts = {"Mbpp/2": "prompt"}
-        write_report(folder, results, TASKS, samples, found.judgements, prompts=prompts, timings=timings)
+        write_results(folder, results, TASKS, samples, found.judgements, prompts=prompts, timings=timings)
         return [(folder / name).read_bytes() for name in ("results.json", "report.md")]
 
     with Journal(tmp_path / "whole", 0, settings) as journal:
@@ -280,7 +282,7 @@ def test_model_text_stays_inside_its_block(text):
     samples, judgements = judged({"2": "w", "11": "p", "100": "p"})
     samples[0] = replace(samples[0], completion=text)
     judgements[samples[0].key] = Judgement("exception", text.replace("\n", " ") or "detail")
-    page = report_page(
+    page = results_page(
         evaluation_results(TASKS, samples, judgements), TASKS, samples, judgements, prompts={"Mbpp/2": text}
     )
     page.replace("\ud800", "").encode()  # what is left of a lone surrogate is its escape
@@ -297,7 +299,7 @@ def test_long_text_is_cut_and_says_so():
     samples, judgements = judged({"2": "w", "11": "p", "100": "p"})
     samples[0] = replace(samples[0], completion="a" * 10_000)
     results = evaluation_results(TASKS, samples, judgements)
-    page = report_page(results, TASKS, samples, judgements, prompts={"Mbpp/2": "b" * 5000 + "END"})
+    page = results_page(results, TASKS, samples, judgements, prompts={"Mbpp/2": "b" * 5000 + "END"})
     assert "[... 8500 characters left out ...]" in page and "[... 4403 characters left out ...]\nbbb" in page
     assert "bbbEND\n" in page and len(page) < 8000
 
@@ -306,10 +308,12 @@ def test_protections_are_listed_and_missing_ones_are_said_at_the_top():
     samples, judgements = judged({"2": "w", "11": "p", "100": "p"})
     sandbox = {"layers": ("seccomp", "rlimits"), "missing": ("landlock: the kernel has none",)}
     results = evaluation_results(TASKS, samples, judgements, sandbox=sandbox)
-    page = report_page(results, TASKS, samples, judgements, title="MBPP of a|b", timings={"tokens per second": 12.3456})
+    page = results_page(
+        results, TASKS, samples, judgements, title="MBPP of a|b", timings={"tokens per second": 12.3456}
+    )
     assert page.startswith("# MBPP of a\\|b\n\n> Protections not in use: landlock: the kernel has none.")
     assert "In use: seccomp; rlimits." in page and '"tokens per second": 12.3456' in page
-    assert "Not recorded." in report_page(evaluation_results(TASKS, samples, judgements), TASKS, samples, judgements)
+    assert "Not recorded." in results_page(evaluation_results(TASKS, samples, judgements), TASKS, samples, judgements)
 
 
 def test_two_runs_are_compared_task_by_task():
