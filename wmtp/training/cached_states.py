@@ -55,8 +55,8 @@ class StateFile:
         if is_main:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._note.unlink(missing_ok=True)
-            with self._file.open("wb") as file:
-                file.truncate(self.num_bytes)
+            self._file.touch()
+            os.truncate(self._file, self.num_bytes)
         if not alone:
             wait_for_all()
         with self._file.open("r+b") as file:
