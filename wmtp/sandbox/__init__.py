@@ -17,7 +17,7 @@ guaranteed, by which layer, and what is not: docs/sandbox.md.
 Files, each importing only from those before it, and nothing else of the library:
 
     primitives      syscalls landlock seccomp filesystem namespaces usage wire
-    data            jobs compare set_order library_values codec operations
+    data            jobs compare set_order kinds codec operations
     zygote, child   confine server child probe zygote
     judge           supervise remote raised session names assertions judge
     caller          pool

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Awaitable, Callable, Collection
 
-from wmtp.sandbox.library_values import TYPES
+from wmtp.sandbox.kinds import TYPES
 
 _MAX_ITEMS = 1 << 22  # that a container is asked for at once
 UNARY = ("neg", "pos", "abs", "invert")

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from wmtp.sandbox import wire
-from wmtp.sandbox.codec import BUILTIN, AnswerTooLarge, Decoder, Encoder, TooDeep
-from wmtp.sandbox.library_values import TYPES, record_type
+from wmtp.sandbox.codec import BASES, AnswerTooLarge, Decoder, Encoder, TooDeep
+from wmtp.sandbox.kinds import TYPES, record_type
 from wmtp.sandbox.operations import OPERATIONS, OVERRIDABLE
 from wmtp.sandbox.usage import is_refused_memory
 
@@ -243,7 +243,7 @@ class Server:
             return None
         if cls.__bases__ == (tuple,) and cls.__dict__.keys() <= _PLAIN_RECORD | {*cls.__dict__.get("_fields", ())}:
             return None
-        base = next(base for base in _mro(cls) if base.__module__ in ("builtins", "collections") and base in BUILTIN)
+        base = next(base for base in _mro(cls) if base.__module__ in ("builtins", "collections") and base in BASES)
         changed = [name for name in OVERRIDABLE if _of(cls, f"__{name}__") is not _of(base, f"__{name}__")]
         return [*self._handle(value), base.__name__, changed]
 
@@ -259,7 +259,7 @@ class Server:
 
     def _exception_class(self, cls: type) -> dict:
         if TYPES.get(cls.__name__) is cls:
-            return {"L": ["type", cls.__name__]}
+            return {"type": [cls.__name__]}
         if cls not in self._classes:
             self._classes[cls] = len(self._objects)
             self._objects.append(cls)

@@ -83,29 +83,29 @@ def solve(a, b):
 
 # Answers as this sandbox's own protocol writes them; whatever the frame around, the value inside is tagged JSON.
 VALUES = {
-    "fraction": '{"F":["1e999999999"]}',
-    "fraction_of_floats": '{"F":[0.5,0]}',
-    "record": '{"n":[[1],[2]]}',
-    "record_of_code": '{"n":[["__class__","__eq__","mro"],[1,2,3]]}',
-    "deque": '{"q":[[1],-1]}',
-    "decimal": '{"m":"1e99999999999999999999"}',
-    "date": '{"D":["datetime","' + "9" * 100 + '"]}',
+    "fraction": '{"Fraction":["1e999999999"]}',
+    "fraction_of_floats": '{"Fraction":[0.5,0]}',
+    "record": '{"record":[[1],[2],"R"]}',
+    "record_of_code": '{"record":[["__class__","__eq__","mro"],[1,2,3],"R"]}',
+    "deque": '{"deque":[[1],-1]}',
+    "decimal": '{"Decimal":["1e99999999999999999999"]}',
+    "date": '{"datetime":["' + "9" * 100 + '",null,0]}',
     "unhashable_key": '{"d":[[[1],2]]}',
     "unknown_tag": '{"zzz":5}',
     "no_tag": "{}",
-    "two_tags": '{"t":[],"s":[]}',
+    "two_tags": '{"t":[],"set":[]}',
     "handle_of_nobody": '{"h":10000000}',
     "hexadecimal": '{"i":"zz"}',
     "surrogates": '{"u":"zz"}',
-    "range": '{"r":[0,10,0]}',
+    "range": '{"range":[0,10,0]}',
     "deep": "[" * 100_000,
     "not_json": '{"answer":',
     "nan": "[NaN,-Infinity,1e999]",
     "digits": "9" * 100_000,
-    "counter": '{"C":[["a",{"t":[]}]]}',
+    "counter": '{"Counter":[{"d":[["a",{"t":[]}]]}]}',
     "handle_of_infinity": '{"h":[1e999,"x"]}',
     "handle_of_digits": '{"h":["' + "9" * 50_000 + '",{}]}',
-    "nested_records": '{"n":[["a"],' * 200 + "[1]" + "]}" * 200,
+    "nested_records": '{"record":[["a"],[' * 200 + "1" + '],"R"]}' * 200,
 }
 ERRORS = {
     "nothing": "5",
@@ -395,7 +395,7 @@ def solve(a, b):
         """
 def solve(a, b):
     items = ",".join('{"i":"%x"}' % (i * (2**61 - 1)) for i in range(1, 300_000))
-    data = answer('{"s":[%s]}' % items)
+    data = answer('{"set":[216,[%s]]}' % items)
     for descriptor in channels():
         os.set_blocking(descriptor, True)
         while data:

@@ -414,7 +414,7 @@ def secret(check):
     _forged(
         "type_that_runs_code",
         "Names `eval`, `exec` and a module in place of a class.",
-        """'[{"L":["type","eval"]},{"L":["type","wmtp.sandbox.judge"]}]'""",
+        """'[{"type":["eval"]},{"type":["wmtp.sandbox.judge"]}]'""",
         "assert solve(2, 3)[0]('5') == 5",
         verdicts=frozenset({"violation"}),
     ),
@@ -428,19 +428,19 @@ def secret(check):
     _forged(
         "array_that_is_a_bomb",
         "An array of a shape that its data do not fill.",
-        """'{"L":["numpy","<f8",[1000000,1000000],"00"]}'""",
+        """'{"numpy":["<f8",[1000000,1000000],{"b":"00"}]}'""",
         verdicts=frozenset({"violation"}),
     ),
     _forged(
         "array_without_size",
         "An array of no elements that is large along one side, which the test sums up along the other.",
-        """'{"L":["numpy","<f8",[0,1000000000000],""]}'""",
+        """'{"numpy":["<f8",[0,1000000000000],{"b":""}]}'""",
         "assert solve(2, 3).sum(axis=0).tolist() == [5]",
     ),
     _forged(
         "array_type_of_the_program",
         "An array of a type that describes itself.",
-        """'{"L":["numpy","O,O",[1],"00"]}'""",
+        """'{"numpy":["O,O",[1],{"b":"00"}]}'""",
         verdicts=frozenset({"violation"}),
     ),
     _forged(
@@ -472,21 +472,21 @@ def secret(check):
     _forged(
         "set_that_is_slow_to_order",
         "A set whose order and table size fit nothing, so that every way of filling it is tried.",
-        """'[%s]' % ','.join('{"s":[33000,%s,"x",-1,-2]}' % str(list(range(i, i + 400)))[1:-1] for i in range(60))""",
+        """'[%s]' % ','.join('{"set":[33000,[%s,"x",-1,-2]]}' % str(list(range(i, i + 400)))[1:-1] for i in range(60))""",
         "assert solve(2, 3) == 5",
         limits=SLOW,
     ),
     _forged(
         "factory_of_the_test",
         "A defaultdict whose factory is a function of the test's, by a number that was never given out.",
-        """'{"y":[{"j":0},[]]}'""",
+        """'{"defaultdict":[{"j":0},{"d":[]}]}'""",
         "assert solve(2, 3)[1] == 5",
         verdicts=frozenset({"violation"}),
     ),
     _forged(
         "record_with_other_methods",
         "A named tuple whose fields and name are those of a tuple's own methods.",
-        """'{"n":[["__eq__","__class__","_replace","_asdict","__len__"],[1,2,3,4,5],"int"]}'""",
+        """'{"record":[["__eq__","__class__","_replace","_asdict","__len__"],[1,2,3,4,5],"int"]}'""",
         "got = solve(2, 3)\nassert got == 5 or len(got) == 1 or got._asdict == 4",
         verdicts=WRONG,
     ),
