@@ -6,7 +6,6 @@ is its own answers.
 
 import atexit
 import fcntl
-import functools
 import gc
 import io
 import mmap
@@ -26,7 +25,6 @@ from wmtp.sandbox.server import Server, execute, new_module, text_of
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
 _ABOVE = 64  # descriptors are moved up there first, so that none is overwritten while they are put in place
 MAX_DETAIL = 500
-_memory_bytes = 0  # the limit, for messages
 
 
 def run(confinement: Confinement, request: dict, descriptors: list[int], scratch: str) -> None:
@@ -34,17 +32,15 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
 
     Args:
         confinement: layers to apply before anything of the program's is read.
-        request: `{"mode": "assertion", "inside" or "stdio", "limits": ...}`.
-        descriptors: channel, stdout, stderr and, for stdio, stdin.
+        request: `{"limits": ...}`.
+        descriptors: channel, stdout, stderr and, for what runs as a program rather than serve requests, stdin.
         scratch: the working folder.
     """
-    global _memory_bytes
     try:
         channel = _arrange(descriptors, confinement.ruleset)
         os.chdir(scratch)
         os.umask(0o077)
         limits = request["limits"]
-        _memory_bytes = limits["memory_bytes"]
         try:
             confinement.apply(limits)
         except (OSError, ValueError) as error:
@@ -52,12 +48,10 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
             os._exit(71)
         random.seed(0)  # what cannot be done before the fork: the same random numbers in every run
         wire.send(channel, {"ready": usage.own_usage()})
-        message = wire.receive(channel)
-        if message is not None:
-            if request["mode"] == "assertion":
-                Server(channel, limits["output_bytes"]).serve(message)
-            else:
-                {"inside": _run_tests, "stdio": _run_main}[request["mode"]](channel, message)
+        if len(descriptors) == 3:
+            Server(channel, limits["output_bytes"]).serve()
+        elif (message := wire.receive(channel)) is not None:
+            _run_main(channel, message["program"])
     except BaseException:
         os._exit(70)
     os._exit(0)
@@ -103,11 +97,11 @@ def _text(number: int, mode: str, errors: str = "surrogateescape") -> io.TextIOW
     return stream
 
 
-def _run_main(channel: socket.socket, message: dict) -> None:
+def _run_main(channel: socket.socket, program: str) -> None:
     """Runs the program as `__main__`, lets it end as the interpreter would, and says whether it raised."""
     failure = None
     try:
-        execute(message["program"], "program.py", new_module("__main__").__dict__)
+        execute(program, "program.py", new_module("__main__").__dict__)
     except SystemExit as stop:
         if stop.code is not None and stop.code != 0:
             failure = _describe(stop)
@@ -122,7 +116,7 @@ def _run_main(channel: socket.socket, message: dict) -> None:
         _flush(sys.stdout)
     except BaseException as error:
         failure = failure or _describe(error)
-    wire.send(channel, {"done": failure})
+    wire.send(channel, {"raised": failure})
 
 
 def _flush(stream: io.TextIOBase | None) -> None:
@@ -142,38 +136,7 @@ def _drop_main_module() -> None:
                     names[name] = None
 
 
-def _run_tests(channel: socket.socket, message: dict) -> None:
-    """Runs program and tests in one namespace, and reports each step as it ends; the first that fails is the last."""
-    namespace = new_module("program").__dict__
-
-    def prepare() -> None:  # what fails here is not the program's fault
-        for index, test in enumerate(message["tests"]):
-            compile(test, f"test {index}", "exec", dont_inherit=True)
-        execute(message["preamble"], "preamble.py", namespace)
-
-    def load() -> None:
-        execute(message["program"], "program.py", namespace)
-        execute(message["setup"], "setup.py", namespace)
-        if entry_point := message["entry_point"]:
-            namespace["candidate"] = eval(entry_point, namespace)
-            namespace.setdefault(entry_point.rpartition(".")[2], namespace["candidate"])
-
-    tests = (functools.partial(execute, test, "test.py", namespace) for test in message["tests"])
-    for step in (prepare, load, *tests):
-        try:
-            step()
-        except BaseException as error:
-            wire.send(channel, {"nonce": message["nonce"], "error": _describe(error)})
-            return
-        wire.send(channel, {"nonce": message["nonce"], "error": None})
-
-
 def _describe(error: BaseException) -> dict:
-    """Returns an exception as its type's name, its builtin base types and its message."""
-    cls = type(error)
-    message = text_of(error)
-    bases = [base.__name__ for base in cls.__mro__ if base.__module__ == "builtins"]
-    if usage.is_refused_memory(error):
-        bases = ["MemoryError", *bases]  # whatever a library makes of it
-        message = f"limits.memory_bytes is {_memory_bytes}{': ' * bool(message)}{message}"
-    return {"type": cls.__name__[:MAX_DETAIL], "bases": bases, "message": message[:MAX_DETAIL]}
+    """Returns an exception as a line of text, and whether it says that there was no memory."""
+    text = f"{type(error).__name__}: {text_of(error)}".removesuffix(": ")
+    return {"text": text[:MAX_DETAIL], "refused_memory": usage.is_refused_memory(error)}

@@ -9,16 +9,15 @@ import os
 import resource
 import socket
 import sys
-import tempfile
 import time
 from dataclasses import asdict
+from typing import BinaryIO
 
 from wmtp.sandbox import compare, confine, filesystem, wire
 from wmtp.sandbox.assertions import judge_inside, judge_outside
-from wmtp.sandbox.jobs import AssertionJob, Job, Outcome, StdioTest, Verdict, job_from_wire
-from wmtp.sandbox.names import TEST_MODULE
+from wmtp.sandbox.jobs import AssertionJob, Job, Outcome, StdioJob, StdioTest, Verdict, job_from_wire
 from wmtp.sandbox.session import Session
-from wmtp.sandbox.supervise import ANSWERED, Ended, Hangup, Process, ZygoteHandle, ZygoteLost
+from wmtp.sandbox.supervise import ANSWERED, Failure, Flag, Hangup, Process, ZygoteHandle, ZygoteLost
 
 _MAX_DETAIL = 300
 _OWN_MEMORY_BYTES = 1 << 30  # an answer must not make a test eat the machine
@@ -71,23 +70,19 @@ class Judge:
     Args:
         settings: `floor` (whether to insist on it), and those of `ZygoteHandle`.
         hangup: descriptor whose far end closes when the judge is no longer wanted.
-        flag: one byte, as `Session` takes it.
+        flag: one byte, as `Process` takes it.
     """
 
-    def __init__(self, settings: dict, hangup: int, flag: bytearray | mmap.mmap) -> None:
+    def __init__(self, settings: dict, hangup: int, flag: Flag) -> None:
         self._settings = settings
-        self._flag = flag
-        self._hangup = hangup
+        self._hangup, self._flag = hangup, flag
         self._zygote: ZygoteHandle | None = None
 
-    def _ready_zygote(self) -> ZygoteHandle:
+    def report(self) -> dict:
+        """Returns the zygote's report of its protections, once it is there."""
         if self._zygote is None:
             self._zygote = ZygoteHandle(self._settings)
-        return self._zygote
-
-    def report(self) -> dict:
-        """Returns the zygote's report of its protections."""
-        return self._ready_zygote().report
+        return self._zygote.report
 
     def close(self) -> None:
         """Ends the zygote."""
@@ -102,123 +97,110 @@ class Judge:
         """
         start = time.monotonic()
         self._flag[0] = 0
-        run = _Run(job, self._hangup, self._flag)
+        self._tests: list[Verdict] = []
+        self._lenient: list[bool] = []
+        self._cpu_seconds, self._starved = 0.0, False
         try:
-            zygote = self._ready_zygote()
-            if self._settings["floor"] and not zygote.report["floor"]:  # a replaced zygote may have got less
-                raise ZygoteLost(f"the zygote lacks protections: {'; '.join(zygote.report['missing'])}")
-            verdict, detail = run.assertions(zygote) if isinstance(job, AssertionJob) else run.stdio(zygote)
+            report = self.report()
+            if self._settings["floor"] and not report["floor"]:  # a replaced zygote may have got less
+                raise ZygoteLost(f"the zygote lacks protections: {'; '.join(report['missing'])}")
+            failure = self._assertions(job) if isinstance(job, AssertionJob) else self._stdio(job)
         except ZygoteLost as error:
             self.close()
-            verdict, detail = "violation" if self._flag[0] & ANSWERED else "harness_error", str(error)
-            run.tests.append(verdict)
-        wall = time.monotonic() - start
-        outcome = Outcome(verdict, _one_line(detail), tuple(run.tests), tuple(run.lenient), run.cpu_seconds, wall)
-        return outcome, verdict == "timeout" and run.starved
+            failure = Failure("violation" if self._flag[0] & ANSWERED else "harness_error", str(error))
+            self._tests[len(job.tests) - 1 :] = [failure.verdict]
+        verdict, detail = (failure.verdict, _one_line(failure.detail)) if failure else ("passed", "")
+        seconds = self._cpu_seconds, time.monotonic() - start
+        outcome = Outcome(verdict, detail, tuple(self._tests), tuple(self._lenient), *seconds)
+        return outcome, verdict == "timeout" and self._starved
 
+    def _start(self, job: Job, stdin: int | None) -> Process:
+        return Process(self._zygote, job.limits, stdin, self._hangup, self._flag)
 
-class _Run:
-    """One job's judging: what has been found so far."""
+    def _close(self, process: Process) -> None:
+        process.close()
+        self._cpu_seconds += process.report.get("cpu", 0.0)
 
-    def __init__(self, job: Job, hangup: int, flag: bytearray | mmap.mmap) -> None:
-        self.job = job
-        self._flag = flag
-        self.tests: list[Verdict] = []
-        self.lenient: list[bool] = []
-        self.cpu_seconds = 0.0
-        self.starved = False  # late by the clock, and for want of a CPU
-        self._hangup = hangup
-
-    def assertions(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
-        """Judges an `AssertionJob`."""
-        mode, judge = ("inside", judge_inside) if self.job.inside else ("assertion", judge_outside)
-        process = Process(zygote, mode, self.job.limits, None, self._hangup)
-        session = Session(process, TEST_MODULE, self._flag)
+    def _assertions(self, job: AssertionJob) -> Failure | None:
+        process = self._start(job, None)
+        session = Session(process)
         try:
             _await_ready(process)
-            verdict, detail, by_clock = judge(self.job, session, self.tests)
+            failure = judge_inside(job, session) if job.inside else judge_outside(job, session)
         finally:
+            self._tests += ["passed"] * session.passed
             spoke = session.failure is None and process.unasked()
-            process.close()
-            self.cpu_seconds = process.report.get("cpu", 0.0)
-        self.starved = by_clock and process.starved()
-        if verdict == "passed" and spoke:
-            verdict, detail = "violation", "the program sent an answer that was not asked for"
-        exceeded = process.exceeded()
-        if verdict == "passed" and exceeded is not None:
-            verdict, detail = exceeded.verdict, exceeded.detail
-        if verdict != "passed" and self.tests[-1:] in ([], ["passed"]):
-            self.tests[-1:] = [verdict]
-        return verdict, detail
+            self._close(process)
+        if failure is None and spoke:
+            failure = Failure("violation", "the program sent an answer that was not asked for")
+        failure = failure or process.exceeded()
+        if failure is not None:
+            self._starved = failure.by_clock and process.starved()
+            self._tests[len(job.tests) - 1 :] = [failure.verdict]
+        return failure
 
-    def stdio(self, zygote: ZygoteHandle) -> tuple[Verdict, str]:
-        """Judges a `StdioJob`."""
-        first: tuple[Verdict, str] = ("passed", "")
-        for index, test in enumerate(self.job.tests):
-            verdict, detail, lenient = self._stdio_test(zygote, test)
-            self.tests.append(verdict)
-            self.lenient.append(lenient)
-            if verdict != "passed" and first[0] == "passed":
-                first = (verdict, f"test {index}: {detail}")
-                if self.job.stop_at_first_failure:
+    def _stdio(self, job: StdioJob) -> Failure | None:
+        first = None
+        for index, test in enumerate(job.tests):
+            failure = self._stdio_test(job, test)
+            self._tests.append(failure.verdict if failure else "passed")
+            if failure is not None and first is None:
+                first = failure.during(f"test {index}")
+                if job.stop_at_first_failure:
                     break
         return first
 
-    def _stdio_test(self, zygote: ZygoteHandle, test: StdioTest) -> tuple[Verdict, str, bool]:
+    def _stdio_test(self, job: StdioJob, test: StdioTest) -> Failure | None:
         with _input_file(test.input) as stdin:
-            process = Process(zygote, "stdio", self.job.limits, stdin.fileno(), self._hangup)
-        self._flag[0], process.flag = 0, self._flag
-        failure = None
+            process = self._start(job, stdin.fileno())
+        self._flag[0] = 0
         try:
             _await_ready(process)
-            process.send({"program": self.job.program})
+            process.send({"program": job.program})
             failure = _stdio_failure(process)
-        except Ended as end:
-            failure = end
+        except Failure as ended:
+            failure = ended
         finally:
-            process.close()
-            self.cpu_seconds += process.report.get("cpu", 0.0)
+            self._close(process)
         failure = process.exceeded() or failure
+        self._lenient.append(False)
         if failure is not None:
-            self.starved = self.starved or (failure.by_clock and process.starved())
-            return failure.verdict, failure.detail, False
+            self._starved = self._starved or (failure.by_clock and process.starved())
+            return failure
         output, expected = bytes(process.stdout), test.output.encode("utf-8", "surrogatepass")
         try:
-            lenient = compare.lenient_match(output, expected)
+            self._lenient[-1] = compare.lenient_match(output, expected)
             if compare.exact_match(output, expected):
-                return "passed", "", lenient
-            return "wrong_answer", compare.difference(output, expected), lenient
+                return None
+            return Failure("wrong_answer", compare.difference(output, expected))
         except MemoryError:
-            return "memory", "the judge ran out of memory on the program's output", False
+            return Failure("memory", "the judge ran out of memory on the program's output")
 
 
 def _await_ready(process: Process) -> None:
     """Takes the first message, which is from before the program is read: it can be trusted, and a failure is ours."""
     try:
         message = process.receive()
-    except Ended as end:
-        raise ZygoteLost(f"the process did not start: {end.detail}") from None
+    except Failure as ended:
+        raise ZygoteLost(f"the process did not start: {ended.detail}") from None
     if "ready" not in message:
         raise ZygoteLost(str(message.get("fatal", "the process did not start")))
     process.usage_at_start = message["ready"]
 
 
-def _stdio_failure(process: Process) -> Ended | None:
+def _stdio_failure(process: Process) -> Failure | None:
     """Waits for the program's end: what went wrong, if anything did. The verdict rests on stdout, not on this."""
     process.wait()
     message = process.take_frame()
-    if message is not None and type(message.get("done")) is dict:
-        error = message["done"]
-        bases = error.get("bases")
-        verdict: Verdict = "memory" if type(bases) is list and "MemoryError" in bases else "exception"
-        return Ended(verdict, f"{error.get('type')}: {error.get('message')}")
+    if message is not None and type(message.get("raised")) is dict:
+        raised = message["raised"]
+        return Failure.raised(str(raised.get("text")), raised.get("refused_memory") is True, process.limits)
     return process.ended() if process.report.get("status") != 0 else None
 
 
-def _input_file(text: str):
+def _input_file(text: str) -> BinaryIO:
     """Returns a regular file to read from: programs ask for its size, read its descriptor, or open it again."""
-    in_memory = hasattr(os, "memfd_create")
-    file = os.fdopen(os.memfd_create("stdin"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
+    file = os.fdopen(os.memfd_create("stdin"), "w+b")
     file.write(text.encode("utf-8", "surrogatepass"))
     file.seek(0)  # which also writes what is buffered
     return file

@@ -73,7 +73,7 @@ def _set(cls: type) -> Kind:
     """Sends the size of the table, and the items in the order of the table."""
     return Kind(
         cls,
-        lambda value: (cls.__sizeof__(value), [*cls.__iter__(value)]),  # type: ignore[attr-defined]
+        lambda value: (cls.__sizeof__(value), [*cls.__iter__(value)]),
         _of(lambda size, items: ordered_set(cls, items, size), int, list),
     )
 
@@ -143,14 +143,14 @@ KINDS: dict[str, Kind] = {
     "Counter": Kind(Counter, lambda value: (dict(dict.items(value)),), _of(Counter, dict)),
     "defaultdict": Kind(
         defaultdict,
-        lambda value: (defaultdict.default_factory.__get__(value), dict(dict.items(value))),  # type: ignore[attr-defined]
+        lambda value: (defaultdict.default_factory.__get__(value), dict(dict.items(value))),
         _of(defaultdict, object, dict),
     ),
     "set": _set(set),
     "frozenset": _set(frozenset),
     "deque": Kind(
         deque,
-        lambda value: ([*deque.__iter__(value)], deque.maxlen.__get__(value)),  # type: ignore[attr-defined]
+        lambda value: ([*deque.__iter__(value)], deque.maxlen.__get__(value)),
         _of(deque, list, (int, type(None))),
     ),
     "Decimal": Kind(Decimal, lambda value: (Decimal.__str__(value),), _of(Decimal, str)),

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 
 from wmtp.sandbox.jobs import AssertionJob
 from wmtp.sandbox.remote import Name, Own
-from wmtp.sandbox.session import Session
+from wmtp.sandbox.session import TEST_MODULE, Session
 
-TEST_MODULE = "tests"
 CANDIDATE = "candidate"
 _MODULES = {"np": "numpy", "numpy": "numpy"}  # beside the standard library's
 _COPIED = (list, dict, set, bytearray)  # what goes to the program or comes from it is another object here

@@ -5,8 +5,9 @@ from typing import Any
 
 from wmtp.sandbox.remote import Conversation
 
-# From a call, they would end the test's own loops early.
-_CONTROL_FLOW: dict[str | None, type] = {"next": StopIteration, "anext": StopAsyncIteration}
+# From a call, they would end the test's own loops early; `execute` is called by no test.
+_FLOW = (StopIteration, StopAsyncIteration, GeneratorExit)
+_CONTROL_FLOW: dict[str | None, type | tuple] = {"next": StopIteration, "anext": StopAsyncIteration, "execute": _FLOW}
 _NO_ATTRIBUTES = frozenset(dir(BaseException))
 _MAX_BASES = 8
 
@@ -69,8 +70,7 @@ def exception(session: Conversation, content: dict, operation: str | None) -> Ba
     if type(message) is not str or not (isinstance(cls, type) and issubclass(cls, BaseException)):
         raise ValueError("an exception has a class and a message")
     args = [session.decode(arg) for arg in content["args"]]
-    flow = (StopIteration, StopAsyncIteration, GeneratorExit)
-    if issubclass(cls, flow) and not issubclass(cls, _CONTROL_FLOW.get(operation, ())):
+    if issubclass(cls, _FLOW) and not issubclass(cls, _CONTROL_FLOW.get(operation, ())):
         return RemoteError(f"{cls.__name__}: {message}")
     try:
         error: Any = cls.__new__(cls, *args)

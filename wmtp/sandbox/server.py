@@ -71,12 +71,13 @@ class Server:
         self._instances: list[object] = []  # objects of the request being answered
         self._exports: dict[int, object] = {}  # what stands for the tests' functions and iterators
         self._warnings: list[tuple] = []
+        execute_test = functools.partial(execute, name="test.py", namespace=self.namespace)
+        self._operations = {**OPERATIONS, "load": self._load, "execute": execute_test}
         self._encoder = Encoder(self._reference, max_bytes, self._own)
         self._decoder = Decoder(self._resolve, self._record)
 
-    def serve(self, message: dict) -> None:
-        """Runs the program that the first message brings, then answers until the judge hangs up."""
-        self._reply(message["nonce"], functools.partial(self._load, message))
+    def serve(self) -> None:
+        """Answers until the judge hangs up; the first request brings the program."""
         while (request := wire.receive(self._channel)) is not None:
             self._reply(request["nonce"], functools.partial(self._answer, request))
 
@@ -105,21 +106,25 @@ class Server:
         except TooDeep as error:
             return {"too_deep": str(error)}
 
-    def _load(self, message: dict) -> None:
-        warnings.simplefilter("always")  # whether one is shown is for the tests to say
-        warnings.showwarning = self._collect
-        execute(message["program"], "program.py", self.namespace)
-        if message["setup"]:
-            execute(message["setup"], "setup.py", self.namespace)
-        if entry_point := message["entry_point"]:
-            self._expressions[entry_point] = eval(entry_point, self.namespace)
+    def _load(self, program: str, setup: str, entry_point: str | None, inside: bool) -> None:
+        """Runs the program and the set-up for tests in the judge, or `inside`, in the program's own namespace."""
+        if not inside:
+            warnings.simplefilter("always")  # whether one is shown is for the tests to say
+            warnings.showwarning = self._collect
+        execute(program, "program.py", self.namespace)
+        execute(setup, "setup.py", self.namespace)
+        if entry_point:
+            self._expressions[entry_point] = target = eval(entry_point, self.namespace)
+            if inside:
+                self.namespace["candidate"] = target
+                self.namespace.setdefault(entry_point.rpartition(".")[2], target)
         self._warnings = []
 
     def _answer(self, request: dict) -> object:
         """Does what `request` says and encodes the result; whatever the program raises comes through."""
         arguments, keywords = self._arguments(request)
         self._bare = arguments[0] if request["op"] == "data" else None
-        return self._encoder.encode(OPERATIONS[request["op"]](*arguments, **keywords))
+        return self._encoder.encode(self._operations[request["op"]](*arguments, **keywords))
 
     def _arguments(self, message: dict) -> tuple[list, dict]:
         self._make_instances(message.get("o", ()))

@@ -2,7 +2,6 @@
 
 import builtins
 import itertools
-import mmap
 import operator
 import secrets
 import sys
@@ -15,7 +14,7 @@ from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
 from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
 from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, remote_class, value_class
-from wmtp.sandbox.supervise import ANSWERED, Ended, Process
+from wmtp.sandbox.supervise import ANSWERED, Failure, Process
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
 _LOOKS = {"get", "data", "items", "len", "bool", "str", "repr", "format", "hash", "type", "signature"}
@@ -23,6 +22,7 @@ _LOOKS |= {"has_instance", "has_subclass", *CONVERSIONS}
 _WALKS = {"iter", "next"}
 _MAX_WALK = 10_000  # items that are kept, to be held against the next walk
 _END = object()  # of a walk
+TEST_MODULE = "tests"  # of the classes that the tests define, whose instances are sent by their attributes
 _MAX_NAME = 200  # characters of a class's name: made classes are kept, and the next programs have the same judge
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
 
@@ -31,25 +31,20 @@ class Session:
     """Requests to one program, and what became of them.
 
     Args:
-        process: a process in mode `assertion`, already sent its program.
-        test_module: `__module__` of classes that the tests themselves define; their instances are sent by attributes.
-        flag: one byte, `ANSWERED` once a byte of an answer has come. It may lie in shared memory, so that it can be
-            read when an answer has brought the judge down.
+        process: one that serves requests.
     """
 
-    def __init__(self, process: Process, test_module: str, flag: bytearray | mmap.mmap) -> None:
+    def __init__(self, process: Process) -> None:
         self.process = process
-        self._flag = process.flag = flag
-        self.failure: Ended | None = None  # once set, no test can undo it
+        self.failure: Failure | None = None  # once set, no test can undo it
+        self.passed = 0  # tests
         self.waiting = False  # for the program: the time that passes is the program's
         self.raised: BaseException | None = None  # last exception that came from the program
-        self.raised_verdict: Verdict = "exception"
-        self.raised_detail = ""
+        self.raised_as = Failure("exception", "")  # what that is, where a test lets it through
         self.remarks: dict[str, None] = {}  # what may be why a test fails, once each
         self.requests = 0
         self.epoch: int = 0  # of the program's state: how often it may have changed
         self._walks: dict[int, list[bytes]] = {}  # by handle: what an object without a length has yielded
-        self._test_module = test_module
         self._instances = _Numbered()
         self._exports = _Numbered()  # what the program may call, go through or ask for an attribute
         self._thrown: list[BaseException] = []  # exceptions of those, by number
@@ -61,22 +56,22 @@ class Session:
     @property
     def answered(self) -> bool:
         """Returns whether a byte of an answer has come since this was last set to False."""
-        return bool(self._flag[0] & ANSWERED)
+        return bool(self.process.flag[0] & ANSWERED)
 
     @answered.setter
     def answered(self, value: bool) -> None:
-        self._flag[0] = ANSWERED if value else 0
+        self.process.flag[0] = ANSWERED if value else 0
 
     def name(self, expression: str) -> Name:
         """Returns the stand-in for the program's object of that name."""
         return Name(self, {"@": expression}, "in")
 
-    def stop(self, verdict: Verdict, detail: str) -> Ended:
+    def stop(self, verdict: Verdict, detail: str) -> Failure:
         """Fixes the verdict; returns the exception to raise, which no test can undo."""
-        self.failure = self.failure or Ended(verdict, detail)
+        self.failure = self.failure or Failure(verdict, detail)
         return self.failure
 
-    def refuse(self, reason: str) -> Ended:
+    def refuse(self, reason: str) -> Failure:
         """Does the same for what cannot be judged from outside: ours, unless the program's answers have led to it."""
         return self.stop("wrong_answer" if self.answered else "harness_error", f"a test {reason}")
 
@@ -84,15 +79,11 @@ class Session:
         """Keeps what may be the reason why a test is going to fail."""
         self.remarks[text] = None
 
-    def load(self, program: str, setup: str, entry_point: str | None) -> None:
-        """Sends the program; raises what its top level raises."""
-        self._exchange({"program": program, "setup": setup, "entry_point": entry_point})
-
     def request(self, operation: str, /, *args: object, **kwargs: object) -> object:
         """Has `operation` done on the program's side; returns its value or raises its exception.
 
         Raises:
-            Ended: the program broke off, or something cannot be sent; for good.
+            Failure: the program broke off, or something cannot be sent; for good.
         """
         if self.failure is not None:
             raise self.failure
@@ -148,12 +139,12 @@ class Session:
                 finally:
                     self.waiting = False
                 if answer.pop("nonce", None) != nonce:
-                    raise Ended("violation", "the program sent an answer to what was not asked")
+                    raise Failure("violation", "the program sent an answer to what was not asked")
                 if "call" not in answer:
                     return self._read_answer(answer, message.get("op"))
                 self.process.send({**self._serve_call(answer), "nonce": nonce})
-        except Ended as end:
-            self.failure = self.failure or end
+        except Failure as failure:
+            self.failure = self.failure or failure
             raise self.failure from None
         except MemoryError as error:
             if error is self.raised:  # by the program, which a test may expect
@@ -165,26 +156,25 @@ class Session:
             issued = [warning(self, content) for content in answer.pop("warnings", [])]
             ((kind, content),) = answer.items()
             if kind == "too_large":
-                raise Ended("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
+                raise Failure("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
             if kind == "too_deep":
-                raise Ended("output_limit", f"the answer is nested deeper than {MAX_DEPTH} levels, or contains itself")
+                raise Failure(
+                    "output_limit", f"the answer is nested deeper than {MAX_DEPTH} levels, or contains itself"
+                )
             value = self.decode(content) if kind == "value" else None
             classes = value if type(value) is tuple else (value,)
             if operation != "type" and any(map(_takes_failures, classes)):
-                raise Ended("wrong_answer", "to catch this exception of the program's is to catch failed assertions")
+                raise Failure("wrong_answer", "to catch this exception of the program's is to catch failed assertions")
             if kind == "error":
                 number = content.get("raised")  # of an exception of the test's own
                 self.raised = exception(self, content, operation) if number is None else self._thrown[int(number)]
-                self.raised_verdict = "exception"
-                self.raised_detail = f"{type(self.raised).__name__}: {content['message']}"
-                if content.get("refused_memory") is True and number is None:
-                    limit = self.process.limits.memory_bytes
-                    self.raised_verdict = "memory"
-                    self.raised_detail = f"limits.memory_bytes is {limit}: {self.raised_detail}"
+                text = f"{type(self.raised).__name__}: {content['message']}".removesuffix(": ")
+                refused = content.get("refused_memory") is True and number is None
+                self.raised_as = Failure.raised(text, refused, self.process.limits)
             elif kind != "value":
                 raise ValueError(f"unknown answer {kind!r}")
         except MALFORMED as error:
-            raise Ended("violation", f"the program sent a malformed answer ({type(error).__name__})") from None
+            raise Failure("violation", f"the program sent a malformed answer ({type(error).__name__})") from None
         if self._decoder.disordered:
             self.remark("a set's items could not be put in the program's order")
         for text, category, line in issued:  # where the tests' own filters and recorders are
@@ -202,7 +192,7 @@ class Session:
             keywords = {name: self.decode(arg) for name, arg in kwargs.items()}
             action = _ACTIONS[operation, kind]
         except MALFORMED as error:
-            raise Ended("violation", f"the program made a malformed call ({type(error).__name__})") from None
+            raise Failure("violation", f"the program made a malformed call ({type(error).__name__})") from None
         self.epoch += 1
         try:
             return self._arguments((action(target, *values, **keywords),), {})
@@ -250,7 +240,7 @@ class Session:
         cls = type(value)
         if issubclass(cls, Own | ProgramsClass) or issubclass(type(cls), ProgramsClass):
             return value._remote_reference
-        if getattr(cls, "__module__", None) == self._test_module and not issubclass(cls, type):
+        if getattr(cls, "__module__", None) == TEST_MODULE and not issubclass(cls, type):
             return {"o": self._instances.number(value)}
         if path := _library_path(value):
             return {"p": path}

@@ -23,16 +23,31 @@ _NEAR = 0.9  # of the memory limit: a fault there comes from memory that was ref
 
 # In the flag: a byte has come from the program; it has ended, and what it left is being removed.
 ANSWERED, ENDED = 1, 2
+Flag = bytearray | mmap.mmap
 
 
-class Ended(BaseException):
-    """The program can be talked to no more; carries the verdict. A BaseException, which few tests would swallow."""
+class Failure(BaseException):
+    """Why a program has not passed; raised where it can be talked to no more. Few tests would swallow a BaseException.
+
+    `by_clock`: a loaded machine may be to blame.
+    """
 
     def __init__(self, verdict: Verdict, detail: str, by_clock: bool = False) -> None:
         super().__init__(detail)
         self.verdict: Verdict = verdict
         self.detail = detail
-        self.by_clock = by_clock  # a loaded machine may be to blame
+        self.by_clock = by_clock
+
+    @classmethod
+    def raised(cls, text: str, refused_memory: bool, limits: Limits) -> "Failure":
+        """Returns that of an exception, given as "type: message"; one for want of memory names the limit."""
+        if refused_memory:
+            return cls("memory", f"limits.memory_bytes is {limits.memory_bytes}: {text}")
+        return cls("exception", text)
+
+    def during(self, step: str) -> "Failure":
+        """Returns the same with what was being done in the detail."""
+        return Failure(self.verdict, f"{step}: {self.detail}", self.by_clock)
 
 
 class Hangup(BaseException):
@@ -81,9 +96,9 @@ class ZygoteHandle:
             self.close()
             raise ZygoteLost(f"the sandbox's zygote did not start: {lines[-1] if lines else self.report['error']}")
 
-    def start(self, mode: str, limits: Limits, descriptors: list[int]) -> None:
+    def start(self, limits: Limits, descriptors: list[int]) -> None:
         """Asks for a process; its report is the next frame on `control`."""
-        self._send({"mode": mode, "limits": vars(limits)}, descriptors)
+        self._send({"limits": vars(limits)}, descriptors)
 
     def end(self) -> None:
         """Has the running process killed, or takes note that it ended."""
@@ -115,28 +130,28 @@ class Process:
 
     Args:
         zygote: who forks it.
-        mode: `assertion` (serves requests) or `stdio` (runs as a program).
         limits: its limits; the wall clock starts when it is sent its program.
-        stdin: descriptor to read from, or None for an empty input.
+        stdin: descriptor to read from, where it runs as a program; None: it serves requests.
         hangup: descriptor whose far end closes when this judge is no longer wanted.
+        flag: one byte, `ANSWERED` once a byte has come from the program. It may lie in shared memory, so that it can be
+            read when an answer has brought the judge down.
 
     Raises:
         ZygoteLost: the process was not started.
     """
 
-    def __init__(self, zygote: ZygoteHandle, mode: str, limits: Limits, stdin: int | None, hangup: int) -> None:
-        self._zygote, self.limits = zygote, limits
+    def __init__(self, zygote: ZygoteHandle, limits: Limits, stdin: int | None, hangup: int, flag: Flag) -> None:
+        self._zygote, self.limits, self.flag = zygote, limits, flag
         self._has_program = False
         self.deadline = time.monotonic() + _START_SECONDS
         self.stdout = bytearray()
         self.report: dict | None = None
-        self._keep_stdout = mode == "stdio"
+        self._keep_stdout = stdin is not None
         self._last_words = b""
         self._wall = 0.0
         self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
-        self.flag: bytearray | mmap.mmap = bytearray(1)  # whose doing it is, should this judge end: see ANSWERED
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
         self._streams: list[int] = []
@@ -145,7 +160,7 @@ class Process:
         self._stdout_stream = self._streams[0]
         descriptors = [theirs.fileno(), writers[0], writers[-1]] + ([] if stdin is None else [stdin])
         try:
-            zygote.start(mode, limits, descriptors)
+            zygote.start(limits, descriptors)
         except ZygoteLost:
             self._close_descriptors()
             raise
@@ -186,22 +201,22 @@ class Process:
         self._outbox = self._outbox[sent:]
 
     def receive(self) -> dict:
-        """Returns the next frame; raises `Ended` where there is none, or it is too large or malformed."""
+        """Returns the next frame; raises `Failure` where there is none, or it is too large or malformed."""
         while True:
             message = self.take_frame()
             if message is not None:
                 return message
             if not self._channel_open:
                 self.wait()
-                raise Ended("violation", "the program sent half a message") if self._inbox else self.ended()
+                raise Failure("violation", "the program sent half a message") if self._inbox else self.ended()
             self._step()
 
     def wait(self) -> None:
-        """Waits until the process has ended by itself, with all its output read; raises `Ended` at a limit."""
+        """Waits until the process has ended by itself, with all its output read; raises `Failure` at a limit."""
         while self.report is None or self._streams or self._channel_open:
             self._step()
 
-    def ended(self) -> Ended:
+    def ended(self) -> Failure:
         """Returns the verdict on a process that ended without an answer; its report must be in."""
         report = self.report
         if "failed" in report:
@@ -216,8 +231,8 @@ class Process:
             return self._ended_by("memory_bytes")
         if number:
             verdict: Verdict = "violation" if number == signal.SIGSYS else "exception"
-            return Ended(verdict, f"killed by {signal.Signals(number).name}")
-        return Ended("exception", f"the process exited with status {os.WEXITSTATUS(status)} instead of returning")
+            return Failure(verdict, f"killed by {signal.Signals(number).name}")
+        return Failure("exception", f"the process exited with status {os.WEXITSTATUS(status)} instead of returning")
 
     def starved(self) -> bool:
         """Returns whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
@@ -225,17 +240,17 @@ class Process:
             return False
         return starved(self._wall, between(self.usage_at_start, self.report), between(self._own, own_usage()))
 
-    def exceeded(self) -> Ended | None:
+    def exceeded(self) -> Failure | None:
         """Returns the verdict on an ended process that used more than it may, whatever else is known of it."""
         report = self.report or {}
         if report.get("swollen"):
             return self._ended_by("memory_bytes")
         return self._ended_by("cpu_seconds") if report.get("cpu", 0.0) >= self.limits.cpu_seconds else None
 
-    def _ended_by(self, limit: str) -> Ended:
+    def _ended_by(self, limit: str) -> Failure:
         if limit == "cpu_seconds":
-            return Ended("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time")
-        return Ended("memory", f"more than {self.limits.memory_bytes} bytes of memory (limits.memory_bytes)")
+            return Failure("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time")
+        return Failure("memory", f"more than {self.limits.memory_bytes} bytes of memory (limits.memory_bytes)")
 
     def _broke_on_memory(self, number: int) -> bool:
         """Returns whether the process died of the signal (0: none) of a program that was refused memory."""
@@ -274,7 +289,7 @@ class Process:
         events = self._poll.poll(max(0, left) * 1000)
         if not events:
             seconds = self.limits.wall_seconds if self._has_program else _START_SECONDS
-            raise Ended("timeout", f"no end after {seconds:g} s by the clock", by_clock=True)
+            raise Failure("timeout", f"no end after {seconds:g} s by the clock", by_clock=True)
         channel = self._channel.fileno()
         for descriptor, event in events:
             if descriptor == channel:
@@ -307,7 +322,7 @@ class Process:
         self._inbox += data
         self._answer_bytes += len(data)
         if self._answer_bytes > _ANSWERS_PER_LIMIT * self.limits.output_bytes + _FRAME_SLACK:
-            raise Ended("output_limit", "the answers together are too large")
+            raise Failure("output_limit", "the answers together are too large")
 
     def _read_stream(self, descriptor: int) -> None:
         data = os.read(descriptor, _CHUNK)
@@ -323,7 +338,7 @@ class Process:
         if self._keep_stdout and descriptor == self._stdout_stream:
             self.stdout += data
         if self._output_bytes > self.limits.output_bytes:
-            raise Ended("output_limit", f"more than {self.limits.output_bytes} bytes of output")
+            raise Failure("output_limit", f"more than {self.limits.output_bytes} bytes of output")
 
     def take_frame(self) -> dict | None:
         """Returns the next frame that has come in whole, if any."""
@@ -331,20 +346,20 @@ class Process:
             return None
         size = int.from_bytes(self._inbox[: wire.HEADER_BYTES], "big")
         if size > self.limits.output_bytes + _FRAME_SLACK:
-            raise Ended("output_limit", f"an answer of {size} bytes, more than {self.limits.output_bytes}")
+            raise Failure("output_limit", f"an answer of {size} bytes, more than {self.limits.output_bytes}")
         end = wire.HEADER_BYTES + size
         if len(self._inbox) < end:
             return None
         payload = bytes(self._inbox[wire.HEADER_BYTES : end])
         del self._inbox[:end]
         if payload.count(b"[") + payload.count(b"{") > _MAX_CONTAINERS:
-            raise Ended("output_limit", f"an answer with more than {_MAX_CONTAINERS} lists or dicts")
+            raise Failure("output_limit", f"an answer with more than {_MAX_CONTAINERS} lists or dicts")
         try:
             message = wire.parse(payload)
         except (ValueError, RecursionError):
-            raise Ended("violation", "the program sent what is no JSON") from None
+            raise Failure("violation", "the program sent what is no JSON") from None
         except MemoryError:
-            raise Ended("memory", "the judge ran out of memory on the program's answer") from None
+            raise Failure("memory", "the judge ran out of memory on the program's answer") from None
         if type(message) is not dict:
-            raise Ended("violation", "the program sent what is no message")
+            raise Failure("violation", "the program sent what is no message")
         return message
