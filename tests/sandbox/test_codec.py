@@ -11,8 +11,6 @@ import random
 import uuid
 import zoneinfo
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from decimal import Decimal
-from fractions import Fraction
 
 import numpy
 import pytest

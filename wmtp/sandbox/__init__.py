@@ -19,7 +19,7 @@ Files, each importing only from those before it, and nothing else of the library
     primitives      syscalls landlock seccomp filesystem namespaces usage wire
     data            jobs compare set_order kinds codec operations
     zygote, child   confine server child probe zygote
-    judge           supervise remote raised session names assertions judge
+    judge           supervise raised remote session names assertions judge
     caller          pool
 """
 

@@ -36,12 +36,8 @@ _DATETIMES = (datetime.timedelta, datetime.datetime, datetime.date, datetime.tim
 BASES = (OrderedDict, Counter, defaultdict, *MUTABLE, *IMMUTABLE, Decimal, Fraction, *_DATETIMES)
 
 
-class AnswerTooLarge(ValueError):
-    """The encoded value would exceed the size agreed on."""
-
-
-class TooDeep(ValueError):
-    """The value is nested deeper than `MAX_DEPTH`, or contains itself."""
+class Unsendable(ValueError):
+    """The encoded value would exceed the size agreed on, or it is nested deeper than `MAX_DEPTH`, or contains itself."""
 
 
 class Encoder:
@@ -49,7 +45,7 @@ class Encoder:
 
     Args:
         reference: called with what is no value; returns its encoding (a tagged object).
-        max_bytes: rough bound on the size of one value; more raises `AnswerTooLarge`.
+        max_bytes: rough bound on the size of one value; more raises `Unsendable`.
         own: called with an instance of a subclass of a builtin type; returns the content of a handle, which is sent
             beside the value, or the whole encoding, or None: the value alone.
     """
@@ -65,7 +61,7 @@ class Encoder:
         self._size = 0
 
     def encode(self, value: object) -> object:
-        """Returns the JSON-ready form of `value`; raises `AnswerTooLarge` or `TooDeep`."""
+        """Returns the JSON-ready form of `value`; raises `Unsendable`."""
         self._size = 0
         with room(8 * MAX_DEPTH):
             return self._encode(value, 0)
@@ -73,7 +69,7 @@ class Encoder:
     def _grow(self, size: int) -> None:
         self._size += size
         if self._size > self._max_bytes:
-            raise AnswerTooLarge(f"a value takes more than {self._max_bytes} bytes")
+            raise Unsendable(f"takes more than {self._max_bytes} bytes")
 
     def _encode(self, value: object, depth: int) -> object:
         self._grow(2)
@@ -91,7 +87,7 @@ class Encoder:
             self._grow(2 * len(value))
             return {"b": value.hex()}
         if depth > MAX_DEPTH:  # also every cycle ends here
-            raise TooDeep(f"nested deeper than {MAX_DEPTH} levels")
+            raise Unsendable(f"is nested deeper than {MAX_DEPTH} levels, or contains itself")
         if cls is list:
             return [self._encode(item, depth + 1) for item in value]
         if cls is tuple:

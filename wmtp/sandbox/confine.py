@@ -43,8 +43,6 @@ class Confinement:
         """Confines this process for good; raises OSError or ValueError where any step fails (then nothing may run)."""
         if self.limit_resources:
             self._set_rlimits(limits)
-        if not syscalls.SUPPORTED:
-            return
         syscalls.prctl(_PR_SET_NO_NEW_PRIVS, 1)
         if self.ruleset is not None:
             self.ruleset.restrict()
@@ -64,11 +62,10 @@ class Confinement:
         lower(resource.RLIMIT_CPU, math.ceil(limits["cpu_seconds"]) + 1)
         if self.limit_tasks:
             lower(resource.RLIMIT_NPROC, limits["threads"] + _SYSTEM_TASKS)
-        if syscalls.SUPPORTED:
-            lower(resource.RLIMIT_MSGQUEUE, 0)
-            lower(resource.RLIMIT_MEMLOCK, 0)
-            lower(resource.RLIMIT_RTPRIO, 0)
-            lower(resource.RLIMIT_SIGPENDING, 256)
+        lower(resource.RLIMIT_MSGQUEUE, 0)
+        lower(resource.RLIMIT_MEMLOCK, 0)
+        lower(resource.RLIMIT_RTPRIO, 0)
+        lower(resource.RLIMIT_SIGPENDING, 256)
         if self.warm_bytes:
             allowed = self.warm_bytes + limits["memory_bytes"]
             if self.watch_memory:
@@ -87,8 +84,7 @@ def lower(kind: int, value: int) -> None:
 
 def die_with_parent() -> None:
     """Has the kernel kill this process when its parent ends."""
-    if syscalls.SUPPORTED:
-        syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    syscalls.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def own_task_counter() -> bool:

@@ -9,9 +9,10 @@ import os
 import resource
 import socket
 import sys
+import tempfile
 import time
 from dataclasses import asdict
-from typing import BinaryIO
+from typing import IO
 
 from wmtp.sandbox import compare, confine, filesystem, wire
 from wmtp.sandbox.assertions import judge_inside, judge_outside
@@ -198,9 +199,10 @@ def _stdio_failure(process: Process) -> Failure | None:
     return process.ended() if process.report.get("status") != 0 else None
 
 
-def _input_file(text: str) -> BinaryIO:
+def _input_file(text: str) -> IO[bytes]:
     """Returns a regular file to read from: programs ask for its size, read its descriptor, or open it again."""
-    file = os.fdopen(os.memfd_create("stdin"), "w+b")
+    in_memory = hasattr(os, "memfd_create")  # some builds of Python lack it
+    file = os.fdopen(os.memfd_create("stdin"), "w+b") if in_memory else tempfile.TemporaryFile()  # noqa: SIM115
     file.write(text.encode("utf-8", "surrogatepass"))
     file.seek(0)  # which also writes what is buffered
     return file

@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -17,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from wmtp.sandbox import filesystem, wire
+from wmtp.sandbox import filesystem, syscalls, wire
 from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, Verdict, job_to_wire, outcome_from_wire
 
 _PREFIX = "wmtp-sandbox-"  # of the folders, in the system's temporary one
@@ -46,7 +47,7 @@ class Sandbox:
         missing: those that are not, with the reason.
 
     Raises:
-        ValueError: fewer than one worker, no folder to hide, or the floor is not reached and `allow_unsafe` is False.
+        ValueError: not Linux, fewer than one worker, no folder to hide, or less than the floor without `allow_unsafe`.
         RuntimeError: the sandbox's processes do not start.
     """
 
@@ -62,8 +63,10 @@ class Sandbox:
         allow_unsafe: bool = False,
         _without: tuple[str, ...] = (),
     ) -> None:
+        if not syscalls.SUPPORTED:
+            raise ValueError(f"the sandbox needs Linux on x86-64 or aarch64, got {sys.platform} {syscalls.MACHINE}")
         if workers is None:
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            workers = len(os.sched_getaffinity(0))
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers} (Sandbox)")
         if unknown := set(_without) - set(_LAYERS):

@@ -3,8 +3,6 @@
 import contextlib
 from typing import Any
 
-from wmtp.sandbox.remote import Conversation
-
 # From a call, they would end the test's own loops early; `execute` is called by no test.
 _FLOW = (StopIteration, StopAsyncIteration, GeneratorExit)
 _CONTROL_FLOW: dict[str | None, type | tuple] = {"next": StopIteration, "anext": StopAsyncIteration, "execute": _FLOW}
@@ -19,7 +17,7 @@ class RemoteError(Exception):
 class ProgramsClass(type):
     """Class of the classes that stand for the program's own exceptions: what they do and have is asked of it."""
 
-    _remote_session: Conversation
+    _remote_session: Any
     _remote_reference: dict
 
     def __call__(cls, /, *args: object, **kwargs: object) -> object:
@@ -34,7 +32,7 @@ class ProgramsClass(type):
 class _Programs:
     """What the instances of those classes have in common."""
 
-    _remote_session: Conversation
+    _remote_session: Any
     _remote_message: str
 
     def __str__(self) -> str:
@@ -46,7 +44,7 @@ class _Programs:
         return self._remote_session.request("attr", self, name)
 
 
-def exception_class(session: Conversation, content: list, known: dict[int, type]) -> type:
+def exception_class(session: Any, content: list, known: dict[int, type]) -> type:
     """Returns the class that stands for an exception class of the program's: always the same for the same handle."""
     handle, name, bases = content
     if type(handle) is not int or type(name) is not str or len(bases) > _MAX_BASES:
@@ -61,7 +59,7 @@ def exception_class(session: Conversation, content: list, known: dict[int, type]
     return known[handle]
 
 
-def exception(session: Conversation, content: dict, operation: str | None) -> BaseException:
+def exception(session: Any, content: dict, operation: str | None) -> BaseException:
     """Returns the exception that the program raised: of the same builtin class, or of one that stands for its own.
 
     Raises one of `codec.MALFORMED`.
@@ -91,7 +89,7 @@ def exception(session: Conversation, content: dict, operation: str | None) -> Ba
     return error
 
 
-def warning(session: Conversation, content: list) -> tuple:
+def warning(session: Any, content: list) -> tuple:
     """Returns message, class and line of a warning of the program's, as `warnings.warn_explicit` takes them."""
     category, text, line = content
     cls = session.decode(category)

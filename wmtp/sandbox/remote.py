@@ -15,7 +15,7 @@ import inspect
 import operator
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from wmtp.sandbox.operations import BINARY, UNARY
 
@@ -23,27 +23,6 @@ _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module_
 _BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
 CONVERSIONS = ("int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
 _UNARY = (*UNARY, *CONVERSIONS)
-
-
-class Conversation(Protocol):
-    """What a stand-in needs of the session that it belongs to (`session.Session`, where the members are explained)."""
-
-    epoch: int
-    failure: BaseException | None
-    raised: BaseException | None
-    decode: Callable[[object], Any]
-
-    def request(self, operation: str, /, *args: object, **kwargs: object) -> Any: ...
-
-    def remark(self, text: str) -> None: ...
-
-    def shown(self, value: object) -> bytes: ...
-
-    def walked(self, reference: dict, items: Iterator) -> Iterator: ...
-
-    def stop(self, verdict: str, detail: str) -> BaseException: ...
-
-    def refuse(self, reason: str) -> BaseException: ...
 
 
 def _asked(operation: str) -> Callable:
@@ -58,7 +37,7 @@ class Own:
     """Base of all that stands for an object of the program's; what is asked of that object goes to the program."""
 
     __slots__ = ()
-    _remote_session: Conversation
+    _remote_session: Any
     _remote_reference: dict
     _remote_changed: frozenset[str] = frozenset()  # operators that the program's class changes
 
@@ -80,12 +59,9 @@ class Remote(Own):
     """An object of the program's, by its handle.
 
     Args:
-        session: what asks the program.
-        reference: the handle, as the program's side knows it.
         abilities: which of the special methods it has; the class must be that of `remote_class` for them.
         base: name of the builtin container of whose subclass it is an instance; it then has that container's data.
         changed: operators that the subclass changes.
-        data: what the container holds now.
     """
 
     __slots__ = (
@@ -96,7 +72,7 @@ class Remote(Own):
 
     def __init__(
         self,
-        session: Conversation,
+        session: Any,
         reference: dict,
         abilities: str = "",
         base: str | None = None,
@@ -377,12 +353,8 @@ def _complete() -> None:
         setattr(Remote, f"__r{name}__", _binary(name, reflected=True))
     for name in ("lt", "le", "gt", "ge"):
         setattr(Remote, f"__{name}__", _ordering(name))
-    for name, function in {
-        "len": len, "iter": iter, "next": next, "bool": bool, "str": str, "repr": repr, "format": format,
-    }.items():  # fmt: skip
-        setattr(Name, f"__{name}__", lambda self, *args, _do=function: _do(self._remote_value(), *args))
-    Name.__getitem__ = lambda self, key: self._remote_value()[key]
-    Name.__contains__ = lambda self, item: item in self._remote_value()
+    for function in (len, iter, next, bool, str, repr, format, operator.getitem, operator.contains):
+        setattr(Name, f"__{function.__name__}__", lambda self, *args, _do=function: _do(self._remote_value(), *args))
     for sign in "wAW":
         for name in _METHODS[sign]:
             setattr(Name, name, lambda self, *args, _name=name: getattr(self._remote_value(), _name)(*args))

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from wmtp.sandbox import wire
-from wmtp.sandbox.codec import BASES, AnswerTooLarge, Decoder, Encoder, TooDeep
+from wmtp.sandbox.codec import BASES, Decoder, Encoder, Unsendable
 from wmtp.sandbox.kinds import TYPES, record_type
 from wmtp.sandbox.operations import OPERATIONS, OVERRIDABLE
 from wmtp.sandbox.usage import is_refused_memory
@@ -97,14 +97,12 @@ class Server:
         try:
             try:
                 return {"value": action()}
-            except (AnswerTooLarge, TooDeep):
+            except Unsendable:
                 raise
             except BaseException as error:
                 return {"error": self._describe(error)}
-        except AnswerTooLarge as error:
-            return {"too_large": str(error)}
-        except TooDeep as error:
-            return {"too_deep": str(error)}
+        except Unsendable as error:
+            return {"unsendable": str(error)}
 
     def _load(self, program: str, setup: str, entry_point: str | None, inside: bool) -> None:
         """Runs the program and the set-up for tests in the judge, or `inside`, in the program's own namespace."""

@@ -63,8 +63,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def call(name: str, *args: object) -> int:
     """Makes the system call `name` of `SETUP`; raises OSError where it fails."""
-    if name not in SETUP:
-        raise OSError(38, f"{name}: not known on {sys.platform} {MACHINE}")
     converted = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     return _check(name, _libc.syscall(ctypes.c_long(SETUP[name]), *converted))
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from wmtp.sandbox import child, confine, filesystem, landlock, namespaces, probe, seccomp, syscalls, wire
+from wmtp.sandbox import child, confine, filesystem, landlock, namespaces, probe, seccomp, wire
 from wmtp.sandbox.usage import FASTEST_GROWTH, ResidentMemory, usage_of
 
 # What programs import most; anything else is imported when a program asks, at its own cost.
@@ -52,7 +52,7 @@ class Zygote:
         self._control = control
         self._without: dict[str, str] = settings["without"]
         self._missing: list[str] = []
-        limit_tasks = syscalls.SUPPORTED and os.geteuid() == 0 and confine.own_task_counter()
+        limit_tasks = os.geteuid() == 0 and confine.own_task_counter()
         confine.die_with_parent()  # after the change of user, which would undo it
         self._memory = self._layer("resident memory", ResidentMemory)  # before /proc is out of sight
         spaces = self._enter_namespaces(settings)
@@ -96,8 +96,6 @@ class Zygote:
 
     def _layer(self, name: str, build: Callable):
         reason = self._without.get(name)
-        if reason is None and not syscalls.SUPPORTED:
-            reason = f"not available on {sys.platform} {syscalls.MACHINE}"
         if reason is None:
             try:
                 return build()

@@ -472,7 +472,7 @@ def secret(check):
     _forged(
         "set_that_is_slow_to_order",
         "A set whose order and table size fit nothing, so that every way of filling it is tried.",
-        """'[%s]' % ','.join('{"set":[33000,[%s,"x",-1,-2]]}' % str(list(range(i, i + 400)))[1:-1] for i in range(60))""",
+        """'[%s]' % ','.join('{"set":[33000,[%s,"x",-1,-2]]}' % str([*range(i, i + 400)])[1:-1] for i in range(60))""",
         "assert solve(2, 3) == 5",
         limits=SLOW,
     ),
