@@ -37,7 +37,7 @@ BASES = (OrderedDict, Counter, defaultdict, *MUTABLE, *IMMUTABLE, Decimal, Fract
 
 
 class Unsendable(ValueError):
-    """The encoded value would exceed the size agreed on, or it is nested deeper than `MAX_DEPTH`, or contains itself."""
+    """The value exceeds the size agreed on, or is nested deeper than `MAX_DEPTH`, or contains itself."""
 
 
 class Encoder:

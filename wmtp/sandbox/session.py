@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 
 from wmtp.sandbox import wire
-from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, MAX_DEPTH, Decoder, Encoder, TooDeep
+from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, Decoder, Encoder, Unsendable
 from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
 from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
@@ -124,8 +124,8 @@ class Session:
                 message["k"] = {name: self._encoder.encode(arg) for name, arg in kwargs.items()}
             if self._instances.entries:
                 message["o"] = self._describe_instances()
-        except TooDeep:
-            raise self.refuse(f"passes a value nested deeper than {MAX_DEPTH} levels to the program") from None
+        except Unsendable as error:
+            raise self.refuse(f"passes to the program a value that {error}") from None
         return message
 
     def _exchange(self, message: dict) -> object:
@@ -155,12 +155,8 @@ class Session:
         try:
             issued = [warning(self, content) for content in answer.pop("warnings", [])]
             ((kind, content),) = answer.items()
-            if kind == "too_large":
-                raise Failure("output_limit", f"the answer takes more than {self.process.limits.output_bytes} bytes")
-            if kind == "too_deep":
-                raise Failure(
-                    "output_limit", f"the answer is nested deeper than {MAX_DEPTH} levels, or contains itself"
-                )
+            if kind == "unsendable":
+                raise Failure("output_limit", f"the answer {content}")
             value = self.decode(content) if kind == "value" else None
             classes = value if type(value) is tuple else (value,)
             if operation != "type" and any(map(_takes_failures, classes)):
