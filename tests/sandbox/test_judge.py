@@ -489,7 +489,7 @@ REFUSED = {
     "to swallow an exception": "with P(1):\n  raise KeyError",
     "which cannot be sent": "import threading\nP(P(threading.Lock()))",
     "nested deeper than 400 levels": "deep = P(1).deep()",
-    "passes to the program a value that is nested deeper than 400 levels": "x = P(1).x\nfor _ in range(500): x = [x]\nP(x)",
+    "to the program a value that is nested deeper than 400 levels": "x = P(1).x\nfor _ in range(500): x = [x]\nP(x)",
 }
 
 

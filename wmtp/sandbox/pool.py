@@ -170,16 +170,13 @@ class _Worker:
     def _start(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="judge-", dir=self._settings["root"])
         flag = self._flag_file.fileno()
-        self._process, self._connection = wire.start(
-            "judge",
-            {**self._settings, "flag": flag, "root": self._folder},
-            descriptors=(flag,),
-            new_session=True,  # Ctrl-C in the terminal ends the recipe, which ends the judges
-        )
+        settings = {**self._settings, "flag": flag, "root": self._folder}
+        # In a session of its own: Ctrl-C in the terminal ends the recipe, which ends the judges.
+        self._judge = wire.Started("judge", settings, descriptors=(flag,), new_session=True)
 
     def wait_until_ready(self) -> dict:
         """Returns the protections in force; raises RuntimeError where the judge or its zygote did not start."""
-        report = wire.first_report(self._process, self._connection, _START_SECONDS)
+        report = self._judge.first_report(_START_SECONDS)
         if "error" in report:
             self.close()
             raise RuntimeError(f"a judge of the sandbox did not start: {report['error']}")
@@ -195,9 +192,9 @@ class _Worker:
         start = time.monotonic()
         try:
             self._flag[0] = 0
-            self._connection.settimeout((limits.wall_seconds + _JUDGE_GRACE_SECONDS) * runs)
-            wire.send(self._connection, job_to_wire(job, limits))
-            answer = wire.receive(self._connection)
+            self._judge.connection.settimeout((limits.wall_seconds + _JUDGE_GRACE_SECONDS) * runs)
+            wire.send(self._judge.connection, job_to_wire(job, limits))
+            answer = wire.receive(self._judge.connection)
         except OSError:
             answer = None
         if self._abandoned:
@@ -207,7 +204,7 @@ class _Worker:
             return outcome, answer["starved"] or outcome.verdict == "harness_error"
         begun = self._flag[0] != 0
         self._stop()
-        verdict, detail = _blame(self._process.returncode, begun)
+        verdict, detail = _blame(self._judge.process.returncode, begun)
         self._start()
         self.wait_until_ready()
         outcome = Outcome(verdict, detail, (verdict,), (), 0.0, time.monotonic() - start)
@@ -216,16 +213,15 @@ class _Worker:
     def _stop(self) -> None:
         """Ends the judge, and with it its zygote and whatever runs there."""
         with contextlib.suppress(OSError):
-            self._connection.settimeout(0)
-            wire.send(self._connection, {"kind": "close"})
-        wire.stop(self._process)
-        self._connection.close()
+            self._judge.connection.settimeout(0)
+            wire.send(self._judge.connection, {"kind": "close"})
+        self._judge.stop()
         filesystem.remove_folder(self._folder)
 
     def abandon(self) -> None:
         """Breaks off what is being judged; the worker is of no further use."""
         self._abandoned = True
-        self._process.kill()
+        self._judge.process.kill()
 
     def close(self) -> None:
         """Ends the judge for good."""

@@ -59,16 +59,12 @@ class ZygoteLost(Exception):
 
 
 class ZygoteHandle:
-    """A running zygote.
+    """A running zygote; raises `ZygoteLost` where it does not start.
 
     Args:
         settings: `without` (layers to leave out, each with the reason), `root` (folder in which to make the zygote's
-            own), `hidden` (real paths of folders that no program may see), `outside` (a file that no program may be
-            able to read), `bubblewrap` (path of `bwrap`, or None: used where neither Landlock nor namespaces are to be
-            had).
-
-    Raises:
-        ZygoteLost: it did not start.
+            own), `hidden` (real paths of folders that no program may see), `outside` (a file that none may be able to
+            read), `bubblewrap` (path of `bwrap`, or None: used where neither Landlock nor namespaces are to be had).
     """
 
     def __init__(self, settings: dict) -> None:
@@ -89,10 +85,11 @@ class ZygoteHandle:
         settings = {**self._settings, "base": self._base, "wrapped": bubblewrap is not None}
         settings["address_space"] = confine.address_space()
         prefix = (bubblewrap, *filesystem.bubblewrap_options(self._base, settings["hidden"])) if bubblewrap else ()
-        self._process, self.control = wire.start("zygote", settings, prefix=prefix, stderr=subprocess.PIPE)
-        self.report = wire.first_report(self._process, self.control, _START_SECONDS)
+        self._started = wire.Started("zygote", settings, prefix=prefix, stderr=subprocess.PIPE)
+        self.control, self._stderr = self._started.connection, self._started.process.stderr
+        self.report = self._started.first_report(_START_SECONDS)
         if "error" in self.report:
-            lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
             self.close()
             raise ZygoteLost(f"the sandbox's zygote did not start: {lines[-1] if lines else self.report['error']}")
 
@@ -120,24 +117,20 @@ class ZygoteHandle:
     def close(self) -> None:
         """Ends the zygote, whatever runs under it, and its folder."""
         self.control.close()
-        wire.stop(self._process)
-        self._process.stderr.close()
+        self._started.stop()
+        self._stderr.close()
         filesystem.remove_folder(self._base)
 
 
 class Process:
-    """One confined process.
+    """One confined process; raises `ZygoteLost` where it is not started.
 
     Args:
-        zygote: who forks it.
         limits: its limits; the wall clock starts when it is sent its program.
         stdin: descriptor to read from, where it runs as a program; None: it serves requests.
         hangup: descriptor whose far end closes when this judge is no longer wanted.
         flag: one byte, `ANSWERED` once a byte has come from the program. It may lie in shared memory, so that it can be
             read when an answer has brought the judge down.
-
-    Raises:
-        ZygoteLost: the process was not started.
     """
 
     def __init__(self, zygote: ZygoteHandle, limits: Limits, stdin: int | None, hangup: int, flag: Flag) -> None:

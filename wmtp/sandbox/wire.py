@@ -87,70 +87,69 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
     return b"".join(parts)
 
 
-def start(
-    module: str,
-    settings: dict,
-    *,
-    descriptors: tuple[int, ...] = (),
-    prefix: tuple[str, ...] = (),
-    stderr: int = subprocess.DEVNULL,
-    new_session: bool = False,
-) -> tuple[subprocess.Popen, socket.socket]:
-    """Starts an interpreter that runs `wmtp.sandbox.<module>.main` and imports nothing else of the library.
+class Started:
+    """An interpreter that runs `wmtp.sandbox.<module>.main`, and our end of its `connection`.
 
-    It has no environment of the caller's but two variables, which say where to find and what to keep.
+    It imports nothing else of the library, and has no environment of the caller's but two variables, which say where to
+    find and what to keep.
 
     Args:
         settings: for `main`, beside its end of the connection.
         descriptors: that it inherits.
         prefix: command line that the interpreter's own comes behind.
-
-    Returns:
-        The process and our end of the connection.
     """
-    environment = {
-        "PATH": os.defpath,
-        "LANG": "C.UTF-8",
-        "PYTHONHASHSEED": "0",  # the order of a set must not change a verdict from run to run
-        "MALLOC_ARENA_MAX": "1",  # each further arena would reserve 64 MiB of the address space allowed
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
-    }
-    passed_on = ("LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
-    environment |= {name: os.environ[name] for name in passed_on if name in os.environ}
-    code = _BOOTSTRAP.format(folder=os.path.dirname(os.path.realpath(__file__)), module=module)
-    connection, theirs = socket.socketpair()
-    with theirs:
-        arguments = json.dumps({**settings, "connection": theirs.fileno()})
-        # -P and -s with an environment of our own isolate like -I, which would also ignore PYTHONHASHSEED.
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-P", "-s", "-c", code, arguments],
-            env=environment,
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), *descriptors),
-            stderr=stderr,
-            start_new_session=new_session,
-        )
-    return process, connection
 
+    def __init__(
+        self,
+        module: str,
+        settings: dict,
+        *,
+        descriptors: tuple[int, ...] = (),
+        prefix: tuple[str, ...] = (),
+        stderr: int = subprocess.DEVNULL,
+        new_session: bool = False,
+    ) -> None:
+        environment = {
+            "PATH": os.defpath,
+            "LANG": "C.UTF-8",
+            "PYTHONHASHSEED": "0",  # the order of a set must not change a verdict from run to run
+            "MALLOC_ARENA_MAX": "1",  # each further arena would reserve 64 MiB of the address space allowed
+            **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1"),
+        }
+        passed_on = ("LD_LIBRARY_PATH", "PYTHONDONTWRITEBYTECODE")
+        environment |= {name: os.environ[name] for name in passed_on if name in os.environ}
+        code = _BOOTSTRAP.format(folder=os.path.dirname(os.path.realpath(__file__)), module=module)
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            arguments = json.dumps({**settings, "connection": theirs.fileno()})
+            # -P and -s with an environment of our own isolate like -I, which would also ignore PYTHONHASHSEED.
+            self.process = subprocess.Popen(
+                [*prefix, sys.executable, "-P", "-s", "-c", code, arguments],
+                env=environment,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), *descriptors),
+                stderr=stderr,
+                start_new_session=new_session,
+            )
 
-def first_report(process: subprocess.Popen, connection: socket.socket, seconds: float) -> dict:
-    """Returns what a started process says of itself, or `{"error": why it says nothing}` once it is killed or gone."""
-    connection.settimeout(seconds)
-    try:
-        report = receive(connection)
-    except OSError as error:
-        process.kill()
-        report = {"error": f"no answer: {error}"}
-    connection.settimeout(None)
-    return {"error": "it ended"} if report is None else report
+    def first_report(self, seconds: float) -> dict:
+        """Returns what it says of itself, or `{"error": why it says nothing}` once it is killed or gone."""
+        self.connection.settimeout(seconds)
+        try:
+            report = receive(self.connection)
+        except OSError as error:
+            self.process.kill()
+            report = {"error": f"no answer: {error}"}
+        self.connection.settimeout(None)
+        return {"error": "it ended"} if report is None else report
 
-
-def stop(process: subprocess.Popen) -> None:
-    """Waits a little for a process that was told to end, then kills it."""
-    try:
-        process.wait(timeout=_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    def stop(self) -> None:
+        """Waits a little for it, which was told to end, then kills it."""
+        try:
+            self.process.wait(timeout=_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.connection.close()
