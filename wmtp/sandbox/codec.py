@@ -125,9 +125,7 @@ class Encoder:
             content = {"record": [self._encode(part, depth) for part in record]}
         else:
             content = self._encode(_PLAIN[base](value), depth)
-        if own is not None and issubclass(base, MUTABLE):
-            return {"h": [*own, content]}
-        return content if own is None else {"S": [own, content]}
+        return content if own is None else {"h": [*own, content]}
 
 
 class Decoder:

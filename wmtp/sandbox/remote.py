@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from wmtp.sandbox.operations import BINARY, UNARY
 
 _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
-_BASES = {base.__name__: base for base in (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)}
+CONTAINERS = (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)
 CONVERSIONS = ("int", "float", "complex", "index", "trunc", "floor", "ceil", "round")
 _UNARY = (*UNARY, *CONVERSIONS)
 
@@ -60,7 +60,7 @@ class Remote(Own):
 
     Args:
         abilities: which of the special methods it has; the class must be that of `remote_class` for them.
-        base: name of the builtin container of whose subclass it is an instance; it then has that container's data.
+        base: the builtin container of whose subclass it is an instance; it then has that container's data.
         changed: operators that the subclass changes.
     """
 
@@ -75,7 +75,7 @@ class Remote(Own):
         session: Any,
         reference: dict,
         abilities: str = "",
-        base: str | None = None,
+        base: type | None = None,
         changed: frozenset[str] = frozenset(),
         data: object = None,
     ) -> None:
@@ -118,10 +118,10 @@ class Remote(Own):
 
     def __getitem__(self, key: object) -> object:
         item = self._remote("item", key)
-        if self._remote_base in ("list", "deque") and type(key) is int:
+        if self._remote_base in (list, deque) and type(key) is int:
             items = self._remote_value()
             if -len(items) <= key < len(items) and not self._remote_agree(items[key], item):
-                reason = f"a {self._remote_base} gives two items for place {key}"
+                reason = f"a {self._remote_base.__name__} gives two items for place {key}"
                 raise self._remote_session.stop("wrong_answer", reason)
         return item
 
@@ -132,7 +132,7 @@ class Remote(Own):
 
     @property
     def __class__(self):
-        return _BASES.get(self._remote_base, type(self))
+        return self._remote_base or type(self)
 
     def __bool__(self) -> bool:
         if self._remote_base is None and "b" in self._remote_abilities:

@@ -237,10 +237,10 @@ class Server:
         number = self._numbers.setdefault(id(value), len(self._objects))
         if number == len(self._objects):
             self._objects.append(value)
-        return [number, _name_of(cls), self._abilities[id(cls)]]
+        return [number, self._abilities[id(cls)]]
 
     def _own(self, value: object) -> list | None:
-        """Returns a handle for an instance of a builtin type's subclass, that type, and the operators it changes."""
+        """Returns a handle for an instance of a builtin type's subclass, its name, and the operators it changes."""
         cls = type(value)
         if value is self._bare:
             return None
@@ -248,7 +248,7 @@ class Server:
             return None
         base = next(base for base in _mro(cls) if base.__module__ in ("builtins", "collections") and base in BASES)
         changed = [name for name in OVERRIDABLE if _of(cls, f"__{name}__") is not _of(base, f"__{name}__")]
-        return [*self._handle(value), base.__name__, changed]
+        return [*self._handle(value), _name_of(cls), changed]
 
     def _reference(self, value: object) -> dict:
         """Returns what stands for an object that is no value."""

@@ -13,7 +13,7 @@ from wmtp.sandbox.codec import IMMUTABLE, MALFORMED, Decoder, Encoder, Unsendabl
 from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
 from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
-from wmtp.sandbox.remote import ABILITIES, CONVERSIONS, Name, Own, remote_class, value_class
+from wmtp.sandbox.remote import ABILITIES, CONTAINERS, CONVERSIONS, Name, Own, remote_class, value_class
 from wmtp.sandbox.supervise import ANSWERED, Failure, Process
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
@@ -207,25 +207,22 @@ class Session:
             return self._exports.get(content)[0]
         if tag == "X":
             return exception_class(self, content, self._classes)
-        if tag == "S":
-            (handle, name, _, base, changed), data = content
-            value = self.decode(data)
-            kind = next(cls for cls in (*IMMUTABLE, object) if issubclass(type(value), cls))
-            if kind is object or type(name) is not str:
-                raise ValueError("no value of a class that can have subclasses")
-            cls = value_class(type(value), name[:_MAX_NAME], OVERRIDABLE.intersection(map(str, changed)))
-            made = type(value).__new__(cls, value)
-            made.__dict__.update(_remote_session=self, _remote_reference={"h": int(handle)})
-            return made
         if tag != "h":
             raise ValueError(f"unknown tag {tag!r}")
-        handle, _, abilities, *rest = content
-        cls = remote_class("".join(sorted(ABILITIES.intersection(abilities))))
+        handle, abilities, *rest = content
+        reference, cls = {"h": int(handle)}, remote_class("".join(sorted(ABILITIES.intersection(abilities))))
         if not rest:
-            return cls(self, {"h": int(handle)}, abilities)
-        base, changed, data = rest
-        operators = OVERRIDABLE.intersection(map(str, changed))
-        return cls(self, {"h": int(handle)}, abilities, str(base), operators, self.decode(data))
+            return cls(self, reference, abilities)
+        name, changed, data = rest
+        value, operators = self.decode(data), OVERRIDABLE.intersection(map(str, changed))
+        base = type(value)
+        if base in CONTAINERS:
+            return cls(self, reference, abilities, base, operators, value)
+        if type(name) is not str or not issubclass(base, IMMUTABLE):
+            raise ValueError("no value of a class that can have subclasses")
+        made = base.__new__(value_class(base, name[:_MAX_NAME], operators), value)
+        made.__dict__.update(_remote_session=self, _remote_reference=reference)
+        return made
 
     @staticmethod
     def _own(value: object) -> dict | None:

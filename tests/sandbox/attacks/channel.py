@@ -103,7 +103,7 @@ VALUES = {
     "nan": "[NaN,-Infinity,1e999]",
     "digits": "9" * 100_000,
     "counter": '{"Counter":[{"d":[["a",{"t":[]}]]}]}',
-    "handle_of_infinity": '{"h":[1e999,"x"]}',
+    "handle_of_infinity": '{"h":[1e999,"c"]}',
     "handle_of_digits": '{"h":["' + "9" * 50_000 + '",{}]}',
     "nested_records": '{"record":[["a"],[' * 200 + "1" + '],"R"]}' * 200,
 }

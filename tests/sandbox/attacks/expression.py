@@ -446,20 +446,20 @@ def secret(check):
     _forged(
         "abilities_of_nothing",
         "A handle of nothing, with every ability and an odd base.",
-        """'{"h":[10000000,"x","lincwaANWbz\\\\u0000",["eval"],[5],[]]}'""",
+        """'{"h":[10000000,"lincwaANWbz\\\\u0000",["eval"],[5],[]]}'""",
         "got = solve(2, 3)\nassert got == 5 or len(got) == 5 or got + got == 5",
     ),
     _forged(
         "value_of_an_odd_class",
         "A subclass instance whose value is of no class that can have subclasses, or has one already.",
-        """'{"S":[[0,"x","","int",["eq","hash","sub"]],true]}'""",
+        """'{"h":[0,"","x",["eq","hash","sub"],true]}'""",
         "assert solve(2, 3) == 5",
         verdicts=frozenset({"violation"}),
     ),
     _forged(
         "operators_that_are_no_operators",
         "A float that claims to have changed its comparisons, so that they are put to the program.",
-        """'{"S":[[0,"x","","float",["eq","lt","hash","getattribute","sub"]],6.0]}'""",
+        """'{"h":[0,"","x",["eq","lt","hash","getattribute","sub"],6.0]}'""",
         "got = solve(2, 3)\nassert got == 5 or abs(got - 5) < 1e-6",
         verdicts=WRONG,
     ),
