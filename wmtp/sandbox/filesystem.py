@@ -1,5 +1,6 @@
 """Which files a program may see, and the folder it may write to."""
 
+import itertools
 import os
 import re
 import site
@@ -105,7 +106,7 @@ def clear_folder(folder: str) -> None:
     depth of nesting stops it; links are removed, never followed.
     """
     top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    moved = 0
+    number = itertools.count()
     try:
         while names := os.listdir(top):
             for name in names:
@@ -118,10 +119,7 @@ def clear_folder(folder: str) -> None:
                     for inner in os.listdir(child):
                         if stat.S_ISDIR(os.lstat(inner, dir_fd=child).st_mode):
                             os.chmod(inner, 0o700, dir_fd=child)  # moving a folder rewrites its `..`
-                            os.rename(inner, f".moved-{moved}-{os.getpid()}", src_dir_fd=child, dst_dir_fd=top)
-                            moved += 1
-                        else:
-                            os.unlink(inner, dir_fd=child)
+                        os.rename(inner, f".moved-{next(number)}-{os.getpid()}", src_dir_fd=child, dst_dir_fd=top)
                 finally:
                     os.close(child)
                 os.rmdir(name, dir_fd=top)

@@ -9,14 +9,13 @@ import builtins
 import datetime
 import functools
 import importlib
-import keyword
 import pathlib
 import re
 import sys
 import types
 import uuid
 import zoneinfo
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -187,28 +186,12 @@ def tag_of(cls: type) -> str | None:
 
 
 def record_type(type_name: str, names: tuple[str, ...]) -> type:
-    """Returns a class like a named tuple's, without code of the program's; the same one for the same small names."""
+    """Returns a named tuple's class; the same one for the same names, where they are small."""
     make = _record_type if sum(map(len, names)) <= _KEPT_CHARACTERS else _record_type.__wrapped__
     return make(type_name[:_KEPT_CHARACTERS], names)
 
 
 @functools.lru_cache(maxsize=1024)
 def _record_type(type_name: str, names: tuple[str, ...]) -> type:
-    def replace(self: tuple, /, **changes: object) -> tuple:
-        fields = dict(zip(names, self, strict=True))
-        if changes.keys() - fields.keys():
-            raise ValueError(f"Got unexpected field names: {sorted(changes.keys() - fields.keys())!r}")
-        return tuple.__new__(type(self), (fields | changes).values())
-
-    members: dict[str, object] = {
-        "__slots__": (),
-        "_fields": names,
-        "_asdict": lambda self: dict(zip(names, self, strict=True)),
-        "_replace": replace,
-        "_make": classmethod(tuple.__new__),
-        "__repr__": lambda self: f"{type_name}({', '.join(f'{n}={v!r}' for n, v in zip(names, self, strict=True))})",
-    }
-    for index, name in enumerate(names):
-        if name.isidentifier() and not keyword.iskeyword(name) and not name.startswith("_"):  # else by index only
-            members[name] = property(lambda self, index=index: tuple.__getitem__(self, index))
-    return type(type_name if type_name.isidentifier() else "Record", (tuple,), members)
+    # A name that no named tuple of the program's can have is replaced by the number of the place.
+    return namedtuple(type_name if type_name.isidentifier() else "Record", names, rename=True)

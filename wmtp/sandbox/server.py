@@ -1,8 +1,4 @@
-"""In the confined process: answers the judge's requests about one program's namespace.
-
-Nothing here is trusted once the program has started: the program may change any of it. All it can reach that way
-is its own answers.
-"""
+"""In the confined process, like `child`: answers the judge's requests about one program's namespace."""
 
 import builtins
 import functools
@@ -13,7 +9,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from wmtp.sandbox import wire
 from wmtp.sandbox.codec import BASES, Decoder, Encoder, Unsendable
@@ -30,11 +26,7 @@ _ABILITIES = {
     **{"n": ("__next__",), "i": ("__iter__", "__getitem__"), "A": ("__aiter__",), "N": ("__anext__",)},
     "W": ("__aexit__",),
 }
-_PLAIN_RECORD = {
-    *vars(record_type("Record", ("field",))),
-    *("_field_defaults", "_fields_defaults", "__getnewargs__", "__match_args__", "__new__", "__annotations__"),
-    *("__orig_bases__", "__static_attributes__", "__firstlineno__", "__replace__"),
-}
+_PLAIN_RECORD = {*vars(record_type("Record", ("field",))), "__annotations__", "__orig_bases__"}
 _EXCEPTION_ATTRIBUTES = (
     *("errno", "strerror", "filename", "filename2", "code", "name", "path", "obj", "msg", "text", "lineno", "offset"),
     *("object", "start", "end", "reason", "encoding"),
@@ -79,30 +71,24 @@ class Server:
     def serve(self) -> None:
         """Answers until the judge hangs up; the first request brings the program."""
         while (request := wire.receive(self._channel)) is not None:
-            self._reply(request["nonce"], functools.partial(self._answer, request))
+            self._reply(request)
 
-    def _reply(self, nonce: str, action: Callable[[], object]) -> None:
+    def _reply(self, request: dict) -> None:
+        nonce = request["nonce"]
         self._nonces.append(nonce)
         outer, self._warnings = self._warnings, []
-        reply = self._attempt(action)
-        if self._warnings:
-            described = self._warnings
-            reply["warnings"] = [[self._exception_class(category), text, line] for category, text, line in described]
+        try:
+            reply: dict = {"value": self._answer(request)}
+        except Unsendable as error:
+            reply = {"unsendable": str(error)}
+        except BaseException as error:
+            reply = {"error": self._describe(error)}
+        if issued := self._warnings:
+            reply["warnings"] = [[self._exception_class(category), text, line] for category, text, line in issued]
         with self._lock:
             self._nonces.pop()
             self._warnings = outer
             wire.send(self._channel, {"nonce": nonce, **reply})
-
-    def _attempt(self, action: Callable[[], object]) -> dict:
-        try:
-            try:
-                return {"value": action()}
-            except Unsendable:
-                raise
-            except BaseException as error:
-                return {"error": self._describe(error)}
-        except Unsendable as error:
-            return {"unsendable": str(error)}
 
     def _load(self, program: str, setup: str, entry_point: str | None, inside: bool) -> None:
         """Runs the program and the set-up for tests in the judge, or `inside`, in the program's own namespace."""
@@ -119,7 +105,6 @@ class Server:
         self._warnings = []
 
     def _answer(self, request: dict) -> object:
-        """Does what `request` says and encodes the result; whatever the program raises comes through."""
         arguments, keywords = self._arguments(request)
         self._bare = arguments[0] if request["op"] == "data" else None
         return self._encoder.encode(self._operations[request["op"]](*arguments, **keywords))
@@ -180,17 +165,12 @@ class Server:
 
     def _exported(self, number: int, kind: str, name: str) -> object:
         """Returns what calls the test's function of that number, or goes through its iterator."""
-        if number not in self._exports:
-            if kind == "iterator":
-                made: object = self._iterate(number)
-            else:
 
-                def made(*args: object, **kwargs: object) -> object:
-                    return self._call_back(number, "call", args, kwargs)
+        def call(*args: object, **kwargs: object) -> object:
+            return self._call_back(number, "call", args, kwargs)
 
-                made.__name__ = made.__qualname__ = name
-            self._exports[number] = made
-        return self._exports[number]
+        call.__name__ = call.__qualname__ = name
+        return self._exports.setdefault(number, self._iterate(number) if kind == "iterator" else call)
 
     def _iterate(self, number: int) -> Iterator:
         while True:
@@ -210,7 +190,7 @@ class Server:
             wire.send(self._channel, {"nonce": self._nonces[-1], "call": [number, operation, encoded, keywords]})
             while (message := wire.receive(self._channel)) is not None:
                 if "op" in message:
-                    self._reply(message["nonce"], functools.partial(self._answer, message))
+                    self._reply(message)
                 elif "raised" in message:
                     raise self._rebuild(message)
                 else:
