@@ -282,7 +282,7 @@ def test_usage_is_that_of_the_process():
 
 
 def test_time_for_being_alone_is_at_least_the_seconds_and_else_the_share():
-    gate = pool._Gate(seconds=100.0, share=0.0)
+    gate = pool._Gate(2, seconds=100.0, share=0.0)
     with gate.alone() as granted:
         assert granted
     gate._spent = 100.0

@@ -87,7 +87,7 @@ class Sandbox:
             "bubblewrap": None if "bubblewrap" in _without else shutil.which("bwrap"),
         }
         self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
-        self._gate = _Gate()
+        self._gate = _Gate(workers)
         self._closed, self._closing = False, threading.Lock()
         self._workers: list[_Worker] = []
         self._threads: list[threading.Thread] = []
@@ -294,11 +294,11 @@ def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limit
 
 
 class _Gate:
-    """Lets many jobs run at once, or one alone: for `seconds` in all, or that share of the time, where it is more."""
+    """Lets `width` jobs run at once, or one alone: for `seconds` in all or that share of the time, if it is more."""
 
-    def __init__(self, seconds: float = _RETRY_SECONDS, share: float = _RETRY_SHARE) -> None:
-        self._condition = threading.Condition()
-        self._running = self._waiting = 0
+    def __init__(self, width: int, seconds: float = _RETRY_SECONDS, share: float = _RETRY_SHARE) -> None:
+        self._width, self._places = width, threading.Semaphore(width)
+        self._turn = threading.Lock()  # to take places: who wants all of them lets nobody pass
         self._seconds, self._share = seconds, share
         self._start, self._spent = time.monotonic(), 0.0
         self.times_alone = 0
@@ -306,33 +306,26 @@ class _Gate:
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Runs beside others; waits while somebody wants to be alone."""
-        with self._condition:
-            self._condition.wait_for(lambda: not self._waiting)
-            self._running += 1
+        with self._turn:
+            self._places.acquire()
         try:
             yield
         finally:
-            with self._condition:
-                self._running -= 1
-                self._condition.notify_all()
+            self._places.release()
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """Runs with no other job beside it; False, at once, where the time for that is spent."""
         start = time.monotonic()
-        with self._condition:
-            granted = self._spent < max(self._seconds, self._share * (start - self._start))
-            if granted:
-                self.times_alone += 1
-                self._waiting += 1
-                self._condition.wait_for(lambda: not self._running)
-                self._running = 1
-        try:
-            yield granted
-        finally:
-            if granted:
-                with self._condition:
-                    self._running = 0
-                    self._waiting -= 1
-                    self._spent += time.monotonic() - start  # the others wait from the moment it asks
-                    self._condition.notify_all()
+        if self._spent >= max(self._seconds, self._share * (start - self._start)):
+            yield False
+            return
+        with self._turn:
+            self.times_alone += 1
+            for _ in range(self._width):
+                self._places.acquire()
+            try:
+                yield True
+            finally:
+                self._spent += time.monotonic() - start  # the others wait from the moment it asks
+                self._places.release(self._width)

@@ -134,24 +134,24 @@ class Process:
     """
 
     def __init__(self, zygote: ZygoteHandle, limits: Limits, stdin: int | None, hangup: int, flag: Flag) -> None:
-        self._zygote, self.limits, self.flag = zygote, limits, flag
+        self._zygote, self._hangup = zygote, hangup
+        self.limits, self.flag = limits, flag
         self._has_program = False
         self.deadline = time.monotonic() + _START_SECONDS
         self.stdout = bytearray()
         self.report: dict | None = None
+        self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
+        self._wall, self._own = 0.0, Usage()
         self._keep_stdout = stdin is not None
         self._last_words = b""
-        self._wall = 0.0
-        self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
-        self._streams: list[int] = []
-        self._poll = select.poll()
-        writers = [self._pipe() for _ in range(2 if self._keep_stdout else 1)]
-        self._stdout_stream = self._streams[0]
-        descriptors = [theirs.fileno(), writers[0], writers[-1]] + ([] if stdin is None else [stdin])
+        self._channel_open = True
+        pipes = [os.pipe() for _ in range(2 if self._keep_stdout else 1)]
+        self._streams = [reader for reader, _ in pipes]
+        descriptors = [theirs.fileno(), pipes[0][1], pipes[-1][1]] + ([] if stdin is None else [stdin])
         try:
             zygote.start(limits, descriptors)
         except ZygoteLost:
@@ -159,20 +159,13 @@ class Process:
             raise
         finally:
             theirs.close()
-            for writer in writers:
+            for _, writer in pipes:
                 os.close(writer)
-        self._poll.register(self._channel, select.POLLIN)
-        self._poll.register(zygote.control, select.POLLIN)
+        self._stdout_stream = self._streams[0]
+        self._poll = select.poll()
+        for source in (self._channel, zygote.control, *self._streams):
+            self._poll.register(source, select.POLLIN)
         self._poll.register(hangup, 0)
-        self._hangup = hangup
-        self._channel_open = True
-
-    def _pipe(self) -> int:
-        reader, writer = os.pipe()
-        os.set_blocking(reader, False)
-        self._streams.append(reader)
-        self._poll.register(reader, select.POLLIN)
-        return writer
 
     def send(self, message: dict) -> None:
         """Queues one frame; it goes out while waiting for the answer. The first brings the program."""
@@ -181,28 +174,25 @@ class Process:
             self._own = own_usage()
         self._outbox = wire.frame(message)
         self._write()
-        if self._outbox:
-            self._poll.modify(self._channel, select.POLLIN | select.POLLOUT)
 
     def _write(self) -> None:
         try:
-            sent = self._channel.send(self._outbox)
+            self._outbox = self._outbox[self._channel.send(self._outbox) :]
         except BlockingIOError:
-            return
+            pass
         except (BrokenPipeError, ConnectionResetError):  # it died: reading tells how
-            sent = len(self._outbox)
-        self._outbox = self._outbox[sent:]
+            self._outbox = b""
+        if self._channel_open:
+            self._poll.modify(self._channel, select.POLLIN | (select.POLLOUT if self._outbox else 0))
 
     def receive(self) -> dict:
         """Returns the next frame; raises `Failure` where there is none, or it is too large or malformed."""
-        while True:
-            message = self.take_frame()
-            if message is not None:
-                return message
+        while (message := self.take_frame()) is None:
             if not self._channel_open:
                 self.wait()
                 raise Failure("violation", "the program sent half a message") if self._inbox else self.ended()
             self._step()
+        return message
 
     def wait(self) -> None:
         """Waits until the process has ended by itself, with all its output read; raises `Failure` at a limit."""
@@ -211,46 +201,40 @@ class Process:
 
     def ended(self) -> Failure:
         """Returns the verdict on a process that ended without an answer; its report must be in."""
-        report = self.report
+        report, limits = self.report, self.limits
         if "failed" in report:
             raise ZygoteLost(report["failed"])
         if (exceeded := self.exceeded()) is not None:
             return exceeded
-        status, number = report["status"], os.WTERMSIG(report["status"])  # of the signal, 0: none
-        # The kernel kills on a count of timer ticks, which can run well ahead of the exact one that it reports.
-        if number == signal.SIGKILL and report["cpu"] > 0.5 * self.limits.cpu_seconds:
-            return self._ended_by("cpu_seconds")
-        if self._broke_on_memory(number):
-            return self._ended_by("memory_bytes")
+        number = os.WTERMSIG(report["status"])  # of the signal, 0: none
+        if number == signal.SIGKILL and report["cpu"] > 0.5 * limits.cpu_seconds:
+            # The kernel kills on a count of timer ticks, which can run well ahead of the exact one that it reports.
+            return _too_slow(limits)
+        near = report["peak"] > _NEAR * limits.memory_bytes and number in (
+            signal.SIGSEGV,
+            signal.SIGBUS,
+            signal.SIGABRT,
+        )
+        if near or (number == signal.SIGABRT and b"bad_alloc" in self._last_words):
+            return _too_large(limits)
         if number:
             verdict: Verdict = "violation" if number == signal.SIGSYS else "exception"
             return Failure(verdict, f"killed by {signal.Signals(number).name}")
-        return Failure("exception", f"the process exited with status {os.WEXITSTATUS(status)} instead of returning")
+        status = os.WEXITSTATUS(report["status"])
+        return Failure("exception", f"the process exited with status {status} instead of returning")
+
+    def exceeded(self) -> Failure | None:
+        """Returns the verdict on an ended process that used more than it may, whatever else is known of it."""
+        report = self.report or {}
+        if report.get("swollen"):
+            return _too_large(self.limits)
+        return _too_slow(self.limits) if report.get("cpu", 0.0) >= self.limits.cpu_seconds else None
 
     def starved(self) -> bool:
         """Returns whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
         if not self._has_program or "cpu" not in self.report:
             return False
         return starved(self._wall, between(self.usage_at_start, self.report), between(self._own, own_usage()))
-
-    def exceeded(self) -> Failure | None:
-        """Returns the verdict on an ended process that used more than it may, whatever else is known of it."""
-        report = self.report or {}
-        if report.get("swollen"):
-            return self._ended_by("memory_bytes")
-        return self._ended_by("cpu_seconds") if report.get("cpu", 0.0) >= self.limits.cpu_seconds else None
-
-    def _ended_by(self, limit: str) -> Failure:
-        if limit == "cpu_seconds":
-            return Failure("timeout", f"more than {self.limits.cpu_seconds:g} s of CPU time")
-        return Failure("memory", f"more than {self.limits.memory_bytes} bytes of memory (limits.memory_bytes)")
-
-    def _broke_on_memory(self, number: int) -> bool:
-        """Returns whether the process died of the signal (0: none) of a program that was refused memory."""
-        near = self.report["peak"] > _NEAR * self.limits.memory_bytes
-        if number == signal.SIGABRT and b"bad_alloc" in self._last_words:
-            return True
-        return near and number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 
     def close(self) -> None:
         """Kills the process where it still runs and takes its report; raises `ZygoteLost`."""
@@ -272,24 +256,19 @@ class Process:
 
     def _close_descriptors(self) -> None:
         self._channel.close()
-        for stream in self._streams:
-            os.close(stream)
-        self._streams = []
+        while self._streams:
+            os.close(self._streams.pop())
 
     def _step(self) -> None:
         """Waits for the next event and takes it in."""
-        left = self.deadline - time.monotonic()
-        events = self._poll.poll(max(0, left) * 1000)
+        events = self._poll.poll(1000 * max(0, self.deadline - time.monotonic()))
         if not events:
             seconds = self.limits.wall_seconds if self._has_program else _START_SECONDS
             raise Failure("timeout", f"no end after {seconds:g} s by the clock", by_clock=True)
-        channel = self._channel.fileno()
         for descriptor, event in events:
-            if descriptor == channel:
+            if descriptor == self._channel.fileno():
                 if event & select.POLLOUT:
                     self._write()
-                    if not self._outbox:
-                        self._poll.modify(channel, select.POLLIN)
                 if event & ~select.POLLOUT:
                     self._read_channel()
             elif descriptor == self._zygote.control.fileno():
@@ -310,7 +289,7 @@ class Process:
         if not data:
             self._channel_open = False
             self._poll.unregister(self._channel)
-        if data and self._has_program:
+        elif self._has_program:
             self.flag[0] = ANSWERED
         self._inbox += data
         self._answer_bytes += len(data)
@@ -356,3 +335,11 @@ class Process:
         if type(message) is not dict:
             raise Failure("violation", "the program sent what is no message")
         return message
+
+
+def _too_slow(limits: Limits) -> Failure:
+    return Failure("timeout", f"more than {limits.cpu_seconds:g} s of CPU time")
+
+
+def _too_large(limits: Limits) -> Failure:
+    return Failure("memory", f"more than {limits.memory_bytes} bytes of memory (limits.memory_bytes)")
