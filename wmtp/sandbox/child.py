@@ -47,7 +47,7 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
             wire.send(channel, {"fatal": f"confinement failed: {error}"})
             os._exit(71)
         random.seed(0)  # what cannot be done before the fork: the same random numbers in every run
-        wire.send(channel, {"ready": usage.own_usage()})
+        wire.send(channel, {"ready": usage.usage_of(resource.getrusage(resource.RUSAGE_SELF))})
         if len(descriptors) == 3:
             Server(channel, limits["output_bytes"]).serve()
         elif (message := wire.receive(channel)) is not None:

@@ -1,6 +1,5 @@
 """All that is done to a process before it may run a model's program, in one place and in the right order."""
 
-import ctypes
 import math
 import os
 import resource
@@ -13,9 +12,10 @@ from wmtp.sandbox.landlock import Ruleset
 from wmtp.sandbox.seccomp import Filter
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
-_CAPABILITY_VERSION = 0x20080522
 _STACK_BYTES = 256 << 20  # deep recursion through C (sort keys, lru_cache) needs more than the usual 8 MiB
 _SYSTEM_TASKS = 4  # zygote, main thread and a margin, beside the threads a program may start
+_CAPABILITY_VERSION = 0x20080522
+_NO_CAPABILITIES = struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)  # header and data of capset(2)
 
 
 @dataclass
@@ -47,8 +47,7 @@ class Confinement:
         if self.ruleset is not None:
             self.ruleset.restrict()
         # Without any capability; NO_NEW_PRIVS and the ban on execve keep them from coming back.
-        header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION, 0))
-        syscalls.call("capset", header, ctypes.create_string_buffer(24))
+        syscalls.call("capset", *_NO_CAPABILITIES)
         die_with_parent()
         if self.filter is not None:
             self.filter.install()

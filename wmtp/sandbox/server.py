@@ -64,7 +64,7 @@ class Server:
         self._exports: dict[int, object] = {}  # what stands for the tests' functions and iterators
         self._warnings: list[tuple] = []
         execute_test = functools.partial(execute, name="test.py", namespace=self.namespace)
-        self._operations = {**OPERATIONS, "load": self._load, "execute": execute_test}
+        self._operations = {"load": self._load, "execute": execute_test}
         self._encoder = Encoder(self._reference, max_bytes, self._own)
         self._decoder = Decoder(self._resolve, self._record)
 
@@ -107,7 +107,8 @@ class Server:
     def _answer(self, request: dict) -> object:
         arguments, keywords = self._arguments(request)
         self._bare = arguments[0] if request["op"] == "data" else None
-        return self._encoder.encode(self._operations[request["op"]](*arguments, **keywords))
+        operation = self._operations.get(request["op"]) or OPERATIONS[request["op"]]
+        return self._encoder.encode(operation(*arguments, **keywords))
 
     def _arguments(self, message: dict) -> tuple[list, dict]:
         self._make_instances(message.get("o", ()))

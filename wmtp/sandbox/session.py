@@ -218,9 +218,10 @@ class Session:
         base = type(value)
         if base in CONTAINERS:
             return cls(self, reference, abilities, base, operators, value)
-        if type(name) is not str or not issubclass(base, IMMUTABLE):
+        kind = next((kind for kind in IMMUTABLE if issubclass(base, kind)), None)
+        if kind is None or type(name) is not str:
             raise ValueError("no value of a class that can have subclasses")
-        made = base.__new__(value_class(base, name[:_MAX_NAME], operators), value)
+        made = kind.__new__(value_class(base, name[:_MAX_NAME], operators), value)
         made.__dict__.update(_remote_session=self, _remote_reference=reference)
         return made
 

@@ -17,6 +17,7 @@ HEADER_BYTES = 4
 _LEVELS = 4000  # of arrays and objects: a value of `codec.MAX_DEPTH` levels takes a few for each
 _MAX_DIGITS = 640  # the least that can be set; longer integers travel in hexadecimal, which takes linear time to read
 _STOP_SECONDS = 5.0
+_to_json = json.JSONEncoder(separators=(",", ":")).encode
 _BOOTSTRAP = """
 import json, socket, sys, types
 for name, folders in (("wmtp", []), ("wmtp.sandbox", [{folder!r}])):
@@ -42,7 +43,7 @@ def room(levels: int) -> Iterator[None]:
 def frame(message: object) -> bytes:
     """Returns `message` as one frame."""
     with room(_LEVELS):
-        payload = json.dumps(message, separators=(",", ":")).encode("ascii")
+        payload = _to_json(message).encode("ascii")
     return len(payload).to_bytes(HEADER_BYTES, "big") + payload
 
 
