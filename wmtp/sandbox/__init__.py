@@ -3,16 +3,11 @@
     with Sandbox(hidden=["folder/of/solutions"]) as sandbox:
         outcomes = sandbox.judge([AssertionJob(program=text, tests=("assert add(2, 3) == 5",))])
 
-Processes: the caller --- judge (one for each worker; it alone knows what is expected, and runs the trusted tests) ---
-zygote (a warm interpreter that never sees a program or an expected value) --- one confined child for each program,
-or, for stdio jobs, for each test. A test's free names are proxies (`remote`): a call on one sends the encoded
-arguments to the child and gets back an encoded answer (`codec`), which the judge rebuilds from types whose code is
-ours. `==`, `isclose`, `sorted` and all else in a test run in the judge, on values that carry no code of the program's.
-Functions and iterators that a test hands over stay in the judge, where the program has them called (`session`).
-
-Each layer is tried out in a throw-away child (`probe`); `Sandbox.layers` and `.missing` tell what holds. Below the
-floor (seccomp, rlimits, and one of Landlock, a mount namespace, bubblewrap) `Sandbox` refuses to start. What is
-guaranteed, by which layer, and what is not: docs/sandbox.md.
+A test's free names are proxies (`remote`): a call on one sends the encoded arguments to the program's process and gets
+back an encoded answer (`codec`), which the judge rebuilds from types whose code is ours. `==`, `isclose`, `sorted` and
+all else in a test run in the judge, on values that carry no code of the program's. Functions and iterators that a test
+hands over stay in the judge, where the program has them called (`session`). The processes, what is guaranteed by which
+layer, the floor below which `Sandbox` refuses to start, and what is not guaranteed: docs/sandbox.md.
 
 Files, each importing only from those before it, and nothing else of the library:
 

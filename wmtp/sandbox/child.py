@@ -19,25 +19,22 @@ import weakref
 
 from wmtp.sandbox import usage, wire
 from wmtp.sandbox.confine import Confinement
-from wmtp.sandbox.landlock import Ruleset
 from wmtp.sandbox.server import Server, execute, new_module, text_of
 
 CHANNEL = 3  # the only descriptor beside stdin, stdout and stderr
+_END = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)  # of the zygote's descriptors
 _ABOVE = 64  # descriptors are moved up there first, so that none is overwritten while they are put in place
 MAX_DETAIL = 500
 
 
 def run(confinement: Confinement, request: dict, descriptors: list[int], scratch: str) -> None:
-    """Confines this process and runs what the judge sends; never returns.
+    """Confines this process and runs what the judge sends in the folder `scratch`; never returns.
 
     Args:
-        confinement: layers to apply before anything of the program's is read.
-        request: `{"limits": ...}`.
         descriptors: channel, stdout, stderr and, for what runs as a program rather than serve requests, stdin.
-        scratch: the working folder.
     """
     try:
-        channel = _arrange(descriptors, confinement.ruleset)
+        channel = _arrange(descriptors)
         os.chdir(scratch)
         os.umask(0o077)
         limits = request["limits"]
@@ -46,6 +43,7 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
         except (OSError, ValueError) as error:
             wire.send(channel, {"fatal": f"confinement failed: {error}"})
             os._exit(71)
+        os.closerange(CHANNEL + 1, _END)
         random.seed(0)  # what cannot be done before the fork: the same random numbers in every run
         wire.send(channel, {"ready": usage.usage_of(resource.getrusage(resource.RUSAGE_SELF))})
         if len(descriptors) == 3:
@@ -57,17 +55,13 @@ def run(confinement: Confinement, request: dict, descriptors: list[int], scratch
     os._exit(0)
 
 
-def _arrange(descriptors: list[int], ruleset: Ruleset | None) -> socket.socket:
+def _arrange(descriptors: list[int]) -> socket.socket:
     os.setsid()
     if len(descriptors) == 3:
         descriptors = [*descriptors, os.open(os.devnull, os.O_RDONLY)]
     channel, stdout, stderr, stdin = (fcntl.fcntl(number, fcntl.F_DUPFD, _ABOVE) for number in descriptors)
     for target, source in enumerate((stdin, stdout, stderr, channel)):
         os.dup2(source, target, inheritable=target < CHANNEL)
-    end = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 1 << 16)
-    kept = end if ruleset is None else ruleset.descriptor  # closed once it has been applied
-    os.closerange(CHANNEL + 1, kept)
-    os.closerange(kept + 1, end)
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, CHANNEL)
 
 

@@ -20,23 +20,15 @@ _NO_CAPABILITIES = struct.pack("=Ii", _CAPABILITY_VERSION, 0), bytes(24)  # head
 
 @dataclass
 class Confinement:
-    """The layers to apply; `apply` is called in the forked child and cannot be undone.
-
-    Fields:
-        ruleset: Landlock fence, or None.
-        filter: seccomp filter, or None.
-        limit_resources: whether to set rlimits.
-        warm_bytes: address space of the warm interpreter, which a program's own memory comes on top of.
-        limit_tasks: whether RLIMIT_NPROC counts this process's own user (see `own_task_counter`).
-        watch_memory: whether the zygote ends a process that holds too much memory. Rlimits then leave room for what is
-            asked for and never used, and bound what could be taken before the zygote looks.
-    """
+    """The layers to apply; `apply` is called in the forked child and cannot be undone."""
 
     ruleset: Ruleset | None = None
     filter: Filter | None = None
     limit_resources: bool = False
-    warm_bytes: int = 0
-    limit_tasks: bool = False
+    warm_bytes: int = 0  # address space of the warm interpreter, which a program's own memory comes on top of
+    limit_tasks: bool = False  # whether RLIMIT_NPROC counts this process's own user (see `own_task_counter`)
+    # Whether the zygote ends a process that holds too much memory. Rlimits then leave room for what is asked for and
+    # never used, and bound what could be taken before the zygote looks.
     watch_memory: bool = False
 
     def apply(self, limits: dict) -> None:

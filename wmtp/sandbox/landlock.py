@@ -39,7 +39,7 @@ class Ruleset:
         values = [handled] + [_TCP] * (self.abi >= 4) + [_SCOPES] * (self.abi >= 6)
         attributes = struct.pack(f"={len(values)}Q", *values)
         descriptor = syscalls.call("landlock_create_ruleset", attributes, len(attributes), 0)
-        self.descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
+        self._descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _ABOVE)
         os.close(descriptor)
         for path, rights in rules:
             self._add(path, rights & handled)
@@ -53,11 +53,10 @@ class Ruleset:
             if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
                 rights &= _FILE_RIGHTS
             rule = ctypes.create_string_buffer(struct.pack("=Qi", rights, descriptor))
-            syscalls.call("landlock_add_rule", self.descriptor, _PATH_BENEATH, rule, 0)
+            syscalls.call("landlock_add_rule", self._descriptor, _PATH_BENEATH, rule, 0)
         finally:
             os.close(descriptor)
 
     def restrict(self) -> None:
-        """Puts this process behind the fence, for good, and forgets the rules. Needs NO_NEW_PRIVS."""
-        syscalls.call("landlock_restrict_self", self.descriptor, 0)
-        os.close(self.descriptor)
+        """Puts this process behind the fence, for good. Needs NO_NEW_PRIVS."""
+        syscalls.call("landlock_restrict_self", self._descriptor, 0)

@@ -76,18 +76,11 @@ def name_exceptions(job: AssertionJob, session: Session, namespace: Namespace) -
 
 
 class Names(NamedTuple):
-    """What the tests of a job say about names.
+    """Names that the tests of a job use and do not themselves assign, define or import."""
 
-    Fields:
-        free: names that they use and do not themselves assign, define or import.
-        modules: names of standard library modules, and numpy's, that they use only as `name.attribute`. The program
-            imports them too, but what it has under such a name would then compute an expected value.
-        exceptions: names that they use where exception classes are used.
-    """
-
-    free: frozenset[str]
-    modules: frozenset[str]
-    exceptions: frozenset[str]
+    free: frozenset[str]  # all of them
+    modules: frozenset[str]  # of the standard library, and numpy, used only as `name.attribute`: the judge's own
+    exceptions: frozenset[str]  # used where exception classes are used
 
 
 @functools.lru_cache(maxsize=512)
@@ -117,10 +110,7 @@ def _classes(node: ast.AST) -> Iterable[ast.AST]:
 
 
 def _import_what_setup_imports(setup: str, namespace: dict) -> None:
-    """Lets the tests use the judge's own modules under the names that the set-up imports.
-
-    The program's side imports them too, but may have put something else in their place.
-    """
+    """Imports the judge's own: the program may have put something else in the place of what its side imports."""
     for node in _parse(setup).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
             with contextlib.suppress(ImportError):  # the program's side has it, or reports the error

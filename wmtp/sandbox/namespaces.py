@@ -44,8 +44,7 @@ def enter() -> str:
 def change_root(base: str, readable: list[str], hidden: list[str]) -> None:
     """Makes a new root of read-only views of `readable` without `hidden`, and a scratch tmpfs; the old tree is gone.
 
-    Args:
-        base: an empty folder, only used as a mount point.
+    The empty folder `base` only serves as a mount point.
     """
     syscalls.mount("none", "/", flags=_MS_REC | _MS_PRIVATE)
     syscalls.mount("wmtp", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=4m,mode=755")

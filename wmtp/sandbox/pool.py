@@ -183,10 +183,9 @@ class _Worker:
         return report
 
     def judge(self, job: Job, limits: Limits) -> tuple[Outcome, bool]:
-        """Returns the outcome of `job`, and whether another try could end otherwise.
+        """Returns the outcome of `job`, and whether another try could end otherwise: a failure of ours, a machine late.
 
-        That is so for failures of ours, and where the clock ran out for want of a CPU or a disk. A judge that dies or
-        hangs is replaced.
+        A judge that dies or hangs is replaced.
         """
         runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
         start = time.monotonic()

@@ -29,9 +29,6 @@ def report(full: Confinement, scratch: str, watch: ResidentMemory | None, spaces
     """Tries every layer alone and then all together; takes out of `full` what does not hold.
 
     Args:
-        full: what is to confine programs.
-        scratch: the folder that they may write to.
-        watch: reads the memory that they hold.
         spaces: kinds of namespaces that this process is in.
         settings: of the zygote.
 

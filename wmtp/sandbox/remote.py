@@ -1,10 +1,9 @@
 """Stand-ins, in the judge, for objects that live in the program's process.
 
 A trusted test uses a `Remote` like the object itself. What comes back is a fresh value, or, for anything else (an
-instance of the program's class, a generator, a function), another `Remote`. Nothing of the program's ever runs in the
-judge, and no comparison is ever put to the program: an object that is no value equals no value. What compares two of
-the program's own objects is refused aloud, as it cannot be judged from outside; so is what computes with one of them
-and a value of the test's, for that may be the expected one (`abs(f(x) - 7.5) < 1e-6`).
+instance of the program's class, a generator, a function), another `Remote`. No comparison is ever put to the program:
+an object that is no value equals no value. What compares two of the program's own objects is refused aloud; so is what
+computes with one of them and a value of the test's, for that may be the expected one (`abs(f(x) - 7.5) < 1e-6`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def _asked_for_text(operation: str) -> Callable:
 
 
 class Own:
-    """Base of all that stands for an object of the program's; what is asked of that object goes to the program."""
+    """Base of all that stands for an object of the program's."""
 
     __slots__ = ()
     _remote_session: Any

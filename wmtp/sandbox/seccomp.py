@@ -27,10 +27,9 @@ OWN_PID = 0xFFFFFFF1  # placeholder, replaced by the process's own id when the f
 
 @dataclass(frozen=True)
 class When:
-    """A condition on the low 32 bits of an argument: `(argument & mask) in values`.
+    """A condition on an argument: `(argument & mask) in values`, or, with `but_not`, the reverse.
 
-    The kernel reads these arguments as 32-bit integers, so the upper half cannot change their meaning. With
-    `but_not`, the condition is reversed.
+    The kernel reads these arguments as 32-bit integers, so the upper half cannot change their meaning.
     """
 
     argument: int
@@ -81,15 +80,10 @@ def _condition(when: When) -> list[Instruction]:
 
 
 def program(allowed: dict[str, int], architecture: int, absent: tuple[int, ...]) -> list[Instruction]:
-    """Returns the filter as BPF instructions.
+    """Returns the filter as BPF instructions; another architecture kills the process, `absent` calls say ENOSYS.
 
     The number is looked up by bisection: the kernel tries every number when a filter is installed, and a linear
     list would make that the dearest step of starting a program.
-
-    Args:
-        allowed: names and numbers of the calls that may be made.
-        architecture: the AUDIT_ARCH value; another one kills the process.
-        absent: numbers that fail with ENOSYS.
     """
     actions = {number: [(_RETURN, 0, 0, _ERRNO | _ENOSYS)] for number in absent}
     for name, number in allowed.items():

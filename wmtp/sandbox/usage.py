@@ -29,12 +29,9 @@ _FIGURES = ("cpu", "preempted", "read", "waited", "stolen")
 class ResidentMemory:
     """Reads how much memory of its own (not of files) a child holds, swapped out or not.
 
-    It keeps /proc open from before the file system is changed, where processes have the numbers of the old process
-    table. A program can neither hide private memory from these counts nor, since the seccomp filter refuses shared
+    It keeps /proc open from before the file system is changed; raises OSError where /proc, or a field of it, cannot be
+    read. A program can neither hide private memory from these counts nor, since the seccomp filter refuses shared
     anonymous maps and /dev/zero is not to be had, keep memory that no map shows.
-
-    Raises:
-        OSError: /proc, or a field of it, cannot be read.
     """
 
     def __init__(self) -> None:
@@ -150,10 +147,8 @@ def between(before: Usage, after: Usage) -> Usage:
 def starved(wall: float, *usages: Usage) -> bool:
     """Returns whether the machine, and not the program, is to blame for what of `wall` seconds was not computed in.
 
-    A process that was kept from running for a tenth of the time or less would have been late without that too.
-
-    Args:
-        usages: of the processes that took turns meanwhile.
+    `usages` are of the processes that took turns meanwhile. Those that were kept from running for a tenth of the time
+    or less would have been late without that too.
     """
     idle = wall - sum(usage["cpu"] for usage in usages)
     kept = 0.0

@@ -64,11 +64,7 @@ def send(connection: socket.socket, message: object) -> None:
 
 
 def receive(connection: socket.socket, start: bytes = b"") -> Any:
-    """Reads one frame from a trusted peer, whatever its size; None at the end of the stream.
-
-    Args:
-        start: bytes of the header that were already read.
-    """
+    """Reads one frame from a trusted peer, whose first bytes may be there already; None at the end of the stream."""
     rest = _read_exactly(connection, HEADER_BYTES - len(start))
     payload = None if rest is None else _read_exactly(connection, int.from_bytes(start + rest, "big"))
     if payload is None:
@@ -91,13 +87,8 @@ def _read_exactly(connection: socket.socket, size: int) -> bytes | None:
 class Started:
     """An interpreter that runs `wmtp.sandbox.<module>.main`, and our end of its `connection`.
 
-    It imports nothing else of the library, and has no environment of the caller's but two variables, which say where to
-    find and what to keep.
-
-    Args:
-        settings: for `main`, beside its end of the connection.
-        descriptors: that it inherits.
-        prefix: command line that the interpreter's own comes behind.
+    It imports nothing else of the library, inherits `descriptors`, and has no environment of the caller's but two
+    variables, which say where to find and what to keep. Its command line comes behind that of `prefix`.
     """
 
     def __init__(

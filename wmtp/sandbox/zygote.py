@@ -1,8 +1,7 @@
 """The zygote: a warm, single-threaded interpreter that forks one confined process per program.
 
-It never sees a program, a test or an expected value: the judge hands it descriptors and limits, the program travels
-over a socket between the judge and the forked process. The judge sends a request with the descriptors, and later an
-`end`, which kills what still runs; the zygote answers every request with one report of how the process ended.
+It never sees a program, a test or an expected value. The judge sends a request with limits and descriptors, and later
+an `end`, which kills what still runs; the zygote answers every request with one report of how the process ended.
 """
 
 import gc
@@ -42,7 +41,6 @@ class Zygote:
     """Sets up the layers once, then serves the judge.
 
     Args:
-        control: socket to the judge.
         settings: `base` (an empty folder), `without` (layers to leave out, each with the reason), `hidden` (folders
             that no program may see), `outside` (a file that none may be able to read), `wrapped` (inside bubblewrap),
             `address_space` (of an interpreter like this one, for where /proc cannot be read).
@@ -80,13 +78,11 @@ class Zygote:
         self._confinement = confine.Confinement(
             ruleset=self._layer("landlock", lambda: landlock.Ruleset(rules)),
             filter=self._layer("seccomp", seccomp.Filter),
-            limit_resources="rlimits" not in self._without,
+            limit_resources=self._layer("rlimits", lambda: True) is not None,
             warm_bytes=warm_bytes,
             limit_tasks=limit_tasks or ("user+" in spaces),
             watch_memory=self._memory is not None,
         )
-        if "rlimits" in self._without:
-            self._missing.append(f"rlimits: {self._without['rlimits']}")
         child.prepare_interpreter()
         gc.collect()
         gc.freeze()  # the collector never touches, and so never copies, the pages shared with the children
@@ -95,8 +91,7 @@ class Zygote:
         self.report["missing"] = self._missing + self.report["missing"]
 
     def _layer(self, name: str, build: Callable):
-        reason = self._without.get(name)
-        if reason is None:
+        if (reason := self._without.get(name)) is None:
             try:
                 return build()
             except OSError as error:
