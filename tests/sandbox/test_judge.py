@@ -363,7 +363,7 @@ def test_jobs_cross_the_wire(kind):
     job = AssertionJob("a", ("b", "c"), "d", "e", "f") if kind == "assertion" else StdioJob("a", (StdioTest("b", "c"),))
     again = job_from_wire(job_to_wire(job, SHORT))
     assert again.limits == SHORT
-    assert job_to_wire(again, Limits()) == job_to_wire(job, SHORT)
+    assert job_to_wire(again, again.limits) == job_to_wire(job, SHORT)
 
 
 def test_jobs_without_tests_and_senseless_limits_are_refused():

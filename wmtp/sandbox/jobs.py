@@ -125,9 +125,9 @@ class Outcome:
 
 
 def job_to_wire(job: Job, limits: Limits) -> dict:
-    """Returns `job` as JSON-ready data, with `limits` where it has none of its own."""
+    """Returns `job` as JSON-ready data, with those limits."""
     kind = "assertion" if isinstance(job, AssertionJob) else "stdio"
-    return {"kind": kind, **asdict(job), "limits": asdict(job.limits or limits)}
+    return {"kind": kind, **asdict(job), "limits": asdict(limits)}
 
 
 def job_from_wire(data: dict) -> Job:

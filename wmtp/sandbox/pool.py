@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -75,28 +75,28 @@ class Sandbox:
             if not os.path.isdir(folder):
                 raise ValueError(f"hidden must name folders, got {os.fspath(folder)!r} (Sandbox)")
         _remove_abandoned()
-        self._root = tempfile.mkdtemp(prefix=_PREFIX)
-        outside = os.path.join(self._root, "outside")
-        self._owned = _own(outside)
+        root = tempfile.mkdtemp(prefix=_PREFIX)
+        outside = os.path.join(root, "outside")
+        owned = _own(outside)
         settings = {
             "without": dict.fromkeys(_without, "switched off"),
-            "root": self._root,
+            "root": root,
             "hidden": filesystem.outermost(os.path.realpath(folder) for folder in (_INSTALLED, *hidden)),
             "outside": outside,
             "floor": not allow_unsafe,
             "bubblewrap": None if "bubblewrap" in _without else shutil.which("bwrap"),
         }
-        self._jobs: queue.SimpleQueue[tuple[Job, Future] | None] = queue.SimpleQueue()
-        self._gate = _Gate(workers)
-        self._closed, self._closing = False, threading.Lock()
+        self._limits, self._gate = limits, _Gate(workers)
         self._workers: list[_Worker] = []
-        self._threads: list[threading.Thread] = []
-        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, self._root, self._owned)
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="wmtp-sandbox")
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, root, owned)
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(settings))
             for worker in self._workers:
                 report = worker.wait_until_ready()
+                self._idle.put(worker)
             self.layers, self.missing = tuple(report["layers"]), tuple(report["missing"])
             if not report["floor"] and not allow_unsafe:
                 raise ValueError(
@@ -106,20 +106,13 @@ class Sandbox:
         except BaseException:
             self._finalizer()
             raise
-        for worker in self._workers:
-            arguments = (worker, self._jobs, self._gate, limits)
-            thread = threading.Thread(target=_work, args=arguments, name="wmtp-sandbox", daemon=True)
-            thread.start()
-            self._threads.append(thread)
 
     def submit(self, job: Job) -> "Future[Outcome]":
         """Has `job` judged while the caller goes on; raises ValueError after `close`."""
-        with self._closing:
-            if self._closed:
-                raise ValueError("the sandbox is closed (Sandbox.submit)")
-            future: Future[Outcome] = Future()
-            self._jobs.put((job, future))
-            return future
+        try:
+            return self._threads.submit(self._judge, job)
+        except RuntimeError:
+            raise ValueError("the sandbox is closed (Sandbox.submit)") from None
 
     def judge(self, jobs: Iterable[Job]) -> list[Outcome]:
         """Returns the outcomes of `jobs`, in their order."""
@@ -133,18 +126,26 @@ class Sandbox:
 
     def close(self) -> None:
         """Finishes the jobs that have begun, cancels those that have not, ends every process."""
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        with contextlib.suppress(queue.Empty):
-            while entry := self._jobs.get_nowait():
-                entry[1].cancel()
-        for _ in self._threads:
-            self._jobs.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._threads.shutdown(cancel_futures=True)
         self._finalizer()
+
+    def _judge(self, job: Job) -> Outcome:
+        limits, worker = job.limits or self._limits, self._idle.get()
+        try:
+            with self._gate.shared():
+                outcome, doubtful = worker.judge(job, limits)
+            if doubtful:
+                with self._gate.alone() as granted:
+                    if granted:
+                        if outcome.verdict == "timeout":  # others than ours may keep the machine busy
+                            limits = replace(limits, wall_seconds=_RETRY_FACTOR * limits.wall_seconds)
+                        outcome, _ = worker.judge(job, limits)
+                    else:
+                        reason = "not judged again alone: the time for that is spent"
+                        outcome = replace(outcome, detail=f"{outcome.detail} ({reason})")
+        finally:
+            self._idle.put(worker)
+        return replace(outcome, judged="inside") if isinstance(job, AssertionJob) and job.inside else outcome
 
     def __enter__(self) -> "Sandbox":
         return self
@@ -257,39 +258,12 @@ def _remove_abandoned() -> None:
             filesystem.remove_folder(outside.parent)
 
 
-def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned: BinaryIO) -> None:
+def _clean_up(workers: list[_Worker], root: str, owned: BinaryIO) -> None:
     for worker in workers:
-        jobs.put(None)
         worker.close()
     workers.clear()
     filesystem.remove_folder(root)
     owned.close()
-
-
-def _work(worker: _Worker, jobs: queue.SimpleQueue, gate: "_Gate", limits: Limits) -> None:
-    """Judges what comes until told to stop, in a thread of the worker's own."""
-    while (entry := jobs.get()) is not None:
-        job, future = entry
-        if not future.set_running_or_notify_cancel():
-            continue
-        own = job.limits or limits
-        try:
-            with gate.shared():
-                outcome, doubtful = worker.judge(job, own)
-            if doubtful:
-                with gate.alone() as granted:
-                    if granted:
-                        if outcome.verdict == "timeout":  # others than ours may keep the machine busy
-                            own = replace(own, wall_seconds=_RETRY_FACTOR * own.wall_seconds)
-                        outcome, _ = worker.judge(replace(job, limits=own), own)
-                    else:
-                        reason = "not judged again alone: the time for that is spent"
-                        outcome = replace(outcome, detail=f"{outcome.detail} ({reason})")
-        except BaseException as error:
-            future.set_exception(error)
-        else:
-            inside = isinstance(job, AssertionJob) and job.inside
-            future.set_result(replace(outcome, judged="inside") if inside else outcome)
 
 
 class _Gate:
