@@ -14,7 +14,7 @@ import warnings
 from wmtp.sandbox.jobs import AssertionJob, Limits
 from wmtp.sandbox.names import Namespace, compiled, make_namespace, name_exceptions
 from wmtp.sandbox.session import Session
-from wmtp.sandbox.supervise import Failure, Hangup, ZygoteLost
+from wmtp.sandbox.supervise import Failure, Hangup, ZygoteLost, described
 
 _OWN_GRACE_SECONDS = 1.0  # what the tests may take beyond the program's wall limit
 _OWN_CPU_SECONDS = 1.0  # at least; else the tests themselves may take as much CPU time as the program
@@ -108,7 +108,7 @@ def _make_namespace(job: AssertionJob, session: Session) -> Namespace:
     except (TestBroken, TestStuck):
         raise
     except BaseException as error:
-        raise TestBroken(f"the preamble failed: {type(error).__name__}: {error}") from None
+        raise TestBroken(f"the preamble failed: {described(error)}") from None
 
 
 def _explain(error: BaseException, session: Session) -> Failure:
@@ -121,7 +121,7 @@ def _explain(error: BaseException, session: Session) -> Failure:
         return session.raised_as
     if isinstance(error, TestBroken):
         return Failure("harness_error", str(error))
-    detail = _described(error)
+    detail = described(error)
     if isinstance(error, AssertionError):
         return Failure("wrong_answer", "; ".join([detail, *session.remarks]))
     if not session.answered:
@@ -132,17 +132,6 @@ def _explain(error: BaseException, session: Session) -> Failure:
     if isinstance(error, MemoryError):
         return Failure("memory", "the test ran out of memory on the program's answer")
     return Failure("wrong_answer", f"the answer does not fit the test: {detail}")
-
-
-def _described(error: BaseException) -> str:
-    """Returns type and message; the message may be an answer, and what comes of showing that is no verdict."""
-    try:
-        message = str(error)
-    except (Hangup, ZygoteLost):
-        raise
-    except BaseException as again:
-        message = f"<its message raised {type(again).__name__}>"
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def judge_inside(job: AssertionJob, session: Session) -> Failure | None:

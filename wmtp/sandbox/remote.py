@@ -16,7 +16,8 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, NoReturn
 
-from wmtp.sandbox.operations import BINARY, UNARY
+from wmtp.sandbox.operations import BINARY, OPERATIONS, UNARY
+from wmtp.sandbox.supervise import described
 
 _SERVED = ("__name__", "__qualname__", "__dict__", "__annotations__", "__module__")  # that tests look at
 CONTAINERS = (list, dict, set, bytearray, deque, Counter, OrderedDict, defaultdict)
@@ -140,7 +141,7 @@ class Remote(Own):
 
     def __instancecheck__(self, instance: object) -> bool:
         if isinstance(instance, AssertionError) and instance is not self._remote_session.raised:
-            raise self._remote_session.stop("wrong_answer", f"AssertionError: {instance}".removesuffix(": "))
+            raise self._remote_session.stop("wrong_answer", described(instance))
         return self._remote("has_instance", instance) is True
 
     def __subclasscheck__(self, cls: type) -> bool:
@@ -201,20 +202,17 @@ def value_of(value: object) -> object:
 
 
 def _unary(name: str) -> Callable:
-    local = {"int": int, "float": float, "complex": complex, "round": round}.get(name)
-
     def apply(self: Remote, *args: object) -> object:
         value = value_of(self)
         if is_remote(value):
             return value._remote_look(name, *args) if name in CONVERSIONS else value._remote(name, *args)
-        return local(value, *args) if local else getattr(value, f"__{name}__")()
+        return OPERATIONS[name](value, *args)
 
     return apply
 
 
 def _binary(name: str, reflected: bool = False) -> Callable:
     """Returns an operator: put to the program where both operands are its own, done here where both are data."""
-    local = getattr(operator, f"__{name}__")
 
     def apply(self: Own, other: object) -> object:
         left, right = (other, self) if reflected else (self, other)
@@ -224,7 +222,7 @@ def _binary(name: str, reflected: bool = False) -> Callable:
                 reason = f"computes ({name}) with an object of the program's and another value"
                 raise self._remote_session.refuse(reason)
             return self._remote_session.request(name, left, right)
-        return local(*values)
+        return OPERATIONS[name](*values)
 
     return apply
 
@@ -256,7 +254,7 @@ def _leave(operation: str) -> Callable:
         """Tells the program's context manager; no exception ends in it, nor does a failed assertion become another."""
         session = self._remote_session
         if isinstance(error, AssertionError) and error is not session.raised:
-            raise session.stop("wrong_answer", f"AssertionError: {error}".removesuffix(": "))
+            raise session.stop("wrong_answer", described(error))
         if session.failure is None and self._remote(operation, kind and kind.__name__) and kind:
             raise session.refuse("needs a context manager of the program's to swallow an exception")
         return False

@@ -14,7 +14,7 @@ from wmtp.sandbox.jobs import Verdict
 from wmtp.sandbox.operations import OVERRIDABLE
 from wmtp.sandbox.raised import ProgramsClass, exception, exception_class, warning
 from wmtp.sandbox.remote import ABILITIES, CONTAINERS, CONVERSIONS, Name, Own, remote_class, value_class
-from wmtp.sandbox.supervise import ANSWERED, Failure, Process
+from wmtp.sandbox.supervise import ANSWERED, Failure, Process, described
 
 # Requests that change nothing, unless a program's class is odd: what was seen of its objects stays as it is.
 _LOOKS = {"get", "data", "items", "len", "bool", "str", "repr", "format", "hash", "type", "signature"}
@@ -23,6 +23,7 @@ _WALKS = {"iter", "next"}
 _MAX_WALK = 10_000  # items that are kept, to be held against the next walk
 _END = object()  # of a walk
 TEST_MODULE = "tests"  # of the classes that the tests define, whose instances are sent by their attributes
+_MAX_TEXT = 500  # characters of what a function of the test raises
 _MAX_NAME = 200  # characters of a class's name: made classes are kept, and the next programs have the same judge
 _NAMED_MODULES = sys.stdlib_module_names | {"numpy"}
 
@@ -194,10 +195,10 @@ class Session:
             return self._arguments((action(target, *values, **keywords),), {})
         except Exception as error:
             if isinstance(error, AssertionError) and error is not self.raised:
-                raise self.stop("wrong_answer", f"in a function of the test: {_detail(error)}") from None
+                raise self.stop("wrong_answer", f"in a function of the test: {described(error)}") from None
             self._thrown.append(error)
             bases = [base.__name__ for base in type(error).__mro__ if getattr(builtins, base.__name__, None) is base]
-            reply = {"raised": len(self._thrown) - 1, "bases": bases, "text": _detail(error)}
+            reply = {"raised": len(self._thrown) - 1, "bases": bases, "text": described(error)[:_MAX_TEXT]}
             plain = [arg for arg in error.args if type(arg) in (str, int, float, bool, type(None))]
             return reply | self._arguments(tuple(plain if len(plain) == len(error.args) else [str(error)]), {})
 
@@ -284,10 +285,6 @@ _ACTIONS = {("call", "function"): operator.call, ("next", "iterator"): next, ("a
 def _takes_failures(value: object) -> bool:
     """Whether it is a class that a failed assertion of the tests is an instance of."""
     return isinstance(value, type) and issubclass(value, BaseException) and issubclass(AssertionError, value)
-
-
-def _detail(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"[:500].removesuffix(": ")
 
 
 def _library_path(value: object) -> str | None:

@@ -58,6 +58,17 @@ class ZygoteLost(Exception):
     """The zygote is gone or cannot start."""
 
 
+def described(error: BaseException) -> str:
+    """Returns type and message; the message may be an answer, and what comes of showing that is no verdict."""
+    try:
+        message = str(error)
+    except (Hangup, ZygoteLost):
+        raise
+    except BaseException as again:
+        message = f"<its message raised {type(again).__name__}>"
+    return f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
 class ZygoteHandle:
     """A running zygote; raises `ZygoteLost` where it does not start.
 
