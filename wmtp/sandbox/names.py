@@ -12,6 +12,7 @@ import importlib
 import re
 import sys
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -86,27 +87,31 @@ class Names(NamedTuple):
 @functools.lru_cache(maxsize=512)
 def names_in(tests: tuple[str, ...], setup: str) -> Names:
     """Returns names in trusted tests, which must compile; many programs are judged by the same tests."""
-    nodes = [node for test in tests for node in ast.walk(ast.parse(test))]
-    bases = {id(node.value) for node in nodes if isinstance(node, ast.Attribute)}
-    loaded = [node for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    nodes = _by_type(ast.parse(test) for test in tests)
+    bases = {id(node.value) for node in nodes[ast.Attribute]}
+    loaded = [node for node in nodes[ast.Name] if type(node.ctx) is ast.Load]
     free = {node.id for node in loaded} - _defined(nodes)
     plain = {node.id for node in loaded if id(node) not in bases}
-    modules = (free - plain - _defined(ast.walk(_parse(setup)))) & (sys.stdlib_module_names | _MODULES.keys())
-    exceptions = {name.id for node in nodes for name in _classes(node) if isinstance(name, ast.Name)}
+    modules = (free - plain - _defined(_by_type([_parse(setup)]))) & (sys.stdlib_module_names | _MODULES.keys())
+    # After `except` and in `raises(...)` at any depth, after `raise` itself.
+    classes = [handler.type for handler in nodes[ast.ExceptHandler] if handler.type]
+    classes += [part for call in nodes[ast.Call] if _takes_classes(call.func) for part in call.args]
+    where = [part for each in classes for part in ast.walk(each)]
+    where += [getattr(node.exc, "func", node.exc) for node in nodes[ast.Raise]]
+    exceptions = {node.id for node in where if type(node) is ast.Name}
     return Names(frozenset(free), frozenset(modules), frozenset(exceptions & free))
 
 
-def _classes(node: ast.AST) -> Iterable[ast.AST]:
-    """Returns what stands where an exception class is expected: after `except` or `raise`, or in `raises(...)`."""
-    if isinstance(node, ast.ExceptHandler) and node.type:
-        return ast.walk(node.type)
-    if isinstance(node, ast.Call):
-        called = getattr(node.func, "attr", getattr(node.func, "id", ""))
-        if _TAKES_CLASSES.fullmatch(called):
-            return [part for argument in node.args for part in ast.walk(argument)]
-    if isinstance(node, ast.Raise) and node.exc:
-        return [getattr(node.exc, "func", node.exc)]
-    return ()
+def _takes_classes(called: ast.expr) -> bool:
+    return bool(_TAKES_CLASSES.fullmatch(getattr(called, "attr", getattr(called, "id", ""))))
+
+
+def _by_type(trees: Iterable[ast.AST]) -> dict[type, list]:
+    nodes: dict[type, list] = defaultdict(list)
+    for tree in trees:
+        for node in ast.walk(tree):
+            nodes[type(node)].append(node)
+    return nodes
 
 
 def _import_what_setup_imports(setup: str, namespace: dict) -> None:
@@ -117,19 +122,15 @@ def _import_what_setup_imports(setup: str, namespace: dict) -> None:
                 exec(compile(ast.Module([node], []), "setup", "exec"), namespace)
 
 
-def _defined(nodes: Iterable[ast.AST]) -> set[str]:
+def _defined(nodes: dict[type, list]) -> set[str]:
     """Returns names that the code itself assigns, defines or imports, in whatever scope."""
-    names: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names.update((alias.asname or alias.name).split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ExceptHandler) and node.name:
-            names.add(node.name)
-    return names
+    named = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)
+    imported = (alias for node in nodes[ast.Import] + nodes[ast.ImportFrom] for alias in node.names)
+    return {
+        *(node.id for node in nodes[ast.Name] if type(node.ctx) is not ast.Load),
+        *(node.name for kind in named for node in nodes[kind] if node.name),
+        *((alias.asname or alias.name).split(".")[0] for alias in imported),
+    }
 
 
 def _parse(setup: str) -> ast.Module:
