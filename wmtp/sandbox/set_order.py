@@ -1,12 +1,12 @@
 """Sets that are iterated over in the order of the set they were made from.
 
-The order of a set depends on the size of its table and on who came first where two items want one place, that is, on
-its history; a program's `list(set(words))` or `tuple(pairs)` is part of its answer. CPython's way of looking for a
-place (Objects/setobject.c) is followed here only to find a history that leads to the order wanted; the set is then
-really filled that way, and looked at. Where none is found, the set has an order of its own.
+That order depends on the size of the table and on who came first where two items want one place; a program's
+`list(set(words))` is part of its answer. CPython's way of looking for a place (Objects/setobject.c) is followed here
+only to find a history that leads to the order wanted; the set is then really filled that way, and looked at.
 """
 
 import operator
+from graphlib import CycleError, TopologicalSorter
 
 _MAX_ITEMS = 2_000  # of a set whose order is looked for
 _STEPS_EACH = 4  # that are spent on the search, for each item
@@ -16,10 +16,7 @@ _EMPTY, _ENTRY = set().__sizeof__(), 16  # bytes
 
 
 def ordered_set(kind: type, items: list, size: object) -> set | frozenset:
-    """A set (`kind`: set or frozenset) of `items`, in their order where that can be had.
-
-    size: what `__sizeof__` said of the original.
-    """
+    """Returns a set of `items`, in their order where that can be had; `size` is the `__sizeof__` of the original."""
     made = kind(items)
     if len(items) > _MAX_ITEMS or len(made) != len(items) or type(size) is not int or _fits(made, items, size):
         return made
@@ -43,12 +40,12 @@ def _fits(made: set | frozenset, items: list, size: int) -> bool:
 
 
 def _room_for(history: list, slots: int) -> dict:
-    """With as many further items, to be discarded, as a table of that size is made for: the set was once larger."""
+    """Adds as many items, to be discarded, as a table of that size is made for: the set was once larger."""
     return dict.fromkeys([*history, *(object() for _ in range(slots // 4 - len(history)))])
 
 
 def _probes(hashed: int, slots: int) -> list[int]:
-    """Places in the order in which an item is tried in them, without repetition."""
+    """Returns places in the order in which an item is tried in them, without repetition."""
     mask = slots - 1
     place, perturb = hashed & mask, hashed & ((1 << 64) - 1)
     places: dict[int, None] = {}
@@ -61,7 +58,7 @@ def _probes(hashed: int, slots: int) -> list[int]:
 
 
 def _history(items: list, slots: int) -> list | None:
-    """An order of coming in that leaves `items` in a table in their order: each in its place, then the displaced."""
+    """Returns an order of coming in that leaves `items` in a table in their order; None where none is found."""
     probes = [_probes(hash(item), slots) for item in items]
     stack: list[tuple[int, int, int]] = []  # of the items so far: place, number of places tried before, see below
     taken: set[int] = set()
@@ -96,15 +93,8 @@ def _history(items: list, slots: int) -> list | None:
     else:
         return None
     owner = {place: index for index, (place, _, _) in enumerate(stack)}
-    chosen = [tried for _, tried, _ in stack]
-    ready = [index for index, tried in enumerate(chosen) if tried == 0]
-    waiting = [index for index, tried in enumerate(chosen) if tried]
-    done = set(ready)
-    while waiting:
-        free = [index for index in waiting if all(owner.get(place) in done for place in probes[index][: chosen[index]])]
-        if not free:
-            return None
-        ready += free
-        done |= set(free)
-        waiting = [index for index in waiting if index not in done]
-    return [items[index] for index in ready]
+    sooner = {index: [owner[place] for place in probes[index][:tried]] for index, (_, tried, _) in enumerate(stack)}
+    try:
+        return [items[index] for index in TopologicalSorter(sooner).static_order()]
+    except CycleError:
+        return None
