@@ -14,7 +14,7 @@ import warnings
 from wmtp.sandbox.jobs import AssertionJob, Limits
 from wmtp.sandbox.names import Namespace, compiled, make_namespace, name_exceptions
 from wmtp.sandbox.session import Session
-from wmtp.sandbox.supervise import Failure, Hangup, ZygoteLost, described
+from wmtp.sandbox.supervise import ANSWERED, Failure, Hangup, ZygoteLost, described
 
 _OWN_GRACE_SECONDS = 1.0  # what the tests may take beyond the program's wall limit
 _OWN_CPU_SECONDS = 1.0  # at least; else the tests themselves may take as much CPU time as the program
@@ -80,7 +80,7 @@ def _run_tests(job: AssertionJob, session: Session) -> Failure | None:
             codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
             namespace = _make_namespace(job, session)
             session.request("load", job.program, job.setup, job.entry_point, False)
-            session.answered = False  # nothing of it is left; from the next byte on all is the program's doing
+            session.process.flag[0] = 0  # nothing of it is left; from the next byte on all is the program's doing
             name_exceptions(job, session, namespace)
             for index, code in enumerate(codes):
                 step = f"test {index}"
@@ -137,7 +137,7 @@ def _explain(error: BaseException, session: Session) -> Failure:
 def judge_inside(job: AssertionJob, session: Session) -> Failure | None:
     """Has the tests run in the program's process one after the other until one fails; counts those that pass."""
     step = "preamble"
-    session.answered = True  # whatever ends this judge from here on is the program's doing
+    session.process.flag[0] = ANSWERED  # whatever ends this judge from here on is the program's doing
     try:
         for index, test in enumerate(job.tests):
             _compiled(test, f"test {index}")

@@ -56,12 +56,8 @@ class Session:
 
     @property
     def answered(self) -> bool:
-        """Returns whether a byte of an answer has come since this was last set to False."""
+        """Returns whether a byte of an answer has come since the flag was last cleared."""
         return bool(self.process.flag[0] & ANSWERED)
-
-    @answered.setter
-    def answered(self, value: bool) -> None:
-        self.process.flag[0] = ANSWERED if value else 0
 
     def name(self, expression: str) -> Name:
         """Returns the stand-in for the program's object of that name."""

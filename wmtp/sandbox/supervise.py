@@ -80,23 +80,23 @@ class ZygoteHandle:
 
     def __init__(self, settings: dict) -> None:
         self._base = tempfile.mkdtemp(prefix="zygote-", dir=settings["root"])
-        self._settings = {name: settings[name] for name in ("without", "hidden", "outside")}
-        self._start()
+        self._start(settings)
         if "failed" in self.report:
-            self._settings["without"] = {**settings["without"], self.report["failed"]: self.report["reason"]}
             self.close()
-            self._start()
+            without = {**settings["without"], self.report["failed"]: self.report["reason"]}
+            self._start(settings := {**settings, "without": without})
         apart = any(layer.startswith(("landlock", "namespaces")) for layer in self.report["layers"])
         if not apart and settings["bubblewrap"]:
             self.close()
-            self._start(settings["bubblewrap"])
+            self._start(settings, wrapped=True)
 
-    def _start(self, bubblewrap: str | None = None) -> None:
+    def _start(self, settings: dict, wrapped: bool = False) -> None:
         os.makedirs(self._base, exist_ok=True)
-        settings = {**self._settings, "base": self._base, "wrapped": bubblewrap is not None}
-        settings["address_space"] = confine.address_space()
-        prefix = (bubblewrap, *filesystem.bubblewrap_options(self._base, settings["hidden"])) if bubblewrap else ()
-        self._started = wire.Started("zygote", settings, prefix=prefix, stderr=subprocess.PIPE)
+        here = {"base": self._base, "wrapped": wrapped, "address_space": confine.address_space()}
+        prefix: tuple[str, ...] = ()
+        if wrapped:
+            prefix = settings["bubblewrap"], *filesystem.bubblewrap_options(self._base, settings["hidden"])
+        self._started = wire.Started("zygote", {**settings, **here}, prefix=prefix, stderr=subprocess.PIPE)
         self.control, self._stderr = self._started.connection, self._started.process.stderr
         self.report = self._started.first_report(_START_SECONDS)
         if "error" in self.report:
