@@ -5,14 +5,13 @@ program that sets out to fool them can. One that only ends early (`sys.exit(0)`,
 nothing but an answer to every step counts.
 """
 
-import functools
 import random
 import signal
 import types
 import warnings
 
 from wmtp.sandbox.jobs import AssertionJob, Limits
-from wmtp.sandbox.names import Namespace, compiled, make_namespace, name_exceptions
+from wmtp.sandbox.names import TestBroken, compiled, make_namespace, name_exceptions
 from wmtp.sandbox.session import Session
 from wmtp.sandbox.supervise import ANSWERED, Failure, Hangup, ZygoteLost, described
 
@@ -25,10 +24,6 @@ class TestStuck(BaseException):
 
     def __init__(self, by_clock: bool) -> None:
         self.by_clock = by_clock
-
-
-class TestBroken(Exception):
-    """A trusted test fails for a reason of its own."""
 
 
 def judge_outside(job: AssertionJob, session: Session) -> Failure | None:
@@ -77,8 +72,8 @@ def _run_tests(job: AssertionJob, session: Session) -> Failure | None:
         warnings.showwarning = lambda *args, **kwargs: None
         step = "loading"
         try:
-            codes = [_compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
-            namespace = _make_namespace(job, session)
+            codes = [compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
+            namespace = make_namespace(job, session)
             session.request("load", job.program, job.setup, job.entry_point, False)
             session.process.flag[0] = 0  # nothing of it is left; from the next byte on all is the program's doing
             name_exceptions(job, session, namespace)
@@ -92,23 +87,6 @@ def _run_tests(job: AssertionJob, session: Session) -> Failure | None:
             failure = _explain(error, session)
             return failure if isinstance(error, TestBroken) else failure.during(step)
     return None if session.requests else Failure("harness_error", "the tests never used the program")
-
-
-@functools.lru_cache(maxsize=512)
-def _compiled(source: str, name: str) -> types.CodeType:
-    try:
-        return compiled(source, name)
-    except (SyntaxError, ValueError) as error:
-        raise TestBroken(f"{name} does not compile: {error}") from None
-
-
-def _make_namespace(job: AssertionJob, session: Session) -> Namespace:
-    try:
-        return make_namespace(job, session, _compiled(job.preamble, "preamble"))
-    except (TestBroken, TestStuck):
-        raise
-    except BaseException as error:
-        raise TestBroken(f"the preamble failed: {described(error)}") from None
 
 
 def _explain(error: BaseException, session: Session) -> Failure:
@@ -140,7 +118,7 @@ def judge_inside(job: AssertionJob, session: Session) -> Failure | None:
     session.process.flag[0] = ANSWERED  # whatever ends this judge from here on is the program's doing
     try:
         for index, test in enumerate(job.tests):
-            _compiled(test, f"test {index}")
+            compiled(test, f"test {index}")
         session.request("execute", job.preamble)
         step = "loading"
         session.request("load", job.program, job.setup, job.entry_point, True)

@@ -19,12 +19,17 @@ from typing import Any, NamedTuple
 from wmtp.sandbox.jobs import AssertionJob
 from wmtp.sandbox.remote import Name, Own
 from wmtp.sandbox.session import TEST_MODULE, Session
+from wmtp.sandbox.supervise import described
 
 CANDIDATE = "candidate"
 _MODULES = {"np": "numpy", "numpy": "numpy"}  # beside the standard library's
 _COPIED = (list, dict, set, bytearray)  # what goes to the program or comes from it is another object here
 _SAME, _ASK = "__wmtp_same__", "__wmtp_ask__"
 _TAKES_CLASSES = re.compile("raises|assertRaises(Regex)?|suppress|warns|assertWarns(Regex)?|isinstance|issubclass")
+
+
+class TestBroken(Exception):
+    """A trusted test fails for a reason of its own."""
 
 
 class Namespace(dict):
@@ -43,13 +48,18 @@ class Namespace(dict):
         return self._session.name(name)
 
 
-def make_namespace(job: AssertionJob, session: Session, preamble: types.CodeType) -> Namespace:
-    """Returns globals for the tests of `job`, after running its compiled `preamble`."""
+def make_namespace(job: AssertionJob, session: Session) -> Namespace:
+    """Returns globals for the tests of `job`, after running its preamble; raises `TestBroken`."""
     names = names_in(job.tests, job.setup)
     namespace = Namespace(session, names.modules)
     namespace |= {_SAME: functools.partial(_same, session), _ASK: _ask}
     _import_what_setup_imports(job.setup, namespace)
-    exec(preamble, namespace)
+    try:
+        exec(compiled(job.preamble, "preamble"), namespace)
+    except TestBroken:
+        raise
+    except Exception as error:
+        raise TestBroken(f"the preamble failed: {described(error)}") from None
     if job.entry_point:
         target = session.name(job.entry_point)
         namespace[CANDIDATE] = target
@@ -140,15 +150,19 @@ def _parse(setup: str) -> ast.Module:
         return ast.Module([], [])
 
 
+@functools.lru_cache(maxsize=512)
 def compiled(source: str, name: str) -> types.CodeType:
-    """Returns trusted code; raises SyntaxError or ValueError.
+    """Returns trusted code; raises `TestBroken`.
 
     `is`, `type(x)`, `hash(x)` and `x.__class__` are turned into calls of helpers: a stand-in has no say in them.
     """
     tree: str | ast.Module = source
-    if _REWRITTEN.search(source):
-        tree = ast.fix_missing_locations(_Rewrite().visit(ast.parse(source)))
-    return compile(tree, name, "exec", dont_inherit=True)
+    try:
+        if _REWRITTEN.search(source):
+            tree = ast.fix_missing_locations(_Rewrite().visit(ast.parse(source)))
+        return compile(tree, name, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise TestBroken(f"{name} does not compile: {error}") from None
 
 
 _REWRITTEN = re.compile(r"\bis\b|\b(type|hash)\s*\(|__class__")

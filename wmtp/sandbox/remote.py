@@ -275,18 +275,9 @@ def _throw(self: Remote, error: BaseException, *_: object) -> NoReturn:
     raise error
 
 
-def _asked_later(operation: str) -> Callable:
-    async def ask(self: Remote) -> object:
-        return self._remote(operation)
-
-    return ask
-
-
-def _leave_later(operation: str) -> Callable:
-    leave = _leave(operation)
-
-    async def later(self: Remote, *args: object) -> bool:
-        return leave(self, *args)
+def _later(method: Callable) -> Callable:
+    async def later(self: Remote, *args: object) -> object:
+        return method(self, *args)
 
     return later
 
@@ -307,8 +298,8 @@ _METHODS: dict[str, dict[str, Callable]] = {
         "__eq__": lambda self, other: is_remote(other) and self._remote_reference == other._remote_reference,
     },
     "A": {"__aiter__": _asked("aiter")},
-    "N": {"__anext__": _asked_later("anext")},
-    "W": {"__aenter__": _asked_later("aenter"), "__aexit__": _leave_later("aexit")},
+    "N": {"__anext__": _later(_asked("anext"))},
+    "W": {"__aenter__": _later(_asked("aenter")), "__aexit__": _later(_leave("aexit"))},
 }
 
 
@@ -330,14 +321,8 @@ def remote_class(abilities: str) -> type[Remote]:
 @functools.lru_cache(maxsize=1024)
 def value_class(base: type, name: str, changed: frozenset[str]) -> type:
     """Returns a class of values of a subclass of `base`: the value is the base's, all else is asked of the program."""
-    methods: dict[str, object] = {}
-    for operation in changed:
-        if operation in BINARY:
-            methods[f"__{operation}__"] = _binary(operation)
-        elif operation in (*UNARY, "call"):
-            methods[f"__{operation}__"] = _asked(operation)
-        elif operation in ("str", "repr", "format"):
-            methods[f"__{operation}__"] = _asked_for_text(operation)
+    makers = dict.fromkeys(BINARY, _binary) | dict.fromkeys(("str", "repr", "format"), _asked_for_text)
+    methods = {f"__{operation}__": makers.get(operation, _asked)(operation) for operation in changed}
     return type(name if name.isidentifier() else "Own", (Own, base), {**methods, "_remote_changed": changed})
 
 
