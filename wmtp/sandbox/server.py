@@ -133,12 +133,9 @@ class Server:
         raise ValueError(f"unknown tag {tag!r}")
 
     def _name(self, name: str) -> object:
-        if name in self._expressions:
-            return self._expressions[name]
-        if name in self.namespace:
-            return self.namespace[name]
-        if hasattr(builtins, name):
-            return getattr(builtins, name)
+        for names in (self._expressions, self.namespace, vars(builtins)):
+            if name in names:
+                return names[name]
         raise NameError(f"name {name!r} is not defined")
 
     def _record(self, type_name: str, names: tuple[str, ...]) -> type:
