@@ -24,6 +24,20 @@ TEST = "assert f(3) == 3 and f.__code__.co_varnames == ('x',)"
 RAISES = "import pytest\nwith pytest.raises(ValueError): f(3)"
 IDENTITY = "def f(x): return x\n"
 
+# Answers the request with a set of integers that all have one hash.
+SLOW = """
+import os, sys
+def f(x):
+    frame = sys._getframe()
+    while "request" not in frame.f_locals:
+        frame = frame.f_back
+    items = ",".join('{"i":"%x"}' % (i * (2**61 - 1)) for i in range(1, 32_000))
+    data = '{"nonce":"%s","value":{"set":[216,[%s]]}}' % (frame.f_locals["request"]["nonce"], items)
+    data = len(data).to_bytes(4, "big") + data.encode()
+    while data:
+        data = data[os.write(3, data) :]
+"""
+
 VERDICTS = {
     "right": (IDENTITY, TEST, "passed"),
     "wrong": ("def f(x): return x + 1", TEST, "wrong_answer"),
@@ -64,6 +78,7 @@ VERDICTS = {
         TEST,
         "violation",
     ),
+    "sends a value that is slow to rebuild": (SLOW, TEST, "timeout"),
     "closes the channel": ("import os\ndef f(x): os.close(3); return x", TEST, "exception"),
     "a test that does not compile": (IDENTITY, "assert f(3) ==", "harness_error"),
     "pytest.raises, as asked": ("def f(x): raise ValueError", RAISES, "passed"),

@@ -26,8 +26,8 @@ class TestStuck(BaseException):
         self.by_clock = by_clock
 
 
-def judge_outside(job: AssertionJob, session: Session) -> Failure | None:
-    """Runs the tests in the judge and in bounded time; counts those that pass.
+def judge_assertions(job: AssertionJob, session: Session) -> Failure | None:
+    """Runs the tests in bounded time one after the other until one fails; counts those that pass.
 
     While the judge waits for the program nothing is raised: the program's own limits hold there, so that its lateness
     is its own whichever clock strikes first.
@@ -42,7 +42,7 @@ def judge_outside(job: AssertionJob, session: Session) -> Failure | None:
     try:
         try:
             _limit_tests(job.limits)
-            return _run_tests(job, session)
+            return _run_inside(job, session) if job.inside else _run_tests(job, session)
         finally:
             _limit_tests(None)
     except TestStuck as stuck:  # between two tests, or while the limit was being lifted
@@ -66,7 +66,6 @@ def _limit_tests(limits: Limits | None) -> None:
 
 
 def _run_tests(job: AssertionJob, session: Session) -> Failure | None:
-    """Runs the tests one after the other until one fails."""
     random.seed(0)
     with warnings.catch_warnings():  # a test's filters are not the next job's
         warnings.showwarning = lambda *args, **kwargs: None
@@ -112,8 +111,8 @@ def _explain(error: BaseException, session: Session) -> Failure:
     return Failure("wrong_answer", f"the answer does not fit the test: {detail}")
 
 
-def judge_inside(job: AssertionJob, session: Session) -> Failure | None:
-    """Has the tests run in the program's process one after the other until one fails; counts those that pass."""
+def _run_inside(job: AssertionJob, session: Session) -> Failure | None:
+    """Has the tests run in the program's process."""
     step = "preamble"
     session.process.flag[0] = ANSWERED  # whatever ends this judge from here on is the program's doing
     try:

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import IO
 
 from wmtp.sandbox import compare, confine, filesystem, wire
-from wmtp.sandbox.assertions import judge_inside, judge_outside
+from wmtp.sandbox.assertions import judge_assertions
 from wmtp.sandbox.jobs import AssertionJob, Job, Outcome, StdioJob, StdioTest, Verdict, job_from_wire
 from wmtp.sandbox.session import Session
 from wmtp.sandbox.supervise import ANSWERED, Failure, Flag, Hangup, Process, ZygoteHandle, ZygoteLost
@@ -127,7 +127,7 @@ class Judge:
         session = Session(process)
         try:
             _await_ready(process)
-            failure = judge_inside(job, session) if job.inside else judge_outside(job, session)
+            failure = judge_assertions(job, session)
         finally:
             self._tests += ["passed"] * session.passed
             spoke = session.failure is None and process.unasked()
