@@ -189,6 +189,20 @@ def test_a_debugger_stops_where_an_error_was_raised(run):
 
 
 @pytest.mark.parametrize(
+    ("work", "options", "status", "said"),
+    [
+        ("value = 41; breakpoint(); value", (), 1, "stopped in the debugger\n"),
+        ("value = 41", ("-m", "pdb", "-c", "b work", "-c", "continue"), 0, ""),
+    ],
+)
+def test_leaving_the_debugger_ends_the_run_as_killed_and_is_no_error(run, tmp_path, work, options, status, said):
+    done = run(work, options=options, input="p OUTPUT_DIR.name\nq\n")
+    assert "(Pdb) 'run'\n" in done.stdout and "ended as KILLED\n" in done.stdout
+    assert (done.returncode, done.stderr) == (status, said)
+    assert not (tmp_path / "run" / "error_rank0.txt").exists()
+
+
+@pytest.mark.parametrize(
     ("stops", "status", "line"),
     [
         (True, 75, "stopped by SIGINT; to go on from what is saved: the same command with resume=auto"),

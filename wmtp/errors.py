@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import time
 import traceback
+from bdb import BdbQuit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -77,6 +78,7 @@ _OF_THE_DISK = {
 _OF_A_PATH = {
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
+_BY_HAND = (KeyboardInterrupt, BdbQuit)  # Ctrl-C, and a debugger's `q`
 _SECONDS_FOR_RANK_0 = 1.0
 _WMTP = str(Path(__file__).parent) + os.sep
 _LIBRARIES = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen ", "<string>")
@@ -120,7 +122,7 @@ def clear_errors() -> Iterator[None]:
     library's, or the user's own) and keeps its traceback. All tracebacks are also written to ``output_dir``, and
     WMTP_TRACEBACK=1 shows them. Under a launcher only the first rank of a node to fail prints, and the launcher repeats
     its line (:mod:`wmtp.training.launcher`). Ctrl-C outside :func:`wmtp.training.stopping.stopping` is one line and
-    status 130.
+    status 130; a debugger's `q` is one line and status 1.
     """
     before = sys.excepthook
     sys.excepthook = _end
@@ -130,7 +132,7 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
-    """Calls ``cleanup`` with the end of the work inside: FINISHED, KILLED (Ctrl-C) or FAILED. Errors pass through.
+    """Calls ``cleanup`` with how the work inside ends: FINISHED, KILLED (``_BY_HAND``) or FAILED. Errors pass through.
 
     An error in the clean-up of a run that has failed is printed and does not hide the first one.
     """
@@ -139,7 +141,7 @@ def ending(cleanup: Callable[[str], None]) -> Iterator[None]:
     except BaseException as error:
         try:
             _keep(error)  # before the clean-up, which uploads it
-            ended = isinstance(error, KeyboardInterrupt) and getattr(error, "exit_status", None) != 1
+            ended = isinstance(error, _BY_HAND) and getattr(error, "exit_status", None) != 1
             cleanup("KILLED" if ended else "FAILED")
         except Exception as another:
             print(f"while the run was ended: {type(another).__name__}: {one_line(another)}", file=sys.stderr)
@@ -248,7 +250,7 @@ def _log(error: BaseException) -> None:
     screen = sys.__stderr__ or sys.stderr  # init_process_group's own hook replaces sys.stderr with a buffer
     file, line = _keep(error), line_for_user(error)
     rank = os.environ.get("RANK", "0")
-    in_order = isinstance(error, KeyboardInterrupt)
+    in_order = isinstance(error, _BY_HAND)
     prefix = "" if in_order else "error: " if rank == "0" else f"error [rank {rank}]: "
     shown = line is None or (os.environ.get("WMTP_TRACEBACK") == "1" and not isinstance(error, Stopped))
     if line is None:
@@ -277,6 +279,8 @@ def line_for_user(error: BaseException) -> str | None:
         return one_line(error) if str(error) else ""
     if isinstance(error, KeyboardInterrupt):
         return "stopped by Ctrl-C"
+    if isinstance(error, BdbQuit):
+        return "stopped in the debugger"
     if isinstance(error, UserError):
         return one_line(error)
     if fault := disk_fault(error):
@@ -295,7 +299,7 @@ def _keep(error: BaseException) -> Path | None:
     kept = getattr(error, "_wmtp_kept", None)
     # A mistake that is found before the run begins writes nothing to disk.
     told_early = isinstance(error, UserError | KeyboardInterrupt)
-    if kept or _output_dir is None or isinstance(error, Stopped):
+    if kept or _output_dir is None or isinstance(error, Stopped | BdbQuit):
         return kept
     if told_early and not os.path.exists(_output_dir / "config.yaml"):
         return None
