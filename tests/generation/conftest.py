@@ -19,15 +19,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny products are not worth a second thread, and on a busy machine each would wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def tiny():
     """Builds tiny decoders whose every parameter is random and wide enough to tell mistakes apart."""
@@ -48,8 +39,6 @@ def trained():
     """A tiny model of three heads that has learnt a language in which some next tokens are certain and some are not."""
     from wmtp.loss import weighted_mtp_cross_entropy
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = llama_mtp(**TINY)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -60,5 +49,4 @@ def trained():
         (loss.loss_sum / loss.num_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
-    torch.set_num_threads(threads)
     return model.eval()

@@ -10,6 +10,7 @@ from decoding import completions, far_from, requests_of
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("heads", ["random", "trained"])
 def test_greedy_tokens_are_those_of_plain_decoding(tiny, trained, letters, heads, batch_size):
@@ -81,6 +82,7 @@ def joint_of_three(model, prompt, sampling):
     return joint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(3, 1.0), Sampling(3, 2.5), Sampling(3, 2.0, 0.8)], ids=str)
 def test_sampled_tokens_have_the_models_distribution(tiny, letters, sampling):
     letters.eos_id = -1

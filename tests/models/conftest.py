@@ -2,8 +2,6 @@ import pytest
 import torch
 from random_models import random_decoder
 
-torch.set_num_threads(2)
-
 # Small, with every size different, grouped queries and a head_dim that is not embed_dim / num_heads.
 TINY = {
     "vocab_size": 67,

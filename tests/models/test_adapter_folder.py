@@ -35,6 +35,7 @@ def adapted(seed=1, sizes=SIZES, **options):
     return model.eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -66,6 +67,7 @@ def test_peft_gives_the_same_head_1_logits(tmp_path, options):
     assert set(stored) - magnitudes <= loaded and {f"{key}.weight" for key in magnitudes} <= loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trunk", ["lora", "frozen"])
 def test_what_is_saved_is_read_back_bit_for_bit(tmp_path, trunk):
     options = {"trunk": trunk, "heads": "lora", "dora": True, "train_norms": True}

@@ -44,6 +44,7 @@ def hf_logits(folder):
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

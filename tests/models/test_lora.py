@@ -50,6 +50,7 @@ def moved(model):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("heads", ["full", "lora", "frozen"])
 @pytest.mark.parametrize("trunk", ["lora", "frozen"])

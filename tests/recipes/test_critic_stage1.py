@@ -25,15 +25,6 @@ from wmtp.pretrained import CheckpointError, hf_tokenizer, resolve_checkpoint
 from wmtp.training.checkpoint import complete_checkpoints, load_trainer, verify_manifest
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def critic_config(tmp_path, monkeypatch):
     """The shipped tiny config on pairs that differ by one letter, with overrides by dotted key."""

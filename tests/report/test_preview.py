@@ -37,6 +37,7 @@ def test_a_table_ends_its_lines_where_the_code_does_and_where_it_must():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "job"), [(FullFinetuneRecipeWMTP, "rho1"), (LoRARecipeWMTP, "lora_rho1")])
 def test_a_run_shows_its_data_and_trains_as_it_would_without(recipe, job, tmp_path, capsys):
     """The five targets of a document, two fifths kept: the two with the least reference CE weigh 5 / 2."""

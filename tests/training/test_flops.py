@@ -54,6 +54,7 @@ LORA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("adapters", LORA)
