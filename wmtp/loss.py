@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
-from wmtp.numerics.products import mm_float32, operand
+from wmtp.numerics.products import add_mm_float32, mm_float32, operand
 from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
 
 if TYPE_CHECKING:
@@ -142,7 +142,8 @@ def weighted_mtp_cross_entropy(
     order = torch.argsort(has_gradient, descending=True, stable=True)
     head, row, target, row_weight = head[order], row[order], target[order], row_weight[order]
     source = _source(head, row, target, labels)
-    num_gradient_rows = int(has_gradient.sum())
+    # The host waits for this number; not where every row has a weight.
+    num_gradient_rows = head.numel() if weights is None and head_weights is None else int(has_gradient.sum())
 
     ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
     num_rows = head.numel()
@@ -150,7 +151,7 @@ def weighted_mtp_cross_entropy(
         known = known_ce.detach().float().reshape(-1, batch, seq)
         ce[: known.shape[0]] = known * valid[: known.shape[0]]
         tail = torch.arange(num_rows, device=head.device) < num_gradient_rows
-        keep = tail | (head >= known.shape[0])
+        (keep,) = (tail | (head >= known.shape[0])).nonzero(as_tuple=True)
         head, row, target, row_weight, source = (x[keep] for x in (head, row, target, row_weight, source))
 
     if chunk_tokens is None:
@@ -350,10 +351,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 d_hidden[source[part]] = (d_logits @ matrix).to(d_hidden.dtype)
             if needs_unembedding:
-                if h.dtype == torch.float32:
-                    d_unembedding.addmm_(d_logits.T, h)
-                else:
-                    d_unembedding += mm_float32(d_logits.T, h)
+                add_mm_float32(d_unembedding, d_logits.T, h)
 
         ctx.gradients = None if d_hidden is None else d_hidden.view(hidden.shape), d_unembedding, unembedding.dtype
         ctx.mark_non_differentiable(row_ce)

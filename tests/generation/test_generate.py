@@ -274,4 +274,4 @@ def test_cuda_generates_what_the_cpu_does(tiny, letters, dtype, sampling):
         done = completions(model.cuda(), letters, requests, sampling, batch_size=5, num_drafts=num_drafts)
         assert done.keys() == expected.keys()
         if dtype == torch.float32 and (sampling.greedy or not num_drafts):
-            assert done == expected
+            assert {key: c.tokens for key, c in done.items()} == {key: c.tokens for key, c in expected.items()}

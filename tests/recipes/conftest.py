@@ -24,6 +24,7 @@ def tiny_config(tmp_path, monkeypatch):
         cfg = load(ROOT / "configs" / "tiny" / f"{job}.yaml")
         cfg.output_dir = str(tmp_path / job)
         cfg.tracking = None
+        cfg.device = os.environ.get("WMTP_TEST_DEVICE", "cpu")
         for key, value in overrides.items():
             OmegaConf.update(cfg, key.replace("__", "."), value)
         return cfg

@@ -16,13 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import (
-    FeedForward,
-    MultiHeadAttention,
-    RMSNorm,
-    RotaryPositionalEmbeddings,
-    TransformerSelfAttentionLayer,
-)
+from torchtune.modules import FeedForward, MultiHeadAttention, RotaryPositionalEmbeddings, TransformerSelfAttentionLayer
+from torchtune.modules import RMSNorm as RMSNormFloat32
 
 from wmtp.errors import UserError
 from wmtp.pretrained.shape import LlamaShape
@@ -196,6 +191,14 @@ class MTPDecoder(nn.Module):
         if input_pos is None:
             input_pos = positions_in_documents(document_ids)
         return (block_mask if self.attention == "flex" else dense_mask)(document_ids), input_pos
+
+
+class RMSNorm(RMSNormFloat32):
+    """torchtune's, without its cast of the input: F.rms_norm computes in float32 by itself, and only operands of one
+    dtype get its fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.scale, self.eps)
 
 
 def positions_in_documents(document_ids: Tensor) -> Tensor:

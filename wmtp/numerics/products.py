@@ -22,3 +22,11 @@ def mm_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def add_mm_float32(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a [N, K] @ b [K, M] of two operands to ``total`` [N, M] float32, in place: no second [N, M]."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

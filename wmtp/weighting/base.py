@@ -283,11 +283,11 @@ def check_weights(weights: Tensor | None, signals: Signals, weighting: AnyWeight
     outside = valid & ((w < low - slack[0]) | (w > high + slack[1]))
     refuse(outside, f"outside its bounds [{low:g}, {high:g}]", "see wmtp.weighting.clipped_mean_one")
     rows = scope_rows(valid, signals.document_ids, weighting.scope)
-    means = rows.lay(w[valid]).sum(1) / rows.mask.sum(1)  # [G]
+    means = rows.lay(w[rows.place]).sum(1) / rows.mask.sum(1)  # [G]
     off = ((means - 1).abs() > _MEAN_TOLERANCE).nonzero()
     if len(off):
         group = int(off[0])
-        head, row, j = valid.nonzero()[rows.row == group][0].tolist()
+        head, row, j = torch.stack(rows.place, dim=1)[rows.row == group][0].tolist()
         at = f"{f'head {head + 1}, ' if len(w) > 1 else ''}row {row}, from token {j} on"
         where = "the batch" if weighting.scope == "batch" else f"the document in {at}"
         raise UserError(

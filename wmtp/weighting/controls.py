@@ -95,12 +95,12 @@ class Control(AnyWeighting):
         drawn = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
         if own.numel() > 0:
             rows = scope_rows(valid, signals.document_ids, "sequence")
-            drawn[valid] = rows.pick(self._redraw(rows.lay(own), rows, self._keys(signals, valid, rows))).float()
+            drawn[rows.place] = rows.pick(self._redraw(rows.lay(own), rows, self._keys(signals, rows))).float()
         return drawn if by_head else drawn[0]
 
-    def _keys(self, signals: Signals, valid: Tensor, rows: ScopeRows) -> Tensor:
+    def _keys(self, signals: Signals, rows: ScopeRows) -> Tensor:
         """Draws an int64 for each valid target: [N]."""
-        head, row, target = valid.nonzero(as_tuple=True)  # [N] each
+        head, row, target = rows.place
         place = _place_in_document(signals.labels, signals.document_ids)[row, target]
         label = signals.labels[row, target].long()
         document = rows.lay(mix64(mix64(label + 1) + place * GOLDEN)).sum(1)[rows.row]  # same sum wherever it lies

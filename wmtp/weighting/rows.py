@@ -20,7 +20,8 @@ _NEG_INF = float("-inf")
 class ScopeRows(NamedTuple):
     """The place of each valid entry when every scope has a row of its own."""
 
-    row: Tensor  # [N], in the order of valid.nonzero()
+    place: tuple[Tensor, ...]  # head, row of the batch and position of each valid entry, in this order: [N] each
+    row: Tensor  # [N]
     column: Tensor  # [N], the entry's number within its scope, in order of position
     mask: Tensor  # [G, L] bool: entries that are real; a row has at least one
 
@@ -43,22 +44,34 @@ def scope_rows(valid: Tensor, document_ids: Tensor | None, scope: str) -> ScopeR
         document_ids: [B, S], equal within a document; None where each row of the batch is one document.
         scope: ``sequence`` (one document) or ``batch`` (all of [B, S]).
     """
-    heads, batch, seq = valid.shape
-    device = valid.device
-    scope_id = torch.arange(heads, device=device).view(-1, 1, 1)
+    _, batch, seq = valid.shape
+    head, line, position = place = valid.nonzero(as_tuple=True)  # [N] each, in order of position
+    scope_id = head
     if scope == "sequence":
-        scope_id = scope_id * batch + torch.arange(batch, device=device).view(1, -1, 1)
+        scope_id = head * batch + line
         if document_ids is not None:  # numbered anew, so that ids of any size keep rows of the batch apart
-            _, number = torch.unique(document_ids, return_inverse=True)
-            scope_id = scope_id * (batch * seq) + number
-    scope_id = scope_id.expand(heads, batch, seq)[valid]  # [N], in order of position
-    _, row, count = torch.unique(scope_id, return_inverse=True, return_counts=True)
-    order = torch.argsort(row, stable=True)
-    column = torch.empty_like(row)
-    column[order] = torch.arange(row.numel(), device=device) - (count.cumsum(0) - count)[row[order]]
-    longest = int(count.max()) if count.numel() else 0
-    mask = torch.arange(longest, device=device) < count[:, None]
-    return ScopeRows(row, column, mask)
+            number, _ = _numbered(document_ids.flatten())
+            scope_id = scope_id * (batch * seq) + number.view(batch, seq)[line, position]
+    row, column = _numbered(scope_id)
+    # The sizes, which the host needs, come over together: on CUDA it waits for them.
+    sizes = (torch.stack([row.max(), column.max()]) + 1).tolist() if row.numel() else (0, 0)
+    mask = valid.new_zeros(sizes)
+    mask[row, column] = torch.ones_like(row, dtype=torch.bool)
+    return ScopeRows(place, row, column, mask)
+
+
+def _numbered(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers the distinct ids [N] from 0, in order of their size, and the entries of each, in their order.
+
+    On CUDA the host does not wait for it, as it would for torch.unique.
+    """
+    ordered, order = ids.sort(stable=True)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    index = torch.arange(len(ids), device=ids.device)
+    in_order = starts.cumsum(0) - 1, index - (index * starts).cummax(0).values
+    number, column = (torch.empty_like(index).scatter_(0, order, values) for values in in_order)
+    return number, column
 
 
 def weigh_rows(
@@ -80,12 +93,12 @@ def weigh_rows(
     Raises:
         ValueError: if a valid score is not finite.
     """
-    values = scores[valid].float()
-    require_finite(values, "token scores")
     weights = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
+    rows = scope_rows(valid, document_ids, scope)
+    values = scores[rows.place].float()
+    require_finite(values, "token scores")
     if values.numel() > 0:
-        rows = scope_rows(valid, document_ids, scope)
-        weights[valid] = rows.pick(rows_fn(rows.lay(values), rows.mask)).float()
+        weights[rows.place] = rows.pick(rows_fn(rows.lay(values), rows.mask)).float()
     return weights
 
 

@@ -1,0 +1,79 @@
+"""What only a GPU shows; skipped without one. The recipes' own tests run there too, with WMTP_TEST_DEVICE=cuda."""
+
+import warnings
+
+import pytest
+import torch
+from random_models import random_decoder
+
+from wmtp.distributed import start_world
+from wmtp.loss import mtp_loss
+from wmtp.models import shard_model
+from wmtp.weighting import dft, rho1, uniform
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+SIZES = {"vocab_size": 259, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}
+SIZES |= {"intermediate_dim": 128, "max_seq_len": 512, "num_future_tokens": 2}
+
+
+def packed_batch(rows=3, length=200):
+    """Rows of four documents each, the last of them padding."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 259, (rows, length), generator=generator)
+    edges = torch.stack([torch.randperm(length - 1, generator=generator)[:3].sort().values + 1 for _ in range(rows)])
+    document_ids = (torch.arange(length) >= edges[:, :, None]).sum(1)
+    document_ids[document_ids == 3] = -1
+    batch = {"tokens": tokens, "labels": tokens.masked_fill(document_ids < 0, -100), "document_ids": document_ids}
+    return {name: value.cuda() for name, value in batch.items()}
+
+
+def loss_and_gradients(model, batch, weighting=None):
+    signals = {"reference_ce": torch.full_like(batch["tokens"], 5.0, dtype=torch.float32)}
+    kept = {"labels": batch["labels"], "document_ids": batch["document_ids"], "signals": signals}
+    out = model(batch["tokens"], loss_fn=mtp_loss, weighting=weighting or uniform(), **kept)
+    out.loss_sum.backward()
+    return out.loss_sum.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def assert_close(got, expected, tolerance):
+    torch.testing.assert_close(got[0], expected[0], rtol=tolerance, atol=0)
+    for ours, theirs in zip(got[1], expected[1], strict=True):
+        assert (ours - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("length", [128, 200])
+def test_flex_attention_sees_what_the_dense_mask_shows(length):
+    batch = packed_batch(length=length)
+    models = [random_decoder(**SIZES, attention=attention).cuda() for attention in ("flex", "sdpa")]
+    assert_close(*(loss_and_gradients(model, batch) for model in models), 1e-4)
+
+
+def test_compiled_blocks_compute_the_same():
+    batch, plain, compiled = packed_batch(), random_decoder(**SIZES).cuda(), random_decoder(**SIZES).cuda()
+    for block in (*compiled.layers, *compiled.extra_heads):
+        block.compile()
+    assert_close(loss_and_gradients(compiled, batch), loss_and_gradients(plain, batch), 1e-4)
+
+
+@pytest.mark.parametrize("weighting", [uniform(), rho1(), dft()], ids=["uniform", "rho1", "dft"])
+@pytest.mark.parametrize("attention", ["sdpa", "flex"])
+def test_a_micro_batch_waits_for_the_device_at_most_eight_times(weighting, attention):
+    """Forward and backward of a step in which the weights are not checked; what it logs is not part of it."""
+    batch = packed_batch()
+    model = shard_model(
+        random_decoder(**SIZES, attention=attention).cuda(), start_world("cuda").mesh, param_dtype=torch.bfloat16
+    )
+    signals = {"reference_ce": torch.full_like(batch["tokens"], 5.0, dtype=torch.float32)}
+    kept = {"labels": batch["labels"], "document_ids": batch["document_ids"], "signals": signals, "step": 7}
+    for _ in range(2):  # the first allocates and compiles
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                out = model(batch["tokens"], loss_fn=mtp_loss, weighting=weighting, **kept)
+                out.loss_sum.backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    where = [f"{wait.filename}:{wait.lineno}" for wait in waits if "synchroniz" in str(wait.message)]
+    assert len(where) <= 8, "\n".join(where)
