@@ -18,7 +18,7 @@ from wmtp.data.rows import read_rows
 from wmtp.pretrained import resolve_checkpoint
 from wmtp.pretrained.config_files import CheckpointError
 from wmtp.storage import StorageError, local_copy
-from wmtp.storage.cache import Cache
+from wmtp.storage.mirror import link_tree, make_room
 
 MB = 1 << 20
 FAULTS = ["cut", "delay", "corrupt", "refuse", 500, 503]
@@ -191,21 +191,20 @@ def test_a_file_that_is_gone_after_the_listing_is_not_missed(bucket):
     assert files_of(local_copy(f"{bucket.uri}/model")) == {"a.bin": b"a"}
 
 
-def test_a_folder_that_another_process_mirrors_too_is_never_away(bucket):
+def test_a_folder_that_another_process_mirrors_too_is_never_away(bucket, tmp_path):
     """Readers of a tree while others make the same one, which once took it away for a moment."""
-    cache = Cache()
     for name in "abc":
         bucket.put(f"model/{name}", name.encode())
     local_copy(f"{bucket.uri}/model")
-    content = {name: sha256(name.encode()) for name in "abc"}
+    content = {file.read_text(): file for file in (tmp_path / "cache" / "s3" / "objects").glob("*/*")}
     lost, errors, together = [], [], threading.Barrier(3, timeout=120)
 
     def read(number):
         try:
             for turn in range(100):
-                wanted = {f"{turn}/{name}": digest for name, digest in content.items()}
+                wanted = {f"{turn}/{name}": file for name, file in content.items()}
                 together.wait()
-                path = cache.tree("model", wanted)
+                path = link_tree("model", wanted)
                 for _ in range(20):
                     lost.extend((turn, name) for name in wanted if not (path / name).exists())
         except Exception as error:
@@ -217,7 +216,7 @@ def test_a_folder_that_another_process_mirrors_too_is_never_away(bucket):
         reader.start()
     for reader in readers:
         reader.join()
-    assert errors == [] and lost == []
+    assert errors == [] and lost == [] and sorted(content) == ["a", "b", "c"]
 
 
 def test_a_folder_must_be_what_its_manifest_says(bucket):
@@ -259,10 +258,10 @@ def test_a_killed_download_goes_on_and_two_processes_fetch_once(bucket, tmp_path
     command = [sys.executable, "-c", f"from wmtp.storage import local_copy; print(local_copy('{bucket.uri}/model'))"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
-    index = tmp_path / "cache" / "s3" / "index"
+    objects = tmp_path / "cache" / "s3" / "objects"
     until = time.monotonic() + 300
     while time.monotonic() < until and first.poll() is None:
-        if len(list(index.glob("*.json"))) == 2 and bucket.gets_of("model/c.bin"):
+        if len(list(objects.glob("*/*"))) == 2 and bucket.gets_of("model/c.bin"):
             break
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
@@ -286,11 +285,11 @@ def test_the_limit_removes_what_was_used_longest_ago_and_is_not_in_use(bucket, m
     kept = local_copy(f"{bucket.uri}/b")
     local_copy(f"{bucket.uri}/c")
     assert sorted(body[:1] for body in visible(tmp_path / "cache")) == [b"b", b"c"]
-    Cache().make_room(2500)
+    make_room(2500)
     assert kept.exists()  # this process uses it
     monkeypatch.setenv("WMTP_CACHE_LIMIT", "plenty")
     with pytest.raises(StorageError, match="WMTP_CACHE_LIMIT must be a size such as 200GB, got plenty"):
-        Cache().make_room()
+        make_room()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ _KEYS_PER_LISTING = 1000  # as many as S3 gives
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 15.0  # seconds before the second try, doubled before each further one
 _DENIED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
            "AllAccessDisabled", "AccountProblem", "InvalidClientTokenId"}  # fmt: skip
-_ABSENT = {"404", "NoSuchKey", "NotFound"}
+_ABSENT, _CHANGED = {"404", "NoSuchKey", "NotFound"}, {"412", "PreconditionFailed"}
 _T = TypeVar("_T")
 
 
@@ -86,66 +86,54 @@ def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
     Raises:
         StorageError: the call failed for good, or too often; the message says that `uri` cannot be `doing`, say, read.
     """
-    from botocore.exceptions import (
-        BotoCoreError,
-        ClientError,
-        FlexibleChecksumError,
-        IncompleteReadError,
-        ResponseStreamingError,
-    )
+    from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
 
-    broken = (CorruptError, FlexibleChecksumError, IncompleteReadError, ResponseStreamingError, ResponseParserError)
-    for attempt in range(1, attempts() + 1):
+    broken = (CorruptError, boto.FlexibleChecksumError, boto.IncompleteReadError, boto.ResponseStreamingError)
+    for attempt in range(attempts()):
         try:
             return call()
-        except (BotoCoreError, ClientError, ResponseParserError, CorruptError, OSError) as error:
-            if not isinstance(error, broken) or attempt == attempts():
-                raise explained(error, uri, doing) from None  # the chain would carry URLs and headers
-            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)))
+        except (boto.BotoCoreError, boto.ClientError, ResponseParserError, CorruptError, OSError) as error:
+            if not isinstance(error, (*broken, ResponseParserError)) or attempt + 1 == attempts():
+                raise _explained(error, uri, doing) from None  # the chain would carry URLs and headers
+            time.sleep(min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
     raise AssertionError("unreachable")
 
 
-def explained(error: Exception, uri: str, doing: str) -> StorageError:
+def _explained(error: Exception, uri: str, doing: str) -> StorageError:
     """Returns an error of boto3 as one line, built from its code: its own text may quote a request."""
-    from botocore.exceptions import (
-        ClientError,
-        NoCredentialsError,
-        ParamValidationError,
-        PartialCredentialsError,
-        ProfileNotFound,
-    )
+    from botocore import exceptions as boto
 
     if isinstance(error, StorageError):
         return error
-    what, bucket = f"{uri} cannot be {doing}", uri.removeprefix(SCHEME).partition("/")[0]
-    if isinstance(error, NoCredentialsError | PartialCredentialsError | ProfileNotFound):
-        return StorageError(
-            f"{what}: no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run "
-            "where the machine has a role"
+    bucket, code, kind = split_uri(uri)[0], "", StorageError
+    if isinstance(error, boto.ClientError):
+        code = error_code(error)
+        why = f"{where()} answers {code}"
+    elif isinstance(error, OSError):
+        why = disk_fault(error) or error.strerror or type(error).__name__
+    elif isinstance(error, boto.ParamValidationError):
+        why = f"{bucket} is no name of a bucket"
+    elif isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.ProfileNotFound):
+        why = (
+            "no AWS credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where the "
+            "machine has a role"
         )
-    if isinstance(error, OSError):
-        return StorageError(f"{what}: {disk_fault(error) or error.strerror or type(error).__name__}")
-    if isinstance(error, ParamValidationError):
-        return StorageError(f"{what}: {bucket} is no name of a bucket")
-    if not isinstance(error, ClientError):
-        return StorageError(
-            f"{what}: {where()} does not answer as it should ({type(error).__name__}); check AWS_ENDPOINT_URL and the "
-            "network"
-        )
-    code = error_code(error)
+    else:
+        name = type(error).__name__
+        why = f"{where()} does not answer as it should ({name}); check AWS_ENDPOINT_URL and the network"
     if code in _DENIED:
-        return StorageError(
-            f"{what}: {where()} refuses it ({code}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
-            f"AWS_SESSION_TOKEN) of somebody who may use bucket {bucket}"
+        why = (
+            f"{where()} refuses it ({code}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) "
+            f"of somebody who may use bucket {bucket}"
         )
-    if code == "NoSuchBucket":
-        return StorageError(f"{what}: {where()} has no bucket {bucket}; make it, or check AWS_ENDPOINT_URL")
-    if code in _ABSENT:
-        return ChangedError(f"{what}: it does not exist at {where()}")  # removed: it was listed before
-    if code in {"412", "PreconditionFailed"}:
-        return ChangedError(f"{what}: it was written again while it was being read")
-    return StorageError(f"{what}: {where()} answers {code}")
+    elif code == "NoSuchBucket":
+        why = f"{where()} has no bucket {bucket}; make it, or check AWS_ENDPOINT_URL"
+    elif code in _ABSENT:  # removed: it was listed before
+        why, kind = f"it does not exist at {where()}", ChangedError
+    elif code in _CHANGED:
+        why, kind = "it was written again while it was being read", ChangedError
+    return kind(f"{uri} cannot be {doing}: {why}")
 
 
 def where() -> str:
@@ -175,18 +163,17 @@ def _page(uri: str, **options: Any) -> tuple[list[RemoteFile], bool]:
     A listing has no hash to verify. A byte that changes on the way could end it early or rename an object, and then
     files are not fetched or wrong ones are removed. So two listings in a row must agree.
     """
-    said = None
 
     def ask() -> tuple[list[RemoteFile], bool]:
-        nonlocal said
+        said = []
         for _ in range(2):
             page = client().list_objects_v2(**options)
             items = page.get("Contents", [])
             files = [RemoteFile(options["Bucket"], item["Key"], item["ETag"], item["Size"]) for item in items]
-            before, said = said, (files, bool(files) and bool(page.get("IsTruncated")))
-            if said == before:
-                return said
-        raise CorruptError(f"{uri} cannot be read: no two listings in a row agree; wait until nobody writes there")
+            said.append((files, bool(files) and bool(page.get("IsTruncated"))))
+        if said[0] != said[1]:
+            raise CorruptError(f"{uri} cannot be read: no two listings in a row agree; wait until nobody writes there")
+        return said[0]
 
     return retrying(ask, uri, "read")
 
@@ -205,8 +192,7 @@ def find_files(uri: str) -> list[RemoteFile]:
 
 def remove(uri: str) -> None:
     """Removes the object of a URI, if there is one."""
-    bucket, key = split_uri(uri)
-    remove_files([RemoteFile(bucket, key, "", 0)])
+    remove_files([RemoteFile(*split_uri(uri), "", 0)])
 
 
 def remove_files(files: list[RemoteFile]) -> None:

@@ -3,11 +3,10 @@
 import base64
 import hashlib
 import mmap
-import os
 import re
 from functools import partial
-from io import BufferedReader
 from pathlib import Path
+from types import SimpleNamespace
 
 from wmtp.files import file_sha256, publish, unfinished
 from wmtp.storage.names import split_uri
@@ -47,73 +46,49 @@ def download(file: RemoteFile, target: Path) -> str:
 def _fetch(file: RemoteFile, part: Path) -> str:
     from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
-    sha256, etag, part_bytes = _expected(file)
-    try:
-        with _manager(PART_BYTES) as manager, part.open("wb") as arriving:
-            manager.download(file.bucket, file.key, arriving, subscribers=_facts(file.num_bytes, file.etag)).result()
-    except S3DownloadFailedError:  # its ETag has changed
-        raise _changed(file) from None
-    except RetriesExceededError as error:
-        raise error.last_exception from None
-    found = file_sha256(part)
-    if sha256 not in (None, found):
-        raise CorruptError(f"{file.uri} arrived corrupt: its SHA-256 is {found}, S3 says {sha256}")
-    if etag is not None and etag != (own := _etag(part, part_bytes)):
-        raise CorruptError(f"{file.uri} arrived corrupt: its ETag is {own}, S3 says {etag}")
-    return found
-
-
-def _expected(file: RemoteFile) -> tuple[str | None, str | None, int]:
-    """Returns an object's SHA-256 and None, or None and an ETag made of MD5s; then the bytes of its parts, or 0."""
-    at = {"Bucket": file.bucket, "Key": file.key}
+    at, changed = {"Bucket": file.bucket, "Key": file.key}, f"{file.uri} cannot be read: it was written again meanwhile"
     head = client().head_object(**at, ChecksumMode="ENABLED")
     if (head["ETag"], head["ContentLength"]) != (file.etag, file.num_bytes):
-        raise _changed(file)
-    sha256, stored = head.get("Metadata", {}).get("sha256"), head.get("ChecksumSHA256", "-")
-    if sha256 is None and "-" not in stored:
-        sha256 = base64.b64decode(stored).hex()
-    etag = _md5_etag(head)
-    if sha256 is not None or etag is None:
-        return sha256, None, 0
-    if "-" not in etag:
-        return None, etag, 0
-    part_bytes = client().head_object(**at, PartNumber=1)["ContentLength"]
-    of_one_size = -(-file.num_bytes // max(1, part_bytes)) == int(etag.partition("-")[2])  # other sizes are unknown
-    return None, etag if of_one_size else None, part_bytes
-
-
-def _etag(path: Path, part_bytes: int) -> str:
-    """Returns a file's ETag as S3 computes it: its MD5, or for an upload in parts the MD5 of the parts' MD5s."""
-    with path.open("rb") as file:
-        if not part_bytes:
-            return hashlib.file_digest(file, _md5).hexdigest()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-            starts = range(0, len(view), part_bytes)
-            return _etag_of([_md5(view[start : start + part_bytes]).digest() for start in starts])
-
-
-def _etag_of(md5s: list[bytes]) -> str:
-    return f"{_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
+        raise ChangedError(changed)
+    try:
+        with _manager(PART_BYTES) as manager, part.open("wb") as arriving:
+            known = [_known(file.num_bytes, file.etag)]
+            manager.download(file.bucket, file.key, arriving, subscribers=known).result()
+    except S3DownloadFailedError:  # its ETag has changed
+        raise ChangedError(changed) from None
+    except RetriesExceededError as error:
+        raise error.last_exception from None
+    found, etag = file_sha256(part), _md5_etag(head)
+    if (sha256 := _sha256(head)) is not None:
+        what, own, expected = "SHA-256", found, sha256
+    elif etag is None:
+        return found
+    else:
+        part_bytes = client().head_object(**at, PartNumber=1)["ContentLength"] if "-" in etag else 0
+        what, own, expected = "ETag", _etag(part, file.num_bytes, part_bytes), etag
+        if own.partition("-")[2] != etag.partition("-")[2]:  # parts of several sizes, which are not known
+            return found
+    if own != expected:
+        raise CorruptError(f"{file.uri} arrived corrupt: its {what} is {own}, S3 says {expected}")
+    return found
 
 
 def upload(path: Path, uri: str, *, sha256: str | None = None) -> None:
     """Uploads a file to an object, which appears once it is whole. What is appended meanwhile is left out.
 
     Args:
-        sha256: of the content, if a manifest gives it; stored with the object. For a file of one part it is computed. A
-            large file is not read twice for it: the ETags of its parts verify it too.
+        sha256: of the content, if a manifest gives it; stored with the object. For a file of one part it is computed.
 
     Raises:
         FileNotFoundError: no such file.
         StorageError: S3 refuses it, does not answer, or stores something else than was sent.
     """
     with path.open("rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        if num_bytes <= PART_BYTES:
-            put_bytes(uri, file.read(num_bytes))
-        else:
-            metadata = {} if sha256 is None else {"sha256": sha256}
-            retrying(lambda: _in_parts(file, num_bytes, uri, metadata), uri, "written")
+        body = file.read(PART_BYTES + 1)
+    if len(body) <= PART_BYTES:
+        put_bytes(uri, body)
+    else:
+        retrying(lambda: _in_parts(path, uri, {"sha256": sha256} if sha256 else {}), uri, "written")
 
 
 def put_bytes(uri: str, body: bytes, **condition: str) -> None:
@@ -135,33 +110,19 @@ def put_bytes(uri: str, body: bytes, **condition: str) -> None:
     retrying(put, uri, "written")
 
 
-def _in_parts(file: BufferedReader, num_bytes: int, uri: str, metadata: dict[str, str]) -> None:
+def _in_parts(path: Path, uri: str, metadata: dict[str, str]) -> None:
     from botocore.exceptions import ClientError
 
-    file.seek(0)
-    body, (bucket, key) = _Parts(file, num_bytes), split_uri(uri)
+    num_bytes, (bucket, key) = path.stat().st_size, split_uri(uri)
+    part_bytes = max(PART_BYTES, -(-num_bytes // _MOST_PARTS))
     try:
-        with _manager(max(PART_BYTES, -(-num_bytes // _MOST_PARTS))) as manager:
-            manager.upload(body, bucket, key, {"Metadata": metadata}, _facts(num_bytes)).result()
+        with _manager(part_bytes) as manager:
+            known = [_known(num_bytes)]
+            manager.upload(str(path), bucket, key, {"Metadata": metadata}, subscribers=known).result()
     except ClientError as error:
         if error_code(error) != "NoSuchUpload":  # an earlier try may have completed it, and its answer got lost
             raise
-    _prove(client().head_object(Bucket=bucket, Key=key), _etag_of(body.md5s), uri)
-
-
-class _Parts:
-    """A reader of a file's first bytes that hashes the parts as they are read."""
-
-    def __init__(self, file: BufferedReader, num_bytes: int) -> None:
-        self._file, self._left = file, num_bytes
-        self.md5s: list[bytes] = []
-
-    def read(self, num_bytes: int) -> bytes:
-        part = self._file.read(min(num_bytes, self._left))
-        if part:
-            self._left -= len(part)
-            self.md5s.append(_md5(part).digest())
-        return part
+    _prove(client().head_object(Bucket=bucket, Key=key), _etag(path, num_bytes, part_bytes), uri)
 
 
 def _prove(answer: dict, etag: str, uri: str) -> None:
@@ -170,11 +131,28 @@ def _prove(answer: dict, etag: str, uri: str) -> None:
         raise CorruptError(f"{uri} cannot be written: it arrives corrupt; check the network")
 
 
+def _etag(path: Path, num_bytes: int, part_bytes: int) -> str:
+    """Returns the ETag of a file's first bytes as S3 computes it: the MD5, or for parts the MD5 of the parts' MD5s."""
+    with path.open("rb") as file:
+        if not part_bytes:
+            return hashlib.file_digest(file, _md5).hexdigest()
+        with mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+            starts = range(0, num_bytes, part_bytes)
+            md5s = [_md5(view[start : start + part_bytes]).digest() for start in starts]
+    return f"{_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
+
+
 def _md5_etag(answer: dict) -> str | None:
     """Returns an answer's ETag; None if it is not made of MD5s, as under some encryptions."""
     etag = answer["ETag"].strip('"').lower()
     plain = answer.get("ServerSideEncryption", "AES256") == "AES256" and "SSECustomerAlgorithm" not in answer
     return etag if plain and re.fullmatch(r"[0-9a-f]{32}(-\d+)?", etag) else None
+
+
+def _sha256(head: dict) -> str | None:
+    """Returns the SHA-256 of an object's content; S3's own checksum of an upload in parts is another hash."""
+    stored = head.get("ChecksumSHA256", "-")
+    return head.get("Metadata", {}).get("sha256") or (None if "-" in stored else base64.b64decode(stored).hex())
 
 
 def _manager(part_bytes: int):
@@ -190,17 +168,11 @@ def _manager(part_bytes: int):
     return TransferManager(client(), config)
 
 
-def _facts(num_bytes: int, etag: str | None = None) -> list:
+def _known(num_bytes: int, etag: str | None = None) -> SimpleNamespace:
     """Returns a subscriber that gives a transfer the size and ETag, which it would otherwise ask S3 for."""
-    from s3transfer.subscribers import BaseSubscriber
 
-    class Facts(BaseSubscriber):
-        def on_queued(self, future, **_) -> None:
-            future.meta.provide_transfer_size(num_bytes)
-            future.meta.provide_object_etag(etag)
+    def on_queued(future, **_) -> None:
+        future.meta.provide_transfer_size(num_bytes)
+        future.meta.provide_object_etag(etag)
 
-    return [Facts()]
-
-
-def _changed(file: RemoteFile) -> ChangedError:
-    return ChangedError(f"{file.uri} cannot be read: it was written again while it was being read")
+    return SimpleNamespace(on_queued=on_queued)
