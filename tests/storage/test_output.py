@@ -100,7 +100,7 @@ def test_nothing_is_removed_on_the_word_of_a_damaged_listing(bucket, output):
     output.close()
     shutil.rmtree(output.folder / "checkpoints" / "step_00000001")
     save(output, 2)
-    output._wait()
+    output.wait()
     bucket.client.delete_object(Bucket=bucket.name, Key="run/checkpoints/step_00000002/manifest.json")
     bucket.put("run/checkpoints/step_00000001/manifest.json", b"{}")
     bucket.put("run/checkpoints/step_00000001/shard.bin", b"kept")
@@ -117,7 +117,7 @@ def test_a_failed_upload_is_loud_tried_again_and_loses_nothing(bucket, output, c
     output.close()
     bucket.proxy.mode = 503
     save(output, 1)  # does not raise
-    output._wait()
+    output.wait()
     said = capsys.readouterr().err
     assert "UPLOAD FAILED" in said and "SlowDown" in said
     with pytest.raises(StorageError, match=r"python -m wmtp\.storage upload .*/outputs/.* s3://"):

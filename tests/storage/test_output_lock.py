@@ -142,7 +142,7 @@ def test_a_living_lease_is_refused_a_dead_one_is_taken_over(lease, bucket, tmp_p
     assert bucket.keys("run/") == ["run/run.lock"]
     with pytest.raises(StorageError, match=rf"{bucket.uri}/run is being written by process {os.getpid()} on .*; end"):
         lease("two")[0].take()
-    assert "waiting up to 30 s to see whether it lives" in capsys.readouterr().err
+    assert "waiting up to 30 s to see if it lives" in capsys.readouterr().err
     first._end.set()  # as if killed
     first._thread.join()
     monkeypatch.setattr("wmtp.storage.lease._EXPIRY", 0.5)

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from weakref import finalize, ref
 
@@ -49,8 +50,8 @@ class Lease:
                 self._write(IfMatch=etag or "")
             elif seen is None:
                 seen, since = etag, time.monotonic()
-                tqdm.write(f"{self._folder} was last written by {there}; waiting up to {_EXPIRY:.0f} s to see whether "
-                           "it lives", sys.stderr)  # fmt: skip
+                line = f"{self._folder} was last written by {there}; waiting up to {_EXPIRY:.0f} s to see if it lives"
+                tqdm.write(line, sys.stderr)
             elif etag != seen:
                 raise StorageError(
                     f"output_dir {self._folder} is being written by {there}; end that run, or give another output_dir"
@@ -76,7 +77,7 @@ class Lease:
 
     def renew(self) -> None:
         """Renews the lease. If another process has taken it, this process ends at once."""
-        try:
+        with suppress(StorageError):  # S3 does not answer other processes either; uploads report it
             etag, there = self._there()
             if there is not None and there.id != self._holder.id:
                 line = f"error: {self._folder} was taken over by {there}: this run ends, so that not two write there"
@@ -84,8 +85,6 @@ class Lease:
                 sys.stderr.flush()
                 os._exit(1)
             self._write(**({"IfNoneMatch": "*"} if there is None else {"IfMatch": etag}))
-        except StorageError:
-            pass  # S3 does not answer other processes either; uploads report it
 
     def _write(self, **condition: str) -> None:
         self._beats += 1
@@ -122,7 +121,6 @@ class Lease:
 
 def _renew(lease: "ref[Lease]", end: threading.Event) -> None:
     while not end.wait(_HEARTBEAT):
-        held = lease()
-        if held is not None:
+        if (held := lease()) is not None:
             held.renew()
         del held

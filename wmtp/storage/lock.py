@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from io import FileIO
@@ -67,14 +68,11 @@ class FolderLock:
         """
         if self.holder is not None:
             return self.holder
-        until = time.monotonic() + _SECONDS_TO_END
-        while not self._lock_all():
-            if time.monotonic() > until:
-                raise StorageError(
-                    f"output_dir {self._folder} is being written by {_read(self._path) or 'another run'}; end that "
-                    "run, or give another output_dir"
-                )
-            time.sleep(0.1)
+        if not _soon(self._lock_all):
+            raise StorageError(
+                f"output_dir {self._folder} is being written by {_read(self._path) or 'another run'}; end that run, or "
+                "give another output_dir"
+            )
         file = self._open()
         before = holder_of(os.pread(file.fileno(), 4096, 0))  # not by path: closing any other descriptor ends the lock
         self.previous = before.id if before and self._locks else None  # without locks it may still live
@@ -88,13 +86,8 @@ class FolderLock:
 
     def join(self, holder: Holder, rank: int) -> bool:
         """Joins rank 0's run. Returns False if this rank does not see rank 0's file: it is on another file system."""
-        until = time.monotonic() + _SECONDS_TO_END
-        while _read(self._path) != holder:
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.1)
-        self._lock(rank, 1)
-        return True
+        seen = _soon(lambda: _read(self._path) == holder)
+        return seen and self._lock(rank, 1)
 
     def release(self) -> None:
         """Ends the lock, so that another run may write the folder."""
@@ -106,15 +99,13 @@ class FolderLock:
 
     def _lock_all(self) -> bool:
         """Locks rank 0's byte if all bytes are free and the open file is still the one at its path."""
-        file = self._open()
         if not self._lock(0, 0):
             return False
         if not self._is_current():
-            file.close()
-            self._file = None
+            self.release()
             return False
         if self._locks:
-            fcntl.lockf(file, fcntl.LOCK_UN, 0, 1)
+            fcntl.lockf(self._open(), fcntl.LOCK_UN, 0, 1)
         return True
 
     def _open(self) -> FileIO:
@@ -139,13 +130,21 @@ class FolderLock:
         return True
 
     def _is_current(self) -> bool:
-        """Returns whether the open file is still the one at its path."""
-        if self._file is None:
-            return True
+        """Returns whether the open file, if any, is still the one at its path."""
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
+            return self._file is None or os.path.samestat(os.fstat(self._file.fileno()), os.stat(self._path))
         except FileNotFoundError:
             return False
+
+
+def _soon(true: Callable[[], bool]) -> bool:
+    """Returns whether something becomes true before another run can be expected to have ended."""
+    until = time.monotonic() + _SECONDS_TO_END
+    while not true():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _lock_file(folder: Path) -> Path:

@@ -29,7 +29,9 @@ _T = TypeVar("_T")
 
 
 def mirrored(uri: str, otherwise: Path | None = None) -> Path:
-    """Returns the local path of an object or a folder, which is fetched into the cache. It stays until this process ends.
+    """Returns the local path of an object or a folder, which is fetched into the cache.
+
+    It stays until this process ends.
 
     Args:
         otherwise: returned if there is no such object.
@@ -126,10 +128,8 @@ def _check_manifest(uri: str, manifest: str, contents: dict[str, Path]) -> None:
     for name, entry in (flat_manifest(contents[manifest]) or {}).items():
         name = manifest.removesuffix(MANIFEST) + name
         if name not in contents or contents[name].name != entry["sha256"]:
-            raise CorruptError(
-                f"{uri}/{name} is {'missing' if name not in contents else 'not the file'} that {manifest} names; upload "
-                "the folder again, with its manifest last"
-            )
+            what = "missing" if name not in contents else "not the file"
+            raise CorruptError(f"{uri}/{name} is {what} that {manifest} names; upload the folder again, whole")
 
 
 def link_tree(name: str, contents: dict[str, Path]) -> Path:

@@ -9,17 +9,15 @@ from wmtp.storage.lock import FolderLock, Holder
 class Output:
     """The folder of a run, which one run at a time writes.
 
-    Attributes:
+    Args:
         folder: its local path.
         remote: ``s3://bucket/prefix`` of its copy; None for none.
-        remote_names: files of an earlier run in the copy.
-        lock: this process's, after :meth:`claim` or :meth:`join`.
     """
 
     def __init__(self, folder: str | Path, remote: str | None = None) -> None:
         self.folder, self.remote = Path(folder), remote
-        self.remote_names: list[str] = []
-        self.lock: FolderLock | None = None
+        self.remote_names: list[str] = []  # files of an earlier run in the copy
+        self._lock: FolderLock | None = None  # this process's, after `claim` or `join`
 
     def claim(self, *, whole: bool = False) -> Holder:
         """Locks the folder, and its copy, for this process until :meth:`close`. Rank 0 only.
@@ -30,13 +28,13 @@ class Output:
         Raises:
             StorageError: another run writes there; or no credentials, no bucket, no permission in S3.
         """
-        self.lock = FolderLock.of(self.folder)
-        return self.lock.take()
+        self._lock = FolderLock.of(self.folder)
+        return self._lock.take()
 
     def join(self, holder: Holder, rank: int) -> bool:
         """Joins the run of rank 0, which claimed the folder. Returns False if this rank does not see its files."""
-        self.lock = FolderLock.of(self.folder)
-        return self.lock.join(holder, rank)
+        self._lock = FolderLock.of(self.folder)
+        return self._lock.join(holder, rank)
 
     def begin(self, replaces: Iterable[str] = ()) -> None:
         """Removes the files and folders that a new run replaces from the remote copy, then starts uploads."""
@@ -61,5 +59,5 @@ class Output:
         Raises:
             StorageError: something could not be uploaded.
         """
-        if self.lock is not None and fail:  # other ranks of a failed run may still be at work: the lock ends with them
-            self.lock.release()
+        if self._lock is not None and fail:  # other ranks of a failed run may still be at work: the lock ends with them
+            self._lock.release()

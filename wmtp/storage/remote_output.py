@@ -10,7 +10,9 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, Queue
 
 from tqdm import tqdm
 
@@ -54,76 +56,58 @@ class RemoteOutput(Output):
 
     def __init__(self, output_dir: str, folder: Path | None = None) -> None:
         self._uri = output_dir.rstrip("/")
-        bucket, key = split_uri(self._uri)
-        here = cache_folder() / "outputs" / bucket / key
+        bucket, self._key = split_uri(self._uri)
+        here = cache_folder() / "outputs" / bucket / self._key
         super().__init__(folder or here, self._uri)
-        self._uploads = False
         self._record = here.with_name(f"{here.name}.uploads.json")  # self._sent; inodes outlast a move of the folder
-        self.lease: Lease | None = None
         self._sent: dict[str, list[int] | None] = {}  # inode, size and mtime of each file when it was uploaded
+        self._lease: Lease | None = None  # of the process that has claimed the folder
         self._error: StorageError | None = None  # why the last round did not upload everything
         self._busy: str | None = None  # the folder that is being uploaded
-        self._lock = threading.Condition()
-        self._asked = self._done = 0  # rounds
-        self._ending = False
+        self._rounds: Queue[bool] = Queue()  # that are asked for; False ends the thread
         self._worker: threading.Thread | None = None
 
     def claim(self, *, whole: bool = False) -> Holder:
         holder = super().claim()
-        self._uploads = True
-        self._probe()
-        self.lease = Lease(self._uri, holder, FolderLock.of(self.folder).previous)
-        self.lease.take()
-        self.fetch(whole=whole)
+        put_bytes(f"{self._uri}/{_PROBE}", b"wmtp")  # missing rights are found before hours of training
+        remove(f"{self._uri}/{_PROBE}")
+        lease = Lease(self._uri, holder, FolderLock.of(self.folder).previous)
+        lease.take()
+        self._lease = lease
+        while_it_changes(lambda: self._fetch(whole))
         self.folder.mkdir(parents=True, exist_ok=True)
         return holder
 
     def begin(self, replaces: Iterable[str] = ()) -> None:
-        self.clear(*replaces)
+        if self._lease is None:
+            return
+        names = tuple(replaces)
+        for name in names:
+            there = self._remote_files(name)
+            remove_files([file for file in there if (self._name(file) + "/").startswith(f"{name}/")])
+        self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
         self.upload()
 
     def upload(self, path: Path | None = None) -> None:
-        if not self._uploads:
+        if self._lease is None:
             return
         if path is not None and path.is_dir() and path != self.folder and not (path / MANIFEST).exists():
             write_manifest(path)
-        with self._lock:
-            self._asked += 1
-            self._lock.notify_all()
+        self._rounds.put(True)
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="upload", daemon=True)
             self._worker.start()
 
     def may_remove(self, path: Path) -> bool:
-        with self._lock:
-            return self._busy != str(path.relative_to(self.folder))
+        return self._busy != str(path.relative_to(self.folder))
 
-    def clear(self, *names: str) -> None:
-        """Removes files and folders from the remote copy.
-
-        Raises:
-            StorageError: S3 refuses it or does not answer.
-        """
-        if not self._uploads:
-            return
-        for name in names:
-            there = self._remote_files(name)
-            remove_files([file for file in there if (self._name(file) + "/").startswith(f"{name}/")])
-        self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
-
-    def fetch(self, *, whole: bool = True) -> None:
+    def _fetch(self, whole: bool) -> None:
         """Fetches an earlier run's files from S3 if this machine has none of them, or fewer.
 
         Args:
             whole: the run's files and its newest complete checkpoint, verified; otherwise only their names. Of a run
                 without checkpoints, the files that another machine has added to.
-
-        Raises:
-            StorageError: the files cannot be read, or are corrupt.
         """
-        while_it_changes(lambda: self._fetch(whole))
-
-    def _fetch(self, whole: bool) -> None:
         files = {self._name(file): file for file in self._remote_files()}
         self._remember(files)
         self.remote_names = list(files)
@@ -139,73 +123,67 @@ class RemoteOutput(Output):
                 wanted = {name: wanted[name] for name, size in sizes.items() if size < wanted[name].num_bytes}
         fetch_folder(self._uri, list(wanted.values()), self.folder)
         if newest is not None:
-            target = self.folder / newest
-            self._log(f"fetching {self.remote}/{newest}")
-            torn = unfinished(target)
-            inside = {name.removeprefix(f"{newest}/"): f for name, f in files.items() if name.startswith(f"{newest}/")}
-            fetch_folder(f"{self.remote}/{newest}", list(inside.values()), torn)
+            self._log(f"fetching {self._uri}/{newest}")
+            target, torn = self.folder / newest, unfinished(self.folder / newest)
+            inside = {name: file for name, file in files.items() if _step_of(name) == newest}
+            fetch_folder(f"{self._uri}/{newest}", list(inside.values()), torn)
             verify_manifest(torn)
             shutil.rmtree(target, ignore_errors=True)  # incomplete, or `here` would name it
             publish(torn, target)
-        fetched = [name for name in files if name in wanted or (newest is not None and _step_of(name) == newest)]
-        self._sent |= {name: _stamp(self.folder / name) for name in fetched}
+            wanted |= inside
+        self._sent |= {name: _stamp(self.folder / name) for name in wanted}
         self._write_record()
 
     def close(self, *, fail: bool = True) -> None:
         """Waits until everything is uploaded, with one more try after a failure; see :class:`Output`."""
-        if self._uploads:
+        if self._lease is None:
+            return super().close(fail=fail)
+        for _ in range(2):
             self.upload()
-            self._wait()
-            if self._error is not None:
-                self.upload()
-                self._wait()
-            with self._lock:
-                self._ending = True
-                self._lock.notify_all()
-            if self._worker is not None:
-                self._worker.join()
-            self._worker, self._ending = None, False
-        if self.lease is not None:
-            self.lease.release()
+            self.wait()
+            if self._error is None:
+                break
+        self._rounds.put(False)
+        if self._worker is not None:
+            self._worker.join()
+            self._worker = None
+        self._lease.release()
         super().close(fail=fail)
-        if not self._uploads:
-            return
         if self._error is None:
-            self._log(f"uploaded to {self.remote}")
-            return
+            return self._log(f"uploaded to {self._uri}")
         line = (
             f"not everything could be uploaded: {self._error}; it is all in {self.folder}; when S3 answers again, "
-            f"run: python -m wmtp.storage upload {self.folder} {self.remote}"
+            f"run: python -m wmtp.storage upload {self.folder} {self._uri}"
         )
         if fail:
             raise StorageError(line)
-        self._log(line)
+        return self._log(line)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The background
 
-    def _wait(self) -> None:
-        with self._lock:
-            self._lock.wait_for(lambda: self._done >= self._asked)
+    def wait(self) -> None:
+        """Waits until all rounds of uploads that were asked for have ended, well or not."""
+        self._rounds.join()
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                self._lock.wait_for(lambda: self._ending or self._asked > self._done, _SECONDS_BETWEEN_ROUNDS)
-                if self._ending:
-                    return
-                round_ = self._asked
+        asked: bool | None = None
+        while asked is not False:
+            asked = None
+            with suppress(Empty):
+                asked = self._rounds.get(timeout=_SECONDS_BETWEEN_ROUNDS)
             try:
-                self._round()
-                self._error = None
+                if asked is not False:
+                    self._round()
+                    self._error = None
             except Exception as error:  # of any kind: training goes on, and close() raises it
                 if not isinstance(error, StorageError):
-                    error = StorageError(f"{self.remote}: {type(error).__name__}: {error}")
+                    error = StorageError(f"{self._uri}: {type(error).__name__}: {error}")
                 self._error = error
-                self._log(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {self._error}")
-            with self._lock:
-                self._busy, self._done = None, round_
-                self._lock.notify_all()
+                self._log(f"UPLOAD FAILED, to be tried again at the next save or in a minute: {error}")
+            self._busy = None
+            if asked is not None:
+                self._rounds.task_done()
 
     def _round(self) -> None:
         """Uploads new files: the run's own, then checkpoints, newest first, then the file that names the latest."""
@@ -213,11 +191,9 @@ class RemoteOutput(Output):
             files = self._local_files()
             self._send([name for name in files if not name.startswith("checkpoints/")])
             for step in sorted({step for name in files if (step := _step_of(name))}, reverse=True):
-                with self._lock:
-                    self._busy = step
+                self._busy = step
                 self._send([name for name in self._local_files() if _step_of(name) == step])
-                with self._lock:
-                    self._busy = None
+            self._busy = None
             if "checkpoints/latest" in files:
                 self._send(["checkpoints/latest"])
                 self._prune()
@@ -226,33 +202,25 @@ class RemoteOutput(Output):
 
     def _send(self, names: list[str]) -> None:
         """Uploads the files that changed; manifests after all others, the deepest first."""
-        manifests = {name for name in names if Path(name).name == MANIFEST}
+        manifests = {name: flat_manifest(self.folder / name) or {} for name in names if Path(name).name == MANIFEST}
         changed = {name for name in names if self._sent.get(name) != _stamp(self.folder / name)}
-        for name in manifests:
+        known = {}
+        for name, entries in manifests.items():
             below = name.removesuffix(MANIFEST)
-            if flat_manifest(self.folder / name) is not None and any(n.startswith(below) for n in changed - manifests):
+            known |= {below + file: entry["sha256"] for file, entry in entries.items()}
+            if entries and any(n.startswith(below) for n in changed - manifests.keys()):
                 # Files of that folder are about to be replaced: it must not look complete before all are.
-                remove(f"{self.remote}/{name}")
+                remove(f"{self._uri}/{name}")
                 self._sent.pop(name, None)
                 changed.add(name)
-        known = {
-            name.removesuffix(MANIFEST) + file: entry["sha256"]
-            for name in manifests
-            for file, entry in (flat_manifest(self.folder / name) or {}).items()
-        }
         for name in sorted(changed, key=lambda name: (name in manifests, -name.count("/"), name)):
-            path, stamp = self.folder / name, _stamp(self.folder / name)
+            path, stamp, below = self.folder / name, _stamp(self.folder / name), name.removesuffix(MANIFEST)
             try:
-                if name not in manifests or self._all_sent(path):
-                    upload(path, f"{self.remote}/{name}", sha256=known.get(name))
+                if all(below + file in self._sent for file in manifests.get(name, ())):
+                    upload(path, f"{self._uri}/{name}", sha256=known.get(name))
                     self._sent[name] = stamp
             except FileNotFoundError:
                 self._sent.pop(name, None)  # an old checkpoint was removed meanwhile: its manifest is not sent
-
-    def _all_sent(self, manifest: Path) -> bool:
-        """Returns whether all files that a manifest names are uploaded."""
-        below = manifest.parent.relative_to(self.folder)
-        return all((below / name).as_posix() in self._sent for name in flat_manifest(manifest) or {})
 
     def _prune(self) -> None:
         """Removes remote checkpoints that this machine no longer has and that are older than the newest complete one.
@@ -284,17 +252,11 @@ class RemoteOutput(Output):
         return found
 
     def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
-        _, key = split_uri(self._uri)
-        there = list_files(self._uri, prefix=f"{key}/{below}")
+        there = list_files(self._uri, prefix=f"{self._key}/{below}")
         return (file for file in there if not file.key.endswith(_NOT_UPLOADED))  # leaves out the lease
 
     def _name(self, file: RemoteFile) -> str:
-        return file.key.removeprefix(split_uri(self._uri)[1]).lstrip("/")
-
-    def _probe(self) -> None:
-        """Writes a tiny object and removes it, so that missing rights are found before hours of training."""
-        put_bytes(f"{self.remote}/{_PROBE}", b"wmtp")
-        remove(f"{self.remote}/{_PROBE}")
+        return file.key.removeprefix(self._key).lstrip("/")
 
     def _remember(self, there: dict[str, RemoteFile]) -> None:
         """Reads which files an earlier process uploaded, as far as they are still in S3."""
