@@ -10,7 +10,6 @@ sets `staging`. `production` sets that alias, unless the evaluation is worse tha
 more than chance explains. Both read everything from MLflow: no file of the training machine is needed.
 """
 
-import getpass
 import os
 import sys
 
@@ -40,6 +39,7 @@ from wmtp.registry.versions import (
     shown,
     versions,
 )
+from wmtp.tracking.environment import login_name
 
 ACTIONS = ("register", "production", "rollback", "show")
 
@@ -61,7 +61,7 @@ class PromoteRecipe:
         self._alias = read.choice("alias", {"staging": "staging", "production": "production"}, "production")
         self._undo = read.integer("move", None, minimum=1)
         self._card_cfg = read.section("card", optional=True)
-        self._by = read.get("by", None) or os.environ.get("MLFLOW_TRACKING_USERNAME") or _login_name()
+        self._by = read.get("by", None) or os.environ.get("MLFLOW_TRACKING_USERNAME") or login_name()
         self._tracking_uri = read.get("tracking_uri", None)
         read.done()
 
@@ -191,13 +191,6 @@ def print_table(head: list[str], rows: list[list[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in [head, *rows]:
         print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip(), flush=True)
-
-
-def _login_name() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's user without a name
-        return "unknown"
 
 
 @clear_errors()

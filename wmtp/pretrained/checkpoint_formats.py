@@ -38,7 +38,7 @@ _WRAPPERS = re.compile(
 )
 
 # name inside a block -> (HF key, Meta key)
-_BLOCK_KEYS = {
+BLOCK_KEYS = {
     "attn.q_proj.weight": ("self_attn.q_proj.weight", "attention.wq.weight"),
     "attn.k_proj.weight": ("self_attn.k_proj.weight", "attention.wk.weight"),
     "attn.v_proj.weight": ("self_attn.v_proj.weight", "attention.wv.weight"),
@@ -49,7 +49,7 @@ _BLOCK_KEYS = {
     "sa_norm.scale": ("input_layernorm.weight", "attention_norm.weight"),
     "mlp_norm.scale": ("post_attention_layernorm.weight", "ffn_norm.weight"),
 }
-_ROOT_KEYS = {
+ROOT_KEYS = {
     "tok_embeddings.weight": ("model.embed_tokens.weight", "tok_embeddings.weight"),
     "norm.scale": ("model.norm.weight", "norm.weight"),
     "output.weight": ("lm_head.weight", "output.weight"),
@@ -86,14 +86,14 @@ def key_of(name: str, form: str) -> str | None:
     Blocks of additional heads keep their place, ``extra_heads.{j}``, with the format's names inside.
     """
     column = ("hf", "meta").index(form)
-    if name in _ROOT_KEYS:
-        return _ROOT_KEYS[name][column]
+    if name in ROOT_KEYS:
+        return ROOT_KEYS[name][column]
     place, _, rest = name.partition(".")
     index, _, inside = rest.partition(".")
-    if place not in ("layers", "extra_heads") or not index.isdigit() or inside not in _BLOCK_KEYS:
+    if place not in ("layers", "extra_heads") or not index.isdigit() or inside not in BLOCK_KEYS:
         return None
     prefix = "model." if form == "hf" and place == "layers" else ""
-    return f"{prefix}{place}.{index}.{_BLOCK_KEYS[inside][column]}"
+    return f"{prefix}{place}.{index}.{BLOCK_KEYS[inside][column]}"
 
 
 def is_rotated(name: str) -> bool:

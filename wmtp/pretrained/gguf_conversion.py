@@ -7,32 +7,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from wmtp.pretrained.checkpoint_formats import HF_WEIGHTS, is_rotated, key_of, to_half_split
+from wmtp.pretrained.checkpoint_formats import BLOCK_KEYS, HF_WEIGHTS, ROOT_KEYS, is_rotated, key_of, to_half_split
 from wmtp.pretrained.config_files import OTHER_MODEL, CheckpointError, refuse_unknown, unreadable
 
-# name inside a block -> GGUF key
-_BLOCK_KEYS = {
-    "attn.q_proj.weight": "attn_q.weight",
-    "attn.k_proj.weight": "attn_k.weight",
-    "attn.v_proj.weight": "attn_v.weight",
-    "attn.output_proj.weight": "attn_output.weight",
-    "mlp.w1.weight": "ffn_gate.weight",
-    "mlp.w2.weight": "ffn_down.weight",
-    "mlp.w3.weight": "ffn_up.weight",
-    "sa_norm.scale": "attn_norm.weight",
-    "mlp_norm.scale": "ffn_norm.weight",
-}
-_ROOT_KEYS = {
-    "tok_embeddings.weight": "token_embd.weight",
-    "norm.scale": "output_norm.weight",
-    "output.weight": "output.weight",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 
 _REQUIRED = """block_count context_length embedding_length feed_forward_length attention.head_count
     attention.layer_norm_rms_epsilon"""
 _READ = """attention.head_count_kv attention.key_length attention.value_length rope.dimension_count rope.freq_base
     vocab_size"""
+_HARMLESS = "rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout"
 _FIXED = {
     "llama.rope.scaling.type": ("none",),
     "llama.rope.scaling.factor": (1,),
@@ -43,8 +27,6 @@ _FIXED = {
     "split.count": (0, 1),
     "tokenizer.ggml.remove_extra_whitespaces": (False,),
 }
-_HARMLESS = """llama.rope.scaling.original_context_length llama.rope.scaling.finetuned llama.tensor_data_layout
-    split.no split.tensors.count"""
 # Read by `transformers`, or below; only those ids of special tokens count that a Llama has.
 _TOKENIZER = """model pre tokens scores token_type merges bos_token_id eos_token_id eot_token_id eom_token_id
     unknown_token_id padding_token_id add_bos_token add_eos_token add_space_prefix separator_token_id
@@ -67,7 +49,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     Raises:
         CheckpointError: the file cannot be read, is no plain Llama, or has a tokenizer that may not be read right.
     """
-    from gguf import GGUFReader
+    from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
     from gguf.quants import dequantize
     from transformers import LlamaConfig
 
@@ -79,16 +61,22 @@ def convert_gguf(file: Path, folder: Path) -> None:
     if fields.get("general.architecture") != "llama":
         got = fields.get("general.architecture")
         raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}; {OTHER_MODEL}")
-    _refuse_unknown(file, fields)
+    missing = [f"llama.{key}" for key in _REQUIRED.split() if f"llama.{key}" not in fields]
+    if missing:
+        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {OTHER_MODEL}")
+    known = {f"llama.{key}" for key in f"{_REQUIRED} {_READ} {_HARMLESS}".split()} | {"split.no", "split.tensors.count"}
+    known |= {f"tokenizer.ggml.{key}" for key in _TOKENIZER.split()}
+    known |= {key for key in fields if key.startswith(("general.", "quantize.", "tokenizer.chat_template"))}
+    refuse_unknown(file, fields, known, _FIXED)
     tokenizer = _tokenizer(file, fields)
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    layers = range(fields["llama.block_count"])
-    names = [*_ROOT_KEYS, *(f"layers.{i}.{inside}" for i in layers for inside in _BLOCK_KEYS)]
-    keys = {name: _gguf_key(name) for name in names}
-    tied = "output.weight" not in stored
-    if tied:
-        del keys["output.weight"]
+    layers = fields["llama.block_count"]
+    names = [*ROOT_KEYS, *(f"layers.{i}.{inside}" for i in range(layers) for inside in BLOCK_KEYS)]
+    if tied := "output.weight" not in stored:
+        names.remove("output.weight")
+    named = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)  # the GGUF key of a key of HF's
+    keys = {name: str(named.get_name(str(key_of(name, "hf")), (".weight",))) for name in names}
     odd = sorted((set(stored) ^ set(keys.values())) - {_ROPE_FACTORS})
     if odd:
         what = "unknown" if odd[0] in stored else "missing"
@@ -101,8 +89,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
     sizes = _sizes(file, fields, vocab_size=len(embedding))
     factors = tensor(_ROPE_FACTORS) if _ROPE_FACTORS in stored else None
     rope = _rope(file, fields.get("llama.rope.freq_base", 10_000.0), sizes["head_dim"], factors)
-    ids = {name: fields.get(f"tokenizer.ggml.{name}") for name in ("eos_token_id", "eot_token_id", "eom_token_id")}
-    ends = list(dict.fromkeys(i for i in ids.values() if i is not None))
+    ids = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = list(dict.fromkeys(i for i in ids if i is not None))
     config = LlamaConfig(
         **sizes,
         architectures=["LlamaForCausalLM"],
@@ -116,8 +104,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     weights = {}
     for name, key in keys.items():
         # llama.cpp keeps q and k in Meta's RoPE layout.
-        weight = tensor(key)
-        weight = to_half_split(weight, sizes["head_dim"]) if is_rotated(name) else weight
+        weight = to_half_split(tensor(key), sizes["head_dim"]) if is_rotated(name) else tensor(key)
         weights[str(key_of(name, "hf"))] = weight.contiguous()
 
     folder.mkdir(parents=True)
@@ -126,39 +113,26 @@ def convert_gguf(file: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _refuse_unknown(file: Path, fields: dict[str, Any]) -> None:
-    missing = [f"llama.{key}" for key in _REQUIRED.split() if f"llama.{key}" not in fields]
-    if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {OTHER_MODEL}")
-    known = {f"llama.{key}" for key in f"{_REQUIRED} {_READ}".split()} | set(_HARMLESS.split())
-    known |= {f"tokenizer.ggml.{key}" for key in _TOKENIZER.split()}
-    known |= {key for key in fields if key.startswith(("general.", "quantize.", "tokenizer.chat_template"))}
-    refuse_unknown(file, fields, known, _FIXED)
-
-
 def _sizes(file: Path, fields: dict[str, Any], *, vocab_size: int) -> dict[str, Any]:
-    dim, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
-    head_dim = fields.get("llama.attention.key_length", dim // heads if isinstance(heads, int) else None)
-    for key, expected in (
-        ("attention.value_length", head_dim),
-        ("rope.dimension_count", head_dim),
-        ("vocab_size", vocab_size),
-    ):
-        value = fields.get(f"llama.{key}", expected)
-        if value != expected:
+    llama = {key.removeprefix("llama."): value for key, value in fields.items()}
+    dim, heads = llama["embedding_length"], llama["attention.head_count"]
+    head_dim = llama.get("attention.key_length", dim // heads if isinstance(heads, int) else None)
+    expected = {"attention.value_length": head_dim, "rope.dimension_count": head_dim, "vocab_size": vocab_size}
+    for key, value in expected.items():
+        if llama.get(key, value) != value:
             raise CheckpointError(
-                f"{file}: llama.{key} must be {expected}, got {value}; this decoder has no other, {OTHER_MODEL}"
+                f"{file}: llama.{key} must be {value}, got {llama[key]}; this decoder has no other, {OTHER_MODEL}"
             )
     return {
         "vocab_size": vocab_size,
         "hidden_size": dim,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "num_hidden_layers": fields["llama.block_count"],
+        "intermediate_size": llama["feed_forward_length"],
+        "num_hidden_layers": llama["block_count"],
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": llama.get("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "max_position_embeddings": fields["llama.context_length"],
-        "rms_norm_eps": fields["llama.attention.layer_norm_rms_epsilon"],
+        "max_position_embeddings": llama["context_length"],
+        "rms_norm_eps": llama["attention.layer_norm_rms_epsilon"],
     }
 
 
@@ -177,13 +151,6 @@ def _rope(file: Path, base: float, head_dim: int, factors: torch.Tensor | None) 
             "use another checkpoint"
         )
     return {**plain, "rope_type": "llama3", **scaling, "original_max_position_embeddings": length}
-
-
-def _gguf_key(name: str) -> str:
-    if name in _ROOT_KEYS:
-        return _ROOT_KEYS[name]
-    _, index, inside = name.split(".", 2)
-    return f"blk.{index}.{_BLOCK_KEYS[inside]}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

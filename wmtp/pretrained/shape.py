@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from wmtp.errors import UserError
 
@@ -32,23 +32,12 @@ class LlamaShape:
     head_dim: int | None = None  # embed_dim / num_heads if not given
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "embed_dim",
-            "intermediate_dim",
-            "max_seq_len",
-            "num_future_tokens",
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
-        for name in ("rope_base", "norm_eps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise UserError(f"{name} must be a number > 0, got {value!r}")
+        for field in fields(self):
+            value, number = getattr(self, field.name), not isinstance(getattr(self, field.name), bool)
+            if field.type is int and not (number and isinstance(value, int) and value >= 1):
+                raise UserError(f"{field.name} must be a whole number >= 1, got {value!r}")
+            if field.type is float and not (number and isinstance(value, int | float) and 0 < value < math.inf):
+                raise UserError(f"{field.name} must be a number > 0, got {value!r}")
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim must be a multiple of num_heads {self.num_heads}, got {self.embed_dim}")
         if self.num_heads % self.num_kv_heads:
@@ -64,8 +53,7 @@ class LlamaShape:
 def checked_scaling(scaling: Mapping | None) -> dict | None:
     """Returns HF's rope_scaling or rope_parameters as a dict with the keys of Llama 3; None for plain RoPE.
 
-    Raises:
-        UserError: another kind of scaling, a key or a value that does not belong to it, or a missing key.
+    Every other kind of scaling, and a key or value that does not belong to its kind, is refused with a UserError.
     """
     if scaling is None:
         return None

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.storage import local_copy
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-# The files of a tokenizer in a model's folder: other readers than this one need those after the third.
-_FILES = (
-    *(_FILE, _SETTINGS, _TEMPLATE),
-    *("special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt"),
-)
+_MODEL = "tokenizer.model"  # of SentencePiece
+_OTHERS = (_MODEL, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # for other readers
 # The classes of transformers 4 that add BOS unless their settings say otherwise.
 _ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
@@ -31,14 +27,6 @@ class Tokenizer:
         hf: a tokenizer of `transformers` with a `tokenizers` backend; :meth:`save` writes it.
         add_bos: start a text with BOS; None leaves it as the tokenizer has it.
         folder: of hf's files, which :meth:`save` copies.
-
-    Attributes:
-        bos_id: None where the vocabulary has no BOS.
-        eos_id: ends every document.
-        pad_id: EOS where the vocabulary has no padding token (padding is never read: see packing).
-        special_ids: of all tokens that are marks and no text: the above, and a chat's or reserved ones.
-        vocab_size: largest id + 1.
-        add_bos: a text starts with BOS in this tokenizer's model (Llama: true, SmolLM2: false).
 
     Raises:
         ValueError: no `tokenizers` backend, no EOS, or add_bos without a BOS.
@@ -60,14 +48,16 @@ class Tokenizer:
             self._as_in_folder = False
         self.name = name
         self.bos_id: int | None = hf.bos_token_id
-        self.eos_id: int = hf.eos_token_id
+        self.eos_id: int = hf.eos_token_id  # ends every document
+        # EOS where the vocabulary has no padding token: padding is never read (see packing).
         self.pad_id: int = self.eos_id if hf.pad_token_id is None else hf.pad_token_id
+        # Of all tokens that are marks and no text: the above, and a chat's or reserved ones.
         self.special_ids = frozenset(i for i, t in hf.backend_tokenizer.get_added_tokens_decoder().items() if t.special)
         self._start = _start(hf)
-        self.add_bos: bool = bool(self._start)
+        self.add_bos = bool(self._start)  # in this tokenizer's model (Llama: true, SmolLM2: false)
         self._hf = hf
         self._exact = _without_additions(hf.backend_tokenizer)
-        self.vocab_size = max(self.vocab().values()) + 1
+        self.vocab_size = max(self.vocab().values()) + 1  # the largest id + 1
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of the text alone: no BOS or EOS, no prefix space, and `</s>` in it is four characters."""
@@ -86,11 +76,7 @@ class Tokenizer:
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Returns the ids of a conversation of {role, content}, in the format the chat model was trained on.
-
-        Raises:
-            ValueError: the tokenizer has no chat template.
-        """
+        """Returns the ids of a conversation of {role, content}, in the format the chat model was trained on."""
         if self._hf.chat_template is None:
             raise UserError(f"{self.name} has no chat template; use plain prompts with this model")
         return self._hf.apply_chat_template(
@@ -120,14 +106,14 @@ class Tokenizer:
         own = self._folder
         if own is None or not self._as_in_folder or not (own / _FILE).is_file():
             self._hf.save_pretrained(str(folder))
-        for name in _FILES:
+        for name in (_FILE, _SETTINGS, _TEMPLATE, *_OTHERS):
             if own is not None and (own / name).is_file() and not (folder / name).exists():
                 shutil.copyfile(own / name, folder / name)
         _mend_for_transformers_4(folder)
 
 
 def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
-    """The tokenizer of a model folder; never asks the network.
+    """Returns the tokenizer of a model folder; never asks the network.
 
     Args:
         path: a folder, local or `s3://`, with `tokenizer.json`, or with Llama 2's SentencePiece `tokenizer.model`,
@@ -147,24 +133,28 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
     if not given.exists():
         raise MissingError(f"tokenizer path {given} does not exist{hub_hint(path)}")
     folder = given if given.is_dir() else given.parent
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        if not (folder.resolve().parent / "tokenizer.model").exists():
+    if not (folder / _FILE).exists() and not (folder / _MODEL).exists():
+        if not (folder.resolve().parent / _MODEL).exists():
             there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
-            raise MissingError(f"{folder} has neither tokenizer.json nor tokenizer.model; it holds {there}")
+            raise MissingError(f"{folder} has neither {_FILE} nor {_MODEL}; it holds {there}")
         folder = folder.resolve().parent
-    hf = _load(folder)
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        # Not AutoTokenizer: its CodeLlamaTokenizer makes up five ids that the file does not have.
+        hf = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # a torn file raises bare Exceptions
+        raise UserError(cannot_be_read(error, f"the tokenizer in {folder}", "copy it again")) from error
     add_bos = _says_bos(folder, hf) if add_bos is None else add_bos
     return Tokenizer(hf, add_bos=add_bos, name=str(given), folder=folder)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """256 bytes, whose ids are their values, then <bos> 256, <eos> 257, <pad> 258: needs no file, knows every text."""
+    """Returns a tokenizer of bytes, whose ids are their values, <bos> 256, <eos> 257, <pad> 258: it needs no file."""
     from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    # The byte-level alphabet gives printable bytes their own character, the others those from 256 up, in order.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     backend = Backend(models.BPE(vocab=letters, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -175,13 +165,9 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "reference") -> None:
-    """Refuses a reference or value model whose token ids differ in meaning from the policy's.
+    """Refuses a reference or value model, of that role, whose token ids differ in meaning from the policy's.
 
-    Args:
-        role: of the other model, for the message.
-
-    Raises:
-        ValueError: names the first id that differs, and both sizes.
+    The ValueError names the first id that differs, and both sizes.
     """
     ours, theirs = ({i: token for token, i in t.vocab().items()} for t in (policy, other))
     for i in sorted(ours.keys() | theirs.keys()):
@@ -192,16 +178,6 @@ def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "re
                 f"policy's {policy.name} ({policy.vocab_size} ids) and {names[1]} in the {role}'s "
                 f"{other.name} ({other.vocab_size} ids)"
             )
-
-
-def _load(folder: Path):
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        # Not AutoTokenizer: its CodeLlamaTokenizer makes up five ids that the file does not have.
-        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # a torn file raises bare Exceptions
-        raise UserError(cannot_be_read(error, f"the tokenizer in {folder}", "copy it again")) from error
 
 
 def _says_bos(folder: Path, hf) -> bool | None:
@@ -225,9 +201,7 @@ def _says_bos(folder: Path, hf) -> bool | None:
 def _start(hf) -> list[int]:
     """Returns the ids that a tokenizer puts before a text."""
     encoded = hf("a", return_special_tokens_mask=True)
-    return [
-        i for i, _ in takewhile(lambda pair: pair[1], zip(encoded.input_ids, encoded.special_tokens_mask, strict=True))
-    ]
+    return encoded.input_ids[: [*encoded.special_tokens_mask, 0].index(0)]
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -5,19 +5,18 @@ export itself, whose hash must be the evaluated one.
 """
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from wmtp.errors import one_line
 from wmtp.eval.estimators import pass_at_k
 from wmtp.eval.results import compare_results
 from wmtp.pretrained.folders import checkpoint_sha256
 from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.registry.versions import Choice, RegistryError, store_errors
+from wmtp.tracking.store import artifact_text
 
 # Settings that must be equal for two evaluations to be compared, beside samples per task and the protocol. Those of the
 # model (checkpoint, model, tokenizer), of the computation (dtype, drafts) and the seed may differ.
@@ -240,16 +239,10 @@ def _score(results: dict, k: int) -> float:
 
 def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> dict | None:
     """Returns the parsed content of a run's artifact, or None if the run has none of that name."""
-    with store_errors(f"the artifacts of run {run_id} cannot be listed"):
-        if path not in {item.path for item in client.list_artifacts(run_id)}:
-            return None
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            text = Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
-        except Exception as error:  # each artifact store has errors of its own
-            raise RegistryError(f"artifact {path} of run {run_id} cannot be fetched: {one_line(error):.300}") from error
+    with store_errors(f"artifact {path} of run {run_id} cannot be fetched"):
+        text = artifact_text(client, run_id, path)
     try:
-        return read(text)
+        return None if text is None else read(text)
     except Exception as error:  # each format has errors of its own
         raise RegistryError(f"artifact {path} of run {run_id} is damaged: {type(error).__name__}") from error
 

@@ -18,13 +18,13 @@ import random
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
-from wmtp.errors import UserError, mask_secrets, one_line
-from wmtp.tracking.store import absolute, check_store, mlflow_client, sqlite_file, store_uri, use_store
+from wmtp.errors import UserError, mask_secrets
+from wmtp.tracking.store import check_store, clear_store_errors, existing_client, store_uri, use_store
 
 ALIASES = ("staging", "production")
 _RECORD = "wmtp.move."
@@ -95,26 +95,15 @@ def open_store(tracking_uri: str | None = None):
         ValueError: no such store, a URI of another kind, or credentials that a server refuses.
     """
     use_store(tracking_uri)
-    uri = absolute(store_uri())
+    uri = store_uri()
     check_store(uri)
-    file = sqlite_file(uri)
-    if file is not None and not file.exists():
-        raise RegistryError(  # mlflow would create an empty one
-            f"the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI (or tracking_uri) to the store of the runs"
-        )
     with store_errors(f"the MLflow store {mask_secrets(uri)} cannot be opened"):
-        return mlflow_client(uri)
+        return existing_client(uri, RegistryError)
 
 
-@contextmanager
-def store_errors(what: str) -> Iterator[None]:
+def store_errors(what: str) -> AbstractContextManager[None]:
     """Turns MLflow's errors into a RegistryError that begins with ``what``."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-    except MlflowException as error:
-        raise RegistryError(f"{what}: {one_line(error):.300}") from error
+    return clear_store_errors(what, RegistryError)
 
 
 def check_name(name: str) -> str:

@@ -204,7 +204,7 @@ class RemoteOutput(Output):
         """Uploads the files that changed; manifests after all others, the deepest first."""
         manifests = {name: flat_manifest(self.folder / name) or {} for name in names if Path(name).name == MANIFEST}
         changed = {name for name in names if self._sent.get(name) != _stamp(self.folder / name)}
-        known = {}
+        known: dict[str, str] = {}
         for name, entries in manifests.items():
             below = name.removesuffix(MANIFEST)
             known |= {below + file: entry["sha256"] for file, entry in entries.items()}

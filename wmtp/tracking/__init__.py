@@ -1,14 +1,8 @@
 """MLflow: runs, metrics, artifacts. Records are written to a spool first; a thread sends them.
 
-    MLflowLogger    torchtune's metric logger interface; the `tracking` section of a config names it
-    spool           the records on disk until they are sent: <output_dir>/tracking_spool
-    sender          the thread that sends them, in order, until the store has them; delivery sends one kind of record
-    replay          sends the records that a run left unsent, without the run
-    store           the MLflow store: which one, and which names it accepts
-    environment     code versions, packages, hardware and the researcher's own modules of a run
-    system          CPU, memory, disk, network and GPU figures
-
-mlflow itself is imported by the thread: the import takes seconds, and only rank 0 of a tracked run needs it.
+`MLflowLogger` is named by a config's `tracking` section. It writes to the `spool` on disk; the thread of the `sender`
+gives its records to a `delivery`, which knows MLflow's client. mlflow itself is imported by the thread: that takes
+seconds, and only rank 0 of a tracked run needs it.
 """
 
 from wmtp import on_demand

@@ -1,6 +1,7 @@
 """The store's side of one run: its experiment, its run, and its records. To send a record twice changes nothing."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,12 @@ from wmtp.tracking.store import (
 )
 
 RUN_KEY = "wmtp.run_key"
-_METRICS_PER_BATCH = 1000  # MLflow's own limits
-_PARAMS_PER_BATCH = 100
-_FILES = ("artifact", "text")
+_METRICS_PER_BATCH, _OTHERS_PER_BATCH = 1000, 100  # MLflow's own limits
 _RECORDS_AT_ONCE = 200
 
 
 class Refused(UserError):
     """A refusal of the store that another try would meet again."""
-
-
-class Postponed(Exception):
-    """An artifact that could not be sent and was put behind all other records: the file store may fail alone."""
 
 
 class Delivery:
@@ -73,23 +68,13 @@ class Delivery:
 
     def open_run(self) -> str:
         """Returns the id of the resumed run, of one that an unanswered request created, or of a new one."""
-        if self._client is None:
-            self.connect()
-        if self.run_id is not None:
-            self._client.update_run(self.run_id, status="RUNNING")
-            return self.run_id
-        experiment = self._experiment()
-        made = self._client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{self._run['key']}'")
-        if made:
-            self.run_id = made[0].info.run_id
-            return self.run_id
-        tags = {RUN_KEY: self._run["key"]}
-        if self._run.get("parent_run_id"):
-            tags["mlflow.parentRunId"] = self._run["parent_run_id"]
-        created = self._client.create_run(
-            experiment, start_time=self._run["started"], tags=tags, run_name=self._run.get("run_name")
-        )
-        self.run_id = created.info.run_id
+        if self.run_id is None:
+            experiment, key, parent = self._experiment(), self._run["key"], self._run.get("parent_run_id")
+            made = self._client.search_runs([experiment], f"tags.`{RUN_KEY}` = '{key}'")
+            tags = {RUN_KEY: key, **({"mlflow.parentRunId": parent} if parent else {})}
+            facts = {"start_time": self._run["started"], "tags": tags, "run_name": self._run.get("run_name")}
+            run = made[0] if made else self._client.create_run(experiment, **facts)
+            self.run_id = run.info.run_id
         return self.run_id
 
     def _experiment(self) -> str:
@@ -105,8 +90,11 @@ class Delivery:
         return found.experiment_id
 
     def send(self, records: list[dict]) -> None:
-        """Sends records of one kind. A record that the store already has changes nothing."""
-        getattr(self, f"_send_{records[0]['kind']}")(records)
+        """Sends records of metrics, or one of another kind. A record that the store already has changes nothing."""
+        if records[0]["kind"] == "metrics":
+            self._send_metrics(records)
+        else:
+            getattr(self, f"_send_{records[0]['kind']}")(records[0])
 
     def _send_metrics(self, records: list[dict]) -> None:
         from mlflow.entities import Metric
@@ -118,110 +106,97 @@ class Delivery:
         ]
         self._log("metrics", batch, _METRICS_PER_BATCH)
 
-    def _send_params(self, records: list[dict]) -> None:
+    def _send_params(self, record: dict) -> None:
         """Sends new params. Params that an earlier process of the run logged stay; a tag gives each changed value.
 
         A value that was changed back has its tag too; the tag of a key that the config no longer has says None.
         """
         from mlflow.entities import Param
 
-        for record in records:
-            data = self._client.get_run(self.run_id).data
-            given = {entity_name(key): value[:MAX_PARAM] for key, value in record["params"].items()}
-            new = [Param(key, value) for key, value in given.items() if key not in data.params]
-            self._log("params", new, _PARAMS_PER_BATCH)
-            changed = {}
-            for key, old in data.params.items():
-                tag, value = f"wmtp.resumed_with.{key}"[:MAX_NAME], given.get(key, "None")
-                if value != old or tag in data.tags:
-                    changed[tag] = value
-            self._send_tags([{"tags": changed}])
+        data = self._client.get_run(self.run_id).data
+        given = {entity_name(key): value[:MAX_PARAM] for key, value in record["params"].items()}
+        self._log("params", [Param(key, value) for key, value in given.items() if key not in data.params])
+        changed = {}
+        for key, old in data.params.items():
+            tag, value = f"wmtp.resumed_with.{key}"[:MAX_NAME], given.get(key, "None")
+            if value != old or tag in data.tags:
+                changed[tag] = value
+        self._send_tags({"tags": changed})
 
-    def _send_tags(self, records: list[dict]) -> None:
+    def _send_tags(self, record: dict) -> None:
         from mlflow.entities import RunTag
 
-        tags = {key[:MAX_NAME]: value[:MAX_TAG] for record in records for key, value in record["tags"].items()}
-        self._log("tags", [RunTag(key, value) for key, value in tags.items()], _PARAMS_PER_BATCH)
+        self._log("tags", [RunTag(key[:MAX_NAME], value[:MAX_TAG]) for key, value in record["tags"].items()])
 
-    def _log(self, kind: str, entities: list, at_once: int) -> None:
+    def _log(self, kind: str, entities: list, at_once: int = _OTHERS_PER_BATCH) -> None:
         for start in range(0, len(entities), at_once):
             self._client.log_batch(self.run_id, **{kind: entities[start : start + at_once]})
 
-    def _send_dataset(self, records: list[dict]) -> None:
+    def _send_dataset(self, record: dict) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        for record in records:
-            data = Dataset(**{key: record[key] for key in ("name", "digest", "source_type", "source", "profile")})
-            tags = [InputTag("mlflow.data.context", record["context"])]
-            self._client.log_inputs(self.run_id, [DatasetInput(data, tags)])
+        data = Dataset(**{key: record[key] for key in ("name", "digest", "source_type", "source", "profile")})
+        tags = [InputTag("mlflow.data.context", record["context"])]
+        self._client.log_inputs(self.run_id, [DatasetInput(data, tags)])
 
-    def _send_text(self, records: list[dict]) -> None:
-        for record in records:
-            self._client.log_text(self.run_id, record["text"], record["file"])
+    def _send_text(self, record: dict) -> None:
+        self._client.log_text(self.run_id, record["text"], record["file"])
 
-    def _send_artifact(self, records: list[dict]) -> None:
+    def _send_artifact(self, record: dict) -> None:
         # File by file, in this thread: mlflow would send a folder from a pool that delays the end of the process.
-        for record in records:
-            path = self._output_dir / record["path"]
-            if path.is_dir():
-                for file in sorted(p for p in path.rglob("*") if p.is_file()):
-                    below = file.parent.relative_to(path.parent).as_posix()
-                    self._client.log_artifact(self.run_id, str(file), "/".join(filter(None, (record["folder"], below))))
-            else:
-                self._client.log_artifact(self.run_id, str(path), record["folder"])
+        path = self._output_dir / record["path"]
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            below = file.parent.relative_to(path.parent).as_posix()
+            folder = "/".join(part for part in (record["folder"], below) if part not in (None, "."))
+            self._client.log_artifact(self.run_id, str(file), folder or None)
 
-    def _send_run_file(self, records: list[dict]) -> None:
-        """Sends nothing: it writes the run's id into models that were exported before the run had one."""
-        for record in records:
-            path = self._output_dir / record["path"]
-            write_whole(path, json.dumps({**json.loads(path.read_text()), "run_id": self.run_id}, indent=1) + "\n")
-            if (path.parent / MANIFEST).exists():
-                write_manifest(path.parent)
+    def _send_run_file(self, record: dict) -> None:
+        """Sends nothing: it writes the run's id into a model that was exported before the run had one."""
+        path = self._output_dir / record["path"]
+        write_whole(path, json.dumps({**json.loads(path.read_text()), "run_id": self.run_id}, indent=1) + "\n")
+        if (path.parent / MANIFEST).exists():
+            write_manifest(path.parent)
 
-    def _send_status(self, records: list[dict]) -> None:
-        self._client.set_terminated(self.run_id, records[-1]["status"], end_time=records[-1]["time"])
+    def _send_status(self, record: dict) -> None:
+        self._client.set_terminated(self.run_id, record["status"], end_time=record["time"])
 
-    def _send_resumed(self, records: list[dict]) -> None:
+    def _send_resumed(self, record: dict) -> None:
         self._client.update_run(self.run_id, status="RUNNING")
 
 
 def deliver(spool: Spool, delivery: Delivery) -> int:
-    """Sends the next records of the spool, all of one kind, and returns their number.
-
-    Records that can never be sent are set aside.
+    """Sends the next records of the spool, and returns their number. Records that can never be sent are set aside.
 
     Raises:
-        Postponed: an artifact failed. Any other exception is the store's.
+        Exception: the store's. An artifact that has failed is behind all other records: its store may fail alone.
     """
     waiting = spool.unsent(_RECORDS_AT_ONCE)
-    if not waiting:
-        return 0
-    kind = waiting[0][0]["kind"]
-    batch: list[tuple[dict, Position]] = []
-    for record, position in waiting:
-        if record["kind"] != kind or (batch and kind in _FILES):
-            break
-        batch.append((record, position))
-    try:
-        delivery.send([record for record, _ in batch])
-    except Exception as error:
-        if kind in _FILES and not _never(error):
-            spool.append(batch[0][0])
-            spool.mark_sent(batch[0][1])
-            raise Postponed(f"{batch[0][0].get('path') or batch[0][0].get('file')}: {one_line(error):.300}") from error
-        if not _never(error):
-            raise
-        for record, position in batch:  # one of them is to blame
-            try:
-                delivery.send([record])
-            except Exception as again:
-                if not _never(again):
-                    raise
-                spool.refuse(record, f"{one_line(again):.300}")
-            spool.mark_sent(position)
-    else:
-        spool.mark_sent(*(position for _, position in batch))
+    batch = list(takewhile(lambda item: item[0]["kind"] == "metrics", waiting)) or waiting[:1]
+    if batch:
+        _deliver(spool, delivery, batch)
     return len(batch)
+
+
+def _deliver(spool: Spool, delivery: Delivery, batch: list[tuple[dict, Position]]) -> None:
+    records, positions = zip(*batch, strict=True)
+    try:
+        delivery.send(list(records))
+    except Exception as error:
+        # The store would refuse the same again: a bad value, or a file that is gone.
+        never = isinstance(error, FileNotFoundError) or _http_status(error) == 400
+        name = records[0].get("path") or records[0].get("file")
+        if not never and name:  # a file: its store may fail alone, so it goes behind all other records
+            spool.append(records[0])
+            spool.mark_sent(*positions)
+            raise RuntimeError(f"{name}: {one_line(error):.300}") from error
+        if not never:
+            raise
+        if len(batch) == 1:
+            spool.refuse(records[0], f"{one_line(error):.300}")
+        else:
+            for item in batch:  # one of them is to blame
+                _deliver(spool, delivery, [item])
+    spool.mark_sent(*positions)
 
 
 def _http_status(error: BaseException) -> int:
@@ -229,14 +204,6 @@ def _http_status(error: BaseException) -> int:
     for part in (error, error.__cause__, error.__context__):
         status = getattr(part, "get_http_status_code", None)
         if status is not None:
-            text = str(error)
-            for code in (401, 403):  # a proxy answers without mlflow's JSON: its code is only in the text
-                if f"error code {code}" in text:
-                    return code
-            return status()
+            # A proxy answers without mlflow's JSON: its code is only in the text.
+            return next((code for code in (401, 403) if f"error code {code}" in str(error)), status())
     return 0
-
-
-def _never(error: BaseException) -> bool:
-    """Returns whether the store would refuse the same record again: a bad value, or a file that is gone."""
-    return isinstance(error, FileNotFoundError) or _http_status(error) == 400

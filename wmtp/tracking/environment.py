@@ -4,13 +4,16 @@ import ast
 import getpass
 import hashlib
 import importlib.util
+import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
@@ -23,8 +26,7 @@ _MAX_CHANGES = 2_000_000  # characters of the diff that are kept
 _CODE = {".py", ".yaml", ".yml", ".toml", ".sh"}
 _MAX_NEW_FILE = 100_000  # bytes: of a larger untracked file, or one of another kind, only the name is kept
 _SOURCE = Path(__file__).resolve()
-_PACKAGE = Path(__file__).resolve().parents[1]
-_OTHERS = {_PACKAGE, _PACKAGE.parent / "recipes"} | {
+_OTHERS = {_SOURCE.parents[1], _SOURCE.parents[2] / "recipes"} | {
     Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib", "scripts")
 }
 _NO_PART_OF_THE_RESULT = ("output_dir", "resume", "overwrite", "tracking")
@@ -33,9 +35,8 @@ _NO_PART_OF_THE_RESULT = ("output_dir", "resume", "overwrite", "tracking")
 def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
     """Returns the tags of every run: code versions, packages, Python, hardware, number of processes.
 
-    Args:
-        own: source files of the researcher's own. ``wmtp.git_dirty`` says whether any code is in no commit, and
-            ``wmtp.own_git_commit`` has the commits of the repositories that these files are in.
+    ``wmtp.git_dirty`` says whether any code is in no commit, the researcher's own files too; ``wmtp.own_git_commit``
+    has the commits of the repositories that these are in.
     """
     import torch
     import torch.distributed as dist
@@ -60,25 +61,15 @@ def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
 
 
 def config_sha256(cfg: dict) -> str:
-    """Returns the SHA-256 of a resolved config without the keys that only say where a run is written.
-
-    Equal runs have equal hashes.
-    """
+    """Returns the SHA-256 of a resolved config without the keys that only say where a run is written."""
     kept = {key: value for key, value in cfg.items() if key not in _NO_PART_OF_THE_RESULT}
-    return hashlib.sha256(repr(_sorted(kept)).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[str, str]:
-    """Returns the tags that MLflow's pages show of a run: source and its version, user, and a description.
-
-    `facts` has the run's method and dataset.
-    """
+    """Returns the tags that MLflow's pages show of a run: source and its version, user, and a description."""
     file = Path(getattr(sys.modules[recipe_module(recipe)], "__file__", None) or recipe)
     commit = next((_git(root, "rev-parse", "HEAD").strip() for root in repositories([file])), "")
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        user = f"uid {os.getuid()}"
     made_by = f"{(cfg.get('model') or {}).get('_component_', 'model')} from {cfg.get('checkpoint') or 'random weights'}"
     lines = [
         f"**{facts['method']}** on **{facts['dataset']}**",
@@ -89,9 +80,17 @@ def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[s
         "mlflow.source.name": str(file),
         "mlflow.source.type": "LOCAL",
         "mlflow.source.git.commit": commit or os.environ.get("WMTP_GIT_COMMIT") or "unknown",
-        "mlflow.user": user,
+        "mlflow.user": login_name(),
         "mlflow.note.content": "\n\n".join(lines),
     }
+
+
+def login_name() -> str:
+    """Returns the name of this process's user; a container's user may have only a number."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return f"uid {os.getuid()}"
 
 
 def repositories(files: Iterable[Path]) -> list[Path]:
@@ -133,25 +132,16 @@ def _git(folder: Path, *args: str, ok: int = 0) -> str:
 
 
 def _version(name: str) -> str:
-    try:
+    with suppress(PackageNotFoundError):  # run from a checkout that is on the path, not installed
         return version(name)
-    except PackageNotFoundError:  # run from a checkout that is on the path, not installed
-        return "unknown"
+    return "unknown"
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # no Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _sorted(value):
-    if isinstance(value, dict):
-        return [(str(key), _sorted(value[key])) for key in sorted(value, key=str)]
-    return [_sorted(child) for child in value] if isinstance(value, list) else value
+    with suppress(OSError):  # no Linux
+        if name := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return name[1]
+    return platform.processor() or platform.machine()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

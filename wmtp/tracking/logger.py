@@ -14,7 +14,7 @@ from wmtp.errors import UserError, mask_secrets, one_line
 from wmtp.tracking.delivery import Delivery
 from wmtp.tracking.sender import Sender
 from wmtp.tracking.spool import Spool, read_run
-from wmtp.tracking.store import absolute, check_store, store_uri
+from wmtp.tracking.store import check_store, store_uri
 from wmtp.tracking.system import SystemMetrics
 
 _STORE_SECONDS = 15.0  # at the start, for a server's answer; later calls do not wait
@@ -24,7 +24,7 @@ _FILE_SECONDS = 120.0  # for a SQLite file, which is created and migrated in thi
 class MLflowLogger:
     """A run in MLflow: torchtune's `MetricLoggerInterface` with tags, artifacts and data. Only rank 0 makes one.
 
-    Only three calls wait for the store: :meth:`connect` and :meth:`start` for 15 seconds at most, and :meth:`close` for
+    Three calls wait for the store: :meth:`connect` and :meth:`start` for 15 seconds at most, and :meth:`close` for
     `flush_seconds`. Records that the store has not taken by then stay in the spool.
 
     Args:
@@ -63,11 +63,18 @@ class MLflowLogger:
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be > 0, got {value}")
         _fill(experiment, {"method": "m", "dataset": "d"})
-        self._uri, self._uri_in_config = absolute(tracking_uri or store_uri()), tracking_uri is not None
+        self._uri = store_uri(tracking_uri)
         check_store(self._uri)
-        self._experiment, self._run_name, self._artifact_location = experiment, run_name, artifact_location
-        self._parent_run_id, self._flush_seconds, self._log_export = parent_run_id, flush_seconds, log_export
-        self._system_metrics_seconds = system_metrics_seconds
+        self._run: dict[str, Any] = {
+            "experiment": experiment,
+            "run_name": run_name,
+            "artifact_location": artifact_location,
+            "parent_run_id": parent_run_id,
+            "tracking_uri": mask_secrets(self._uri),
+            "uri_in_config": tracking_uri is not None,
+        }
+        self._system_metrics_seconds, self._flush_seconds = system_metrics_seconds, flush_seconds
+        self._log_export = log_export
         self._wait_seconds = _FILE_SECONDS if self._uri.startswith("sqlite:") else _STORE_SECONDS
         self._spool: Spool | None = None
         self._sender: Sender | None = None
@@ -105,7 +112,6 @@ class MLflowLogger:
 
         Args:
             output_dir: the run's folder, which will hold the spool.
-            method, dataset: fill the placeholders of the experiment's name.
             run_id: MLflow's id of a resumed run, if it is known.
             resumed: the run in output_dir is resumed; its spool names it even if it has no id yet.
             training_run_id: the run that trained the model which this one evaluates.
@@ -114,28 +120,19 @@ class MLflowLogger:
         Raises:
             ValueError: the store refuses: credentials, database, deleted experiment, unknown run.
         """
-        parent = self._parent_run_id
-        if parent == "training":
+        self._output_dir, self._log, self._resumed = output_dir, log, resumed
+        self._run["experiment"] = _fill(self._run["experiment"], {"method": method, "dataset": dataset})
+        if self._run["parent_run_id"] == "training":
             if training_run_id is None:
                 raise UserError(
                     "parent_run_id is training, but the model's folder has no wmtp_run.json that names its run; set "
                     "parent_run_id to a run's id, or to null"
                 )
-            parent = training_run_id
-        run: dict[str, Any] = {
-            "experiment": _fill(self._experiment, {"method": method, "dataset": dataset}),
-            "run_name": self._run_name,
-            "artifact_location": self._artifact_location,
-            "parent_run_id": parent,
-            "key": uuid.uuid4().hex,
-            "started": _now(),
-            "run_id": run_id,
-        }
+            self._run["parent_run_id"] = training_run_id
+        self._run |= {"key": uuid.uuid4().hex, "started": _now(), "run_id": run_id}
         kept = read_run(output_dir) if resumed else {}
         if kept and run_id in (None, kept.get("run_id")):
-            run |= {name: kept.get(name) for name in ("experiment", "key", "started", "run_id")}
-        self._run = {**run, "tracking_uri": mask_secrets(self._uri), "uri_in_config": self._uri_in_config}
-        self._output_dir, self._log, self._resumed = output_dir, log, resumed
+            self._run |= {name: kept.get(name) for name in ("experiment", "key", "started", "run_id")}
         self._delivery = Delivery(self._uri, self._run, output_dir)
         self._sender = Sender(self._delivery, log)
         self._sender.wait_connected(self._wait_seconds)
@@ -178,11 +175,11 @@ class MLflowLogger:
         self._record("dataset", name=name, digest=sha256[:36], source_type=kind, context=context, **texts)
 
     def log(self, name: str, data: float, step: int) -> None:
-        """Logs one metric of a step: a number or a tensor with one element."""
+        """Logs one metric of a step."""
         self.log_dict({name: data}, step)
 
     def log_dict(self, payload: Mapping[str, float], step: int) -> None:
-        """Logs a step's metrics. NaN stays NaN; an integer beyond float64 becomes infinite."""
+        """Logs a step's metrics: numbers or tensors with one element. An integer beyond float64 becomes infinite."""
         self._record("metrics", step=step, metrics={name: _number(value) for name, value in payload.items()})
 
     def log_text(self, text: str, file: str) -> None:

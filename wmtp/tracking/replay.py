@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-from wmtp.errors import UserError, mask_secrets, one_line
-from wmtp.tracking.delivery import Delivery, Postponed, Refused, deliver
+from wmtp.errors import UserError, mask_secrets
+from wmtp.tracking.delivery import Delivery
+from wmtp.tracking.sender import Sender
 from wmtp.tracking.spool import Spool, read_run
 from wmtp.tracking.store import check_store, store_uri
+
+_SECONDS_TO_ANSWER, _SECONDS_TO_ACCEPT = 120.0, 30.0  # the next record
 
 
 def replay(output_dir: Path, uri: str | None = None) -> str:
@@ -23,39 +26,23 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
         raise UserError(f"{output_dir} holds no tracking_spool of a run; give the output_dir of a tracked run")
     spool = Spool(output_dir)
     try:
-        run, count = spool.run, spool.count_unsent()
+        run, waiting = spool.run, [record for record, _ in spool.unsent()]
         uri = uri or (run["tracking_uri"] if run["uri_in_config"] else store_uri())
-        if count == 0 and run.get("run_id"):
+        if not waiting and run.get("run_id"):
             return f"nothing to send: run {run['run_id']} has everything"
-        records = spool.unsent(limit=10**9)
-        if records and records[-1][0]["kind"] != "status":
-            spool.append({"kind": "status", "status": "KILLED", "time": max(record["time"] for record, _ in records)})
+        if waiting and waiting[-1]["kind"] != "status":
+            spool.append({"kind": "status", "status": "KILLED", "time": max(record["time"] for record in waiting)})
         check_store(uri)
         delivery = Delivery(uri, run, output_dir)
-        try:
-            spool.set_run(run_id=delivery.open_run())
-            _deliver_all(spool, delivery)
-        except Refused:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{spool.count_unsent()} of {count} records of {output_dir} are still unsent: {one_line(error):.300}; "
-                "try again when the store answers"
-            ) from error
-        return f"sent {count} records of {output_dir} to run {delivery.run_id} in {mask_secrets(uri)}"
+        sender = Sender(delivery, log=lambda line: None)
+        sender.wait_connected(_SECONDS_TO_ANSWER)
+        sender.start(spool, _SECONDS_TO_ANSWER)
+        left = sender.close(0 if sender.failure else _SECONDS_TO_ACCEPT)
     finally:
         spool.close()
-
-
-def _deliver_all(spool: Spool, delivery: Delivery) -> None:
-    """Sends records until none is left, or only artifacts that have each failed once."""
-    postponed = 0
-    while True:
-        try:
-            if not deliver(spool, delivery):
-                return
-            postponed = 0
-        except Postponed:
-            postponed += 1
-            if postponed >= spool.count_unsent():
-                raise
+    if left:
+        raise UserError(
+            f"{left} of {len(waiting)} records of {output_dir} are still unsent: {sender.failure or 'no answer'}; try "
+            "again when the store answers"
+        )
+    return f"sent {len(waiting)} records of {output_dir} to run {delivery.run_id} in {mask_secrets(uri)}"

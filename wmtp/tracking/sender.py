@@ -67,9 +67,7 @@ class Sender:
                     break
                 self._changed.wait(min(left, 1.0))
         self.stop()
-        left = self._spool.count_unsent()
-        self._spool.close()
-        return left
+        return self._spool.close()
 
     def stop(self) -> None:
         """Ends the thread, at once or after the request that is under way."""

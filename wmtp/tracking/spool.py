@@ -14,6 +14,7 @@ resumed run cuts metrics.jsonl; a repeated step keeps its time, so it is the sam
 import io
 import json
 import os
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -37,16 +38,14 @@ class Spool:
         lock = take_lock(self.folder / "spool.lock", wait=False)
         if lock is None:
             raise UserError(f"{self.folder} is in use by another process; wait until its run has ended")
-        self._lock = lock
-        self._writing = threading.Lock()
+        self._lock, self._writing = lock, threading.Lock()
         self._file: io.FileIO | None = None
         self._closed = False
-        numbers = self._numbers()
-        self._next = numbers[-1] + 1 if numbers else 1
-        self._sent = self._read_sent()
-
-    # ------------------------------------------------------------------------------------------------------------------
-    # The run
+        self._next = max(self._numbers(), default=0) + 1
+        self._sent = {int(number): at for number, at in _read_json(self.folder / "sent.json").items()}
+        if 0 in self._sent:  # steps that a resumed run cut off are repeated after this position
+            metrics = self._path(0)
+            self._sent[0] = min(self._sent[0], metrics.stat().st_size if metrics.exists() else 0)
 
     @property
     def run(self) -> dict:
@@ -57,9 +56,6 @@ class Spool:
         """Changes facts in run.json, which is whole at every moment."""
         write_whole(self.folder / "run.json", json.dumps({**self.run, **facts}, indent=1) + "\n")
 
-    # ------------------------------------------------------------------------------------------------------------------
-    # Records
-
     def append(self, record: dict) -> None:
         """Writes a record, whole or not at all. Any thread may call it.
 
@@ -69,7 +65,7 @@ class Spool:
         line = (json.dumps(record) + "\n").encode()
         with self._writing:
             if self._file is None:
-                self._file = (self.folder / f"{self._next:06d}.jsonl").open("ab", buffering=0)
+                self._file = self._path(self._next).open("ab", buffering=0)
             start = self._file.seek(0, os.SEEK_END)
             try:
                 while line:  # a disk that fills up takes a part
@@ -79,7 +75,7 @@ class Spool:
                     self._file.truncate(start)  # the next record must begin a line
                 raise OSError(error.errno, error.strerror, self._file.name) from error
 
-    def unsent(self, limit: int) -> list[tuple[dict, Position]]:
+    def unsent(self, limit: int = sys.maxsize) -> list[tuple[dict, Position]]:
         """Returns the next records to send, at most so many, each with its position for :meth:`mark_sent`."""
         found: list[tuple[dict, Position]] = []
         for number in (0, *self._numbers()):
@@ -101,9 +97,6 @@ class Spool:
                         return found
         return found
 
-    def count_unsent(self) -> int:
-        return len(self.unsent(limit=10**9))
-
     def mark_sent(self, *positions: Position) -> None:
         """Records that the store has all records up to these positions.
 
@@ -122,18 +115,25 @@ class Spool:
         with (self.folder / "refused.jsonl").open("a") as file:
             file.write(json.dumps({"why": why, **record}) + "\n")
 
-    def close(self) -> None:
-        """Closes the spool, so that another process may open it. If all records are sent, their files are removed."""
+    def close(self) -> int:
+        """Closes the spool, so that another process may open it. Returns how many records are unsent.
+
+        If all are sent, their files are removed. A second call changes nothing.
+        """
+        if self._closed:
+            return 0
         self._closed = True
         with self._writing:
             if self._file is not None:
                 self._file.close()
-        if not self.unsent(limit=1):
+        left = len(self.unsent())
+        if not left:
             for number in self._numbers():
                 self._path(number).unlink()
                 self._sent.pop(number, None)
             self._write_sent()
         os.close(self._lock)
+        return left
 
     def _numbers(self) -> list[int]:
         return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
@@ -141,18 +141,14 @@ class Spool:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl" if number else self.output_dir / METRICS
 
-    def _read_sent(self) -> dict[int, int]:
-        file, metrics = self.folder / "sent.json", self.output_dir / METRICS
-        sent = {int(number): at for number, at in json.loads(file.read_text()).items()} if file.exists() else {}
-        if 0 in sent:  # steps that a resumed run cut off are repeated after this position
-            sent[0] = min(sent[0], metrics.stat().st_size if metrics.exists() else 0)
-        return sent
-
     def _write_sent(self) -> None:
         write_whole(self.folder / "sent.json", json.dumps(self._sent) + "\n")
 
 
 def read_run(output_dir: Path) -> dict:
     """Returns the content of a folder's run.json without opening the spool; empty if there is none."""
-    file = output_dir / FOLDER / "run.json"
+    return _read_json(output_dir / FOLDER / "run.json")
+
+
+def _read_json(file: Path) -> dict:
     return json.loads(file.read_text()) if file.exists() else {}

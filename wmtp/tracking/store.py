@@ -2,11 +2,14 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 
-from wmtp.errors import UserError, mask_secrets
+from wmtp.errors import UserError, mask_secrets, one_line
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM = 6000  # characters of a param's value that MLflow keeps
@@ -24,13 +27,12 @@ def use_store(uri: str | None) -> None:
     _of_config = uri
 
 
-def store_uri() -> str:
-    """Returns the store of the config (:func:`use_store`), ``$MLFLOW_TRACKING_URI``, or sqlite:///mlflow.db."""
-    return _of_config or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+def store_uri(given: str | None = None) -> str:
+    """Returns the store: the given one, the config's (:func:`use_store`), ``$MLFLOW_TRACKING_URI``, or the default.
 
-
-def absolute(uri: str) -> str:
-    """Returns a URI with a SQLite file's absolute path, so that it also holds in another working directory."""
+    A SQLite file has its absolute path, so that the URI also holds in another working directory.
+    """
+    uri = given or _of_config or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
     file = sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file.absolute()}"
 
@@ -105,6 +107,38 @@ def mlflow_client(uri: str):
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def existing_client(uri: str, kind: type[UserError]):
+    """Returns an `MlflowClient` on a store that exists: of an absent SQLite file mlflow would make an empty one."""
+    file = sqlite_file(uri)
+    if file is not None and not file.exists():
+        raise kind(f"the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI to the store of the runs")
+    return mlflow_client(uri)
+
+
+def artifacts(client, run_id: str, folder: str = "") -> set[str]:
+    """Returns the paths of a run's artifacts in a folder of them."""
+    return {item.path for item in client.list_artifacts(run_id, None if folder in ("", ".") else folder)}
+
+
+def artifact_text(client, run_id: str, path: str) -> str | None:
+    """Returns the text of a run's artifact, None if the run has none of that path."""
+    if path not in artifacts(client, run_id, Path(path).parent.as_posix()):
+        return None
+    with TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, path, folder)).read_text(encoding="utf-8")
+
+
+@contextmanager
+def clear_store_errors(what: str, kind: type[UserError], way_out: str = "") -> Iterator[None]:
+    """Turns an error of MLflow or of any artifact store into one of that kind, whose line begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each store has errors of its own
+        raise kind(f"{what}: {one_line(error):.300}{way_out}") from error
 
 
 def entity_name(name: str) -> str:
