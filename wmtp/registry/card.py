@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub import EvalResult, ModelCardData
 from omegaconf import OmegaConf
 from safetensors import safe_open
 
@@ -28,7 +29,6 @@ _OPTIMIZATION_KEYS = (
     "gradient_accumulation_steps", "tokens_per_step", "epochs", "max_steps", "dtype", "export_dtype", "seed",
 )  # fmt: skip
 _EVALUATION_KEYS = ("tasks", "protocol", "top_p", "max_new_tokens", "num_drafts", "dtype", "seed", "limits")
-_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -84,80 +84,61 @@ def model_card(
         "## Use",
         _use(name, version),
     ]
-    return f"---\n{_header(name, shape, evaluations, statements)}---\n\n" + "\n\n".join(parts) + "\n"
-
-
-def card_artifact(name: str) -> str:
-    """Returns the folder among a run's artifacts for the card of a registered model; two models may share a run."""
-    return f"model_card/{name}"
+    return f"---\n{_header(name, shape['heads'], evaluations, statements)}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
 def log_card(client, run_id: str, name: str, card: str) -> str:
-    """Logs the card as an artifact of the training run. Returns its ``runs:/`` name."""
-    path = f"{card_artifact(name)}/{_FILE}"
+    """Logs the card as an artifact of the training run, which two models may share. Returns its ``runs:/`` name."""
+    path = f"model_card/{name}/README.md"
     client.log_text(run_id, card, path)
     return f"runs:/{run_id}/{path}"
 
 
-def _header(name: str, shape: Mapping, evaluations: Sequence[Evaluation], statements: Statements) -> str:
+def _header(name: str, heads: int | str, evaluations: Sequence[Evaluation], statements: Statements) -> str:
     """Returns the Hub's metadata as YAML."""
-    header: dict = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    header["license"] = statements.license or UNKNOWN
-    for key in ("license_link", "base_model", "language"):
-        if value := getattr(statements, key):
-            header[key] = list(value) if key == "language" else value
-    heads = shape["heads"]
-    header["tags"] = ["wmtp", *(["multi-token-prediction"] if isinstance(heads, int) and heads > 1 else [])]
-    results = []
-    for evaluation in evaluations:
-        fixed = evaluation.results["temperatures"][evaluation.results["fixed_temperature"]]
-        metrics = {metric.replace("_at_", "@"): figure["estimate"] for metric, figure in fixed["metrics"].items()}
-        results.append(
-            {
-                "task": {"type": "text-generation"},
-                "dataset": {"name": evaluation.name, "type": evaluation.name},
-                "metrics": [{"type": metric, "name": metric, "value": value} for metric, value in metrics.items()],
-            }
-        )
-    header["model-index"] = [{"name": name, "results": results}]
-    return _yaml(header)
+    results = [
+        EvalResult("text-generation", evaluation.name, evaluation.name, metric, figure["estimate"], metric_name=metric)
+        for evaluation in evaluations
+        for key, figure in evaluation.fixed["metrics"].items()
+        for metric in [key.replace("_at_", "@")]
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=statements.license or UNKNOWN,
+        license_link=statements.license_link,
+        base_model=statements.base_model,
+        language=list(statements.language or ()) or None,
+        tags=["wmtp", *(["multi-token-prediction"] if heads not in (1, UNKNOWN) else [])],
+        model_name=name,
+        eval_results=results,
+    )
+    return data.to_yaml()
 
 
 def _shape(folder: Path) -> dict:
-    """Returns the export's config.json with its number of heads and of parameters."""
-    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    mtp = folder / MTP_CONFIG
-    heads = json.loads(mtp.read_text()).get("num_future_tokens", UNKNOWN) if mtp.is_file() else 1
-    return {**config, "heads": heads, "parameters": _parameters(folder)}
-
-
-def _parameters(folder: Path) -> dict[str, int]:
-    """Returns the number of parameters in each weight file, from the files' headers."""
+    """Returns the export's config.json with its number of heads, and of parameters by weight file."""
+    config, mtp = (
+        json.loads(file.read_text()) if file.is_file() else {} for file in (folder / "config.json", folder / MTP_CONFIG)
+    )
     counts = {}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="pt") as tensors:  # from the files' headers
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 (no mapping)
         counts[file.name] = sum(map(math.prod, shapes))
-    return counts
+    heads = mtp.get("num_future_tokens", UNKNOWN) if mtp else 1
+    return {**config, "heads": heads, "parameters": counts}
 
 
 def _summary(export: Export, shape: Mapping) -> str:
-    method, dataset = _method(export), _of_tags(export, "wmtp.dataset")
-    heads = shape["heads"]
+    component = (export.run.config.get("weighting") or {}).get("_component_", "")
+    method = export.run.tags.get("wmtp.method", component.rpartition(".")[2] or UNKNOWN)
+    heads, dataset = shape["heads"], export.run.tags.get("wmtp.dataset", UNKNOWN)
     what = "a next-token model" if heads == 1 else f"a multi-token-prediction model with {heads} heads"
     return (
         f"This is {what}, trained by WMTP with token weights {cell(method)} on {cell(dataset)}. Head 1 is an "
         "ordinary causal language model that `transformers` loads; further heads predict further tokens ahead."
     )
-
-
-def _method(export: Export) -> str:
-    component = (export.run.config.get("weighting") or {}).get("_component_", "")
-    return _of_tags(export, "wmtp.method", component.rsplit(".", 1)[-1] or UNKNOWN)
-
-
-def _of_tags(export: Export, key: str, default: str = UNKNOWN) -> str:
-    return export.run.tags.get(key, default)
 
 
 def _model_rows(export: Export, shape: Mapping, statements: Statements) -> list[list[str]]:
@@ -203,7 +184,7 @@ def _training(export: Export) -> list[str]:
 
 def _evaluated(evaluation: Evaluation) -> list[str]:
     results, settings = evaluation.results, evaluation.results["settings"]
-    fewest, most = results["temperatures"][results["fixed_temperature"]]["samples_per_task"]
+    fewest, most = evaluation.fixed["samples_per_task"]
     counts = f"{fewest}" if fewest == most else f"{fewest} to {most}"
     return [
         f"### {cell(evaluation.name)}",
@@ -218,14 +199,14 @@ def _evaluated(evaluation: Evaluation) -> list[str]:
 def _limits(export: Export, evaluations: Sequence[Evaluation]) -> list[str]:
     """Returns the limits that follow from the runs themselves."""
     names = ", ".join(evaluation.name for evaluation in evaluations)
-    lines = [f"Evaluated on {names} alone; what it does elsewhere, and whether its training data held these tasks, "
-             "is unknown."]  # fmt: skip
-    lines.append("It writes code that nobody has read: run it only where it can do no harm.")
-    for evaluation in evaluations:
-        tasks = evaluation.results["tasks"]
-        if tasks < 100:
-            lines.append(f"{evaluation.name} has {tasks} tasks: small differences cannot be seen.")
-    if _of_tags(export, "wmtp.git_dirty", "False").lower() == "true":
+    lines = [
+        f"Evaluated on {names} alone; what it does elsewhere, and whether its training data held these tasks, is "
+        "unknown.",
+        "It writes code that nobody has read: run it only where it can do no harm.",
+    ]
+    few = [(e.name, e.results["tasks"]) for e in evaluations if e.results["tasks"] < 100]
+    lines += [f"{name} has {tasks} tasks: small differences cannot be seen." for name, tasks in few]
+    if export.run.tags.get("wmtp.git_dirty", "").lower() == "true":
         lines.append("Trained by code with uncommitted changes: the commit alone does not reproduce it.")
     if export.run.status != "FINISHED":
         lines.append(f"The training run's status is {export.run.status}.")
@@ -242,17 +223,18 @@ def _licence(export: Export, statements: Statements) -> str:
 
 
 def _provenance(export: Export, evaluations: Sequence[Evaluation]) -> list[list[str]]:
+    run, tags = export.run, export.run.tags
     rows = {
-        "training run": f"{export.run.run_id} ({export.run.name}, experiment {export.run.experiment})",
+        "training run": f"{run.run_id} ({run.name}, experiment {run.experiment})",
         "model SHA-256": export.sha256,
         "stored at": export.source,
-        "git commit": _of_tags(export, "wmtp.git_commit"),
-        "uncommitted changes": _of_tags(export, "wmtp.git_dirty"),
-        "config SHA-256": _of_tags(export, "wmtp.config_sha256"),
-        "data SHA-256": _of_tags(export, "wmtp.data_sha256"),
-        "packages": _of_tags(export, "wmtp.packages"),
-        "Python": _of_tags(export, "wmtp.python"),
-        "training config": f"runs:/{export.run.run_id}/config.yaml" if export.run.config else UNKNOWN,
+        "git commit": tags.get("wmtp.git_commit", UNKNOWN),
+        "uncommitted changes": tags.get("wmtp.git_dirty", UNKNOWN),
+        "config SHA-256": tags.get("wmtp.config_sha256", UNKNOWN),
+        "data SHA-256": tags.get("wmtp.data_sha256", UNKNOWN),
+        "packages": tags.get("wmtp.packages", UNKNOWN),
+        "Python": tags.get("wmtp.python", UNKNOWN),
+        "training config": f"runs:/{run.run_id}/config.yaml" if run.config else UNKNOWN,
         **{f"evaluation {e.name}": f"runs:/{e.run.run_id}/results.json" for e in evaluations},
     }
     return [[cell(name), cell(value)] for name, value in rows.items()]
@@ -269,8 +251,4 @@ def _use(name: str, version: str) -> str:
 
 
 def _yaml_block(value: Mapping) -> str:
-    return fenced(_yaml(value), language="yaml")
-
-
-def _yaml(value: Mapping) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(dict(value)))
+    return fenced(OmegaConf.to_yaml(OmegaConf.create(dict(value))), language="yaml")

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 
 from omegaconf import OmegaConf
 
@@ -25,7 +26,7 @@ _SAME = ("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "limits
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as MLflow holds it: JSON values, empty if the run has none."""
+    """A run as MLflow holds it."""
 
     run_id: str
     name: str
@@ -33,7 +34,7 @@ class RunRecord:
     status: str
     tags: dict[str, str]
     metrics: dict[str, float]
-    config: dict
+    config: dict  # empty if the run has none
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Evaluation:
     name: str
     model_sha256: str
     results: dict
+
+    @property
+    def fixed(self) -> dict:
+        """The results at the evaluation's fixed temperature."""
+        return self.results["temperatures"][self.results["fixed_temperature"]]
 
 
 @dataclass(frozen=True)
@@ -57,19 +63,13 @@ class Export:
 
 
 def read_run(client, run_id: str) -> RunRecord:
-    """Returns a run of the store, with its config.
-
-    Raises:
-        RegistryError: no such run.
-    """
+    """Returns a run of the store, with its config; a RegistryError says that there is no such run."""
     with store_errors(f"run {run_id} cannot be read"):
         run = client.get_run(str(run_id))
         experiment = client.get_experiment(run.info.experiment_id).name
-    config = _artifact(client, run.info.run_id, "config.yaml", _yaml)
-    return RunRecord(
-        run.info.run_id, run.info.run_name, experiment, run.info.status, dict(run.data.tags), dict(run.data.metrics),
-        config or {},
-    )  # fmt: skip
+    info, data = run.info, run.data
+    config = _artifact(client, info.run_id, "config.yaml", _yaml) or {}
+    return RunRecord(info.run_id, info.run_name, experiment, info.status, dict(data.tags), dict(data.metrics), config)
 
 
 def read_evaluation(client, run_id: str) -> Evaluation:
@@ -126,8 +126,7 @@ def evaluated_export(client, evaluation: Evaluation, training_run: str | None = 
 def require_comparable(ours: Evaluation, theirs: Evaluation) -> None:
     """Refuses to compare evaluations of different tasks, or under different protocols.
 
-    Raises:
-        RegistryError: names the first setting that differs, and both values.
+    The RegistryError names the first setting that differs, and both values.
     """
     pair = f"evaluations {ours.run.run_id} and {theirs.run.run_id} ({ours.name}) cannot be compared"
     our, their = _settings(ours), _settings(theirs)
@@ -168,7 +167,11 @@ def not_worse(
     """
     require_comparable(ours, theirs)
     difference = compare_results(ours.results, theirs.results, k, seed=seed, resamples=resamples)
-    scores = [_score(evaluation.results, k) for evaluation in (ours, theirs)]
+    # Over all tasks, for any k: the evaluation may have reported others.
+    scores = [
+        fmean(pass_at_k(task["n"], task["correct"], k) for task in evaluation.fixed["per_task"])
+        for evaluation in (ours, theirs)
+    ]
     figures = {
         "evaluation": ours.name,
         "metric": f"pass@{k}",
@@ -176,19 +179,19 @@ def not_worse(
         "theirs": scores[1],
         "difference": asdict(difference),
         "tasks": ours.results["tasks"],
-        "samples_per_task": _settings(ours)["samples_per_task"],
+        "samples_per_task": ours.fixed["samples_per_task"],
         "max_drop": max_drop,
         "theirs_run": theirs.run.run_id,
     }
+    percent = lambda share: f"{100 * share:.1f}"
     text = (
-        f"pass@{k} {_percent(scores[0])} against {_percent(scores[1])} %, difference "
-        f"{_percent(difference.estimate)} ({_percent(difference.low)} to {_percent(difference.high)}) over "
-        f"{ours.results['tasks']} tasks of {ours.name}"
+        f"pass@{k} {percent(scores[0])} against {percent(scores[1])} %, difference {percent(difference.estimate)} "
+        f"({percent(difference.low)} to {percent(difference.high)}) over {ours.results['tasks']} tasks of {ours.name}"
     )
     if difference.high < 0:
         return False, f"worse beyond the interval: {text}", figures
     if max_drop is not None and difference.low < -max_drop:
-        return False, f"the interval reaches below -max_drop = -{_percent(max_drop)}: {text}", figures
+        return False, f"the interval reaches below -max_drop = -{percent(max_drop)}: {text}", figures
     return True, f"not worse beyond the interval: {text}", figures
 
 
@@ -197,11 +200,8 @@ def production_choice(
 ) -> Callable[[str | None, list], Choice | None]:
     """Returns the `choose` of :func:`wmtp.registry.versions.move_alias` that promotes a version unless it is worse.
 
-    It raises RegistryError if :func:`not_worse`, called with `rule`, refuses.
-
-    Args:
-        version: the candidate, with its evaluation `ours`.
-        evaluation_of: returns the evaluation of the version in production.
+    It raises RegistryError if :func:`not_worse`, called with `rule`, refuses. `evaluation_of` returns the evaluation of
+    the version in production.
     """
 
     def choose(before: str | None, record: list) -> Choice | None:
@@ -209,8 +209,8 @@ def production_choice(
             return None
         if before is None:
             first = not any(move.alias == "production" and move.state == "done" for move in record)
-            metrics = _fixed(ours.results)["metrics"]
-            figures = {"evaluation": ours.name, **{name: figure["estimate"] for name, figure in metrics.items()}}
+            metrics = {name: figure["estimate"] for name, figure in ours.fixed["metrics"].items()}
+            figures = {"evaluation": ours.name, **metrics}
             return Choice(version, "first in production" if first else "nothing was in production", figures)
         accepted, why, figures = not_worse(ours, evaluation_of(before), **rule)
         if not accepted:
@@ -221,20 +221,8 @@ def production_choice(
 
 
 def _settings(evaluation: Evaluation) -> dict:
-    results = evaluation.results
-    own = {"fixed_temperature": results["fixed_temperature"], "samples_per_task": _fixed(results)["samples_per_task"]}
-    return {**results["settings"], **own}
-
-
-def _fixed(results: dict) -> dict:
-    """Returns an evaluation's results at its fixed temperature."""
-    return results["temperatures"][results["fixed_temperature"]]
-
-
-def _score(results: dict, k: int) -> float:
-    """Returns the mean pass@k over all tasks, for any k: the evaluation may have reported others."""
-    values = [pass_at_k(c["n"], c["correct"], k) for c in _fixed(results)["per_task"]]
-    return sum(values) / len(values)
+    own = {"fixed_temperature": evaluation.results["fixed_temperature"]}
+    return {**evaluation.results["settings"], **own, "samples_per_task": evaluation.fixed["samples_per_task"]}
 
 
 def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> dict | None:
@@ -254,7 +242,3 @@ def _yaml(text: str) -> dict:
 def _short(value: object) -> str:
     text = json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)
     return text if len(text) <= 80 else f"{text[:60]}...{text[-12:]}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"

@@ -39,9 +39,9 @@ class RegistryError(UserError):
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a registered model. `number` is a string, though a local store gives an integer."""
+    """A version of a registered model."""
 
-    number: str
+    number: str  # though a local store gives an integer
     source: str
     run_id: str
     tags: dict[str, str]
@@ -50,16 +50,15 @@ class Version:
     @property
     def evaluations(self) -> dict[str, str]:
         """The evaluations that the version was registered with: name to run id."""
-        own = {key: run_id for key, run_id in self.tags.items() if key.startswith(_EVALUATION)}
-        return {key.removeprefix(_EVALUATION): run_id for key, run_id in sorted(own.items())}
+        return {k.removeprefix(_EVALUATION): self.tags[k] for k in sorted(self.tags) if k.startswith(_EVALUATION)}
 
 
 @dataclass(frozen=True)
 class Move:
-    """One move of an alias.
+    """One move of an alias, between versions; None is nothing.
 
     `state` is ``intended`` while the move is under way, then ``done``, or ``abandoned`` if its process ended before the
-    alias was moved. `before` and `after` are versions, None if the alias points at nothing.
+    alias was moved.
     """
 
     number: int
@@ -107,11 +106,7 @@ def store_errors(what: str) -> AbstractContextManager[None]:
 
 
 def check_name(name: str) -> str:
-    """Returns a registered model's name unchanged, or refuses one that aliases, tags and paths could not hold.
-
-    Raises:
-        RegistryError: characters other than letters, digits, ``-``, ``_`` and ``.``.
-    """
+    """Returns a registered model's name unchanged, or refuses one that aliases, tags and paths could not hold."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}", str(name)):
         raise RegistryError(
             f"name {str(name)!r} cannot be a registered model's: use letters, digits, '-', '_' and '.', such as "
@@ -164,35 +159,23 @@ def find_version(client, name: str, model_sha256: str) -> Version | None:
 
 
 def read_version(client, name: str, number: str) -> Version:
-    """Returns one version of a model.
-
-    Raises:
-        RegistryError: no such model or version.
-    """
+    """Returns one version of a model; a RegistryError says that there is none."""
     with store_errors(f"{name} has no version {number}"):
         found = client.get_model_version(name, number)
-    own = (found.source, found.run_id or "", dict(found.tags), found.description or "")
-    return Version(str(found.version), *own)
+    return Version(str(found.version), found.source, found.run_id or "", dict(found.tags), found.description or "")
 
 
 def versions(client, name: str) -> list[Version]:
-    """Returns all versions of a model, oldest first.
-
-    Raises:
-        RegistryError: no such model.
-    """
+    """Returns all versions of a model, oldest first; a RegistryError says that there is no such model."""
     _require(client, name)
+    numbers: list[str] = []
+    token: str | None = ""
     with store_errors(f"the versions of {name} cannot be read"):
-        found: list = []
-        token = None
-        while True:
-            page = client.search_model_versions(f"name='{name}'", page_token=token)
-            found, token = found + list(page), page.token
-            if not token:
-                break
+        while token is not None:
+            page = client.search_model_versions(f"name='{name}'", page_token=token or None)
+            numbers, token = numbers + [str(version.version) for version in page], page.token or None
     # Some stores leave tags out of a search, so each version is read by itself.
-    numbers = sorted((str(version.version) for version in found), key=int)
-    return [read_version(client, name, number) for number in numbers]
+    return [read_version(client, name, number) for number in sorted(numbers, key=int)]
 
 
 def describe(client, name: str, version: str, card: str, where: str) -> None:
@@ -211,11 +194,7 @@ def describe(client, name: str, version: str, card: str, where: str) -> None:
 
 
 def moves(client, name: str) -> list[Move]:
-    """Returns all moves of a model's aliases, oldest first.
-
-    Raises:
-        RegistryError: no such model, or a tag that is no record of a move.
-    """
+    """Returns all moves of a model's aliases, oldest first; a RegistryError tells of a tag that is no record of one."""
     found = []
     for key, value in _require(client, name).tags.items():
         if key.startswith(_RECORD):
@@ -234,7 +213,11 @@ def aliased(client, name: str, alias: str) -> str | None:
 
 def last_move(record: Sequence[Move], alias: str) -> Move | None:
     """Returns the last completed move of an alias."""
-    return next((move for move in reversed(record) if move.alias == alias and move.state == "done"), None)
+    return next(reversed(_done(record, alias)), None)
+
+
+def _done(record: Sequence[Move], alias: str) -> list[Move]:
+    return [move for move in record if move.alias == alias and move.state == "done"]
 
 
 def move_alias(
@@ -248,7 +231,7 @@ def move_alias(
     evaluation_run: str | None = None,
     patience: float = 30.0,
 ) -> Move | None:
-    """Moves an alias to the version that `choose` returns, and records the move.
+    """Moves an alias to the version that `choose` returns. Returns the recorded move, None if there was nothing to do.
 
     Args:
         alias: ``staging`` or ``production``.
@@ -256,9 +239,6 @@ def move_alias(
             moved an alias meanwhile. None leaves the alias; an exception passes through and nothing is changed.
         action, by, evaluation_run: for the record.
         patience: seconds that another move may be under way before its process counts as dead.
-
-    Returns:
-        The completed move; None if there was nothing to do.
 
     Raises:
         RegistryError: no such model or version, or other processes kept moving the alias.
@@ -290,31 +270,25 @@ def move_alias(
 
 
 def roll_back(client, name: str, alias: str, *, by: str, number: int | None = None) -> Move | None:
-    """Moves an alias back to the version before its last move.
+    """Moves an alias back to before its last move, or to before the move of that number.
 
-    This is a move too, so two rollbacks together change nothing.
-
-    Args:
-        number: of an earlier move, to go back to the version before that one.
-
-    Raises:
-        RegistryError: no such move, or the alias was moved since without a record.
+    This is a move too, so two rollbacks together change nothing. A RegistryError says that there is no such move, or
+    that the alias was moved since without a record.
     """
 
     def choose(before: str | None, record: list[Move]) -> Choice | None:
-        last = last_move(record, alias)
-        if last is None:
+        done = _done(record, alias)
+        if not done:
             raise RegistryError(f"{name} has no recorded move of {alias}: there is nothing to roll back to")
+        last = done[-1]
         if last.after != before:
             raise RegistryError(
                 f"{name}@{alias} points at {shown(before)}, though its last recorded move, {last.number}, set it to "
                 f"{shown(last.after)}: someone moved it outside; set it back to {shown(last.after)} first"
             )
-        target = last if number is None else next(
-            (m for m in record if (m.number, m.alias, m.state) == (number, alias, "done")), None
-        )  # fmt: skip
+        target = last if number is None else next((move for move in done if move.number == number), None)
         if target is None:
-            known = ", ".join(str(m.number) for m in record if (m.alias, m.state) == (alias, "done"))
+            known = ", ".join(str(move.number) for move in done)
             raise RegistryError(f"{name} has no move {number} of {alias}; there are {known}")
         if target.before == before:
             raise RegistryError(f"{name}@{alias} points at {shown(before)} already, as before move {target.number}")
