@@ -10,7 +10,7 @@ from torch import nn
 from wmtp.generation import Completion, DecodingStats, Request, Sampling, generate
 from wmtp.models.teacher_forced import TeacherForced
 from wmtp.pretrained import byte_tokenizer
-from wmtp.pretrained.source import Source
+from wmtp.pretrained.config_files import Source
 
 
 @torch.no_grad()

@@ -20,8 +20,8 @@ from torchtune.modules import FeedForward, MultiHeadAttention, RotaryPositionalE
 from torchtune.modules import RMSNorm as RMSNormFloat32
 
 from wmtp.errors import UserError
+from wmtp.pretrained.config_files import Source
 from wmtp.pretrained.shape import LlamaShape
-from wmtp.pretrained.source import Source
 
 
 class MTPDecoder(nn.Module):

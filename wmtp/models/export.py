@@ -19,8 +19,7 @@ from wmtp.files import publish, unfinished
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
 from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
-from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS
-from wmtp.pretrained.source import exported_configs
+from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS, exported_configs
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.pretrained.checkpoint_formats import Checkpoint, key_of, open_checkpoint, refuse_wrapped
-from wmtp.pretrained.config_files import CheckpointError
+from wmtp.pretrained.config_files import CheckpointError, read_source
 from wmtp.pretrained.shape import LlamaShape
-from wmtp.pretrained.source import read_source
 
 # Constants of the computation that no tensor's shape shows.
 _CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps")
@@ -44,7 +43,7 @@ def load_checkpoint(model: Any, path: str | Path, *, device: torch.device | str 
             or of another shape, or constants (RoPE base, norm epsilon, ...) other than the model's.
     """
     checkpoint = open_checkpoint(Path(path))
-    source = read_source(checkpoint)
+    source = read_source(checkpoint.path, checkpoint.form, checkpoint.shape.max_seq_len)
     reshard(model)
     parameters = without_adapters(model)
     sources = _sources(model.config, checkpoint, parameters)

@@ -30,7 +30,7 @@ from wmtp.pretrained.shape import LlamaShape
 
 HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
-_ADAPTERS = ("adapter_config.json", "wmtp_adapter.json")
+_ADAPTERS = {"adapter_config.json", "wmtp_adapter.json"}
 
 # Parts of names that torch.compile, DDP, FSDP and activation checkpointing put in, and peft puts in front.
 _WRAPPERS = re.compile(
@@ -88,12 +88,11 @@ def key_of(name: str, form: str) -> str | None:
     column = ("hf", "meta").index(form)
     if name in ROOT_KEYS:
         return ROOT_KEYS[name][column]
-    place, _, rest = name.partition(".")
-    index, _, inside = rest.partition(".")
-    if place not in ("layers", "extra_heads") or not index.isdigit() or inside not in BLOCK_KEYS:
+    block = re.fullmatch(r"((layers|extra_heads)\.\d+)\.(.+)", name)
+    if block is None or block[3] not in BLOCK_KEYS:
         return None
-    prefix = "model." if form == "hf" and place == "layers" else ""
-    return f"{prefix}{place}.{index}.{BLOCK_KEYS[inside][column]}"
+    prefix = "model." if form == "hf" and block[2] == "layers" else ""
+    return f"{prefix}{block[1]}.{BLOCK_KEYS[block[3]][column]}"
 
 
 def is_rotated(name: str) -> bool:
@@ -110,7 +109,7 @@ def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def to_half_split(weight: Tensor, head_dim: int) -> Tensor:
-    """Converts back: the inverse of :func:`to_interleaved`."""
+    """Converts back."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
@@ -138,11 +137,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_shape(path: Path) -> LlamaShape:
-    """Reads a model's shape from config.json, or from params.json and the shapes in consolidated.pth.
-
-    Raises:
-        CheckpointError: as :func:`open_checkpoint`, for these files.
-    """
+    """Reads a model's shape from config.json, or from params.json and the shapes in consolidated.pth."""
     return hf_shape(path) if _form(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
 
 
@@ -159,25 +154,24 @@ def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
 def _form(path: Path) -> str:
     """Returns ``hf`` or ``meta``, by the files of a folder."""
     there = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    meta = {META_CONFIG, META_WEIGHTS} <= there
+    meta, adapters = {META_CONFIG, META_WEIGHTS} <= there, sorted(there & _ADAPTERS)
     if meta and there & {CONFIG, HF_WEIGHTS, HF_INDEX}:
         raise CheckpointError(
             f"{path} holds two checkpoints, {META_CONFIG} with {META_WEIGHTS} and HF's {CONFIG}; keep one in the folder"
         )
     if not meta and CONFIG not in there:
-        found = ", ".join(sorted(there)[:8]) or ("nothing" if path.is_dir() else "no folder")
-        gguf = sorted(name for name in there if name.endswith(".gguf"))
-        hint = f"; give the file itself, {path / gguf[0]}" if gguf else ""
-        if there & {*_ADAPTERS}:
+        found, hint = ", ".join(sorted(there)[:8]) or ("nothing" if path.is_dir() else "no folder"), ""
+        if gguf := sorted(path.glob("*.gguf")):
+            hint = f"; give the file itself, {gguf[0]}"
+        if adapters:
             hint = "; it is an adapter: give the checkpoint that it was trained on, and this folder as the adapter"
         raise CheckpointError(
             f"{path} is no checkpoint: expected {CONFIG} with {HF_WEIGHTS} (HF), or {META_CONFIG} with "
             f"{META_WEIGHTS} (Meta), found {found}{hint}"
         )
-    adapter = there & {*_ADAPTERS}
-    if adapter:
+    if adapters:
         raise CheckpointError(
-            f"{path} holds a model and an adapter ({min(adapter)}); transformers would load the adapter's base, and the"
+            f"{path} holds a model and an adapter ({adapters[0]}); transformers would load the adapter's base, and the"
             " adapter into it: move the adapter to a folder of its own, or merge it"
         )
     return "meta" if meta else "hf"
@@ -229,11 +223,7 @@ def _refuse_untied(path: Path, tensors: dict[str, StoredTensor]) -> None:
 
 
 def open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    """Opens a safetensors file, and returns its tensors by key.
-
-    Raises:
-        CheckpointError: the file is missing or truncated.
-    """
+    """Returns the tensors of a safetensors file by key; a CheckpointError says that it is missing or truncated."""
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; copy its folder again, with all files")
     try:

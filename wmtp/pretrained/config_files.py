@@ -1,18 +1,22 @@
-"""The model in a checkpoint's config files: HF's config.json, mtp_config.json and Meta's params.json.
+"""The model in config files: HF's config.json, mtp_config.json and Meta's params.json, read and exported.
 
 A key that is neither read here nor known to be harmless is refused by name and value: its effect on the logits would
 silently be missing.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wmtp.errors import UserError, cannot_be_read
+import torch
+
+from wmtp.errors import UserError, cannot_be_read, one_line
 from wmtp.pretrained.shape import LlamaShape, checked_scaling
 
-CONFIG = "config.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MTP_WEIGHTS, MTP_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 META_WEIGHTS, META_CONFIG = "consolidated.pth", "params.json"
 
@@ -46,12 +50,12 @@ _HF_HARMLESS = """model_type architectures auto_map transformers_version torch_d
     use_flash_attention_2 use_sdpa unsloth_fixed unsloth_version transformers.js_config is_llama_config
     model_max_length max_sequence_length"""
 
+# Wrong for an export: code that is not copied, weights that are no longer quantised, another H.
+_NOT_EXPORTED = ("auto_map", "quantization_config", "num_future_tokens")
 _META_READ = """dim n_layers n_heads n_kv_heads norm_eps rope_theta use_scaled_rope rope_scaling_factor
     rope_high_freq_factor max_seq_len n_future_tokens vocab_size"""
 # The first two give the MLP's width by a formula; it is read from the tensors' shapes.
 _META_HARMLESS = "multiple_of ffn_dim_multiplier max_batch_size model_parallel_size"
-
-
 OTHER_MODEL = "use a checkpoint of the Llama family (Llama, CodeLlama, SmolLM2)"
 
 
@@ -65,11 +69,7 @@ def unreadable(file: Path, error: Exception, kind: str = "") -> CheckpointError:
 
 
 def read_json(file: Path, *required: str) -> dict[str, Any]:
-    """Reads the object in a JSON file.
-
-    Raises:
-        CheckpointError: it cannot be read, is no object, or lacks a required key or its value.
-    """
+    """Returns the object in a JSON file, which has a value for each required key."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -85,11 +85,7 @@ def read_json(file: Path, *required: str) -> dict[str, Any]:
 def refuse_unknown(
     file: Path, given: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, tuple] | None = None
 ) -> None:
-    """Refuses keys of a config that the computation does not follow; a key whose value is None counts as absent.
-
-    Raises:
-        CheckpointError: a key that is neither known nor fixed, or a fixed one with another value than allowed.
-    """
+    """Refuses keys that are neither known nor fixed, and other values of fixed ones; None counts as absent."""
     for key, value in given.items():
         allowed = (fixed or {}).get(key)
         if value is None or key in known:
@@ -106,11 +102,7 @@ def refuse_unknown(
 
 
 def hf_shape(path: Path) -> LlamaShape:
-    """Reads the shape of an HF folder's model.
-
-    Raises:
-        CheckpointError: no config.json there, or a model that is no plain Llama.
-    """
+    """Returns the shape of an HF folder's model; a CheckpointError says why it is no plain Llama."""
     from transformers import LlamaConfig  # knows the defaults of keys that a config.json lacks
 
     file = path / CONFIG
@@ -118,40 +110,34 @@ def hf_shape(path: Path) -> LlamaShape:
     if raw.get("model_type") != "llama":
         raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}; {OTHER_MODEL}")
     refuse_unknown(file, raw, f"{_HF_READ} {_HF_HARMLESS}".split(), _HF_FIXED)
-    rope_base, rope_scaling = _hf_rope(file, raw)
     heads = _num_heads(path, raw)
-    try:
-        hf = LlamaConfig.from_dict({key: value for key, value in raw.items() if not key.startswith("rope_")})
-    except Exception as error:  # huggingface_hub has errors of its own for values of a wrong type
-        raise CheckpointError(f"{file}: {' '.join(str(error).split())}; mend it, or copy it again") from error
-    return _shape(
-        file,
-        vocab_size=hf.vocab_size,
-        num_layers=hf.num_hidden_layers,
-        num_heads=hf.num_attention_heads,
-        num_kv_heads=hf.num_key_value_heads,
-        embed_dim=hf.hidden_size,
-        intermediate_dim=hf.intermediate_size,
-        max_seq_len=hf.max_position_embeddings,
-        num_future_tokens=heads,
-        rope_base=rope_base,
-        norm_eps=hf.rms_norm_eps,
-        tie_word_embeddings=hf.tie_word_embeddings,
-        rope_scaling=rope_scaling,
-        head_dim=hf.head_dim,
-    )
+    with _values_of(file):
+        rope_base, rope_scaling = _hf_rope(file, raw)
+        hf: Any = LlamaConfig.from_dict({key: value for key, value in raw.items() if not key.startswith("rope_")})
+        return LlamaShape(
+            vocab_size=hf.vocab_size,
+            num_layers=hf.num_hidden_layers,
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads,
+            embed_dim=hf.hidden_size,
+            intermediate_dim=hf.intermediate_size,
+            max_seq_len=hf.max_position_embeddings,
+            num_future_tokens=heads,
+            rope_base=rope_base,
+            norm_eps=hf.rms_norm_eps,
+            tie_word_embeddings=hf.tie_word_embeddings,
+            rope_scaling=rope_scaling,
+            head_dim=hf.head_dim,
+        )
 
 
 def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> LlamaShape:
-    """Reads the shape of a Meta folder's model.
+    """Returns the shape of a Meta folder's model; a CheckpointError says why it is no plain Llama.
 
     Args:
         embedding: shape of the embedding; params.json may give vocab_size as -1.
         mlp: shape of a gate projection, whose width params.json gives by a formula.
         tied: there is no unembedding.
-
-    Raises:
-        CheckpointError: a model that is no plain Llama.
     """
     file = path / META_CONFIG
     params = read_json(file, "dim", "n_layers", "n_heads")
@@ -165,21 +151,32 @@ def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, 
     for key, value in (("n_future_tokens", heads), ("n_layers", layers)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise CheckpointError(f"{file}: {key} must be a whole number, got {value!r}; copy it again")
-    return _shape(
-        file,
-        vocab_size=embedding[0],
-        num_layers=layers - heads + 1,
-        num_heads=params["n_heads"],
-        num_kv_heads=params.get("n_kv_heads", params["n_heads"]),
-        embed_dim=params["dim"],
-        intermediate_dim=mlp[0],
-        max_seq_len=params.get("max_seq_len", 4096),
-        num_future_tokens=heads,
-        rope_base=params.get("rope_theta", 10_000.0),
-        norm_eps=params.get("norm_eps", 1e-5),
-        tie_word_embeddings=tied,
-        rope_scaling=_meta_scaling(file, params),
-    )
+    with _values_of(file):
+        return LlamaShape(
+            vocab_size=embedding[0],
+            num_layers=layers - heads + 1,
+            num_heads=params["n_heads"],
+            num_kv_heads=params.get("n_kv_heads", params["n_heads"]),
+            embed_dim=params["dim"],
+            intermediate_dim=mlp[0],
+            max_seq_len=params.get("max_seq_len", 4096),
+            num_future_tokens=heads,
+            rope_base=params.get("rope_theta", 10_000.0),
+            norm_eps=params.get("norm_eps", 1e-5),
+            tie_word_embeddings=tied,
+            rope_scaling=_meta_scaling(file, params),
+        )
+
+
+@contextmanager
+def _values_of(file: Path) -> Iterator[None]:
+    """Turns an error about a value into one that names its file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # huggingface_hub has errors of its own for values of a wrong type
+        raise CheckpointError(f"{file}: {one_line(error)}; mend it, or copy it again") from error
 
 
 def _hf_rope(file: Path, raw: Mapping[str, Any]) -> tuple[float, dict | None]:
@@ -194,10 +191,7 @@ def _hf_rope(file: Path, raw: Mapping[str, Any]) -> tuple[float, dict | None]:
             bases[f"{key}.rope_theta"] = value.get("rope_theta")
             given[key] = {k: v for k, v in value.items() if k != "rope_theta"}
     bases = {key: value for key, value in bases.items() if value is not None}
-    try:
-        scalings = {key: checked_scaling(value) for key, value in given.items()}
-    except UserError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    scalings = {key: checked_scaling(value) for key, value in given.items()}
     length = raw.get("original_max_position_embeddings")
     if length is not None:
         lengths = {key: (value or {}).get("original_max_position_embeddings") for key, value in scalings.items()}
@@ -259,8 +253,87 @@ def _meta_scaling(file: Path, params: Mapping[str, Any]) -> dict | None:
     }
 
 
-def _shape(file: Path, **values: Any) -> LlamaShape:
-    try:
-        return LlamaShape(**values)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+# ----------------------------------------------------------------------------------------------------------------------
+# The config files that are kept with the model, and written again by its export
+
+
+@dataclass(frozen=True)
+class Source:
+    """The contents of a checkpoint's config files, with HF's keys also for Meta's format, which has few."""
+
+    config: dict[str, Any]  # config.json
+    generation_config: dict[str, Any] | None  # generation_config.json, where there is one
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Every token id that ends a text of this model."""
+        return _ids(self.config.get("eos_token_id"), (self.generation_config or {}).get("eos_token_id"))
+
+
+def read_source(path: Path, form: str, max_seq_len: int) -> Source:
+    """Returns the config files of a checkpoint in that folder and format; Meta's has only the length."""
+    config = {"max_position_embeddings": max_seq_len}
+    if form == "meta":
+        return Source(config, None)
+    generation = path / GENERATION_CONFIG
+    return Source(config | read_json(path / CONFIG), read_json(generation) if generation.is_file() else None)
+
+
+def exported_configs(
+    source: Source | None, shape: LlamaShape, dtype: torch.dtype, token_ids: dict[str, int | None]
+) -> dict[str, dict[str, Any]]:
+    """Returns the config files of an export by name: the source's, with the values of the trained model.
+
+    RoPE is written with the keys of `transformers` 5 and of 4. max_seq_len is the size of the cache that a config asked
+    for, so it may raise the source's longest sequence, but not lower it.
+
+    Args:
+        source: of the checkpoint that the model was read from; None where it started from random weights.
+        dtype: of the stored weights.
+        token_ids: bos_token_id, eos_token_id and pad_token_id of the tokenizer. Training put its EOS at each document's
+            end, so it joins those of the source; the other two count where the source names none.
+    """
+    said = source.config if source is not None else {}
+    # Where no file of HF's gives them, transformers would take Llama's 1 and 2.
+    unnamed = {} if "model_type" in said else {"bos_token_id": None, "eos_token_id": None}
+    rope = {"rope_type": "default", **(shape.rope_scaling or {})}
+    token_ids = {key: i for key, i in token_ids.items() if i is None or i < shape.vocab_size}
+    config = {
+        **unnamed,
+        **token_ids,
+        **{k: v for k, v in said.items() if k not in _NOT_EXPORTED and not (v is None and k in token_ids)},
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "vocab_size": shape.vocab_size,
+        "hidden_size": shape.embed_dim,
+        "intermediate_size": shape.intermediate_dim,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "max_position_embeddings": max(shape.max_seq_len, said.get("max_position_embeddings", 0)),
+        "rms_norm_eps": shape.norm_eps,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "rope_theta": shape.rope_base,
+        "rope_scaling": shape.rope_scaling,
+        "rope_parameters": {**rope, "rope_theta": shape.rope_base},
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+    files = {CONFIG: config}
+    if source is not None and source.generation_config is not None:
+        files[GENERATION_CONFIG] = dict(source.generation_config)
+    for content in files.values():
+        ends = _ids(content.get("eos_token_id"), token_ids.get("eos_token_id"))
+        if ends:
+            content["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+    return files
+
+
+def _ids(*named: int | list[int] | None) -> list[int]:
+    """Returns the ids in several values of eos_token_id, each once and in their order."""
+    listed = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
+    return list(dict.fromkeys(i for ids in listed for i in ids))

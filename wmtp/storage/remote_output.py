@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Queue
@@ -84,7 +84,7 @@ class RemoteOutput(Output):
         names = tuple(replaces)
         for name in names:
             there = self._remote_files(name)
-            remove_files([file for file in there if (self._name(file) + "/").startswith(f"{name}/")])
+            remove_files([file for n, file in there.items() if f"{n}/".startswith(f"{name}/")])
         self._sent = {name: at for name, at in self._sent.items() if name.partition("/")[0] not in names}
         self.upload()
 
@@ -108,8 +108,10 @@ class RemoteOutput(Output):
             whole: the run's files and its newest complete checkpoint, verified; otherwise only their names. Of a run
                 without checkpoints, the files that another machine has added to.
         """
-        files = {self._name(file): file for file in self._remote_files()}
-        self._remember(files)
+        files = self._remote_files()
+        with suppress(FileNotFoundError, ValueError):  # what an earlier process uploaded, as far as it is still in S3
+            record = json.loads(self._record.read_text())
+            self._sent = {n: at for n, at in record.items() if at and n in files and files[n].num_bytes == at[-2]}
         self.remote_names = list(files)
         if not whole:
             return
@@ -223,21 +225,17 @@ class RemoteOutput(Output):
                 self._sent.pop(name, None)  # an old checkpoint was removed meanwhile: its manifest is not sent
 
     def _prune(self) -> None:
-        """Removes remote checkpoints that this machine no longer has and that are older than the newest complete one.
-
-        The same goes for files of earlier best checkpoints.
-        """
-        files = {self._name(file): file for file in self._remote_files("checkpoints/")}
+        """Removes remote checkpoints, and files of the best, that are gone here: none before a newer is complete."""
+        files = self._remote_files("checkpoints/")
         newest, here = _newest_checkpoint(files), {_step_of(name) for name in self._local_files()}
         if newest is None:
             return
         old = {n: file for n, file in files.items() if (step := _step_of(n)) and step < newest and step not in here}
         if (self.folder / "best").is_dir():
-            best = {self._name(file): file for file in self._remote_files("best/")}
+            best = self._remote_files("best/")
             old |= {name: file for name, file in best.items() if not (self.folder / name).exists()}
         remove_files(list(old.values()))
-        for name in old:
-            self._sent.pop(name, None)
+        self._sent = {name: at for name, at in self._sent.items() if name not in old}
 
     # ------------------------------------------------------------------------------------------------------------------
     # Local and remote files
@@ -251,20 +249,10 @@ class RemoteOutput(Output):
             found += [(below / name).as_posix() for name in files if not name.endswith(_NOT_UPLOADED)]
         return found
 
-    def _remote_files(self, below: str = "") -> Iterator[RemoteFile]:
+    def _remote_files(self, below: str = "") -> dict[str, RemoteFile]:
+        """Returns the files in S3 by their names, which begin with `below`; the lease is none of them."""
         there = list_files(self._uri, prefix=f"{self._key}/{below}")
-        return (file for file in there if not file.key.endswith(_NOT_UPLOADED))  # leaves out the lease
-
-    def _name(self, file: RemoteFile) -> str:
-        return file.key.removeprefix(self._key).lstrip("/")
-
-    def _remember(self, there: dict[str, RemoteFile]) -> None:
-        """Reads which files an earlier process uploaded, as far as they are still in S3."""
-        try:
-            record = json.loads(self._record.read_text())
-        except (FileNotFoundError, ValueError):
-            return
-        self._sent = {n: at for n, at in record.items() if at and n in there and there[n].num_bytes == at[-2]}
+        return {f.key.removeprefix(self._key).lstrip("/"): f for f in there if not f.key.endswith(_NOT_UPLOADED)}
 
     def _write_record(self) -> None:
         write_whole(self._record, json.dumps(self._sent))
@@ -275,8 +263,7 @@ class RemoteOutput(Output):
 
 def _newest_checkpoint(names) -> str | None:
     """Returns ``checkpoints/step_N`` of the highest complete step among file names."""
-    complete = [m[1] for name in names if (m := re.fullmatch(rf"(checkpoints/step_\d+)/{re.escape(MANIFEST)}", name))]
-    return max(complete, default=None)
+    return max((step for name in names if (step := _step_of(name)) and name == f"{step}/{MANIFEST}"), default=None)
 
 
 def _step_of(name: str) -> str | None:
