@@ -44,10 +44,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     """Writes ``folder`` from ``file``: tokenizer through `transformers`, weights dequantised by `gguf`.
 
     `transformers` could read the rest too, but it ignores unknown keys and tensors, and needs the model twice in
-    memory.
-
-    Raises:
-        CheckpointError: the file cannot be read, is no plain Llama, or has a tokenizer that may not be read right.
+    memory. A CheckpointError says why the model, or its tokenizer, may not be read right.
     """
     from gguf import MODEL_ARCH, GGUFReader, get_tensor_name_map
     from gguf.quants import dequantize

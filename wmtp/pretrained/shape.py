@@ -11,11 +11,7 @@ ROPE_SCALING_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_
 
 @dataclass(frozen=True)
 class LlamaShape:
-    """The sizes and constants of a model's computation, as a checkpoint's config file gives them.
-
-    Raises:
-        ValueError: a value that no model can have.
-    """
+    """The sizes and constants of a model's computation; a value that no model can have is refused."""
 
     vocab_size: int
     num_layers: int  # blocks on head 1's path; Meta's n_layers is num_layers + num_future_tokens - 1

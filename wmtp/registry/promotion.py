@@ -73,11 +73,7 @@ def read_run(client, run_id: str) -> RunRecord:
 
 
 def read_evaluation(client, run_id: str) -> Evaluation:
-    """Returns the results of an evaluation run, with the hash of its model.
-
-    Raises:
-        RegistryError: no such run, or one that is no finished evaluation of a model.
-    """
+    """Returns the results of an evaluation run, with the hash of its model; refuses any other run."""
     run = read_run(client, run_id)
     results = _artifact(client, run.run_id, "results.json", json.loads)
     name = run.tags.get("wmtp.evaluation")
@@ -100,8 +96,7 @@ def read_evaluation(client, run_id: str) -> Evaluation:
 def evaluated_export(client, evaluation: Evaluation, training_run: str | None = None) -> Export:
     """Fetches the evaluated export through MLflow; by default that of the training run which the evaluation names.
 
-    Raises:
-        RegistryError: no training run is known, it has no export, or its export is another model.
+    A RegistryError says that no training run is known, or that its export is another model.
     """
     run_id = training_run or evaluation.run.tags.get("wmtp.training_run_id")
     if run_id is None:

@@ -89,9 +89,6 @@ def open_store(tracking_uri: str | None = None):
 
     Args:
         tracking_uri: null is ``$MLFLOW_TRACKING_URI``, else sqlite:///mlflow.db in the working directory.
-
-    Raises:
-        ValueError: no such store, a URI of another kind, or credentials that a server refuses.
     """
     use_store(tracking_uri)
     uri = store_uri()

@@ -39,10 +39,9 @@ def local_copy(path: str | Path) -> Path:
 
 
 def output_of(output_dir: str, folder: Path | None = None) -> Output:
-    """Returns the output folder of a run.
+    """Returns the output folder of a run: local, or ``s3://bucket/prefix`` with a local folder below the cache.
 
     Args:
-        output_dir: a local folder, or ``s3://bucket/prefix``, whose local folder lies below the cache.
         folder: another local folder.
     """
     if not is_remote(output_dir):
@@ -53,11 +52,7 @@ def output_of(output_dir: str, folder: Path | None = None) -> Output:
 
 
 def check_inputs(cfg: DictConfig | None) -> None:
-    """Refuses a config with a path in S3 that cannot be read; outputs and tracking are checked elsewhere.
-
-    Raises:
-        StorageError: names the path's key.
-    """
+    """Refuses a config with a path in S3 that cannot be read, by its key; outputs and tracking are not looked at."""
     if cfg is None:
         return
     for key, value in _strings(OmegaConf.to_container(cfg, resolve=True)):

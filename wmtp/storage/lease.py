@@ -36,11 +36,7 @@ class Lease:
         finalize(self, self._end.set)  # a lease that was garbage-collected is not renewed
 
     def take(self) -> None:
-        """Makes this process the writer until :meth:`release`.
-
-        Raises:
-            StorageError: a run on another machine writes there.
-        """
+        """Makes this process the writer until :meth:`release`, unless a run on another machine writes there."""
         seen, since = None, time.monotonic()
         while True:
             etag, there = self._there()

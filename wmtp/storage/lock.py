@@ -61,11 +61,7 @@ class FolderLock:
         self.previous: str | None = None  # id of the holder before, whose process has ended
 
     def take(self) -> Holder:
-        """Makes this process the folder's writer. Rank 0 only.
-
-        Raises:
-            StorageError: another run writes there (the message names its process), or the folder cannot be written.
-        """
+        """Makes this process the folder's writer, unless another run is; the error names its process. Rank 0 only."""
         if self.holder is not None:
             return self.holder
         if not _soon(self._lock_all):

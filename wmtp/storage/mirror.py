@@ -29,16 +29,10 @@ _T = TypeVar("_T")
 
 
 def mirrored(uri: str, otherwise: Path | None = None) -> Path:
-    """Returns the local path of an object or a folder, which is fetched into the cache.
-
-    It stays until this process ends.
+    """Returns the local path of an object or a folder, fetched into the cache, where it stays while this process lives.
 
     Args:
-        otherwise: returned if there is no such object.
-
-    Raises:
-        StorageError: S3 refuses it, does not answer, or its content arrives corrupt; or it does not exist and there is
-            no `otherwise`.
+        otherwise: returned if there is no such object; without it, that is an error too.
     """
 
     def read() -> Path:
@@ -161,11 +155,7 @@ def link_tree(name: str, contents: dict[str, Path]) -> Path:
 
 
 def make_room(num_bytes: int = 0) -> None:
-    """Removes the least recently used trees that no process uses, until `num_bytes` fit under ``$WMTP_CACHE_LIMIT``.
-
-    Raises:
-        StorageError: the variable is no size such as ``200GB``.
-    """
+    """Removes the least recently used trees that no process uses, until `num_bytes` fit under ``$WMTP_CACHE_LIMIT``."""
     text = os.environ.get("WMTP_CACHE_LIMIT", "").strip()
     if not text:
         return

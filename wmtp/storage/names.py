@@ -17,11 +17,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """Returns bucket and key of ``s3://bucket/key``, the key without slashes around it.
-
-    Raises:
-        StorageError: the URI has another form.
-    """
+    """Returns bucket and key of ``s3://bucket/key``, the key without slashes around it; refuses any other form."""
     bucket, _, key = str(uri).removeprefix(SCHEME).partition("/")
     if not is_remote(uri) or not bucket or not key.strip("/"):
         raise StorageError(f"{uri} must be s3://bucket/key")

@@ -40,11 +40,7 @@ class Output:
         """Removes the files and folders that a new run replaces from the remote copy, then starts uploads."""
 
     def upload(self, path: Path | None = None) -> None:
-        """Starts uploading the new and changed files below the folder.
-
-        Args:
-            path: a file or folder that is complete now. A folder without a manifest gets one.
-        """
+        """Starts uploading the new and changed files; a folder `path` that is complete now gets a manifest first."""
 
     def may_remove(self, path: Path) -> bool:
         """Returns whether a folder is not being uploaded just now."""
@@ -54,10 +50,7 @@ class Output:
         """Waits until everything is uploaded, then lets another run write the folder.
 
         Args:
-            fail: False for a run that has failed: what could not be uploaded is only printed.
-
-        Raises:
-            StorageError: something could not be uploaded.
+            fail: raise a StorageError for what could not be uploaded; False only prints it, for a run that has failed.
         """
         if self._lock is not None and fail:  # other ranks of a failed run may still be at work: the lock ends with them
             self._lock.release()

@@ -83,8 +83,7 @@ def attempts() -> int:
 def retrying(call: Callable[[], _T], uri: str, doing: str) -> _T:
     """Returns ``call()``, tried again with growing waits if a broken answer arrived; botocore retries other failures.
 
-    Raises:
-        StorageError: the call failed for good, or too often; the message says that `uri` cannot be `doing`, say, read.
+    The StorageError of the last failure says that `uri` cannot be `doing`, such as read.
     """
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError

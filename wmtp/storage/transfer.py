@@ -78,10 +78,6 @@ def upload(path: Path, uri: str, *, sha256: str | None = None) -> None:
 
     Args:
         sha256: of the content, if a manifest gives it; stored with the object. For a file of one part it is computed.
-
-    Raises:
-        FileNotFoundError: no such file.
-        StorageError: S3 refuses it, does not answer, or stores something else than was sent.
     """
     with path.open("rb") as file:
         body = file.read(PART_BYTES + 1)
@@ -95,10 +91,8 @@ def put_bytes(uri: str, body: bytes, **condition: str) -> None:
     """Writes a small object.
 
     Args:
-        condition: ``IfNoneMatch="*"``: no such object exists; ``IfMatch=etag``: the object still has that ETag.
-
-    Raises:
-        ChangedError: the condition does not hold.
+        condition: ``IfNoneMatch="*"``: no such object exists; ``IfMatch=etag``: the object still has that ETag. If it
+            does not hold, that is a ChangedError.
     """
     bucket, key = split_uri(uri)
     metadata = {"sha256": hashlib.sha256(body).hexdigest()}

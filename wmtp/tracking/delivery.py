@@ -165,11 +165,7 @@ class Delivery:
 
 
 def deliver(spool: Spool, delivery: Delivery) -> int:
-    """Sends the next records of the spool, and returns their number. Records that can never be sent are set aside.
-
-    Raises:
-        Exception: the store's. An artifact that has failed is behind all other records: its store may fail alone.
-    """
+    """Sends the next records of the spool, and returns their number. Records that can never be sent are set aside."""
     waiting = spool.unsent(_RECORDS_AT_ONCE)
     batch = list(takewhile(lambda item: item[0]["kind"] == "metrics", waiting)) or waiting[:1]
     if batch:

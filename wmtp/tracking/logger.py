@@ -115,10 +115,7 @@ class MLflowLogger:
             run_id: MLflow's id of a resumed run, if it is known.
             resumed: the run in output_dir is resumed; its spool names it even if it has no id yet.
             training_run_id: the run that trained the model which this one evaluates.
-            log: called with lines about a store that fails.
-
-        Raises:
-            ValueError: the store refuses: credentials, database, deleted experiment, unknown run.
+            log: called with lines about a store that fails; one that refuses raises an error.
         """
         self._output_dir, self._log, self._resumed = output_dir, log, resumed
         self._run["experiment"] = _fill(self._run["experiment"], {"method": method, "dataset": dataset})
@@ -199,16 +196,14 @@ class MLflowLogger:
         """
         if self.run_id is None:
             self._record("run_file", path=self._below(run_file))
-        if not self._log_export:
-            return
-        if reference is None:
+        if self._log_export and reference is None:
             self.log_artifact(folder)
-        else:
+        elif self._log_export:
             self.log_text(json.dumps(reference, indent=1), f"{folder.name}.json")
 
     def close(self, status: str = "FINISHED") -> None:
         """Ends the run as FINISHED, FAILED or KILLED, and waits until the store has all records, or `flush_seconds`."""
-        if self._spool is None:
+        if self._spool is None or self._sender is None:
             if self._sender is not None:
                 self._sender.stop()
             return
@@ -261,13 +256,11 @@ def _fill(template: str, values: dict[str, str]) -> str:
         ) from None
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, object]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
+def _flatten(value: Any, name: str = "") -> dict[str, object]:
+    """Returns the leaves of nested dicts and lists by their dotted names; an empty one is a leaf."""
+    if not (isinstance(value, dict | list) and value):
+        return {name: value}
     flat: dict[str, object] = {}
-    for key, child in items:
-        name = f"{prefix}{key}"
-        if isinstance(child, dict | list) and child:
-            flat |= _flatten(child, f"{name}.")
-        else:
-            flat[name] = child
+    for key, child in value.items() if isinstance(value, dict) else enumerate(value):
+        flat |= _flatten(child, f"{name}.{key}" if name else str(key))
     return flat

@@ -18,9 +18,6 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
 
     Args:
         uri: the store; by default the one in the run's config, or else in the environment.
-
-    Raises:
-        ValueError: no spool in the folder, a run that is under way, or a store that refuses or does not answer.
     """
     if not read_run(output_dir):
         raise UserError(f"{output_dir} holds no tracking_spool of a run; give the output_dir of a tracked run")

@@ -30,19 +30,11 @@ class Sender:
         self._thread.start()
 
     def wait_connected(self, seconds: float) -> None:
-        """Waits until the store has answered or failed, at most so many seconds.
-
-        Raises:
-            ValueError: the store refused.
-        """
+        """Waits until the store has answered or failed, at most so many seconds; a refusal is raised."""
         self._wait(lambda: self._connected, seconds)
 
     def start(self, spool: Spool, seconds: float) -> None:
-        """Begins to send. Waits until the run has its id or the store has failed, at most so many seconds.
-
-        Raises:
-            ValueError: the store refused.
-        """
+        """Begins to send. Waits until the run has its id or the store has failed; a refusal is raised."""
         with self._changed:
             self._spool = spool
             self._changed.notify_all()

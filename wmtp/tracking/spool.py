@@ -27,11 +27,7 @@ Position = tuple[int, int]  # number of a file, 0 for metrics.jsonl, and an offs
 
 
 class Spool:
-    """The spool of one run, open in one process at a time.
-
-    Raises:
-        ValueError: another process has it open.
-    """
+    """The spool of one run, open in one process at a time: another process is refused."""
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
@@ -57,11 +53,7 @@ class Spool:
         write_whole(self.folder / "run.json", json.dumps({**self.run, **facts}, indent=1) + "\n")
 
     def append(self, record: dict) -> None:
-        """Writes a record, whole or not at all. Any thread may call it.
-
-        Raises:
-            OSError: the disk is full; the error names the file.
-        """
+        """Writes a record, whole or not at all: the error of a full disk names the file. Any thread may call it."""
         line = (json.dumps(record) + "\n").encode()
         with self._writing:
             if self._file is None:
@@ -98,11 +90,8 @@ class Spool:
         return found
 
     def mark_sent(self, *positions: Position) -> None:
-        """Records that the store has all records up to these positions.
-
-        It has no effect after :meth:`close`: another process may have the spool.
-        """
-        if self._closed:
+        """Records that the store has all records up to these positions."""
+        if self._closed:  # another process may have the spool
             return
         self._sent |= dict(positions)
         self._write_sent()
