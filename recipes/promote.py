@@ -20,7 +20,7 @@ from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.errors import clear_errors
 from wmtp.registry.card import Statements, log_card, model_card
-from wmtp.registry.promotion import Evaluation, evaluated_export, production_choice, read_evaluation
+from wmtp.registry.promotion import Evaluation, evaluated_export, not_worse, read_evaluation
 from wmtp.registry.versions import (
     Choice,
     Move,
@@ -121,8 +121,23 @@ class PromoteRecipe:
                 f"(action=register evaluation_run={ours.run.run_id})"
             )
         evaluated_export(self._client, ours, version.run_id)  # what the version's run holds today is what was evaluated
-        rule = {"k": self._k, "max_drop": self._max_drop, "seed": self._seed, "resamples": self._resamples}
-        choose = production_choice(version.number, ours, lambda before: self._evaluation_of(before, ours.name), **rule)
+
+        def choose(before: str | None, record: list[Move]) -> Choice | None:
+            if before == version.number:
+                return None
+            if before is None:
+                metrics = {name: figure["estimate"] for name, figure in ours.fixed["metrics"].items()}
+                first = last_move(record, "production") is None
+                why = "first in production" if first else "nothing was in production"
+                return Choice(version.number, why, {"evaluation": ours.name, **metrics})
+            accepted, why, figures = not_worse(
+                ours, self._evaluation_of(before, ours.name),
+                k=self._k, max_drop=self._max_drop, seed=self._seed, resamples=self._resamples,
+            )  # fmt: skip
+            if not accepted:
+                raise RegistryError(f"version {version.number} does not replace version {before} in production: {why}")
+            return Choice(version.number, why, figures)
+
         self._report(
             move_alias(
                 self._client, self._name, "production", choose,

@@ -20,10 +20,20 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MTP_WEIGHTS, MTP_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 META_WEIGHTS, META_CONFIG = "consolidated.pth", "params.json"
 
-# Read below. LlamaConfig gives the default of `transformers` where a file lacks one of them.
-_HF_READ = """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim max_position_embeddings rms_norm_eps tie_word_embeddings rope_theta rope_scaling rope_parameters
-    original_max_position_embeddings num_future_tokens"""
+# field of LlamaShape -> key of HF's config.json
+_HF_KEYS = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "embed_dim": "hidden_size",
+    "intermediate_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+    "head_dim": "head_dim",
+}
+_HF_READ = "rope_theta rope_scaling rope_parameters original_max_position_embeddings num_future_tokens"
 # The only values that this decoder computes.
 _HF_FIXED: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),
@@ -103,32 +113,19 @@ def refuse_unknown(
 
 def hf_shape(path: Path) -> LlamaShape:
     """Returns the shape of an HF folder's model; a CheckpointError says why it is no plain Llama."""
-    from transformers import LlamaConfig  # knows the defaults of keys that a config.json lacks
+    from transformers import LlamaConfig  # knows the values of keys that a config.json lacks
 
     file = path / CONFIG
     raw = read_json(file)
     if raw.get("model_type") != "llama":
         raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}; {OTHER_MODEL}")
-    refuse_unknown(file, raw, f"{_HF_READ} {_HF_HARMLESS}".split(), _HF_FIXED)
+    refuse_unknown(file, raw, {*_HF_KEYS.values(), *f"{_HF_READ} {_HF_HARMLESS}".split()}, _HF_FIXED)
     heads = _num_heads(path, raw)
     with _values_of(file):
         rope_base, rope_scaling = _hf_rope(file, raw)
         hf: Any = LlamaConfig.from_dict({key: value for key, value in raw.items() if not key.startswith("rope_")})
-        return LlamaShape(
-            vocab_size=hf.vocab_size,
-            num_layers=hf.num_hidden_layers,
-            num_heads=hf.num_attention_heads,
-            num_kv_heads=hf.num_key_value_heads,
-            embed_dim=hf.hidden_size,
-            intermediate_dim=hf.intermediate_size,
-            max_seq_len=hf.max_position_embeddings,
-            num_future_tokens=heads,
-            rope_base=rope_base,
-            norm_eps=hf.rms_norm_eps,
-            tie_word_embeddings=hf.tie_word_embeddings,
-            rope_scaling=rope_scaling,
-            head_dim=hf.head_dim,
-        )
+        sizes = {field: getattr(hf, key) for field, key in _HF_KEYS.items()}
+        return LlamaShape(**sizes, num_future_tokens=heads, rope_base=rope_base, rope_scaling=rope_scaling)
 
 
 def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> LlamaShape:
@@ -307,16 +304,8 @@ def exported_configs(
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.embed_dim,
-        "intermediate_size": shape.intermediate_dim,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
+        **{key: getattr(shape, field) for field, key in _HF_KEYS.items()},
         "max_position_embeddings": max(shape.max_seq_len, said.get("max_position_embeddings", 0)),
-        "rms_norm_eps": shape.norm_eps,
-        "tie_word_embeddings": shape.tie_word_embeddings,
         "rope_theta": shape.rope_base,
         "rope_scaling": shape.rope_scaling,
         "rope_parameters": {**rope, "rope_theta": shape.rope_base},

@@ -16,7 +16,7 @@ from wmtp.eval.estimators import pass_at_k
 from wmtp.eval.results import compare_results
 from wmtp.pretrained.folders import checkpoint_sha256
 from wmtp.pretrained.resolve import resolve_checkpoint
-from wmtp.registry.versions import Choice, RegistryError, store_errors
+from wmtp.registry.versions import RegistryError, store_errors
 from wmtp.tracking.store import artifact_text
 
 # Settings that must be equal for two evaluations to be compared, beside samples per task and the protocol. Those of the
@@ -188,31 +188,6 @@ def not_worse(
     if max_drop is not None and difference.low < -max_drop:
         return False, f"the interval reaches below -max_drop = -{percent(max_drop)}: {text}", figures
     return True, f"not worse beyond the interval: {text}", figures
-
-
-def production_choice(
-    version: str, ours: Evaluation, evaluation_of: Callable[[str], Evaluation], **rule
-) -> Callable[[str | None, list], Choice | None]:
-    """Returns the `choose` of :func:`wmtp.registry.versions.move_alias` that promotes a version unless it is worse.
-
-    It raises RegistryError if :func:`not_worse`, called with `rule`, refuses. `evaluation_of` returns the evaluation of
-    the version in production.
-    """
-
-    def choose(before: str | None, record: list) -> Choice | None:
-        if before == version:
-            return None
-        if before is None:
-            first = not any(move.alias == "production" and move.state == "done" for move in record)
-            metrics = {name: figure["estimate"] for name, figure in ours.fixed["metrics"].items()}
-            figures = {"evaluation": ours.name, **metrics}
-            return Choice(version, "first in production" if first else "nothing was in production", figures)
-        accepted, why, figures = not_worse(ours, evaluation_of(before), **rule)
-        if not accepted:
-            raise RegistryError(f"version {version} does not replace version {before} in production: {why}")
-        return Choice(version, why, figures)
-
-    return choose
 
 
 def _settings(evaluation: Evaluation) -> dict:
