@@ -1,17 +1,15 @@
-"""The model in config files: HF's config.json, mtp_config.json and Meta's params.json, read and exported.
-
-A key that is neither read here nor known to be harmless is refused by name and value: its effect on the logits would
-silently be missing.
-"""
+"""The model in config files: HF's config.json, mtp_config.json and Meta's params.json, read and exported."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from wmtp.errors import UserError, cannot_be_read, one_line
 from wmtp.pretrained.shape import LlamaShape, checked_scaling
@@ -33,39 +31,8 @@ _HF_KEYS = {
     "tie_word_embeddings": "tie_word_embeddings",
     "head_dim": "head_dim",
 }
-_HF_READ = "rope_theta rope_scaling rope_parameters original_max_position_embeddings num_future_tokens"
-# The only values that this decoder computes.
-_HF_FIXED: dict[str, tuple] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "partial_rotary_factor": (1,),
-    "rope_interleaved": (False,),
-    "pruned_heads": ({},),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "quantization_config": (None,),
-}
-# Other keys of `transformers` 4 and 5, and of tools around it: names, storage, initialisation, generation.
-_HF_HARMLESS = """model_type architectures auto_map transformers_version torch_dtype dtype initializer_range use_cache
-    pretraining_tp bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
-    return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss is_decoder
-    tie_encoder_decoder chunk_size_feed_forward finetuning_task task_specific_params problem_type id2label label2id
-    num_labels max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
-    use_flash_attention_2 use_sdpa unsloth_fixed unsloth_version transformers.js_config is_llama_config
-    model_max_length max_sequence_length"""
-
 # Wrong for an export: code that is not copied, weights that are no longer quantised, another H.
 _NOT_EXPORTED = ("auto_map", "quantization_config", "num_future_tokens")
-_META_READ = """dim n_layers n_heads n_kv_heads norm_eps rope_theta use_scaled_rope rope_scaling_factor
-    rope_high_freq_factor max_seq_len n_future_tokens vocab_size"""
-# The first two give the MLP's width by a formula; it is read from the tensors' shapes.
-_META_HARMLESS = "multiple_of ffn_dim_multiplier max_batch_size model_parallel_size"
 OTHER_MODEL = "use a checkpoint of the Llama family (Llama, CodeLlama, SmolLM2)"
 
 
@@ -92,14 +59,18 @@ def read_json(file: Path, *required: str) -> dict[str, Any]:
     return content
 
 
-def refuse_unknown(
-    file: Path, given: Mapping[str, Any], known: Collection[str], fixed: Mapping[str, tuple] | None = None
-) -> None:
-    """Refuses keys that are neither known nor fixed, and other values of fixed ones; None counts as absent."""
+@cache
+def known_keys() -> dict[str, Any]:
+    """Returns the keys of each kind of config file, as known_keys.yaml has them."""
+    return dict(OmegaConf.to_container(OmegaConf.load(Path(__file__).with_name("known_keys.yaml"))))  # type: ignore[arg-type]
+
+
+def refuse_unknown(file: Path, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuses keys that are not among the known ones of their kind of file, and other values of fixed ones."""
     for key, value in given.items():
-        allowed = (fixed or {}).get(key)
-        if value is None or key in known:
+        if value is None or any(key in known.get(part, ()) for part in ("required", "read", "harmless")):
             continue
+        allowed = known.get("fixed", {}).get(key)
         if allowed is None:
             raise CheckpointError(
                 f"{file}: {key} is {value!r:.100}, which WMTP does not know; if it does not change the model's logits, "
@@ -119,7 +90,7 @@ def hf_shape(path: Path) -> LlamaShape:
     raw = read_json(file)
     if raw.get("model_type") != "llama":
         raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}; {OTHER_MODEL}")
-    refuse_unknown(file, raw, {*_HF_KEYS.values(), *f"{_HF_READ} {_HF_HARMLESS}".split()}, _HF_FIXED)
+    refuse_unknown(file, raw, known_keys()[CONFIG])
     heads = _num_heads(path, raw)
     with _values_of(file):
         rope_base, rope_scaling = _hf_rope(file, raw)
@@ -138,7 +109,7 @@ def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, 
     """
     file = path / META_CONFIG
     params = read_json(file, "dim", "n_layers", "n_heads")
-    refuse_unknown(file, params, f"{_META_READ} {_META_HARMLESS}".split())
+    refuse_unknown(file, params, known_keys()[META_CONFIG])
     params = {key: value for key, value in params.items() if value is not None}
     if params.get("vocab_size", -1) not in (-1, embedding[0]):
         raise CheckpointError(
@@ -212,7 +183,7 @@ def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
     heads, there = 1, (path / MTP_WEIGHTS).is_file()
     if (path / MTP_CONFIG).is_file():
         about = read_json(path / MTP_CONFIG, "num_future_tokens")
-        refuse_unknown(path / MTP_CONFIG, about, {"num_future_tokens"})
+        refuse_unknown(path / MTP_CONFIG, about, known_keys()[MTP_CONFIG])
         heads = about["num_future_tokens"]
     elif there:
         raise CheckpointError(f"{path / MTP_CONFIG} is missing, {MTP_WEIGHTS} lies there; copy the checkpoint again")

@@ -8,31 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from wmtp.pretrained.checkpoint_formats import BLOCK_KEYS, HF_WEIGHTS, ROOT_KEYS, is_rotated, key_of, to_half_split
-from wmtp.pretrained.config_files import OTHER_MODEL, CheckpointError, refuse_unknown, unreadable
+from wmtp.pretrained.config_files import OTHER_MODEL, CheckpointError, known_keys, refuse_unknown, unreadable
 
 _ROPE_FACTORS = "rope_freqs.weight"
-
-_REQUIRED = """block_count context_length embedding_length feed_forward_length attention.head_count
-    attention.layer_norm_rms_epsilon"""
-_READ = """attention.head_count_kv attention.key_length attention.value_length rope.dimension_count rope.freq_base
-    vocab_size"""
-_HARMLESS = "rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout"
-_FIXED = {
-    "llama.rope.scaling.type": ("none",),
-    "llama.rope.scaling.factor": (1,),
-    "llama.rope.scale_linear": (1,),
-    "llama.expert_count": (0,),
-    "llama.expert_used_count": (0,),
-    "llama.attention.causal": (True,),
-    "split.count": (0, 1),
-    "tokenizer.ggml.remove_extra_whitespaces": (False,),
-}
-# Read by `transformers`, or below; only those ids of special tokens count that a Llama has.
-_TOKENIZER = """model pre tokens scores token_type merges bos_token_id eos_token_id eot_token_id eom_token_id
-    unknown_token_id padding_token_id add_bos_token add_eos_token add_space_prefix separator_token_id
-    seperator_token_id cls_token_id mask_token_id prefix_token_id suffix_token_id middle_token_id eog_token_id
-    fim_pre_token_id fim_suf_token_id fim_mid_token_id fim_pad_token_id fim_rep_token_id fim_sep_token_id
-    token_type_count add_sep_token"""
 
 # Rules of tokenizer.ggml.pre that cut a text before the merges: `transformers` reads these right, as mended below.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2",), ("smollm", "starcoder", "refact"), ("llama-bpe", "llama3", "llama-v3")
@@ -58,13 +36,12 @@ def convert_gguf(file: Path, folder: Path) -> None:
     if fields.get("general.architecture") != "llama":
         got = fields.get("general.architecture")
         raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}; {OTHER_MODEL}")
-    missing = [f"llama.{key}" for key in _REQUIRED.split() if f"llama.{key}" not in fields]
+    known = known_keys()["gguf"]
+    missing = [key for key in known["required"] if key not in fields]
     if missing:
         raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {OTHER_MODEL}")
-    known = {f"llama.{key}" for key in f"{_REQUIRED} {_READ} {_HARMLESS}".split()} | {"split.no", "split.tensors.count"}
-    known |= {f"tokenizer.ggml.{key}" for key in _TOKENIZER.split()}
-    known |= {key for key in fields if key.startswith(("general.", "quantize.", "tokenizer.chat_template"))}
-    refuse_unknown(file, fields, known, _FIXED)
+    about = ("general.", "quantize.", "tokenizer.chat_template")
+    refuse_unknown(file, {key: value for key, value in fields.items() if not key.startswith(about)}, known)
     tokenizer = _tokenizer(file, fields)
 
     stored = {tensor.name: tensor for tensor in reader.tensors}
