@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.errors import clear_errors
-from wmtp.registry.card import Statements, log_card, model_card
+from wmtp.registry.card import Statements, model_card, publish_card
 from wmtp.registry.promotion import Evaluation, evaluated_export, not_worse, read_evaluation
 from wmtp.registry.versions import (
     Choice,
@@ -27,7 +27,7 @@ from wmtp.registry.versions import (
     RegistryError,
     aliased,
     check_name,
-    describe,
+    done_moves,
     ensure_version,
     find_version,
     last_move,
@@ -35,7 +35,6 @@ from wmtp.registry.versions import (
     moves,
     open_store,
     read_version,
-    roll_back,
     shown,
     versions,
 )
@@ -99,8 +98,7 @@ class PromoteRecipe:
         )  # fmt: skip
         evaluations = [read_evaluation(self._client, run_id) for run_id in version.evaluations.values()]
         card = model_card(self._name, version.number, export, evaluations, self._statements)
-        where = log_card(self._client, export.run.run_id, self._name, card)
-        describe(self._client, self._name, version.number, card, where)
+        where = publish_card(self._client, self._name, version, card)
         log(f"{self._name} version {version.number}: {export.source}, card {where}")
         self._report(
             move_alias(
@@ -147,8 +145,33 @@ class PromoteRecipe:
         )  # fmt: skip
 
     def rollback(self) -> None:
-        """Sets `alias` back to where it was before its last move, or before the move of that number."""
-        move = roll_back(self._client, self._name, self._alias, by=self._by, number=self._undo)
+        """Sets `alias` back to where it was before its last move, or before the move of that number.
+
+        This is a move too, so two rollbacks together change nothing.
+        """
+        place = f"{self._name}@{self._alias}"
+
+        def choose(before: str | None, record: list[Move]) -> Choice | None:
+            done = done_moves(record, self._alias)
+            if not done:
+                raise RegistryError(
+                    f"{self._name} has no recorded move of {self._alias}: there is nothing to roll back to"
+                )
+            last = done[-1]
+            if last.after != before:
+                raise RegistryError(
+                    f"{place} points at {shown(before)}, though its last recorded move, {last.number}, set it to "
+                    f"{shown(last.after)}: someone moved it outside; set it back to {shown(last.after)} first"
+                )
+            target = last if self._undo is None else next((move for move in done if move.number == self._undo), None)
+            if target is None:
+                known = ", ".join(str(move.number) for move in done)
+                raise RegistryError(f"{self._name} has no move {self._undo} of {self._alias}; there are {known}")
+            if target.before == before:
+                raise RegistryError(f"{place} points at {shown(before)} already, as before move {target.number}")
+            return Choice(target.before, f"undoes move {target.number}")
+
+        move = move_alias(self._client, self._name, self._alias, choose, action="rollback", by=self._by)
         self._report(move, self._alias)
 
     def show(self) -> None:

@@ -157,8 +157,8 @@ def test_the_machines_figures_are_logged(begin, store):
     logger = begin(system_metrics_seconds=0.1)
     spool = logger._spool
     while not any(name.startswith("system/") for record, _ in spool.unsent(100) for name in record.get("metrics", ())):
-        assert logger._system._thread.is_alive()
-        logger._system._thread.join(0.05)
+        assert logger._system.is_alive()
+        logger._system.join(0.05)
     logger.close()
     names = set(MlflowClient(store).get_run(logger.run_id).data.metrics)
     assert {"system/cpu_utilization_percentage", "system/system_memory_usage_megabytes"} <= names

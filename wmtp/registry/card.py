@@ -20,8 +20,10 @@ from wmtp.eval.markdown import cell, fenced
 from wmtp.eval.results_page import cautions, headline, scores
 from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.registry.promotion import Evaluation, Export
+from wmtp.registry.versions import store_errors
 
 UNKNOWN = "unknown"
+_MAX_DESCRIPTION = 5000  # characters
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The keys of a training config that the card shows; the run's config.yaml has all of them.
 _CONFIG_KEYS = {
@@ -97,11 +99,22 @@ def model_card(
     return str(ModelCard.from_template(data, template_path=str(_TEMPLATE), **facts))
 
 
-def log_card(client, run_id: str, name: str, card: str) -> str:
-    """Logs the card as an artifact of the training run, which two models may share. Returns its ``runs:/`` name."""
-    path = f"model_card/{name}/README.md"
-    client.log_text(run_id, card, path)
-    return f"runs:/{run_id}/{path}"
+def publish_card(client, run_id: str, name: str, version: str, card: str) -> str:
+    """Logs a version's card as an artifact of the training run, and sets the version's description to it.
+
+    Two models may share the run. The description is cut to the length that every store keeps, and has no YAML header,
+    which is for the Hub. Returns the artifact's ``runs:/`` name, which is a tag of the version too.
+    """
+    path, text = f"model_card/{name}/README.md", card.split("---\n", 2)[-1].lstrip()
+    where = f"runs:/{run_id}/{path}"
+    if len(text) > _MAX_DESCRIPTION:
+        note = f"\n\n[... the whole card is {where} ...]\n"
+        text = text[: _MAX_DESCRIPTION - len(note)].rpartition("\n")[0] + note
+    with store_errors(f"version {version} of {name} cannot be described"):
+        client.log_text(run_id, card, path)
+        client.update_model_version(name, version, description=text)
+        client.set_model_version_tag(name, version, "wmtp.model_card", where)
+    return where
 
 
 def _header(name: str, heads: int | str, evaluations: Sequence[Evaluation], statements: Statements) -> ModelCardData:

@@ -29,7 +29,6 @@ from wmtp.tracking.store import check_store, clear_store_errors, existing_client
 ALIASES = ("staging", "production")
 _RECORD = "wmtp.move."
 _EVALUATION = "wmtp.evaluation."
-_MAX_DESCRIPTION = 5000  # characters that every store of MLflow's keeps
 _TRIES = 50
 
 
@@ -122,11 +121,8 @@ def ensure_version(
     """Returns the version of an export, created unless one has the same model, and adds the evaluation to it.
 
     Args:
-        model_sha256: `checkpoint_sha256` of the export; each version has another.
-        source: URI of the export's folder.
-        run_id: the training run.
+        source, run_id, tags: of a new version: the URI of the export's folder, the training run, further tags.
         evaluation: name and run id; an earlier one of the same name is replaced.
-        tags: further tags of a new version.
     """
     from mlflow.exceptions import MlflowException
 
@@ -175,17 +171,6 @@ def versions(client, name: str) -> list[Version]:
     return [read_version(client, name, number) for number in sorted(numbers, key=int)]
 
 
-def describe(client, name: str, version: str, card: str, where: str) -> None:
-    """Sets a version's description to its card, cut to the length that every store keeps, and tags the artifact."""
-    text = card.split("---\n", 2)[-1].lstrip()  # the YAML header is for the Hub
-    if len(text) > _MAX_DESCRIPTION:
-        note = f"\n\n[... the whole card is {where} ...]\n"
-        text = text[: _MAX_DESCRIPTION - len(note)].rpartition("\n")[0] + note
-    with store_errors(f"version {version} of {name} cannot be described"):
-        client.update_model_version(name, version, description=text)
-        client.set_model_version_tag(name, version, "wmtp.model_card", where)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Moves
 
@@ -208,13 +193,14 @@ def aliased(client, name: str, alias: str) -> str | None:
     return None if version is None else str(version)
 
 
+def done_moves(record: Sequence[Move], alias: str) -> list[Move]:
+    """Returns the completed moves of an alias."""
+    return [move for move in record if move.alias == alias and move.state == "done"]
+
+
 def last_move(record: Sequence[Move], alias: str) -> Move | None:
     """Returns the last completed move of an alias."""
-    return next(reversed(_done(record, alias)), None)
-
-
-def _done(record: Sequence[Move], alias: str) -> list[Move]:
-    return [move for move in record if move.alias == alias and move.state == "done"]
+    return next(reversed(done_moves(record, alias)), None)
 
 
 def move_alias(
@@ -264,34 +250,6 @@ def move_alias(
                 continue
         return _carry_out(client, name, move)
     raise RegistryError(f"{name}@{alias} was not moved: other processes moved it {_TRIES} times meanwhile; try again")
-
-
-def roll_back(client, name: str, alias: str, *, by: str, number: int | None = None) -> Move | None:
-    """Moves an alias back to before its last move, or to before the move of that number.
-
-    This is a move too, so two rollbacks together change nothing. A RegistryError says that there is no such move, or
-    that the alias was moved since without a record.
-    """
-
-    def choose(before: str | None, record: list[Move]) -> Choice | None:
-        done = _done(record, alias)
-        if not done:
-            raise RegistryError(f"{name} has no recorded move of {alias}: there is nothing to roll back to")
-        last = done[-1]
-        if last.after != before:
-            raise RegistryError(
-                f"{name}@{alias} points at {shown(before)}, though its last recorded move, {last.number}, set it to "
-                f"{shown(last.after)}: someone moved it outside; set it back to {shown(last.after)} first"
-            )
-        target = last if number is None else next((move for move in done if move.number == number), None)
-        if target is None:
-            known = ", ".join(str(move.number) for move in done)
-            raise RegistryError(f"{name} has no move {number} of {alias}; there are {known}")
-        if target.before == before:
-            raise RegistryError(f"{name}@{alias} points at {shown(before)} already, as before move {target.number}")
-        return Choice(target.before, f"undoes move {target.number}")
-
-    return move_alias(client, name, alias, choose, action="rollback", by=by)
 
 
 def _carry_out(client, name: str, move: Move) -> Move:

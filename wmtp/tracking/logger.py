@@ -5,6 +5,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _STORE_SECONDS = 15.0  # at the start, for a server's answer; later calls do not
 _FILE_SECONDS = 120.0  # for a SQLite file, which is created and migrated in this process
 
 
+@dataclass
 class MLflowLogger:
     """A run in MLflow: torchtune's `MetricLoggerInterface` with tags, artifacts and data. Only rank 0 makes one.
 
@@ -43,38 +45,28 @@ class MLflowLogger:
         ValueError: a store that cannot be used, or credentials that it refuses.
     """
 
-    def __init__(
-        self,
-        experiment: str = "wmtp/{dataset}",
-        run_name: str | None = None,
-        tracking_uri: str | None = None,
-        artifact_location: str | None = None,
-        parent_run_id: str | None = None,
-        system_metrics_seconds: float | None = 30.0,
-        flush_seconds: float = 60.0,
-        log_export: bool = True,
-    ) -> None:
-        if tracking_uri is not None and mask_secrets(tracking_uri) != tracking_uri:
+    experiment: str = "wmtp/{dataset}"
+    run_name: str | None = None
+    tracking_uri: str | None = None
+    artifact_location: str | None = None
+    parent_run_id: str | None = None
+    system_metrics_seconds: float | None = 30.0
+    flush_seconds: float = 60.0
+    log_export: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tracking_uri is not None and mask_secrets(self.tracking_uri) != self.tracking_uri:
             raise UserError(
                 "tracking_uri holds a password, and a config is kept with the results; set it as MLFLOW_TRACKING_URI, "
                 "or the password as MLFLOW_TRACKING_PASSWORD"
             )
-        for name, value in (("system_metrics_seconds", system_metrics_seconds), ("flush_seconds", flush_seconds)):
+        for name in ("system_metrics_seconds", "flush_seconds"):
+            value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise UserError(f"{name} must be > 0, got {value}")
-        _fill(experiment, {"method": "m", "dataset": "d"})
-        self._uri = store_uri(tracking_uri)
+        _fill(self.experiment, method="m", dataset="d")
+        self._uri = store_uri(self.tracking_uri)
         check_store(self._uri)
-        self._run: dict[str, Any] = {
-            "experiment": experiment,
-            "run_name": run_name,
-            "artifact_location": artifact_location,
-            "parent_run_id": parent_run_id,
-            "tracking_uri": mask_secrets(self._uri),
-            "uri_in_config": tracking_uri is not None,
-        }
-        self._system_metrics_seconds, self._flush_seconds = system_metrics_seconds, flush_seconds
-        self._log_export = log_export
         self._wait_seconds = _FILE_SECONDS if self._uri.startswith("sqlite:") else _STORE_SECONDS
         self._spool: Spool | None = None
         self._sender: Sender | None = None
@@ -87,15 +79,10 @@ class MLflowLogger:
         return None if self._delivery is None else self._delivery.run_id
 
     @property
-    def experiment(self) -> str:
-        """The experiment's name, filled in."""
-        return self._run["experiment"]
-
-    @property
     def where(self) -> str:
         """Store, experiment and run, as a text for people."""
         run = f"run {self.run_id}" if self.run_id else "the run begins there when the store answers"
-        return f"{mask_secrets(self._uri)} (experiment {self._run['experiment']}, {run})"
+        return f"{mask_secrets(self._uri)} (experiment {self.experiment}, {run})"
 
     def connect(
         self,
@@ -117,19 +104,28 @@ class MLflowLogger:
             training_run_id: the run that trained the model which this one evaluates.
             log: called with lines about a store that fails; one that refuses raises an error.
         """
+        parent = training_run_id if self.parent_run_id == "training" else self.parent_run_id
+        if parent is None and self.parent_run_id is not None:
+            raise UserError(
+                "parent_run_id is training, but the model's folder has no wmtp_run.json that names its run; set "
+                "parent_run_id to a run's id, or to null"
+            )
         self._output_dir, self._log, self._resumed = output_dir, log, resumed
-        self._run["experiment"] = _fill(self._run["experiment"], {"method": method, "dataset": dataset})
-        if self._run["parent_run_id"] == "training":
-            if training_run_id is None:
-                raise UserError(
-                    "parent_run_id is training, but the model's folder has no wmtp_run.json that names its run; set "
-                    "parent_run_id to a run's id, or to null"
-                )
-            self._run["parent_run_id"] = training_run_id
-        self._run |= {"key": uuid.uuid4().hex, "started": _now(), "run_id": run_id}
+        self._run: dict[str, Any] = {
+            "experiment": _fill(self.experiment, method=method, dataset=dataset),
+            "run_name": self.run_name,
+            "artifact_location": self.artifact_location,
+            "parent_run_id": parent,
+            "tracking_uri": mask_secrets(self._uri),
+            "uri_in_config": self.tracking_uri is not None,
+            "key": uuid.uuid4().hex,
+            "started": _now(),
+            "run_id": run_id,
+        }
         kept = read_run(output_dir) if resumed else {}
         if kept and run_id in (None, kept.get("run_id")):
             self._run |= {name: kept.get(name) for name in ("experiment", "key", "started", "run_id")}
+        self.experiment = self._run["experiment"]
         self._delivery = Delivery(self._uri, self._run, output_dir)
         self._sender = Sender(self._delivery, log)
         self._sender.wait_connected(self._wait_seconds)
@@ -141,11 +137,10 @@ class MLflowLogger:
         if self._resumed:
             self._record("resumed")
         self._sender.start(self._spool, self._wait_seconds)
-        if self._system_metrics_seconds is not None:
+        if self.system_metrics_seconds is not None:
             started = self._run["started"]
-            self._system = SystemMetrics(
-                self._system_metrics_seconds, lambda metrics: self.log_dict(metrics, (_now() - started) // 1000)
-            )
+            log = lambda metrics: self.log_dict(metrics, (_now() - started) // 1000)
+            self._system = SystemMetrics(self.system_metrics_seconds, log)
 
     def log_config(self, config: DictConfig) -> None:
         """Logs all config values as params, and the resolved config as artifact config.yaml."""
@@ -196,9 +191,9 @@ class MLflowLogger:
         """
         if self.run_id is None:
             self._record("run_file", path=self._below(run_file))
-        if self._log_export and reference is None:
+        if self.log_export and reference is None:
             self.log_artifact(folder)
-        elif self._log_export:
+        elif self.log_export:
             self.log_text(json.dumps(reference, indent=1), f"{folder.name}.json")
 
     def close(self, status: str = "FINISHED") -> None:
@@ -213,7 +208,7 @@ class MLflowLogger:
             self._record("status", status=status)
         except OSError as error:  # of a full disk; earlier records are sent all the same
             self._log(f"WARNING: tracking: that the run is {status} could not be recorded: {one_line(error)}")
-        left = self._sender.close(self._flush_seconds)
+        left = self._sender.close(self.flush_seconds)
         refused = self._spool.folder / "refused.jsonl"
         if refused.exists():
             self._log(f"tracking: the store refused {len(refused.read_text().splitlines())} records, kept in {refused}")
@@ -246,13 +241,13 @@ def _number(value: Any) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def _fill(template: str, values: dict[str, str]) -> str:
+def _fill(template: str, **values: str) -> str:
     try:
         return template.format(**values)
     except (KeyError, IndexError, ValueError) as error:
+        part = str(error).strip("'")
         raise UserError(
-            f"experiment {template!r} has a part {{{str(error).strip(chr(39))}}} that nothing fills in; use {{method}} "
-            "and {dataset}"
+            f"experiment {template!r} has a part {{{part}}} that nothing fills in; use {{method}} and {{dataset}}"
         ) from None
 
 

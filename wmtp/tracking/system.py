@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 
-class SystemMetrics:
+class SystemMetrics(threading.Thread):
     """A thread that measures CPU, memory, disk, network and GPUs with MLflow's own probes.
 
     MLflow's own monitor around these probes ends at the first server that does not answer; here `log` gets the metrics,
@@ -13,31 +13,27 @@ class SystemMetrics:
     """
 
     def __init__(self, seconds: float, log: Callable[[dict[str, float]], None]) -> None:
-        self._seconds, self._log = seconds, log
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="system metrics", daemon=True)
-        self._thread.start()
+        super().__init__(name="system metrics", daemon=True)
+        self._seconds, self._log, self._ended = seconds, log, threading.Event()
+        self.start()
 
     def stop(self) -> None:
         """Ends the thread. Nothing is logged after this returns."""
-        self._stop.set()
-        self._thread.join()
+        self._ended.set()
+        self.join()
 
-    def _work(self) -> None:
-        if self._stop.wait(self._seconds):  # a run that ends before the first measurement needs no probes
-            return
-        probes = _probes()
-        while True:
+    def run(self) -> None:
+        probes: list = []  # made after a while: a run that ends before the first measurement needs none
+        while not self._ended.wait(self._seconds):
+            probes = probes or _probes()
             figures: dict[str, float] = {}
             for probe in probes:
                 probe.collect_metrics()
-                figures |= probe.aggregate_metrics()
+                figures |= {f"system/{name}": value for name, value in probe.aggregate_metrics().items()}
                 probe.clear_metrics()
-            if not self._stop.is_set():
+            if not self._ended.is_set():
                 with suppress(OSError):  # a full disk: the run's own metrics report it
-                    self._log({f"system/{name}": value for name, value in figures.items()})
-            if self._stop.wait(self._seconds):
-                return
+                    self._log(figures)
 
 
 def _probes() -> list:
