@@ -98,7 +98,7 @@ class PromoteRecipe:
         )  # fmt: skip
         evaluations = [read_evaluation(self._client, run_id) for run_id in version.evaluations.values()]
         card = model_card(self._name, version.number, export, evaluations, self._statements)
-        where = publish_card(self._client, self._name, version, card)
+        where = publish_card(self._client, export.run.run_id, self._name, version.number, card)
         log(f"{self._name} version {version.number}: {export.source}, card {where}")
         self._report(
             move_alias(
