@@ -186,7 +186,7 @@ METRICS = [
 
 def test_replay_sends_what_a_killed_run_left_and_twice_changes_nothing(store, tmp_path):
     left_behind(tmp_path / "run", [{"kind": "tags", "time": 1, "tags": {"t": "1"}}, *METRICS])
-    with (tmp_path / "run" / FOLDER / "000001.jsonl").open("a") as torn:
+    with (tmp_path / "run" / FOLDER / "records.jsonl").open("a") as torn:
         torn.write('{"kind": "metrics", "ti')  # the kill came while this was written
     copy = {path.name: path.read_bytes() for path in (tmp_path / "run" / FOLDER).iterdir()}
     said = replay(tmp_path / "run", store)
@@ -267,7 +267,7 @@ def test_artifacts_that_cannot_be_stored_do_not_hold_up_metrics(begin, store, tm
 def test_a_full_disk_leaves_whole_records_and_names_its_file(tmp_path):
     spool = Spool(tmp_path)
     spool.append({"kind": "text", "text": "first"})
-    file = tmp_path / FOLDER / "000001.jsonl"
+    file = tmp_path / FOLDER / "records.jsonl"
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 100, before[1]))  # a part of the next one fits
     try:

@@ -13,11 +13,11 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from omegaconf import OmegaConf
-from safetensors import safe_open
 
 from wmtp.errors import UserError
 from wmtp.eval.markdown import cell, fenced
 from wmtp.eval.results_page import cautions, headline, scores
+from wmtp.pretrained.checkpoint_formats import open_safetensors
 from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS
 from wmtp.registry.promotion import Evaluation, Export
 from wmtp.registry.versions import store_errors
@@ -71,7 +71,10 @@ def model_card(
         json.loads(file.read_text()) if file.is_file() else {} for file in (folder / "config.json", folder / MTP_CONFIG)
     )
     heads = mtp.get("num_future_tokens", UNKNOWN) if mtp else 1
-    parameters = {file.name: _parameters(file) for file in folder.glob("*.safetensors")}
+    parameters = {
+        file.name: sum(math.prod(tensor.shape) for tensor in open_safetensors(file).values())
+        for file in folder.glob("*.safetensors")
+    }
     weighting = (run.config.get("weighting") or {}).get("_component_", "")
     facts: dict[str, Any] = {
         "name": name,
@@ -136,10 +139,3 @@ def _header(name: str, heads: int | str, evaluations: Sequence[Evaluation], stat
         model_name=name,
         eval_results=results,
     )
-
-
-def _parameters(file: Path) -> int:
-    """Returns the number of parameters in a weight file, from its header."""
-    with safe_open(file, framework="pt") as tensors:
-        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 (no mapping)
-    return sum(map(math.prod, shapes))

@@ -2,8 +2,8 @@
 
     <output_dir>/metrics.jsonl                  the run's metrics, one step with its time per line, kept only here
     <output_dir>/tracking_spool/run.json        the run: experiment, name, key, and its id once the store gave one
-    <output_dir>/tracking_spool/000001.jsonl    all other records of the first process, one per line; 000002: the next
-    <output_dir>/tracking_spool/sent.json       for each file, the position up to which the store has its records
+    <output_dir>/tracking_spool/records.jsonl   all other records, one per line
+    <output_dir>/tracking_spool/sent.json       for both files, the position up to which the store has its records
     <output_dir>/tracking_spool/refused.jsonl   records that the store can never take, with its reason
 
 A call that makes a record returns once it is written, without waiting for the disk: a killed process loses no record, a
@@ -23,7 +23,7 @@ from wmtp.errors import UserError
 from wmtp.files import take_lock, write_whole
 from wmtp.tracking import FOLDER, METRICS
 
-Position = tuple[int, int]  # number of a file, 0 for metrics.jsonl, and an offset in bytes
+Position = tuple[str, int]  # a file's name, and an offset in bytes
 
 
 class Spool:
@@ -35,13 +35,13 @@ class Spool:
         if lock is None:
             raise UserError(f"{self.folder} is in use by another process; wait until its run has ended")
         self._lock, self._writing = lock, threading.Lock()
+        self._files = {"metrics": output_dir / METRICS, "records": self.folder / "records.jsonl"}
         self._file: io.FileIO | None = None
         self._closed = False
-        self._next = max(self._numbers(), default=0) + 1
-        self._sent = {int(number): at for number, at in _read_json(self.folder / "sent.json").items()}
-        if 0 in self._sent:  # steps that a resumed run cut off are repeated after this position
-            metrics = self._path(0)
-            self._sent[0] = min(self._sent[0], metrics.stat().st_size if metrics.exists() else 0)
+        self._sent = _read_json(self.folder / "sent.json")
+        for name in self._sent:  # steps that a resumed run cut off are repeated after this position
+            path = self._files[name]
+            self._sent[name] = min(self._sent[name], path.stat().st_size if path.exists() else 0)
 
     @property
     def run(self) -> dict:
@@ -57,7 +57,9 @@ class Spool:
         line = (json.dumps(record) + "\n").encode()
         with self._writing:
             if self._file is None:
-                self._file = self._path(self._next).open("ab", buffering=0)
+                self._file = self._files["records"].open("a+b", buffering=0)
+                self._file.seek(0)
+                self._file.truncate(self._file.read().rfind(b"\n") + 1)  # of a line that a kill has torn
             start = self._file.seek(0, os.SEEK_END)
             try:
                 while line:  # a disk that fills up takes a part
@@ -70,34 +72,30 @@ class Spool:
     def unsent(self, limit: int = sys.maxsize) -> list[tuple[dict, Position]]:
         """Returns the next records to send, at most so many, each with its position for :meth:`mark_sent`."""
         found: list[tuple[dict, Position]] = []
-        for number in (0, *self._numbers()):
-            path, offset = self._path(number), self._sent.get(number, 0)
-            if number == 0 and not path.exists():
+        for name, path in self._files.items():
+            offset = self._sent.get(name, 0)
+            if not path.exists():
                 continue
             with path.open("rb") as file:
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
-                        break  # being written, or torn by a kill: the next file goes on
+                        break  # being written, or torn by a kill
                     offset += len(line)
                     record = json.loads(line)
-                    if number == 0:
+                    if name == "metrics":
                         time, step = record.pop("time", 0.0), record.pop("step")
                         record = {"kind": "metrics", "time": round(1000 * time), "step": step, "metrics": record}
-                    found.append((record, (number, offset)))
+                    found.append((record, (name, offset)))
                     if len(found) == limit:
                         return found
         return found
 
     def mark_sent(self, *positions: Position) -> None:
         """Records that the store has all records up to these positions."""
-        if self._closed:  # another process may have the spool
-            return
-        self._sent |= dict(positions)
-        self._write_sent()
-        for number in self._numbers():
-            if number < max(self._sent):
-                self._path(number).unlink()
+        if not self._closed:  # then another process may have the spool
+            self._sent |= dict(positions)
+            self._write_sent()
 
     def refuse(self, record: dict, why: str) -> None:
         """Sets a record aside that the store can never take, so that later ones can be sent."""
@@ -107,7 +105,7 @@ class Spool:
     def close(self) -> int:
         """Closes the spool, so that another process may open it. Returns how many records are unsent.
 
-        If all are sent, their files are removed. A second call changes nothing.
+        If all are sent, their file is removed. A second call changes nothing.
         """
         if self._closed:
             return 0
@@ -117,18 +115,11 @@ class Spool:
                 self._file.close()
         left = len(self.unsent())
         if not left:
-            for number in self._numbers():
-                self._path(number).unlink()
-                self._sent.pop(number, None)
+            self._sent.pop("records", None)
             self._write_sent()
+            self._files["records"].unlink(missing_ok=True)
         os.close(self._lock)
         return left
-
-    def _numbers(self) -> list[int]:
-        return sorted(int(path.stem) for path in self.folder.glob("[0-9]*.jsonl"))
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.jsonl" if number else self.output_dir / METRICS
 
     def _write_sent(self) -> None:
         write_whole(self.folder / "sent.json", json.dumps(self._sent) + "\n")
