@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wmtp.pretrained.folders import made_once
+from wmtp.pretrained.resolve import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
 # The oldest release whose reading of an export is promised, and the last before 5.
@@ -32,17 +32,18 @@ def release_folder(version: str) -> Path:
     command = (
         [uv, "pip", "install", "--python", sys.executable] if uv else [base, "-m", "pip", "install", "--retries=1"]
     )
-    with made_once(folder) as partial:
-        if partial is not None:
-            command += ["--quiet", "--no-deps", "--target", partial, *pins]
-            try:
-                done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-                why = done.stderr.strip().splitlines()[-1:] if done.returncode else None
-            except subprocess.TimeoutExpired:
-                why = "no end after 300 s"
-            if why is not None:
-                pytest.skip(f"NOT TESTED with transformers {version}, which cannot be installed here: {why}")
-    return folder
+
+    def install(partial: Path) -> None:
+        whole = [*command, "--quiet", "--no-deps", "--target", partial, *pins]
+        try:
+            done = subprocess.run(list(map(str, whole)), capture_output=True, text=True, timeout=300)
+            why = done.stderr.strip().splitlines()[-1:] if done.returncode else None
+        except subprocess.TimeoutExpired:
+            why = "no end after 300 s"
+        if why is not None:
+            pytest.skip(f"NOT TESTED with transformers {version}, which cannot be installed here: {why}")
+
+    return made_once(folder, install)
 
 
 def become(folder: Path) -> None:

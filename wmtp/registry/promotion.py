@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 
 from wmtp.eval.estimators import pass_at_k
 from wmtp.eval.results import compare_results
-from wmtp.pretrained.folders import checkpoint_sha256
-from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.pretrained.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.registry.versions import RegistryError, store_errors
 from wmtp.tracking.store import artifact_text
 

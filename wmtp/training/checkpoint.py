@@ -34,8 +34,7 @@ from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import DiskError, UserError, disk_fault
 from wmtp.files import MANIFEST, UNFINISHED, publish, unfinished, verify_manifest, write_manifest, write_whole
 from wmtp.models.load import named_parameters
-from wmtp.pretrained.folders import checkpoint_sha256
-from wmtp.pretrained.resolve import resolve_checkpoint
+from wmtp.pretrained.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.storage import Output
 from wmtp.training.optimizers import load_optimizer_state
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from wmtp.config import build
 from wmtp.distributed import on_rank_0, wait_for_all
 from wmtp.files import write_whole
-from wmtp.pretrained.folders import RUN_FILE, checkpoint_sha256
+from wmtp.pretrained.resolve import RUN_FILE, checkpoint_sha256
 from wmtp.storage import Output
 from wmtp.tracking import FOLDER, METRICS
 from wmtp.tracking.environment import (
