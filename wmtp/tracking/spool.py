@@ -115,9 +115,9 @@ class Spool:
                 self._file.close()
         left = len(self.unsent())
         if not left:
+            self._files["records"].unlink(missing_ok=True)  # first: the sender may still look for more
             self._sent.pop("records", None)
             self._write_sent()
-            self._files["records"].unlink(missing_ok=True)
         os.close(self._lock)
         return left
 
