@@ -67,7 +67,6 @@ class MLflowLogger:
         _fill(self.experiment, method="m", dataset="d")
         self._uri = store_uri(self.tracking_uri)
         check_store(self._uri)
-        self._wait_seconds = _FILE_SECONDS if self._uri.startswith("sqlite:") else _STORE_SECONDS
         self._spool: Spool | None = None
         self._sender: Sender | None = None
         self._system: SystemMetrics | None = None
@@ -127,8 +126,8 @@ class MLflowLogger:
             self._run |= {name: kept.get(name) for name in ("experiment", "key", "started", "run_id")}
         self.experiment = self._run["experiment"]
         self._delivery = Delivery(self._uri, self._run, output_dir)
-        self._sender = Sender(self._delivery, log)
-        self._sender.wait_connected(self._wait_seconds)
+        seconds = _FILE_SECONDS if self._uri.startswith("sqlite:") else _STORE_SECONDS
+        self._sender = Sender(self._delivery, log, seconds)
 
     def start(self) -> None:
         """Begins or resumes the run: later calls are recorded, and sent as soon as possible."""
@@ -136,7 +135,7 @@ class MLflowLogger:
         self._spool.set_run(**self._run)
         if self._resumed:
             self._record("resumed")
-        self._sender.start(self._spool, self._wait_seconds)
+        self._sender.start(self._spool)
         if self.system_metrics_seconds is not None:
             started = self._run["started"]
             log = lambda metrics: self.log_dict(metrics, (_now() - started) // 1000)

@@ -31,9 +31,8 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
             spool.append({"kind": "status", "status": "KILLED", "time": max(record["time"] for record in waiting)})
         check_store(uri)
         delivery = Delivery(uri, run, output_dir)
-        sender = Sender(delivery, log=lambda line: None)
-        sender.wait_connected(_SECONDS_TO_ANSWER)
-        sender.start(spool, _SECONDS_TO_ANSWER)
+        sender = Sender(delivery, lambda line: None, _SECONDS_TO_ANSWER)
+        sender.start(spool)
         left = sender.close(0 if sender.failure else _SECONDS_TO_ACCEPT)
     finally:
         spool.close()

@@ -15,10 +15,13 @@ _UPLOAD_BYTES_PER_SECOND = 10e6  # close() gives up on slower uploads
 
 
 class Sender:
-    """A thread that sends a run's records and survives every failure of the store, of which `say` is told."""
+    """A thread that sends a run's records and survives every failure of the store, of which `log` is told.
 
-    def __init__(self, delivery: Delivery, log: Callable[[str], None]) -> None:
-        self._delivery, self._log = delivery, log
+    To make one, and to start it, waits until the store has answered or failed, at most `seconds`; a refusal is raised.
+    """
+
+    def __init__(self, delivery: Delivery, log: Callable[[str], None], seconds: float) -> None:
+        self._delivery, self._log, self._seconds = delivery, log, seconds
         self._spool: Spool | None = None
         self._changed = threading.Condition()
         self._connected = self._opened = self._idle = self._closing = self._stopped = False
@@ -29,21 +32,19 @@ class Sender:
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
 
-    def wait_connected(self, seconds: float) -> None:
-        """Waits until the store has answered or failed, at most so many seconds; a refusal is raised."""
-        self._wait(lambda: self._connected, seconds)
+        self._wait(lambda: self._connected)
 
-    def start(self, spool: Spool, seconds: float) -> None:
-        """Begins to send. Waits until the run has its id or the store has failed; a refusal is raised."""
+    def start(self, spool: Spool) -> None:
+        """Opens the run and begins to send its records."""
         with self._changed:
             self._spool = spool
             self._changed.notify_all()
-        self._wait(lambda: self._opened, seconds)
+        self._wait(lambda: self._opened)
         self._awaited = False
 
-    def _wait(self, reached: Callable[[], bool], seconds: float) -> None:
+    def _wait(self, reached: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: reached() or self._refused or self.failure, seconds)
+            self._changed.wait_for(lambda: reached() or self._refused or self.failure, self._seconds)
             if self._refused:
                 raise UserError(self._refused)
 
