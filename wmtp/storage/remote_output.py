@@ -48,10 +48,6 @@ class RemoteOutput(Output):
 
     After the first :meth:`upload`, new files are uploaded at each call and every minute. Uploads never raise and never
     block: a failure is printed to stderr and tried again, and :meth:`close` raises it. The local files stay.
-
-    Args:
-        output_dir: ``s3://bucket/prefix``, whose local folder lies below the cache.
-        folder: another local folder.
     """
 
     def __init__(self, output_dir: str, folder: Path | None = None) -> None:

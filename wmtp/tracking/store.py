@@ -11,7 +11,6 @@ from urllib.parse import urlsplit
 
 from wmtp.errors import UserError, mask_secrets, one_line
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 MAX_PARAM = 6000  # characters of a param's value that MLflow keeps
 MAX_TAG = 8000
 MAX_NAME = 250
@@ -28,11 +27,11 @@ def use_store(uri: str | None) -> None:
 
 
 def store_uri(given: str | None = None) -> str:
-    """Returns the store: the given one, the config's (:func:`use_store`), ``$MLFLOW_TRACKING_URI``, or the default.
+    """Returns the store: the given one, the config's (:func:`use_store`), ``$MLFLOW_TRACKING_URI``, or mlflow.db here.
 
     A SQLite file has its absolute path, so that the URI also holds in another working directory.
     """
-    uri = given or _of_config or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+    uri = given or _of_config or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     file = sqlite_file(uri)
     return uri if file is None else f"sqlite:///{file.absolute()}"
 
