@@ -23,6 +23,7 @@ def greedy_without_a_cache(model, prompt, count, eos_id):
     return tuple(tokens[len(prompt) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_greedy_tokens_are_those_of_full_forwards(tiny, letters, batch_size):
     model, requests, stats = tiny(), requests_of(10), DecodingStats()
@@ -41,6 +42,7 @@ def test_greedy_tokens_are_those_of_full_forwards(tiny, letters, batch_size):
     assert stats.forwards <= stats.row_forwards / min(batch_size, 10) + longest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(20, 1.3), Sampling(20, 0.7, 0.8)], ids=str)
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])
 def test_a_sampled_text_depends_on_its_key_alone(tiny, letters, sampling, num_drafts):
@@ -56,6 +58,7 @@ def test_a_sampled_text_depends_on_its_key_alone(tiny, letters, sampling, num_dr
     assert all(alone[i].tokens != c.tokens for i, c in completions(model, letters, other, sampling, **options).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])
 def test_samples_of_one_prompt_share_its_prefill(tiny, letters, num_drafts):
     model, sampling = tiny(), Sampling(15, 1.0)

@@ -20,15 +20,6 @@ from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 SHIPPED = load(ROOT / "configs" / "tiny" / "lora_rho1.yaml")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def base(tmp_path):
     """A checkpoint of a next-token model, the reference of the token weights too."""
