@@ -3,16 +3,3 @@
 from wmtp.config.components import build, component_of
 from wmtp.config.files import config_changes, differences, load, parse, read_command_line
 from wmtp.config.reader import ConfigError, ConfigReader, StopTraining
-
-__all__ = [
-    "ConfigError",
-    "ConfigReader",
-    "StopTraining",
-    "build",
-    "component_of",
-    "config_changes",
-    "differences",
-    "load",
-    "parse",
-    "read_command_line",
-]

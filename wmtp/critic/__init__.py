@@ -35,40 +35,6 @@ from wmtp.critic.pair_dataset import (
 from wmtp.critic.preview import preview_pairs
 from wmtp.critic.summary import critic_report
 
-__all__ = [
-    "BestWeights",
-    "Pair",
-    "PairDataset",
-    "PairScores",
-    "Pairs",
-    "ValueLoss",
-    "auc",
-    "balance_lengths",
-    "brier",
-    "critic_loss",
-    "critic_report",
-    "encode_pairs",
-    "evaluate_pairs",
-    "expected_calibration_error",
-    "fit_length_baseline",
-    "hidden_states",
-    "length_report",
-    "length_scores",
-    "mse_loss",
-    "pair_splits",
-    "pair_values",
-    "pair_wins",
-    "pairwise_loss",
-    "preview_pairs",
-    "probabilities",
-    "response_last",
-    "response_mean",
-    "score_pairs",
-    "score_report",
-    "split_by_problem",
-    "spread_rewards",
-]
-
 __getattr__ = on_demand(
     __name__,
     localise="line_of_tokens value_drop_by_line",

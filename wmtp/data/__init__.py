@@ -8,19 +8,6 @@ from wmtp import on_demand
 from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
 from wmtp.data.packing import BatchStream, PackedDataset, pack, validation_batches
 
-__all__ = [
-    "IGNORE",
-    "SCORES",
-    "BatchStream",
-    "Document",
-    "DocumentStream",
-    "Documents",
-    "PackedDataset",
-    "document_from_text",
-    "pack",
-    "validation_batches",
-]
-
 __getattr__ = on_demand(
     __name__,
     completions="prompt_completion prompt_completion_stream save_tokenized tokenized tokenized_stream",

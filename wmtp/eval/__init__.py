@@ -23,22 +23,3 @@ from wmtp.eval.protocols import (
     three_shot_protocol,
 )
 from wmtp.eval.stdio_tasks import StdioTask, code_contests, packaged_program_tasks
-
-__all__ = [
-    "AssertionTask",
-    "Protocol",
-    "StdioTask",
-    "Task",
-    "alphacode_protocol",
-    "assertion_tasks",
-    "bigcode_protocol",
-    "chat_protocol",
-    "code_contests",
-    "docstring_protocol",
-    "humaneval_protocol",
-    "humaneval_tasks",
-    "mbpp_tasks",
-    "packaged_function_tasks",
-    "packaged_program_tasks",
-    "three_shot_protocol",
-]

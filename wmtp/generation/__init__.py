@@ -2,5 +2,3 @@
 
 from wmtp.generation.generate import Completion, DecodingStats, Request, generate
 from wmtp.generation.sampling import Sampling
-
-__all__ = ["Completion", "DecodingStats", "Request", "Sampling", "generate"]

@@ -17,33 +17,6 @@ from wmtp.models.lora import (
 from wmtp.models.parallel import checkpoint_activations, shard_model
 from wmtp.models.value import ValueModel, load_value_model, save_value_model, value_model_config, value_tokenizer
 
-__all__ = [
-    "Adapters",
-    "MTPDecoder",
-    "ValueModel",
-    "add_lora",
-    "checkpoint_activations",
-    "codellama_7b",
-    "describe_training",
-    "export_hf",
-    "from_checkpoint",
-    "init_lora",
-    "llama_mtp",
-    "load_checkpoint",
-    "load_value_model",
-    "meta_mtp_7b",
-    "parameter_counts",
-    "positions_in_documents",
-    "refuse_quantized",
-    "require_fit",
-    "save_value_model",
-    "shard_model",
-    "smollm2_135m",
-    "training_bytes",
-    "value_model_config",
-    "value_tokenizer",
-]
-
 __getattr__ = on_demand(
     __name__,
     adapter_folder="check_adapter load_adapter read_adapter save_adapter",

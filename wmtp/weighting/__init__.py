@@ -36,20 +36,6 @@ from wmtp import on_demand
 from wmtp.weighting.base import AnyWeighting, Signals, Weighting, any_weighting, check_weights
 from wmtp.weighting.rows import clipped_mean, clipped_mean_one, spread, top_share, weigh_rows, z_score
 
-__all__ = [
-    "AnyWeighting",
-    "Signals",
-    "Weighting",
-    "any_weighting",
-    "check_weights",
-    "clipped_mean",
-    "clipped_mean_one",
-    "spread",
-    "top_share",
-    "weigh_rows",
-    "z_score",
-]
-
 __getattr__ = on_demand(
     __name__,
     controls="random_matched shuffled",
