@@ -26,7 +26,7 @@ from wmtp.eval.golds import settle_tests
 from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
 from wmtp.eval.results import check_samples, evaluation_results
-from wmtp.eval.results_page import headline, logged, write_results
+from wmtp.eval.results_page import headline, logged, results_page, write_results
 from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.models import load_checkpoint
@@ -297,10 +297,11 @@ class EvalMBPPRecipe:
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
         prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}
-        write_results(
-            self._output_dir, results, self._tasks, samples, kept.judgements,
-            title=self._name, prompts=prompts, timings={"ranks": timings},
-        )  # fmt: skip
+        of_ranks = {"ranks": timings}
+        page = results_page(
+            results, self._tasks, samples, kept.judgements, title=self._name, prompts=prompts, timings=of_ranks
+        )
+        write_results(self._output_dir, results, page, of_ranks)
         for line in headline(results):
             self._log.info(line)
         self._log.info(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")

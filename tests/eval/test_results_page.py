@@ -236,7 +236,8 @@ def test_a_killed_and_resumed_run_gives_the_same_bytes(tmp_path):
         options = {"fixed_temperature": 0.2, "settings": settings, "sandbox": sandbox}
         results = evaluation_results(TASKS, samples, found.judgements, ks=(1, 2), **options)
         prompts = {"Mbpp/2": "prompt"}
-        write_results(folder, results, TASKS, samples, found.judgements, prompts=prompts, timings=timings)
+        page = results_page(results, TASKS, samples, found.judgements, prompts=prompts, timings=timings)
+        write_results(folder, results, page, timings)
         return [(folder / name).read_bytes() for name in ("results.json", "report.md")]
 
     with Journal(tmp_path / "whole", 0, settings) as journal:

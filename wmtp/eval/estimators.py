@@ -65,12 +65,7 @@ def n_at_k(num_samples: int, num_public_passes: int, num_correct: int, n: int, k
 
 
 def paired_difference(
-    ours: Mapping[str, float],
-    theirs: Mapping[str, float],
-    seed: int = 0,
-    *,
-    resamples: int = 10_000,
-    level: float = 0.95,
+    ours: Mapping[str, float], theirs: Mapping[str, float], seed: int = 0, *, resamples: int = 10_000
 ) -> Interval:
     """Estimates the mean of `ours - theirs` over tasks; the bootstrap is paired: both runs are resampled alike.
 
@@ -89,7 +84,7 @@ def paired_difference(
             f"a paired comparison needs the same tasks in both runs, which have {len(ours)} and {len(theirs)}: "
             f"task {unpaired[0]} is in one of them only"
         )
-    return bootstrap_interval([ours[i] - theirs[i] for i in sorted(ours)], seed, resamples=resamples, level=level)
+    return bootstrap_interval([ours[i] - theirs[i] for i in sorted(ours)], seed, resamples=resamples)
 
 
 def oracle_temperature(scores: Mapping[float | None, float]) -> float | None:

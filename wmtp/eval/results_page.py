@@ -29,29 +29,11 @@ _TEXT_LIMIT = 1500  # characters of one text on the page
 _PROMPT_LIMIT = 600  # characters of the end of a prompt
 
 
-def write_results(
-    folder: str | Path,
-    results: dict,
-    tasks: Sequence[Task],
-    samples: Sequence[Sample],
-    judgements: Mapping[Key, Judgement],
-    *,
-    title: str = "Evaluation",
-    prompts: Mapping[str, str] | None = None,
-    timings: Mapping[str, object] | None = None,
-) -> None:
-    """Writes results.json, report.md and, where there are timings, timings.json; each appears only when whole.
-
-    Args:
-        results: of :func:`wmtp.eval.results.evaluation_results`.
-        title, prompts, timings: as in :func:`results_page`.
-    """
-    folder = Path(folder)
-    page = results_page(results, tasks, samples, judgements, title=title, prompts=prompts, timings=timings)
+def write_results(folder: Path, results: dict, page: str, timings: Mapping[str, object]) -> None:
+    """Writes results.json, timings.json and report.md, a :func:`results_page`; each appears only when whole."""
     write_whole(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_whole(folder / "report.md", page)
-    if timings is not None:
-        write_whole(folder / "timings.json", json.dumps(dict(timings), indent=1) + "\n")
+    write_whole(folder / "timings.json", json.dumps(dict(timings), indent=1) + "\n")
 
 
 def headline(results: dict) -> list[str]:

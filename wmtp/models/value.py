@@ -187,7 +187,6 @@ def load_value_model(
     param_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     cpu_offload: bool = False,
-    attention: str = "sdpa",
 ) -> ValueModel:
     """Loads a saved value model, frozen and in evaluation mode; each rank of a mesh reads its own shards.
 
@@ -196,7 +195,6 @@ def load_value_model(
         mesh: shard over it with FSDP2; None gives a plain model.
         param_dtype: of the backbone's computation; the head computes in float32.
         device: of the parameters; with ``cpu_offload`` they stay in host memory between uses.
-        attention: as in :class:`~wmtp.models.MTPDecoder`.
 
     Raises:
         CheckpointError: no value model there, or files that do not fit together.
@@ -204,7 +202,7 @@ def load_value_model(
     folder = resolve_checkpoint(path)
     about = value_model_config(folder)
     with torch.device("meta"):
-        model = ValueModel(from_checkpoint(folder, num_future_tokens=1, attention=attention), about["head"])
+        model = ValueModel(from_checkpoint(folder, num_future_tokens=1), about["head"])
     if about["embed_dim"] != model.config.embed_dim or about["vocab_size"] != model.vocab_size:
         raise CheckpointError(f"{folder / VALUE_CONFIG} and config.json give different sizes; copy the folder again")
     model.requires_grad_(False).eval()
