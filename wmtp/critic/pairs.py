@@ -14,7 +14,7 @@ from wmtp.critic.pair_dataset import Pair, Pairs
 from wmtp.data.contest_rows import PYTHON3, alphacode_prompt, programs_of, topics, whole_number
 from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
-from wmtp.data.rows import ReadColumns, is_number, read_rows, take
+from wmtp.data.rows import ReadColumns, is_number, lf, read_rows, take
 from wmtp.errors import UserError
 from wmtp.numerics.keyed import text_hash
 
@@ -140,7 +140,7 @@ def jsonl_pairs(
             builder.add(Pair(problem, prompt, correct, incorrect, _fault_line(row, where)))
             continue
         programs = labelled.setdefault(problem, _Programs(problem, prompt, [], []))
-        if _lf(programs.prompt) != _lf(prompt):
+        if lf(programs.prompt) != lf(prompt):
             raise UserError(f"{where}: problem {problem!r} has another prompt here than in its first row")
         reward = _reward(row, where)
         good = reward > reward_threshold if row.get("is_correct") is None else take(row, where, "is_correct", bool)
@@ -178,7 +178,7 @@ class _Builder:
 
     def add(self, pair: Pair) -> None:
         """Adds a pair, unless a program is empty, both are the same, or the pair is there already."""
-        texts = [_lf(text) for text in (pair.prompt, pair.correct, pair.incorrect)]
+        texts = [lf(text) for text in (pair.prompt, pair.correct, pair.incorrect)]
         _, correct, incorrect = texts
         key = (pair.problem, correct, incorrect)
         if not correct.strip() or not incorrect.strip():
@@ -221,7 +221,7 @@ class _Builder:
         """Returns the rewards by program, each text once; the first reward of a text stays."""
         found: dict[str, float] = {}
         for text, reward in programs:
-            text = _lf(text)
+            text = lf(text)
             if not text.strip():
                 self.skipped[_NO_PROGRAM] += 1
             elif text in found:
@@ -286,8 +286,4 @@ def _fault_line(row: dict, where: str) -> int | None:
 
 
 def _num_lines(program: str) -> int:
-    return len(_lf(program).removesuffix("\n").split("\n"))
-
-
-def _lf(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return len(lf(program).removesuffix("\n").split("\n"))

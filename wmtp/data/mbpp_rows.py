@@ -10,7 +10,7 @@ Prompt formats, each followed by the program as target:
 from collections.abc import Iterable
 
 from wmtp.data.documents import Documents, document_from_text
-from wmtp.data.rows import ReadColumns, read_rows, take, take_texts
+from wmtp.data.rows import ReadColumns, lf, read_rows, take, take_texts
 from wmtp.errors import UserError
 
 PROMPTS = ("docstring", "bigcode", "3shot")
@@ -70,7 +70,7 @@ def mbpp_task(row: dict, where: str) -> dict:
     return {
         "task_id": take(row, where, "task_id", int),
         "text": take(row, where, text, str),
-        "code": take(row, where, "code", str).replace("\r\n", "\n").replace("\r", "\n"),
+        "code": lf(take(row, where, "code", str)),
         "test_list": tests,
     }
 

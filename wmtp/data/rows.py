@@ -130,6 +130,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
+def lf(text: str) -> str:
+    """Returns a text with LF line ends."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def printable(text: object) -> str:
     """Returns a text that any file and terminal takes: what is no Unicode, as in a file's name, is escaped."""
     return str(text).encode("utf-8", "backslashreplace").decode()

@@ -14,7 +14,7 @@ from functools import partial
 
 from wmtp.data.mbpp_rows import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
-from wmtp.data.rows import ReadColumns, fields_of, read_rows, refuse_unread_tests, take, take_texts
+from wmtp.data.rows import ReadColumns, fields_of, lf, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.errors import UserError
 from wmtp.eval.task_ids import select_tasks
 from wmtp.sandbox import AssertionJob, Limits, Outcome
@@ -214,7 +214,7 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
     hidden = further if challenge_tests else ()
     plus = (_same_shape(take(row, where, "test", str)),) if row.get("test") else ()
     tests = [parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
-    setup = _lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
+    setup = lf(take(row, where, "test_setup_code", str)) if row.get("test_setup_code") is not None else ""
     solution = parsed(fields["code"], f"{where}: field 'code'")
     imports = take_texts(row, where, "test_imports")
     if plus:
@@ -284,10 +284,6 @@ def _task_id(row: dict, where: str, family: str) -> str:
 
 
 _mbpp_id, _humaneval_id = partial(_task_id, family="Mbpp"), partial(_task_id, family="HumanEval")
-
-
-def _lf(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parsed(code: str, what: str, mode: str = "exec") -> ast.Module:

@@ -1,6 +1,5 @@
 """The record of a running evaluation, which survives kill -9: samples and judgements, merged over all processes."""
 
-import fcntl
 import json
 import os
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 from wmtp.config import differences
 from wmtp.errors import UserError
 from wmtp.eval.samples import Judgement, Key, Sample
+from wmtp.files import take_lock
 
 _HASHED = {  # settings of which a journal has the SHA-256 alone, as a person knows them
     "samples_sha256": "the samples in the file",
@@ -39,15 +39,17 @@ class Journal:
 
     def __init__(self, folder: str | Path, rank: int, settings: Mapping[str, object]) -> None:
         path = Path(folder) / f"journal-{rank:05d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._file = path.open("ab")
+        descriptor = take_lock(path, wait=False)
+        if descriptor is None:
+            raise UserError(f"{path} is being written by another process; use another output folder")
+        self._file = os.fdopen(descriptor, "r+b")
         try:
-            _lock_alone(self._file, path)
             records = _read_journal(path)
             # A torn last line would swallow the next record; a head alone may be that of other settings.
             whole = path.read_bytes().rfind(b"\n") + 1 if len(records) > 1 else 0
-            os.truncate(path, whole)
+            self._file.truncate(whole)
+            self._file.seek(whole)
             if whole:
                 _require_same(records[0], settings, path)
             else:
@@ -158,10 +160,3 @@ def _put(records: dict, key: Key, value: object, where: str) -> None:
             f"{where}: contradicts what another line says of task {key[0]}, temperature {key[1]}, sample {key[2]}; "
             "two evaluations wrote into this folder: use an empty one"
         )
-
-
-def _lock_alone(file, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{path} is being written by another process; use another output folder") from None
