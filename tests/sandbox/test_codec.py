@@ -213,7 +213,17 @@ def test_what_is_no_value_becomes_a_reference(value):
     assert type(arrived) is Reference and arrived.value is value
 
 
-@pytest.mark.parametrize("make", [lambda x: [x], lambda x: (x,), lambda x: {1: x}, lambda x: deque([x])])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: [x],
+        lambda x: (x,),
+        lambda x: {1: x},
+        lambda x: deque([x]),
+        lambda x: OrderedDict(a=x),
+        lambda x: defaultdict(int, a=x),
+    ],
+)
 def test_what_is_nested_deeper_than_said_is_refused(make):
     value, depth = 5, 0
     while depth < MAX_DEPTH:

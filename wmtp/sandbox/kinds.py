@@ -68,6 +68,12 @@ def _of(make: Callable, *classes: type | tuple) -> Callable[..., object]:
     return checked
 
 
+def _dict(pairs: tuple) -> dict:
+    if not all(type(pair) is list for pair in pairs):
+        raise TypeError("an item of a dict is a list of two")
+    return dict(pairs)
+
+
 def _set(cls: type) -> Kind:
     """Sends the size of the table, and the items in the order of the table."""
     return Kind(
@@ -138,12 +144,14 @@ KINDS: dict[str, Kind] = {
     "complex": Kind(
         complex, lambda value: (complex.real.__get__(value), complex.imag.__get__(value)), _of(complex, float, float)
     ),
-    "OrderedDict": Kind(OrderedDict, lambda value: (dict(OrderedDict.items(value)),), _of(OrderedDict, dict)),
-    "Counter": Kind(Counter, lambda value: (dict(dict.items(value)),), _of(Counter, dict)),
+    "OrderedDict": Kind(
+        OrderedDict, lambda value: (*map(list, OrderedDict.items(value)),), lambda *pairs: OrderedDict(_dict(pairs))
+    ),
+    "Counter": Kind(Counter, lambda value: (*map(list, dict.items(value)),), lambda *pairs: Counter(_dict(pairs))),
     "defaultdict": Kind(
         defaultdict,
-        lambda value: (defaultdict.default_factory.__get__(value), dict(dict.items(value))),
-        _of(defaultdict, object, dict),
+        lambda value: (defaultdict.default_factory.__get__(value), *map(list, dict.items(value))),
+        lambda factory, *pairs: defaultdict(factory, _dict(pairs)),
     ),
     "set": _set(set),
     "frozenset": _set(frozenset),

@@ -102,7 +102,7 @@ VALUES = {
     "not_json": '{"answer":',
     "nan": "[NaN,-Infinity,1e999]",
     "digits": "9" * 100_000,
-    "counter": '{"Counter":[{"d":[["a",{"t":[]}]]}]}',
+    "counter": '{"Counter":[["a",{"t":[]}]]}',
     "handle_of_infinity": '{"h":[1e999,"c"]}',
     "handle_of_digits": '{"h":["' + "9" * 50_000 + '",{}]}',
     "nested_records": '{"record":[["a"],[' * 200 + "1" + '],"R"]}' * 200,

@@ -479,7 +479,7 @@ def secret(check):
     _forged(
         "factory_of_the_test",
         "A defaultdict whose factory is a function of the test's, by a number that was never given out.",
-        """'{"defaultdict":[{"j":0},{"d":[]}]}'""",
+        """'{"defaultdict":[{"j":0}]}'""",
         "assert solve(2, 3)[1] == 5",
         verdicts=frozenset({"violation"}),
     ),
