@@ -41,7 +41,7 @@ def judge_assertions(job: AssertionJob, session: Session) -> Failure | None:
     signal.signal(signal.SIGPROF, strike)
     try:
         try:
-            _limit_tests(job.limits)
+            _limit_tests(session.process.limits)
             return _run_inside(job, session) if job.inside else _run_tests(job, session)
         finally:
             _limit_tests(None)

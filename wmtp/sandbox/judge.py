@@ -16,7 +16,7 @@ from typing import IO
 
 from wmtp.sandbox import compare, confine, filesystem, wire
 from wmtp.sandbox.assertions import judge_assertions
-from wmtp.sandbox.jobs import AssertionJob, Job, Outcome, StdioJob, StdioTest, Verdict, job_from_wire
+from wmtp.sandbox.jobs import AssertionJob, Job, Limits, Outcome, StdioJob, StdioTest, Verdict, job_from_wire
 from wmtp.sandbox.session import Session
 from wmtp.sandbox.supervise import ANSWERED, Failure, Flag, Hangup, Process, ZygoteHandle, ZygoteLost
 
@@ -81,9 +81,12 @@ class Judge:
 
     def report(self) -> dict:
         """Returns the zygote's report of its protections, once it is there."""
+        return self._ready_zygote().report
+
+    def _ready_zygote(self) -> ZygoteHandle:
         if self._zygote is None:
             self._zygote = ZygoteHandle(self._settings)
-        return self._zygote.report
+        return self._zygote
 
     def close(self) -> None:
         """Ends the zygote."""
@@ -116,7 +119,7 @@ class Judge:
         return outcome, verdict == "timeout" and self._starved
 
     def _start(self, job: Job, stdin: int | None) -> Process:
-        return Process(self._zygote, job.limits, stdin, self._hangup, self._flag)
+        return Process(self._ready_zygote(), job.limits or Limits(), stdin, self._hangup, self._flag)
 
     def _close(self, process: Process) -> None:
         process.close()

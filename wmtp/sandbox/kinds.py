@@ -31,7 +31,7 @@ _MEMORY_FORMATS = "Bbc"
 _PATHS = (pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.PosixPath)
 
 # Classes that an answer may name. All are ours, and none runs code it is given.
-TYPES: dict[str, type] = {
+TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         *(int, float, complex, bool, str, bytes, bytearray, memoryview, list, tuple, dict, set, frozenset, range),
@@ -74,7 +74,7 @@ def _dict(pairs: tuple) -> dict:
     return dict(pairs)
 
 
-def _set(cls: type) -> Kind:
+def _set(cls: Any) -> Kind:
     """Sends the size of the table, and the items in the order of the table."""
     return Kind(
         cls,
@@ -150,7 +150,7 @@ KINDS: dict[str, Kind] = {
     "Counter": Kind(Counter, lambda value: (*map(list, dict.items(value)),), lambda *pairs: Counter(_dict(pairs))),
     "defaultdict": Kind(
         defaultdict,
-        lambda value: (defaultdict.default_factory.__get__(value), *map(list, dict.items(value))),
+        lambda value: (vars(defaultdict)["default_factory"].__get__(value), *map(list, dict.items(value))),
         lambda factory, *pairs: defaultdict(factory, _dict(pairs)),
     ),
     "set": _set(set),

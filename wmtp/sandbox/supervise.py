@@ -150,7 +150,7 @@ class Process:
         self._has_program = False
         self.deadline = time.monotonic() + _START_SECONDS
         self.stdout = bytearray()
-        self.report: dict | None = None
+        self.report: dict = {}  # how it ended, once it has
         self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
         self._wall, self._own = 0.0, Usage()
         self._keep_stdout = stdin is not None
@@ -207,7 +207,7 @@ class Process:
 
     def wait(self) -> None:
         """Waits until the process has ended by itself, with all its output read; raises `Failure` at a limit."""
-        while self.report is None or self._streams or self._channel_open:
+        while not self.report or self._streams or self._channel_open:
             self._step()
 
     def ended(self) -> Failure:
@@ -236,10 +236,9 @@ class Process:
 
     def exceeded(self) -> Failure | None:
         """Returns the verdict on an ended process that used more than it may, whatever else is known of it."""
-        report = self.report or {}
-        if report.get("swollen"):
+        if self.report.get("swollen"):
             return _too_large(self.limits)
-        return _too_slow(self.limits) if report.get("cpu", 0.0) >= self.limits.cpu_seconds else None
+        return _too_slow(self.limits) if self.report.get("cpu", 0.0) >= self.limits.cpu_seconds else None
 
     def starved(self) -> bool:
         """Returns whether the closed process, or this judge, was kept from running for want of a CPU or a disk."""
@@ -254,7 +253,7 @@ class Process:
             if self._has_program:  # should this judge be given up while what it left is removed, that is its doing
                 self.flag[0] |= ENDED
             self._zygote.end()
-            if self.report is None:
+            if not self.report:
                 self.report = self._zygote.read_report()
         finally:
             self._close_descriptors()
