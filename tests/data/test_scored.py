@@ -227,6 +227,7 @@ class CountingTokenizer:
         return TOKENIZER.encode(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.parquet", "array.json"])
 def test_a_stream_reads_what_the_builder_reads_and_makes_only_what_is_kept(name, tmp_path):
     rows = [{"prompt": f"q{i}", "completion": "é" * i, "id": f"r{i}"} for i in range(700)]  # parquet: three batches

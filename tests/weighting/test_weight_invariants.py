@@ -16,6 +16,7 @@ controls = st.sampled_from(list(CONTROLS))
 seeds = st.integers(0, 2**31)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     seed=seeds,
