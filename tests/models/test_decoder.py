@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 
 from wmtp.loss import weighted_mtp_cross_entropy
-from wmtp.models import checkpoint_activations, positions_in_documents
+from wmtp.models import checkpoint_activations
 from wmtp.models.decoder import block_mask, dense_mask
+from wmtp.numerics.documents import positions_in_documents
 
 HEADS = 3
 

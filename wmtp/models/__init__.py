@@ -2,7 +2,7 @@
 
 from wmtp import on_demand
 from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, require_fit, smollm2_135m
-from wmtp.models.decoder import MTPDecoder, positions_in_documents
+from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint
 from wmtp.models.lora import (

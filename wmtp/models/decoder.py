@@ -20,6 +20,7 @@ from torchtune.modules import FeedForward, MultiHeadAttention, RotaryPositionalE
 from torchtune.modules import RMSNorm as RMSNormFloat32
 
 from wmtp.errors import UserError
+from wmtp.numerics.documents import positions_in_documents
 from wmtp.pretrained.config_files import Source
 from wmtp.pretrained.shape import LlamaShape
 
@@ -199,14 +200,6 @@ class RMSNorm(RMSNormFloat32):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.scale, self.eps)
-
-
-def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """Returns each token's distance from the start of its document, [B, S]; a document is a run of equal ids."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand(document_ids.shape)
-    starts = torch.zeros_like(index)
-    starts[:, 1:] = index[:, 1:] * (document_ids[:, 1:] != document_ids[:, :-1])
-    return index - starts.cummax(dim=1).values
 
 
 def dense_mask(document_ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
+from wmtp.numerics.documents import positions_in_documents
 from wmtp.numerics.keyed import GOLDEN, mix64, top53
 from wmtp.weighting.base import AnyWeighting, Signals, any_weighting, builder_of, check_range
 from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_rows
@@ -101,20 +102,11 @@ class Control(AnyWeighting):
     def _keys(self, signals: Signals, rows: ScopeRows) -> Tensor:
         """Draws an int64 for each valid target: [N]."""
         head, row, target = rows.place
-        place = _place_in_document(signals.labels, signals.document_ids)[row, target]
+        documents = torch.zeros_like(signals.labels) if signals.document_ids is None else signals.document_ids
+        place = positions_in_documents(documents)[row, target]
         label = signals.labels[row, target].long()
         document = rows.lay(mix64(mix64(label + 1) + place * GOLDEN)).sum(1)[rows.row]  # same sum wherever it lies
         key = head.new_full((), self._seed)
         for part in (signals.step, head, document, place):
             key = mix64(key * GOLDEN + part + 1)
         return key
-
-
-def _place_in_document(labels: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Numbers the tokens of each document from 0: [B, S]."""
-    position = torch.arange(labels.shape[1], device=labels.device).expand(labels.shape)
-    if document_ids is None:
-        return position
-    inside = torch.zeros_like(document_ids, dtype=torch.bool)
-    inside[:, 1:] = document_ids[:, 1:] == document_ids[:, :-1]
-    return position - position.masked_fill(inside, 0).cummax(dim=1).values
