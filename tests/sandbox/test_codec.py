@@ -205,6 +205,13 @@ def _cycle():
     return items
 
 
+def _nested_slices(depth):
+    value = None
+    for _ in range(depth):
+        value = slice(value)
+    return value
+
+
 @pytest.mark.parametrize(
     "value", [_Disguised(), object(), len, (x for x in ()), _Liar], ids=lambda value: str(type(value))
 )
@@ -229,7 +236,7 @@ def test_what_is_nested_deeper_than_said_is_refused(make):
     while depth < MAX_DEPTH:
         value, depth = make(value), depth + 1
     assert MAX_DEPTH >= 300 and round_trip(value) == value
-    for too_deep in (make(make(make([value]))), _cycle()):
+    for too_deep in (make(make(make([value]))), _cycle(), _nested_slices(MAX_DEPTH + 3)):
         with pytest.raises(Unsendable):
             Encoder(lambda item: {}).encode(too_deep)
 

@@ -125,6 +125,7 @@ def test_the_first_failure_ends_it_and_is_named(sandbox):
 def test_what_fails_before_the_program_is_not_its_fault_and_what_fails_after_is(sandbox):
     broken = judge(sandbox, IDENTITY, TEST, preamble="import no_such_module")
     assert broken.verdict == "harness_error" and "no_such_module" in broken.detail
+    assert judge(sandbox, IDENTITY, TEST, preamble="import os\nos._exit(0)").verdict == "harness_error"
     for text in ("raise MemoryError", "import no_such_module", "raise SystemExit", "def"):
         assert judge(sandbox, text, TEST).verdict != "harness_error"
         assert judge(sandbox, IDENTITY, TEST, setup=text).verdict != "harness_error"

@@ -417,6 +417,17 @@ def test_keywords_may_have_any_name(sandbox):
     assert outcome.verdict == "passed", outcome
 
 
+def test_an_interpreter_that_ends_waits_for_no_job(tmp_path):
+    code = """
+    from wmtp.sandbox import AssertionJob, Limits, Sandbox
+    box = Sandbox(workers=1)
+    job = AssertionJob("import time\\ntime.sleep(500)", ("assert f(1)",), limits=Limits(wall_seconds=600))
+    jobs = [box.submit(job) for _ in range(3)]
+    """
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(PROJECT)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True, timeout=120)
+
+
 def test_a_killed_caller_leaves_nothing(tmp_path):
     code = """
     import sys

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 
 import pytest
 
@@ -64,6 +65,44 @@ def test_a_failed_upload_leaves_no_parts_behind(bucket, tmp_path, monkeypatch):
         upload(tmp_path / "x", f"{bucket.uri}/x")
     assert not bucket.client.list_multipart_uploads(Bucket=bucket.name).get("Uploads")
     assert bucket.keys() == []
+
+
+@pytest.mark.parametrize("event", ["replaced", "removed"])
+def test_a_file_that_loses_its_name_during_its_upload_arrives_whole(bucket, tmp_path, monkeypatch, event):
+    monkeypatch.setattr("wmtp.storage.transfer.PART_BYTES", 5 * MB)
+    file, newer, body = tmp_path / "x", tmp_path / "newer", os.urandom(21 * MB)  # more parts than are read ahead
+    file.write_bytes(body)
+    newer.write_bytes(bytes(len(body)))
+
+    def lose(method, path):
+        if "partNumber=1" in path and newer.exists():
+            newer.replace(file)
+            if event == "removed":
+                file.unlink()
+        return False
+
+    bucket.proxy.mode, bucket.proxy.matches = 403, lose
+    upload(file, f"{bucket.uri}/x")
+    assert not newer.exists()
+    assert bucket.get("x") == body
+
+
+def test_saves_during_one_round_of_uploads_share_the_next(output, monkeypatch):
+    begun, go_on, rounds = threading.Event(), threading.Event(), []
+
+    def slow(*_):
+        rounds.append(1)
+        begun.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(output, "_round", slow)
+    output.upload()
+    assert begun.wait(60)
+    for _ in range(12):
+        output.upload()
+    go_on.set()
+    output.wait()
+    assert len(rounds) == 2
 
 
 def test_everything_is_there_at_the_end_and_old_checkpoints_are_not(bucket, output):

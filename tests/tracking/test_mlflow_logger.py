@@ -262,6 +262,7 @@ def test_artifacts_that_cannot_be_stored_do_not_hold_up_metrics(begin, store, tm
     (tmp_path / "artifacts").unlink()
     replay(tmp_path / "run")
     assert (tmp_path / "artifacts" / logger.run_id / "artifacts" / "note.txt").read_text() == "text"
+    assert MlflowClient(store).get_run(logger.run_id).info.status == "FINISHED"
 
 
 def test_a_full_disk_leaves_whole_records_and_names_its_file(tmp_path):
@@ -310,6 +311,26 @@ def test_two_processes_never_write_into_one_spool(begin, tmp_path):
     with pytest.raises(ValueError, match="is in use by another process"):
         replay(tmp_path / "run")
     logger.close()
+
+
+def test_a_closed_spool_takes_nothing_since_another_process_may_have_it(tmp_path):
+    spool = Spool(tmp_path)
+    spool.close()
+    with pytest.raises(ValueError, match="is closed"):
+        spool.append({"kind": "tags", "tags": {}})
+    assert not (tmp_path / FOLDER / "records.jsonl").exists()
+
+
+def test_a_spool_of_an_earlier_version_goes_on_or_is_refused_by_name(tmp_path):
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    (folder / "sent.json").write_text('{"0": 31}')  # all was sent
+    spool = Spool(tmp_path)
+    assert spool.unsent(10) == []
+    spool.close()
+    (folder / "000001.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"000001\.jsonl is of an earlier version of WMTP; send it with that version"):
+        Spool(tmp_path)
 
 
 def test_a_model_exported_before_its_run_had_an_id_is_told_it(store, tmp_path):

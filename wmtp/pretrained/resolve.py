@@ -152,15 +152,16 @@ def _from_mlflow(name: str) -> Path:
     kind, _, place = name.partition(":/")
     place = place.strip("/")
     with clear_store_errors(f"{name}: not in the MLflow store {mask_secrets(uri)}", CheckpointError):
-        client = existing_client(uri, CheckpointError)
+        client = existing_client(uri, CheckpointError, f"{name}: ")
         if kind == "models":
             source, sha256 = _registered(client, name, place)
-            if is_remote(source) or Path(source).is_dir():
-                return _held_against(local_copy(source), sha256, name, source)
-            if not source.startswith("runs:/"):
-                shown = mask_secrets(source)
-                raise CheckpointError(f"{name}: its source {shown} is no artifact of a run, S3 prefix or folder")
-            place = source.removeprefix("runs:/")
+    if kind == "models":  # outside: an error of the folder is none of the store's
+        if is_remote(source) or Path(source).is_dir():
+            return _held_against(local_copy(source), sha256, name, source)
+        if not source.startswith("runs:/"):
+            shown = mask_secrets(source)
+            raise CheckpointError(f"{name}: its source {shown} is no artifact of a run, S3 prefix or folder")
+        place = source.removeprefix("runs:/")
     run_id, _, artifact = place.partition("/")
     if not run_id or not artifact:
         raise CheckpointError(f"{name} must be runs:/<run id>/<artifact path>, such as runs:/0a1b2c/value_model")

@@ -114,12 +114,12 @@ def _explain(error: BaseException, session: Session) -> Failure:
 def _run_inside(job: AssertionJob, session: Session) -> Failure | None:
     """Has the tests run in the program's process."""
     step = "preamble"
-    session.process.flag[0] = ANSWERED  # whatever ends this judge from here on is the program's doing
     try:
         for index, test in enumerate(job.tests):
             compiled(test, f"test {index}")
         session.request("execute", job.preamble)
         step = "loading"
+        session.process.flag[0] = ANSWERED  # whatever ends this judge from here on is the program's doing
         session.request("load", job.program, job.setup, job.entry_point, True)
         for index, test in enumerate(job.tests):
             step = f"test {index}"
@@ -127,7 +127,7 @@ def _run_inside(job: AssertionJob, session: Session) -> Failure | None:
             session.passed += 1
     except BaseException as error:
         failure = _explain(error, session)
-        if error is session.raised and step == "preamble":  # the program has not begun
+        if failure.verdict == "exception" and step == "preamble":  # the program has not begun
             failure.verdict = "harness_error"
         elif isinstance(error, AssertionError) or type(error).__name__ == "Failed":  # of `pytest.raises`
             failure.verdict = "wrong_answer"

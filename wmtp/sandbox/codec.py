@@ -17,7 +17,8 @@ from wmtp.sandbox.kinds import KINDS, record_type, tag_of
 from wmtp.sandbox.wire import room
 
 MAX_DEPTH = 400
-MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, ImportError)
+MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+MALFORMED += (ImportError, SyntaxError)
 _SAFE_INT = 1 << 53
 MUTABLE = (list, dict, set, deque, bytearray)
 IMMUTABLE = (int, float, complex, str, bytes, tuple, frozenset)
@@ -108,7 +109,9 @@ class Encoder:
 
     def _parts(self, tag: str, value: object, depth: int) -> dict:
         parts = KINDS[tag].parts(value)
-        return self._reference(value) if parts is None else {tag: [self._encode(part, depth) for part in parts]}
+        if parts is None:
+            return self._reference(value)
+        return {tag: [self._encode(part, depth + (type(part) is not list)) for part in parts]}  # a list counts itself
 
     def _instance(self, value: object, cls: type, depth: int) -> object:
         """Encodes an instance of a subclass by its base type's methods (`isinstance` would believe `__class__`)."""
@@ -176,7 +179,9 @@ class Decoder:
 
     def _make_record(self, names: list, values: list, type_name: str) -> tuple:
         """Returns a tuple whose items can also be reached by name."""
-        if len(names) != len(values) or not all(type(name) is str for name in [*names, type_name]):
+        if not type(names) is type(values) is list or len(names) != len(values):
+            raise ValueError("a record is a list of names and one of items")
+        if not all(type(name) is str for name in [*names, type_name]):
             raise ValueError("a record needs a name for each item")
         return tuple.__new__(self._record(type_name, tuple(names)), values)
 

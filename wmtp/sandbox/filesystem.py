@@ -119,7 +119,9 @@ def clear_folder(folder: str) -> None:
                     for inner in os.listdir(child):
                         if stat.S_ISDIR(os.lstat(inner, dir_fd=child).st_mode):
                             os.chmod(inner, 0o700, dir_fd=child)  # moving a folder rewrites its `..`
-                        os.rename(inner, f".moved-{next(number)}-{os.getpid()}", src_dir_fd=child, dst_dir_fd=top)
+                            os.rename(inner, f".moved-{next(number)}-{os.getpid()}", src_dir_fd=child, dst_dir_fd=top)
+                        else:
+                            os.unlink(inner, dir_fd=child)
                 finally:
                     os.close(child)
                 os.rmdir(name, dir_fd=top)

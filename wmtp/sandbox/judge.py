@@ -33,12 +33,11 @@ def main(connection: socket.socket, settings: dict) -> None:
         soft = space + _OWN_MEMORY_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
     judge = Judge(settings, connection.fileno(), mmap.mmap(settings["flag"], 1))
-    abandoned = True
+    abandoned = False
     try:
         _serve(connection, judge)
-        abandoned = False
     except (Hangup, BrokenPipeError, ConnectionResetError):
-        pass  # the caller's process is gone
+        abandoned = True  # the caller's process is gone
     finally:
         judge.close()
         if abandoned:  # remove what the caller would have; the last judge to leave removes the folder of all
@@ -197,8 +196,9 @@ def _stdio_failure(process: Process) -> Failure | None:
     process.wait()
     message = process.take_frame()
     if message is not None and type(message.get("raised")) is dict:
-        raised = message["raised"]
-        return Failure.raised(str(raised.get("text")), raised.get("refused_memory") is True, process.limits)
+        text, refused = (message["raised"].get(name) for name in ("text", "refused_memory"))
+        text = text if type(text) is str else "the program sent what is no message"
+        return Failure.raised(text, refused is True, process.limits)
     return process.ended() if process.report.get("status") != 0 else None
 
 

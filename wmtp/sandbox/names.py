@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from wmtp.sandbox.jobs import AssertionJob
 from wmtp.sandbox.remote import Name, Own
 from wmtp.sandbox.session import TEST_MODULE, Session
-from wmtp.sandbox.supervise import described
+from wmtp.sandbox.supervise import Failure, described
 
 CANDIDATE = "candidate"
 _MODULES = {"np": "numpy", "numpy": "numpy"}  # beside the standard library's
@@ -60,6 +60,9 @@ def make_namespace(job: AssertionJob, session: Session) -> Namespace:
         raise
     except Exception as error:
         raise TestBroken(f"the preamble failed: {described(error)}") from None
+    except Failure as failure:  # the program has not begun
+        session.failure = None
+        raise TestBroken(f"the preamble failed: {failure.detail}") from None
     if job.entry_point:
         target = session.name(job.entry_point)
         namespace[CANDIDATE] = target

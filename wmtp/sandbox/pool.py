@@ -12,8 +12,8 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -89,8 +89,11 @@ class Sandbox:
         self._limits, self._gate = limits, _Gate(workers)
         self._workers: list[_Worker] = []
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="wmtp-sandbox")
-        self._finalizer = weakref.finalize(self, _clean_up, self._workers, root, owned)
+        self._jobs: queue.SimpleQueue[tuple[Callable, Job, Future] | None] = queue.SimpleQueue()
+        self._closed, self._closing = False, threading.Lock()
+        # Daemons: an interpreter that ends, on an error say, waits for no job.
+        self._threads = [threading.Thread(target=_work, args=(self._jobs,), daemon=True) for _ in range(workers)]
+        self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, root, owned)
         try:
             for _ in range(workers):
                 self._workers.append(_Worker(settings))
@@ -103,16 +106,20 @@ class Sandbox:
                     "this kernel offers less than the sandbox's floor (seccomp, rlimits, and Landlock or a mount "
                     f"namespace): {'; '.join(self.missing)}. Set allow_unsafe=True to run model-written code anyway"
                 )
+            for thread in self._threads:
+                thread.start()
         except BaseException:
             self._finalizer()
             raise
 
     def submit(self, job: Job) -> "Future[Outcome]":
         """Has `job` judged while the caller goes on; raises ValueError after `close`."""
-        try:
-            return self._threads.submit(self._judge, job)
-        except RuntimeError:
-            raise ValueError("the sandbox is closed (Sandbox.submit)") from None
+        with self._closing:
+            if self._closed:
+                raise ValueError("the sandbox is closed (Sandbox.submit)")
+            future: Future[Outcome] = Future()
+            self._jobs.put((self._judge, job, future))
+            return future
 
     def judge(self, jobs: Iterable[Job]) -> list[Outcome]:
         """Returns the outcomes of `jobs`, in their order."""
@@ -126,7 +133,15 @@ class Sandbox:
 
     def close(self) -> None:
         """Finishes the jobs that have begun, cancels those that have not, ends every process."""
-        self._threads.shutdown(cancel_futures=True)
+        with self._closing:
+            self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while entry := self._jobs.get_nowait():
+                entry[2].cancel()
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
         self._finalizer()
 
     def _judge(self, job: Job) -> Outcome:
@@ -258,8 +273,21 @@ def _remove_abandoned() -> None:
             filesystem.remove_folder(outside.parent)
 
 
-def _clean_up(workers: list[_Worker], root: str, owned: BinaryIO) -> None:
+def _work(jobs: queue.SimpleQueue) -> None:
+    """Has jobs judged until told to stop; holds no sandbox meanwhile."""
+    while (entry := jobs.get()) is not None:
+        judge, job, future = entry
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(judge(job))
+            except BaseException as error:
+                future.set_exception(error)
+        del entry, judge, job, future
+
+
+def _clean_up(workers: list[_Worker], jobs: queue.SimpleQueue, root: str, owned: BinaryIO) -> None:
     for worker in workers:
+        jobs.put(None)
         worker.close()
     workers.clear()
     filesystem.remove_folder(root)

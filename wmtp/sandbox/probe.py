@@ -82,11 +82,12 @@ def try_out(confinement: Confinement, scratch: str, check: Callable[[], None]) -
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        problem = ""
+        problem = "the probe was broken off"
         try:
             os.chdir(scratch)
             confinement.apply(_LIMITS)
             check()
+            problem = ""
         except Exception as error:
             problem = f"{type(error).__name__}: {error}".removeprefix("Hole: ")
         finally:

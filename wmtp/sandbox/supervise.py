@@ -260,8 +260,11 @@ class Process:
 
     def unasked(self) -> bool:
         """Returns whether the program said more than it was asked for."""
-        if not self._inbox and self._channel_open:
-            self._read_channel()
+        try:
+            if not self._inbox and self._channel_open:
+                self._read_channel()
+        except Failure:  # more than it may say at all
+            return True
         return bool(self._inbox)
 
     def _close_descriptors(self) -> None:

@@ -135,7 +135,9 @@ def link_tree(name: str, contents: dict[str, Path]) -> Path:
         name: the last part of the returned path.
         contents: the content of each file, at least one, by its relative name; a content is named by its SHA-256.
     """
-    digest = _key("tree", *(f"{file} {content.name}" for file, content in sorted(contents.items())))
+    digest = _key(
+        "tree", *(f"{file} {content.parent.name} {content.name}" for file, content in sorted(contents.items()))
+    )
     folder, in_use = _cache("trees") / digest, _lock(digest)
     if in_use not in _used:
         _used[in_use] = take_lock(in_use, shared=True)

@@ -89,7 +89,8 @@ class RemoteOutput(Output):
             return
         if path is not None and path.is_dir() and path != self.folder and not (path / MANIFEST).exists():
             write_manifest(path)
-        self._rounds.put(True)
+        if self._rounds.empty():  # else a round that is yet to begin sees these files too
+            self._rounds.put(True)
         if self._worker is None:
             self._worker = threading.Thread(target=self._work, name="upload", daemon=True)
             self._worker.start()

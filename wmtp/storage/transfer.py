@@ -3,8 +3,10 @@
 import base64
 import hashlib
 import mmap
+import os
 import re
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,7 +67,7 @@ def _fetch(file: RemoteFile, part: Path) -> str:
         return found
     else:
         part_bytes = client().head_object(**at, PartNumber=1)["ContentLength"] if "-" in etag else 0
-        what, own, expected = "ETag", _etag(part, file.num_bytes, part_bytes), etag
+        what, own, expected = "ETag", _etag(part, part_bytes), etag
         if own.partition("-")[2] != etag.partition("-")[2]:  # parts of several sizes, which are not known
             return found
     if own != expected:
@@ -79,12 +81,12 @@ def upload(path: Path, uri: str, *, sha256: str | None = None) -> None:
     Args:
         sha256: of the content, if a manifest gives it; stored with the object. For a file of one part it is computed.
     """
-    with path.open("rb") as file:
-        body = file.read(PART_BYTES + 1)
-    if len(body) <= PART_BYTES:
-        put_bytes(uri, body)
-    else:
-        retrying(lambda: _in_parts(path, uri, {"sha256": sha256} if sha256 else {}), uri, "written")
+    with path.open("rb") as file:  # the one that is open, though another may take its name or it be removed meanwhile
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes <= PART_BYTES:
+            put_bytes(uri, file.read(num_bytes))
+        else:
+            retrying(lambda: _in_parts(file, num_bytes, uri, {"sha256": sha256} if sha256 else {}), uri, "written")
 
 
 def put_bytes(uri: str, body: bytes, **condition: str) -> None:
@@ -104,19 +106,35 @@ def put_bytes(uri: str, body: bytes, **condition: str) -> None:
     retrying(put, uri, "written")
 
 
-def _in_parts(path: Path, uri: str, metadata: dict[str, str]) -> None:
+def _in_parts(file: BufferedReader, num_bytes: int, uri: str, metadata: dict[str, str]) -> None:
     from botocore.exceptions import ClientError
 
-    num_bytes, (bucket, key) = path.stat().st_size, split_uri(uri)
+    file.seek(0)
+    body, (bucket, key) = _Parts(file, num_bytes), split_uri(uri)
     part_bytes = max(PART_BYTES, -(-num_bytes // _MOST_PARTS))
     try:
         with _manager(part_bytes) as manager:
             known = [_known(num_bytes)]
-            manager.upload(str(path), bucket, key, {"Metadata": metadata}, subscribers=known).result()
+            manager.upload(body, bucket, key, {"Metadata": metadata}, subscribers=known).result()
     except ClientError as error:
         if error_code(error) != "NoSuchUpload":  # an earlier try may have completed it, and its answer got lost
             raise
-    _prove(client().head_object(Bucket=bucket, Key=key), _etag(path, num_bytes, part_bytes), uri)
+    _prove(client().head_object(Bucket=bucket, Key=key), _etag_of(body.md5s), uri)
+
+
+class _Parts:
+    """A reader of a file's first bytes that hashes the parts as they are read."""
+
+    def __init__(self, file: BufferedReader, num_bytes: int) -> None:
+        self._file, self._left = file, num_bytes
+        self.md5s: list[bytes] = []
+
+    def read(self, num_bytes: int) -> bytes:
+        part = self._file.read(min(num_bytes, self._left))
+        if part:
+            self._left -= len(part)
+            self.md5s.append(_md5(part).digest())
+        return part
 
 
 def _prove(answer: dict, etag: str, uri: str) -> None:
@@ -125,14 +143,17 @@ def _prove(answer: dict, etag: str, uri: str) -> None:
         raise CorruptError(f"{uri} cannot be written: it arrives corrupt; check the network")
 
 
-def _etag(path: Path, num_bytes: int, part_bytes: int) -> str:
-    """Returns the ETag of a file's first bytes as S3 computes it: the MD5, or for parts the MD5 of the parts' MD5s."""
+def _etag(path: Path, part_bytes: int) -> str:
+    """Returns the ETag of a file as S3 computes it: the MD5, or for parts the MD5 of the parts' MD5s."""
     with path.open("rb") as file:
         if not part_bytes:
             return hashlib.file_digest(file, _md5).hexdigest()
-        with mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
-            starts = range(0, num_bytes, part_bytes)
-            md5s = [_md5(view[start : start + part_bytes]).digest() for start in starts]
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content, memoryview(content) as view:
+            starts = range(0, len(view), part_bytes)
+            return _etag_of([_md5(view[start : start + part_bytes]).digest() for start in starts])
+
+
+def _etag_of(md5s: list[bytes]) -> str:
     return f"{_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
 
 

@@ -27,7 +27,8 @@ def replay(output_dir: Path, uri: str | None = None) -> str:
         uri = uri or (run["tracking_uri"] if run["uri_in_config"] else store_uri())
         if not waiting and run.get("run_id"):
             return f"nothing to send: run {run['run_id']} has everything"
-        if waiting and waiting[-1]["kind"] != "status":
+        ended = next((kind for kind in reversed(spool.kinds()) if kind in ("status", "resumed")), None) == "status"
+        if waiting and not ended:
             spool.append({"kind": "status", "status": "KILLED", "time": max(record["time"] for record in waiting)})
         check_store(uri)
         delivery = Delivery(uri, run, output_dir)

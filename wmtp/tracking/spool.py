@@ -31,6 +31,11 @@ class Spool:
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
+        if old := sorted(self.folder.glob("[0-9]*.jsonl")):
+            raise UserError(
+                f"{old[0]} is of an earlier version of WMTP; send it with that version: python -m wmtp.tracking replay "
+                f"{output_dir}"
+            )
         lock = take_lock(self.folder / "spool.lock", wait=False)
         if lock is None:
             raise UserError(f"{self.folder} is in use by another process; wait until its run has ended")
@@ -39,6 +44,8 @@ class Spool:
         self._file: io.FileIO | None = None
         self._closed = False
         self._sent = _read_json(self.folder / "sent.json")
+        if "0" in self._sent:  # of an earlier version, whose records are all sent
+            self._sent = {"metrics": self._sent["0"]}
         for name in self._sent:  # steps that a resumed run cut off are repeated after this position
             path = self._files[name]
             self._sent[name] = min(self._sent[name], path.stat().st_size if path.exists() else 0)
@@ -56,6 +63,8 @@ class Spool:
         """Writes a record, whole or not at all: the error of a full disk names the file. Any thread may call it."""
         line = (json.dumps(record) + "\n").encode()
         with self._writing:
+            if self._closed:  # then another process may have the spool
+                raise ValueError(f"{self.folder} is closed")
             if self._file is None:
                 self._file = self._files["records"].open("a+b", buffering=0)
                 self._file.seek(0)
@@ -90,6 +99,12 @@ class Spool:
                     if len(found) == limit:
                         return found
         return found
+
+    def kinds(self) -> list[str]:
+        """Returns the kinds of all records since all were sent last, in order; metrics are none."""
+        file = self._files["records"]
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        return [json.loads(line)["kind"] for line in lines if line.endswith(b"\n")]
 
     def mark_sent(self, *positions: Position) -> None:
         """Records that the store has all records up to these positions."""

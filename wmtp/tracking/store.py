@@ -108,11 +108,11 @@ def mlflow_client(uri: str):
     return MlflowClient(tracking_uri=uri)
 
 
-def existing_client(uri: str, kind: type[UserError]):
+def existing_client(uri: str, kind: type[UserError], name: str = ""):
     """Returns an `MlflowClient` on a store that exists: of an absent SQLite file mlflow would make an empty one."""
     file = sqlite_file(uri)
     if file is not None and not file.exists():
-        raise kind(f"the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI to the store of the runs")
+        raise kind(f"{name}the MLflow store {uri} does not exist; set MLFLOW_TRACKING_URI to the store of the runs")
     return mlflow_client(uri)
 
 

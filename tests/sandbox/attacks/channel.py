@@ -105,6 +105,8 @@ VALUES = {
     "counter": '{"Counter":[["a",{"t":[]}]]}',
     "handle_of_infinity": '{"h":[1e999,"c"]}',
     "handle_of_digits": '{"h":["' + "9" * 50_000 + '",{}]}',
+    "record_of_a_handle": '{"record":[["a"],{"h":[0,"li"]},"R"]}',
+    "record_of_names_equal_in_nfkc": '{"record":[["\\ufb01","fi"],[1,2],"R"]}',
     "nested_records": '{"record":[["a"],[' * 200 + "1" + '],"R"]}' * 200,
 }
 ERRORS = {
@@ -404,6 +406,52 @@ def solve(a, b):
 """,
         verdicts=frozenset({"timeout", "violation", "output_limit"}),
         limits=Limits(cpu_seconds=1.0, wall_seconds=2.0),
+    ),
+    _attack(
+        "unasked_beyond_all_it_may_say",
+        "Answers rightly, each answer as long as it may be, and after the last says what is too much in all.",
+        """
+calls = 0
+
+
+def send(data):
+    while data:
+        data = data[os.write(3, data) :]
+
+
+def answered(request, value):
+    head = ('{"nonce":"%s","value":%d' % (request["nonce"], value)).encode()
+    send(frame(head + b" " * ((1 << 20) - len(head) - 5) + b"}"))
+
+
+def solve(a, b):
+    global calls
+    calls += 1
+    if calls <= 3:
+        return a + b
+    caller = sys._getframe()
+    while "request" not in caller.f_locals:
+        caller = caller.f_back
+    request = caller.f_locals["request"]
+    answered(request, a + b)
+    while True:  # serves the next calls itself
+        size, data = int.from_bytes(os.read(3, 4), "big"), b""
+        while len(data) < size:
+            data += os.read(3, size - len(data))
+        request = json.loads(data)
+        calls += 1
+        answered(request, sum(request["a"][1:]))
+        if calls == 7:
+            time.sleep(0.3)
+            send(b" " * 120_000)
+            time.sleep(20)
+""",
+        tests=(
+            *(f"assert solve({k}, 1) == {k + 1}" for k in range(6)),
+            "assert solve(6, 1) == 7\nimport time; time.sleep(1)",
+        ),
+        verdicts=frozenset({"violation"}),
+        limits=Limits(cpu_seconds=5.0, wall_seconds=10.0, output_bytes=1 << 20),
     ),
 )
 

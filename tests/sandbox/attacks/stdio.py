@@ -405,4 +405,19 @@ raise ValueError
         frozenset({"timeout", "exception"}),
         limits=SLEEPER,
     ),
+    _attack(
+        "nested_report",
+        '''
+"""Prints the right answer and reports an error whose text is nested deeper than any text can be written out."""
+import os
+
+data = b'{"raised":{"text":' + b"[" * 3000 + b"]" * 3000 + b"}}"
+data = len(data).to_bytes(4, "big") + data
+while data:
+    data = data[os.write(3, data) :]
+print(5, flush=True)
+os._exit(0)
+''',
+        RAISED,
+    ),
 )
