@@ -1,6 +1,6 @@
 """How the benchmarks print a figure: one JSON line of name, value, unit, and what it is held against.
 
-python benchmarks/figures.py LINES.jsonl        the same as a Markdown table
+`python benchmarks/figures.py LINES.jsonl` prints such lines as a Markdown table.
 """
 
 import json

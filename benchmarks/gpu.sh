@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one call of under 8 minutes: the tests that need one, the recipes' own tests on CUDA, then
-# loss, training step and generation beside their alternatives.
+# loss and training step beside their alternatives.
 #
 #   bash benchmarks/gpu.sh [FOLDER]        default: runs/gpu; figures.jsonl, table.md, and a log of each part go there
 #

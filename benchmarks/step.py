@@ -81,14 +81,17 @@ def sharded(model: nn.Module, blocks, args, world: World) -> nn.Module:
     return fully_shard(model, mesh=world.mesh, mp_policy=policy)
 
 
+def shape_of(args):
+    with torch.device("meta"):
+        return getattr(builders, args.model)(1).config
+
+
 def of_torchtune(args, world: World) -> Contender:
     """torchtune's decoder and chunked loss, causal attention."""
     from torchtune.models.llama3_2 import llama3_2
     from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-    shape = getattr(builders, args.model)
-    with torch.device("meta"):
-        c = shape(1).config
+    c = shape_of(args)
     with torch.device(world.device):
         model = llama3_2(
             vocab_size=c.vocab_size,
@@ -113,8 +116,7 @@ def of_transformers(args, world: World) -> Contender:
     """transformers' Llama with its own loss, causal attention."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        c = getattr(builders, args.model)(1).config
+    c = shape_of(args)
     config = LlamaConfig(
         vocab_size=c.vocab_size,
         hidden_size=c.embed_dim,
