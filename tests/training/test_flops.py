@@ -1,82 +1,94 @@
-"""Model FLOPs: numbers by hand, and torch's own count of what a step executes."""
-
-import math
+"""The operations of a step, counted on tensors without data, beside a count by hand and the real loss's products."""
 
 import pytest
 import torch
-from random_models import random_decoder
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wmtp.loss import weighted_mtp_cross_entropy
-from wmtp.models import ValueModel, add_lora
-from wmtp.training.performance import ModelFlops, model_flops
-
-SMALL = {"vocab_size": 10, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 4, "intermediate_dim": 8}
-# The fused loss adds to its gradient in place, which torch's counter does not know.
-IN_PLACE = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
-
-
-def small(**sizes):
-    return random_decoder(**{**SMALL, "max_seq_len": 32, **sizes})
+from wmtp.config import build
+from wmtp.config.files import load
+from wmtp.loss import mtp_loss
+from wmtp.training.flops import _loss, kept_share, step_flops
+from wmtp.training.performance import model_flops
+from wmtp.weighting import any_weighting, dft, random_matched, rho1, uniform
 
 
-def test_a_whole_model_by_hand():
-    model = small(num_future_tokens=2)
-    block = 4 * 4 + 2 * (4 * 2) + 4 * 4 + 3 * (4 * 8)  # q, k and v, output, MLP: 144 weights
-    assert model_flops(model) == ModelFlops(6 * 3 * block, 12 * 3 * 4, 6 * 10 * 4, heads=2)
-    assert model_flops(model).of(tokens=5, seq_len=7, targets=[3, 2]) == 5 * (2592 + 7 * 144) + 5 * 240
+def config(name, *changes):
+    cfg = load(f"configs/{name}.yaml")
+    for key, value in changes:
+        cfg[key] = value
+    return cfg
 
 
-def test_frozen_models_cost_their_forward_pass_and_absent_ones_nothing():
-    frozen = model_flops(small(num_future_tokens=2).requires_grad_(False))
-    assert frozen == ModelFlops(2 * 3 * 144, 4 * 3 * 4, 2 * 10 * 4, heads=2)
-    assert model_flops(None).of(5, 7, [3, 2]) == 0
-    assert math.isnan(model_flops(torch.nn.Linear(2, 2)).of(5, 7))  # a model of one's own
+def model_of(cfg):
+    with torch.device("meta"):
+        model = build(cfg.model, where="model")
+        if cfg.get("adapters") is not None:
+            build(cfg.adapters, model, where="adapters", seed=0)
+    return model
 
 
-def test_a_value_model_by_hand():
-    model = ValueModel(small(), "linear")
-    model.backbone.requires_grad_(False)
-    assert model_flops(model) == ModelFlops(2 * 2 * 144 + 4 * 4, 4 * 2 * 4)  # a head of 4 weights
-    assert model_flops(model, trunk=False) == ModelFlops(4 * 4, 0)
-    hidden, out = model_flops(ValueModel(small(), "mlp")), 4 * 4 + 4
-    assert hidden == ModelFlops(6 * (2 * 144 + out), 12 * 2 * 4)
+@pytest.mark.parametrize("name", ["tiny/uniform", "smollm2_135m/uniform"])
+def test_plain_training_is_the_count_by_hand(name):
+    cfg = config(name)
+    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
+    model = model_of(cfg)
+    assert step_flops(cfg) == model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
 
 
-LORA = {
-    "whole": None,
-    "adapters": {},
-    "adapters of one projection": {"targets": ["w2"], "heads": "full"},
-    "adapters of the trunk": {"heads": "frozen"},
-    "heads alone": {"trunk": "frozen", "heads": "full"},
-    "adapters of heads, and norms": {"trunk": "frozen", "heads": "lora", "train_norms": True},
+def test_adapters_save_the_gradients_of_what_is_frozen():
+    cfg = config("tiny/lora_rho1", ("weighting", config("tiny/uniform").weighting))
+    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
+    model = model_of(cfg)
+    by_hand = model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
+    assert step_flops(cfg) == pytest.approx(by_hand, rel=1e-12)
+    assert by_hand < step_flops(config("tiny/uniform"))
+
+
+def test_a_step_of_so_many_targets_is_so_many_positions():
+    cfg = config("tiny/uniform")
+    targets = config("tiny/uniform", ("gradient_accumulation_steps", None), ("tokens_per_step", 1024))
+    assert step_flops(targets) == step_flops(cfg) * 1024 / (cfg.batch_size * cfg.seq_len)
+
+
+def products(weighting, heads=3, seq=201, dim=8, vocab=50):
+    """Counts the real loss's operations on a document in which every position but the first is a target."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((heads, 1, seq, dim), generator=generator, requires_grad=True)
+    unembedding = torch.randn((vocab, dim), generator=generator, requires_grad=True)
+    labels = torch.randint(0, vocab, (1, seq), generator=generator)
+    signals = {"reference_ce": torch.rand((1, seq), generator=generator)}
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        mtp_loss(hidden, unembedding, labels, any_weighting(weighting), signals=signals).loss_sum.backward()
+    targets = sum(seq - k for k in range(1, heads + 1))
+    return counter.get_total_flops() / (2 * dim * vocab * targets)
+
+
+METHODS = {
+    "uniform": uniform(),
+    "select": rho1(percentile=0.6),
+    "select, by head": rho1(percentile=0.6, per_head=True),
+    "soft": rho1(mode="soft"),
+    "dft": dft(),
+    "random_matched": random_matched(rho1(percentile=0.6)),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("adapters", LORA)
-def test_it_is_what_torch_counts(adapters, cached, tied):
-    sizes = {"vocab_size": 17, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 16}
-    model = small(**sizes, intermediate_dim=24, num_future_tokens=3, tie_word_embeddings=tied)
-    chosen = LORA[adapters]
-    if chosen is not None:
-        add_lora(model, rank=2, **chosen)
-    cached = cached and chosen is not None and chosen.get("trunk") == "frozen"
-    tokens = torch.randint(17, (2, 9), generator=torch.Generator().manual_seed(0))
-    labels = tokens.clone()
-    labels[:, :3] = -100
-    state = model(tokens, return_trunk=True).detach() if cached else None
-    # CPU's flash kernel is not counted: the plain products are.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        out = model(tokens, labels=labels, trunk_state=state, loss_fn=weighted_mtp_cross_entropy)
-        out.loss_sum.backward()
-    targets = out.valid.sum(dim=(1, 2)).tolist()
-    assert model_flops(model, trunk=not cached).of(tokens.numel(), 9, targets) == counter.get_total_flops()
+@pytest.mark.parametrize("method", METHODS)
+def test_the_products_are_those_of_the_fused_loss(method):
+    """GEMMs a target, of the real loss: ours are counted on all positions, so they agree to the documents' edges."""
+    weighting, heads = any_weighting(METHODS[method]), 3
+    cfg = config("tiny/uniform")
+    cfg.model.num_future_tokens = heads
+    model = model_of(cfg)
+    hidden = torch.zeros((heads, 1, 1000, model.embed_dim), device="meta", requires_grad=True)
+    unembedding = torch.zeros((50, model.embed_dim), device="meta", requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        _loss(weighting, heads)(hidden, unembedding).backward()
+    ours = counter.get_total_flops() / (2 * model.embed_dim * 50 * 1000 * heads)
+    assert ours == pytest.approx(products(METHODS[method]), rel=0.02)
 
 
-def test_dora_needs_what_lora_needs():
-    lora, dora = (model_flops(add_lora(small(), rank=2, dora=dora)) for dora in (False, True))
-    assert lora == dora  # the norms of its rows do not grow with the tokens
+def test_the_share_of_targets_that_a_weighting_keeps():
+    assert kept_share(any_weighting(rho1(percentile=0.3)), 2) == pytest.approx(0.3, abs=1e-3)
+    assert kept_share(any_weighting(uniform()), 2) == 1.0

@@ -1,0 +1,92 @@
+"""Operations of an optimizer step, counted by torch on tensors without data: what equal compute means in a study."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from wmtp.config import build
+from wmtp.models import load_value_model
+from wmtp.pretrained import resolve_checkpoint
+from wmtp.weighting.base import AnyWeighting, Signals, any_weighting
+
+_SAMPLE = 4096  # targets of the sample that tells how many a weighting leaves out
+
+
+def step_flops(cfg: DictConfig) -> float:
+    """Counts the floating-point operations of one process's optimizer step of a training config.
+
+    A step of the config's models runs on the meta device, which knows shapes and no numbers, so 7B takes seconds and no
+    memory. Counted are forward and backward of the policy with its frozen parts, the unembedding's products as
+    :func:`wmtp.loss.mtp_loss` makes them (a first pass for weights that read the policy, no gradient for a target of
+    weight zero), and the frozen models beside it. Not counted: what activation checkpointing computes again, and
+    what is not a product of matrices. Every position counts as a target.
+
+    Args:
+        cfg: of `full_finetune_distributed_wmtp.py` or `lora_wmtp.py`.
+
+    Raises:
+        ConfigError, UserError: a model, adapter or weighting that cannot be built.
+    """
+    weighting = any_weighting(build(cfg.weighting, where="weighting"))
+    with torch.device("meta"):
+        policy = build(cfg.model, where="model")
+        if cfg.get("adapters") is not None:
+            build(cfg.adapters, policy, where="adapters", seed=0)
+    loss = _loss(weighting, policy.num_future_tokens)
+    frozen: list[tuple[Any, dict]] = []
+    if "reference_ce" in weighting.needs and cfg.get("reference_model") is not None:
+        with torch.device("meta"):
+            frozen.append((build(cfg.reference_model, where="reference_model"), {"num_heads": 1, "loss_fn": _forward}))
+    if "values" in weighting.needs and cfg.get("value_model") is not None:
+        frozen.append((load_value_model(resolve_checkpoint(cfg.value_model)).to("meta"), {}))
+
+    rows = cfg.get("tokens_per_step") or cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
+    rows = rows / cfg.seq_len
+    tokens = torch.zeros((1, cfg.seq_len), dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        policy(tokens, loss_fn=loss).backward()
+        with torch.no_grad():
+            for model, options in frozen:
+                model(tokens, **options)
+    return counter.get_total_flops() * rows
+
+
+def _loss(weighting: AnyWeighting, heads: int) -> Callable[..., Tensor]:
+    """Returns a `loss_fn` that makes the products of the fused loss, on all positions."""
+    kept = kept_share(weighting, heads)
+    of_policy = {"policy_ce", "policy_entropy"} & weighting.needs
+    known = 0 if not of_policy else heads if weighting.per_head else 1  # heads whose CE the first pass knows
+
+    def products(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
+        total = hidden.new_zeros(())
+        for head, states in enumerate(hidden.flatten(1, 2)):
+            weighted = round(kept * len(states))
+            if head < known:
+                _forward(states[None, None], unembedding)
+            else:
+                _forward(states[None, None, weighted:], unembedding)
+            total = total + (states[:weighted] @ unembedding.T).sum()
+        return total
+
+    return products
+
+
+@torch.no_grad()
+def _forward(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
+    return hidden.flatten(0, 2) @ unembedding.T
+
+
+def kept_share(weighting: AnyWeighting, heads: int) -> float:
+    """Returns the share of targets with a weight above zero, on a document of random signals."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.zeros((1, _SAMPLE), dtype=torch.int64)
+    named = {name: torch.rand((1, _SAMPLE), generator=generator) for name in sorted(weighting.needs)}
+    for name in named.keys() & {"policy_ce", "policy_entropy"}:
+        named[name] = torch.rand((heads if weighting.per_head else 1, 1, _SAMPLE), generator=generator)
+    signals = Signals(labels, torch.ones((heads, 1, _SAMPLE), dtype=torch.bool), None, named, training=False)
+    weights = weighting(signals)
+    return 1.0 if weights is None else float((weights > 0).double().mean())
