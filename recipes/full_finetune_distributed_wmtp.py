@@ -48,11 +48,11 @@ from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
-from wmtp.training.validation import epoch_cross_entropy, validate
+from wmtp.training.validation import epoch_cross_entropy, held_out_sets, validate
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESULTS = ("checkpoints", "export", "profiler", "token_weights")  # in output_dir, beside metrics.jsonl
+RESULTS = ("checkpoints", "export", "held_out", "profiler", "token_weights")  # beside metrics.jsonl
 
 
 class FullFinetuneRecipeWMTP:
@@ -138,7 +138,7 @@ class FullFinetuneRecipeWMTP:
             self._token_view.check(self._weighting.needs)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._data = self._pack(self._dataset_cfg, "dataset")
-        self._eval_data = None if self._eval_dataset_cfg is None else self._pack(self._eval_dataset_cfg, "eval_dataset")
+        self._eval_data = held_out_sets(self._eval_dataset_cfg, self._pack)
         models = {"reference_ce": self._reference_cfg, "values": self._value_model_path}
         self._frozen_signals = frozen_signals(self._weighting.needs, self._data, models)
         ranks = {"rank": self._world.rank, "world_size": self._world.size}
@@ -234,8 +234,8 @@ class FullFinetuneRecipeWMTP:
         if self._preview:
             shown = {"tokenizer": self._tokenizer, "batch_size": self._batch_size, "step": self._step}
             self._log.info(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
-        if self._eval_data is not None and self._step == 0:
-            self._log.metrics(self.evaluate(), self._step)
+        if self._eval_data and self._step == 0:
+            self.evaluate()
         frozen = [model_flops(frozen) for frozen in (self._reference, self._value_model)]
         flops = [model_flops(model), *frozen]
         meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
@@ -290,6 +290,7 @@ class FullFinetuneRecipeWMTP:
 
             if self._step % self._log_every == 0 or self._step == self._total_steps:
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
+                metrics["train/targets"] = self._stream.num_targets
                 metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
                 metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
@@ -297,8 +298,8 @@ class FullFinetuneRecipeWMTP:
             if self._token_view is not None and self._step % self._token_view.every == 0:
                 self._write_token_view(accumulated)
             last = self._step == self._total_steps
-            if self._eval_data is not None and (last or (self._eval_every and self._step % self._eval_every == 0)):
-                self._log.metrics(self.evaluate(), self._step)
+            if self._eval_data and (last or (self._eval_every and self._step % self._eval_every == 0)):
+                self.evaluate()
                 model.train()
                 self._stop.ask_all()
             if self._save_every and self._step % self._save_every == 0:
@@ -349,10 +350,10 @@ class FullFinetuneRecipeWMTP:
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation, checkpoints, export
 
-    def evaluate(self) -> dict[str, float]:
-        """Computes the held-out CE of each head, in nats per target token, over all of eval_dataset."""
-        ce = validate(self._model, self._eval_data, self._inputs, self._batch_size, self._world)
-        return {f"eval/ce_head{k}": mean for k, mean in enumerate(ce, start=1)}
+    def evaluate(self) -> None:
+        """Logs the held-out CE of each head, in nats per target, over each set of eval_dataset and each document."""
+        inputs = lambda batch, data: self._inputs(batch)
+        self._log.held_out(validate(self._model, self._eval_data, inputs, self._batch_size, self._world), self._step)
 
     def save_checkpoint(self) -> None:
         """Starts saving all that a resumed run needs; the loop goes on while the shards are written."""

@@ -80,6 +80,16 @@ def test_every_epoch_is_another_permutation_of_all_rows():
     assert stream.epoch == 25 / 12
 
 
+def test_targets_are_counted_as_they_are_consumed():
+    items = [Document(np.zeros(n, np.int32), np.zeros(n, np.int32), f"d{n}") for n in (2, 3, 5, 6)]
+    dataset = pack(Documents("made up", tuple(items)), 6, packed=False, pad_id=99)
+    stream, counted = BatchStream(dataset, batch_size=3, rank=0, world_size=1, seed=0), 0
+    for _ in range(4):  # across the ends of two epochs
+        batch = stream.next_batch()
+        counted += int(((batch["document_ids"] >= 0).sum(dim=1) - 1).sum())  # no document's first token is one
+        assert stream.num_targets == counted
+
+
 def test_the_order_of_rows_is_golden():
     stream = BatchStream(make_dataset(10), batch_size=10, rank=0, world_size=1, seed=3)
     assert [stream.next_batch()["rows"] for _ in range(2)] == [

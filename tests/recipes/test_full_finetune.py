@@ -145,7 +145,7 @@ def test_non_finite_stops_before_the_weights_are_touched_and_names_the_batch(tin
     cfg = tiny_config(eval_every=None, save_every=None)
     recipe = FullFinetuneRecipeWMTP(cfg)
     recipe.setup()
-    recipe._eval_data = None
+    recipe._eval_data = {}
     with torch.no_grad():
         next(recipe._model.layers[0].parameters()).to_local().view(-1)[0] = float("nan")
     before = [p.to_local().clone() for p in recipe._model.parameters()]
@@ -212,7 +212,7 @@ def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):
     cfg = tiny_config(max_steps=1, save_every=None, eval_every=None, lr_scheduler=None, extra_heads_lr=0.5)
     recipe = FullFinetuneRecipeWMTP(cfg)
     recipe.setup()
-    recipe._eval_data = None
+    recipe._eval_data = {}
     before = {name: p.to_local().clone() for name, p in recipe._model.named_parameters()}
     recipe.train()
     moved = {name: (p.to_local() - before[name]).abs().max().item() for name, p in recipe._model.named_parameters()}

@@ -4,6 +4,7 @@ import bisect
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,13 @@ class PackedDataset:
     @property
     def num_targets(self) -> int:
         """Counts the targets of head 1; a document's first token is none, as nothing comes before it."""
+        return int(self.row_targets.sum())
+
+    @cached_property
+    def row_targets(self) -> Tensor:
+        """Counts the targets of head 1 in each row, [R]."""
         same_document = self.document_ids[:, 1:] == self.document_ids[:, :-1]
-        return int(((self.labels[:, 1:] != IGNORE) & same_document).sum())
+        return ((self.labels[:, 1:] != IGNORE) & same_document).sum(dim=1)
 
     @property
     def max_token_id(self) -> int:
@@ -215,6 +221,13 @@ class BatchStream:
         """Returns how often the dataset has been seen."""
         return self.position / len(self._dataset)
 
+    @property
+    def num_targets(self) -> int:
+        """Counts the targets of head 1 in all rows that have been consumed."""
+        epoch, index = divmod(self.position, len(self._dataset))
+        begun = self._dataset.row_targets[self._permutation(epoch)[:index]].sum() if index else 0
+        return epoch * self._dataset.num_targets + int(begun)
+
     def next_batch(self) -> dict[str, Any]:
         """Returns this rank's rows as a :meth:`PackedDataset.batch`, and moves on."""
         start = self.position + self._rank * self._batch_size
@@ -238,10 +251,13 @@ class BatchStream:
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self._dataset))
+        return int(self._permutation(epoch)[index])
+
+    def _permutation(self, epoch: int) -> np.ndarray:
         if self._order is None or self._order[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self._seed, epoch]))
             self._order = (epoch, generator.permutation(len(self._dataset)))
-        return int(self._order[1][index])
+        return self._order[1]
 
 
 def validation_batches(dataset: PackedDataset, batch_size: int, rank: int, world_size: int) -> Iterator[dict[str, Any]]:

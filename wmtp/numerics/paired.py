@@ -157,7 +157,7 @@ def crossed_bootstrap(
     if groups is not None:
         _, group = np.unique(groups, return_inverse=True)
         total = np.stack([np.bincount(group, weights=row) for row in total])
-        size = np.bincount(group, weights=size)
+        size = np.bincount(group, weights=size).astype(np.float64)
     num_seeds, num_units = total.shape
     rng = np.random.default_rng(seed)
     means = []

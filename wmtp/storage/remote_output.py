@@ -37,7 +37,7 @@ from wmtp.storage.transfer import put_bytes, upload
 
 _NOT_UPLOADED = (UNFINISHED, ".lock")
 # Not fetched as a whole: a resumed run reads little of them.
-_REMADE = ("checkpoints/", "export/", "profiler/", "token_weights/")
+_REMADE = ("checkpoints/", "export/", "held_out/", "profiler/", "token_weights/")
 _PROBE = ".wmtp_can_write"
 _SECONDS_BETWEEN_ROUNDS = 60.0
 _CACHES = ("hidden_states", "trunk_states")  # of a frozen trunk: computed again faster than moved

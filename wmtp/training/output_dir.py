@@ -13,6 +13,7 @@ from wmtp.errors import is_traceback, keep_tracebacks
 from wmtp.files import UNFINISHED
 from wmtp.storage import Output, StorageError, check_inputs, output_of
 from wmtp.storage.lock import Holder
+from wmtp.training.run_log import held_out_file
 
 
 def open_output(output_dir: str, cfg: DictConfig | None = None, *, resume: str | None = None) -> Output:
@@ -98,6 +99,8 @@ def _look(output: Output, what: str, results: Sequence[str], overwrite: bool, re
 def _is_result(path: Path, parts: Sequence[str], results: Sequence[str]) -> bool:
     """Returns whether a file holds work: it is whole and not empty, and records are of a step or a sample."""
     if parts[0] not in results or any(part.endswith(UNFINISHED) for part in parts):
+        return False
+    if "/".join(parts) == held_out_file(0):  # nothing had been trained
         return False
     if not path.exists():
         return True  # in S3

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -25,6 +26,9 @@ from wmtp.tracking.environment import (
     own_code,
 )
 from wmtp.tracking.store import use_store
+
+if TYPE_CHECKING:
+    from wmtp.training.validation import HeldOut
 
 _CODE = "code"
 
@@ -190,6 +194,14 @@ class RunLog:
             self._tracker.log_model(folder, folder / RUN_FILE, reference)
         self._output.upload(folder)
 
+    def held_out(self, found: "HeldOut", step: int) -> None:
+        """Writes an evaluation down: its metrics, and the CE of each document in a file, also in MLflow."""
+        if self._is_main:
+            file = self._output_dir / held_out_file(step)
+            found.write(file)
+            self.artifact(file, file.parent.name)
+        self.metrics(found.metrics, step)
+
     def page(self, name: str, html: str) -> None:
         """Writes a page below output_dir and copies it to MLflow, both under its name: ``folder/file.html``."""
         if self._is_main:
@@ -208,6 +220,11 @@ class RunLog:
         if self._tracker:
             self._tracker.close(status)
         use_store(None)
+
+
+def held_out_file(step: int) -> str:
+    """Returns the name below output_dir of the file of an evaluation after so many steps."""
+    return f"held_out/step_{step:08d}.parquet"
 
 
 def _last_step(metrics: Path) -> int:

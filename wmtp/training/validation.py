@@ -1,35 +1,131 @@
-"""Cross-entropy over whole data sets, each rank its share of the rows."""
+"""Cross-entropy over whole data sets and each of their documents, each rank its share of the rows."""
 
-from collections.abc import Callable
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from wmtp.config import ConfigError
 from wmtp.data import PackedDataset, validation_batches
 from wmtp.distributed import World, all_reduce_sum
+from wmtp.files import publish, unfinished
 from wmtp.loss import token_cross_entropy, weighted_mtp_cross_entropy
 from wmtp.models import MTPDecoder
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The cross-entropies of one evaluation, the same on every rank.
+
+    Attributes:
+        metrics: the mean of each head over all target tokens of a set, by its name: ``eval/ce_head1``, and
+            ``eval/code/ce_head1`` of a set that has a name.
+        documents: the columns of :meth:`write`, one row for each document and head that has targets in it.
+        sha256: of each set, its data and their packing.
+    """
+
+    metrics: dict[str, float]
+    documents: dict[str, list]
+    sha256: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Writes the documents as a Parquet file, atomically; equal figures are equal bytes.
+
+        Columns: ``set`` ("" for the only one), ``document`` (its id), ``number`` (its place in its set), ``head`` (from
+        1), ``targets`` (tokens) and ``ce`` (their mean, in nats), sorted by set, number and head. The file's metadata
+        hold :attr:`sha256` as JSON.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        types = {"set": pa.string(), "document": pa.string(), "number": pa.int32(), "head": pa.int8()}
+        types |= {"targets": pa.int32(), "ce": pa.float64()}
+        schema = pa.schema(types.items(), metadata={"sha256": json.dumps(self.sha256)})
+        written = unfinished(path)
+        pq.write_table(pa.table(self.documents, schema=schema), written)
+        publish(written, path)
+
+
+def held_out_sets(
+    section: DictConfig | None, pack: Callable[[DictConfig, str], PackedDataset]
+) -> dict[str, PackedDataset]:
+    """Returns a config's held-out sets by name: none, one without a name (""), or each of a mapping of sections.
+
+    Args:
+        section: ``eval_dataset``: a section that builds a data set, or sections by name.
+        pack: builds and packs the data set of a section, which has this name in messages.
+
+    Raises:
+        ConfigError: a name with other signs than letters, digits, _ and -, or that names no section.
+    """
+    if section is None:
+        return {}
+    if "_component_" in section or not section:
+        return {"": pack(section, "eval_dataset")}
+    named = {str(name): of_set for name, of_set in section.items()}
+    for name, of_set in named.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise ConfigError(f"eval_dataset has a set named {name!r}; use letters, digits, _ and -")
+        if not OmegaConf.is_dict(of_set):
+            raise ConfigError(
+                f"eval_dataset.{name} must be the section of a set of that name, got {of_set!r}; for one set without a "
+                "name give eval_dataset a _component_"
+            )
+    return {name: pack(of_set, f"eval_dataset.{name}") for name, of_set in named.items()}
+
+
 @torch.no_grad()
 def validate(
-    model: MTPDecoder, data: PackedDataset, inputs: Callable[[dict], dict], batch_size: int, world: World
-) -> list[float]:
-    """Computes the mean CE of each head, in nats per target token, over all of a data set; the same on every rank.
+    model: MTPDecoder,
+    sets: Mapping[str, PackedDataset],
+    inputs: Callable[[dict, PackedDataset], dict],
+    batch_size: int,
+    world: World,
+) -> HeldOut:
+    """Computes the CE of each head, in nats per target token, over all of each data set and over each document.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, which is left in evaluation mode.
-        inputs: what the model reads of a batch, on its device.
+        sets: by name; "" for one that needs none.
+        inputs: what the model reads of a batch of a set, on its device.
         batch_size: rows of one rank's batch.
     """
     model.eval()
-    sums = torch.zeros(2, model.num_future_tokens, dtype=torch.float64, device=world.device)
-    for batch in validation_batches(data, batch_size, world.rank, world.size):
-        out = model(**inputs(batch), labels=batch["labels"].to(world.device), loss_fn=weighted_mtp_cross_entropy)
-        sums += torch.stack([part.double().sum(dim=(1, 2)) for part in (out.ce, out.valid)])
-    ce, count = all_reduce_sum(sums)
-    return (ce / count).tolist()
+    found = HeldOut({}, {name: [] for name in ("set", "document", "number", "head", "targets", "ce")}, {})
+    for name, data in sorted(sets.items()):
+        heads = torch.zeros(2, model.num_future_tokens, dtype=torch.float64, device=world.device)
+        numbers = torch.tensor([number for members in data.members for number in members])
+        firsts = torch.tensor([0, *itertools.accumulate(map(len, data.members))])[:-1, None]  # of each row
+        documents = torch.zeros(*heads.shape, len(numbers), dtype=torch.float64)
+        for batch in validation_batches(data, batch_size, world.rank, world.size):
+            labels = batch["labels"].to(world.device)
+            out = model(**inputs(batch, data), labels=labels, loss_fn=weighted_mtp_cross_entropy)
+            heads += torch.stack([part.double().sum(dim=(1, 2)) for part in (out.ce, out.valid)])
+            rows = batch["rows"]
+            of_token = firsts[rows] + batch["document_ids"][: len(rows)].clamp(min=0)  # padding has CE and count 0
+            for total, part in zip(documents, (out.ce, out.valid), strict=True):
+                total.index_add_(1, of_token.flatten(), part[:, : len(rows)].cpu().double().flatten(1))
+        ce, count = all_reduce_sum(heads)
+        prefix = f"eval/{name}/" if name else "eval/"
+        found.metrics.update({f"{prefix}ce_head{k}": mean for k, mean in enumerate((ce / count).tolist(), start=1)})
+        # Every document was scored by one rank, and is 0 on the others.
+        ce, count = all_reduce_sum(documents.to(world.device)).cpu()
+        ids = [document for row in range(len(data)) for document in data.row_ids(row)]
+        for i in numbers.argsort().tolist():
+            for head in count[:, i].nonzero().flatten().tolist():
+                targets = int(count[head, i])
+                values = (name, ids[i], int(numbers[i]), head + 1, targets, float(ce[head, i]) / targets)
+                for column, value in zip(found.documents.values(), values, strict=True):
+                    column.append(value)
+        found.sha256[name] = data.fingerprint
+    return found
 
 
 @torch.no_grad()
@@ -49,7 +145,9 @@ def epoch_cross_entropy(
     Args:
         kept: of an earlier call, returned again where it is of this epoch and of so many heads.
         model: left in training mode.
-        data, inputs, batch_size: as in :func:`validate`.
+        data: whose targets.
+        inputs: what the model reads of a batch, on its device.
+        batch_size: rows of one rank's batch.
 
     Returns:
         ``epoch``, and ``ce`` [heads, R, S] float32 on the CPU: small state of a checkpoint.
