@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wmtp.config import build
 from wmtp.config.files import load
 from wmtp.loss import mtp_loss
-from wmtp.training.flops import _loss, kept_share, step_flops
+from wmtp.training.flops import _loss, kept_share, flops_per_step
 from wmtp.training.performance import model_flops
 from wmtp.weighting import any_weighting, dft, random_matched, rho1, uniform
 
@@ -32,7 +32,7 @@ def test_plain_training_is_the_count_by_hand(name):
     cfg = config(name)
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
     model = model_of(cfg)
-    assert step_flops(cfg) == model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
+    assert flops_per_step(cfg) == model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
 
 
 def test_adapters_save_the_gradients_of_what_is_frozen():
@@ -40,14 +40,14 @@ def test_adapters_save_the_gradients_of_what_is_frozen():
     tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
     model = model_of(cfg)
     by_hand = model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
-    assert step_flops(cfg) == pytest.approx(by_hand, rel=1e-12)
-    assert by_hand < step_flops(config("tiny/uniform"))
+    assert flops_per_step(cfg) == pytest.approx(by_hand, rel=1e-12)
+    assert by_hand < flops_per_step(config("tiny/uniform"))
 
 
 def test_a_step_of_so_many_targets_is_so_many_positions():
     cfg = config("tiny/uniform")
     targets = config("tiny/uniform", ("gradient_accumulation_steps", None), ("tokens_per_step", 1024))
-    assert step_flops(targets) == step_flops(cfg) * 1024 / (cfg.batch_size * cfg.seq_len)
+    assert flops_per_step(targets) == flops_per_step(cfg) * 1024 / (cfg.batch_size * cfg.seq_len)
 
 
 def products(weighting, heads=3, seq=201, dim=8, vocab=50):

@@ -16,7 +16,7 @@ from wmtp.weighting.base import AnyWeighting, Signals, any_weighting
 _SAMPLE = 4096  # targets of the sample that tells how many a weighting leaves out
 
 
-def step_flops(cfg: DictConfig) -> float:
+def flops_per_step(cfg: DictConfig) -> float:
     """Counts the floating-point operations of one process's optimizer step of a training config.
 
     A step of the config's models runs on the meta device, which knows shapes and no numbers, so 7B takes seconds and no
