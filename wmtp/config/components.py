@@ -43,12 +43,9 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
         return None
     component, path = component_of(section, where), section._component_
     parameters = _parameters(component)
-    by_name = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    by_name = _names(parameters)
     allowed = by_name - set(kwargs) - set(list(parameters)[: len(args)])
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key in section:
-        if key != "_component_" and key not in allowed and not takes_any:
-            raise ConfigError(unknown_key(str(key), allowed, where))
+    _refuse_unknown(section, parameters, allowed, where)
     if "signals" in allowed and "signals" not in section:
         component, allowed = functools.partial(functools.partial, component), allowed - {"signals"}
     missing = [n for n in allowed if parameters[n].default is inspect.Parameter.empty and n not in section]
@@ -69,6 +66,33 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
         if raised_in(error) != __file__:
             raise
         raise ConfigError(f"{where} ({path}): {one_line(error)}") from error
+
+
+def check_keys(node: Any, where: str = "") -> None:
+    """Looks every key of a config's components up in their signatures, at any depth; builds nothing.
+
+    Raises:
+        ConfigError: a component that cannot be found, or a key that it does not take.
+    """
+    if OmegaConf.is_dict(node) and "_component_" in node:
+        parameters = _parameters(component_of(node, where))
+        _refuse_unknown(node, parameters, _names(parameters), where)
+    if OmegaConf.is_config(node):
+        for key in node if OmegaConf.is_dict(node) else range(len(node)):
+            check_keys(node[key], f"{where}.{key}" if where else str(key))
+
+
+def _names(parameters: Mapping[str, inspect.Parameter]) -> set[str]:
+    return {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
+def _refuse_unknown(
+    section: DictConfig, parameters: Mapping[str, inspect.Parameter], allowed: set[str], where: str
+) -> None:
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key in section:
+        if key != "_component_" and key not in allowed and not takes_any:
+            raise ConfigError(unknown_key(str(key), allowed, where))
 
 
 def component_of(section: DictConfig, where: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,25 @@ def read_command_line(arguments: Sequence[str], about: str | None = None) -> Dic
     parser.add_argument("--config", required=True, help="YAML file; change its keys with key=value, or ~key to remove")
     parser.add_argument("--print-config", action="store_true", help="print the whole config as it would run, and end")
     known, changes = parser.parse_known_args(arguments)
-    cfg = load(known.config)
+    cfg = changed(load(known.config), changes)
+    if known.print_config:
+        if os.environ.get("RANK", "0") == "0":
+            print(OmegaConf.to_yaml(cfg), end="")
+        raise SystemExit
+    return cfg
+
+
+def changed(cfg: DictConfig, changes: Iterable[str]) -> DictConfig:
+    """Makes the changes of a command line in a config, and returns it.
+
+    Raises:
+        ConfigError: an argument is no change of a key.
+    """
     for change in changes:
         try:
             _change(cfg, change)
         except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
             raise ConfigError(f"{change!r} on the command line: {one_line(error)}") from error
-    if known.print_config:
-        if os.environ.get("RANK", "0") == "0":
-            print(OmegaConf.to_yaml(cfg), end="")
-        raise SystemExit
     return cfg
 
 

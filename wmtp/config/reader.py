@@ -128,6 +128,11 @@ class ConfigReader:
             got = "true, as YAML reads on and yes too" if value else "false, as YAML reads off and no too"
         raise ConfigError(f"{key} must be one of {', '.join(reversed(names.values()))}, got {got}")
 
+    def plain(self, key: str, default: Any = _REQUIRED) -> Any:
+        """Returns a value of nested lists and sections as Python's own."""
+        value = self.get(key, default)
+        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
     def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
         """Returns a section of the config, for :func:`build`."""
         value = self.get(key, None if optional else _REQUIRED)

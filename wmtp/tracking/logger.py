@@ -40,6 +40,7 @@ class MLflowLogger:
         system_metrics_seconds: between figures of CPU, memory, disk, network and GPU; null for none.
         flush_seconds: for :meth:`close` to go on trying while nothing is accepted.
         log_export: log exported models as artifact `export`, or by reference if they are in S3.
+        tags: further tags of the run, by name.
 
     Raises:
         ValueError: a store that cannot be used, or credentials that it refuses.
@@ -53,6 +54,7 @@ class MLflowLogger:
     system_metrics_seconds: float | None = 30.0
     flush_seconds: float = 60.0
     log_export: bool = True
+    tags: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.tracking_uri is not None and mask_secrets(self.tracking_uri) != self.tracking_uri:
@@ -136,6 +138,8 @@ class MLflowLogger:
         if self._resumed:
             self._record("resumed")
         self._sender.start(self._spool)
+        if self.tags:
+            self.log_tags(self.tags)
         if self.system_metrics_seconds is not None:
             started = self._run["started"]
             log = lambda metrics: self.log_dict(metrics, (_now() - started) // 1000)

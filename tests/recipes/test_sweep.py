@@ -1,0 +1,181 @@
+"""A sweep gives one table, whatever the order, the number of workers, and who is killed when."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from omegaconf import OmegaConf
+from processes import run_recipe_file, start
+
+from runs import ROOT
+
+STUB = ROOT / "tests" / "recipes" / "sweep_stub.py"
+
+
+class Sweep:
+    """A sweep of the stub in a folder, with as many workers as a test starts."""
+
+    def __init__(self, folder, **keys):
+        self.folder, self._workers = Path(folder), 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        base = {"output_dir": "", "seed": 0, "resume": False, "tracking": None, "steps": 5, "seconds": 0.02, "lr": 1.0}
+        self.write("base.yaml", base | {"fails": False, "logs": "eval/ce_head1"})
+        self._keys = {"output_dir": str(self.folder / "sweep"), "study": "stub", "recipe": str(STUB)}
+        self._keys |= {"config": str(self.folder / "base.yaml"), "heartbeat_seconds": 1, "seeds": [0, 1]}
+        self._keys |= {"axes": {"lr": [0.1, 0.3, 0.5]}, "tracking": None, **keys}
+
+    def write(self, name, keys):
+        OmegaConf.save(OmegaConf.create(keys), self.folder / name)
+        return str(self.folder / name)
+
+    def worker(self, **changes):
+        """One more worker, not waited for."""
+        self._workers += 1
+        keys = {key: value for key, value in {**self._keys, **changes}.items()}
+        path = self.write(f"worker{self._workers}.yaml", keys)
+        return start(run_recipe_file, "sweep_wmtp", path, log=self.folder / f"worker{self._workers}.txt")
+
+    def run(self, code=0, **changes):
+        """The table after one worker has ended with this status, and what it printed."""
+        worker = self.worker(**changes)
+        worker.join(code=code)
+        return self.table() if code == 0 else None, worker.log.read_text()
+
+    def table(self):
+        """What must be the same each time."""
+        table = json.loads((self.folder / "sweep" / "table.json").read_text().replace(str(self.folder), "HERE"))
+        table.pop("seconds")
+        return table
+
+    def ledgers(self):
+        """The lines of every run about its starts and ends, by its folder."""
+        files = (self.folder / "sweep").rglob("ledger")
+        return {str(p.parent.relative_to(self.folder / "sweep")): p.read_text().splitlines() for p in files}
+
+    def ends(self):
+        """How often each run came to its end by steps of its own: one that found all of them done is none."""
+        found = {}
+        for name, lines in self.ledgers().items():
+            pairs = itertools.pairwise(lines)
+            found[name] = sum(after.startswith("end") and f"start {after[4:]}" not in line for line, after in pairs)
+        return found
+
+
+def stubs():
+    """The stub's processes that run."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if str(STUB) in (process.info["cmdline"] or [])[1:2]:
+            found.append(process)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    sweep = Sweep(tmp_path_factory.mktemp("undisturbed"))
+    table, _ = sweep.run()
+    assert set(sweep.ends().values()) == {1} and len(sweep.ends()) == 6
+    return table
+
+
+def test_the_table_has_every_cell_with_its_seeds(undisturbed):
+    assert [row["cell"] for row in undisturbed["rows"]] == ["lr-0.1", "lr-0.1", "lr-0.3", "lr-0.3", "lr-0.5", "lr-0.5"]
+    assert [row["seed"] for row in undisturbed["rows"]] == [0, 1] * 3
+    best = undisturbed["cells"][0]
+    assert best["cell"] == "lr-0.3" and best["axes"] == {"lr": 0.3}
+    assert best["mean"] == pytest.approx(0.2 + 0.005) and best["sd"] == pytest.approx(0.01 / 2**0.5)
+    assert "lr=0.1 seed=0" in undisturbed["rows"][0]["command"]
+
+
+def test_two_workers_with_two_runs_each_share_the_cells(tmp_path, undisturbed):
+    sweep = Sweep(tmp_path)
+    workers = [sweep.worker(max_parallel=2) for _ in range(2)]
+    for worker in workers:
+        worker.join()
+    assert sweep.table() == undisturbed
+    assert set(sweep.ends().values()) == {1}
+
+
+def test_ten_kills_of_worker_and_run_lose_nothing(tmp_path, undisturbed):
+    sweep, chance = Sweep(tmp_path), random.Random(0)
+    (tmp_path / "slow.yaml").write_text((tmp_path / "base.yaml").read_text().replace("0.02", "0.3"))
+    worker, kills = None, Counter()
+    while sum(kills.values()) < 10:
+        if worker is None or not worker.running():
+            worker = sweep.worker(config=str(tmp_path / "slow.yaml"), max_parallel=2)
+        time.sleep(chance.uniform(0.5, 2))
+        running = [process for process in stubs() if str(tmp_path) in " ".join(process.cmdline())]
+        what = "worker" if chance.random() < 0.5 else "run"
+        target = worker.pids[0] if what == "worker" else running[0].pid if running else None
+        if target is not None and worker.running():
+            os.kill(target, signal.SIGKILL)
+            kills[what] += 1
+            if what == "worker":
+                worker.members[0].join()
+    assert min(kills.values()) >= 3
+    table, _ = sweep.run(config=str(tmp_path / "slow.yaml"), max_parallel=2)
+    for row in table["rows"]:
+        row["command"] = row["command"].replace("slow.yaml", "base.yaml")
+    assert table == undisturbed
+    assert set(sweep.ends().values()) == {1}, sweep.ledgers()
+
+
+def test_a_run_ends_with_its_worker(tmp_path):
+    sweep = Sweep(tmp_path, axes={}, seeds=[0], overrides={"steps": 10_000})
+    worker = sweep.worker()
+    own = lambda: [process for process in stubs() if str(tmp_path) in " ".join(process.cmdline())]
+    _until(lambda: own() and sweep.ledgers())
+    os.kill(worker.pids[0], signal.SIGKILL)
+    _until(lambda: not own())
+
+
+def test_a_signal_saves_and_gives_back(tmp_path, undisturbed):
+    sweep = Sweep(tmp_path)
+    worker = sweep.worker(overrides={"seconds": 0.02})
+    _until(lambda: len(sweep.ledgers()) >= 2)
+    os.kill(worker.pids[0], signal.SIGTERM)
+    worker.join(code=75)
+    assert "to go on: the same command" in worker.log.read_text()
+    table, _ = sweep.run(overrides={"seconds": 0.02})
+    for row in table["rows"]:
+        row["command"] = row["command"].replace(" seconds=0.02", "")
+    assert table == undisturbed
+    assert set(sweep.ends().values()) == {1}
+
+
+def test_a_budget_of_cells_ends_a_worker(tmp_path):
+    sweep = Sweep(tmp_path)
+    _, said = sweep.run(code=75, max_cells=2)
+    assert sum(sweep.ends().values()) == 2 and "2 done of 6 cells" in said
+    sweep.run()
+    assert sum(sweep.ends().values()) == 6
+
+
+def test_a_failed_cell_is_kept_with_its_line_and_can_be_tried_again(tmp_path):
+    cells = [{"name": "bad", "overrides": {"fails": True}}, {"name": "good"}]
+    sweep = Sweep(tmp_path, axes={}, cells=cells, seeds=[0])
+    table, said = sweep.run()
+    bad, good = table["rows"]
+    assert (bad["state"], good["state"]) == ("failed", "done")
+    assert bad["error"].startswith("ValueError: error: it cannot be") and "seed-0.log" in bad["error"]
+    assert bad["error"] in (tmp_path / "sweep" / "table.md").read_text().replace(str(tmp_path), "HERE")
+    assert "1 failed" in said and "retry_failed=true" in said
+    sweep.run()
+    assert Counter(line.split()[0] for line in sweep.ledgers()["cells/bad/seed-0"]) == {"start": 1}
+    sweep.run(retry_failed=True)
+    assert Counter(line.split()[0] for line in sweep.ledgers()["cells/bad/seed-0"]) == {"start": 2}
+    assert sweep.ends()["cells/good/seed-0"] == 1
+
+
+def _until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
