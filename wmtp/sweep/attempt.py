@@ -71,7 +71,7 @@ class Attempt:
         self._outcome: tuple[TrialState, float | None, dict[str, Any]] | None = None
         self._stopping = self._pruned = self.ended = False
         self._start_at = self._began = 0.0
-        self._kills, self._at, self._reported = 0, (0, 0), -1
+        self._kills, self._at, self._reported = 0, ("", 0), -1
 
     def poll(self) -> str | None:
         """Does what is to be done now; returns a line about how the attempt ended, once it has."""

@@ -20,6 +20,7 @@ import optuna
 import psutil
 from optuna.exceptions import DuplicatedStudyError, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -101,7 +102,7 @@ class Study:
         sampler: optuna.samplers.BaseSampler | None = None, pruner: optuna.pruners.BasePruner | None = None,
     ) -> None:  # fmt: skip
         self._cells, self._search, self.maximize = cells, search, maximize
-        direction = "maximize" if maximize else "minimize"
+        direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
         with clear_storage_errors(storage.url):
             try:
                 self.study = optuna.create_study(
@@ -111,7 +112,7 @@ class Study:
             except DuplicatedStudyError:
                 self.study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
                 self.is_new = False
-            self._storage, self._id = self.study._storage, self.study._study_id
+            self._storage, self._heart = self.study._storage, storage
 
     # ------------------------------------------------------------------------------------------------------------------
     # What the study is
@@ -216,7 +217,7 @@ class Study:
     def _take(self, trial: FrozenTrial) -> bool:
         number, name = trial._trial_id, trial.user_attrs.get(CELL)
         try:
-            self._storage.record_heartbeat(number)  # first: a trial without one is never taken for dead
+            self._heart.record_heartbeat(number)  # first: a trial without one is never taken for dead
             if not self._storage.set_trial_state_values(number, TrialState.RUNNING):
                 return False
         except UpdateFinishedTrialError:
@@ -235,7 +236,7 @@ class Study:
         """
         mine = set(mine)
         for number in mine:
-            self._storage.record_heartbeat(number)
+            self._heart.record_heartbeat(number)
         fail_stale_trials(self.study)
         running = {trial._trial_id: trial for trial in self.trials() if trial.state == TrialState.RUNNING}
         for number in set(running) - mine:

@@ -128,7 +128,7 @@ def progress(study: Study) -> str:
     text = ", ".join(f"{count} {state}" for state, count in number.items() if count or state == "done")
     text += f" of {study.size} cells"
     ended = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
-    values = [trial.value for trial in ended if trial.state == TrialState.COMPLETE]
+    values = [trial.value for trial in ended if trial.value is not None]
     if values:
         text += f"; best {max(values) if study.maximize else min(values):.4f}"
     left = study.size - len(ended) - number["failed"]
