@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "configuration.md"
 MODELS = ("tiny", "smollm2_135m", "meta_mtp_7b", "codellama_7b")  # from small to large; folders added later come after
 HERE = "; here: "
+FREE = {"sweep_wmtp": ("controls", "overrides", "axes", "search", "evaluations")}  # whose keys are other recipes', or names
 REQUIRED, UNKNOWN = "required", ""
 
 _HEAD = """# Configuration
@@ -89,9 +90,12 @@ def read_config(path: Path) -> Config:
     lines = text.splitlines()
     banners = [(n, line[6:].strip()) for n, line in enumerate(lines) if line.startswith("# ---- ")]
     entries = []
+    free = FREE.get(next(iter(recipes)), ())
     for key, key_node, value_node, component in _keys(yaml.compose(text), "", None):
+        if key.partition(".")[0] in free and "." in key:
+            continue
         n = key_node.start_mark.line
-        block = isinstance(value_node, yaml.MappingNode) and not value_node.flow_style
+        block = isinstance(value_node, yaml.MappingNode | yaml.SequenceNode) and not value_node.flow_style
         end = key_node.end_mark if block else value_node.end_mark
         comment = lines[end.line][end.column :].partition("#")[2].strip()
         meaning, _, here = comment.partition(HERE)
@@ -110,7 +114,12 @@ def _with_inherited(path: Path, entries: list[Entry]) -> tuple[Entry, ...]:
     if base is None:
         return tuple(own.values())
     inherited = read_config((path.parent / base).resolve()).entries
-    components = {entry.key.rpartition(".")[0]: entry.value for entry in inherited if entry.key.endswith("_component_")}
+    dropped = tuple(f"{key[1:]}." for key in own if key.startswith("~"))
+    components = {
+        entry.key.rpartition(".")[0]: entry.value
+        for entry in inherited
+        if entry.key.endswith("_component_") and not entry.key.startswith(dropped)
+    }
     gone = {re.sub(r"(^|\.)~", r"\1", key) for key in own if "~" in key}
     # What is no section any more, or another component's.
     gone |= {key for key, entry in own.items() if entry.value is not None}
