@@ -16,7 +16,7 @@ tune run --nproc_per_node 2 $recipe --config configs/smollm2_135m/rho1.yaml \
   reference_checkpoint=runs/quickstart/reference/export
 
 echo
-python -m wmtp.report runs/quickstart/reference runs/quickstart/rho1
+for run in reference rho1; do python -m wmtp.report runs/quickstart/$run; done  # of other data: not to be compared
 cat <<EOF
 
 Done in $((SECONDS - started)) s. What to do next:

@@ -40,7 +40,7 @@ def test_a_run_that_goes_on_replaces_its_figures_at_one_stroke(begin, tmp_path):
     assert json.loads(lines[2]) == {**json.loads(first[2]), "loss": 7.0}  # with its time: to MLflow the same step
     assert len(lines) == 3
     assert [json.loads(line)["step"] for line in before.read_text().splitlines()] == [1, 2, 3]
-    assert sorted(path.name for path in file.parent.iterdir()) == ["config.yaml", "metrics.jsonl"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["config.yaml", "metrics.jsonl", "tags.json"]
 
 
 def test_no_checkpoint_of_a_run_that_is_replaced_stays_to_be_gone_on_from(begin, tmp_path):

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
 
 _AT_ONCE = 1000  # resamples drawn at once: bounds memory
-_QUANTILES = 2000  # of the error's distribution: power is then right to three decimals
+_DRAWS = 4000  # of true and estimated errors: power is then right to about half a point
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,25 @@ class MeanDifference:
 
     Attributes:
         mean: of all seeds and units.
-        errors: standard errors with their degrees of freedom; (mean - true mean) / error is t distributed.
+        squares: MS_seed, MS_unit and MS_rest of the two-way layout; of one seed or one unit the only variance.
         seeds, units: S and U.
     """
 
     mean: float
-    errors: tuple[tuple[float, float], ...]
+    squares: tuple[float, ...]
     seeds: int
     units: int
 
+    @property
+    def errors(self) -> list[tuple[float, float]]:
+        """Returns the standard errors with their degrees of freedom: (mean - true) / error is t distributed."""
+        pairs = _standard_errors(np.array(self.squares), self.seeds, self.units)
+        return [(float(error), float(freedom)) for error, freedom in pairs]
+
     def interval(self, level: float = 0.95) -> Interval:
         """Returns the widest t interval."""
-        half = max(error * stats.t.ppf((1 + level) / 2, freedom) for error, freedom in self.errors)
-        return Interval(self.mean, self.mean - half, self.mean + half)
+        half = max(error * special.stdtrit(freedom, (1 + level) / 2) for error, freedom in self.errors)
+        return Interval(self.mean, float(self.mean - half), float(self.mean + half))
 
     def p_value(self) -> float:
         """Returns the two-sided p of no difference."""
@@ -56,29 +63,69 @@ class MeanDifference:
         return max(self.p_below(margin), self.p_above(-margin))
 
     def smallest_effect(self, power: float = 0.8, alpha: float = 0.05) -> float:
-        """Returns the true difference that a two-sided test at ``alpha`` would have found with this power.
+        """Returns the true difference that the same study, made anew, would find at ``alpha`` with this probability.
 
-        The errors are taken for the true ones; where they come from three seeds they may well be off by a half.
+        Found is what is significant by all errors at once. The true errors are not known: they are drawn from what the
+        mean squares leave open, and the new study's estimates of them from these. Taking the estimates for the true
+        errors promises too much: with three seeds 0.8 was 0.7 (benchmarks/claims.py).
         """
-        return max(_smallest(error, freedom, power, alpha) for error, freedom in self.errors)
+        free, rng = _freedom(self.seeds, self.units), np.random.default_rng(0)
+        true = np.array(self.squares) * free / rng.chisquare(free, (_DRAWS, len(free)))
+        if len(free) == 3:
+            true[:, 0] = _seeds_given(self.squares[0], free[0], true[:, 2], rng)
+            true[:, 1] = np.maximum(true[:, 1], true[:, 2])  # units add to the rest
+        again = _standard_errors(true * rng.chisquare(free, true.shape) / free, self.seeds, self.units)
+        needed = np.max([error * special.stdtrit(freedom, 1 - alpha / 2) for error, freedom in again], axis=0)
+        variance = true[:, 0] + true[:, 1] - true[:, 2] if len(free) == 3 else true[:, 0]
+        error = np.sqrt(variance / (self.seeds * self.units))
+        if not error.all():
+            return 0.0
+
+        def missing(effect: float) -> float:
+            found = special.ndtr((effect - needed) / error) + special.ndtr((-effect - needed) / error)
+            return float(found.mean()) - power
+
+        return float(optimize.brentq(missing, 0.0, (needed + 10 * error).max(), xtol=1e-12, rtol=1e-6))
+
+
+def _seeds_given(square: float, freedom: int, rest: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Draws the true MS_seed from its posterior, given an estimate and draws of the true MS_rest, which it includes.
+
+    Two seeds more or less say little, so the prior matters: seeds that add nothing are as likely as seeds that add
+    something, with a flat logarithm of MS_seed up to _MOST_SEEDS MS_rest.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing varies
+        at_rest = square * freedom / rest
+        below = special.chdtr(freedom, at_rest)
+        nothing = np.log(_MOST_SEEDS) * at_rest * stats.chi2.pdf(at_rest, freedom)
+        more = square * freedom / special.chdtri(freedom, 1 - rng.random(len(rest)) * below)
+        return np.where(rng.random(len(rest)) * (nothing + below) < nothing, rest, np.fmax(more, rest))
 
 
 def _cdf(distance: float, error: float, freedom: float) -> float:
     if error == 0:
         return 0.5 if distance == 0 else float(distance > 0)
-    return float(stats.t.cdf(distance / error, freedom))
+    return float(special.stdtr(freedom, distance / error))
 
 
-def _smallest(error: float, freedom: float, power: float, alpha: float) -> float:
-    critical = stats.t.ppf(1 - alpha / 2, freedom)
-    # The noncentral t as a mean over the estimated error, at its quantiles: SciPy's own gives NaN far out.
-    middles = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
-    bound = critical * np.sqrt(stats.chi2.ppf(middles, freedom) / freedom)
+def _freedom(seeds: int, units: int) -> np.ndarray:
+    if seeds == 1 or units == 1:
+        return np.array([seeds * units - 1])
+    return np.array([seeds - 1, units - 1, (seeds - 1) * (units - 1)])
 
-    def missing(shift: float) -> float:
-        return float((stats.norm.sf(bound - shift) + stats.norm.cdf(-bound - shift)).mean()) - power
 
-    return float(error * optimize.brentq(missing, 0.0, bound.max() + 10))
+def _standard_errors(squares: np.ndarray, seeds: int, units: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the errors of :func:`mean_difference` with their degrees of freedom, from [..., 1 or 3] mean squares."""
+    free = _freedom(seeds, units)
+    of_seeds, over_seeds = squares[..., 0], np.full(squares.shape[:-1], free[0])
+    if len(free) == 1:
+        return [(np.sqrt(of_seeds / (seeds * units)), over_seeds)]
+    both, larger = of_seeds + squares[..., 1] - squares[..., 2], squares[..., :2].max(axis=-1)
+    with np.errstate(invalid="ignore"):  # 0 / 0 where nothing varies: not used
+        satterthwaite = both**2 / (squares**2 / free).sum(axis=-1)
+    freedom = np.where(both > larger, satterthwaite, free[squares[..., :2].argmax(axis=-1)])
+    both, freedom = np.maximum(both, larger), np.minimum(freedom, 2 * free[0])
+    return [(np.sqrt(part / (seeds * units)), of) for part, of in ((both, freedom), (of_seeds, over_seeds))]
 
 
 def mean_difference(differences: np.ndarray, weights: np.ndarray | None = None) -> MeanDifference:
@@ -89,7 +136,7 @@ def mean_difference(differences: np.ndarray, weights: np.ndarray | None = None) 
     - over seeds and units, var(mean) = (MS_seed + MS_unit - MS_rest) / (S U), never less than one of the first two
       alone, with Satterthwaite's degrees of freedom: the quasi-F of Clark (1973, "The language-as-fixed-effect
       fallacy"). With few seeds these are estimated too high just where MS_seed came out too low, so they are at most
-      3 (S - 1);
+      2 (S - 1);
     - over seeds alone, MS_seed / (S U) with S - 1: the paired t test of the runs' means.
 
     Either alone claims too much, in up to 27 % and 15 % of studies under the null; both together in 5
@@ -114,21 +161,11 @@ def mean_difference(differences: np.ndarray, weights: np.ndarray | None = None) 
     mean = float(d.mean())
     rows, columns = d.mean(axis=1), d.mean(axis=0)
     if num_seeds == 1 or num_units == 1:
-        alone = columns if num_seeds == 1 else rows
-        return MeanDifference(mean, ((float(stats.sem(alone)), len(alone) - 1),), num_seeds, num_units)
-    free = np.array([num_seeds - 1, num_units - 1, (num_seeds - 1) * (num_units - 1)])
-    rest = d - rows[:, None] - columns + mean
-    squares = np.array(
-        [num_units * np.var(rows, ddof=1), num_seeds * np.var(columns, ddof=1), (rest**2).sum() / free[2]]
-    )
-    both, larger = squares[0] + squares[1] - squares[2], int(squares[:2].argmax())
-    if both > squares[larger]:
-        freedom = both**2 / (squares**2 / free).sum()
-    else:
-        both, freedom = squares[larger], free[larger]
-    errors = (both, min(freedom, 3 * free[0])), (squares[0], free[0])
-    found = tuple((float(np.sqrt(variance / d.size)), float(freedom)) for variance, freedom in errors)
-    return MeanDifference(mean, found, num_seeds, num_units)
+        return MeanDifference(mean, (float(np.var(d, ddof=1)),), num_seeds, num_units)
+    rest = (d - rows[:, None] - columns + mean) ** 2
+    of_rest = rest.sum() / ((num_seeds - 1) * (num_units - 1))
+    squares = (num_units * np.var(rows, ddof=1), num_seeds * np.var(columns, ddof=1), of_rest)
+    return MeanDifference(mean, tuple(map(float, squares)), num_seeds, num_units)
 
 
 def crossed_bootstrap(

@@ -1,11 +1,46 @@
-"""Summaries of runs from their metrics.jsonl: python -m wmtp.report runs/tiny/rho1"""
+"""What runs say, alone and beside each other.
 
+python -m wmtp.report runs/tiny/rho1                      a run's held-out CE before and after, and its speed
+python -m wmtp.report runs/a runs/b 0123...cdef           folders or MLflow ids; seeds are grouped by their config
+    [baseline=RUN-or-cell] [set=code] [head=1]            what is compared with what
+    [margin=0.01]                                         also test equivalence: differences up to it do not matter
+    [allow_mixed=true]                                    show runs apart that cannot be compared
+    [details=true]                                        all statistics of each comparison, as JSON lines
+"""
+
+import json
 import sys
 from pathlib import Path
 
-from wmtp.errors import clear_errors
-from wmtp.report.run_summary import run_summary
+from omegaconf import OmegaConf
 
-with clear_errors():
-    for argument in sys.argv[1:]:
-        print(run_summary(Path(argument)))
+from wmtp.config import ConfigError, ConfigReader
+from wmtp.errors import clear_errors
+from wmtp.report.comparison import compare_runs, table_text
+from wmtp.report.run_summary import run_summary
+from wmtp.report.runs import load_runs, require_comparable
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a summary of one run, or a table of several and what they show."""
+    names = [a for a in arguments if "=" not in a or Path(a).exists()]
+    read = ConfigReader(OmegaConf.from_dotlist([a for a in arguments if a not in names]))
+    baseline, set_name = read.get("baseline", None), str(read.get("set", ""))
+    head, margin = read.integer("head", 1, minimum=1) or 1, read.number("margin", None, above=0)
+    allow_mixed, details = read.flag("allow_mixed", False), read.flag("details", False)
+    read.done()
+    if not names:
+        raise ConfigError("no run is given: python -m wmtp.report RUN RUN ..., of output folders or MLflow run ids")
+    runs = load_runs(names)
+    if len(runs) == 1:
+        print(run_summary(runs[0]))
+        return
+    for group in require_comparable(runs, allow_mixed):
+        print(table_text(group))
+        for comparison in compare_runs(group, baseline=baseline, set_name=set_name, head=head, margin=margin):
+            print(json.dumps(comparison.statistics()) if details else comparison)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(sys.argv[1:])

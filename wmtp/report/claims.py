@@ -11,13 +11,23 @@ without being held against them, is called uncontrolled: sparser or merely diffe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
-from wmtp.numerics.paired import MeanDifference, effect_size, holm, mean_difference
+from wmtp.numerics.paired import (
+    MeanDifference,
+    crossed_bootstrap,
+    effect_size,
+    holm,
+    mean_difference,
+    sign_flip,
+    signed_rank,
+)
 
 _SHOWN_AS_SMALL = 0.001
 
@@ -31,10 +41,9 @@ class Comparison:
         difference: the mean of arm minus baseline.
         p: after Holm's adjustment over all of the study's comparisons.
         comparisons: how many these are.
-        interval: of the difference; without adjustment.
-        effect: Cohen's d of the units' differences, averaged over seeds.
-        smallest: the true difference that would have been found, at the level adjusted for all, with ``power``.
-        p_equivalent: of TOST, where the study names a margin.
+        differences: [S, U] of each seed and unit.
+        weights: [U], as in :func:`~wmtp.numerics.paired.mean_difference`; None for all alike.
+        seeds_left_out: that only one of the two has.
         missing_controls: of the arm, that the study does not hold it against.
         unit: of the metric, such as ``nats``.
         lower_is_better: of the metric.
@@ -46,16 +55,63 @@ class Comparison:
     difference: MeanDifference
     p: float
     comparisons: int
-    interval: Interval
-    effect: float
-    smallest: float
-    p_equivalent: float | None
+    differences: np.ndarray = field(repr=False, compare=False)
+    weights: np.ndarray | None = field(repr=False, compare=False)
+    seeds_left_out: int
     missing_controls: tuple[str, ...]
     unit: str
     lower_is_better: bool
     alpha: float
     power: float
     margin: float | None
+
+    @property
+    def interval(self) -> Interval:
+        """Returns the interval of the difference, without adjustment."""
+        return self.difference.interval(1 - self.alpha)
+
+    @cached_property
+    def smallest(self) -> float:
+        """Returns the true difference that would have been found, at the level adjusted for all, with ``power``."""
+        return self.difference.smallest_effect(self.power, self.alpha / self.comparisons)
+
+    @property
+    def p_equivalent(self) -> float | None:
+        """Returns the p of TOST; None where the study names no margin."""
+        return None if self.margin is None else self.difference.p_equivalent(self.margin)
+
+    @property
+    def effect(self) -> float:
+        """Returns Cohen's d of the units' differences, averaged over seeds; of the seeds' where there is one unit."""
+        return effect_size(self.differences.mean(axis=0) if self.difference.units > 1 else self.differences[:, 0])
+
+    def statistics(self, groups: Sequence[str] | None = None) -> dict[str, Any]:
+        """Returns all that is computed of a comparison, as JSON values.
+
+        Args:
+            groups: [U] the cluster of each unit, such as its file: the bootstrap draws these.
+
+        Tests beside the claim's see the units alone, averaged over seeds, or the seeds alone: what they find is no
+        finding over both.
+        """
+        over_units = self.differences.mean(axis=0)
+        over_seeds = np.average(self.differences, axis=1, weights=self.weights)
+        bootstrap = crossed_bootstrap(self.differences, weights=self.weights, groups=groups)
+        found = {
+            "arm": self.arm, "baseline": self.baseline, "claim": str(self), "found": self.found, "unit": self.unit,
+            "seeds": self.difference.seeds, "units": self.difference.units, "difference": self.difference.mean,
+            "interval": [self.interval.low, self.interval.high], "p": self.difference.p_value(), "p_holm": self.p,
+            "comparisons": self.comparisons, "errors_and_freedom": self.difference.errors,
+            "smallest_found": self.smallest, "power": self.power, "margin": self.margin, "p_tost": self.p_equivalent,
+            "bootstrap_interval": [bootstrap.low, bootstrap.high],
+            "difference_by_seed": over_seeds.tolist(), "missing_controls": list(self.missing_controls),
+        }  # fmt: skip
+        for name, values in (("units", over_units), ("seeds", over_seeds)):
+            if len(values) > 1:
+                found[f"wilcoxon_p_over_{name}"] = signed_rank(values)
+                found[f"sign_flip_p_over_{name}"] = sign_flip(values)
+                found[f"effect_size_over_{name}"] = effect_size(values)
+        return {key: None if isinstance(value, float) and np.isnan(value) else value for key, value in found.items()}
 
     @property
     def found(self) -> bool:
@@ -74,6 +130,8 @@ class Comparison:
             p += f" after Holm over {self.comparisons} comparisons"
         units = "documents" if d.units != 1 else "document"
         sample = f"{p}, {d.seeds} seed{'s' * (d.seeds != 1)} x {d.units} {units}"
+        if self.seeds_left_out:
+            sample += f" ({self.seeds_left_out} more seed{'s' * (self.seeds_left_out != 1)} that only one of them has)"
         low, high = self.interval.low, self.interval.high
         if self.found:
             size = abs(d.mean)
@@ -84,10 +142,8 @@ class Comparison:
                 line += f"; uncontrolled: the study lacks {' and '.join(self.missing_controls)}"
         else:
             line = f"no difference found between {self.arm} and {self.baseline}: {d.mean:.4f}{unit} "
-            line += (
-                f"[{low:.4f}, {high:.4f}], {sample}; {self.smallest:.4f} would have been found with a probability of "
-            )
-            line += f"{self.power:g}"
+            line += f"[{low:.4f}, {high:.4f}], {sample}; "
+            line += f"{self.smallest:.4f} would have been found with a probability of {self.power:g}"
         if self.p_equivalent is not None and self.p_equivalent <= self.alpha:
             line += f"; within +-{self.margin:g} of each other (TOST, p {self.p_equivalent:.3f})"
         if d.seeds == 1:
@@ -110,7 +166,8 @@ def compare_all(
     """Makes a study's comparisons, all at once: the adjustment needs their number, so none may be left out of it.
 
     Args:
-        arms: name to [S, U], the metric of each seed and unit; seeds and units of two arms are paired by their place.
+        arms: name to [S, U], the metric of each seed and unit; seeds and units of two arms are paired by their place. A
+            seed that an arm lacks is a row of NaN, and left out of its comparisons.
         comparisons: (arm, baseline) by name.
         weights: [U], as in :func:`~wmtp.numerics.paired.mean_difference`.
         controls: arm to the names of its controls; what wins is controlled only if it is compared with each of them.
@@ -120,11 +177,11 @@ def compare_all(
         margin: differences up to it do not matter; None tests no equivalence.
 
     Raises:
-        UserError: no comparison, a name that no arm has, or arms that are not paired.
+        UserError: no comparison, a name that no arm has, or arms that are not paired or have no seed in common.
     """
     if not comparisons:
         raise UserError("a study needs at least one comparison (arm, baseline)")
-    differences = []
+    differences, left_out = [], []
     for arm, baseline in comparisons:
         for name in (arm, baseline):
             if name not in arms:
@@ -132,30 +189,17 @@ def compare_all(
         a, b = (np.atleast_2d(np.asarray(arms[name], dtype=np.float64)) for name in (arm, baseline))
         if a.shape != b.shape:
             raise UserError(f"{arm} has [seeds, documents] {a.shape} and {baseline} {b.shape}: pair them first")
-        differences.append(a - b)
+        ours, theirs = (~np.isnan(values).all(axis=1) for values in (a, b))
+        if not (ours & theirs).any():
+            raise UserError(f"{arm} and {baseline} have no seed in common: run both with the same seeds")
+        differences.append((a - b)[ours & theirs])
+        left_out.append(int((ours ^ theirs).sum()))
     estimates = [mean_difference(d, weights) for d in differences]
     adjusted = holm([estimate.p_value() for estimate in estimates])
-    made = set(comparisons)
-    found = []
-    for (arm, baseline), d, estimate, p in zip(comparisons, differences, estimates, adjusted, strict=True):
+    made, found = set(comparisons), []
+    for i, (arm, baseline) in enumerate(comparisons):
         needed = (controls or {}).get(arm, ())
-        found.append(
-            Comparison(
-                arm,
-                baseline,
-                estimate,
-                p,
-                len(comparisons),
-                estimate.interval(1 - alpha),
-                effect_size(d.mean(axis=0)) if d.shape[1] > 1 else effect_size(d[:, 0]),
-                estimate.smallest_effect(power, alpha / len(comparisons)),
-                None if margin is None else estimate.p_equivalent(margin),
-                tuple(name for name in needed if name != baseline and (arm, name) not in made),
-                unit,
-                lower_is_better,
-                alpha,
-                power,
-                margin,
-            )
-        )
+        missing = tuple(name for name in needed if name != baseline and (arm, name) not in made)
+        of_pair = (estimates[i], adjusted[i], len(comparisons), differences[i], weights, left_out[i], missing)
+        found.append(Comparison(arm, baseline, *of_pair, unit, lower_is_better, alpha, power, margin))
     return found

@@ -9,6 +9,7 @@ from wmtp import on_demand
 
 FOLDER = "tracking_spool"  # in output_dir: the records that MLflow is sent beside the metrics
 METRICS = "metrics.jsonl"
+TAGS = "tags.json"  # in output_dir: the run's tags, also where MLflow is not used
 
 __getattr__ = on_demand(
     __name__,

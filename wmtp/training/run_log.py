@@ -16,7 +16,7 @@ from wmtp.distributed import on_rank_0, wait_for_all
 from wmtp.files import write_whole
 from wmtp.pretrained.resolve import RUN_FILE, checkpoint_sha256
 from wmtp.storage import Output
-from wmtp.tracking import FOLDER, METRICS
+from wmtp.tracking import FOLDER, METRICS, TAGS
 from wmtp.tracking.environment import (
     code_changes,
     code_sha256,
@@ -111,15 +111,17 @@ class RunLog:
             for name, file in kept.items():
                 (self._output_dir / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, self._output_dir / name)
+            remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
+            known = environment_tags(own.values()) | {"wmtp.recipe": recipe, **remote, **tags}
+            write_whole(self._output_dir / TAGS, json.dumps(known, indent=1, default=str) + "\n")
             self._output.begin(replaced)
             if self._tracker:
                 self._tracker.start()
                 self._tracker.log_config(cfg)
-                known = environment_tags(own.values()) | mlflow_fields(resolved, self._facts, recipe)
+                fields = mlflow_fields(resolved, self._facts, recipe)
                 if resumed:  # the description may be somebody's own by now
-                    known.pop("mlflow.note.content")
-                remote = {"wmtp.output": self._output.remote} if self._output.remote else {}
-                self._tracker.log_tags({**known, "wmtp.recipe": recipe, **remote, **tags})
+                    fields.pop("mlflow.note.content")
+                self._tracker.log_tags({**fields, **known})
                 self._data_section = resolved.get("dataset") or resolved.get("tasks") or {}
                 self._track_data(data_sha256)
                 texts = {name: file.read_text(errors="replace") for name, file in kept.items()}
@@ -142,7 +144,7 @@ class RunLog:
         self._output_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
         if self._file.exists():  # what was logged after the checkpoint is about to happen again
-            lines = _lines(self._file)
+            lines = read_metrics(self._file)
             write_whole(self._file, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
             for line in lines:
                 at = line.pop("time", None)
@@ -228,10 +230,10 @@ def held_out_file(step: int) -> str:
 
 
 def _last_step(metrics: Path) -> int:
-    return max((line["step"] for line in _lines(metrics)), default=0)
+    return max((line["step"] for line in read_metrics(metrics)), default=0)
 
 
-def _lines(metrics: Path) -> list[dict]:
+def read_metrics(metrics: Path) -> list[dict]:
     """Returns what a run logged; a line that was torn when its process was killed is none."""
     text = metrics.read_text() if metrics.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

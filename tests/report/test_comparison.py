@@ -1,0 +1,216 @@
+"""Runs read back from folders and from MLflow, and python -m wmtp.report over several of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.tracking import MlflowClient
+from omegaconf import OmegaConf
+from services import new_store
+
+from wmtp.errors import UserError
+from wmtp.report.__main__ import main
+from wmtp.report.comparison import compare_runs, held_out_arms, table
+from wmtp.report.runs import load_run, load_runs, require_comparable
+from wmtp.training.validation import HeldOut
+
+RHO1 = {"_component_": "wmtp.weighting.rho1", "percentile": 0.3}
+METHODS = {
+    "uniform": {"_component_": "wmtp.weighting.uniform"},
+    "rho1": RHO1,
+    "shuffled": {"_component_": "wmtp.weighting.shuffled", "method": RHO1},
+}
+SHIFTS = {"uniform": 0.0, "rho1": -0.2, "shuffled": 0.0}
+NUMBERS = range(1, 31)
+
+
+def held_out(method, seed, sets=("code", "prose")):
+    """CE of thirty documents of each set by a run, which its seed's luck moves, and its method."""
+    rng = np.random.default_rng([seed, len(method)])
+    luck, columns = rng.normal(0, 0.005), {name: [] for name in ("set", "document", "number", "head", "targets", "ce")}
+    for name in sets:
+        for number in NUMBERS:
+            for head in (1, 2):
+                ce = 2 + number / 10 + head + luck + rng.normal(0, 0.01) + (SHIFTS[method] if name == "code" else 0)
+                row = (name, f"{name}.py:{number}:f", number, head, 10 * number, ce)
+                for column, value in zip(columns.values(), row, strict=True):
+                    column.append(value)
+    return HeldOut({}, columns, {name: f"sha of {name}" for name in sets})
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Write the folder of a run as a recipe leaves it."""
+
+    def run(method="uniform", seed=0, *, targets=5000, data="d", of_set=None, folder=None, **config):
+        folder = tmp_path / (folder or f"{method}_{seed}")
+        found = of_set or held_out(method, seed)
+        frame = pd.DataFrame(found.documents)
+        metrics = {}
+        for (name, head), rows in frame.groupby(["set", "head"]):
+            prefix = f"eval/{name}/" if name else "eval/"
+            metrics[f"{prefix}ce_head{head}"] = np.average(rows.ce, weights=rows.targets)
+        found.write(folder / "held_out" / "step_00000004.parquet")
+        lines = [{"step": 0, "time": 1.0, **metrics}, {"step": 4, "time": 2.0, "train/targets": targets}]
+        lines.append({"step": 4, "time": 2.0, **metrics})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "torn')
+        config = {"seed": seed, "output_dir": str(folder), "weighting": METHODS[method], "max_steps": 4, **config}
+        OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
+        tags = {"wmtp.method": method, "wmtp.data_sha256": data, "wmtp.git_commit": "c0ffee"}
+        (folder / "tags.json").write_text(json.dumps(tags))
+        return str(folder)
+
+    return run
+
+
+@pytest.fixture
+def study(run):
+    return [run(method, seed) for method in METHODS for seed in range(3)]
+
+
+def test_a_folder_is_read_as_it_was_written(run):
+    folder = run("rho1", 2)
+    Path(folder, "evaluations", "mbpp").mkdir(parents=True)
+    Path(folder, "evaluations", "mbpp", "results.json").write_text('{"pass@1": 0.5}')
+    found = load_run(folder)
+    assert (found.seed, found.method, found.state, found.run_id, found.targets) == (2, "rho1", "FINISHED", None, 5000)
+    assert found.facts["git_commit"] == "c0ffee" and found.config["weighting"] == RHO1
+    assert found.evaluations == {"mbpp": {"pass@1": 0.5}}
+    assert [step for step, _ in found.metrics["eval/code/ce_head1"]] == [0, 4]
+    assert found.held_out.to_dict("list") == held_out("rho1", 2).documents
+    assert found.cell == load_run(run("rho1", 3)).cell != load_run(run("uniform", 2)).cell
+    assert load_run(run(folder="cells/l0.1/seed-0")).cell == "l0.1"
+
+
+def test_mlflow_gives_the_same_run_as_its_folder(run, tmp_path, monkeypatch):
+    folder, uri = Path(run("rho1", 1)), new_store(tmp_path / "store")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("e", str(tmp_path / "artifacts"))
+    logged = client.create_run(experiment)
+    for line in (folder / "metrics.jsonl").read_text().splitlines()[:-1]:
+        values = json.loads(line)
+        for key in values.keys() - {"step", "time"}:
+            client.log_metric(logged.info.run_id, key, values[key], step=values["step"])
+    for key, value in json.loads((folder / "tags.json").read_text()).items():
+        client.set_tag(logged.info.run_id, key, value)
+    client.log_artifact(logged.info.run_id, str(folder / "config.yaml"))
+    client.log_artifacts(logged.info.run_id, str(folder / "held_out"), "held_out")
+    client.set_terminated(logged.info.run_id)
+    tags = {"mlflow.parentRunId": logged.info.run_id, "wmtp.evaluation": "mbpp"}
+    client.log_text(client.create_run(experiment, tags=tags).info.run_id, '{"pass@1": 0.5}', "results.json")
+    here, there = load_runs([str(folder), logged.info.run_id])
+    assert there.held_out.equals(here.held_out) and there.held_out.attrs == here.held_out.attrs
+    assert {key: there.metrics[key] for key in here.metrics} == here.metrics
+    assert (there.config, there.facts, there.cell, there.state) == (here.config, here.facts, here.cell, here.state)
+    assert (there.run_id, there.evaluations) == (logged.info.run_id, {"mbpp": {"pass@1": 0.5}})
+    assert require_comparable([here, there]) == [[here, there]]
+
+
+def test_the_table_and_the_claims_of_a_study(study, capsys):
+    main([*study, "set=code"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:4] == ["cell", "seeds", "targets", "code"]
+    assert [line.split()[1:5] for line in lines[2:5]] == [["0", "1", "2", "5000"]] * 3
+    uniform, rho1, shuffled = (line.split()[0] for line in lines[2:5])
+    mean = np.average([held_out("uniform", s).documents["ce"][:60:2] for s in range(3)], axis=1, weights=NUMBERS).mean()
+    assert lines[2].split()[5] == f"{mean:.4f}"
+    assert lines[5].startswith(f"{rho1} better than {uniform} by 0.") and "3 seeds x 30 documents" in lines[5]
+    assert lines[5].endswith("uncontrolled: the study lacks random_matched")
+    assert lines[6].startswith(f"no difference found between {shuffled} and {uniform}: ")
+    assert lines[7].startswith(f"{rho1} better than {shuffled} by 0.")
+    main([*study, "set=prose", "head=2", "margin=0.1"])
+    assert capsys.readouterr().out.splitlines()[5].startswith(f"no difference found between {rho1} and {uniform}: ")
+
+
+def test_the_baseline_is_a_run_or_a_cell(study, capsys):
+    for named in (study[-1], load_run(study[-1]).cell):
+        main([*study, "set=code", f"baseline={named}"])
+        lines = capsys.readouterr().out.splitlines()
+        assert f"no difference found between {load_run(study[0]).cell} and {load_run(study[-1]).cell}: " in lines[5]
+        assert f"{load_run(study[3]).cell} better than {load_run(study[-1]).cell} by " in lines[6]
+
+
+def test_details_are_all_statistics_of_each_comparison(study, capsys):
+    main([*study, "set=code", "details=true", "margin=0.3"])
+    one = json.loads(capsys.readouterr().out.splitlines()[5])
+    assert one["p_holm"] > one["p"] and one["p_tost"] < 0.05 and one["found"]
+    assert one["bootstrap_interval"][0] < one["difference"] < one["bootstrap_interval"][1]
+    ours, base = (np.array([held_out(m, s).documents["ce"][:60:2] for s in range(3)]) for m in ("rho1", "uniform"))
+    assert one["difference_by_seed"] == pytest.approx(np.average(ours - base, axis=1, weights=NUMBERS).tolist())
+    names = {
+        f"{test}_over_{what}" for test in ("wilcoxon_p", "sign_flip_p", "effect_size") for what in ("units", "seeds")
+    }
+    assert names <= one.keys()
+
+
+def test_seeds_that_one_arm_lacks_are_left_out_and_told(study, run, capsys):
+    main([*study, run("uniform", 7), "set=code"])
+    assert "3 seeds x 30 documents (1 more seed that only one of them has)" in capsys.readouterr().out
+    runs = load_runs([study[0], run("rho1", 8)])
+    with pytest.raises(UserError, match=r"rho1-\w+ and uniform-\w+ have no seed in common"):
+        compare_runs(runs, set_name="code")
+    arms = held_out_arms(load_runs(study[:4]), "code")
+    assert np.isnan(arms.arms[load_run(study[3]).cell][1:]).all() and arms.seeds == (0, 1, 2)
+
+
+def test_cells_with_fewer_heads_are_compared_by_those_they_have(run):
+    alone = held_out("rho1", 0)
+    kept = [i for i, head in enumerate(alone.documents["head"]) if head == 1]
+    alone = HeldOut({}, {name: [values[i] for i in kept] for name, values in alone.documents.items()}, alone.sha256)
+    runs = load_runs([run(), run("rho1", of_set=alone)])
+    assert len(compare_runs(runs, set_name="code", head=1)) == 1 and compare_runs(runs, set_name="code", head=2) == []
+    assert [len(row["ce"]) for row in table(runs)] == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"targets": 6000}, "they have been trained on 5000 and 6000 target tokens"),
+        ({"data": "e"}, r"their training data differ \(SHA-256 d and e\)"),
+        ({"of_set": held_out("rho1", 0, ("code",))}, "their held-out sets are code prose and code"),
+        (
+            {"of_set": HeldOut({}, held_out("rho1", 0).documents, {"code": "x", "prose": "sha of prose"})},
+            r"their held-out set code, its tokens or its packing differ \(SHA-256 sha of c and x\)",
+        ),
+    ],
+    ids=["tokens", "data", "sets", "documents"],
+)
+def test_runs_that_cannot_be_compared_are_refused_and_shown_apart_on_request(run, capsys, other, message):
+    names = [run(), run("rho1", **other)]
+    with pytest.raises(UserError, match=f"uniform_0 and .*rho1_0 cannot be compared: {message}; allow_mixed=true"):
+        main([*names, "set=code"])
+    main([*names, "set=code", "allow_mixed=true"])
+    assert capsys.readouterr().out.count("held-out CE, nats per target") == 2
+
+
+def test_what_is_no_run_or_no_option_is_one_line(run, tmp_path, monkeypatch):
+    first = run()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "store"))
+    for names, message in [
+        ([str(tmp_path)], "holds no metrics.jsonl: give the output_dir of a run"),
+        (["runs/nowhere"], r"runs/nowhere is no folder and no MLflow run id \(32 digits"),
+        (["0" * 32], f"run {'0' * 32} in sqlite:.*not found"),
+        ([first, first], "are both of .* with seed 0; give one of them"),
+        ([first, run("rho1"), "baseline=shuffled", "set=code"], "baseline 'shuffled' is no run and no cell of these"),
+        (
+            [first, run("rho1")],
+            r"no run has the CE of head 1 of set ''; there are head 1 of set code, head 2 of set code",
+        ),
+        ([first, "beseline=x"], "unknown key 'beseline' in config; did you mean 'baseline'"),
+        ([], "no run is given"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            main(names)
+        assert "\n" not in str(error.value)
+    shutil.rmtree(Path(first) / "held_out")
+    with pytest.raises(
+        UserError, match=r"uniform_0 has no CE of held-out documents \(held_out/step_N.parquet\): train"
+    ):
+        main([first, run("rho1")])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=f"run {'0' * 32} in http://127.0.0.1:9: "):
+        main(["0" * 32])
