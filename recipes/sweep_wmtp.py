@@ -126,7 +126,8 @@ class SweepRecipe:
         self._folder = output_of(self._output_dir).folder
         storage = open_storage(self._storage_url, self._heartbeat_seconds)
         self._errors = lambda: clear_storage_errors(self._storage_url)
-        own = {"sampler": build(self._sampler_cfg, where="sampler"), "pruner": build(self._pruner_cfg, where="pruner")}
+        self._sampler(0)  # a mistake in its section is found before anything runs
+        own = {"sampler": self._sampler, "pruner": build(self._pruner_cfg, where="pruner")}
         self._tasks = {f"{cell.name}/seed-{seed}": (cell, [seed]) for cell in self._cells for seed in self._seeds}
         self._study = Study(storage, self._name, list(self._tasks), maximize=self._maximize, search=self._trials, **own)
         self._first = [Study(storage, f"{self._name}: {cell.name}", [cell.name]) for cell in self._prepared]
@@ -158,6 +159,11 @@ class SweepRecipe:
 
     def _searched(self, name: str, values: Mapping[str, Any]) -> Cell:
         return replace(self._base, name=name, changes={**self._base.changes, **values}, axes=values, group="search")
+
+    def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
+        section = OmegaConf.merge({"_component_": "optuna.samplers.TPESampler", "seed": 0}, self._sampler_cfg or {})
+        section.seed += number
+        return build(section, where="sampler")
 
     def _check_claims(self) -> None:
         """Refuses a baseline or control that is no cell; a group's name stands for each of its cells."""

@@ -47,6 +47,33 @@ def running(command: list[str], url: str, path: str, environment: dict[str, str]
             process.wait()
 
 
+@contextmanager
+def postgres_server() -> Iterator[str]:
+    """An empty PostgreSQL, of a user of its own as it refuses root; gives the URL of a database without a password."""
+    programs = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+    if programs is None or (os.geteuid() == 0 and shutil.which("runuser") is None):
+        raise FileNotFoundError("no PostgreSQL in /usr/lib/postgresql, or no runuser to start it with")
+    user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    port = str(free_port())
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        make = [*user, programs / "initdb", "-D", f"{folder}/data", "-U", "wmtp", "--auth=trust", "-N"]
+        subprocess.run(make, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+        serve = [*user, programs / "postgres", "-D", f"{folder}/data", "-p", port, "-k", folder, "-F"]
+        process = subprocess.Popen(serve, cwd=folder, stderr=subprocess.DEVNULL)
+        try:
+            end = time.monotonic() + 60
+            ready = [programs / "pg_isready", "-q", "-h", "localhost", "-p", port]
+            while subprocess.run(ready, check=False).returncode:
+                assert process.poll() is None and time.monotonic() < end, "PostgreSQL did not start"
+                time.sleep(0.1)
+            yield f"postgresql://wmtp@localhost:{port}/postgres"
+        finally:
+            ctl = [*user, programs / "pg_ctl", "-D", f"{folder}/data", "-m", "fast", "stop"]
+            subprocess.run(ctl, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+            process.wait(timeout=30)
+
+
 _taken: list[socket.socket] = []  # names that say which ports are this process's, to its end
 
 

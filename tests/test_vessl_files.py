@@ -30,10 +30,14 @@ def test_credentials_are_secrets_by_name(path):
     assert all(isinstance(value, dict) and set(value) == {"secret"} for value in credentials.values())
 
 
-@by_name
-def test_commands_start_recipes_that_read_their_keys(path, tmp_path, monkeypatch):
+SLURM = {"run": [{"command": (ROOT / "slurm" / "sweep.sbatch").read_text()}], "env": {"SLURM_JOB_ID": ""}}
+SPECS = {path.stem: read(path) for path in FILES} | {"slurm": SLURM}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_commands_start_recipes_that_read_their_keys(name, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    calls = recorded_commands(read(path), tmp_path)
+    calls = recorded_commands(SPECS[name], tmp_path)
     assert calls
     for call in calls:
         arguments = TuneCLIParser()._parser.parse_args(call)

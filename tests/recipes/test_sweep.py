@@ -13,6 +13,7 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
+from services import postgres_server
 
 from runs import ROOT
 
@@ -179,3 +180,96 @@ def _until(true, seconds=60):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_search_tries_so_many_cells_and_ends_bad_ones_early(tmp_path):
+    search = {
+        "axes": {}, "search": {"lr": {"low": 0.0, "high": 1.0}}, "trials": 8, "seeds": [0], "overrides": {"steps": 20},
+        "sampler": {"_component_": "optuna.samplers.TPESampler", "seed": 0, "n_startup_trials": 4},
+        "pruner": {"_component_": "optuna.pruners.MedianPruner", "n_startup_trials": 3},
+    }  # fmt: skip
+    table, _ = Sweep(tmp_path / "a", **search).run()
+    states = Counter(row["state"] for row in table["rows"])
+    assert states["done"] + states["pruned"] == 8 and states["pruned"] >= 1
+    assert [row["cell"] for row in table["rows"]] == [f"search-{number:04d}" for number in range(8)]
+    interrupted = Sweep(tmp_path / "b", **search)
+    worker = interrupted.worker()
+    _until(lambda: sum(interrupted.ends().values()) >= 2)
+    os.kill(worker.pids[0], signal.SIGKILL)
+    worker.members[0].join()
+    again, _ = interrupted.run()
+    lrs = [[row["axes"]["lr"] for row in t["rows"]] for t in (table, again)]
+    assert lrs[0][:4] == lrs[1][:4]  # what is tried does not depend on the kill
+
+
+def test_prepared_runs_come_first_and_once_and_evaluations_after_each_training(tmp_path):
+    prepare = [{"name": "first", "config": str(tmp_path / "base.yaml"), "recipe": str(STUB)}]
+    sweep = Sweep(tmp_path, prepare=prepare, axes={"lr": [0.1]})
+    workers = [sweep.worker(), sweep.worker()]
+    for worker in workers:
+        worker.join()
+    assert sweep.ends() == {"prepared/first": 1, "cells/lr-0.1/seed-0": 1, "cells/lr-0.1/seed-1": 1}
+    begun = {name: (tmp_path / "sweep" / name / "ledger").stat().st_ctime for name in sweep.ends()}
+    assert min(begun, key=begun.get) == "prepared/first"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"study": "stub", "axes": {"lr": [0.1, 0.2]}}, "was begun with another axes.lr [0.1, 0.3, 0.5] -> [0.1, 0.2]"),
+        ({"recipe": "recipes/none.py"}, "recipe recipes/none.py does not exist"),
+        ({"axes": {"lr": 0.1}}, "axis lr must be a list of values, got 0.1"),
+        ({"axes": {}, "cells": [{"name": "a"}, {"name": "a"}]}, "two cells have the name a"),
+        ({"axes": {}, "cells": [{"name": "a/b"}]}, "cell 'a/b': a name consists of"),
+        ({"axes": {}, "cells": [{"nam": "a"}]}, "cells: each entry has a name"),
+        ({"baseline": "uniform"}, "there is no 'uniform', but lr-0.1, lr-0.3, lr-0.5"),
+        ({"search": {"lr": [1]}}, "search and trials go together"),
+        ({"search": {"lr": {"low": 1, "high": 0}}, "trials": 2}, "search.lr: "),
+        ({"equal": "target_tokens"}, "set baseline"),
+        ({"storage": "postgresql://me:secret@localhost:1/x"}, "storage holds a password"),
+        ({"storage": "postgresql://localhost:1/x"}, "storage postgresql://localhost:1/x cannot be used"),
+        ({"storage": "nosuch://x"}, "storage nosuch://x cannot be used"),
+        ({"max_paralel": 2}, "unknown key 'max_paralel' in config; did you mean 'max_parallel'?"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, undisturbed, changes, named):
+    sweep = Sweep(tmp_path)
+    if "study" in changes:
+        sweep.run()
+    _, said = sweep.run(code=1, **changes)
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert named in line and "secret" not in said
+
+
+def test_an_unknown_key_of_a_recipe_or_component_is_found_before_anything_runs(tmp_path):
+    real = {"recipe": "recipes/full_finetune_distributed_wmtp.py", "config": "configs/tiny/rho1.yaml", "seeds": [0]}
+    for key, line in [("weighting.strenght", "did you mean 'strength'?"), ("max_stepz", "did you mean 'max_steps'?")]:
+        sweep = Sweep(tmp_path / key, **real, axes={key: [1]})
+        _, said = sweep.run(code=1)
+        assert line in said and "error: cell " in said
+        assert not (tmp_path / key / "sweep").exists()
+
+
+def test_an_objective_that_is_never_logged_fails_the_cell(tmp_path):
+    table, _ = Sweep(tmp_path, axes={}, seeds=[0], objective="eval/none").run()
+    assert table["rows"][0]["error"] == "objective eval/none was never logged; there are eval/ce_head1"
+
+
+@pytest.fixture
+def postgres():
+    server = postgres_server()
+    try:
+        yield server.__enter__()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    server.__exit__(None, None, None)
+
+
+def test_workers_on_postgresql_share_the_cells_and_one_that_dies_loses_none(tmp_path, postgres, undisturbed):
+    sweep = Sweep(tmp_path, storage=postgres)
+    workers = [sweep.worker() for _ in range(2)]
+    _until(lambda: sum(sweep.ends().values()) >= 1)
+    os.kill(workers[0].pids[0], signal.SIGKILL)
+    workers[1].join()
+    assert sweep.table() == undisturbed
+    assert set(sweep.ends().values()) == {1}, sweep.ledgers()

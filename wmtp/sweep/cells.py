@@ -65,9 +65,11 @@ class Cell:
         """
         reads, cfg = recipe_class(self.recipe), self.settings()
         try:
-            if reads is not None:
-                reads(cfg)
-            check_keys(cfg)
+            recipe = None if reads is None else reads(cfg)
+            # The sections as the recipe holds them: it may have taken keys of its own out.
+            held = [cfg] if recipe is None else [value for value in vars(recipe).values() if value is not cfg]
+            for section in filter(OmegaConf.is_dict, held):
+                check_keys(section, str(section._key() or ""))
         except UserError as error:
             raise SweepError(f"cell {self.name}: {one_line(error)}") from error
 

@@ -77,9 +77,10 @@ def clear_storage_errors(url: str) -> Iterator[None]:
         yield
     except (*STORAGE_DOWN, ImportError, AssertionError) as error:
         cause = error.__cause__ or error
+        shown, why = mask_secrets(url).replace("+psycopg", ""), one_line(cause).partition(" (Background on")[0]
         raise StorageDown(
-            f"storage {mask_secrets(url)} cannot be used: {one_line(cause).partition(' (Background on')[0]:.300}; "
-            "cells that are done stay done: start the same command again when it answers"
+            f"storage {shown} cannot be used: {why:.300}; cells that are done stay done: start the same command again "
+            "when it answers"
         ) from error
 
 
@@ -89,7 +90,9 @@ class Study:
     Args:
         storage: of :func:`open_storage`; studies in one storage have names of their own.
         cells: names of the cells that there are; a search makes more.
-        sampler, pruner: Optuna's; None for its defaults.
+        sampler: gives Optuna's sampler for the search's n-th cell: with a seed of its own, so that what is tried does
+            not depend on how often a worker was started.
+        pruner: Optuna's; None for its default, the median.
 
     Attributes:
         study: Optuna's own.
@@ -99,18 +102,17 @@ class Study:
 
     def __init__(
         self, storage: RDBStorage, name: str, cells: Sequence[str], *, maximize: bool = False, search: int = 0,
-        sampler: optuna.samplers.BaseSampler | None = None, pruner: optuna.pruners.BasePruner | None = None,
+        sampler: Callable[[int], optuna.samplers.BaseSampler] | None = None,
+        pruner: optuna.pruners.BasePruner | None = None,
     ) -> None:  # fmt: skip
-        self._cells, self._search, self.maximize = cells, search, maximize
+        self._cells, self._search, self.maximize, self._sampler = cells, search, maximize, sampler
         direction = StudyDirection.MAXIMIZE if maximize else StudyDirection.MINIMIZE
         with clear_storage_errors(storage.url):
             try:
-                self.study = optuna.create_study(
-                    storage=storage, study_name=name, direction=direction, sampler=sampler, pruner=pruner
-                )
+                self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, pruner=pruner)
                 self.is_new = True
             except DuplicatedStudyError:
-                self.study = optuna.load_study(storage=storage, study_name=name, sampler=sampler, pruner=pruner)
+                self.study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
                 self.is_new = False
             self._storage, self._heart = self.study._storage, storage
 
@@ -211,6 +213,8 @@ class Study:
             trials = self.trials()
         for trial in trials:
             if trial.state == TrialState.WAITING and self._take(trial):
+                if self._sampler is not None and (name := trial.user_attrs[CELL]) not in self._cells:
+                    self.study.sampler = self._sampler(int(name.rpartition("-")[2]))
                 return optuna.Trial(self.study, trial._trial_id)
         return None
 

@@ -1,0 +1,22 @@
+# A small sweep of the tiny model with a kill -9 in the middle, then its table and report: `make sweep-demo`.
+set -euo pipefail
+out=${1:-runs/sweep_demo}
+rm -rf "$out"
+sweep() { exec python recipes/sweep_wmtp.py --config configs/tiny/sweep.yaml output_dir="$out" evaluations={} tracking=null; }
+
+echo "== A sweep of 6 cells with 2 seeds, 2 at once; it is killed when about a third of the trainings are done"
+sweep &
+worker=$!
+until [ "$(grep -c '"state": "done"' "$out/table.json" 2>/dev/null || true)" -ge 6 ]; do  # rows, and cells that are whole
+  kill -0 $worker
+  sleep 1
+done
+kill -9 $worker
+wait $worker 2>/dev/null || true
+
+echo "== The same command goes on: what is done stays done, what was running continues from its checkpoint"
+(sweep)
+cat "$out/table.md"
+if [ -f recipes/report.py ]; then
+  python recipes/report.py --config configs/tiny/report.yaml runs="[$out]" output_dir="$out/report"
+fi
