@@ -23,6 +23,7 @@ def test_a_step_by_hand():
     assert found.pop("train/peak_memory_gib") > 0.05  # of this very process
     flops = 30 * (100 + 5 * 2) + 50 * (8 + 6)  # 4,000 in 10 s on 2 devices
     assert found == {
+        "train/tokens": 30.0,
         "train/tokens_per_second": 3.0,
         "train/data_wait": pytest.approx(0.3),
         "train/tflops": flops / 10 / 2 / 1e12,

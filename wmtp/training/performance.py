@@ -122,7 +122,7 @@ class StepMeter:
         self._waited += self._clock() - begun
 
     def metrics(self, tokens: float, seq_len: float, targets: Sequence[float] = ()) -> dict[str, float]:
-        """Figures of the step, up to now: ``train/tokens_per_second`` and the like.
+        """Figures of the step, up to now: ``train/tokens``, ``train/tokens_per_second`` and the like.
 
         Args:
             tokens: that all processes have trained on in this step, padding not counted.
@@ -130,7 +130,8 @@ class StepMeter:
             targets: target tokens of each head, over all processes.
         """
         seconds = self._clock() - self._started
-        found = {"train/tokens_per_second": tokens / seconds, "train/data_wait": self._waited / seconds}
+        found = {"train/tokens": float(tokens), "train/tokens_per_second": tokens / seconds}
+        found["train/data_wait"] = self._waited / seconds
         found["train/peak_memory_gib"] = self._peak_memory() / 2**30
         rate = sum(model.of(tokens, seq_len, targets) for model in self._models) / seconds / self._world.size
         if math.isfinite(rate):
