@@ -1,5 +1,6 @@
 """Folders of studies in the formats that the recipes write, with numbers of a simple formula: many runs in a second."""
 
+import functools
 import json
 import math
 from itertools import product
@@ -7,17 +8,25 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from omegaconf import OmegaConf
 
 from wmtp.config import load
 from wmtp.report.token_views import TokenView
 from wmtp.report.token_weights import token_weights_html
+from wmtp.tracking import TAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 SETS = {"code": 2.0, "prose": 3.0}
 AXES = ("strength", "temperature", "percentile")
 VERDICTS = {"passed": 12, "wrong_answer": 20, "exception": 30, "timeout": 3}
+
+
+@functools.cache
+def tiny_config() -> dict:
+    return OmegaConf.to_container(load(ROOT / "configs/tiny/rho1.yaml"), resolve=True)
 
 
 def write_run(
@@ -33,8 +42,7 @@ def write_run(
 ) -> None:
     """A finished run whose held-out CE on code is lower by `gain`, and on prose higher by half of it."""
     folder.mkdir(parents=True)
-    cfg = OmegaConf.to_container(load(ROOT / "configs/tiny/rho1.yaml"), resolve=True)
-    cfg |= {"seed": seed, "output_dir": str(folder), "max_steps": steps}
+    cfg = tiny_config() | {"seed": seed, "output_dir": str(folder), "max_steps": steps}
     cfg["weighting"] = {"_component_": f"wmtp.weighting.{method}", **(weighting or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg, sort_keys=False))
     rng = np.random.default_rng([seed, 7])
@@ -51,7 +59,9 @@ def write_run(
     columns = ["set", "document", "number", "head", "targets", "ce"]
     table = pd.DataFrame(rows, columns=columns).astype({"number": "int32", "head": "int8", "targets": "int32"})
     (folder / "held_out").mkdir()
-    table.to_parquet(folder / "held_out" / f"step_{steps:08d}.parquet")
+    schema = pa.Table.from_pandas(table, preserve_index=False)
+    schema = schema.replace_schema_metadata({"sha256": json.dumps({name: 64 * name[0] for name in SETS})})
+    pq.write_table(schema, folder / "held_out" / f"step_{steps:08d}.parquet")
     for (name, head), part in table.groupby(["set", "head"]):
         last[f"eval/{name}/ce_head{head}"] = float(np.average(part["ce"], weights=part["targets"]))
     start = {metric: 2.2 if "prose" in metric else 5.5 for metric in last}
@@ -72,6 +82,13 @@ def write_run(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if method != "uniform":
         write_token_page(folder, steps, kept=0.4 + gain)
+    facts = {
+        "method": method,
+        "data_sha256": "d" * 64,
+        "git_commit": "c0ffee",
+        "recipe": "full_finetune_distributed_wmtp",
+    }
+    (folder / TAGS).write_text(json.dumps({f"wmtp.{name}": value for name, value in facts.items()}))
     write_evaluations(folder, gain=gain, heads=heads)
 
 

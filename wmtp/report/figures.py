@@ -68,7 +68,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
 def short(label: str) -> str:
     """Returns a label with the keys of a grid's cell, as in strength-0.3, by first letters, or cut in its middle."""
     if len(label) > LONGEST_LABEL:
-        label = re.sub(r"([A-Za-z])[\w.]*?-(?=[\d.])", r"\1", label)
+        label = re.sub(r"(?<![A-Za-z])([A-Za-z])[A-Za-z.]*-(?=[\d.])", r"\1", label)
     half = (LONGEST_LABEL - 1) // 2
     return label if len(label) <= LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
 

@@ -7,6 +7,7 @@ import numpy as np
 from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
 from wmtp.report import figures
+from wmtp.report.comparison import compare_runs
 from wmtp.report.costs import cost
 from wmtp.report.figures import Curve
 from wmtp.report.parts import (
@@ -29,10 +30,18 @@ from wmtp.report.study_models import acceptance, pass_rates
 
 def claims(study: Study) -> Part:
     """The study's claim lines, and the differences behind them with their intervals."""
+    title, (held_out_set, head) = "What the study may claim", study.target
+    runs = [run for run in study.compared if run.held_out is not None]
+    apart = ", ".join(sorted({run.cell for run in study.runs if run not in runs}))
     try:
-        found = study.comparisons
+        found = compare_runs(
+            runs, baseline=study.baseline, set_name=held_out_set, head=head, margin=study.sweep.get("margin"),
+            controls=study.controls,
+        )  # fmt: skip
     except UserError as error:
-        return Part("claims", "What the study may claim", missing=f"No claim: {error}.")
+        return Part("claims", title, missing=f"No claim: {error}.")
+    if not found:
+        return Part("claims", title, missing=f"No claim: there is nothing to hold {study.baseline} against.")
     kinds = ["none" if not c.found else "better" if c.better else "worse" for c in found]
     kinds = ["uncontrolled" if k == "better" and c.missing_controls else k for k, c in zip(kinds, found, strict=True)]
     order = {"better": 0, "uncontrolled": 1, "worse": 2, "none": 3}
@@ -43,7 +52,7 @@ def claims(study: Study) -> Part:
         rows.append((name, c.difference.mean, c.interval.low, c.interval.high, c.found))
         ends = interval(Interval(c.difference.mean, c.interval.low, c.interval.high))
         table.append([f"{c.arm} - {c.baseline}", ends, number(c.p), number(c.effect, 2), number(c.smallest)])
-    head = ["difference", "nats [95 %]", "p (Holm)", "Cohen's d", "smallest that would be found"]
+    names = ["difference", "nats [95 %]", "p (Holm)", "Cohen's d", "smallest that would be found"]
     caption = (
         "Difference in held-out CE of each cell from what it is held against, with its 95 % interval over seeds and "
         "documents: left of zero is better. Filled: a difference was found after Holm's adjustment; hollow: none was."
@@ -51,10 +60,11 @@ def claims(study: Study) -> Part:
     label = "Differences from the baseline and the controls"
     svg = figures.forest(rows, x="difference in held-out CE, nats per token", label=label)
     return Part(
-        "claims", "What the study may claim",
+        "claims", title,
         f"{sum(c.found for c in found)} of {len(found)} comparisons found a difference in {study.objective}, on the "
-        "same seeds and documents, adjusted for all of them.",
-        lines=[(kind, str(c)) for kind, c in lines], shown=[Shown(svg, caption, Table(head, table))],
+        "same seeds and documents, adjusted for all of them."
+        + f" Apart, since they cannot be compared with the baseline: {apart}." * bool(apart),
+        lines=[(kind, str(c)) for kind, c in lines], shown=[Shown(svg, caption, Table(names, table))],
     )  # fmt: skip
 
 
@@ -72,8 +82,7 @@ def cells(study: Study) -> Part:
     for cell, runs in study.cells.items():
         line: list[Cell] = [cell, (str(len(runs)), len(runs))]
         for metric in ces:
-            held_out_set, k = parse_ce(metric) or ("", 1)
-            line.append(interval(held_out_interval(runs, held_out_set, k) or over_seeds(runs, metric)))
+            line.append(interval(held_out_interval(runs, metric)))
         line += [interval(of.get(cell), 3) for of in evaluated.values()]
         line.append(interval(accepted.get(cell, {}).get(2), 3))
         line += cost_cells(cost(runs))

@@ -51,7 +51,7 @@ def _facts(study: Study) -> dict[str, str]:
         "baseline": study.baseline,
         "objective": f"{study.objective} (lower is better)",
         "not finished": ", ".join(f"{row['cell']} seed {row['seed']} ({row['state']})" for row in study.unfinished),
-        "margin": "" if study.margin is None else f"differences up to {study.margin:g} do not matter",
+        "margin": f"differences up to {study.sweep['margin']:g} do not matter" if study.sweep.get("margin") else "",
     }
     for name, title in (("dataset", "trained on"), ("data_sha256", "data"), ("git_commit", "code")):
         values = sorted({str(run.facts[name])[:12] for run in study.runs if run.facts.get(name)})

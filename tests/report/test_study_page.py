@@ -1,0 +1,282 @@
+"""recipes/report.py: what its page holds, that it stands alone, is the same again, and what it refuses."""
+
+import datetime
+import json
+import re
+from collections import Counter
+from html.parser import HTMLParser
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from mlflow.tracking import MlflowClient
+from study_folders import ROOT, SETS, write_run, write_study
+
+from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+from recipes.report import ReportRecipe
+from wmtp.config import ConfigError, load
+from wmtp.errors import UserError
+from wmtp.report.figures import Curve, curves, looks, short
+from wmtp.report.studies import load_study
+from wmtp.report.study_report import study_report
+from wmtp.report.token_views import TokenView
+from wmtp.report.token_weights import read_token_weights, token_weights_html
+
+DAY = datetime.date(2026, 1, 1)
+PARTS = ["claims", "cells", "learning", "axes", "pareto", "heads", "weights", "tokens", "failures", "forgetting", "cost"]
+VOID = {"meta", "br", "link", "img", "input"}
+
+
+class Structure(HTMLParser):
+    """Elements that are not closed in order, the ids, and what refers to ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.wrong, self.ids, self.references = [], [], Counter(), set()
+        self.sections = {}
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        if "id" in found:
+            self.ids[found["id"]] += 1
+        for name, value in found.items():
+            if name == "aria-labelledby":
+                self.references.add(value)
+            if name in ("href", "xlink:href"):
+                self.references.add(value)
+            self.references |= {f"#{i}" for i in re.findall(r"url\(#([^)]+)\)", value or "")}
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append((tag, self.getpos()))
+
+
+def parts_of(page):
+    """The page cut at its sections."""
+    return dict(re.findall(r'<section id="(\w+)".*?>(.*?)</section>', page, flags=re.DOTALL))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("studies") / "small", seeds=3, grid=False)
+
+
+@pytest.fixture(scope="module")
+def pages(folder):
+    return study_report(load_study([str(folder)]), date=DAY)
+
+
+def test_every_part_is_there_with_figures_and_their_numbers(pages):
+    sections = parts_of(pages[0])
+    assert list(sections) == [*PARTS, "configs"]
+    for key in ("claims", "learning", "pareto", "heads", "weights", "failures", "forgetting"):
+        assert sections[key].count("<svg") == sections[key].count("<figcaption>") == sections[key].count("The numbers") > 0
+    assert [key for key, text in sections.items() if "missing" in text] == ["axes"]
+    assert "varies no config key" in sections["axes"]
+
+
+def test_claims_are_held_against_the_sweeps_controls(pages):
+    claims = parts_of(pages[0])["claims"]
+    assert len(re.findall(r"rho1 better than (uniform|shuffled|random_matched) by 0\.\d+ nats", claims)) == 3
+    assert "uncontrolled" not in claims
+    assert "no difference found between shuffled and uniform" in claims and "shuffled and uniform" in pages[1]
+
+
+def test_a_win_without_controls_is_uncontrolled(folder):
+    names = [str(folder / "cells" / cell / f"seed-{seed}") for cell in ("uniform", "rho1") for seed in range(3)]
+    claims = parts_of(study_report(load_study(names), date=DAY)[0])["claims"]
+    assert re.search(r'class="uncontrolled".*rho1 better than uniform.*; uncontrolled: the study lacks', claims)
+
+
+def test_the_table_has_every_cell_its_figures_and_what_is_not_finished(pages):
+    cells = parts_of(pages[0])["cells"]
+    rows = re.findall(r"<tr>(.*?)</tr>", cells[cells.index("<tbody>") :])
+    assert [re.search(r'<th scope="row">(.*?)</th>', row)[1] for row in rows] == [
+        "uniform", "random_matched", "rho1", "shuffled", "dft",
+    ]  # fmt: skip
+    assert all(f"CE {name} head {k}" in cells for name in SETS for k in (1, 2))
+    assert "mbpp pass@1" in cells and "seed 0 failed: loss nan" in rows[-1]
+    assert cells.count('aria-sort="none"') == cells.count('<button type="button">')
+    tokens = re.search(r">(30,000)<", rows[0])  # 3 seeds x 20 steps x 500
+    assert tokens
+
+
+def test_the_same_runs_give_the_same_bytes(folder, pages):
+    assert study_report(load_study([str(folder)]), date=DAY) == pages
+    other = study_report(load_study([str(folder)]), date=datetime.date(2027, 2, 3))
+    assert [page.replace("2027-02-03", "2026-01-01") for page in other] == list(pages)
+
+
+def test_the_page_needs_no_network_and_is_sound_html(pages):
+    page = pages[0]
+    assert set(re.findall(r'https?://[^"\s<]+', page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not re.search(r"<link|<img|@import|\bsrc=", page)
+    structure = Structure()
+    structure.feed(page)
+    assert structure.wrong == [] and structure.open == []
+    assert [name for name, count in structure.ids.items() if count > 1] == []
+    assert {r.lstrip("#") for r in structure.references} <= structure.ids.keys()
+
+
+def test_names_of_runs_cannot_become_markup(tmp_path):
+    evil = '<img src=x onerror="alert(1)">&'
+    for number, cell in enumerate(("uniform", evil)):
+        place = tmp_path / str(number)
+        write_run(place, seed=0, method="uniform" if number == 0 else "rho1", gain=0.02 * number, documents=5)
+        config = yaml.safe_load((place / "config.yaml").read_text())
+        (place / "config.yaml").write_text(yaml.safe_dump(config | {"tracking": {"tags": {"wmtp.cell": cell}}}))
+    page, text = study_report(load_study([str(tmp_path / "0"), str(tmp_path / "1")]), title=evil, date=DAY)
+    assert "<img" not in page and "&lt;img src=x" in page
+    assert not re.search(r"(?<!\\)<img", re.sub(r"```sh.*?```", "", text, flags=re.DOTALL))
+
+
+@pytest.mark.slow
+def test_the_axes_and_sixty_runs_in_less_than_three_megabytes(tmp_path):
+    study = load_study([str(write_study(tmp_path / "grid", documents=10))])
+    page, _ = study_report(study, date=DAY)
+    assert len(study.runs) == 60 and len(page.encode()) < 3e6
+    axes = parts_of(page)["axes"]
+    assert axes.count("<tr>") == 1 + 27
+    best = study.ranked()[0]
+    assert best == "rho1_strength-1.0_temperature-0.7_percentile-0.2"
+    lowest = min(re.findall(r'data-sort="([\d.]+)"', axes), key=float)
+    assert float(lowest) == sum(run.metrics[study.objective][-1][1] for run in study.cells[best]) / 2
+    assert f"{float(lowest):.4f}</text>" in axes
+
+
+def test_empty_parts_say_why(tmp_path):
+    run = tmp_path / "run"
+    write_run(run, seed=0, method="uniform", heads=1, documents=5)
+    for file in run.rglob("*.json"):
+        if file.parent.parent.name == "evaluations":
+            file.unlink()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [{k: v for k, v in line.items() if not k.startswith(("weights/", "train/", "eval/prose"))} for line in metrics]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    sections = parts_of(study_report(load_study([str(run)]), date=DAY)[0])
+    reasons = {
+        "claims": "there is nothing to hold uniform", "axes": "varies no config key", "pareto": "what it cost",
+        "weights": "figures of its weights", "tokens": "pages of its token weights", "failures": "No evaluation that runs",
+        "forgetting": "One held-out set only", "cost": "what its steps cost",
+    }  # fmt: skip
+    for key, reason in reasons.items():
+        assert 'class="missing"' in sections[key] and reason in sections[key].replace("&#39;", "'"), key
+    assert "Acceptance: no evaluation by recipes/eval_heads.py" in sections["heads"]
+
+
+def test_token_pages_are_read_back():
+    pieces, weights = ["a <", "\n  ", "&b", ""], [9.0, 0.0, 1.0, 3.0]
+    view = TokenView("x & y", pieces, [1, 2, 3, 4], [False, True, True, True], {"this run": weights, "dft": weights})
+    found = read_token_weights(token_weights_html([view], title="t"))
+    assert found == {"x & y": dict.fromkeys(("this run", "dft"), [("", "a <"), ("w0", "\n  "), ("w4", "&b"), ("w6", "")])}
+
+
+def test_figures_follow_the_page_and_do_not_rest_on_colour():
+    of = {name: Curve([0, 1], [1, 2], [1, 2], [1, 2]) for name in ("a", "b <&>")}
+    svg = curves(of, looks(list(of)), x="step", y="$CE$", label="A & B")
+    assert "var(--ink)" in svg and "#0f0f" not in svg and 'aria-label="A &amp; B"' in svg
+    assert "b &lt;&amp;&gt;" in svg and "$CE$" in svg and "stroke-dasharray" in svg
+    assert curves(of, looks(list(of)), x="step", y="$CE$", label="A & B") == svg
+    assert short("rho1_strength-0.3_temperature-0.5") == "rho1_s0.3_t0.5"
+    assert len({(look.marker, look.hatch) for look in looks(list("abcdefgh")).values()}) == 8
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+
+def report(tmp_path, **keys):
+    cfg = load(ROOT / "configs/eval/report.yaml")
+    cfg.update({"output_dir": str(tmp_path / "report"), **keys})
+    recipe = ReportRecipe(cfg)
+    recipe.load()
+    recipe.write()
+    recipe.log()
+    return recipe
+
+
+def test_bad_input_is_one_line(tmp_path, folder, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    uniform = str(folder / "cells/uniform/seed-0")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "sweep.yaml").write_text("study: later\n")
+    cases = [
+        ({}, ConfigError, "give study="),
+        ({"study": "a", "runs": ["b"]}, ConfigError, "give study="),
+        ({"study": "nowhere"}, UserError, "does not exist"),
+        ({"study": str(empty)}, UserError, "study later has no run yet"),
+        ({"runs": [uniform], "baseline": "rho1"}, UserError, "baseline 'rho1' is no cell with a run; there are uniform"),
+        ({"runs": [uniform], "objective": "eval/ce_head9"}, UserError, "no run has the objective 'eval/ce_head9'"),
+        ({"runs": [uniform, uniform]}, UserError, "give one of them"),
+    ]
+    for keys, kind, line in cases:
+        with pytest.raises(kind, match=re.escape(line)) as error:
+            report(tmp_path, **keys)
+        assert "\n" not in str(error.value)
+    MlflowClient().create_experiment("x")
+    with pytest.raises(UserError, match="nowhere is no folder, and .* has no run or study of that name"):
+        report(tmp_path, study="nowhere")
+
+
+def test_runs_that_cannot_be_compared_are_refused_or_stand_apart(tmp_path, folder):
+    other = tmp_path / "cells" / "other" / "seed-0"
+    write_run(other, seed=0, gain=0.01, documents=7)
+    file = next((other / "held_out").iterdir())
+    table = pq.read_table(file)
+    pq.write_table(table.replace_schema_metadata({"sha256": json.dumps({name: "0" * 64 for name in SETS})}), file)
+    runs = [str(folder / "cells" / cell / "seed-0") for cell in ("uniform", "rho1")] + [str(other)]
+    with pytest.raises(UserError, match=r"cannot be compared: .*allow_mixed=true"):
+        report(tmp_path, runs=runs)
+    report(tmp_path, runs=runs, allow_mixed=True)
+    claims = parts_of((tmp_path / "report" / "report.html").read_text())["claims"]
+    assert "Apart, since they cannot be compared with the baseline: other" in claims
+    assert "between other" not in claims and "other better" not in claims
+
+
+@pytest.mark.slow
+def test_real_runs_in_mlflow_by_the_studys_name_or_id(tmp_path, monkeypatch):
+    """Trained here, found by name, by id and by folder; the page becomes an artifact of the sweep's run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    client = MlflowClient()
+    parent = client.create_run(client.create_experiment("wmtp/tiny"), tags={"wmtp.sweep": "two methods"}).info.run_id
+    client.log_text(parent, yaml.safe_dump({"study": "two methods", "baseline": "uniform"}), "sweep.yaml")
+    for method in ("uniform", "dft"):
+        for seed in (0, 1):
+            cfg = load(ROOT / "configs/tiny/uniform.yaml")
+            cfg.update({"output_dir": f"cells/{method}/seed-{seed}", "seed": seed, "max_steps": 3, "eval_every": None})
+            cfg.update({"save_every": None, "export_dtype": "none", "device": "cpu"})
+            cfg.weighting = {"_component_": f"wmtp.weighting.{method}"}
+            cfg.token_view = {"_component_": "wmtp.report.TokenWeightPages", "every": 3}
+            cfg.tracking = {"_component_": "wmtp.tracking.MLflowLogger", "parent_run_id": parent}
+            recipe = FullFinetuneRecipeWMTP(cfg)
+            recipe.setup()
+            recipe.train()
+            recipe.export()
+            recipe._log.close()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    for child in client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{parent}'"):
+        client.set_tag(child.info.run_id, "wmtp.cell", child.data.tags["wmtp.method"])
+    report(tmp_path, study="two methods")
+    page = (tmp_path / "report" / "report.html").read_bytes()
+    logged = [item.path for item in client.list_artifacts(parent, "report")]
+    assert sorted(logged) == ["report/report.html", "report/report.md"]
+    report(tmp_path, study=parent, log_artifact=False)
+    assert (tmp_path / "report" / "report.html").read_bytes() == page
+    sections = parts_of(page.decode())
+    assert "dft" in sections["claims"] and "2 seeds x" in sections["claims"]
+    assert sections["tokens"].count("<article>") == 2
+    assert "mlflow artifacts download --run-id" in sections["configs"]
+    assert 'class="missing"' not in "".join(sections[key] for key in ("learning", "pareto", "heads", "weights", "cost"))
+    folders = [f"cells/{method}/seed-{seed}" for method in ("uniform", "dft") for seed in (0, 1)]
+    report(tmp_path, runs=folders)
+    again = parts_of((tmp_path / "report" / "report.html").read_text())
+    assert again["claims"] == sections["claims"] and again["learning"] == sections["learning"]
