@@ -4,8 +4,8 @@
     python recipes/report.py --config configs/eval/report.yaml study=<a study's name, or its run id in MLflow>
     python recipes/report.py --config configs/eval/report.yaml runs=[runs/tiny/uniform,runs/tiny/rho1]
 
-Everything is read from the runs' folders or from MLflow; nothing is trained or evaluated. The page is an artifact of the
-sweep's MLflow run, and the same again from the same runs, byte for byte but for its date.
+Everything is read from the runs' folders or from MLflow; nothing is trained or evaluated. The page becomes an artifact
+of the sweep's MLflow run, and is the same again from the same runs, byte for byte but for its date.
 """
 
 import sys

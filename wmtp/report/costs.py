@@ -28,7 +28,7 @@ class Cost:
 def cost(runs: Iterable[Run]) -> Cost:
     """Returns what runs cost together; steps that were not logged count like the mean of those that were."""
     columns = zip(*map(_of_run, runs), strict=True)
-    return Cost(*(None if None in column else float(sum(column)) for column in columns))  # type: ignore[arg-type]
+    return Cost(*(None if None in column else float(sum(column)) for column in columns))
 
 
 def _of_run(run: Run) -> tuple[float | None, ...]:

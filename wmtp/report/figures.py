@@ -27,7 +27,7 @@ _VARIABLES |= _SERIES
 _MARKERS, _HATCHES = "osD^vPX*", ("", "///", "--", "\\\\\\", "xx", "||", "++", "//")
 _DASHES = ((0, (4, 2)), "-", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), "-", (0, (3, 1)), (0, (1, 2.5)), (0, (8, 2)))
 _WIDTH = 7.4  # inches; the page scales it
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "wmtp", "text.parse_math": False, "font.size": 9, "axes.titlesize": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": LINE, "axes.labelcolor": QUIET,
     "axes.titlecolor": INK, "axes.titlelocation": "left", "text.color": INK, "xtick.color": LINE, "ytick.color": LINE,
@@ -62,7 +62,7 @@ def looks(names: Sequence[str]) -> dict[str, Look]:
     """Returns a look for each of up to eight names; the first, a baseline, has the text's colour."""
     colors = [INK, *_SERIES]
     kinds = zip(names, colors, _MARKERS, _DASHES, _HATCHES, strict=False)
-    return {name: Look(*kind) for name, *kind in kinds}
+    return {name: Look(color, marker, dash, hatch) for name, color, marker, dash, hatch in kinds}
 
 
 def short(label: str) -> str:
@@ -258,7 +258,7 @@ def _focus(ax: Axes, values: Sequence[float]) -> None:
 def _name_ends(figure: Figure, ax: Axes, ends: Sequence[tuple[float, float, str, Look]]) -> None:
     """Writes names into the right margin, apart from each other, each joined to the point that it names."""
     margin = (30 + 5.6 * max(len(short(name)) for _, _, name, _ in ends)) / 72 / _WIDTH
-    figure.get_layout_engine().set(rect=(0, 0, 1 - margin, 1))  # type: ignore[union-attr]
+    figure.get_layout_engine().set(rect=(0, 0, 1 - margin, 1))  # type: ignore[union-attr, call-arg]
     figure.draw_without_rendering()
     to_figure = ax.transData + figure.transFigure.inverted()
     box = ax.get_position()

@@ -12,7 +12,7 @@ import yaml
 
 from wmtp.errors import UserError, mask_secrets
 from wmtp.numerics.bootstrap import Interval
-from wmtp.report.comparison import cells_of, default_baseline, held_out_arms
+from wmtp.report.comparison import CONTROLS, PLAIN, cells_of, default_baseline, held_out_arms
 from wmtp.report.runs import Run, load_runs, require_comparable
 from wmtp.tracking.store import artifact_text, clear_store_errors, existing_client, store_uri
 
@@ -58,8 +58,20 @@ class Study:
 
     @property
     def controls(self) -> dict[str, list[str]] | None:
-        """Cell to its controls, as the sweep names them; None where it names none."""
-        return {cell: list(names) for cell, names in (self.sweep.get("controls") or {}).items()} or None
+        """Cell to its controls as the sweep names them, by the cell or by the grid that it belongs to.
+
+        A weighting for which it names none lacks them; None where it names none for any cell.
+        """
+        named = self.sweep.get("controls") or {}
+        found: dict[str, list[str]] = {}
+        for cell, runs in self.cells.items():
+            own = next((list(of) for key, of in named.items() if cell == key or self._of_grid(cell, key)), None)
+            needed = [] if runs[0].method in PLAIN else [f"a {kind} control of it" for kind in CONTROLS]
+            found[cell] = needed if own is None else own
+        return found if named else None
+
+    def _of_grid(self, cell: str, name: str) -> bool:
+        return bool(self.axes_of(cell)) and cell.startswith(f"{name}_")
 
     @cached_property
     def axes(self) -> dict[str, list]:
@@ -82,7 +94,7 @@ class Study:
     def ranked(self) -> list[str]:
         """Returns the cells from the best objective to the worst; those without one last."""
         found = {cell: over_seeds(runs, self.objective) for cell, runs in self.cells.items()}
-        return sorted(found, key=lambda cell: (np.inf if found[cell] is None else found[cell].estimate, cell))
+        return sorted(found, key=lambda cell: (of.estimate if (of := found[cell]) else np.inf, cell))
 
     def shown(self, limit: int) -> list[str]:
         """Returns the cells that figures name: the baseline, the best, its controls, and the next best ones."""
@@ -108,7 +120,8 @@ def held_out_interval(runs: Sequence[Run], metric: str) -> Interval | None:
     """Returns a cell's held-out CE with its 95 % interval over seeds and documents, else as :func:`over_seeds`."""
     known = [run for run in runs if run.held_out is not None and run.metrics.get(metric)]
     name, head = parse_ce(metric) or ("", 1)
-    if known and ((known[0].held_out["set"] == name) & (known[0].held_out["head"] == head)).sum() > 1:
+    documents = known[0].held_out if known else None
+    if documents is not None and ((documents["set"] == name) & (documents["head"] == head)).sum() > 1:
         return held_out_arms(known, name, head).interval(known[0].cell)
     return over_seeds(runs, metric)
 
@@ -130,7 +143,9 @@ def load_study(
     Raises:
         UserError: nothing of that name, a study without runs, runs that cannot be compared, or a store that is down.
     """
-    sweep, table, parent_id, sources = {}, {}, None, list(names)
+    sweep: dict = {}
+    table: dict = {}
+    parent_id, sources = None, list(names)
     folder = Path(names[0])
     if len(names) == 1 and (folder / "sweep.yaml").is_file():
         sweep = yaml.safe_load((folder / "sweep.yaml").read_text())

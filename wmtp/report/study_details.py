@@ -39,8 +39,8 @@ def tokens(study: Study) -> Part:
         shared, key=lambda i: (len(next(iter(next(iter(pages.values()))[i].values()))) < 20, shared.index(i))
     )
     columns = {}
-    for cell, page in pages.items():
-        method, of = next(iter(page[document].items()))
+    for cell, shown in pages.items():
+        method, of = next(iter(shown[document].items()))
         columns[cell if method == "this run" else f"{cell}, {method}"] = of
     lead = (
         "Each token shaded by its weight at the last step that all pages show: blue below 1, orange and underlined "

@@ -88,7 +88,7 @@ def failures(study: Study) -> Part:
         share = {cell: {v: counts[cell][v] / (sum(counts[cell].values()) or 1) for v in kinds} for cell in drawn}
         svg = figures.shares(share, kinds, x="share of samples", label=f"Verdicts of {name}")
         caption = f"What became of the samples of {name}, passed on the left, then by cause of failure{rest}."
-        rows = [[cell, *((str(of[v]), of[v]) for v in kinds)] for cell, of in counts.items()]
+        rows: list[list[Cell]] = [[cell, *((str(of[v]), of[v]) for v in kinds)] for cell, of in counts.items()]
         shown.append(Shown(svg, caption, Table(["cell", *kinds], rows)))
     missing = "" if shown else "No evaluation that runs programs (MBPP, HumanEval, CodeContests) in this study."
     return Part("failures", title, shown=shown, missing=missing)
@@ -107,14 +107,14 @@ def forgetting(study: Study) -> Part:
         if not points:
             continue
         label = f"Forgetting of {name}"
-        x, y = (f"change of CE on {s or 'the held-out set'}, nats" for s in (ours, name))
-        svg = figures.scatter(points, looks, x=x, y=y, label=label, zero=True)
+        x_name, y_name = (f"change of CE on {s or 'the held-out set'}, nats" for s in (ours, name))
+        svg = figures.scatter(points, looks, x=x_name, y=y_name, label=label, zero=True)
         caption = (
             f"Change of head {head}'s CE from before the first step to the last: above the line {name} was forgotten; "
             "further left, more was learnt."
         )
         rows = [[cell, interval(gain[cell]), interval(lost[cell])] for cell in points]
-        shown.append(Shown(svg, caption, Table(["cell", x, y], rows)))
+        shown.append(Shown(svg, caption, Table(["cell", x_name, y_name], rows)))
     missing = "" if shown else "One held-out set only: a second one (eval_dataset.prose) would show what was forgotten."
     return Part("forgetting", title, shown=shown, missing=missing)
 

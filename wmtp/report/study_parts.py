@@ -190,7 +190,7 @@ def pareto(study: Study) -> Part:
     points = {
         c: (getattr(costs[c], unit), q.estimate) for c, q in quality.items() if unit and q and getattr(costs[c], unit)
     }
-    if not points:
+    if unit is None or not points:
         return Part("pareto", title, missing="No run says what it cost (train/tokens, train/tokens_per_second).")
     front: list[str] = []
     for cell in sorted(points, key=points.__getitem__):

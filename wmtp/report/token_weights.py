@@ -79,6 +79,7 @@ class _Reader(HTMLParser):
         super().__init__()
         self.documents: dict[str, dict[str, list[tuple[str, str]]]] = {}
         self._inside = self._class = self._heading = ""
+        self._tokens: list[tuple[str, str]] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         if tag in ("h2", "h3"):
