@@ -12,8 +12,8 @@ from wmtp.report.claims import Comparison, compare_all
 from wmtp.report.runs import Run
 from wmtp.tracking.environment import config_sha256
 
-_CONTROLS = ("shuffled", "random_matched")
-_PLAIN = ("uniform", *_CONTROLS, "eval", "")  # methods that need no control
+CONTROLS = ("shuffled", "random_matched")
+PLAIN = ("uniform", *CONTROLS, "eval", "")  # methods that need no control
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,12 @@ def controls_of(cells: Mapping[str, Mapping[int, Run]]) -> dict[str, list[str]]:
     first = {cell: next(iter(runs.values())) for cell, runs in cells.items()}
     by_weighting = {(_rest(run), _weighting_key(run.config.get("weighting"))): cell for cell, run in first.items()}
     for cell, run in first.items():
-        if run.method not in _PLAIN:
+        if run.method not in PLAIN:
             wrapped = (
-                {"_component_": f"wmtp.weighting.{kind}", "method": run.config.get("weighting")} for kind in _CONTROLS
+                {"_component_": f"wmtp.weighting.{kind}", "method": run.config.get("weighting")} for kind in CONTROLS
             )
             found = (by_weighting.get((_rest(run), _weighting_key(section))) for section in wrapped)
-            controls[cell] = [there or kind for there, kind in zip(found, _CONTROLS, strict=True)]
+            controls[cell] = [there or kind for there, kind in zip(found, CONTROLS, strict=True)]
     return controls
 
 

@@ -189,8 +189,11 @@ def _documents(file: Path) -> pd.DataFrame:
     return documents
 
 
-def require_comparable(runs: Sequence[Run], allow_mixed: bool = False) -> list[list[Run]]:
+def require_comparable(runs: Sequence[Run], allow_mixed: bool = False, *, same_tokens: bool = True) -> list[list[Run]]:
     """Returns the runs that may be compared with each other, in groups: one, unless the others are allowed.
+
+    Args:
+        same_tokens: False where the study makes something else equal, such as FLOPs.
 
     Raises:
         UserError: two runs with other held-out data, other training data or, with one seed, other numbers of tokens,
@@ -200,7 +203,7 @@ def require_comparable(runs: Sequence[Run], allow_mixed: bool = False) -> list[l
     for run in runs:
         reasons = []
         for group in groups:
-            reason = next(filter(None, (_why_apart(other, run) for other in group)), None)
+            reason = next(filter(None, (_why_apart(other, run, same_tokens) for other in group)), None)
             if reason is None:
                 group.append(run)
                 break
@@ -212,7 +215,7 @@ def require_comparable(runs: Sequence[Run], allow_mixed: bool = False) -> list[l
     return groups
 
 
-def _why_apart(a: Run, b: Run) -> str | None:
+def _why_apart(a: Run, b: Run, same_tokens: bool) -> str | None:
     ours, theirs = (run.documents.attrs["sha256"] for run in (a, b))
     cannot = f"{a.name} and {b.name} cannot be compared:"
     if ours.keys() != theirs.keys():
@@ -226,7 +229,7 @@ def _why_apart(a: Run, b: Run) -> str | None:
     if data[0] != data[1]:
         return f"{cannot} their training data differ (SHA-256 {data[0][:8]} and {data[1][:8]})"
     # Another seed has other rows, some longer: the numbers of one seed are held against each other.
-    if a.seed == b.seed and not math.isclose(a.targets, b.targets, rel_tol=_SAME_TOKENS):
+    if same_tokens and a.seed == b.seed and not math.isclose(a.targets, b.targets, rel_tol=_SAME_TOKENS):
         return f"{cannot} they have been trained on {a.targets} and {b.targets} target tokens"
     return None
 

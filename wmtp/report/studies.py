@@ -164,10 +164,13 @@ def load_study(
     first = baseline or sweep.get("baseline") or default_baseline(by_seed)
     if first not in cells:
         raise UserError(f"baseline {first!r} is no cell with a run; there are {', '.join(cells)}")
+    with_documents = [run for run in runs if run.held_out is not None]
+    groups = require_comparable(with_documents, allow_mixed, same_tokens=sweep.get("equal") != "flops")
+    without = [run for run in runs if run.held_out is None]
     return Study(
         name=title,
         cells={first: cells.pop(first), **cells},
-        groups=require_comparable(runs, allow_mixed=allow_mixed),
+        groups=[*groups, without] if without else groups,
         baseline=first,
         objective=_objective(runs, objective, sweep.get("objective")),
         sweep=sweep,

@@ -33,6 +33,8 @@ def claims(study: Study) -> Part:
     title, (held_out_set, head) = "What the study may claim", study.target
     runs = [run for run in study.compared if run.held_out is not None]
     apart = ", ".join(sorted({run.cell for run in study.runs if run not in runs}))
+    if not runs:
+        return Part("claims", title, missing="No claim: no run has the CE of single held-out documents (held_out/).")
     try:
         found = compare_runs(
             runs, baseline=study.baseline, set_name=held_out_set, head=head, margin=study.sweep.get("margin"),
