@@ -17,6 +17,4 @@ wait $worker 2>/dev/null || true
 echo "== The same command goes on: what is done stays done, what was running continues from its checkpoint"
 (sweep)
 cat "$out/table.md"
-if [ -f recipes/report.py ]; then
-  python recipes/report.py --config configs/tiny/report.yaml runs="[$out]" output_dir="$out/report"
-fi
+python recipes/report.py --config configs/eval/report.yaml study="$out" output_dir="$out/report"

@@ -110,6 +110,14 @@ def test_the_table_has_every_cell_its_figures_and_what_is_not_finished(pages):
     assert tokens
 
 
+def test_a_run_that_is_not_finished_is_left_out_of_its_study(tmp_path):
+    study = write_study(tmp_path / "study", seeds=2, grid=False, documents=3)
+    metrics = study / "cells" / "rho1" / "seed-1" / "metrics.jsonl"
+    metrics.write_text("".join(line for line in metrics.open() if json.loads(line)["step"] < 15))
+    found = load_study([str(study)])
+    assert [run.seed for run in found.cells["rho1"]] == [0] and len(found.cells["uniform"]) == 2
+
+
 def test_the_same_runs_give_the_same_bytes(folder, pages):
     assert study_report(load_study([str(folder)]), date=DAY) == pages
     other = study_report(load_study([str(folder)]), date=datetime.date(2027, 2, 3))
@@ -216,7 +224,7 @@ def test_bad_input_is_one_line(tmp_path, folder, monkeypatch):
         ({}, ConfigError, "give study="),
         ({"study": "a", "runs": ["b"]}, ConfigError, "give study="),
         ({"study": "nowhere"}, UserError, "does not exist"),
-        ({"study": str(empty)}, UserError, "study later has no run yet"),
+        ({"study": str(empty)}, UserError, "study later has no finished run yet"),
         (
             {"runs": [uniform], "baseline": "rho1"},
             UserError,

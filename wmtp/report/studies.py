@@ -156,9 +156,11 @@ def load_study(
         if found is not None:
             parent_id, sweep, table, sources = found
     title = str(sweep.get("study") or ", ".join(Path(name).name for name in names))
-    if not sources:
-        raise UserError(f"study {title} has no run yet: start it with recipes/sweep_wmtp.py, or wait for a first cell")
-    runs = sorted(load_runs(sources), key=lambda run: (run.cell, run.seed))
+    # What still runs, was pruned or failed has seen fewer tokens: the sweep's table says what became of it.
+    runs = [run for run in load_runs(sources) if run.state == "FINISHED" or not sweep]
+    if not runs:
+        raise UserError(f"study {title} has no finished run yet: wait for a first cell of recipes/sweep_wmtp.py")
+    runs.sort(key=lambda run: (run.cell, run.seed))
     by_seed = cells_of(runs)
     cells = {cell: list(of.values()) for cell, of in by_seed.items()}
     first = baseline or sweep.get("baseline") or default_baseline(by_seed)
