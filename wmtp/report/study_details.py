@@ -51,7 +51,7 @@ def tokens(study: Study) -> Part:
 
 def _last_page(run: Run) -> str | None:
     """Returns the last page of token weights that a run has written."""
-    if run.run_id is None:
+    if run.run_id != run.source:  # read from its folder
         files = sorted((Path(run.source) / _FOLDER).glob("step_*.html"))
         return files[-1].read_text(encoding="utf-8") if files else None
     with clear_store_errors(f"token pages of run {run.run_id} cannot be read", UserError):
@@ -96,14 +96,14 @@ def _command(study: Study, run: Run) -> list[str]:
     recipe = run.facts.get("recipe") or Path(str(study.sweep.get("recipe") or "full_finetune_distributed_wmtp")).stem
     output = f"runs/again/{run.cell}/seed-{run.seed}"
     lines, config = [], f"{run.source}/config.yaml"
-    if run.run_id is not None:
+    if run.run_id == run.source:
         lines = [
             [
                 "mlflow",
                 "artifacts",
                 "download",
                 "--run-id",
-                run.run_id,
+                run.source,
                 "--artifact-path",
                 "config.yaml",
                 "--dst-path",

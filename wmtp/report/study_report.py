@@ -1,6 +1,7 @@
 """The report of a study: one HTML page that needs nothing else, and Markdown with the same numbers."""
 
 import datetime
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -46,11 +47,12 @@ def study_report(study: Study, *, title: str | None = None, date: datetime.date 
 def _facts(study: Study) -> dict[str, str]:
     """Returns what stands below the title: how much was run, of what, with which code."""
     seeds = sorted({run.seed for run in study.runs})
+    states = Counter(row["state"] for row in study.unfinished)
     found = {
         "runs": f"{len(study.runs)} in {len(study.cells)} cells, seeds {', '.join(map(str, seeds))}",
         "baseline": study.baseline,
         "objective": f"{study.objective} (lower is better)",
-        "not finished": ", ".join(f"{row['cell']} seed {row['seed']} ({row['state']})" for row in study.unfinished),
+        "not finished": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
         "margin": f"differences up to {study.sweep['margin']:g} do not matter" if study.sweep.get("margin") else "",
     }
     for name, title in (("dataset", "trained on"), ("data_sha256", "data"), ("git_commit", "code")):
