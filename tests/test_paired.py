@@ -42,6 +42,19 @@ def test_the_two_errors_by_hand():
     assert (over_seeds, seeds_freedom) == (pytest.approx((6 / 6) ** 0.5), 1)
 
 
+def test_units_of_heavy_tails_say_less_about_their_variance():
+    d = sample(4, 60) + np.where(np.arange(60) == 7, 20.0, 0.0)
+    kurtosis = stats.kurtosis(d.mean(axis=0), fisher=False)
+    assert mean_difference(d).units_freedom == pytest.approx(2 * 59 / (kurtosis - 1)) and kurtosis > 20
+    assert mean_difference(np.array([[0.0, 1.0], [2.0, 4.0]])).units_freedom == 1  # two units have no tails
+
+
+def test_more_seeds_or_a_wider_level_find_smaller_effects():
+    few, many = (mean_difference(sample(seeds, 40)) for seeds in (3, 8))
+    assert many.smallest_effect(0.8, 0.01) < few.smallest_effect(0.8, 0.01) / 2
+    assert few.smallest_effect(0.8, 0.05) < few.smallest_effect(0.8, 0.01) < few.smallest_effect(0.9, 0.01)
+
+
 def test_long_documents_count_as_their_tokens_do():
     d, tokens = sample(3, 5), np.array([10, 20, 30, 400, 50])
     assert mean_difference(d, tokens).mean == pytest.approx((d * tokens).sum() / (3 * tokens.sum()))
