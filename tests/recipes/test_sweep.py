@@ -16,6 +16,9 @@ from processes import run_recipe_file, start
 from services import postgres_server
 
 from runs import ROOT
+from wmtp.tracking.store import mlflow_client
+
+pytestmark = pytest.mark.slow
 
 STUB = ROOT / "tests" / "recipes" / "sweep_stub.py"
 
@@ -273,3 +276,40 @@ def test_workers_on_postgresql_share_the_cells_and_one_that_dies_loses_none(tmp_
     workers[1].join()
     assert sweep.table() == undisturbed
     assert set(sweep.ends().values()) == {1}, sweep.ledgers()
+
+
+def test_a_worker_that_was_suspended_and_taken_for_dead_does_not_run_its_cell_again(tmp_path):
+    sweep = Sweep(tmp_path, axes={}, seeds=[0], overrides={"steps": 60, "seconds": 0.1})
+    suspended = sweep.worker()
+    _until(lambda: len(sweep.ledgers()) == 1)
+    os.kill(suspended.pids[0], signal.SIGSTOP)  # its run goes on
+    table, _ = sweep.run()
+    os.kill(suspended.pids[0], signal.SIGCONT)
+    suspended.join()
+    assert [row["state"] for row in table["rows"]] == ["done"] and sweep.table() == table
+    assert set(sweep.ends().values()) == {1}, sweep.ledgers()
+
+
+def test_real_recipes_are_one_family_of_mlflow_runs(tmp_path):
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "wmtp/sweep", "tracking_uri": store}
+    heads = {"recipe": "recipes/eval_heads.py", "config": "configs/tiny/eval_heads.yaml"}
+    cell = {"max_steps": 2, "eval_every": None, "model.num_future_tokens": 3}
+    table, _ = Sweep(
+        tmp_path, recipe="recipes/full_finetune_distributed_wmtp.py", config="configs/tiny/uniform.yaml", seeds=[5],
+        axes={"extra_heads_lr": [0.001]}, overrides=cell, objective="heads/heads/ce_head3",
+        evaluations={"heads": {**heads, "overrides": {"speed_prompts": 0}}},
+        tracking={**tracking, "artifact_location": str(tmp_path / "artifacts")},
+    ).run()  # fmt: skip
+    (row,) = table["rows"]
+    assert row["state"] == "done" and row["value"] == row["figures"]["seed-5/heads"]["heads/ce_head3"]
+    client = mlflow_client(store)
+    runs = client.search_runs([client.get_experiment_by_name("wmtp/sweep").experiment_id])
+    by_name = {run.info.run_name: run for run in runs}
+    parent, training = by_name["stub"], by_name["extra_heads_lr-0.001-seed5"]
+    evaluation = by_name["extra_heads_lr-0.001-seed5-heads"]
+    assert training.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert evaluation.data.tags["mlflow.parentRunId"] == training.info.run_id
+    assert training.data.tags["wmtp.axes"] == '{"extra_heads_lr": 0.001}' and training.data.tags["wmtp.seed"] == "5"
+    assert parent.data.tags["wmtp.sweep"] == "stub" and parent.info.status == "FINISHED"
+    assert {item.path for item in client.list_artifacts(parent.info.run_id)} == {"sweep.yaml", "table.json"}

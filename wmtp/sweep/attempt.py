@@ -85,7 +85,7 @@ class Attempt:
         if not counts:
             return "was another worker's by now"
         if state == TrialState.COMPLETE:
-            return f"done, {value:.4f}"
+            return f"done, {value:.4f}" if value else "done"  # what is only prepared has none
         return "pruned" if state == TrialState.PRUNED else f"failed: {attributes[ERROR]}" if attributes else None
 
     def stop(self) -> None:
