@@ -202,7 +202,7 @@ def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(ti
         line["step"]: line["train/loss"] for line in read_metrics(recipe._output_dir) if "train/loss" in line
     }
     assert [m.step for m in history] == [1, 2, 3, 4, 5, 6]
-    assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {"config.yaml"}
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {"config.yaml", "held_out"}
 
 
 def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):
