@@ -28,7 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "configuration.md"
 MODELS = ("tiny", "smollm2_135m", "meta_mtp_7b", "codellama_7b")  # from small to large; folders added later come after
 HERE = "; here: "
-FREE = {"sweep_wmtp": ("controls", "overrides", "axes", "search", "evaluations")}  # whose keys are other recipes', or names
+FREE = {
+    "sweep_wmtp": ("controls", "overrides", "axes", "search", "evaluations")
+}  # whose keys are other recipes', or names
 REQUIRED, UNKNOWN = "required", ""
 
 _HEAD = """# Configuration

@@ -73,7 +73,9 @@ def main() -> None:
 
     functions = list(python_functions(tokenizer, split="train", max_body_lines=MAX_BODY_LINES))
     write(args.out / "train_clean.jsonl", functions, tokenizer)
-    write(args.out / "train.jsonl", [mixed_quality(document, len(tokenizer.vocab())) for document in functions], tokenizer)
+    write(
+        args.out / "train.jsonl", [mixed_quality(document, len(tokenizer.vocab())) for document in functions], tokenizer
+    )
 
 
 def sources(characters: int) -> tuple[list[tuple[str, str]], ...]:

@@ -47,9 +47,10 @@ def main() -> None:
             both = sorted(of_seed.keys() & seeds[baseline].keys())
             folder = sweep / "cells" / name / f"seed-{both[0]}"
             cfg = OmegaConf.load(folder / "config.yaml")
-            if name == baseline or cfg.dataset != OmegaConf.load(
-                sweep / "cells" / baseline / f"seed-{both[0]}" / "config.yaml"
-            ).dataset:
+            if (
+                name == baseline
+                or cfg.dataset != OmegaConf.load(sweep / "cells" / baseline / f"seed-{both[0]}" / "config.yaml").dataset
+            ):
                 continue
             weights, noise, document = weights_of(cfg, args.documents)
             counts = resamples(document, 300, seed=0)
@@ -60,7 +61,9 @@ def main() -> None:
             report(f"noise AUC of {name}", found[name][0], "", against)
     of_auc, gains = np.array(list(found.values())).T
     rank = stats.spearmanr(of_auc, gains)
-    report("Spearman's correlation of AUC and gain", float(rank.statistic), "", f"{len(found)} arms, p {rank.pvalue:.4f}")
+    report(
+        "Spearman's correlation of AUC and gain", float(rank.statistic), "", f"{len(found)} arms, p {rank.pvalue:.4f}"
+    )
 
 
 def losses(cell: Path) -> dict[str, float]:

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wmtp.config import build
 from wmtp.config.files import load
 from wmtp.loss import mtp_loss
-from wmtp.training.flops import _loss, kept_share, flops_per_step
+from wmtp.training.flops import _loss, flops_per_step, kept_share
 from wmtp.training.performance import model_flops
 from wmtp.weighting import any_weighting, dft, random_matched, rho1, uniform
 
