@@ -187,6 +187,37 @@ def test_runs_that_cannot_be_compared_are_refused_and_shown_apart_on_request(run
     assert capsys.readouterr().out.count("held-out CE, nats per target") == 2
 
 
+def test_a_baseline_that_others_cannot_be_compared_with_makes_no_claim_about_them(run, capsys):
+    names = [run(), run("rho1"), run("shuffled", data="e")]
+    main([*names, "set=code", f"baseline={names[0]}", "allow_mixed=true"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(" than " in line for line in lines) == 1
+    assert lines[-1] == f"no claim: these cannot be compared with {names[0]}"
+
+
+def test_runs_of_two_sweeps_are_no_cell_for_their_names_alone(run):
+    names = [run("rho1", 0, folder="a/cells/rho1/seed-0"), run("rho1", 1, folder="b/cells/rho1/seed-1", batch_size=2)]
+    with pytest.raises(UserError, match=r"are both of rho1, but differ by more than their seeds: batch_size null -> 2"):
+        main([*names, "set=code"])
+
+
+def test_a_set_of_one_document_has_a_mean_without_an_interval(run, capsys):
+    both = {method: held_out(method, 0).documents for method in ("uniform", "rho1")}
+    first = {method: {key: values[:2] for key, values in columns.items()} for method, columns in both.items()}
+    names = [run(method, of_set=HeldOut({}, columns, {"code": "x"})) for method, columns in first.items()]
+    with pytest.raises(UserError, match="two pairs or more"):
+        main([*names, "set=code"])
+    assert capsys.readouterr().out.splitlines()[2].split()[3:] == [f"{ce:.4f}" for ce in first["uniform"]["ce"]]
+
+
+def test_a_run_that_diverged_is_named(run):
+    lost = held_out("rho1", 0)
+    lost.documents["ce"][5] = float("nan")
+    names = [run(), run("rho1", of_set=lost)]
+    with pytest.raises(UserError, match=r"rho1_0 has a held-out CE that is inf or nan"):
+        main([*names, "set=code"])
+
+
 def test_what_is_no_run_or_no_option_is_one_line(run, tmp_path, monkeypatch):
     first = run()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", new_store(tmp_path / "store"))

@@ -17,6 +17,7 @@ from recipes.report import ReportRecipe
 from wmtp.config import ConfigError, load
 from wmtp.errors import UserError
 from wmtp.report.figures import Curve, curves, looks, short
+from wmtp.report.parts import curve_table
 from wmtp.report.studies import load_study
 from wmtp.report.study_report import study_report
 from wmtp.report.token_views import TokenView
@@ -25,6 +26,7 @@ from wmtp.report.token_weights import read_token_weights, token_weights_html
 DAY = datetime.date(2026, 1, 1)
 PARTS = ["claims", "cells", "learning", "axes", "pareto", "heads", "weights", "tokens"]
 PARTS += ["failures", "forgetting", "cost", "configs"]
+LOST = ("eval/code/ce_head1", "eval/prose/ce_head1")
 VOID = {"meta", "br", "link", "img", "input"}
 
 
@@ -122,6 +124,68 @@ def test_the_same_runs_give_the_same_bytes(folder, pages):
     assert study_report(load_study([str(folder)]), date=DAY) == pages
     other = study_report(load_study([str(folder)]), date=datetime.date(2027, 2, 3))
     assert [page.replace("2027-02-03", "2026-01-01") for page in other] == list(pages)
+
+
+def test_figures_do_not_depend_on_pythons_hashes():
+    """Thin lines of cells without a name once stood in the order of a set."""
+    of = {f"cell {i}": Curve([0, 1], [i, 2], [i, 2], [i, 2]) for i in range(9)}
+    svg = curves(of, looks(["cell 0"]), x="step", y="CE", label="nine")
+    thin = re.findall(r'd="M [\d.]+ ([\d.]+)\s*\nL [\d.]+ [\d.]+\s*\n?" clip-path[^>]*opacity', svg)
+    starts = list(map(float, thin))
+    assert len(starts) == 8 and starts == sorted(starts, reverse=True)
+
+
+def rewrite(path, change):
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+@pytest.mark.parametrize(
+    "values", [([1, 1], [1, 0.5]), (None, 0.1), ("batch", 2), (True, False), ({"_component_": "a.b"}, None)], ids=str
+)
+def test_an_axis_may_have_any_values(tmp_path, values):
+    study = write_study(tmp_path / "study", seeds=1, grid=False, documents=3)
+    own = dict(zip(("uniform", "rho1"), values, strict=True))
+
+    def change(table):
+        for row in table["rows"]:
+            row["axes"] = {"a.key": own[row["cell"]]} if row["cell"] in own else {}
+        return table
+
+    rewrite(study / "table.json", change)
+    axes = parts_of(study_report(load_study([str(study)]), date=DAY)[0])["axes"]
+    assert axes.count("<tr>") == 3 and "a.key" in axes
+
+
+def test_controls_of_a_grid_are_those_of_the_nearer_name(tmp_path):
+    study = load_study([str(write_study(tmp_path / "study", seeds=1, documents=3))])
+    study.sweep["controls"] = {"rho1": ["far"], "rho1_strength-0.1": ["near"]}
+    found = {cell.partition("_t")[0]: of for cell, of in study.controls.items()}
+    assert (found["rho1_strength-0.1"], found["rho1_strength-0.3"]) == (["near"], ["far"])
+
+
+def test_a_run_that_diverged_stands_apart_and_last(tmp_path):
+    place = write_study(tmp_path / "study", seeds=2, grid=False, documents=4)
+    for run in (place / "cells" / "rho1").iterdir():
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        next(line for line in reversed(lines) if LOST[0] in line).update(dict.fromkeys(LOST, float("nan")))
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file = next((run / "held_out").iterdir())
+        table = pq.read_table(file)
+        lost = table.set_column(5, "ce", [[float("nan")] * len(table)])
+        pq.write_table(lost, file)
+    study = load_study([str(place)])
+    assert study.ranked()[-1] == "rho1"
+    sections = parts_of(study_report(study, date=DAY)[0])
+    assert "cannot be compared with the baseline: rho1." in sections["claims"]
+    assert "between shuffled and uniform" in sections["claims"]
+    assert re.search(r'<th scope="row">rho1</th><td.*?<td class="n" data-sort="">nan</td>', sections["cells"])
+
+
+def test_curves_of_other_lengths_name_their_own_steps():
+    of = {"short": Curve([0, 5], [1, 2], [1, 2], [1, 2]), "long": Curve([0, 9], [1, 2], [1, 2], [1, 2])}
+    table = curve_table(of)
+    assert table.head[-1] == "at steps" and [row[-1] for row in table.rows] == ["0, 0, 0, 5, 5", "0, 0, 0, 9, 9"]
+    assert curve_table({"short": of["short"]}).head[-1] == "last (step 5)"
 
 
 def test_the_page_needs_no_network_and_is_sound_html(pages):

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from wmtp.config import ConfigError, ConfigReader
 from wmtp.errors import clear_errors
-from wmtp.report.comparison import compare_runs, table_text
+from wmtp.report.comparison import compare_runs, require_one_config, table_text
 from wmtp.report.run_summary import run_summary
 from wmtp.report.runs import load_runs, require_comparable
 
@@ -35,8 +35,14 @@ def main(arguments: list[str]) -> None:
     if len(runs) == 1:
         print(run_summary(runs[0]))
         return
-    for group in require_comparable(runs, allow_mixed):
+    require_one_config(runs)
+    groups = require_comparable(runs, allow_mixed)
+    having = [group for group in groups if any(baseline in (run.name, run.cell) for run in group)]
+    for group in groups:
         print(table_text(group))
+        if having and group not in having:
+            print(f"no claim: these cannot be compared with {baseline}")
+            continue
         for comparison in compare_runs(group, baseline=baseline, set_name=set_name, head=head, margin=margin):
             print(json.dumps(comparison.statistics()) if details else comparison)
 

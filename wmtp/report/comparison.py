@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wmtp.config import differences
 from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
 from wmtp.numerics.paired import mean_difference
@@ -35,7 +36,10 @@ class HeldOutArms:
     def interval(self, cell: str) -> Interval:
         """Returns a cell's mean CE over its seeds and all target tokens, with its interval over both."""
         values = self.arms[cell]
-        return mean_difference(values[~np.isnan(values[:, 0])], self.targets).interval()
+        values = values[~np.isnan(values).all(axis=1)]
+        if values.size == 1:  # nothing that it could vary over
+            return Interval(*3 * (float(values.item()),))
+        return mean_difference(values, self.targets).interval()
 
 
 def cells_of(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
@@ -52,6 +56,22 @@ def cells_of(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
                 f"{other.name} and {run.name} are both of {run.cell} with seed {run.seed}; give one of them"
             )
     return {cell: dict(sorted(seeds.items())) for cell, seeds in cells.items()}
+
+
+def require_one_config(runs: Sequence[Run]) -> None:
+    """Refuses runs of one cell whose configs differ by more than their seeds, as those of two sweeps may.
+
+    Raises:
+        UserError: it names two such runs, and a key.
+    """
+    for cell, of_seed in cells_of(runs).items():
+        first, *others = of_seed.values()
+        for run in others:
+            for line in differences(first.settings, run.settings):
+                raise UserError(
+                    f"{first.name} and {run.name} are both of {cell}, but differ by more than their seeds: {line}; "
+                    "compare them in calls of their own"
+                )
 
 
 def held_out_arms(runs: Sequence[Run], set_name: str = "", head: int = 1) -> HeldOutArms:
@@ -108,7 +128,7 @@ def controls_of(cells: Mapping[str, Mapping[int, Run]]) -> dict[str, list[str]]:
 
 
 def _rest(run: Run) -> str:
-    return config_sha256({key: value for key, value in run.config.items() if key not in ("weighting", "seed")})
+    return config_sha256({key: value for key, value in run.settings.items() if key != "weighting"})
 
 
 def _weighting_key(section: object) -> str:
@@ -179,7 +199,8 @@ def table_text(runs: Sequence[Run]) -> str:
         cells = [row["cell"], " ".join(map(str, row["seeds"])), f"{row['targets']:.0f}"]
         for key in keys:
             ce = row["ce"].get(key)
-            cells.append("" if ce is None else f"{ce.estimate:.4f} [{ce.low:.4f}, {ce.high:.4f}]")
+            ends = "" if ce is None or ce.low == ce.high else f" [{ce.low:.4f}, {ce.high:.4f}]"
+            cells.append("" if ce is None else f"{ce.estimate:.4f}{ends}")
         lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     shown = ["  ".join(f"{c:{width}}" for c, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -85,7 +85,7 @@ def curves(
     figure, ax = _figure(3.1)
     if zero:
         ax.axhline(0, color=QUIET, lw=1)
-    for name in of.keys() - named.keys():
+    for name in (name for name in of if name not in named):
         ax.plot(of[name].x, of[name].mean, color=QUIET, lw=0.7, alpha=0.35, zorder=1)
     ends = []
     for name, curve in of.items():
@@ -250,7 +250,8 @@ def _figure(height: float) -> tuple[Figure, Axes]:
 
 def _focus(ax: Axes, values: Sequence[float]) -> None:
     """Keeps the first steps, which fall steeply, from pressing the rest into a line."""
-    low, high = np.min(values), np.quantile(values, 0.9)
+    finite = np.array(values)[np.isfinite(values)]
+    low, high = np.quantile(finite, (0, 0.9)) if len(finite) else (0.0, 0.0)
     if high > low:
         ax.set_ylim(low - 0.06 * (high - low), high + 0.25 * (high - low))
 

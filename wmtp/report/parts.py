@@ -1,5 +1,6 @@
 """What the parts of a report are made of: tables, figures with their numbers, curves over seeds."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,9 @@ class Part:
 
 def number(value: float | None, digits: int = 4) -> Cell:
     """Returns a table's cell of a number; a dash where there is none."""
-    return ("\u2013", None) if value is None else (f"{value:.{digits}f}", value)
+    if value is None:
+        return "\u2013", None
+    return f"{value:.{digits}f}", value if math.isfinite(value) else None
 
 
 def interval(found: Interval | None, digits: int = 4) -> Cell:
@@ -66,7 +69,8 @@ def interval(found: Interval | None, digits: int = 4) -> Cell:
     if found is None:
         return number(None)
     estimate, low, high = (f"{x:.{digits}f}" for x in (found.estimate, found.low, found.high))
-    return (estimate if low == high else f"{estimate} [{low}, {high}]", found.estimate)
+    sorted_by = found.estimate if math.isfinite(found.estimate) else None
+    return (estimate if low == high else f"{estimate} [{low}, {high}]", sorted_by)
 
 
 def ce_name(metric: str) -> str:
@@ -97,12 +101,16 @@ def curve_of(series: Iterable[Sequence[tuple[int, float]]]) -> Curve | None:
 
 def curve_table(of: Mapping[str, Curve]) -> Table:
     """Returns the numbers of curves at their first, middle and last points."""
-    places = [(0, "first"), (0.25, "¼"), (0.5, "½"), (0.75, "¾"), (1, "last")]
-    rows = []
+    names, shares = ("first", "¼", "½", "¾", "last"), (0, 0.25, 0.5, 0.75, 1)
+    rows, steps = [], []
     for cell, curve in of.items():
-        at = [round(share * (len(curve.x) - 1)) for share, _ in places]
+        at = [round(share * (len(curve.x) - 1)) for share in shares]
         rows.append([cell, *(interval(Interval(curve.mean[i], curve.low[i], curve.high[i])) for i in at)])
-    return Table(["cell", *(f"{name} (step {curve.x[i]:g})" for (_, name), i in zip(places, at, strict=True))], rows)
+        steps.append([f"{curve.x[i]:g}" for i in at])
+    if all(of_cell == steps[0] for of_cell in steps):
+        return Table(["cell", *(f"{name} (step {step})" for name, step in zip(names, steps[0], strict=True))], rows)
+    rows = [[*row, ", ".join(of_cell)] for row, of_cell in zip(rows, steps, strict=True)]
+    return Table(["cell", *names, "at steps"], rows)
 
 
 def over(values: Sequence[float]) -> Interval:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
@@ -22,6 +23,7 @@ from wmtp.training.run_log import held_out_file, read_metrics
 
 _EVALUATIONS = ("results.json", "heads.json")
 _SAME_TOKENS = 0.01  # target tokens of two runs may differ by so much: a step ends with a whole micro-batch
+_OF_A_RUN = ("seed", "output_dir", "tracking", "resume", "overwrite")  # keys in which runs of one cell differ
 _SWEEP = re.compile(r"cells/([^/]+)/seed-\d+/?$")  # the output_dir of a sweep's training run
 
 
@@ -63,6 +65,11 @@ class Run:
         return self.facts.get("method", "")
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Returns the config without what runs of one cell differ in: seed, places, tracking."""
+        return {key: value for key, value in self.config.items() if key not in _OF_A_RUN}
+
+    @property
     def cell(self) -> str:
         """Returns what runs share that differ by their seeds alone: the sweep's name for it, or method and hash."""
         tags = (self.config.get("tracking") or {}).get("tags") or {}
@@ -70,21 +77,27 @@ class Run:
         known = self.facts.get("cell") or tags.get("wmtp.cell") or (in_sweep and in_sweep[1])
         if known:
             return str(known)
-        config = {key: value for key, value in self.config.items() if key != "seed"}
-        return f"{self.method or 'run'}-{config_sha256(config)[:6]}"
+        return f"{self.method or 'run'}-{config_sha256(self.settings)[:6]}"
 
     @property
     def documents(self) -> pd.DataFrame:
         """Returns :attr:`held_out`.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or a CE in it is no number.
         """
         if self.held_out is None:
             raise UserError(
                 f"{self.name} has no CE of held-out documents (held_out/step_N.parquet): train it with an eval_dataset"
             )
+        if not self.has_finite_documents:
+            raise UserError(f"{self.name} has a held-out CE that is inf or nan, as it diverged: leave it out")
         return self.held_out
+
+    @property
+    def has_finite_documents(self) -> bool:
+        """Whether it has :attr:`held_out`, and no CE in it is inf or nan: what diverged has no difference."""
+        return self.held_out is not None and bool(np.isfinite(self.held_out["ce"]).all())
 
     @property
     def targets(self) -> int:

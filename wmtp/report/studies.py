@@ -12,7 +12,14 @@ import yaml
 
 from wmtp.errors import UserError, mask_secrets
 from wmtp.numerics.bootstrap import Interval
-from wmtp.report.comparison import CONTROLS, PLAIN, cells_of, default_baseline, held_out_arms
+from wmtp.report.comparison import (
+    CONTROLS,
+    PLAIN,
+    cells_of,
+    default_baseline,
+    held_out_arms,
+    require_one_config,
+)
 from wmtp.report.runs import Run, load_runs, require_comparable
 from wmtp.tracking.store import artifact_text, clear_store_errors, existing_client, store_uri
 
@@ -65,7 +72,8 @@ class Study:
         named = self.sweep.get("controls") or {}
         found: dict[str, list[str]] = {}
         for cell, runs in self.cells.items():
-            own = next((list(of) for key, of in named.items() if cell == key or self._of_grid(cell, key)), None)
+            keys = [key for key in named if cell == key or self._of_grid(cell, key)]
+            own = list(named[max(keys, key=len)]) if keys else None  # of rho1 and rho1_lora the nearer one
             needed = [] if runs[0].method in PLAIN else [f"a {kind} control of it" for kind in CONTROLS]
             found[cell] = needed if own is None else own
         return found if named else None
@@ -76,15 +84,19 @@ class Study:
     @cached_property
     def axes(self) -> dict[str, list]:
         """Config keys that the sweep varies, with the values that its cells have, in order."""
-        values: dict[str, set] = {}
+        values: dict[str, set[float | str]] = {}
         for cell in self.cells:
             for key, value in self.axes_of(cell).items():
                 values.setdefault(key, set()).add(value)
-        return {key: sorted(of, key=lambda v: (isinstance(v, str), v)) for key, of in values.items() if len(of) > 1}
+        return {key: sorted(of, key=numbers_first) for key, of in values.items() if len(of) > 1}
 
-    def axes_of(self, cell: str) -> dict[str, object]:
-        """Returns a cell's values of the keys that its sweep varies; {} for a cell outside of the grid."""
-        return dict(next((row["axes"] for (name, _), row in self.rows.items() if name == cell), {}))
+    def axes_of(self, cell: str) -> dict[str, float | str]:
+        """Returns a cell's values of the keys that its sweep varies; {} for a cell outside of the grid.
+
+        What is no number is a text, JSON if it is none: lists, sections and null.
+        """
+        own: dict = next((row["axes"] for (name, _), row in self.rows.items() if name == cell), {})
+        return {key: value if type(value) in (int, float, str) else json.dumps(value) for key, value in own.items()}
 
     @property
     def unfinished(self) -> list[dict]:
@@ -94,7 +106,8 @@ class Study:
     def ranked(self) -> list[str]:
         """Returns the cells from the best objective to the worst; those without one last."""
         found = {cell: over_seeds(runs, self.objective) for cell, runs in self.cells.items()}
-        return sorted(found, key=lambda cell: (of.estimate if (of := found[cell]) else np.inf, cell))
+        known = {cell: of.estimate for cell, of in found.items() if of and np.isfinite(of.estimate)}
+        return sorted(found, key=lambda cell: (known.get(cell, np.inf), cell))
 
     def shown(self, limit: int) -> list[str]:
         """Returns the cells that figures name: the baseline, the best, its controls, and the next best ones."""
@@ -102,6 +115,11 @@ class Study:
         first = [self.baseline, *ranked[:1]]
         first += [cell for cell in (self.controls or {}).get(ranked[0], ()) if cell in self.cells] if ranked else []
         return list(dict.fromkeys([*first, *ranked]))[:limit]
+
+
+def numbers_first(value: float | str) -> tuple[bool, float | str]:
+    """Returns by what the values of an axis are sorted."""
+    return isinstance(value, str), value
 
 
 def parse_ce(metric: str) -> tuple[str, int] | None:
@@ -118,10 +136,10 @@ def over_seeds(runs: Iterable[Run], metric: str) -> Interval | None:
 
 def held_out_interval(runs: Sequence[Run], metric: str) -> Interval | None:
     """Returns a cell's held-out CE with its 95 % interval over seeds and documents, else as :func:`over_seeds`."""
-    known = [run for run in runs if run.held_out is not None and run.metrics.get(metric)]
+    known = [run for run in runs if run.has_finite_documents and run.metrics.get(metric)]
     name, head = parse_ce(metric) or ("", 1)
-    documents = known[0].held_out if known else None
-    if documents is not None and ((documents["set"] == name) & (documents["head"] == head)).sum() > 1:
+    documents = known[0].documents if len(known) == len(runs) else None
+    if documents is not None and ((documents["set"] == name) & (documents["head"] == head)).any():
         return held_out_arms(known, name, head).interval(known[0].cell)
     return over_seeds(runs, metric)
 
@@ -161,14 +179,16 @@ def load_study(
     if not runs:
         raise UserError(f"study {title} has no finished run yet: wait for a first cell of recipes/sweep_wmtp.py")
     runs.sort(key=lambda run: (run.cell, run.seed))
+    if not sweep:  # which has seen to it, or was told to accept changes
+        require_one_config(runs)
     by_seed = cells_of(runs)
     cells = {cell: list(of.values()) for cell, of in by_seed.items()}
     first = baseline or sweep.get("baseline") or default_baseline(by_seed)
     if first not in cells:
         raise UserError(f"baseline {first!r} is no cell with a run; there are {', '.join(cells)}")
-    with_documents = [run for run in runs if run.held_out is not None]
+    with_documents = [run for run in runs if run.has_finite_documents]
     groups = require_comparable(with_documents, allow_mixed, same_tokens=sweep.get("equal") != "flops")
-    without = [run for run in runs if run.held_out is None]
+    without = [run for run in runs if not run.has_finite_documents]
     return Study(
         name=title,
         cells={first: cells.pop(first), **cells},

@@ -1,9 +1,7 @@
 """What a study's report shows beside figures: one example's token weights, and each cell's config and commands."""
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,7 +13,6 @@ from wmtp.report.studies import Study
 from wmtp.report.token_weights import read_token_weights
 from wmtp.tracking.store import artifact_text, artifacts, clear_store_errors, existing_client, store_uri
 
-_OF_A_RUN = ("seed", "output_dir", "tracking", "resume", "overwrite")  # keys in which runs of one cell differ
 _FOLDER = "token_weights"
 
 
@@ -62,10 +59,10 @@ def _last_page(run: Run) -> str | None:
 
 def configs(study: Study) -> Part:
     """Each cell's config: what differs from the baseline's first, its hashes, and the commands that make its runs."""
-    base = _without_run(study.cells[study.baseline][0].config)
+    base = study.cells[study.baseline][0].settings
     found = []
     for cell, runs in study.cells.items():
-        own = _without_run(runs[0].config)
+        own = runs[0].settings
         facts = runs[0].facts
         names = ("git_commit", "config_sha256", "data_sha256", "own_code_sha256", "packages", "hardware")
         found.append(
@@ -82,10 +79,6 @@ def configs(study: Study) -> Part:
         "the commit named."
     )
     return Part("configs", "Configs and commands", lead, extra=found)
-
-
-def _without_run(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _OF_A_RUN}
 
 
 def _command(study: Study, run: Run) -> list[str]:

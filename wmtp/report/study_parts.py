@@ -24,7 +24,7 @@ from wmtp.report.parts import (
     interval,
     number,
 )
-from wmtp.report.studies import Study, held_out_interval, over_seeds, parse_ce
+from wmtp.report.studies import Study, held_out_interval, numbers_first, over_seeds, parse_ce
 from wmtp.report.study_models import acceptance, pass_rates
 
 
@@ -164,7 +164,7 @@ def axes(study: Study) -> Part:
         panels[name] = np.array([[mean.get((a, b, panel), np.nan) for a in values[0]] for b in values[1]])
     if not mean:
         return Part("axes", title, missing=f"No cell with values of {', '.join(study.axes)} has the objective yet.")
-    names = [[str(value) for value in of] for of in values]
+    names = [[figures.short(str(value)) for value in of] for of in values]
     rest = [key for key in study.axes if key not in keys]
     over_all = f" and over {', '.join(rest)}" if rest else ""
     caption = (
@@ -176,7 +176,7 @@ def axes(study: Study) -> Part:
     )
     rows = [
         [*(str(v) for v, key in zip(place, keys, strict=True) if key), number(value)]
-        for place, value in sorted(mean.items())
+        for place, value in sorted(mean.items(), key=lambda found: [*map(numbers_first, found[0])])
     ]
     return Part("axes", title, shown=[Shown(svg, caption, Table([*filter(None, keys), study.objective], rows))])
 
