@@ -101,7 +101,9 @@ def test_mlflow_gives_the_same_run_as_its_folder(run, tmp_path, monkeypatch):
     client.log_artifacts(logged.info.run_id, str(folder / "held_out"), "held_out")
     client.set_terminated(logged.info.run_id)
     tags = {"mlflow.parentRunId": logged.info.run_id, "wmtp.evaluation": "mbpp"}
-    client.log_text(client.create_run(experiment, tags=tags).info.run_id, '{"pass@1": 0.5}', "results.json")
+    for start, share in ((2, 0.5), (1, 0.1)):  # the later one took the earlier one's place in the folder
+        evaluation = client.create_run(experiment, start_time=start, tags=tags).info.run_id
+        client.log_text(evaluation, json.dumps({"pass@1": share}), "results.json")
     here, there = load_runs([str(folder), logged.info.run_id])
     assert there.held_out.equals(here.held_out) and there.held_out.attrs == here.held_out.attrs
     assert {key: there.metrics[key] for key in here.metrics} == here.metrics

@@ -1,6 +1,7 @@
 """recipes/report.py: what its page holds, that it stands alone, is the same again, and what it refuses."""
 
 import datetime
+import html
 import json
 import re
 from collections import Counter
@@ -133,6 +134,13 @@ def test_figures_do_not_depend_on_pythons_hashes():
     thin = re.findall(r'd="M [\d.]+ ([\d.]+)\s*\nL [\d.]+ [\d.]+\s*\n?" clip-path[^>]*opacity', svg)
     starts = list(map(float, thin))
     assert len(starts) == 8 and starts == sorted(starts, reverse=True)
+
+
+def test_names_that_look_like_the_figures_own_are_left_alone():
+    names = ["#0f0f55", "url(#x)", 'id="1.23456']
+    of = {name: Curve([0, 1], [1, 2], [1, 2], [1, 2]) for name in names}
+    svg = html.unescape(curves(of, looks(names), x="step", y="CE", label="names"))
+    assert all(f">{name}</text>" in svg for name in names)
 
 
 def rewrite(path, change):

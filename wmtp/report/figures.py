@@ -295,9 +295,13 @@ def _svg(figure: Figure, ax: Axes | None, label: str, ends: Sequence[tuple[float
     svg = re.sub(r"(?<=font: )(.*?px) [^;\"]*", r"\1 inherit", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
     svg = re.sub(r"<g id=\"(?!m[0-9a-f]{10})[^\"]*\">", "<g>", svg)
-    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), svg)  # tenths of a point
     name = f"f{zlib.crc32(label.encode()):08x}"
-    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}", svg)
-    svg = re.sub(r"#0f0f\d\d", lambda found: f"var(--{_VARIABLES[found[0]]})", svg)
+
+    def tag(found: re.Match) -> str:
+        text = re.sub(r"(\d\.\d)\d+", r"\1", found[0])  # tenths of a point
+        text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}", text)
+        return re.sub(r"#0f0f\d\d", lambda color: f"var(--{_VARIABLES.get(color[0], 'ink')})", text)
+
+    svg = re.sub(r"<[^>]*>", tag, svg)  # not the text between them
     svg = re.sub(r"\s*\n\s*", "\n", svg).strip()
     return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)

@@ -174,7 +174,8 @@ def _from_mlflow(run_id: str) -> Run:
             documents = _documents(Path(client.download_artifacts(run_id, file, folder)))
         evaluations = {}
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        for child in client.search_runs(experiments, f"tags.`mlflow.parentRunId` = '{run_id}'"):
+        of_run = f"tags.`mlflow.parentRunId` = '{run_id}'"
+        for child in client.search_runs(experiments, of_run, order_by=["attributes.start_time"]):  # the last one stays
             for kind in _EVALUATIONS:
                 text = artifact_text(client, child.info.run_id, kind)
                 if text is not None:

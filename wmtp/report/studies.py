@@ -207,9 +207,9 @@ def _tracked_sweep(name: str) -> tuple[str, dict, dict, list[str]] | None:
     with clear_store_errors(f"study {name} cannot be read from {mask_secrets(store)}", UserError):
         client = existing_client(store, UserError)
         experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        quoted = name.replace("'", "")
-        found = client.search_runs(experiments, f"tags.`wmtp.sweep` = '{quoted}'", max_results=2)
-        found = found or client.search_runs(experiments, f"attributes.run_id = '{quoted}'")
+        quoted = f'"{name}"' if "'" in name else f"'{name}'"
+        found = client.search_runs(experiments, f"tags.`wmtp.sweep` = {quoted}", max_results=2)
+        found = found or client.search_runs(experiments, f"attributes.run_id = {quoted}")
         if not found:
             raise UserError(f"{name} is no folder, and {mask_secrets(store)} has no run or study of that name")
         if len(found) > 1:
