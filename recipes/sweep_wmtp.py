@@ -8,7 +8,6 @@ in `storage` says which are done. The same command, here or on another machine t
 worker, and goes on after a kill: docs/sweeps.md.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -26,11 +25,11 @@ from wmtp.files import locked, write_whole
 from wmtp.storage import output_of
 from wmtp.sweep import Cell, SweepError
 from wmtp.sweep.attempt import Attempt, Stage
-from wmtp.sweep.cells import equalised, flat, grid, suggested, tokens_per_step, unlike
+from wmtp.sweep.cells import equalised, flat, grid, refuse_own_keys, suggested, tokens_per_step, unlike
 from wmtp.sweep.plan import ParentRun, plan
 from wmtp.sweep.runs import Runs
 from wmtp.sweep.study import CELL, ERROR, STORAGE_DOWN, Study, clear_storage_errors, open_storage
-from wmtp.sweep.table import LiveTable, by_cell, markdown, progress, rows, times
+from wmtp.sweep.table import LiveTable, by_cell, markdown, progress, rows, strict_json, times
 from wmtp.training.stopping import StopFlag, stopping
 
 EQUAL = ("steps", "target_tokens", "flops")
@@ -82,6 +81,8 @@ class SweepRecipe:
 
         if bool(self._search) != bool(self._trials):
             raise ConfigError("search and trials go together: keys to search, and how many cells to try")
+        if self._search and self._equal != "steps":
+            raise ConfigError(f"equal={self._equal} is for cells that are known before: a search has equal=steps")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ConfigError("sweep_wmtp is one process, which starts the others: use --nproc_per_node 1")
         if self._storage_url is None:
@@ -115,10 +116,15 @@ class SweepRecipe:
         self._check_claims()
         self._cells = self._equalised(self._cells)
         self._prepared = unlike(self._cell(entry, "prepare") for entry in self._prepare_cfg)
-        named = {str(name): {"name": str(name), **entry} for name, entry in self._evaluations_cfg.items()}
-        evaluations = {name: self._cell(entry, "evaluations") for name, entry in named.items()}
+        for name, entry in self._evaluations_cfg.items():
+            if not isinstance(entry, Mapping):
+                raise ConfigError(f"evaluations.{name} must be a section with recipe and config, got {entry!r}")
+        named = [{"name": str(name), **entry} for name, entry in self._evaluations_cfg.items()]
+        evaluations = {cell.name: cell for cell in unlike(self._cell(entry, "evaluations") for entry in named)}
         searched = [self._searched("search-0000", suggested(self._search, None))] if self._search else []
-        for cell in [*self._prepared, *self._cells, *searched, *evaluations.values()]:
+        refuse_own_keys([*self._cells, *searched])
+        everything = [*self._prepared, *self._cells, *searched, *evaluations.values()]
+        for cell in everything:
             cell.check()
 
         tracking = None if self._tracking_cfg is None else OmegaConf.to_container(self._tracking_cfg, resolve=True)
@@ -132,12 +138,8 @@ class SweepRecipe:
         self._study = Study(storage, self._name, list(self._tasks), maximize=self._maximize, search=self._trials, **own)
         self._first = [Study(storage, f"{self._name}: {cell.name}", [cell.name]) for cell in self._prepared]
         settings = mask_secrets(OmegaConf.to_yaml(self._cfg, resolve=True))
-
-        def begin() -> Mapping[str, str]:
-            return {} if parent is None else {PARENT: parent.create(self._name, tracking.get("run_name"), settings)}
-
+        begin = {PARENT: lambda: parent.create(self._name, tracking.get("run_name"), settings)} if parent else {}
         with self._errors():
-            everything = [*self._prepared, *self._cells, *searched]
             self._study.agree(plan(self._cfg, everything), begin, accept=self._accept_changes)
             self._parent, self._parent_id = parent, self._study.study.user_attrs.get(PARENT)
             if self._retry_failed:
@@ -151,7 +153,9 @@ class SweepRecipe:
     def _cell(self, entry: Mapping[str, Any], where: str) -> Cell:
         """Returns the cell of an entry of the config; one of `cells` starts from the sweep's own overrides."""
         known = {"name", "recipe", "config", "overrides"} | ({"axes"} if where == "cells" else set())
-        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str) or set(entry) - known:
+        texts = ("name", "recipe", "config")
+        good = isinstance(entry, Mapping) and "name" in entry and not set(entry) - known
+        if not good or not all(isinstance(entry.get(key, ""), str) for key in texts):
             raise ConfigError(f"{where}: each entry has a name, and may have {', '.join(sorted(known))}; got {entry}")
         base = self._base if where == "cells" else replace(self._base, changes={})
         recipe, config_file = entry.get("recipe", base.recipe), entry.get("config", base.config)
@@ -162,13 +166,17 @@ class SweepRecipe:
 
     def _sampler(self, number: int) -> optuna.samplers.BaseSampler:
         section = OmegaConf.merge({"_component_": "optuna.samplers.TPESampler", "seed": 0}, self._sampler_cfg or {})
-        section.seed += number
+        section.seed = (section.seed or 0) + number
         return build(section, where="sampler")
 
     def _check_claims(self) -> None:
         """Refuses a baseline or control that is no cell; a group's name stands for each of its cells."""
         names, groups = [cell.name for cell in self._cells], {cell.group for cell in self._cells}
-        told = [self._baseline] * (self._baseline is not None) + [c for own in self._controls.values() for c in own]
+        told = [self._baseline] * (self._baseline is not None)
+        for name, own in self._controls.items():
+            if not isinstance(own, list):
+                raise ConfigError(f"controls.{name} must be a list of cells, got {own!r}")
+            told += own
         for name in told:
             if name not in names:
                 raise SweepError(f"baseline and controls name cells; there is no {name!r}, but {', '.join(names)}")
@@ -196,25 +204,32 @@ class SweepRecipe:
         with LiveTable() as self._screen:
             for study, cell in zip(self._first, self._prepared, strict=True):
                 self._work(study, lambda trial, cell=cell: self._runs.prepared(cell), lambda done: 0.0)
-                failed = study.counting()[cell.name].user_attrs.get(ERROR)
+                with self._errors():
+                    failed = study.counting()[cell.name].user_attrs.get(ERROR)
                 if failed:
                     raise SweepError(f"prepare: {cell.name}: {failed}; mend that, then retry_failed=true")
-            self._work(self._study, self._stages, self._runs.value, prunes=self._pruner_cfg is not None)
-        failed = [cell["cell"] for cell in self._write() if cell["state"] == "failed"]
+            prunes = self._pruner_cfg is not None
+            self._work(self._study, self._stages, self._runs.value, prunes=prunes, most=self._max_cells)
+        with self._errors():
+            failed = [cell["cell"] for cell in self._write() if cell["state"] == "failed"]
         if failed:
             self._screen.line(f"{len(failed)} failed: {', '.join(failed)}; retry_failed=true tries again")
         self._screen.line(f"wrote {self._folder}/table.md and table.json")
 
-    def _work(self, study: Study, stages: Callable, value: Callable, *, prunes: bool = False) -> None:
+    def _work(
+        self, study: Study, stages: Callable, value: Callable, *, prunes: bool = False, most: int | None = None
+    ) -> None:
         """Takes what the study has while a place is free, and looks after what runs; returns when all has ended."""
         running: dict[int, Attempt] = {}  # by place
-        taken, take_at, beat_at = 0, 0.0, 0.0
+        taken, take_at, beat_at, down = 0, 0.0, 0.0, False
         while True:
-            full = self._stop.wanted() or (self._max_cells is not None and taken >= self._max_cells)
+            stops = self._stop.wanted()
+            full = stops or (most is not None and taken >= most)
+            if stops:
+                for attempt in running.values():
+                    attempt.stop()
             try:
                 for place, attempt in list(running.items()):
-                    if self._stop.wanted():
-                        attempt.stop()
                     line = attempt.poll()
                     if attempt.ended:
                         del running[place]
@@ -228,6 +243,11 @@ class SweepRecipe:
                         running.pop(place).give_up()
                     self._show(study)
                 free = [place for place in range(len(self._places)) if place not in running]
+                if full and not running:
+                    if study.done():
+                        return
+                    self._write()
+                    raise Stopped(f"stopped with {progress(study)}; to go on: the same command")
                 if free and not full and time.monotonic() >= take_at:
                     trial = study.take()
                     if trial is not None:
@@ -240,12 +260,16 @@ class SweepRecipe:
                         return
                     else:
                         take_at = time.monotonic() + SECONDS_BETWEEN_TAKES
+                down = False
             except STORAGE_DOWN as error:
-                self._screen.line(f"storage {mask_secrets(self._storage_url)} does not answer: {one_line(error):.200}")
+                why = one_line(error.__cause__ or error).partition(" (Background on")[0]
+                told = f"storage {mask_secrets(self._storage_url)} does not answer: {why:.200}"
+                if stops and all(attempt.idle for attempt in running.values()):
+                    raise Stopped(f"stopped while {told}; to go on: the same command when it does") from error
+                if not down:
+                    self._screen.line(told)
+                down = True
                 time.sleep(SECONDS_BETWEEN_TAKES)
-            if full and not running:
-                self._write()
-                raise Stopped(f"stopped with {progress(study)}; to go on: the same command")
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
     def _stages(self, trial: optuna.Trial) -> list[Stage]:
@@ -277,7 +301,7 @@ class SweepRecipe:
             "controls": self._controls,
             "margin": self._margin,
         }
-        text = json.dumps({**facts, "cells": cells, "rows": found, "seconds": times(counting)}, indent=1) + "\n"
+        text = strict_json({**facts, "cells": cells, "rows": found, "seconds": times(counting)})
         with locked(self._folder / ".table.lock"):  # other workers write it too
             write_whole(self._folder / "table.json", text)
             write_whole(self._folder / "table.md", markdown(facts, found, cells))

@@ -129,9 +129,13 @@ class ConfigReader:
         raise ConfigError(f"{key} must be one of {', '.join(reversed(names.values()))}, got {got}")
 
     def plain(self, key: str, default: Any = _REQUIRED) -> Any:
-        """Returns a value of nested lists and sections as Python's own."""
+        """Returns a value of nested lists and sections as Python's own; a list or a section if the default is one."""
         value = self.get(key, default)
-        return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for kind, name in ((list, "a list"), (dict, "a section of keys and values")):
+            if isinstance(default, kind) and not isinstance(value, kind):
+                raise ConfigError(f"{key} must be {name}, got {value!r}")
+        return value
 
     def section(self, key: str, *, optional: bool = False) -> DictConfig | None:
         """Returns a section of the config, for :func:`build`."""

@@ -4,11 +4,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from wmtp.errors import UserError, one_line
@@ -94,6 +96,11 @@ class Attempt:
             self._process.stop()
         self._stopping = True
 
+    @property
+    def idle(self) -> bool:
+        """No run of it is active."""
+        return self._process is None or self._process.poll() is not None
+
     def give_up(self) -> None:
         """Ends the run at once, and leaves the trial to those who have it now."""
         if self._process is not None:
@@ -116,9 +123,11 @@ class Attempt:
         elif self._process.poll() is not None:
             process, self._process = self._process, None
             self._after(stage, process)
-        elif self._prunes and stage.series is not None and not self._pruned and self._worse(stage):
-            self._pruned = True
-            self._process.stop()
+        elif self._prunes and stage.series is not None and not self._pruned:
+            with suppress(UpdateFinishedTrialError):  # Study.keep_alive tells
+                if self._worse(stage):
+                    self._pruned = True
+                    self._process.stop()
 
     def _after(self, stage: Stage, process: Process) -> None:
         """Decides what comes after the end of a run."""
@@ -152,7 +161,7 @@ class Attempt:
         for line in metrics_lines(stage.metrics):
             if stage.series in line and line["step"] > self._reported:
                 values = [*(figures[stage.series] for figures in before), line[stage.series]]
-                if math.isfinite(line[stage.series]):
+                if math.isfinite(statistics.fmean(values)):
                     self._trial.report(statistics.fmean(values), offset + line["step"])
                     worse = worse or self._trial.should_prune()
                 self._reported = line["step"]

@@ -1,6 +1,7 @@
 """The cells of a sweep: a recipe, a config and changes of its keys; each checked by its recipe before any runs."""
 
 import copy
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -17,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from wmtp.config import ConfigError, changed, load
 from wmtp.config.components import check_keys
 from wmtp.errors import UserError, one_line
+
+OWN_KEYS = ("seed", "output_dir", "resume", "overwrite", "tracking")  # of a training: the sweep sets them
 
 
 class SweepError(UserError):
@@ -84,14 +87,21 @@ def grid(cell: Cell, axes: Mapping[str, Any] | None) -> list[Cell]:
     for key, options in values.items():
         if not isinstance(options, list) or not options:
             raise SweepError(f"axis {key} must be a list of values, got {options!r}")
-    return [_with(cell, dict(zip(values, chosen, strict=True))) for chosen in itertools.product(*values.values())]
+    last = [key.rpartition(".")[2] for key in values]
+    short = [name if last.count(name) == 1 else key for key, name in zip(values, last, strict=True)]
+    # For each axis its values with their part of the name.
+    named = [
+        [(f"{name}-{slug}", value) for slug, value in zip(_slugs(options), options, strict=True)]
+        for name, options in zip(short, values.values(), strict=True)
+    ]
+    return [
+        _with(cell, [part for part, _ in chosen], dict(zip(values, (value for _, value in chosen), strict=True)))
+        for chosen in itertools.product(*named)
+    ]
 
 
-def _with(cell: Cell, axes: dict[str, Any]) -> Cell:
-    last = [key.rpartition(".")[2] for key in axes]
-    short = {key: name if last.count(name) == 1 else key for key, name in zip(axes, last, strict=True)}
-    parts = [cell.name] * bool(cell.name) + [f"{short[key]}-{_slug(value)}" for key, value in axes.items()]
-    name = "_".join(parts) or "base"
+def _with(cell: Cell, parts: list[str], axes: dict[str, Any]) -> Cell:
+    name = "_".join([cell.name] * bool(cell.name) + parts) or "base"
     return replace(cell, name=name, changes={**cell.changes, **axes}, axes=axes, group=cell.name or name)
 
 
@@ -141,8 +151,19 @@ def _steps(cell: Cell, cfg: DictConfig, what: str) -> int:
     return cfg.max_steps
 
 
+def refuse_own_keys(cells: Iterable[Cell]) -> None:
+    """Raises a SweepError for a change that the sweep itself would undo: of the seed, or of where the output goes."""
+    for cell in cells:
+        for key in cell.changes:
+            if key in OWN_KEYS:
+                way_out = "give seeds instead" if key == "seed" else "leave it out"
+                raise SweepError(f"cell {cell.name}: {key} is set by the sweep itself; {way_out}")
+
+
 def flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values of nested sections by dotted key; a section with a `_component_` is a value."""
+    if not isinstance(section, Mapping):
+        raise SweepError(f"axes, overrides and search must be keys with their values, got {section!r}")
     found: dict[str, Any] = {}
     for key, value in section.items():
         nested = isinstance(value, Mapping) and value and "_component_" not in value and not _is_range(value)
@@ -180,10 +201,19 @@ def yaml_text(value: Any) -> str:
         read = OmegaConf.from_dotlist([f"value={value}"]).value
         if read == value and isinstance(read, str) and value not in ("None", "~"):
             return value
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)  # YAML does not know JSON's pairs of \\u
+
+
+def _slugs(options: Sequence[Any]) -> list[str]:
+    """Returns each value of an axis as a part of a name; those that look alike in short get a hash of the whole."""
+    short, texts = [_slug(value) for value in options], [yaml_text(value) for value in options]
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:6] for text in texts]
+    return [slug if short.count(slug) == 1 else f"{slug}-{digest}" for slug, digest in zip(short, digests, strict=True)]
 
 
 def _slug(value: Any) -> str:
+    if isinstance(value, int | float):
+        return yaml_text(value)  # with its sign
     if isinstance(value, Mapping):
         value = str(value.get("_component_", json.dumps(value))).rpartition(".")[2]
     return re.sub(r"[^\w.+]+", "-", yaml_text(value)).strip("-")[:40]

@@ -11,13 +11,13 @@ from omegaconf import DictConfig, OmegaConf
 import wmtp
 from wmtp.errors import mask_secrets
 from wmtp.storage import is_remote
-from wmtp.sweep.cells import Cell, SweepError
+from wmtp.sweep.cells import Cell, SweepError, loaded
 from wmtp.tracking.environment import code_sha256, environment_tags
 from wmtp.tracking.store import clear_store_errors, mlflow_client, store_uri
 
 # Keys that say where and how fast cells run, not what they are.
 _SCHEDULING = {
-    "storage", "max_parallel", "devices", "threads", "max_hours", "max_cells", "retry_failed", "accept_changes",
+    "storage", "max_parallel", "devices", "max_hours", "max_cells", "retry_failed", "accept_changes",
     "heartbeat_seconds", "tracking",
 }  # fmt: skip
 _NO_PART_OF_A_RUN = ("report", "sweep")  # rooms of wmtp that a cell's figures do not depend on
@@ -25,7 +25,10 @@ _MOST_BYTES = 1 << 30
 
 
 def plan(cfg: DictConfig, cells: Iterable[Cell]) -> dict[str, Any]:
-    """Returns all that decides on a study's results: its config, a hash of the code, and of every local data file.
+    """Returns all that decides on a study's results: its config, those of its runs, hashes of code and local data.
+
+    Args:
+        cells: all that runs: what is prepared, trained and evaluated.
 
     Data in S3, and what a component reads by itself, is not looked at here: runs keep hashes of the documents.
     """
@@ -33,9 +36,14 @@ def plan(cfg: DictConfig, cells: Iterable[Cell]) -> dict[str, Any]:
     cells = list(cells)
     return {
         **{key: value for key, value in json.loads(json.dumps(settings)).items() if key not in _SCHEDULING},
+        "configs": {cell.config: json.loads(json.dumps(_contents(cell.config), default=str)) for cell in cells},
         "code": _code({cell.recipe for cell in cells}),
         "data": {source: _sha256(Path(source)) for source in sorted(_sources(cells))},
     }
+
+
+def _contents(config_file: str) -> Any:
+    return OmegaConf.to_container(loaded(config_file))
 
 
 def _code(recipes: Iterable[str]) -> str:

@@ -82,10 +82,14 @@ class Process:
         return _BUSY in self.error()
 
     def error(self) -> str:
-        """Returns its last line that begins with ``error``; the last one of all if none does."""
+        """Returns its last line that begins with ``error``; else the signal that ended it, and its last one."""
         lines = self._lines()
         found = [line for line in lines if re.match(r"error( \[rank \d+\])?: ", line)]
-        return found[-1].partition(": ")[2] if found else self._last_line()
+        if found:
+            return found[-1].partition(": ")[2]
+        status = self._process.returncode
+        ended_by = f"ended by {signal.Signals(-status).name}; the last line was: " if status < 0 else ""
+        return f"{ended_by}{self._last_line()}"
 
     def _last_line(self) -> str:
         said = (line for line in reversed(self._lines()) if line.strip())

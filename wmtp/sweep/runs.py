@@ -105,7 +105,10 @@ class Runs:
         goes_on = {"resume": "auto"} if "resume" in loaded(cell.config) else {"overwrite": True}
         tracked = None if self.tracking is None else {**self.tracking, **tracking}
         changes = {"output_dir": f"{self.output_dir}/{place}", **goes_on, "tracking": tracked}
-        return replace(cell, changes={**cell.changes, **changes})
+        # The sweep's section replaces the config's, so what a cell changes in it comes after.
+        last = {} if tracked is None else {k: v for k, v in cell.changes.items() if k.startswith("tracking.")}
+        first = {key: value for key, value in cell.changes.items() if key not in {*changes, *last}}
+        return replace(cell, changes={**first, **changes, **last})
 
     def _stage(self, cell: Cell, name: str, place: str, *, training: bool) -> Stage:
         folder = output_of(f"{self.output_dir}/{place}").folder

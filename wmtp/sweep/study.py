@@ -111,6 +111,7 @@ class Study:
             try:
                 self.study = optuna.create_study(storage=storage, study_name=name, direction=direction, pruner=pruner)
                 self.is_new = True
+                self.study.set_user_attr(WORKER, _this_process())
             except DuplicatedStudyError:
                 self.study = optuna.load_study(storage=storage, study_name=name, pruner=pruner)
                 self.is_new = False
@@ -119,26 +120,26 @@ class Study:
     # ------------------------------------------------------------------------------------------------------------------
     # What the study is
 
-    def agree(self, plan: Mapping[str, Any], begin: Callable[[], Mapping[str, Any]], *, accept: bool = False) -> None:
+    def agree(self, plan: Mapping[str, Any], begin: Mapping[str, Callable[[], Any]], *, accept: bool = False) -> None:
         """Writes down what a new study is, and refuses another study than the one there.
 
         Args:
             plan: all that decides on the results.
-            begin: gives further attributes of the study, which are made once, before any cell can be taken.
+            begin: makes further attributes of the study, each where it is not there, before any cell can be taken.
             accept: go on with a study that was begun with another plan.
 
         Raises:
             SweepError: the study was begun with another plan; the line names what differs.
         """
         until = time.monotonic() + _SECONDS_TO_PLAN
-        while not self.is_new and PLAN not in self.study.user_attrs and time.monotonic() < until:
+        while not self.is_new and time.monotonic() < until:
+            known = self.study.user_attrs
+            if PLAN in known or _has_ended(known.get(WORKER) or {}):
+                break
             time.sleep(0.2)
         there = self.study.user_attrs.get(PLAN)
-        if there is None:
-            for key, value in begin().items():
-                self.study.set_user_attr(key, value)
-            self._enqueue(self._missing(self.trials()))
-        elif found := differences(there, plan):
+        found = [] if there is None else differences(there, plan)
+        if found:
             what = f"{'; '.join(found[:6])}{f' and {len(found) - 6} more' * (len(found) > 6)}"
             if not accept:
                 raise SweepError(
@@ -146,20 +147,26 @@ class Study:
                     "or accept_changes=true to go on with both in one table"
                 )
             self.study.set_user_attr(CHANGES, [*self.study.user_attrs.get(CHANGES, []), what])
+        for key, make in begin.items():
+            if key not in self.study.user_attrs:
+                self.study.set_user_attr(key, make())
+        if there is None:
+            self._enqueue(self._missing(self.trials()))
         self.study.set_user_attr(PLAN, dict(plan))
 
     def retry_failed(self) -> None:
         """Enqueues every cell again that has failed."""
         for name, trial in self.counting().items():
             if ERROR in trial.user_attrs:
-                self.study.enqueue_trial({}, user_attrs={CELL: name, RETRIES: trial.number})
+                self.study.enqueue_trial(trial.params, user_attrs={CELL: name, RETRIES: trial.number})
 
     # ------------------------------------------------------------------------------------------------------------------
     # What its trials say
 
     def trials(self) -> list[FrozenTrial]:
-        """Returns all trials, by number."""
-        return self.study.get_trials(deepcopy=False)
+        """Returns all trials of the cells that there are, by number; with `accept_changes` there may be others."""
+        known = lambda name: name in self._cells or (self._search > 0 and str(name).startswith("search-"))
+        return [trial for trial in self.study.get_trials(deepcopy=False) if known(trial.user_attrs.get(CELL))]
 
     def counting(self, trials: Iterable[FrozenTrial] | None = None) -> dict[str, FrozenTrial]:
         """Returns the trial that counts, of every cell that has one."""
@@ -187,8 +194,10 @@ class Study:
 
     def _missing(self, trials: Sequence[FrozenTrial]) -> list[tuple[str, FrozenTrial | None]]:
         """Returns the cells that no trial counts for, with the last one that was tried."""
-        counting, last = self.counting(trials), {trial.user_attrs.get(CELL): trial for trial in trials}
-        names = [*self._cells, *(name for name in last if name is not None and name not in self._cells)]
+        counting, last = self.counting(trials), {}
+        for trial in sorted(trials, key=_got_so_far):
+            last[trial.user_attrs[CELL]] = trial
+        names = [*self._cells, *sorted(name for name in last if name not in self._cells)]
         # A failed cell counts until its retry does; a retry that ended without a result is owed still.
         owed = lambda name: last[name].user_attrs.get(RETRIES) == counting[name].number
         found = [(name, last.get(name)) for name in names if name not in counting or owed(name)]
@@ -265,6 +274,12 @@ class Study:
     def give_back(self, number: int) -> None:
         """Ends a trial without a result, so that its cell can be taken again."""
         self.finish(number, TrialState.FAIL)
+
+
+def _got_so_far(trial: FrozenTrial) -> tuple[int, ...]:
+    """Orders the trials of a cell: one that was given back as it came second knows less than those before."""
+    known = trial.user_attrs
+    return known.get(RETRIES, -1), len(known.get(STAGES, {})), len(trial.params), trial.number
 
 
 def _this_process() -> dict[str, Any]:

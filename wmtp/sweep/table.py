@@ -4,6 +4,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from wmtp.sweep.cells import Cell
+from wmtp.sweep.cells import Cell, SweepError
 from wmtp.sweep.study import CELL, ERROR, STAGES, Study
 
 STATES = {
@@ -41,7 +42,10 @@ def rows(
         for seed in seeds:
             own = {stage: figures for stage, figures in stages.items() if stage.split("/")[0] == f"seed-{seed}"}
             row = {"cell": cell.name, "seed": seed, "state": state, "axes": dict(cell.axes)}
-            row["value"] = value(own) if state == "done" else None
+            row["value"] = None
+            if state == "done":
+                with suppress(SweepError):  # of an objective or evaluation that came later (accept_changes)
+                    row["value"] = value(own)
             row["figures"] = {s: {k: v for k, v in f.items() if k != "seconds"} for s, f in own.items()}
             row["error"] = None if trial is None else trial.user_attrs.get(ERROR)
             row["command"] = command(cell, seed)
@@ -66,6 +70,12 @@ def by_cell(rows: Sequence[Mapping[str, Any]], *, maximize: bool) -> list[dict[s
         )
     sign = -1 if maximize else 1
     return sorted(found, key=lambda cell: (cell["mean"] is None, sign * (cell["mean"] or 0), cell["cell"]))
+
+
+def strict_json(content: Mapping[str, Any]) -> str:
+    """Returns the table for programs. A figure that is no finite number is null, which JSON has and NaN is not."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=1, allow_nan=False) + "\n"
 
 
 def markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cells: Sequence[Mapping[str, Any]]) -> str:
