@@ -17,6 +17,8 @@ from wmtp.sweep.attempt import Attempt, Stage
 from wmtp.sweep.cells import SweepError, grid, unlike, yaml_text
 from wmtp.sweep.runs import Runs
 from wmtp.sweep.study import CELL, STAGES, WORKER, Study, open_storage
+from wmtp.sweep.table import LiveTable
+from wmtp.training.flops import flops_per_step
 
 pytestmark = pytest.mark.slow
 
@@ -182,6 +184,16 @@ def test_figures_that_are_no_numbers_are_null_in_the_table(tmp_path):
     assert row["figures"]["seed-0"]["eval/x"] is None
 
 
+def test_a_narrow_terminal_shows_figures_whole(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "44")
+    with LiveTable() as screen:
+        cell = {"cell": "rho1_strength-0.1_temperature-0.5", "state": "running", "mean": 1.23456, "sd": 0.1}
+        screen.show("1 running", [{**cell, "seeds": 3}])
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("running", "1.2346", "0.1000", "seeds"))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Values
 
@@ -198,6 +210,12 @@ def test_values_that_look_alike_in_short_have_names_of_their_own():
     assert [cell.name for cell in grid(base, {"x": [-0.1, 0.1, "u"]})] == ["x--0.1", "x-0.1", "x-u"]
     with pytest.raises(SweepError, match=r"two cells have the name x-0\.1"):
         unlike(grid(base, {"x": [0.1, 0.10]}))
+
+
+def test_operations_are_counted_where_a_config_leaves_the_accumulation_out():
+    cell = Cell("a", "r", "configs/tiny/uniform.yaml")
+    one = Cell("a", "r", "configs/tiny/uniform.yaml", {"gradient_accumulation_steps": 1})
+    assert flops_per_step(cell.settings()) == flops_per_step(one.settings())
 
 
 def test_a_text_outside_of_unicodes_first_plane_reaches_the_run():

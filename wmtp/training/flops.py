@@ -44,7 +44,7 @@ def flops_per_step(cfg: DictConfig) -> float:
     if "values" in weighting.needs and cfg.get("value_model") is not None:
         frozen.append((load_value_model(resolve_checkpoint(cfg.value_model)).to("meta"), {}))
 
-    rows = cfg.get("tokens_per_step") or cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
+    rows = cfg.get("tokens_per_step") or cfg.batch_size * (cfg.get("gradient_accumulation_steps") or 1) * cfg.seq_len
     rows = rows / cfg.seq_len
     tokens = torch.zeros((1, cfg.seq_len), dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
