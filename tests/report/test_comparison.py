@@ -212,6 +212,16 @@ def test_a_set_of_one_document_has_a_mean_without_an_interval(run, capsys):
     assert capsys.readouterr().out.splitlines()[2].split()[3:] == [f"{ce:.4f}" for ce in first["uniform"]["ce"]]
 
 
+def test_without_the_hash_of_the_data_their_configs_are_compared(run):
+    names = [run(dataset="a"), run("rho1", dataset="a"), run("shuffled", dataset="b")]
+    for name in names[1:]:
+        Path(name, "tags.json").unlink()
+    assert len(require_comparable(load_runs(names[:2]))) == 1
+    for first in names[:2]:
+        with pytest.raises(UserError, match="their training data differ"):
+            require_comparable(load_runs([first, names[2]]))
+
+
 def test_a_run_that_diverged_is_named(run):
     lost = held_out("rho1", 0)
     lost.documents["ce"][5] = float("nan")

@@ -239,7 +239,9 @@ def _why_apart(a: Run, b: Run, same_tokens: bool) -> str | None:
             which = f"held-out set {name}" if name else "held-out set"
             hashes = f"SHA-256 {sha256[:8]} and {theirs[name][:8]}"
             return f"{cannot} their {which}, its tokens or its packing differ ({hashes})"
-    data = [run.facts.get("data_sha256", "unknown") for run in (a, b)]
+    data = [run.facts.get("data_sha256", "") for run in (a, b)]
+    if not all(data):  # a folder without tags: what the configs say must do
+        data = [config_sha256({"dataset": run.config.get("dataset")}) for run in (a, b)]
     if data[0] != data[1]:
         return f"{cannot} their training data differ (SHA-256 {data[0][:8]} and {data[1][:8]})"
     # Another seed has other rows, some longer: the numbers of one seed are held against each other.
