@@ -123,8 +123,9 @@ class LiveTable:
         drawn = Table(title=title, title_justify="left")
         for name in ("cell", "state", "mean", "sd", "seeds"):
             # Where the terminal is narrow, names fold and figures stay whole.
-            justify = "left" if name in ("cell", "state") else "right"
-            drawn.add_column(name, justify=justify, no_wrap=name != "cell", overflow="fold")
+            drawn.add_column(
+                name, justify="left" if name in ("cell", "state") else "right", no_wrap=name != "cell", overflow="fold"
+            )
         for cell in sorted(cells, key=lambda cell: order.get(cell["state"], 2))[:_MOST_LINES]:
             figures = ["" if cell[key] is None else f"{cell[key]:.4f}" for key in ("mean", "sd")]
             drawn.add_row(cell["cell"], cell["state"], *figures, str(cell["seeds"]))
