@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
+from scipy import stats
 from services import new_store
+from statsmodels.stats.multitest import multipletests
 
 from wmtp.errors import UserError
 from wmtp.report.__main__ import main
-from wmtp.report.comparison import compare_runs, held_out_arms, table
+from wmtp.report.comparison import compare_runs, evaluation_arms, held_out_arms, table_text
 from wmtp.report.runs import load_run, load_runs, require_comparable
 from wmtp.training.validation import HeldOut
 
@@ -128,6 +130,88 @@ def test_the_table_and_the_claims_of_a_study(study, capsys):
     assert capsys.readouterr().out.splitlines()[5].startswith(f"no difference found between {rho1} and {uniform}: ")
 
 
+@pytest.fixture
+def evaluated(study):
+    """The study, with ten samples of each of forty tasks by each run, and totals of its drafts."""
+    for folder in study:
+        method, seed = Path(folder).name.rsplit("_", 1)
+        rng = np.random.default_rng([int(seed), len(method)])
+        chance = np.linspace(0.1, 0.5, 40) + rng.normal(0, 0.01) + (0.3 if method == "rho1" else 0)
+        counts = [{"task_id": f"t/{i}", "n": 10, "correct": int(rng.binomial(10, p))} for i, p in enumerate(chance)]
+        results = {"settings": {}, "fixed_temperature": "0.2", "temperatures": {"0.2": {"metrics": {"pass_at_1": {}}}}}
+        results["temperatures"]["0.2"]["per_task"] = counts
+        accepted = {f"drafts_{k}": {"acceptance_head2": 0.5 + rng.normal(0, 0.01)} for k in (1, 2)}
+        for name, file, found in (("mbpp", "results", results), ("heads", "heads", {"speed": accepted})):
+            place = Path(folder, "evaluations", name, f"{file}.json")
+            place.parent.mkdir(parents=True)
+            place.write_text(json.dumps(found))
+    return study
+
+
+def test_tasks_are_compared_as_documents_are_and_more_is_better(evaluated, capsys):
+    main([*evaluated, "evaluation=mbpp"])
+    lines = capsys.readouterr().out.splitlines()
+    uniform, rho1, shuffled = (line.split()[0] for line in lines[2:5])
+    values = {run: load_run(run).evaluations["mbpp"]["temperatures"]["0.2"]["per_task"] for run in evaluated}
+    rates = np.array([[task["correct"] / 10 for task in tasks] for tasks in values.values()]).reshape(3, 3, 40)
+    assert lines[1].endswith("mbpp pass@1") and f"{rates[0].mean():.4f} [" in lines[2]
+    difference = rates[1].mean() - rates[0].mean()
+    assert lines[5].startswith(f"{rho1} better than {uniform} in mbpp pass@1 by {difference:.4f} [")
+    assert "after Holm over 3 comparisons, 3 seeds x 40 tasks; uncontrolled: the study lacks random" in lines[5]
+    assert lines[6].startswith(f"no difference found between {shuffled} and {uniform} in mbpp pass@1: ")
+    main([*evaluated, "evaluation=mbpp", "figure=pass_at_10", "details=true"])
+    one = json.loads(capsys.readouterr().out.splitlines()[5])
+    solved = (rates[1] > 0).mean() - (rates[0] > 0).mean()
+    assert one["metric"] == "mbpp pass@10" and one["difference"] == pytest.approx(solved)
+
+
+def test_totals_are_compared_over_seeds_alone(evaluated, capsys):
+    main([*evaluated, "evaluation=heads", "details=true"])
+    one = json.loads(capsys.readouterr().out.splitlines()[5])
+    shares = np.array(
+        [load_run(run).evaluations["heads"]["speed"]["drafts_2"]["acceptance_head2"] for run in evaluated]
+    )
+    assert one["p"] == pytest.approx(stats.ttest_rel(shares[3:6], shares[:3]).pvalue)
+    assert "in acceptance of head 2 (heads)" in one["claim"] and "3 seeds alone" in one["claim"]
+    main([*evaluated[::3], "evaluation=heads"])
+    assert "takes two seeds in common" in capsys.readouterr().out.splitlines()[-1]
+    with pytest.raises(UserError, match="no figure 'acceptance_head3'; there are acceptance_head2"):
+        main([*evaluated, "evaluation=heads", "figure=acceptance_head3"])
+
+
+def test_metrics_of_one_call_are_one_family(evaluated):
+    runs = load_runs(evaluated)
+    metrics = [held_out_arms(runs, "code"), held_out_arms(runs, "prose"), evaluation_arms(runs, "mbpp")]
+    found = compare_runs(runs, metrics)
+    alone = compare_runs(runs, metrics[:1])[0]
+    assert [len(of) for of in found] == [3, 3, 3]
+    assert all(c.comparisons == 9 and "over 9 comparisons" in str(c) for of in found for c in of)
+    assert sorted(c.p for of in found for c in of) == sorted(
+        multipletests([c.difference.p_value() for of in found for c in of], method="holm")[1]
+    )
+    assert found[0][0].p > alone[0].p and found[0][0].difference == alone[0].difference
+    assert "in CE of prose head 1" in str(found[1][0]) and " in CE" not in str(found[0][0])
+
+
+def test_evaluations_that_cannot_be_paired_are_refused(evaluated, run):
+    for evaluation, figure, message in [
+        ("humaneval", None, "no run has evaluation 'humaneval' with figures of tasks or drafts; there are heads, mbpp"),
+        ("mbpp", "pass_at_k", "these results have no figure 'pass_at_k'; there are pass_at_1"),
+        ("mbpp", "1_at_10", "these results have no figure '1_at_10'; there are pass_at_1"),
+        ("mbpp", "pass_at_11", "no task of mbpp has pass_at_11 in all runs"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluation_arms(load_runs(evaluated), evaluation, figure)
+    results = Path(evaluated[-1], "evaluations", "mbpp", "results.json")
+    found = json.loads(results.read_text())
+    results.write_text(json.dumps(found | {"settings": {"top_p": 0.9}}))
+    with pytest.raises(UserError, match=r"cannot be compared by mbpp: top_p None and 0\.9; evaluate alike"):
+        evaluation_arms(load_runs(evaluated), "mbpp")
+    found["temperatures"]["0.2"]["per_task"][7]["n"] = 0  # the judge failed on its samples
+    results.write_text(json.dumps(found))
+    assert len(evaluation_arms(load_runs(evaluated), "mbpp").units) == 39
+
+
 def test_the_baseline_is_a_run_or_a_cell(study, capsys):
     for named in (study[-1], load_run(study[-1]).cell):
         main([*study, "set=code", f"baseline={named}"])
@@ -154,7 +238,7 @@ def test_seeds_that_one_arm_lacks_are_left_out_and_told(study, run, capsys):
     assert "3 seeds x 30 documents (1 more seed that only one of them has)" in capsys.readouterr().out
     runs = load_runs([study[0], run("rho1", 8)])
     with pytest.raises(UserError, match=r"rho1-\w+ and uniform-\w+ have no seed in common"):
-        compare_runs(runs, set_name="code")
+        compare_runs(runs, [held_out_arms(runs, "code")])
     arms = held_out_arms(load_runs(study[:4]), "code")
     assert np.isnan(arms.arms[load_run(study[3]).cell][1:]).all() and arms.seeds == (0, 1, 2)
 
@@ -164,8 +248,9 @@ def test_cells_with_fewer_heads_are_compared_by_those_they_have(run):
     kept = [i for i, head in enumerate(alone.documents["head"]) if head == 1]
     alone = HeldOut({}, {name: [values[i] for i in kept] for name, values in alone.documents.items()}, alone.sha256)
     runs = load_runs([run(), run("rho1", of_set=alone)])
-    assert len(compare_runs(runs, set_name="code", head=1)) == 1 and compare_runs(runs, set_name="code", head=2) == []
-    assert [len(row["ce"]) for row in table(runs)] == [4, 2]
+    both, alone = compare_runs(runs, [held_out_arms(runs, "code", head) for head in (1, 2)])
+    assert len(both) == 1 and alone == []
+    assert [line.count("[") for line in table_text(runs).splitlines()[2:]] == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +330,7 @@ def test_what_is_no_run_or_no_option_is_one_line(run, tmp_path, monkeypatch):
         ),
         ([first, "beseline=x"], "unknown key 'beseline' in config; did you mean 'baseline'"),
         ([], "no run is given"),
+        ([first, "figure=pass_at_1"], "figure=pass_at_1 is of an evaluation: say of which, evaluation=NAME"),
     ]:
         with pytest.raises(UserError, match=message) as error:
             main(names)

@@ -17,6 +17,7 @@ from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.report import ReportRecipe
 from wmtp.config import ConfigError, load
 from wmtp.errors import UserError
+from wmtp.report.comparison import compare_runs, held_out_arms
 from wmtp.report.figures import Curve, curves, looks, short
 from wmtp.report.parts import curve_table
 from wmtp.report.studies import load_study
@@ -25,7 +26,8 @@ from wmtp.report.token_views import TokenView
 from wmtp.report.token_weights import read_token_weights, token_weights_html
 
 DAY = datetime.date(2026, 1, 1)
-PARTS = ["claims", "cells", "learning", "axes", "pareto", "heads", "weights", "tokens"]
+CLAIMS = ["claims", "claims_2", "claims_3", "claims_4"]
+PARTS = [*CLAIMS, "cells", "learning", "axes", "pareto", "heads", "weights", "tokens"]
 PARTS += ["failures", "forgetting", "cost", "configs"]
 LOST = ("eval/code/ce_head1", "eval/prose/ce_head1")
 VOID = {"meta", "br", "link", "img", "input"}
@@ -80,7 +82,18 @@ def pages(folder):
 def test_every_part_is_there_with_figures_and_their_numbers(pages):
     sections = parts_of(pages[0])
     assert list(sections) == PARTS
-    for key in ("claims", "learning", "pareto", "heads", "weights", "failures", "forgetting"):
+    for key in (
+        "claims",
+        "claims_2",
+        "claims_3",
+        "claims_4",
+        "learning",
+        "pareto",
+        "heads",
+        "weights",
+        "failures",
+        "forgetting",
+    ):
         drawn = [sections[key].count(text) for text in ("<svg", "<figcaption>", "The numbers")]
         assert len(set(drawn)) == 1 and drawn[0] > 0
     assert [key for key, text in sections.items() if "missing" in text] == ["axes"]
@@ -92,6 +105,49 @@ def test_claims_are_held_against_the_sweeps_controls(pages):
     assert len(re.findall(r"rho1 better than (uniform|shuffled|random_matched) by 0\.\d+ nats", claims)) == 3
     assert "uncontrolled" not in claims
     assert "no difference found between shuffled and uniform" in claims and "shuffled and uniform" in pages[1]
+
+
+def test_other_sets_tasks_and_acceptance_are_claimed_in_one_family(pages):
+    prose, heads, mbpp = (parts_of(pages[0])[key] for key in CLAIMS[1:])
+    assert len(re.findall(r"rho1 worse than \w+ in CE of prose head 1 by 0\.\d+ nats", prose)) == 3
+    assert "rho1 better than uniform in acceptance of head 2 (heads) by 0.0" in heads and "3 seeds alone" in heads
+    assert "a paired t test" in heads
+    assert "no difference found between rho1 and uniform in mbpp pass@1: 0.0" in mbpp and "3 seeds x 65 tasks" in mbpp
+    assert "All 20 comparisons of this page are adjusted together: CE of code head 1, CE of prose head 1" in pages[0]
+    assert pages[1].count("after Holm over 20 comparisons") == 20
+
+
+def test_all_statistics_stand_behind_each_claim(folder, pages):
+    metrics = parts_of(pages[0])["claims"]
+    runs = load_study([str(folder)]).compared
+    one = compare_runs(runs, [held_out_arms(runs, "code")], baseline="uniform")[0][0].statistics()
+    head = re.findall(r'<th scope="col".*?>(.*?)</th>', metrics)
+    row = re.findall(r"<td.*?>(.*?)</td>", re.search(rf"<tr>.*?{one['arm']} - uniform</th>(.*?)</tr>", metrics)[1])
+    shown = dict(zip(head[1:], row, strict=True))
+    for name, key in [
+        ("p", "p"),
+        ("Wilcoxon, units", "wilcoxon_p_over_units"),
+        ("Cohen&#39;s d, seeds", "effect_size_over_seeds"),
+        ("sign flips, seeds", "sign_flip_p_over_seeds"),
+    ]:
+        assert shown[name] == f"{one[key]:.4f}"
+    low, high = one["bootstrap_interval"]
+    assert shown["bootstrap [95 %]"].endswith(f"[{low:.4f}, {high:.4f}]")
+
+
+def test_no_program_passed_and_other_tasks_are_no_claims(tmp_path):
+    for number, method in enumerate(("uniform", "rho1")):
+        run = tmp_path / method
+        write_run(run, seed=0, method=method, gain=0.02 * number, documents=5)
+        for name, count, sha256 in (("zero", 0, "a"), ("other", 1, method)):
+            table = {"metrics": {}, "per_task": [{"task_id": "t", "n": 2, "correct": count}]}
+            results = {"settings": {"tasks_sha256": sha256}, "fixed_temperature": "0.2", "temperatures": {"0.2": table}}
+            (run / "evaluations" / name).mkdir()
+            (run / "evaluations" / name / "results.json").write_text(json.dumps(results))
+    page = study_report(load_study([str(tmp_path / "uniform"), str(tmp_path / "rho1")]), date=DAY)[0]
+    assert "No claim: no program passed in any arm (zero pass@1)." in page
+    assert re.search(r"No claim: \S+ and \S+ cannot be compared by other: tasks_sha256 rho1 and uniform", page)
+    assert "takes two seeds in common" in page  # acceptance
 
 
 def test_a_win_without_controls_is_uncontrolled(folder):

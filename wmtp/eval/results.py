@@ -3,6 +3,7 @@
 An evaluation that was killed and resumed gives the same dictionary: nothing in it depends on time or on order.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,9 @@ from wmtp.sandbox import Verdict
 
 VERDICTS = get_args(Verdict)
 ORACLE_NOTE = "chosen on the test score itself: optimistic, not to be compared with a temperature fixed beforehand"
+# Settings that must be equal for two evaluations to be compared, beside the protocol. Those of the model (checkpoint,
+# model, tokenizer), of the computation (dtype, drafts) and the seed may differ.
+_SAME = ("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "limits", "samples_per_task")
 _NO_PYTHON = ("SyntaxError", "IndentationError", "TabError")
 _DEFINITION = re.compile(r"^(?:async def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Warning)\b")
@@ -173,14 +177,57 @@ def compare_results(
         ValueError: the runs have other tasks than each other, judged some in other modes, have no such temperature, or
             too few samples for k.
     """
-    inside = [set(results.get("judged_inside", {}).get("task_ids", ())) for results in (ours, theirs)]
-    if inside[0] != inside[1]:
-        raise UserError(
-            f"task {min(inside[0] ^ inside[1])} is judged inside in one of the runs and protected in the other, which "
-            "cannot be compared; evaluate both with the same tests=protected|inside"
-        )
-    values = [_pass_by_task(results, k, temperature) for results in (ours, theirs)]
+    if reason := _judged_apart(ours, theirs):
+        raise UserError(reason)
+    values = [figure_by_task(results, f"pass_at_{k}", temperature) for results in (ours, theirs)]
     return paired_difference(*values, seed, resamples=resamples)
+
+
+def why_not_alike(ours: dict, theirs: dict) -> str | None:
+    """Returns why two evaluations' figures cannot be compared: the first setting that differs, with both values.
+
+    None where they can be: the same tasks, judged alike, under the same protocol.
+    """
+    our, their = (
+        {
+            **results["settings"],
+            "fixed_temperature": (name := results["fixed_temperature"]),
+            "samples_per_task": results["temperatures"][name].get("samples_per_task"),
+        }
+        for results in (ours, theirs)
+    )
+    # A path in a protocol may differ from machine to machine; equal prompts, token by token, prove equal protocols.
+    protocols = [settings.get("protocol") or {} for settings in (our, their)]
+    same_prompts = our.get("prompts_sha256") == their.get("prompts_sha256")
+    same_protocol = same_prompts and len({p.get("_component_") for p in protocols}) == 1
+    for key in (*_SAME, *(() if same_protocol else ("protocol",))):
+        if our.get(key) != their.get(key):
+            return f"{key} {_short(our.get(key))} and {_short(their.get(key))}; evaluate alike"
+    return _judged_apart(ours, theirs)
+
+
+def figure_by_task(results: dict, figure: str = "pass_at_1", temperature: float | None = None) -> dict[str, float]:
+    """Returns a figure of each task that has samples enough for it, from results.json.
+
+    Args:
+        figure: such as ``pass_at_10``, ``5_at_10`` or ``base_pass_at_1``; k need not be one that was reported.
+        temperature: None takes the run's fixed temperature.
+
+    Raises:
+        UserError: no such temperature or figure.
+    """
+    name = results["fixed_temperature"] if temperature is None else temperature_name(temperature)
+    if name not in results["temperatures"]:
+        raise UserError(f"no temperature {name} in these results, which have {', '.join(results['temperatures'])}")
+    counts = results["temperatures"][name]["per_task"]
+    if parsed := re.fullmatch(r"(?:(\d+)|\w*pass)_at_(\d+)", figure):
+        n, k = (int(number or 0) for number in parsed.groups())
+        n_at_ks = [(n, k)] if n and all("public" in c for c in counts) else []
+        for known, needed, value in _metrics(counts, [k], n_at_ks):
+            if known == figure and k:
+                return {c["task_id"]: value(c) for c in counts if c["n"] >= needed}
+    there = ", ".join(results["temperatures"][name]["metrics"])
+    raise UserError(f"these results have no figure {figure!r}; there are {there}")
 
 
 def temperature_name(temperature: float | None) -> str:
@@ -312,8 +359,16 @@ def _verdicts(judged: Iterable[Judgement]) -> dict[str, int]:
     return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
 
 
-def _pass_by_task(results: dict, k: int, temperature: float | None) -> dict[str, float]:
-    name = results["fixed_temperature"] if temperature is None else temperature_name(temperature)
-    if name not in results["temperatures"]:
-        raise UserError(f"no temperature {name} in these results, which have {', '.join(results['temperatures'])}")
-    return {c["task_id"]: pass_at_k(c["n"], c["correct"], k) for c in results["temperatures"][name]["per_task"]}
+def _judged_apart(ours: dict, theirs: dict) -> str | None:
+    inside = [set(results.get("judged_inside", {}).get("task_ids", ())) for results in (ours, theirs)]
+    if inside[0] == inside[1]:
+        return None
+    return (
+        f"task {min(inside[0] ^ inside[1])} is judged inside in one of the runs and protected in the other, which "
+        "cannot be compared; evaluate both with the same tests=protected|inside"
+    )
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-12:]}"

@@ -5,7 +5,7 @@ export itself, whose hash must be the evaluated one.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,14 +13,10 @@ from statistics import fmean
 from omegaconf import OmegaConf
 
 from wmtp.eval.estimators import pass_at_k
-from wmtp.eval.results import compare_results
+from wmtp.eval.results import compare_results, why_not_alike
 from wmtp.pretrained.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.registry.versions import RegistryError, store_errors
 from wmtp.tracking.store import artifact_text
-
-# Settings that must be equal for two evaluations to be compared, beside samples per task and the protocol. Those of the
-# model (checkpoint, model, tokenizer), of the computation (dtype, drafts) and the seed may differ.
-_SAME = ("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "limits")
 
 
 @dataclass(frozen=True)
@@ -123,15 +119,8 @@ def require_comparable(ours: Evaluation, theirs: Evaluation) -> None:
     The RegistryError names the first setting that differs, and both values.
     """
     pair = f"evaluations {ours.run.run_id} and {theirs.run.run_id} ({ours.name}) cannot be compared"
-    our, their = _settings(ours), _settings(theirs)
-    for key in (*_SAME, "samples_per_task"):
-        if our.get(key) != their.get(key):
-            raise RegistryError(f"{pair}: {key} {_short(our.get(key))} and {_short(their.get(key))}; evaluate alike")
-    # A path in a protocol may differ from machine to machine; equal prompts, token by token, prove equal protocols.
-    protocols = [settings.get("protocol") or {} for settings in (our, their)]
-    same_prompts = our.get("prompts_sha256") == their.get("prompts_sha256")
-    if protocols[0] != protocols[1] and not (same_prompts and len({p.get("_component_") for p in protocols}) == 1):
-        raise RegistryError(f"{pair}: protocol {_short(protocols[0])} and {_short(protocols[1])}; evaluate alike")
+    if reason := why_not_alike(ours.results, theirs.results):
+        raise RegistryError(f"{pair}: {reason}")
 
 
 def not_worse(
@@ -189,11 +178,6 @@ def not_worse(
     return True, f"not worse beyond the interval: {text}", figures
 
 
-def _settings(evaluation: Evaluation) -> dict:
-    own = {"fixed_temperature": evaluation.results["fixed_temperature"]}
-    return {**evaluation.results["settings"], **own, "samples_per_task": evaluation.fixed["samples_per_task"]}
-
-
 def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> dict | None:
     """Returns the parsed content of a run's artifact, or None if the run has none of that name."""
     with store_errors(f"artifact {path} of run {run_id} cannot be fetched"):
@@ -206,8 +190,3 @@ def _artifact(client, run_id: str, path: str, read: Callable[[str], dict]) -> di
 
 def _yaml(text: str) -> dict:
     return dict(OmegaConf.to_container(OmegaConf.create(text)))  # type: ignore[arg-type]
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value, default=str) if isinstance(value, Mapping | list) else str(value)
-    return text if len(text) <= 80 else f"{text[:60]}...{text[-12:]}"

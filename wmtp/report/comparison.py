@@ -7,39 +7,66 @@ import numpy as np
 
 from wmtp.config import differences
 from wmtp.errors import UserError
+from wmtp.eval.results import figure_by_task, why_not_alike
 from wmtp.numerics.bootstrap import Interval
 from wmtp.numerics.paired import mean_difference
-from wmtp.report.claims import Comparison, compare_all
+from wmtp.report.claims import Comparison, adjust, compare_all
 from wmtp.report.runs import Run
 from wmtp.tracking.environment import config_sha256
 
+_ROUNDING = 1e-9  # of shares
 CONTROLS = ("shuffled", "random_matched")
 PLAIN = ("uniform", *CONTROLS, "eval", "")  # methods that need no control
 
 
 @dataclass(frozen=True)
-class HeldOutArms:
-    """The CE of one head on one set, by cell.
+class Arms:
+    """A metric of runs, by cell, seed and unit.
 
     Attributes:
-        arms: cell to [S, U]: its seeds, with NaN for those that only others have, on all documents of the set.
+        name: of the metric, as a column has it: ``code head 1``, ``mbpp pass@1``.
+        arms: cell to [S, U]: its seeds, with NaN for those that only others have, on all units.
         seeds: [S].
-        targets: [U] target tokens of each document.
-        documents: [U] their ids.
+        units: [U] their ids.
+        sample: what a unit is: ``document`` or ``task``; "" where runs keep totals, which are one unit.
+        weights: [U] how much each unit counts, the target tokens of a document; None for all alike.
+        unit: of the metric: ``nats``, or "" for a share, of which more is better.
+        nothing: what it says that the metric is zero in all arms.
     """
 
+    name: str
     arms: dict[str, np.ndarray]
     seeds: tuple[int, ...]
-    targets: np.ndarray
-    documents: tuple[str, ...]
+    units: tuple[str, ...]
+    sample: str = "document"
+    weights: np.ndarray | None = None
+    unit: str = ""
+    nothing: str = ""
 
     def interval(self, cell: str) -> Interval:
-        """Returns a cell's mean CE over its seeds and all target tokens, with its interval over both."""
+        """Returns a cell's mean over seeds and units, with its interval over both; of one value alone without one."""
         values = self.arms[cell]
         values = values[~np.isnan(values).all(axis=1)]
         if values.size == 1:  # nothing that it could vary over
             return Interval(*3 * (float(values.item()),))
-        return mean_difference(values, self.targets).interval()
+        return mean_difference(values, self.weights).interval()
+
+    @property
+    def title(self) -> str:
+        """Returns its name in a sentence."""
+        return f"CE of {self.name}" if self.unit else self.name
+
+    @property
+    def all_zero(self) -> bool:
+        """Whether no arm has anything but zeros: such a study says nothing about the metric."""
+        return not any(np.nan_to_num(values).any() for values in self.arms.values())
+
+    def why_no_claim(self) -> str:
+        """Returns why :func:`compare_runs` has made no comparison."""
+        if self.all_zero:
+            return f"No claim: {self.nothing} in any arm ({self.name})."
+        needs = "" if self.sample else ": runs keep totals alone, so that takes two seeds in common, and not equal luck"
+        return f"No claim: {self.title} of no other cell can be held against the baseline's{needs}."
 
 
 def cells_of(runs: Sequence[Run]) -> dict[str, dict[int, Run]]:
@@ -74,33 +101,91 @@ def require_one_config(runs: Sequence[Run]) -> None:
                 )
 
 
-def held_out_arms(runs: Sequence[Run], set_name: str = "", head: int = 1) -> HeldOutArms:
+def held_out_arms(runs: Sequence[Run], set_name: str = "", head: int = 1) -> Arms:
     """Pairs runs that may be compared (:func:`~wmtp.report.runs.require_comparable`), by seeds and documents.
 
     Raises:
         UserError: no run has this set, or this head.
     """
-    cells = cells_of(runs)
-    seeds = sorted({run.seed for run in runs})
-    arms, documents, targets = {}, (), np.array([])
-    for cell, of_seed in cells.items():
-        found = {}
-        for seed, run in of_seed.items():
-            rows = run.documents[(run.documents["set"] == set_name) & (run.documents["head"] == head)]
-            if len(rows):
-                found[seed] = rows["ce"].to_numpy()
-                documents, targets = tuple(rows["document"]), rows["targets"].to_numpy()
-        if found:
-            arms[cell] = np.stack([found.get(seed, np.full(len(documents), np.nan)) for seed in seeds])
-    if not arms:
-        shown = ", ".join(f"head {k}" + (f" of set {name}" if name else "") for name, k in _sets_and_heads(runs))
+    values, documents, targets = {}, (), None
+    for run in _of_cells(runs):
+        rows = run.documents[(run.documents["set"] == set_name) & (run.documents["head"] == head)]
+        if len(rows):
+            values[run.cell, run.seed] = rows["ce"].to_numpy()
+            documents, targets = tuple(rows["document"]), rows["targets"].to_numpy()
+    if not values:
+        shown = ", ".join(f"head {k}" + (f" of set {name}" if name else "") for name, k in sets_and_heads(runs))
         raise UserError(f"no run has the CE of head {head} of set {set_name!r}; there are {shown}")
-    return HeldOutArms(arms, tuple(seeds), targets, documents)
+    name = f"{set_name} head {head}".strip()
+    return Arms(name, *_stacked(values), documents, weights=targets, unit="nats")
 
 
-def _sets_and_heads(runs: Sequence[Run]) -> list[tuple[str, int]]:
+def sets_and_heads(runs: Sequence[Run]) -> list[tuple[str, int]]:
+    """Returns the held-out sets and heads that runs have documents of."""
     both = (run.documents[["set", "head"]].drop_duplicates() for run in runs)
     return sorted({(name, int(head)) for of_run in both for name, head in of_run.itertuples(index=False)})
+
+
+def evaluation_arms(runs: Sequence[Run], evaluation: str, figure: str | None = None) -> Arms:
+    """Pairs runs by seeds and by the tasks of an evaluation, at its fixed temperature.
+
+    An evaluation of heads has the totals of its prompts alone: each run is one unit. A task that the judge failed on in
+    one run is left out of all.
+
+    Args:
+        figure: as in :func:`~wmtp.eval.results.figure_by_task`; of heads the share of drafts that verification
+            accepted, with all heads drafting. None is ``pass_at_1``, or ``acceptance_head2``.
+
+    Raises:
+        UserError: no run has this evaluation or figure, or two of them have evaluated something else or otherwise.
+    """
+    evaluated = [run for run in _of_cells(runs) if evaluation in evaluations_of([run])]
+    if not evaluated:
+        there = ", ".join(evaluations_of(runs)) or "none"
+        raise UserError(f"no run has evaluation {evaluation!r} with figures of tasks or drafts; there are {there}")
+    first, values = evaluated[0].evaluations[evaluation], {}
+    if "temperatures" not in first:
+        figure = figure or "acceptance_head2"
+        accepted = {(run.cell, run.seed): acceptance(run.evaluations[evaluation]) for run in evaluated}
+        values = {key: np.array([of[figure]]) for key, of in accepted.items() if figure in of}
+        if not values:
+            raise UserError(f"{evaluation} has no figure {figure!r}; there are {', '.join(acceptance(first))}")
+        name = f"{figure.replace('_head', ' of head ')} ({evaluation})"
+        return Arms(name, *_stacked(values), ("all prompts",), "", nothing="no draft was accepted")
+    figure = figure or "pass_at_1"
+    for run in evaluated:
+        if reason := why_not_alike(first, run.evaluations[evaluation]):
+            raise UserError(f"{evaluated[0].name} and {run.name} cannot be compared by {evaluation}: {reason}")
+    by_task = {(run.cell, run.seed): figure_by_task(run.evaluations[evaluation], figure) for run in evaluated}
+    tasks = tuple(task for task in next(iter(by_task.values())) if all(task in of for of in by_task.values()))
+    if not tasks:
+        raise UserError(f"no task of {evaluation} has {figure} in all runs: give it more samples, or a smaller k")
+    values = {key: np.array([of[task] for task in tasks]) for key, of in by_task.items()}
+    name = f"{evaluation} {figure.replace('_at_', '@').replace('_', ' ')}"
+    return Arms(name, *_stacked(values), tasks, "task", nothing="no program passed")
+
+
+def evaluations_of(runs: Sequence[Run]) -> list[str]:
+    """Returns the names of the evaluations that :func:`evaluation_arms` can read."""
+    found = (item for run in runs for item in run.evaluations.items())
+    return sorted({name for name, of in found if "temperatures" in of or acceptance(of)})
+
+
+def acceptance(evaluation: dict) -> dict[str, float]:
+    """Returns ``acceptance_head{k}`` of heads.json, with all heads drafting; {} of other evaluations."""
+    drafts = [figures for name, figures in evaluation.get("speed", {}).items() if name.startswith("drafts_")]
+    return {name: share for name, share in (drafts[-1] if drafts else {}).items() if name.startswith("acceptance_head")}
+
+
+def _of_cells(runs: Sequence[Run]) -> list[Run]:
+    return [run for of_seed in cells_of(runs).values() for run in of_seed.values()]
+
+
+def _stacked(values: Mapping[tuple[str, int], np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+    """Returns cell to [S, U] and the seeds [S], from [U] by cell and seed."""
+    seeds, empty = sorted({seed for _, seed in values}), np.full_like(next(iter(values.values())), np.nan)
+    cells = dict.fromkeys(cell for cell, _ in values)
+    return {c: np.stack([values.get((c, seed), empty) for seed in seeds]) for c in cells}, tuple(seeds)
 
 
 def default_baseline(cells: Mapping[str, Mapping[int, Run]]) -> str:
@@ -137,21 +222,24 @@ def _weighting_key(section: object) -> str:
 
 def compare_runs(
     runs: Sequence[Run],
+    metrics: Sequence[Arms],
     *,
     baseline: str | None = None,
-    set_name: str = "",
-    head: int = 1,
     margin: float | None = None,
     controls: Mapping[str, Sequence[str]] | None = None,
-) -> list[Comparison]:
-    """Compares each cell with the baseline, and what has controls with these, by seeds and documents at once.
+) -> list[list[Comparison]]:
+    """Compares each cell with the baseline, and what has controls with these, by seeds and units at once.
 
     Args:
         runs: that may be compared (:func:`~wmtp.report.runs.require_comparable`).
+        metrics: of these runs; the first needs no name in a claim.
         baseline: a cell, or the name of a run of it; None for :func:`default_baseline`.
-        set_name, head: whose CE.
         margin: of equivalence, in nats.
         controls: cell to its controls; None for :func:`controls_of`.
+
+    Returns:
+        The comparisons of each metric, adjusted for those of all metrics together; none of a metric that is zero in all
+        arms.
 
     Raises:
         UserError: an unknown baseline, or two cells without a seed in common.
@@ -161,47 +249,41 @@ def compare_runs(
     base = default_baseline(cells) if baseline is None else of_run.get(baseline, baseline)
     if base not in cells:
         raise UserError(f"baseline {baseline!r} is no run and no cell of these; there are {', '.join(cells)}")
-    found = held_out_arms(runs, set_name, head)
     controls = controls_of(cells) if controls is None else controls
-    pairs = [(cell, base) for cell in found.arms if cell != base and base in found.arms]
-    pairs += [
-        (cell, control)
-        for cell in found.arms
-        for control in controls.get(cell, ())
-        if control in found.arms and control != base and cell != base
-    ]
-    if not pairs:
-        return []
-    return compare_all(found.arms, pairs, weights=found.targets, controls=controls, margin=margin)
+    pairs = [(cell, base) for cell in cells if cell != base]
+    pairs += [(cell, control) for cell, _ in pairs for control in controls.get(cell, ()) if control != base]
+    found: list[list[Comparison]] = []
+    for number, metric in enumerate(metrics):
+        known = [pair for pair in pairs if metric.arms.keys() >= set(pair)]
+        if not metric.sample:  # totals of one seed, or equal ones of few, say nothing about their error
+            known = [(a, b) for a, b in known if np.nanstd(metric.arms[a] - metric.arms[b]) > _ROUNDING]
+        if metric.all_zero or not known:
+            found.append([])
+            continue
+        ce = metric.unit == "nats"
+        found.append(
+            compare_all(
+                metric.arms, known, weights=metric.weights, controls=controls, sample=metric.sample, unit=metric.unit,
+                metric="" if ce and not number else metric.title, lower_is_better=ce,
+                margin=margin if ce else None,
+            )
+        )  # fmt: skip
+    adjusted = iter(adjust(c for of_metric in found for c in of_metric))
+    return [[next(adjusted) for _ in of_metric] for of_metric in found]
 
 
-def table(runs: Sequence[Run]) -> list[dict]:
-    """Returns a row for each cell: ``cell``, ``method``, ``seeds``, ``targets`` (a run), and the mean CE.
-
-    ``ce`` is a mapping from (set, head) to an :class:`~wmtp.numerics.bootstrap.Interval` over seeds and documents.
-    """
-    arms = {key: held_out_arms(runs, *key) for key in _sets_and_heads(runs)}
-    rows = []
+def table_text(runs: Sequence[Run], metrics: Sequence[Arms] = ()) -> str:
+    """Returns a terminal's table of cells: their seeds, target tokens of a run, held-out CE, and other metrics."""
+    columns = [*(held_out_arms(runs, *key) for key in sets_and_heads(runs)), *metrics]
+    lines = [["cell", "seeds", "targets", *(metric.name for metric in columns)]]
     for cell, of_seed in cells_of(runs).items():
-        method = next(iter(of_seed.values())).method
         targets = sum(run.targets for run in of_seed.values()) / len(of_seed)
-        ce = {key: found.interval(cell) for key, found in arms.items() if cell in found.arms}
-        rows.append({"cell": cell, "method": method, "seeds": list(of_seed), "targets": targets, "ce": ce})
-    return rows
-
-
-def table_text(runs: Sequence[Run]) -> str:
-    """Returns :func:`table` for a terminal."""
-    rows = table(runs)
-    keys = sorted({key for row in rows for key in row["ce"]})
-    lines = [["cell", "seeds", "targets", *(f"{name} head {head}".strip() for name, head in keys)]]
-    for row in rows:
-        cells = [row["cell"], " ".join(map(str, row["seeds"])), f"{row['targets']:.0f}"]
-        for key in keys:
-            ce = row["ce"].get(key)
-            ends = "" if ce is None or ce.low == ce.high else f" [{ce.low:.4f}, {ce.high:.4f}]"
-            cells.append("" if ce is None else f"{ce.estimate:.4f}{ends}")
-        lines.append(cells)
+        line = [cell, " ".join(map(str, of_seed)), f"{targets:.0f}"]
+        for metric in columns:
+            found = metric.interval(cell) if cell in metric.arms else None
+            ends = "" if found is None or found.low == found.high else f" [{found.low:.4f}, {found.high:.4f}]"
+            line.append("" if found is None else f"{found.estimate:.4f}{ends}")
+        lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = ["  ".join(f"{c:{width}}" for c, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join(["held-out CE, nats per target, with intervals of 95 % over seeds and documents", *shown])
+    text = ["  ".join(f"{c:{width}}" for c, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join(["held-out CE, nats per target, with intervals of 95 % over seeds and documents", *text])

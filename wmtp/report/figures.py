@@ -90,13 +90,9 @@ def curves(
     ends = []
     for name, curve in of.items():
         if look := named.get(name):
-            every = max(1, len(curve.x) // 8)
-            style = {"color": look.color, "ls": look.dash, "marker": look.marker, "markevery": every, "ms": 4}
-            ax.plot(curve.x, curve.mean, **style)
-            ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, lw=0)
+            _line(ax, curve, look)
             ends.append((curve.x[-1], curve.mean[-1], name, look))
     ax.set(xlabel=x, ylabel=y)
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     if not zero:
         _focus(ax, [value for curve in of.values() for value in curve.mean])
     return _svg(figure, ax, label, ends)
@@ -131,11 +127,8 @@ def small_curves(panels: Mapping[str, Mapping[str, Curve]], named: Mapping[str, 
     for ax, (title, of) in zip(axes, panels.items(), strict=False):
         for name, curve in of.items():
             if look := named.get(name):
-                style = {"color": look.color, "ls": look.dash, "marker": look.marker, "ms": 3.5}
-                (handles[name],) = ax.plot(curve.x, curve.mean, markevery=max(1, len(curve.x) // 6), **style)
-                ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, lw=0)
+                handles[name] = _line(ax, curve, look)
         ax.set_title(title)
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     figure.supxlabel(x, color=QUIET, fontsize=9)
     names = [short(name) for name in handles]
     figure.legend(handles.values(), names, loc="outside upper left", ncols=3, handlelength=3)
@@ -246,6 +239,15 @@ def shares(rows: Mapping[str, Mapping[str, float]], kinds: Sequence[str], *, x: 
 def _figure(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def _line(ax: Axes, curve: Curve, look: Look) -> matplotlib.lines.Line2D:
+    """Draws a curve over steps with its band; returns its line."""
+    style = {"color": look.color, "ls": look.dash, "marker": look.marker, "ms": 4}
+    (line,) = ax.plot(curve.x, curve.mean, markevery=max(1, len(curve.x) // 8), **style)
+    ax.fill_between(curve.x, curve.low, curve.high, color=look.color, alpha=0.15, lw=0)
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    return line
 
 
 def _focus(ax: Axes, values: Sequence[float]) -> None:

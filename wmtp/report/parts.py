@@ -113,10 +113,6 @@ def curve_table(of: Mapping[str, Curve]) -> Table:
     return Table(["cell", *names, "at steps"], rows)
 
 
-def over(values: Sequence[float]) -> Interval:
-    return Interval(float(np.mean(values)), min(values), max(values))
-
-
 def cost_cells(found: Cost) -> list[Cell]:
     cells: list[Cell] = []
     for value, form in ((found.tokens, ",.0f"), (found.seconds, ",.1f"), (found.flops, ".2e"), (found.hours, ".3f")):

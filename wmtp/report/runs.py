@@ -143,17 +143,9 @@ def _from_folder(name: str, folder: Path) -> Run:
             evaluations[found.parent.relative_to(folder).name or "evaluation"] = json.loads(found.read_text())
     last = max((line["step"] for line in lines), default=None)
     ended = any((folder / export).exists() for export in ("export", "adapter")) or last == config.get("max_steps", -1)
-    return Run(
-        name=name,
-        source=str(folder),
-        run_id=read_run(folder).get("run_id"),
-        config=config,
-        facts=_facts(tags),
-        metrics=metrics,
-        held_out=_documents(file) if file.exists() else None,
-        evaluations=evaluations,
-        state="FINISHED" if ended else "UNFINISHED",
-    )
+    documents, state = _documents(file) if file.exists() else None, "FINISHED" if ended else "UNFINISHED"
+    run_id = read_run(folder).get("run_id")
+    return Run(name, str(folder), run_id, config, _facts(tags), metrics, documents, evaluations, state)
 
 
 def _from_mlflow(run_id: str) -> Run:

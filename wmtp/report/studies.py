@@ -19,6 +19,7 @@ from wmtp.report.comparison import (
     default_baseline,
     held_out_arms,
     require_one_config,
+    sets_and_heads,
 )
 from wmtp.report.runs import Run, load_runs, require_comparable
 from wmtp.tracking.store import artifact_text, clear_store_errors, existing_client, store_uri
@@ -131,15 +132,19 @@ def parse_ce(metric: str) -> tuple[str, int] | None:
 def over_seeds(runs: Iterable[Run], metric: str) -> Interval | None:
     """Returns the mean of a metric's last values over runs, with the lowest and the highest."""
     values = [run.metrics[metric][-1][1] for run in runs if run.metrics.get(metric)]
-    return Interval(float(np.mean(values)), min(values), max(values)) if values else None
+    return over(values) if values else None
+
+
+def over(values: Sequence[float]) -> Interval:
+    """Returns the mean of values, with the lowest and the highest."""
+    return Interval(float(np.mean(values)), min(values), max(values))
 
 
 def held_out_interval(runs: Sequence[Run], metric: str) -> Interval | None:
     """Returns a cell's held-out CE with its 95 % interval over seeds and documents, else as :func:`over_seeds`."""
     known = [run for run in runs if run.has_finite_documents and run.metrics.get(metric)]
     name, head = parse_ce(metric) or ("", 1)
-    documents = known[0].documents if len(known) == len(runs) else None
-    if documents is not None and ((documents["set"] == name) & (documents["head"] == head)).any():
+    if len(known) == len(runs) and (name, head) in sets_and_heads(known):
         return held_out_arms(known, name, head).interval(known[0].cell)
     return over_seeds(runs, metric)
 

@@ -90,33 +90,10 @@ def _command(study: Study, run: Run) -> list[str]:
     output = f"runs/again/{run.cell}/seed-{run.seed}"
     lines, config = [], f"{run.source}/config.yaml"
     if run.run_id == run.source:
-        lines = [
-            [
-                "mlflow",
-                "artifacts",
-                "download",
-                "--run-id",
-                run.source,
-                "--artifact-path",
-                "config.yaml",
-                "--dst-path",
-                output,
-            ]
-        ]
-        config = f"{output}/config.yaml"
-        output += "/run"
+        download = ["mlflow", "artifacts", "download", "--run-id", run.source]
+        lines = [[*download, "--artifact-path", "config.yaml", "--dst-path", output]]
+        config, output = f"{output}/config.yaml", f"{output}/run"
     processes = str(run.facts.get("world_size") or 1)
-    lines.append(
-        [
-            "tune",
-            "run",
-            "--nproc_per_node",
-            processes,
-            f"recipes/{recipe}.py",
-            "--config",
-            config,
-            f"output_dir={output}",
-            "tracking=null",
-        ]
-    )
+    train = ["tune", "run", "--nproc_per_node", processes, f"recipes/{recipe}.py", "--config", config]
+    lines.append([*train, f"output_dir={output}", "tracking=null"])
     return [shlex.join(line) for line in lines]

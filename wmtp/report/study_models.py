@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 
 from wmtp.numerics.bootstrap import Interval
 from wmtp.report import figures
+from wmtp.report.comparison import acceptance as accepted_drafts
 from wmtp.report.costs import cost
 from wmtp.report.figures import Curve
-from wmtp.report.parts import NAMED, Cell, Part, Shown, Table, cost_cells, curves, interval, over
+from wmtp.report.parts import NAMED, Cell, Part, Shown, Table, cost_cells, curves, interval
 from wmtp.report.runs import Run
-from wmtp.report.studies import Study, over_seeds, parse_ce
+from wmtp.report.studies import Study, over, over_seeds, parse_ce
 
 _VERDICTS = "passed wrong_answer exception timeout memory output_limit violation harness_error"
 _WEIGHTS = {
@@ -26,8 +27,8 @@ def heads(study: Study) -> Part:
     for cell, runs in study.cells.items():
         metrics = [m for m in runs[0].metrics if (parse_ce(m) or ("", 0))[0] == held_out_set and parse_ce(m)]
         ce[cell] = {parse_ce(m)[1]: found for m in metrics if (found := over_seeds(runs, m))}  # type: ignore[index]
-    looks = figures.looks(study.shown(NAMED))
-    for name, of, what in (("CE", ce, "held-out CE"), ("Acceptance", acceptance(study), "share of drafts accepted")):
+    looks, accepted = figures.looks(study.shown(NAMED)), acceptance(study)
+    for name, of, what in (("CE", ce, "held-out CE"), ("Acceptance", accepted, "share of drafts accepted")):
         of = {cell: heads for cell, heads in of.items() if heads}
         if not of:
             continue
@@ -35,32 +36,27 @@ def heads(study: Study) -> Part:
         label = f"{name} of each head"
         y = f"{what}, nats" if name == "CE" else what
         svg = figures.dots(drawn, looks, x="head", y=y, label=label)
-        caption = (
-            f"{what[0].upper()}{what[1:]} of head k, which predicts the k-th next token: mean and range over seeds."
-        )
+        begin = f"{what[0].upper()}{what[1:]} of head k"
+        caption = f"{begin}, which predicts the k-th next token: mean and range over seeds."
         ks = sorted({k for found in of.values() for k in found})
         rows = [[cell, *(interval(found.get(k)) for k in ks)] for cell, found in of.items()]
         shown.append(Shown(svg, caption, Table(["cell", *(f"head {k}" for k in ks)], rows)))
-    lead = (
-        ""
-        if acceptance(study)
-        else "Acceptance: no evaluation by recipes/eval_heads.py of a model with several heads in this study."
-    )
+    lead = "Acceptance: no evaluation by recipes/eval_heads.py of a model with several heads in this study."
+    lead = "" if accepted else lead
     return Part("heads", title, lead, shown=shown, missing="" if shown else "No run has held-out CE of its heads.")
 
 
 def weights(study: Study) -> Part:
     """What the weights were over time."""
+    title = "The weights over time"
     looks = figures.looks(study.shown(NAMED))
     panels, rows = {}, []
-    for name, title in _WEIGHTS.items():
+    for name, what in _WEIGHTS.items():
         of = {cell: curve for cell, curve in curves(study, f"weights/{name}").items() if cell in looks}
         if of:
-            panels[title] = of
+            panels[what] = of
     if not panels:
-        return Part(
-            "weights", "The weights over time", missing="No run has logged figures of its weights (weights/...)."
-        )
+        return Part("weights", title, missing="No run has logged figures of its weights (weights/...).")
     for cell, runs in study.cells.items():
         rows.append([cell, *(interval(over_seeds(runs, f"weights/{name}"), 3) for name in _WEIGHTS)])
     caption = (
@@ -68,9 +64,7 @@ def weights(study: Study) -> Part:
         "at weight 1 (share 1, effective sample size 1, entropy 1). The table has the last step of every cell."
     )
     svg = figures.small_curves(panels, looks, x="optimizer step", label="Weights over time")
-    return Part(
-        "weights", "The weights over time", shown=[Shown(svg, caption, Table(["cell", *_WEIGHTS.values()], rows))]
-    )
+    return Part("weights", title, shown=[Shown(svg, caption, Table(["cell", *_WEIGHTS.values()], rows))])
 
 
 def failures(study: Study) -> Part:
@@ -153,10 +147,8 @@ def acceptance(study: Study) -> dict[str, dict[int, Interval]]:
         of: dict[int, list[float]] = defaultdict(list)
         for run in runs:
             for evaluation in run.evaluations.values():
-                drafts = [s for name, s in evaluation.get("speed", {}).items() if name.startswith("drafts_")]
-                for name, share in (drafts[-1] if drafts else {}).items():
-                    if name.startswith("acceptance_head"):
-                        of[int(name.removeprefix("acceptance_head"))].append(share)
+                for name, share in accepted_drafts(evaluation).items():
+                    of[int(name.removeprefix("acceptance_head"))].append(share)
         if of:
             found[cell] = {k: over(values) for k, values in sorted(of.items())}
     return found

@@ -7,7 +7,8 @@ import numpy as np
 from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
 from wmtp.report import figures
-from wmtp.report.comparison import compare_runs
+from wmtp.report.claims import Comparison
+from wmtp.report.comparison import Arms, compare_runs, evaluation_arms, evaluations_of, held_out_arms, sets_and_heads
 from wmtp.report.costs import cost
 from wmtp.report.figures import Curve
 from wmtp.report.parts import (
@@ -27,47 +28,90 @@ from wmtp.report.parts import (
 from wmtp.report.studies import Study, held_out_interval, numbers_first, over_seeds, parse_ce
 from wmtp.report.study_models import acceptance, pass_rates
 
+_STATISTICS = {
+    "p": "p", "p_holm": "p (Holm)", "smallest_found": "smallest that would be found", "p_tost": "TOST",
+    "bootstrap_interval": "bootstrap [95 %]", "wilcoxon_p_over_units": "Wilcoxon, units",
+    "wilcoxon_p_over_seeds": "Wilcoxon, seeds", "sign_flip_p_over_units": "sign flips, units",
+    "sign_flip_p_over_seeds": "sign flips, seeds", "effect_size_over_units": "Cohen's d, units",
+    "effect_size_over_seeds": "Cohen's d, seeds",
+}  # fmt: skip
 
-def claims(study: Study) -> Part:
-    """The study's claim lines, and the differences behind them with their intervals."""
+
+def claims(study: Study) -> list[Part]:
+    """The study's claims: on the objective, on other held-out sets, and on each evaluation, adjusted for them all."""
     title, (held_out_set, head) = "What the study may claim", study.target
     runs = [run for run in study.compared if run.held_out is not None]
-    apart = ", ".join(sorted({run.cell for run in study.runs if run not in runs}))
     if not runs:
-        return Part("claims", title, missing="No claim: no run has the CE of single held-out documents (held_out/).")
+        return [Part("claims", title, missing="No claim: no run has the CE of single held-out documents (held_out/).")]
+    if len(study.cells) == 1:
+        return [Part("claims", title, missing=f"No claim: there is nothing to hold {study.baseline} against.")]
+    metrics, refused = [], {}
+    for name in evaluations_of(runs):
+        try:
+            metrics.append(evaluation_arms(runs, name))
+        except UserError as error:
+            refused[name] = f"No claim: {error}."
     try:
+        others = [(name, k) for name, k in sets_and_heads(runs) if k == head and name != held_out_set]
+        metrics = [*(held_out_arms(runs, *key) for key in ((held_out_set, head), *others)), *metrics]
         found = compare_runs(
-            runs, baseline=study.baseline, set_name=held_out_set, head=head, margin=study.sweep.get("margin"),
-            controls=study.controls,
-        )  # fmt: skip
+            runs, metrics, baseline=study.baseline, margin=study.sweep.get("margin"), controls=study.controls
+        )
     except UserError as error:
-        return Part("claims", title, missing=f"No claim: {error}.")
+        return [Part("claims", title, missing=f"No claim: {error}.")]
+    apart = ", ".join(sorted({run.cell for run in study.runs if run not in runs}))
+    lead = f" Apart, since they cannot be compared with the baseline: {apart}." if apart else ""
+    if sum(map(bool, found)) > 1:
+        names = ", ".join(metric.title for metric, of in zip(metrics, found, strict=True) if of)
+        lead = f" All {sum(map(len, found))} comparisons of this page are adjusted together: {names}.{lead}"
+    parts = [_claims_on(study, metrics[0], found[0], "claims", title, lead)]
+    for place, (metric, of) in enumerate(zip(metrics[1:], found[1:], strict=True), 2):
+        if metric.unit:
+            title = f"Claims on what was forgotten: {metric.title}"
+            lead = " Worse than the baseline: more forgotten than by it, or less learnt; better: less forgotten."
+        elif metric.sample:
+            title, lead = f"Claims on {metric.name}", " Each task counts alike; more is better."
+        else:
+            title = f"Claims on {metric.name}"
+            lead = " Runs keep the totals of their prompts: seeds alone are compared, by a paired t test."
+        parts.append(_claims_on(study, metric, of, f"claims_{place}", title, lead))
+    for name, reason in refused.items():
+        parts.append(Part(f"claims_{len(parts) + 1}", f"Claims on {name}", missing=reason))
+    return parts
+
+
+def _claims_on(study: Study, metric: Arms, found: list[Comparison], key: str, title: str, lead: str) -> Part:
+    """Returns claim lines on one metric, the differences behind them, and all their statistics."""
     if not found:
-        return Part("claims", title, missing=f"No claim: there is nothing to hold {study.baseline} against.")
+        return Part(key, title, missing=metric.why_no_claim())
     kinds = ["none" if not c.found else "better" if c.better else "worse" for c in found]
     kinds = ["uncontrolled" if k == "better" and c.missing_controls else k for k, c in zip(kinds, found, strict=True)]
+    sign = 1 if metric.unit else -1
     order = {"better": 0, "uncontrolled": 1, "worse": 2, "none": 3}
-    lines = sorted(zip(kinds, found, strict=True), key=lambda pair: (order[pair[0]], pair[1].difference.mean))
+    lines = sorted(zip(kinds, found, strict=True), key=lambda pair: (order[pair[0]], sign * pair[1].difference.mean))
+    every = [c.statistics() for _, c in lines]
+    names = [name for name in _STATISTICS if any(of.get(name) is not None for of in every)]
     rows, table = [], []
-    for _, c in lines:
-        name = f"{figures.short(c.arm)} - {figures.short(c.baseline)}"
-        rows.append((name, c.difference.mean, c.interval.low, c.interval.high, c.found))
-        ends = interval(Interval(c.difference.mean, c.interval.low, c.interval.high))
-        table.append([f"{c.arm} - {c.baseline}", ends, number(c.p), number(c.effect, 2), number(c.smallest)])
-    names = ["difference", "nats [95 %]", "p (Holm)", "Cohen's d", "smallest that would be found"]
+    for (_, c), statistics in zip(lines, every, strict=True):
+        mean, low, high = c.difference.mean, c.interval.low, c.interval.high
+        rows.append((f"{figures.short(c.arm)} - {figures.short(c.baseline)}", mean, low, high, c.found))
+        shown = [interval(Interval(mean, *of)) if isinstance(of, list) else number(of)
+                 for of in map(statistics.get, names)]  # fmt: skip
+        table.append([f"{c.arm} - {c.baseline}", interval(c.interval), *shown])
+    over = f"seeds and {metric.sample}s" if metric.sample else "seeds"
+    side = "left" if metric.unit else "right"
     caption = (
-        "Difference in held-out CE of each cell from what it is held against, with its 95 % interval over seeds and "
-        "documents: left of zero is better. Filled: a difference was found after Holm's adjustment; hollow: none was."
+        f"Difference in {metric.title} of each cell from what it is held against, with its 95 % interval over {over}: "
+        f"{side} of zero is better. Filled: a difference was found after Holm's adjustment; hollow: none was. Of the "
+        "numbers, p (Holm) alone makes a claim: the other tests see units or seeds alone."
     )
-    label = "Differences from the baseline and the controls"
-    svg = figures.forest(rows, x="difference in held-out CE, nats per token", label=label)
-    return Part(
-        "claims", title,
-        f"{sum(c.found for c in found)} of {len(found)} comparisons found a difference in {study.objective}, on the "
-        "same seeds and documents, adjusted for all of them."
-        + f" Apart, since they cannot be compared with the baseline: {apart}." * bool(apart),
-        lines=[(kind, str(c)) for kind, c in lines], shown=[Shown(svg, caption, Table(names, table))],
-    )  # fmt: skip
+    x = "difference in held-out CE, nats per token" if metric.unit else f"difference in {metric.name}"
+    svg = figures.forest(rows, x=x, label=f"Differences in {metric.title}")
+    head = ["difference", f"{metric.unit} [95 %]".strip(), *(_STATISTICS[name] for name in names)]
+    what = study.objective if key == "claims" else metric.title
+    count = f"{sum(c.found for c in found)} of {len(found)} comparisons found a difference in {what}"
+    lead = f"{count}, on the same {over}.{lead}"
+    return Part(key, title, lead, [(k, str(c)) for k, c in lines], [Shown(svg, caption, Table(head, table))])
 
 
 def cells(study: Study) -> Part:
@@ -114,14 +158,12 @@ def learning(study: Study) -> Part:
     for kind, of, title, what in drawn:
         if of:
             rest = len(of) - len(looks.keys() & of.keys())
-            caption = f"{title[0].upper()}{title[1:]}, by step: {what}" + f". Thin lines: {rest} other cells" * bool(
-                rest
-            )
+            others = f". Thin lines: {rest} other cells" if rest else ""
+            caption = f"{title[0].upper()}{title[1:]}, by step: {what}{others}."
             label, zero = f"Learning curves: {title}", kind == "difference"
-            svg = figures.curves(
-                of, looks, x="optimizer step", y="difference, nats" if zero else title, label=label, zero=zero
-            )
-            shown.append(Shown(svg, f"{caption}.", curve_table(of)))
+            y = "difference, nats" if zero else title
+            svg = figures.curves(of, looks, x="optimizer step", y=y, label=label, zero=zero)
+            shown.append(Shown(svg, caption, curve_table(of)))
     missing = "" if shown else "No run has logged held-out or training CE."
     return Part("learning", "Learning curves", shown=shown, missing=missing)
 
@@ -171,13 +213,10 @@ def axes(study: Study) -> Part:
         f"Mean of {study.objective} over seeds{over_all}, by {', '.join(filter(None, last))}; "
         "the frame marks the lowest, bright is better."
     )
-    svg = figures.heatmaps(
-        panels, names[0], names[1] if keys[1] else [""], x=last[0], y=last[1], label=f"Heatmaps of {study.objective}"
-    )
-    rows = [
-        [*(str(v) for v, key in zip(place, keys, strict=True) if key), number(value)]
-        for place, value in sorted(mean.items(), key=lambda found: [*map(numbers_first, found[0])])
-    ]
+    label, lines = f"Heatmaps of {study.objective}", names[1] if keys[1] else [""]
+    svg = figures.heatmaps(panels, names[0], lines, x=last[0], y=last[1], label=label)
+    number_of_axes, places = len(keys) - keys.count(""), sorted(mean, key=lambda place: [*map(numbers_first, place)])
+    rows = [[*map(str, place[:number_of_axes]), number(mean[place])] for place in places]
     return Part("axes", title, shown=[Shown(svg, caption, Table([*filter(None, keys), study.objective], rows))])
 
 
@@ -185,34 +224,23 @@ def pareto(study: Study) -> Part:
     """Quality against cost, with the cells that no other beats in both."""
     title = "Quality against cost"
     costs = {cell: cost(runs[:1]) for cell, runs in study.cells.items()}
-    unit = next(
-        (name for name in ("flops", "seconds", "tokens") if any(getattr(c, name) for c in costs.values())), None
-    )
-    quality = {cell: over_seeds(runs, study.objective) for cell, runs in study.cells.items()}
-    points = {
-        c: (getattr(costs[c], unit), q.estimate) for c, q in quality.items() if unit and q and getattr(costs[c], unit)
-    }
-    if unit is None or not points:
+    names = {"flops": "FLOPs", "seconds": "seconds", "tokens": "tokens"}
+    unit = next((name for name in names if any(getattr(c, name) for c in costs.values())), "tokens")
+    points = {}
+    for cell, runs in study.cells.items():
+        quality, spent = over_seeds(runs, study.objective), getattr(costs[cell], unit)
+        if quality and spent:
+            points[cell] = (spent, quality.estimate)
+    if not points:
         return Part("pareto", title, missing="No run says what it cost (train/tokens, train/tokens_per_second).")
     front: list[str] = []
     for cell in sorted(points, key=points.__getitem__):
         if not front or points[cell][1] < points[front[-1]][1]:
             front.append(cell)
-    names = {"flops": "FLOPs", "seconds": "seconds", "tokens": "tokens"}
     looks = figures.looks(list(dict.fromkeys([*study.shown(NAMED - 1), *front]))[: NAMED + 2])
-    label = f"Pareto front of {study.objective} against {names[unit]}"
-    svg = figures.scatter(
-        points,
-        looks,
-        front,
-        x=f"{names[unit]} of one seed's training",
-        y=ce_name(study.objective) + ", nats",
-        label=label,
-    )
+    label, y = f"Pareto front of {study.objective} against {names[unit]}", f"{ce_name(study.objective)}, nats"
+    svg = figures.scatter(points, looks, front, x=f"{names[unit]} of one seed's training", y=y, label=label)
     caption = f"Down and left is better. The dashed steps join the cells that none beats in both: {', '.join(front)}."
     rows = [[cell, (f"{x:.3e}", x), number(y), "yes" if cell in front else ""] for cell, (x, y) in points.items()]
-    return Part(
-        "pareto",
-        title,
-        shown=[Shown(svg, caption, Table(["cell", names[unit], study.objective, "on the front"], rows))],
-    )
+    table = Table(["cell", names[unit], study.objective, "on the front"], rows)
+    return Part("pareto", title, shown=[Shown(svg, caption, table)])

@@ -16,7 +16,7 @@ from wmtp.report.study_details import configs, tokens
 from wmtp.report.token_weights import scale
 
 PARTS: tuple[Callable[[Study], Part], ...] = (
-    study_parts.claims, study_parts.cells, study_parts.learning, study_parts.axes, study_parts.pareto,
+    study_parts.cells, study_parts.learning, study_parts.axes, study_parts.pareto,
     study_models.heads, study_models.weights, tokens, study_models.failures, study_models.forgetting,
     study_models.costs, configs,
 )  # fmt: skip
@@ -29,7 +29,7 @@ def study_report(study: Study, *, title: str | None = None, date: datetime.date 
         title: of the page; None is the study's name.
         date: that the page bears; None is today's.
     """
-    parts = [part(study) for part in PARTS]
+    parts = [*study_parts.claims(study), *(part(study) for part in PARTS)]
     about = {
         "study": study, "title": title or study.name, "parts": parts, "facts": _facts(study), "scale": scale(),
         "date": (date or datetime.date.today()).isoformat(),

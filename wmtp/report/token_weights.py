@@ -2,9 +2,9 @@
 
 import html
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from importlib.resources import files
 
 import numpy as np
@@ -72,48 +72,21 @@ def token_weights_html(documents: Sequence[TokenView], *, title: str, settings: 
     )
 
 
-class _Reader(HTMLParser):
-    """Collects the columns of a page: ``documents[id][method]`` is a list of (class of its weight, text)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.documents: dict[str, dict[str, list[tuple[str, str]]]] = {}
-        self._inside = self._class = self._heading = ""
-        self._tokens: list[tuple[str, str]] = []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        if tag in ("h2", "h3"):
-            self._inside, self._heading = tag, ""
-        elif tag == "b" and self._inside == "pre":
-            classes = (dict(attributes).get("class") or "").split()
-            self._class = next((name for name, *_ in _SCALE if name in classes), "")
-            self._tokens.append((self._class, ""))
-        elif tag == "pre":
-            self._inside = tag
-            self._tokens = self.documents[self._id].setdefault(self._heading, [])
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "h2":
-            self._id = self._heading
-            self.documents[self._id] = {}
-        if tag == self._inside:
-            self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside in ("h2", "h3"):
-            self._heading += data
-        elif self._inside == "pre" and self._tokens:
-            self._tokens[-1] = (self._class, self._tokens[-1][1] + data)
-
-
 def read_token_weights(page: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
     """Returns what a page of :func:`token_weights_html` shows: document to method to (class, text) of its tokens.
 
     The class is one of :func:`scale`'s, "" for a token without a loss.
     """
-    reader = _Reader()
-    reader.feed(page)
-    return reader.documents
+    classes = {name for name, *_ in _SCALE}
+    documents: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for section in page.split("<section>")[1:]:  # names and texts are escaped, so every tag is the page's own
+        columns = documents.setdefault(html.unescape(section.split("<h2>")[1].split("</h2>")[0]), {})
+        for method, code in re.findall(r"<h3>(.*?)</h3>.*?<pre>(.*?)</pre>", section, flags=re.DOTALL):
+            tokens = re.findall(r'<b class="?([^>"]*)"?>(.*?)</b>', code, flags=re.DOTALL)
+            columns[html.unescape(method)] = [
+                ("".join(classes & set(of.split())), html.unescape(re.sub(r"<.*?>", "", text))) for of, text in tokens
+            ]
+    return documents
 
 
 def scale() -> list[tuple[str, str, str, float]]:
