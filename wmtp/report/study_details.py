@@ -26,15 +26,13 @@ def tokens(study: Study) -> Part:
         else:
             pages[cell] = read_token_weights(page)
     if not pages:
-        return Part(
-            "tokens", title, missing="No run has written pages of its token weights (token_view in its config)."
-        )
-    shared = [i for i in next(iter(pages.values())) if all(i in page for page in pages.values())]
+        missing = "No run has written pages of its token weights (token_view in its config)."
+        return Part("tokens", title, missing=missing)
+    first = next(iter(pages.values()))
+    shared = [i for i in first if all(i in page for page in pages.values())]
     if not shared:
         return Part("tokens", title, missing=f"The pages of {', '.join(pages)} have no document in common.")
-    document = min(
-        shared, key=lambda i: (len(next(iter(next(iter(pages.values()))[i].values()))) < 20, shared.index(i))
-    )
+    document = next((i for i in shared if len(next(iter(first[i].values()))) >= 20), shared[0])
     columns = {}
     for cell, shown in pages.items():
         method, of = next(iter(shown[document].items()))

@@ -142,26 +142,20 @@ def change(runs: Sequence[Run], metric: str) -> Interval | None:
 
 def acceptance(study: Study) -> dict[str, dict[int, Interval]]:
     """Returns the share of each head's drafts that verification accepts, with all heads drafting."""
-    found: dict[str, dict[int, Interval]] = {}
-    for cell, runs in study.cells.items():
-        of: dict[int, list[float]] = defaultdict(list)
-        for run in runs:
-            for evaluation in run.evaluations.values():
-                for name, share in accepted_drafts(evaluation).items():
-                    of[int(name.removeprefix("acceptance_head"))].append(share)
-        if of:
-            found[cell] = {k: over(values) for k, values in sorted(of.items())}
-    return found
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in study.runs:
+        for evaluation in run.evaluations.values():
+            for name, share in accepted_drafts(evaluation).items():
+                found[run.cell][int(name.removeprefix("acceptance_head"))].append(share)
+    return {cell: {k: over(values) for k, values in sorted(of.items())} for cell, of in found.items()}
 
 
 def pass_rates(study: Study) -> dict[str, dict[str, Interval]]:
-    """Returns pass@1 of each evaluation, by its name and by cell."""
+    """Returns pass@1 and the other figures of each evaluation, by name and by cell."""
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for cell, runs in study.cells.items():
-        for run in runs:
-            for name, found in run.evaluations.items():
-                if "temperatures" in found:
-                    metrics = found["temperatures"][found["fixed_temperature"]]["metrics"]
-                    for metric, figure in metrics.items():
-                        values[f"{name} {metric.replace('_at_', '@')}"][cell].append(figure["estimate"])
+    for run in study.runs:
+        for name, found in run.evaluations.items():
+            if "temperatures" in found:
+                for metric, figure in found["temperatures"][found["fixed_temperature"]]["metrics"].items():
+                    values[f"{name} {metric.replace('_at_', '@')}"][run.cell].append(figure["estimate"])
     return {name: {cell: over(of) for cell, of in cells.items()} for name, cells in values.items()}
