@@ -7,7 +7,8 @@ sweep() { exec python recipes/sweep_wmtp.py --config configs/tiny/sweep.yaml out
 echo "== A sweep of 6 cells with 2 seeds, 2 at once; it is killed when about a third of the trainings are done"
 sweep &
 worker=$!
-until [ "$(grep -c '"state": "done"' "$out/table.json" 2>/dev/null || true)" -ge 6 ]; do  # rows, and cells that are whole
+done_so_far() { cat "$out/table.json" 2>/dev/null | grep -c '"state": "done"'; }  # rows, and cells that are whole
+until [ "$(done_so_far)" -ge 6 ]; do
   kill -0 $worker
   sleep 1
 done
