@@ -170,6 +170,7 @@ class FullFinetuneRecipeWMTP:
             method=builder_name(self._weighting_cfg),
             dataset=builder_name(self._dataset_cfg),
             data_sha256=self._data.fingerprint,
+            tags={"wmtp.rows_sha256": self._data.rows_sha256},
             step=self._step,
             resumed=self._resume_from is not None,
             run_id=run_id,

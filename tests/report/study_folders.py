@@ -85,6 +85,7 @@ def write_run(
     facts = {
         "method": method,
         "data_sha256": "d" * 64,
+        "rows_sha256": "d" * 64,
         "git_commit": "c0ffee",
         "recipe": "full_finetune_distributed_wmtp",
     }

@@ -61,7 +61,7 @@ def run(tmp_path):
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "torn')
         config = {"seed": seed, "output_dir": str(folder), "weighting": METHODS[method], "max_steps": 4, **config}
         OmegaConf.save(OmegaConf.create(config), folder / "config.yaml")
-        tags = {"wmtp.method": method, "wmtp.data_sha256": data, "wmtp.git_commit": "c0ffee"}
+        tags = {"wmtp.method": method, "wmtp.rows_sha256": data, "wmtp.git_commit": "c0ffee"}
         (folder / "tags.json").write_text(json.dumps(tags))
         return str(folder)
 

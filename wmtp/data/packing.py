@@ -72,6 +72,14 @@ class PackedDataset:
         """Returns the names of the documents of a row, in order."""
         return self.ids[row]
 
+    @cached_property
+    def rows_sha256(self) -> str:
+        """Returns the SHA-256 of what a model is trained on: tokens, labels and the documents' places, without signals."""
+        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
+        for column in (self.tokens, self.labels, self.document_ids):
+            digest.update(column.numpy().tobytes())
+        return digest.hexdigest()
+
     def summary(self, needs: Collection[str] | None = None) -> str:
         """Describes the data in one line: counts, share of the rows that is filled, and columns not read.
 

@@ -231,7 +231,8 @@ def _why_apart(a: Run, b: Run, same_tokens: bool) -> str | None:
             which = f"held-out set {name}" if name else "held-out set"
             hashes = f"SHA-256 {sha256[:8]} and {theirs[name][:8]}"
             return f"{cannot} their {which}, its tokens or its packing differ ({hashes})"
-    data = [run.facts.get("data_sha256", "") for run in (a, b)]
+    # Not data_sha256, which counts the columns that a weighting may read: a scored arm trains on the same rows.
+    data = [run.facts.get("rows_sha256", "") for run in (a, b)]
     if not all(data):  # a folder without tags: what the configs say must do
         data = [config_sha256({"dataset": run.config.get("dataset")}) for run in (a, b)]
     if data[0] != data[1]:

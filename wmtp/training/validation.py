@@ -28,7 +28,7 @@ class HeldOut:
         metrics: the mean of each head over all target tokens of a set, by its name: ``eval/ce_head1``, and
             ``eval/code/ce_head1`` of a set that has a name.
         documents: the columns of :meth:`write`, one row for each document and head that has targets in it.
-        sha256: of each set, its data and their packing.
+        sha256: of each set's packed rows (:attr:`~wmtp.data.PackedDataset.rows_sha256`).
     """
 
     metrics: dict[str, float]
@@ -124,7 +124,7 @@ def validate(
                 values = (name, ids[i], int(numbers[i]), head + 1, targets, float(ce[head, i]) / targets)
                 for column, value in zip(found.documents.values(), values, strict=True):
                     column.append(value)
-        found.sha256[name] = data.fingerprint
+        found.sha256[name] = data.rows_sha256
     return found
 
 
