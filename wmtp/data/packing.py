@@ -74,7 +74,7 @@ class PackedDataset:
 
     @cached_property
     def rows_sha256(self) -> str:
-        """Returns the SHA-256 of what a model is trained on: tokens, labels and the documents' places, without signals."""
+        """Returns the SHA-256 of what a model is trained on: tokens, labels, places of documents; not the signals."""
         digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
         for column in (self.tokens, self.labels, self.document_ids):
             digest.update(column.numpy().tobytes())
