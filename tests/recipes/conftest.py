@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from omegaconf import OmegaConf
 from processes import start
 from random_models import random_decoder
 from run_configs import run_configs
+from services import postgres_server
 
 from runs import ROOT, read_metrics
 from wmtp.config import load
@@ -82,3 +84,14 @@ def models(tmp_path_factory):
     torch.nn.init.normal_(value_model.value_head.out.weight)
     save_value_model(value_model, folder / "value_model", tokenizer=byte_tokenizer(), settings={})
     return folder
+
+
+@pytest.fixture
+def postgres():
+    """An empty PostgreSQL: the URL of a database, and a function that stops the server before the test ends."""
+    with ExitStack() as server:
+        try:
+            url = server.enter_context(postgres_server())
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+        yield url, server.close

@@ -47,7 +47,7 @@ def main():
         value = (cfg["lr"] - 0.3) ** 2 + cfg["seed"] / 100 + 1 / (step + 1)
         with metrics.open("a") as file:
             file.write(json.dumps({"step": step + 1, "time": time.time(), cfg["logs"]: value}) + "\n")
-        if signals:
+        if signals and step + 1 < cfg["steps"]:  # after the last step there is nothing to go on with
             raise Stopped(f"stopped after step {step + 1}")
     with ledger.open("a") as file:
         file.write(f"end {cfg['steps']}\n")

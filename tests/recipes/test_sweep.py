@@ -13,7 +13,6 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
-from services import postgres_server
 
 from runs import ROOT
 from wmtp.tracking.store import mlflow_client
@@ -258,18 +257,9 @@ def test_an_objective_that_is_never_logged_fails_the_cell(tmp_path):
     assert table["rows"][0]["error"] == "objective eval/none was never logged; there are eval/ce_head1"
 
 
-@pytest.fixture
-def postgres():
-    server = postgres_server()
-    try:
-        yield server.__enter__()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-    server.__exit__(None, None, None)
-
-
 def test_workers_on_postgresql_share_the_cells_and_one_that_dies_loses_none(tmp_path, postgres, undisturbed):
-    sweep = Sweep(tmp_path, storage=postgres)
+    url, _ = postgres
+    sweep = Sweep(tmp_path, storage=url)
     workers = [sweep.worker() for _ in range(2)]
     _until(lambda: sum(sweep.ends().values()) >= 1)
     os.kill(workers[0].pids[0], signal.SIGKILL)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-from services import postgres_server
 from test_sweep import STUB, Sweep, _until
 
 from wmtp.sweep import Cell
@@ -150,16 +149,12 @@ def test_a_budget_that_is_enough_ends_well_and_is_of_cells_alone(tmp_path):
     assert sweep.ends()["cells/lr-0.1/seed-1"] == 1
 
 
-def test_a_signal_while_the_storage_is_down_ends_all_runs_with_one_line(tmp_path):
-    try:
-        server = postgres_server()
-        url = server.__enter__()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
+def test_a_signal_while_the_storage_is_down_ends_all_runs_with_one_line(tmp_path, postgres):
+    url, stop = postgres
     sweep = Sweep(tmp_path, storage=url, overrides={"seconds": 0.2, "steps": 300})
     worker = sweep.worker(max_parallel=2)
     _until(lambda: len(sweep.ledgers()) == 2)
-    server.__exit__(None, None, None)
+    stop()
     _until(lambda: "does not answer" in worker.log.read_text())
     os.kill(worker.pids[0], signal.SIGTERM)
     worker.join(code=75, timeout=60)

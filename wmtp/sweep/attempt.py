@@ -14,9 +14,10 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
 from wmtp.errors import UserError, one_line
-from wmtp.sweep.process import Process, metrics_lines
+from wmtp.sweep.process import Process
 from wmtp.sweep.study import CELL, ERROR, STAGES, Study
 from wmtp.tracking import METRICS
+from wmtp.training.run_log import read_metrics
 
 _SECONDS_BETWEEN_STARTS = 2.0
 _MOST_KILLS = 3  # one after the other without a step between them
@@ -158,7 +159,7 @@ class Attempt:
         """Reports new values of the series, averaged with earlier seeds; returns whether the pruner ends the cell."""
         before = [figures for name, figures in self._done.items() if "/" not in name]
         offset, worse = int(sum(figures["step"] for figures in before)), False
-        for line in metrics_lines(stage.metrics):
+        for line in read_metrics(stage.metrics):
             if stage.series in line and line["step"] > self._reported:
                 values = [*(figures[stage.series] for figures in before), line[stage.series]]
                 if math.isfinite(statistics.fmean(values)):

@@ -1,14 +1,13 @@
 """The process of one run of a sweep: `tune run`, or plain Python for one process, with its output in a file."""
 
 import ctypes
-import json
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from wmtp.errors import Stopped
@@ -99,11 +98,3 @@ class Process:
         with self._log.open("rb") as file:
             file.seek(max(self._begins, self._log.stat().st_size - 65536))
             return file.read().decode(errors="replace").splitlines()
-
-
-def metrics_lines(path: Path) -> Iterator[dict]:
-    """Yields the lines of a metrics.jsonl that are whole, also while it is written."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)

@@ -9,8 +9,9 @@ from typing import Any
 from wmtp.storage import output_of
 from wmtp.sweep.attempt import Stage
 from wmtp.sweep.cells import Cell, SweepError, loaded
-from wmtp.sweep.process import command, metrics_lines, shown
+from wmtp.sweep.process import command, shown
 from wmtp.tracking import METRICS
+from wmtp.training.run_log import read_metrics
 
 _RESULTS = ("results.json", "heads.json")
 _NO_RESULT = ("per_second", "seconds", "speedup")  # ends of figures that differ from run to run
@@ -121,7 +122,7 @@ class Runs:
 def _last(metrics: Path) -> dict[str, float]:
     """Returns the last value of each figure of a training that is its result."""
     merged: dict[str, float] = {}
-    for line in metrics_lines(metrics):
+    for line in read_metrics(metrics):
         merged |= line
     return {key: value for key, value in merged.items() if key.startswith("eval/") or key in ("step", "train/loss")}
 
