@@ -156,7 +156,10 @@ class EvalHeadsRecipe:
         """Prints the table, writes heads.json, logs to MLflow."""
         if not self._world.is_main:
             return
-        (self._output_dir / "heads.json").write_text(json.dumps({**quality, "speed": speed}, indent=1) + "\n")
+        told = {"data_sha256": self._data.fingerprint, "max_new_tokens": self._max_new_tokens}
+        settings = {**told, "speed_prompts": self._speed_prompts}  # in which two evaluations must agree
+        found = {"settings": settings, **quality, "speed": speed}
+        (self._output_dir / "heads.json").write_text(json.dumps(found, indent=1) + "\n")
         lines = [
             f"{'head':>4}  {'CE':>8}  {'perplexity':>10}  {'accuracy':>8}  {'teacher-forced CE':>17}  {'accuracy':>8}"
         ]

@@ -66,6 +66,7 @@ class SweepRecipe:
         self._maximize = read.choice("direction", {"minimize": False, "maximize": True}, "minimize")
         self._baseline = read.text("baseline", None)
         self._controls = read.plain("controls", {})
+        self._other_data = read.plain("other_data", [])
         self._margin = read.number("margin", None, above=0)
         self._max_parallel = read.integer("max_parallel", 1, minimum=1)
         self._devices = read.plain("devices", [])
@@ -81,6 +82,11 @@ class SweepRecipe:
 
         if bool(self._search) != bool(self._trials):
             raise ConfigError("search and trials go together: keys to search, and how many cells to try")
+        if self._pruner_cfg is not None and self._objective.partition("/")[0] in self._evaluations_cfg:
+            raise ConfigError(
+                f"pruner ends a cell while it trains, and objective {self._objective} is of an evaluation after; set "
+                "a held-out figure such as eval/ce_head1, or pruner: null"
+            )
         if self._search and self._equal != "steps":
             raise ConfigError(f"equal={self._equal} is for cells that are known before: a search has equal=steps")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -177,9 +183,10 @@ class SweepRecipe:
             if not isinstance(own, list):
                 raise ConfigError(f"controls.{name} must be a list of cells, got {own!r}")
             told += own
-        for name in told:
+        for name in [*told, *self._other_data]:
             if name not in names:
-                raise SweepError(f"baseline and controls name cells; there is no {name!r}, but {', '.join(names)}")
+                known = ", ".join(names)
+                raise SweepError(f"baseline, controls and other_data name cells; there is no {name!r}, but {known}")
         for name in self._controls:
             if name not in {*names, *groups, "search"}:
                 raise SweepError(f"controls: there is no cell or group {name!r}, but {', '.join([*names, *groups])}")
@@ -203,7 +210,7 @@ class SweepRecipe:
         """Runs what all cells need, one after the other, then the cells, until the study has no more."""
         with LiveTable() as self._screen:
             for study, cell in zip(self._first, self._prepared, strict=True):
-                self._work(study, lambda trial, cell=cell: self._runs.prepared(cell), lambda done: 0.0)
+                self._work(study, lambda trial, cell=cell: self._runs.prepared(cell), None)
                 with self._errors():
                     failed = study.counting()[cell.name].user_attrs.get(ERROR)
                 if failed:
@@ -217,7 +224,7 @@ class SweepRecipe:
         self._screen.line(f"wrote {self._folder}/table.md and table.json")
 
     def _work(
-        self, study: Study, stages: Callable, value: Callable, *, prunes: bool = False, most: int | None = None
+        self, study: Study, stages: Callable, value: Callable | None, *, prunes: bool = False, most: int | None = None
     ) -> None:
         """Takes what the study has while a place is free, and looks after what runs; returns when all has ended."""
         running: dict[int, Attempt] = {}  # by place
@@ -299,6 +306,7 @@ class SweepRecipe:
             "direction": "maximize" if self._maximize else "minimize",
             "baseline": self._baseline,
             "controls": self._controls,
+            "other_data": self._other_data,
             "margin": self._margin,
         }
         text = strict_json({**facts, "cells": cells, "rows": found, "seconds": times(counting)})

@@ -361,7 +361,8 @@ def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
     )  # the same predictions, but for a few targets
     assert speed["plain"]["tokens_per_forward"] == 1.0 and speed["plain"]["speedup"] == 1.0
     assert speed["drafts_1"]["same_text_share"] == 1.0 and speed["drafts_1"]["tokens_per_forward"] >= 1.0
-    assert json.loads((recipe._output_dir / "heads.json").read_text())["heads"] == heads
+    written = json.loads((recipe._output_dir / "heads.json").read_text())
+    assert written["heads"] == heads and written["settings"]["data_sha256"] == recipe._data.fingerprint
 
 
 def judge_file(tiny_config, folder, rows, programs, **options):

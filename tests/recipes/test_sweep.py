@@ -5,8 +5,10 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import psutil
@@ -224,7 +226,10 @@ def test_prepared_runs_come_first_and_once_and_evaluations_after_each_training(t
         ({"axes": {}, "cells": [{"name": "a"}, {"name": "a"}]}, "two cells have the name a"),
         ({"axes": {}, "cells": [{"name": "a/b"}]}, "cell 'a/b': a name consists of"),
         ({"axes": {}, "cells": [{"nam": "a"}]}, "cells: each entry has a name"),
-        ({"baseline": "uniform"}, "there is no 'uniform', but lr-0.1, lr-0.3, lr-0.5"),
+        (
+            {"baseline": "uniform"},
+            "baseline, controls and other_data name cells; there is no 'uniform', but lr-0.1, lr-0.3, lr-0.5",
+        ),
         ({"search": {"lr": [1]}}, "search and trials go together"),
         ({"search": {"lr": {"low": 1, "high": 0}}, "trials": 2}, "search.lr: "),
         ({"equal": "target_tokens"}, "set baseline"),
@@ -272,12 +277,26 @@ def test_a_worker_that_was_suspended_and_taken_for_dead_does_not_run_its_cell_ag
     sweep = Sweep(tmp_path, axes={}, seeds=[0], overrides={"steps": 60, "seconds": 0.1})
     suspended = sweep.worker()
     _until(lambda: len(sweep.ledgers()) == 1)
-    os.kill(suspended.pids[0], signal.SIGSTOP)  # its run goes on
+    _suspend(suspended, tmp_path / "sweep" / "study.db")  # its run goes on
     table, _ = sweep.run()
     os.kill(suspended.pids[0], signal.SIGCONT)
     suspended.join()
     assert [row["state"] for row in table["rows"]] == ["done"] and sweep.table() == table
     assert set(sweep.ends().values()) == {1}, sweep.ledgers()
+
+
+def _suspend(worker, database):
+    """Stop a worker's process at a moment at which it has no lock on SQLite: that would stop all others too."""
+    while True:
+        os.kill(worker.pids[0], signal.SIGSTOP)
+        time.sleep(0.05)
+        with closing(sqlite3.connect(database, timeout=0)) as connection:
+            try:
+                connection.execute("begin exclusive")
+                return
+            except sqlite3.OperationalError:
+                os.kill(worker.pids[0], signal.SIGCONT)
+        time.sleep(0.05)
 
 
 def test_real_recipes_are_one_family_of_mlflow_runs(tmp_path):

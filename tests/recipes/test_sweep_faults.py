@@ -240,6 +240,17 @@ def test_a_cells_own_tracking_keys_outlive_the_sweeps_section():
         ({"evaluations": {"a/b": {}}}, "cell 'a/b': a name consists of"),
         ({"prepare": 3}, "prepare must be a list, got 3"),
         ({"controls": {"lr-0.1": "lr-0.3"}}, "controls.lr-0.1 must be a list of cells, got 'lr-0.3'"),
+        ({"other_data": ["clean"]}, "baseline, controls and other_data name cells; there is no 'clean'"),
+        (
+            {
+                **SEARCH,
+                "trials": 2,
+                "pruner": {"_component_": "optuna.pruners.MedianPruner"},
+                "objective": "e/x",
+                "evaluations": {"e": {"recipe": "recipes/eval_heads.py", "config": "configs/tiny/eval_heads.yaml"}},
+            },
+            "pruner ends a cell while it trains, and objective e/x is of an evaluation after that",
+        ),
         ({"devices": "0,1"}, "devices must be a list, got '0,1'"),
         ({"seeds": [0, 0]}, "seeds must be different whole numbers"),
         ({**SEARCH, "trials": 2, "equal": "flops"}, "equal=flops is for cells that are known before"),

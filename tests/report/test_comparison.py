@@ -202,6 +202,10 @@ def test_evaluations_that_cannot_be_paired_are_refused(evaluated, run):
     ]:
         with pytest.raises(UserError, match=message):
             evaluation_arms(load_runs(evaluated), evaluation, figure)
+    heads = Path(evaluated[-1], "evaluations", "heads", "heads.json")
+    heads.write_text(json.dumps(json.loads(heads.read_text()) | {"settings": {"speed_prompts": 9}}))
+    with pytest.raises(UserError, match="cannot be compared by heads: speed_prompts null -> 9"):
+        evaluation_arms(load_runs(evaluated), "heads")
     results = Path(evaluated[-1], "evaluations", "mbpp", "results.json")
     found = json.loads(results.read_text())
     results.write_text(json.dumps(found | {"settings": {"top_p": 0.9}}))
@@ -272,6 +276,17 @@ def test_runs_that_cannot_be_compared_are_refused_and_shown_apart_on_request(run
         main([*names, "set=code"])
     main([*names, "set=code", "allow_mixed=true"])
     assert capsys.readouterr().out.count("held-out CE, nats per target") == 2
+
+
+def test_cells_that_were_trained_on_other_data_on_purpose_are_compared(run, capsys):
+    names = [run(seed=0), run(seed=1), run("rho1", 0, data="e"), run("rho1", 1, data="e"), run("shuffled", data="f")]
+    cell = load_run(names[2]).cell
+    main([*names[:4], "set=code", f"other_data=[{cell}]"])
+    assert f"{cell} better than" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"their training data differ \(SHA-256 d and f\)"):
+        main([*names, "set=code", f"other_data=[{cell}]"])
+    with pytest.raises(UserError, match=r"their training data differ \(SHA-256 e and g\)"):  # one cell has one
+        main([*names[:4], run("rho1", 2, data="g"), "set=code", f"other_data=[{cell}]"])
 
 
 def test_a_baseline_that_others_cannot_be_compared_with_makes_no_claim_about_them(run, capsys):

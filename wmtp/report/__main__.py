@@ -5,6 +5,7 @@ python -m wmtp.report runs/a runs/b 0123...cdef           folders or MLflow ids;
     [baseline=RUN-or-cell] [set=code] [head=1]            what is compared with what
     [evaluation=mbpp] [figure=pass_at_1]                  compare by the tasks of an evaluation instead
     [margin=0.01]                                         also test equivalence: differences up to it do not matter
+    [other_data=[CELL,...]]                               cells that were trained on other data on purpose
     [allow_mixed=true]                                    show runs apart that cannot be compared
     [details=true]                                        all statistics of each comparison, as JSON lines
 """
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> None:
     baseline, set_name = read.get("baseline", None), str(read.get("set", ""))
     head, margin = read.integer("head", 1, minimum=1) or 1, read.number("margin", None, above=0)
     evaluation, figure = read.text("evaluation", None), read.text("figure", None)
+    other_data = read.plain("other_data", [])
     allow_mixed, details = read.flag("allow_mixed", False), read.flag("details", False)
     read.done()
     if figure is not None and evaluation is None:
@@ -40,7 +42,7 @@ def main(arguments: list[str]) -> None:
         print(run_summary(runs[0]))
         return
     require_one_config(runs)
-    groups = require_comparable(runs, allow_mixed)
+    groups = require_comparable(runs, allow_mixed, other_data=other_data)
     having = [group for group in groups if any(baseline in (run.name, run.cell) for run in group)]
     for group in groups:
         of_tasks = [] if evaluation is None else [evaluation_arms(group, evaluation, figure)]

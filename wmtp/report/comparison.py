@@ -147,6 +147,10 @@ def evaluation_arms(runs: Sequence[Run], evaluation: str, figure: str | None = N
     if "temperatures" not in first:
         figure = figure or "acceptance_head2"
         accepted = {(run.cell, run.seed): acceptance(run.evaluations[evaluation]) for run in evaluated}
+        for run in evaluated:
+            theirs = run.evaluations[evaluation].get("settings", {})
+            for line in differences(first.get("settings", {}), theirs):
+                raise UserError(f"{evaluated[0].name} and {run.name} cannot be compared by {evaluation}: {line}")
         values = {key: np.array([of[figure]]) for key, of in accepted.items() if figure in of}
         if not values:
             raise UserError(f"{evaluation} has no figure {figure!r}; there are {', '.join(acceptance(first))}")

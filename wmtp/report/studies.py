@@ -35,6 +35,7 @@ class Study:
         groups: the runs that may be compared with each other; one, unless others were allowed.
         baseline: the cell that all others are held against.
         objective: the held-out CE that cells are ranked by, such as ``eval/code/ce_head1``.
+        other_data: cells that were trained on other data on purpose.
         sweep: the sweep's config; {} for runs without one.
         rows: of the sweep's table, by cell and seed: axes, state, error, command.
         parent_id: MLflow's id of the sweep's run, where it came from there.
@@ -45,6 +46,7 @@ class Study:
     groups: list[list[Run]]
     baseline: str
     objective: str
+    other_data: tuple[str, ...] = ()
     sweep: dict = field(default_factory=dict)
     rows: dict[tuple[str, int], dict] = field(default_factory=dict)
     parent_id: str | None = None
@@ -154,13 +156,14 @@ def held_out_interval(runs: Sequence[Run], metric: str) -> Interval | None:
 
 
 def load_study(
-    names: Sequence[str], *, baseline: str | None = None, objective: str | None = None, allow_mixed: bool = False
-) -> Study:
+    names: Sequence[str], *, baseline: str | None = None, objective: str | None = None,
+    other_data: Sequence[str] | None = None, allow_mixed: bool = False,
+) -> Study:  # fmt: skip
     """Reads a study from a sweep's folder or MLflow run (by id or by the study's name), or from runs.
 
     Args:
         names: one sweep, or runs: folders or MLflow ids.
-        baseline, objective: instead of what the sweep's config names.
+        baseline, objective, other_data: instead of what the sweep's config names.
         allow_mixed: take runs that cannot be compared; the claims are then about those that can, with the baseline.
 
     Raises:
@@ -192,7 +195,11 @@ def load_study(
     if first not in cells:
         raise UserError(f"baseline {first!r} is no cell with a run; there are {', '.join(cells)}")
     with_documents = [run for run in runs if run.has_finite_documents]
-    groups = require_comparable(with_documents, allow_mixed, same_tokens=sweep.get("equal") != "flops")
+    other_data = tuple((sweep.get("other_data") if other_data is None else other_data) or ())
+    if unknown := [cell for cell in other_data if cell not in by_seed]:
+        raise UserError(f"other_data: {unknown[0]!r} is no cell with a run; there are {', '.join(by_seed)}")
+    same_tokens = sweep.get("equal") != "flops"
+    groups = require_comparable(with_documents, allow_mixed, same_tokens=same_tokens, other_data=other_data)
     without = [run for run in runs if not run.has_finite_documents]
     return Study(
         name=title,
@@ -200,6 +207,7 @@ def load_study(
         groups=[*groups, without] if without else groups,
         baseline=first,
         objective=_objective(runs, objective, sweep.get("objective")),
+        other_data=other_data,
         sweep=sweep,
         rows={(row["cell"], row["seed"]): row for row in table.get("rows", ())},
         parent_id=parent_id or (runs[0].config.get("tracking") or {}).get("parent_run_id") if sweep else None,

@@ -55,6 +55,8 @@ def _facts(study: Study) -> dict[str, str]:
         "not finished": ", ".join(f"{count} {state}" for state, count in sorted(states.items())),
         "margin": f"differences up to {study.sweep['margin']:g} do not matter" if study.sweep.get("margin") else "",
     }
+    if study.other_data:
+        found["other data"] = f"{', '.join(study.other_data)}: trained on other data on purpose"
     for name, title in (("dataset", "trained on"), ("data_sha256", "data"), ("git_commit", "code")):
         values = sorted({str(run.facts[name])[:12] for run in study.runs if run.facts.get(name)})
         found[title] = ", ".join(values)

@@ -57,13 +57,14 @@ class Attempt:
     Args:
         trial: this worker's own trial.
         stages: its runs in order; those that an earlier attempt has finished are not run again.
-        value: the objective from the figures of all stages by their names; raises a UserError if there is none.
+        value: the objective from the figures of all stages by their names; raises a UserError if there is none. None
+            for a run that is only prepared.
         environment: variables of the runs: devices, threads.
         prunes: ask the study's pruner at every new value of a stage's series.
     """
 
     def __init__(
-        self, study: Study, trial: optuna.Trial, stages: Sequence[Stage], value: Callable[[dict], float],
+        self, study: Study, trial: optuna.Trial, stages: Sequence[Stage], value: Callable[[dict], float] | None,
         environment: dict[str, str], *, prunes: bool = False,
     ) -> None:  # fmt: skip
         self._study, self._stages, self._value, self._environment = study, stages, value, environment
@@ -88,7 +89,7 @@ class Attempt:
         if not counts:
             return "was another worker's by now"
         if state == TrialState.COMPLETE:
-            return f"done, {value:.4f}" if value else "done"  # what is only prepared has none
+            return "done" if self._value is None else f"done, {value:.4f}"
         return "pruned" if state == TrialState.PRUNED else f"failed: {attributes[ERROR]}" if attributes else None
 
     def stop(self) -> None:
@@ -112,7 +113,8 @@ class Attempt:
         stage = next((stage for stage in self._stages if stage.name not in self._done), None)
         if stage is None:
             try:
-                self._outcome = TrialState.COMPLETE, self._value(self._done), {}
+                value = 0.0 if self._value is None else self._value(self._done)  # Optuna wants one
+                self._outcome = TrialState.COMPLETE, value, {}
             except UserError as error:
                 self._outcome = TrialState.FAIL, None, {ERROR: one_line(error)}
         elif self._process is None:

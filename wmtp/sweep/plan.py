@@ -103,6 +103,7 @@ class ParentRun:
             f"MLflow store {mask_secrets(self._uri)}", SweepError, "; tracking=null runs the sweep without it"
         )
         self._client: Any = None
+        self._logged: tuple[str, str] | None = None
 
     def create(self, study: str, run_name: str | None, settings: str) -> str:
         """Returns the id of a new run with the sweep's config."""
@@ -116,8 +117,11 @@ class ParentRun:
         return run.info.run_id
 
     def update(self, run_id: str, table: str, status: str) -> None:
-        """Logs the table, and whether the study is RUNNING or FINISHED."""
+        """Logs the table, and whether the study is RUNNING or FINISHED, where they are new."""
+        if (table, status) == self._logged:
+            return
         with self._errors():
             self._client = self._client or mlflow_client(self._uri)
             self._client.log_text(run_id, table, "table.json")
             self._client.update_run(run_id, status)
+        self._logged = table, status

@@ -135,7 +135,7 @@ def _results(folder: Path) -> dict[str, float]:
             if "fixed_temperature" in found:
                 fixed = found["temperatures"][found["fixed_temperature"]]["metrics"]
                 return {key: figure["estimate"] for key, figure in fixed.items()}
-            return dict(_numbers(found))
+            return dict(_numbers({key: of for key, of in found.items() if key != "settings"}))
     return {}
 
 
