@@ -27,6 +27,15 @@ def pytest_ignore_collect(collection_path, config):
     return True if config.getoption("--fast") and _starts_processes(collection_path) else None
 
 
+# Each takes minutes: one that begins last runs alone at the end, beside idle cores.
+LONGEST = ("test_tutorial", "test_full_finetune", "test_sweep", "test_attacks", "test_eval_recipes", "test_study_page")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files come first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def pytest_report_header(config):
     if config.getoption("--fast"):
         files = [file for file in TESTS.rglob("test_*.py") if _starts_processes(file) or _starts_processes(file.parent)]

@@ -10,14 +10,14 @@ from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 
 pytestmark = pytest.mark.slow
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 
 
 def prompts(tokenizer):
-    """Five requests in the chat format, the first with a short answer, and five headers of functions."""
-    texts = ["What is the capital of France? Answer with one word.", *(t["text"] for t in packaged_functions()[:4])]
+    """Three requests in the chat format, the first with a short answer, and three headers of functions."""
+    texts = ["What is the capital of France? Answer with one word.", *(t["text"] for t in packaged_functions()[:2])]
     chats = [[{"role": "user", "content": text}] for text in texts]
-    functions = python_functions(tokenizer, split="heldout", max_functions=5, max_body_lines=12)
+    functions = python_functions(tokenizer, split="heldout", max_functions=3, max_body_lines=12)
     return [tokenizer.apply_chat_template(chat) for chat in chats] + [list(f.prompt) for f in functions]
 
 
@@ -47,9 +47,9 @@ def test_greedy_tokens_are_those_of_transformers():
     of_prompts = prompts(tokenizer)
     stats = DecodingStats()
     requests = [Request(i, tuple(prompt), (i,)) for i, prompt in enumerate(of_prompts)]
-    done = {c.id: c for c in generate(model, tokenizer, requests, Sampling(NEW_TOKENS), batch_size=8, stats=stats)}
+    done = {c.id: c for c in generate(model, tokenizer, requests, Sampling(NEW_TOKENS), batch_size=4, stats=stats)}
     expected = greedy_in_transformers(folder, tokenizer, of_prompts)
-    assert [done[i].tokens for i in range(10)] == expected
+    assert [done[i].tokens for i in range(6)] == expected
     assert {c.finish_reason for c in done.values()} == {"eos", "length"}
     assert all("<|im_end|>" not in c.text for c in done.values() if c.finish_reason == "eos")
     assert stats.new_tokens == sum(map(len, expected))
