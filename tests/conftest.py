@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--fast"):
-        config.option.markexpr = "not slow"
+        config.option.markexpr = "not slow and not long"
 
 
 def pytest_ignore_collect(collection_path, config):

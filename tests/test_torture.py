@@ -23,7 +23,7 @@ def reference(tmp_path):
     return tmp_path / "reference"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_end_as_uninterrupted_ones(tmp_path, reference, monkeypatch):
     short = {**JOBS["full"].changes, "max_steps": 12, "eval_every": 6, "save_every": 2}
     monkeypatch.setitem(JOBS, "full", replace(JOBS["full"], changes=short))

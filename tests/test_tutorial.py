@@ -7,10 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "tutorial.md").read_text()
 
 
+@pytest.mark.long
 def test_the_commands_run_as_they_stand(tmp_path):
     for name in ("recipes", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)

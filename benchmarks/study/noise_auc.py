@@ -69,8 +69,10 @@ def main() -> None:
 def losses(cell: Path) -> dict[str, float]:
     """Returns seed to the held-out CE of head 1 on code, mean over targets, of a cell's finished runs."""
     found = {}
-    for folder in sorted(cell.glob("seed-*")):
+    for folder in sorted(path.parent for path in cell.glob("seed-*/metrics.jsonl")):
         run = load_run(str(folder))
+        if run.state != "FINISHED":
+            continue
         table = run.held_out[(run.held_out["set"] == SET) & (run.held_out["head"] == 1)]
         found[folder.name.removeprefix("seed-")] = float(np.average(table["ce"], weights=table["targets"]))
     return found

@@ -129,6 +129,7 @@ def settle_in_a_world(path):
             sys.exit(1)
 
 
+@pytest.mark.long
 def test_every_rank_gets_rank_0s_finding(tmp_path):
     for name, rows, code in (("good", [ROW, FOR_INSIDE], 0), ("bad", [ROW, FAILING], 1)):
         path, log = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.txt"

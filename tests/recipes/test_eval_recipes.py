@@ -152,7 +152,7 @@ def test_every_end_token_of_the_checkpoint_ends_an_answer(tiny_config, tmp_path)
         assert {(row["completion"], row["finish_reason"], row["tokens"]) for row in rows} == {("", "eos", 1)}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_kills_and_batch_sizes_do_not_change_the_result(tiny_config, tmp_path):
     """Sampled by one process; by two with another batch size; and by two that are killed with SIGKILL on the way, then
     resumed by one: the same bytes."""

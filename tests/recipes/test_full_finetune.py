@@ -80,7 +80,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tiny_config
     assert resumed == whole
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_world_size_and_accumulation_split_change_nothing(tiny_config, run_distributed):
     """The same global batch of 8 rows per step, cut 4 x 2, 2 x 4 and so on; and resuming at another world size."""
     common = {"max_steps": 4, "save_every": 2, "eval_every": None, "export_dtype": "none"}

@@ -267,7 +267,7 @@ def run_all(*paths):
         run(OmegaConf.load(path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_train_what_one_does(lora_config, tmp_path):
     """LoRA, QLoRA with DoRA, and a frozen trunk with kept states: the same losses, and adapters of the same numbers."""
     kinds = {

@@ -65,6 +65,7 @@ def train(cfg):
     recipe._log.close()
 
 
+@pytest.mark.long
 def test_code_commit_data_and_description_are_kept_with_the_run(repository, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setenv("PLANTED_TOKEN", "planted-secret-0123")
     uri = new_store(tmp_path)

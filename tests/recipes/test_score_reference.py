@@ -137,7 +137,7 @@ def test_values_are_scored_at_every_position_of_every_document(score_config, mod
         assert document.signals["values"][0] != 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_sharding_and_kills_do_not_change_a_byte(score_config, tmp_path):
     """Scored by one process, by two, by two that share one model, and by two that SIGKILL ends, resumed by one."""
     write_rows(Path(score_config().dataset.source), 240)

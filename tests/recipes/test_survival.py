@@ -42,7 +42,7 @@ def gone(pid):
         return True
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stopped_killed_with_its_launcher_and_finished_it_equals_a_run_left_alone(tiny_config, tmp_path):
     """Two processes: SIGTERM to one of them, then kill -9 of their launcher, then the rest."""
     uri = new_store(tmp_path)

@@ -109,6 +109,7 @@ def test_two_workers_with_two_runs_each_share_the_cells(tmp_path, undisturbed):
     assert set(sweep.ends().values()) == {1}
 
 
+@pytest.mark.long
 def test_ten_kills_of_worker_and_run_lose_nothing(tmp_path, undisturbed):
     sweep, chance = Sweep(tmp_path), random.Random(0)
     (tmp_path / "slow.yaml").write_text((tmp_path / "base.yaml").read_text().replace("0.02", "0.3"))
@@ -187,6 +188,7 @@ def _until(true, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_a_search_tries_so_many_cells_and_ends_bad_ones_early(tmp_path):
     search = {
         "axes": {}, "search": {"lr": {"low": 0.0, "high": 1.0}}, "trials": 6, "seeds": [0], "overrides": {"steps": 20},
@@ -296,6 +298,7 @@ def _suspend(worker, database):
         time.sleep(0.05)
 
 
+@pytest.mark.long
 def test_real_recipes_are_one_family_of_mlflow_runs(tmp_path):
     store = new_store(tmp_path)
     tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "wmtp/sweep", "tracking_uri": store}

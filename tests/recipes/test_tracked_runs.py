@@ -82,7 +82,7 @@ def the_run(client, experiment):
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_mood_of_the_server_touches_training_and_every_metric_arrives_once(
     module_server, tiny_config, tmp_path, capfd
 ):
@@ -226,7 +226,7 @@ def promote_main(*overrides):
     sys.exit(main())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_promoting_works_on_a_server_and_leaves_a_card(server, tmp_path, monkeypatch):
     """The recipe as it is started: what a user types, and reads."""
     client = MlflowClient(server.url)

@@ -277,7 +277,7 @@ def test_names_of_runs_cannot_become_markup(tmp_path):
     assert not re.search(r"(?<!\\)<img", re.sub(r"```sh.*?```", "", text, flags=re.DOTALL))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_axes_and_sixty_runs_in_less_than_three_megabytes(tmp_path):
     study = load_study([str(write_study(tmp_path / "grid", documents=10))])
     page, _ = study_report(study, date=DAY)
@@ -386,7 +386,7 @@ def test_runs_that_cannot_be_compared_are_refused_or_stand_apart(tmp_path, folde
     assert claims.lines and not any("other" in line.split(":")[0] for _, line in claims.lines)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_real_runs_in_mlflow_by_the_studys_name_or_id(tmp_path, monkeypatch):
     """Trained here, found by name, by id and by folder; the page becomes an artifact of the sweep's run."""
     monkeypatch.chdir(tmp_path)

@@ -76,6 +76,7 @@ def test_leetcode(sandbox):
 
 
 @needs("code_contests")
+@pytest.mark.long
 def test_code_contests(sandbox):
     tasks = golds.contests(tests_each=3)
     assert len(tasks) == 153

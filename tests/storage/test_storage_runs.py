@@ -63,7 +63,7 @@ def metrics_of(bucket, name):
     return [json.loads(line) for line in bucket.get(f"runs/{name}/metrics.jsonl").splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_goes_on_through_faults_and_no_secret_is_written(job, bucket, tmp_path, monkeypatch, capfd):
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
