@@ -74,7 +74,6 @@ class PromoteRecipe:
 
     def setup(self) -> None:
         """Opens the store that holds runs and registry."""
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
         self._client = open_store(self._tracking_uri)
         self._statements = build(self._card_cfg, where="card") or Statements()
 

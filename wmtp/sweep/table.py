@@ -82,7 +82,8 @@ def markdown(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], cells:
     """Returns the table for people: a line for each cell, then what failed and why."""
     axes = list(dict.fromkeys(key for cell in cells for key in cell["axes"]))
     head = ["cell", *axes, f"{facts['objective']} (mean)", "sd", "seeds", "state"]
-    lines = [f"# {facts['study']}", "", f"{facts['objective']}, {facts['direction']}; baseline {facts['baseline']}", ""]
+    baseline = f"; baseline {facts['baseline']}" if facts["baseline"] else ""
+    lines = [f"# {facts['study']}", "", f"{facts['objective']}, {facts['direction']}{baseline}", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for cell in cells:
         options = [json.dumps(cell["axes"][key]).strip('"') if key in cell["axes"] else "" for key in axes]

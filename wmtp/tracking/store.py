@@ -103,6 +103,7 @@ def mlflow_client(uri: str):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # mlflow's 7 retries take minutes
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # mlflow would report usage, even from a closed cluster
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # several for each run that is read
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
