@@ -229,6 +229,20 @@ def test_controls_of_a_grid_are_those_of_the_nearer_name(tmp_path):
     assert (found["rho1_strength-0.1"], found["rho1_strength-0.3"]) == (["near"], ["far"])
 
 
+def test_a_cell_whose_data_are_its_treatment_is_compared(tmp_path):
+    place = write_study(tmp_path / "study", seeds=2, grid=False, documents=4)
+    for run in (place / "cells" / "shuffled").iterdir():
+        rewrite(run / "tags.json", lambda tags: tags | {"wmtp.rows_sha256": "e" * 64})
+    with pytest.raises(UserError, match="their training data differ"):
+        load_study([str(place)])
+    sweep = yaml.safe_load((place / "sweep.yaml").read_text()) | {"other_data": ["shuffled", "later"]}
+    (place / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    study = load_study([str(place)])  # of the cell "later" no run has ended
+    assert study.other_data == ("shuffled",) and len(study.groups) == 1
+    with pytest.raises(UserError, match="other_data: 'later' is no cell with a run"):
+        load_study([str(place)], other_data=["later"])
+
+
 def test_a_run_that_diverged_stands_apart_and_last(tmp_path):
     place = write_study(tmp_path / "study", seeds=2, grid=False, documents=4)
     for run in (place / "cells" / "rho1").iterdir():

@@ -195,9 +195,10 @@ def load_study(
     if first not in cells:
         raise UserError(f"baseline {first!r} is no cell with a run; there are {', '.join(cells)}")
     with_documents = [run for run in runs if run.has_finite_documents]
-    other_data = tuple((sweep.get("other_data") if other_data is None else other_data) or ())
-    if unknown := [cell for cell in other_data if cell not in by_seed]:
+    if unknown := [cell for cell in other_data or () if cell not in by_seed]:
         raise UserError(f"other_data: {unknown[0]!r} is no cell with a run; there are {', '.join(by_seed)}")
+    of_sweep = sweep.get("other_data") or ()  # not all of which need have a run yet
+    other_data = tuple(other_data if other_data is not None else (cell for cell in of_sweep if cell in by_seed))
     same_tokens = sweep.get("equal") != "flops"
     groups = require_comparable(with_documents, allow_mixed, same_tokens=same_tokens, other_data=other_data)
     without = [run for run in runs if not run.has_finite_documents]
