@@ -285,6 +285,8 @@ def test_cells_that_were_trained_on_other_data_on_purpose_are_compared(run, caps
     assert f"{cell} better than" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"their training data differ \(SHA-256 d and f\)"):
         main([*names, "set=code", f"other_data=[{cell}]"])
+    with pytest.raises(UserError, match="other_data: 'clean' is no cell with a run; there are "):
+        main([*names[:4], "set=code", "other_data=[clean]"])
     with pytest.raises(UserError, match=r"their training data differ \(SHA-256 e and g\)"):  # one cell has one
         main([*names[:4], run("rho1", 2, data="g"), "set=code", f"other_data=[{cell}]"])
 

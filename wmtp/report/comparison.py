@@ -144,22 +144,18 @@ def evaluation_arms(runs: Sequence[Run], evaluation: str, figure: str | None = N
         there = ", ".join(evaluations_of(runs)) or "none"
         raise UserError(f"no run has evaluation {evaluation!r} with figures of tasks or drafts; there are {there}")
     first, values = evaluated[0].evaluations[evaluation], {}
+    for run in evaluated:
+        if reason := _why_not_alike(first, run.evaluations[evaluation]):
+            raise UserError(f"{evaluated[0].name} and {run.name} cannot be compared by {evaluation}: {reason}")
     if "temperatures" not in first:
         figure = figure or "acceptance_head2"
         accepted = {(run.cell, run.seed): acceptance(run.evaluations[evaluation]) for run in evaluated}
-        for run in evaluated:
-            theirs = run.evaluations[evaluation].get("settings", {})
-            for line in differences(first.get("settings", {}), theirs):
-                raise UserError(f"{evaluated[0].name} and {run.name} cannot be compared by {evaluation}: {line}")
         values = {key: np.array([of[figure]]) for key, of in accepted.items() if figure in of}
         if not values:
             raise UserError(f"{evaluation} has no figure {figure!r}; there are {', '.join(acceptance(first))}")
         name = f"{figure.replace('_head', ' of head ')} ({evaluation})"
         return Arms(name, *_stacked(values), ("all prompts",), "", nothing="no draft was accepted")
     figure = figure or "pass_at_1"
-    for run in evaluated:
-        if reason := why_not_alike(first, run.evaluations[evaluation]):
-            raise UserError(f"{evaluated[0].name} and {run.name} cannot be compared by {evaluation}: {reason}")
     by_task = {(run.cell, run.seed): figure_by_task(run.evaluations[evaluation], figure) for run in evaluated}
     tasks = tuple(task for task in next(iter(by_task.values())) if all(task in of for of in by_task.values()))
     if not tasks:
@@ -179,6 +175,12 @@ def acceptance(evaluation: dict) -> dict[str, float]:
     """Returns ``acceptance_head{k}`` of heads.json, with all heads drafting; {} of other evaluations."""
     drafts = [figures for name, figures in evaluation.get("speed", {}).items() if name.startswith("drafts_")]
     return {name: share for name, share in (drafts[-1] if drafts else {}).items() if name.startswith("acceptance_head")}
+
+
+def _why_not_alike(ours: dict, theirs: dict) -> str | None:
+    if "temperatures" in ours:
+        return why_not_alike(ours, theirs)
+    return next(iter(differences(ours.get("settings", {}), theirs.get("settings", {}))), None)
 
 
 def _of_cells(runs: Sequence[Run]) -> list[Run]:

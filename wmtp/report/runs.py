@@ -205,9 +205,12 @@ def require_comparable(
         other_data: cells that were trained on other data on purpose: these are what they are compared for.
 
     Raises:
-        UserError: two runs with other held-out data, other training data or, with one seed, other numbers of tokens,
-            unless ``allow_mixed``; it names both, and why.
+        UserError: an unknown cell in ``other_data``, or two runs with other held-out data, other training data or, with
+            one seed, other numbers of tokens, unless ``allow_mixed``; it names both, and why.
     """
+    cells = dict.fromkeys(run.cell for run in runs)
+    if unknown := [cell for cell in other_data if cell not in cells]:
+        raise UserError(f"other_data: {unknown[0]!r} is no cell with a run; there are {', '.join(cells)}")
     groups: list[list[Run]] = []
     for run in runs:
         reasons = []

@@ -195,10 +195,9 @@ def load_study(
     if first not in cells:
         raise UserError(f"baseline {first!r} is no cell with a run; there are {', '.join(cells)}")
     with_documents = [run for run in runs if run.has_finite_documents]
-    if unknown := [cell for cell in other_data or () if cell not in by_seed]:
-        raise UserError(f"other_data: {unknown[0]!r} is no cell with a run; there are {', '.join(by_seed)}")
-    of_sweep = sweep.get("other_data") or ()  # not all of which need have a run yet
-    other_data = tuple(other_data if other_data is not None else (cell for cell in of_sweep if cell in by_seed))
+    if other_data is None:  # of the sweep's, not all need have a run yet
+        known = {run.cell for run in with_documents}
+        other_data = [cell for cell in sweep.get("other_data") or () if cell in known]
     same_tokens = sweep.get("equal") != "flops"
     groups = require_comparable(with_documents, allow_mixed, same_tokens=same_tokens, other_data=other_data)
     without = [run for run in runs if not run.has_finite_documents]
@@ -208,7 +207,7 @@ def load_study(
         groups=[*groups, without] if without else groups,
         baseline=first,
         objective=_objective(runs, objective, sweep.get("objective")),
-        other_data=other_data,
+        other_data=tuple(other_data),
         sweep=sweep,
         rows={(row["cell"], row["seed"]): row for row in table.get("rows", ())},
         parent_id=parent_id or (runs[0].config.get("tracking") or {}).get("parent_run_id") if sweep else None,
