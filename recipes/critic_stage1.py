@@ -19,7 +19,7 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build
 from wmtp.critic import (
     BestWeights,
     PairDataset,
@@ -57,7 +57,7 @@ from wmtp.training.checkpoint import (
     restore_rng,
 )
 from wmtp.training.lr_schedule import build_schedule
-from wmtp.training.optimizers import build_optimizer
+from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
 from wmtp.training.run_log import RunLog, builder_name
@@ -111,6 +111,7 @@ class CriticStage1Recipe:
         self._max_steps = read.integer("max_steps", None, minimum=1)
         self._optimizer_cfg = read.section("optimizer")
         self._head_lr = read.number("head_lr", None, above=0)
+        self._decay_all = read.flag("decay_norms_and_embeddings", False)
         self._scheduler_cfg = read.section("lr_scheduler", optional=True)
         self._max_grad_norm = read.number("max_grad_norm", None, above=0)
 
@@ -169,7 +170,8 @@ class CriticStage1Recipe:
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(path)
-        self._torch_optimizer = build_optimizer(self._optimizer_cfg, self._parameter_groups())
+        groups = parameter_groups(self._model, self._model.value_head, self._head_lr, self._decay_all)
+        self._torch_optimizer = build_optimizer(self._optimizer_cfg, groups)
 
         self._step, run_id = 0, None
         self._best = {"step": None, "accuracy": -math.inf, "evaluations_since": 0}
@@ -248,18 +250,9 @@ class CriticStage1Recipe:
         model.value_head.init_weights(self._seed)
         return model
 
-    def _parameter_groups(self) -> list[dict]:
-        """Returns what is trained: the head, which starts at zero, may have a learning rate of its own."""
-        head = {"params": list(self._model.value_head.parameters())}
-        if self._head_lr is not None:
-            head["lr"] = self._head_lr
-        backbone = [p for p in self._model.backbone.parameters() if p.requires_grad]
-        return [head, {"params": backbone}] if backbone else [head]
-
     def _restore(self, checkpoint: Path) -> str | None:
         """Continues where the checkpoint was saved; returns the MLflow run id."""
-        state = load_trainer(checkpoint)
-        changes = config_changes(state.get("config"), self._cfg)
+        state, changes = load_trainer(checkpoint, self._cfg)
         self._stream.load_state_dict(state["stream"])
         require_same_base(state["identity"], self._identity)
         load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True, changes=changes)

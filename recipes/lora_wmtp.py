@@ -20,7 +20,7 @@ from torchtune.training import scale_grads
 from tqdm import tqdm
 
 from wmtp import config
-from wmtp.config import ConfigError, ConfigReader, StopTraining, build, config_changes
+from wmtp.config import ConfigError, ConfigReader, StopTraining, build
 from wmtp.data import BatchStream, pack
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
@@ -103,6 +103,7 @@ class LoRARecipeWMTP:
         self._max_steps = read.integer("max_steps", None, minimum=0)
         self._optimizer_cfg = read.section("optimizer")
         self._extra_heads_lr = read.number("extra_heads_lr", None, above=0)
+        self._decay_all = read.flag("decay_norms_and_embeddings", False)
         self._scheduler_cfg = read.section("lr_scheduler", optional=True)
         self._max_grad_norm = read.number("max_grad_norm", None, above=0)
 
@@ -170,7 +171,7 @@ class LoRARecipeWMTP:
         into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
         self._value_model = frozen_value_model(path, self._tokenizer, self._seq_len, self._world, **into)
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
-        groups = parameter_groups(self._model, self._extra_heads_lr)
+        groups = parameter_groups(self._model, self._model.extra_heads, self._extra_heads_lr, self._decay_all)
         self._torch_optimizer = build_optimizer(self._optimizer_cfg, groups)
 
         self._step, run_id = 0, None
@@ -242,8 +243,7 @@ class LoRARecipeWMTP:
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continues where the checkpoint was saved; returns the MLflow run id."""
-        state = load_trainer(checkpoint)
-        changes = config_changes(state.get("config"), self._cfg)
+        state, changes = load_trainer(checkpoint, self._cfg)
         self._stream.load_state_dict(state["stream"])
         require_same_base(state["base"], self._base)
         load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True, changes=changes)

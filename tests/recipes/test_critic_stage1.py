@@ -147,8 +147,9 @@ def test_only_what_is_trained_moves_and_each_group_has_its_rate(critic_config):
         assert not any(distance for name, distance in moved.items() if not name.startswith("value_head"))
         trained = {name for name, p in recipe._model.named_parameters() if p.requires_grad}
         assert all(name.startswith("value_head") or "lora_" in name for name in trained) == (backbone != "full")
-        grouped = [len(group["params"]) for group in recipe._torch_optimizer.param_groups]
-        assert sum(grouped) == len(trained) and len(grouped) == (1 if backbone == "frozen" else 2)
+        groups = recipe._torch_optimizer.param_groups
+        assert sum(len(group["params"]) for group in groups) == len(trained)
+        assert {group["lr"] for group in groups} == ({0.1} if backbone == "frozen" else {0.1, cfg.optimizer.lr})
         # A checkpoint holds what is trained, not the frozen rest.
         metadata = dist.checkpoint.FileSystemReader(f"{backbone}/checkpoints/step_00000001").read_metadata()
         saved = {key.removeprefix("model.") for key in metadata.state_dict_metadata if key.startswith("model.")}
@@ -225,7 +226,7 @@ def test_a_resumed_run_goes_on_bit_for_bit_early_stopping_too(critic_config):
             shutil.rmtree("cut/value_model")
         again, resumed = run(critic_config(**options, output_dir="cut", resume=True))
         for checkpoint in complete_checkpoints(Path("cut/checkpoints")):  # what each may need to go back to is there
-            assert Path(f"cut/best/step_{load_trainer(checkpoint)['best']['step']:08d}").is_dir()
+            assert Path(f"cut/best/step_{load_trainer(checkpoint, again._cfg)[0]['best']['step']:08d}").is_dir()
         assert series(resumed) == series(metrics) and again._best == whole._best
         assert files_of("cut/value_model") == files_of("whole/value_model")
     # A run that has stopped stays stopped.

@@ -219,8 +219,8 @@ def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):
     for name, distance in moved.items():
         assert distance == pytest.approx(0.5 if name.startswith("extra_heads") else cfg.optimizer.lr, rel=0.05)
     recipe._model.norm.requires_grad_(False)
-    grouped = sum(len(group["params"]) for group in parameter_groups(recipe._model, cfg.extra_heads_lr))
-    assert grouped == len(list(recipe._model.parameters())) - 1
+    groups = parameter_groups(recipe._model, recipe._model.extra_heads, cfg.extra_heads_lr, False)
+    assert sum(len(group["params"]) for group in groups) == len(list(recipe._model.parameters())) - 1
 
 
 def test_metrics_are_json_lines(tiny_config, run_recipe):

@@ -4,13 +4,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from processes import start
+from random_models import random_decoder
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from wmtp.distributed import start_world
 from wmtp.errors import UserError
-from wmtp.training.checkpoint import Checkpointer, load_sharded
-from wmtp.training.optimizers import build_optimizer
+from wmtp.models import ValueModel, add_lora
+from wmtp.training.checkpoint import Checkpointer, load_sharded, load_trainer
+from wmtp.training.optimizers import build_optimizer, parameter_groups
 
 WORKING = {
     "Adam": {"amsgrad": True}, "AdamW": {"fused": True}, "SGD": {"momentum": 0.9}, "RMSprop": {"centered": True},
@@ -125,6 +127,109 @@ def test_a_parameter_that_never_had_a_gradient_starts_without_moments_as_it_woul
     load_sharded(tmp_path / "checkpoints" / "step_00000001", resumed, again)
     assert again.state[resumed[0].weight]["step"] == 1
     assert resumed[2].weight not in again.state
+
+
+SIZES = {"vocab_size": 20, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 12}
+SIZES |= {"max_seq_len": 16, "tie_word_embeddings": True}
+
+
+def undecayed(trained, part, lr=None):
+    """The names of what has no weight decay; all that is trained is in one group each."""
+    groups = parameter_groups(trained, part, lr, False)
+    names = {p: name for name, p in trained.named_parameters() if p.requires_grad}
+    assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
+    assert all(group.get("weight_decay") in (None, 0.0) for group in groups)
+    return {names[p] for group in groups if "weight_decay" in group for p in group["params"]}
+
+
+def test_norms_biases_and_embeddings_have_no_weight_decay_and_matrices_do():
+    decoder = random_decoder(**SIZES, num_future_tokens=2)
+    norms = {name for name, _ in decoder.named_parameters() if name.endswith("norm.scale")}
+    assert len(norms) == 7
+    assert undecayed(decoder, decoder.extra_heads) == norms | {"tok_embeddings.weight"}
+    assert undecayed(decoder, decoder.extra_heads, 0.5) == norms | {"tok_embeddings.weight"}
+    rates = [
+        (group.get("lr"), "weight_decay" in group) for group in parameter_groups(decoder, decoder.layers, 0.5, False)
+    ]
+    assert rates == [(None, False), (None, True), (0.5, False), (0.5, True)]
+    (everything,) = parameter_groups(decoder, decoder.extra_heads, None, True)
+    assert everything.keys() == {"params"} and len(everything["params"]) == len(list(decoder.parameters()))
+
+    untied = random_decoder(**SIZES | {"tie_word_embeddings": False}, num_future_tokens=1)
+    assert "output.weight" not in undecayed(untied, untied.extra_heads)
+    dora = add_lora(random_decoder(**SIZES, num_future_tokens=1), rank=2, targets=["q_proj"], dora=True)
+    assert undecayed(dora, dora.extra_heads) == {f"layers.{i}.attn.q_proj.magnitude" for i in (0, 1)}
+    value_model = ValueModel(untied, "mlp")
+    value_model.backbone.requires_grad_(False)
+    assert undecayed(value_model, value_model.value_head) == {"value_head.hidden.bias", "value_head.out.bias"}
+
+
+def test_a_step_without_gradients_shrinks_matrices_alone():
+    world = start_world("cpu")
+    trained = model(world)
+    before = [p.full_tensor().clone() for p in trained.parameters()]
+    cfg = section("torch.optim.AdamW", weight_decay=0.5)
+    optimizer = build_optimizer(cfg, parameter_groups(trained, trained[2], None, False))
+    for p in trained.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for p, was in zip(trained.parameters(), before, strict=True):
+        torch.testing.assert_close(p.full_tensor(), was * (0.95 if p.dim() == 2 else 1.0))
+
+
+def test_moments_of_a_run_with_one_group_go_on_bit_for_bit_in_several(tmp_path):
+    world = start_world("cpu")
+    cfg = section("torch.optim.AdamW", weight_decay=0.0)
+    trained = model(world)
+    optimizer = build_optimizer(cfg, groups(trained))
+    steps(trained, optimizer, 1, 2)
+    saver = Checkpointer(tmp_path)
+    saver.save(2, trained, optimizer, {})
+    saver.close()
+    steps(trained, optimizer, 3, 4)
+    resumed = model(world)
+    again = build_optimizer(cfg, parameter_groups(resumed, resumed[2], None, False))
+    load_sharded(tmp_path / "checkpoints" / "step_00000002", resumed, again)
+    assert len(again.param_groups) == 2
+    steps(resumed, again, 3, 4)
+    assert same(resumed, trained)
+
+
+def test_an_optimizer_without_weight_decay_gets_no_such_entry():
+    trained = model(start_world("cpu"))
+    optimizer = build_optimizer(section(f"{__name__}.Signs"), parameter_groups(trained, trained[2], None, False))
+    assert [group.keys() for group in optimizer.param_groups] == [{"params", "lr"}] * 2
+
+
+class Signs(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data -= group["lr"] * p.grad.sign()
+
+
+def test_a_checkpoint_older_than_the_key_goes_on_as_it_was_or_is_refused(tmp_path):
+    world = start_world("cpu")
+    trained = model(world)
+    optimizer = build_optimizer(section(f"{__name__}.CountsInItsGroup"), groups(trained))
+    steps(trained, optimizer, 1)
+    saver = Checkpointer(tmp_path)
+    old = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": 0.1}}
+    saver.save(1, trained, optimizer, {"config": old})
+    saver.close()
+    checkpoint = tmp_path / "checkpoints" / "step_00000001"
+    with pytest.raises(UserError, match="set decay_norms_and_embeddings=true to go on so"):
+        load_trainer(checkpoint, OmegaConf.create(old))
+    state, changes = load_trainer(checkpoint, OmegaConf.create(old | {"decay_norms_and_embeddings": True}))
+    assert (state["step"], changes) == (1, " with decay_norms_and_embeddings null -> True")
+
+    again = build_optimizer(section(f"{__name__}.CountsInItsGroup"), parameter_groups(trained, trained[2], None, False))
+    message = r"keeps the state k, momentum_buffer in 2 parameter group\(s\), the checkpoint holds .* in 1 parameter gr"
+    with pytest.raises(UserError, match=message):
+        load_sharded(checkpoint, trained, again)
 
 
 def test_a_value_that_torch_refuses_is_one_line_and_the_user_s_own_fault_keeps_its_traceback():

@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from wmtp.config import ConfigError, differences
+from wmtp.config import ConfigError, config_changes, differences
 from wmtp.distributed import gather_objects, on_rank_0, wait_for_all
 from wmtp.errors import DiskError, UserError, disk_fault
 from wmtp.files import MANIFEST, UNFINISHED, publish, unfinished, verify_manifest, write_manifest, write_whole
@@ -201,10 +201,26 @@ def checkpoint_to_resume(output_dir: Path, resume: str) -> Path | None:
     return checkpoint
 
 
-def load_trainer(checkpoint: Path) -> dict:
-    """Reads the loop's state, after every file of the checkpoint was held against its manifest, by rank 0 for all."""
+def load_trainer(checkpoint: Path, cfg: DictConfig) -> tuple[dict, str]:
+    """Reads the loop's state, after every file of the checkpoint was held against its manifest, by rank 0 for all.
+
+    Returns:
+        The state, and what the config says otherwise than the checkpoint's (:func:`wmtp.config.config_changes`).
+
+    Raises:
+        UserError: a file is not the manifest's, or weight decay would leave norms and embeddings from here on because
+            the checkpoint is older than the key that says so.
+    """
     on_rank_0(lambda: verify_manifest(checkpoint))
-    return torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
+    state = torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
+    before = state.get("config")
+    older = before is not None and "decay_norms_and_embeddings" not in before
+    if older and before["optimizer"].get("weight_decay", True) and not cfg.get("decay_norms_and_embeddings"):
+        raise ConfigError(
+            f"cannot resume: checkpoint {checkpoint} is older than the key decay_norms_and_embeddings, its run had "
+            "weight decay on norms and embeddings too; set decay_norms_and_embeddings=true to go on so"
+        )
+    return state, config_changes(before, cfg)
 
 
 def load_sharded(

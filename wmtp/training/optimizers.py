@@ -17,24 +17,39 @@ from torch.distributed.checkpoint.state_dict import (
 
 from wmtp.config import ConfigError, build
 from wmtp.errors import one_line, raised_in
-from wmtp.models import MTPDecoder
 
 
-def parameter_groups(model: MTPDecoder, extra_heads_lr: float | None) -> list[dict[str, Any]]:
-    """Returns what is trained; heads 2 to H in a group of their own where they have their own learning rate.
+def parameter_groups(model: nn.Module, part: nn.Module, part_lr: float | None, decay_all: bool) -> list[dict[str, Any]]:
+    """Returns what is trained, cut by learning rate and by weight decay.
+
+    Args:
+        part: extra heads, or a value head: a group of its own where it has its own learning rate.
+        decay_all: False gives norms, biases (all that has one dimension, such as DoRA's magnitudes) and embeddings, a
+            tied unembedding among them, groups with weight decay 0. The matrices of adapters and of a value head decay
+            like others.
 
     Raises:
         ConfigError: a learning rate of extra heads of which none is trained.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    if extra_heads_lr is None:
-        return [{"params": trained}]
-    heads = set(model.extra_heads.parameters())
-    own, rest = [p for p in trained if p in heads], [p for p in trained if p not in heads]
-    if not own:
-        why = "no extra head is trained" if heads else "model.num_future_tokens is 1"
-        raise ConfigError(f"extra_heads_lr is set, but {why}; set extra_heads_lr=null")
-    return [*([{"params": rest}] if rest else []), {"params": own, "lr": extra_heads_lr}]
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    if part_lr is not None:
+        inside = set(part.parameters())
+        own, rest = [p for p in trained if p in inside], [p for p in trained if p not in inside]
+        if not own:
+            why = "no extra head is trained" if inside else "model.num_future_tokens is 1"
+            raise ConfigError(f"extra_heads_lr is set, but {why}; set extra_heads_lr=null")
+        groups = [*([{"params": rest}] if rest else []), {"params": own, "lr": part_lr}]
+    if decay_all:
+        return groups
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    cut = []
+    for group in groups:
+        matrices = [p for p in group["params"] if p.dim() > 1 and p not in tables]
+        others = [p for p in group["params"] if p.dim() <= 1 or p in tables]
+        cut += [{**group, "params": matrices}] if matrices else []
+        cut += [{**group, "params": others, "weight_decay": 0.0}] if others else []
+    return cut
 
 
 def build_optimizer(section: DictConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -65,7 +80,11 @@ def build_optimizer(section: DictConfig, groups: list[dict[str, Any]]) -> torch.
             f"optimizer ({section._component_}) cannot update this model's sharded parameters "
             f"({one_line(error):.160}); use another, such as torch.optim.AdamW"
         ) from error
-    return build(section, groups, where="optimizer")
+    optimizer = build(section, groups, where="optimizer")
+    if "weight_decay" not in optimizer.defaults:  # it would pass for a counter
+        for group in optimizer.param_groups:
+            group.pop("weight_decay", None)
+    return optimizer
 
 
 def load_optimizer_state(
@@ -82,7 +101,7 @@ def load_optimizer_state(
         changes: what the config says otherwise than the checkpoint's, for the message.
 
     Raises:
-        ConfigError: the optimizer keeps other state than the checkpoint holds.
+        ConfigError: the optimizer keeps other state than the checkpoint holds, or counts in more parameter groups.
     """
     state: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
     named = _hyperparameters(type(optimizer)) | {"params", "initial_lr"}
@@ -96,10 +115,10 @@ def load_optimizer_state(
     ours = set(flatten_state_dict(wanted)[0])
     theirs = {key for key in held if key.startswith("state.") or key in ours}
     if ours != theirs:
-        names = [", ".join(sorted({key.rpartition(".")[2] for key in keys})) or "none" for keys in (ours, theirs)]
+        kept, found = (_described(keys) for keys in (ours, theirs))
         raise ConfigError(
-            f"cannot resume{changes}: {type(optimizer).__name__} keeps the state {names[0]}, the checkpoint holds "
-            f"{names[1]}; restore the section optimizer, or start a new run from the checkpoint's weights"
+            f"cannot resume{changes}: {type(optimizer).__name__} keeps the state {kept}, the checkpoint holds "
+            f"{found}; restore the section optimizer, or start a new run from the checkpoint's weights"
         )
     loaded: dict[str, Any] = {"optimizer": wanted}
     dcp.load(loaded, checkpoint_id=checkpoint)
@@ -107,6 +126,12 @@ def load_optimizer_state(
         group.update(counter)
     state["state"] = loaded["optimizer"]["state"]
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(strict=False))
+
+
+def _described(keys: set[str]) -> str:
+    names = ", ".join(sorted({key.rpartition(".")[2] for key in keys})) or "none"
+    groups = {key.split(".")[1] for key in keys if key.startswith("param_groups.")}
+    return f"{names} in {len(groups)} parameter group(s)" if groups else names
 
 
 def _hyperparameters(kind: type) -> set[str]:
