@@ -17,7 +17,8 @@ _KINDS = (
     ("Models: `model`, `reference_model`", "wmtp.models", ("MTPDecoder",)),
 )
 _REST = "What else a config builds"
-_PASSED = {"self", "tokenizer", "model", "optimizer", "num_training_steps"}  # by the recipe, not by the config
+# By the recipe, not by the config.
+_PASSED = {"self", "tokenizer", "model", "optimizer", "num_training_steps", "quantize_from"}
 _INTRO = """## Builders
 
 What a `_component_` may name in this project, and its keys, from the docstrings. A key whose value is built itself is a

@@ -187,13 +187,14 @@ class FullFinetuneRecipeWMTP:
 
     def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, *, frozen: bool = False):
         """Builds the sharded model. From a checkpoint it is built on the meta device, each rank reads its own shard;
-        without one it starts random, from one seed on every rank: the same full model, then cut."""
+        without one it starts random, from one seed on every rank: the same full model, then cut. A frozen one is stored
+        in the dtype of the computation: its weights would be rounded to that when they are gathered."""
         path = None if checkpoint is None else resolve_checkpoint(checkpoint)
         with torch.device("cpu" if path is None else "meta"):
             model = build(section, where=where)
         require_fit(model, self._data.max_token_id, self._seq_len, where)
         if frozen:
-            model.requires_grad_(False).eval()
+            model.requires_grad_(False).eval().to(self._dtype)
         elif self._activation_checkpointing:
             checkpoint_activations(model)
         if self._compile:

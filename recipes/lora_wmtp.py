@@ -163,6 +163,8 @@ class LoRARecipeWMTP:
 
         shaping = {"base_model": self._model_cfg, "adapters": self._adapters_cfg}
         self._base = describe_base(self._checkpoint, shaping, seed=self._seed)
+        if self._adapters_cfg.get("quantize") and self._dtype != torch.float32:
+            self._base["quantized_from"] = str(self._dtype)
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
         self._log.info(describe_training(self._model, self._world.size))
         self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
@@ -212,14 +214,14 @@ class LoRARecipeWMTP:
         with torch.device("cpu" if path is None else "meta"):
             model = build(section, where=where)
             if adapters is not None:
-                build(adapters, model, where="adapters", seed=self._seed)
+                build(adapters, model, where="adapters", seed=self._seed, quantize_from=self._dtype)
                 if self._cache_trunk is not None and model.adapters.trunk != "frozen":
                     raise ConfigError("cache_trunk needs adapters.trunk=frozen: set that, or cache_trunk=none")
                 if self._merged_dtype is not None:
                     refuse_quantized(model, self._merge_quantized)
         require_fit(model, self._data.max_token_id, self._seq_len, where)
         if adapters is None:
-            model.requires_grad_(False).eval()
+            model.requires_grad_(False).eval().to(self._dtype)
         elif self._activation_checkpointing:
             checkpoint_activations(model)
         if self._compile:

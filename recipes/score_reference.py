@@ -142,11 +142,9 @@ class ScoreReferenceRecipe:
             where = "the value model's "
         else:
             with torch.device("meta"):
-                model = build(self._model_cfg, where="model")
+                model = build(self._model_cfg, where="model").to(DTYPES[self._dtype_name])
             if self._fully_shard:
                 shard_model(model, self._world.mesh, param_dtype=DTYPES[self._dtype_name])
-            else:
-                model.to(DTYPES[self._dtype_name])
             load_checkpoint(model, path, device=self._world.device)
             where = "model."
         if self._seq_len > model.max_seq_len:

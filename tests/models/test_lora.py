@@ -18,6 +18,7 @@ from wmtp.models import (
     parameter_counts,
     training_bytes,
 )
+from wmtp.models.nf4 import quantize_nf4
 from wmtp.pretrained import checkpoint_formats
 from wmtp.weighting import rho1
 
@@ -177,6 +178,18 @@ def test_four_bits_hold_the_trunk_and_the_heads_stay_as_they_are(tmp_path):
     # Random weights, quantised as they are, are the same numbers as those read from a file.
     direct = add_lora(random_decoder(**SIZES), rank=4, quantize="nf4", heads="full", dora=True)
     assert torch.equal(direct(TOKENS), model(TOKENS))
+
+
+def test_four_bits_are_those_of_the_weights_in_the_dtype_that_is_asked_for(tmp_path):
+    base, read = quantized(tmp_path, quantize_from=torch.bfloat16)
+    direct = add_lora(random_decoder(**SIZES), rank=4, quantize="nf4", quantize_from=torch.bfloat16)
+    for model in (read, direct):
+        weight, source = model.layers[0].mlp.w1.weight, base.layers[0].mlp.w1.weight
+        expected = quantize_nf4(source.bfloat16())
+        assert weight.dtype == torch.bfloat16 and model.layers[0].mlp.w1.lora_a.weight.dtype == torch.float32
+        assert torch.equal(weight.to(torch.float32), expected.to(torch.float32))
+        assert 0.02 < (weight.to(torch.float32) - source).norm() / source.norm() < 0.12
+    assert torch.equal(read(TOKENS), direct(TOKENS))
 
 
 def test_only_adapters_and_heads_get_gradients_through_four_bits(tmp_path):

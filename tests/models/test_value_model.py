@@ -250,6 +250,15 @@ def on_two_processes(rank, folder):
     hidden = rounded(TOKENS, return_hidden=True)
     assert hidden.dtype == torch.bfloat16
     torch.testing.assert_close(rounded(TOKENS), plain.value_head(hidden), atol=1e-6, rtol=1e-6)
+    # So it stores them: rounded when they are read, they are the same bits as when they are gathered.
+    assert {p.dtype for p in rounded.backbone.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        stored = from_checkpoint(folder / "source", num_future_tokens=1)
+    shard_model(stored, mesh, param_dtype=torch.bfloat16)
+    load_checkpoint(stored, folder / "source")
+    assert {p.dtype for p in stored.parameters()} == {torch.float32}
+    states = stored(TOKENS, loss_fn=lambda hidden, unembedding, document_ids: hidden[0])
+    assert torch.equal(states, hidden)
 
     # Adapters and a new head start equal on all ranks, and equal to the unsharded model's.
     def adapted(device):

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from runs import read_metrics, series
 from wmtp.config import StopTraining
-from wmtp.models import from_checkpoint, load_checkpoint
+from wmtp.loss import token_cross_entropy
+from wmtp.models import from_checkpoint, load_checkpoint, shard_model
 from wmtp.pretrained import hf_tokenizer
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 from wmtp.training.optimizers import parameter_groups
@@ -62,6 +63,22 @@ def test_rho1_logs_its_weights_and_keeps_their_share(tiny_config, run_recipe, re
     assert last["weights/kept_share"] == pytest.approx(0.6, abs=0.02)
     assert last["weights/effective_sample_size"] == pytest.approx(0.6, abs=0.02)
     assert last["weights/p25"] == 0 and last["weights/max"] == pytest.approx(1 / 0.6, abs=0.3)
+
+
+def test_a_reference_stored_in_bf16_says_what_one_that_is_rounded_when_gathered_says(tiny_config, reference_export):
+    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+
+    recipe = FullFinetuneRecipeWMTP(tiny_config("rho1", reference_checkpoint=reference_export, dtype="bf16"))
+    recipe.setup()
+    assert {p.dtype for p in recipe._reference.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in recipe._model.parameters()} == {torch.float32}
+    gathered = from_checkpoint(reference_export)
+    shard_model(gathered, recipe._world.mesh, param_dtype=torch.bfloat16)
+    load_checkpoint(gathered, reference_export)
+    batch = recipe._next_batch(recipe._stream.next_batch())
+    with torch.no_grad():
+        ce = gathered(**recipe._inputs(batch), loss_fn=token_cross_entropy, labels=batch["labels"])
+    assert torch.equal(batch["signals"]["reference_ce"], ce[0]) and ce.count_nonzero() > 100
 
 
 def test_lambda_zero_trains_as_uniform_bit_for_bit(tiny_config, run_recipe):

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from recipes.lora_wmtp import LoRARecipeWMTP
 from runs import ROOT, read_metrics, series, write_own_rules
-from wmtp.config import load
+from wmtp.config import ConfigError, load
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 
@@ -144,6 +144,7 @@ def test_a_plain_function_as_weighting_trains_and_resumes(lora_config):
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_a_resumed_run_goes_on_bit_for_bit(lora_config, quantize):
     options = {"max_steps": 4, "save_every": 2, "adapters__quantize": quantize, "adapters__dropout": 0.1}
+    options["dtype"] = "bf16" if quantize else "fp32"
     _, whole = run(lora_config(output_dir="whole", **options))
     run(lora_config(output_dir="cut", **options))
     shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])  # as if killed after step 2
@@ -151,6 +152,9 @@ def test_a_resumed_run_goes_on_bit_for_bit(lora_config, quantize):
     assert series(resumed) == series(whole)
     ours, theirs = (load_file(f"{run}/adapter/adapter_model.safetensors") for run in ("cut", "whole"))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    if quantize:  # other 4 bits are another base
+        with pytest.raises(ConfigError, match=r"cannot resume with quantized_from torch\.bfloat16 -> null"):
+            LoRARecipeWMTP(lora_config(output_dir="cut", resume=True, **options | {"dtype": "fp32"})).setup()
 
 
 def test_kept_trunk_states_change_nothing(lora_config):

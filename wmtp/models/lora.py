@@ -57,6 +57,7 @@ def add_lora(
     train_norms: bool = False,
     train_unembedding: bool = False,
     quantize: str | None = None,
+    quantize_from: torch.dtype | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Puts adapters on the projections of a decoder's blocks, in place, and freezes all parameters not named here.
@@ -79,6 +80,8 @@ def add_lora(
         train_unembedding: train the unembedding, and so the embedding of a tied model.
         quantize: ``nf4``: the projections of the trunk's blocks, without those of the heads, are held in 4 bits. Those
             of a model on the meta device are quantised one by one when `load_checkpoint` reads them.
+        quantize_from: dtype that weights are rounded to before, which should be the computation's: reading them back
+            then takes 39 bytes a weight instead of float32's 65. By default their own.
         seed: of A, see :func:`init_lora`, which a model on the meta device needs later.
 
     Raises:
@@ -110,7 +113,7 @@ def add_lora(
     if quantize is not None:
         for block in model.layers[:-1]:
             for target in (*ATTENTION_TARGETS, *MLP_TARGETS):
-                mark_nf4(_place(block, target)[1])
+                mark_nf4(_place(block, target)[1], quantize_from)
     model.adapters = chosen
     if not any(parameter.is_meta for parameter in model.parameters()):
         init_lora(model, seed=seed)
@@ -192,8 +195,8 @@ def merged_weight(weight: Tensor, module: LoRALinear | DoRALinear, a: Tensor, b:
 
 
 def dequantized(weight: Tensor) -> Tensor:
-    """Returns a weight in full precision: itself, or the values of its 4 bits."""
-    return weight.to(weight.dtype) if is_nf4(weight) else weight
+    """Returns a weight in full precision: itself, or the values of its 4 bits in float32."""
+    return weight.to(torch.float32) if is_nf4(weight) else weight
 
 
 def refuse_quantized(model: nn.Module, merge_quantized: bool) -> None:

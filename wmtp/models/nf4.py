@@ -46,9 +46,11 @@ def is_nf4(weight: Tensor | None) -> bool:
     return isinstance(weight, NF4Tensor)
 
 
-def mark_nf4(module: Any) -> None:
-    """Quantises a linear layer's weight: now, or on the meta device when `load_checkpoint` reads it."""
+def mark_nf4(module: Any, dtype: torch.dtype | None = None) -> None:
+    """Quantises a linear layer's weight, rounded to ``dtype`` first if that is given: now, or on the meta device when
+    `load_checkpoint` reads it."""
     module.quantized_to = "nf4"
+    module.weight = nn.Parameter(module.weight.to(dtype or module.weight.dtype), requires_grad=False)
     if not module.weight.is_meta:
         module.weight = quantize_nf4(module.weight)
 

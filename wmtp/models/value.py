@@ -193,7 +193,7 @@ def load_value_model(
     Args:
         path: a folder of :func:`save_value_model`, or ``runs:/<MLflow run id>/<artifact path>``.
         mesh: shard over it with FSDP2; None gives a plain model.
-        param_dtype: of the backbone's computation; the head computes in float32.
+        param_dtype: of the backbone's weights and computation; the head's is float32.
         device: of the parameters; with ``cpu_offload`` they stay in host memory between uses.
 
     Raises:
@@ -206,14 +206,13 @@ def load_value_model(
     if about["embed_dim"] != model.config.embed_dim or about["vocab_size"] != model.vocab_size:
         raise CheckpointError(f"{folder / VALUE_CONFIG} and config.json give different sizes; copy the folder again")
     model.requires_grad_(False).eval()
+    model.backbone.to(param_dtype)  # as it would be rounded when it is gathered
     if mesh is not None:
         shard_model(model, mesh, param_dtype=param_dtype, cpu_offload=cpu_offload)
         device = "cpu" if cpu_offload else device
     model.to_empty(device=device)
     load_checkpoint(model.backbone, folder)
     _load_head(model.value_head, folder / HEAD_WEIGHTS)
-    if mesh is None:
-        model.backbone.to(param_dtype)
     return model
 
 
