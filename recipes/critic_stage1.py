@@ -283,12 +283,14 @@ class CriticStage1Recipe:
             meter.start()
             sums = torch.zeros(5, dtype=torch.float64, device=self._world.device)  # as they are named below
             rows = []
-            for _ in range(self._accumulation_steps):
+            for number in range(1, self._accumulation_steps + 1):
                 with meter.data_wait():
                     batch = self._stream.next_batch()
                 values = self._values(batch, self._data)  # [P, 2, S]
                 response = batch["response"].to(values.device)
                 out = self._loss(values, response, batch["rewards"].to(values.device))
+                # HSDP's replicas sum gradients once a step; shards in each micro-batch, or each would hold them whole.
+                model.set_requires_all_reduce(number == self._accumulation_steps)
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
                 tokens = batch["num_tokens"].sum().to(values.device)
@@ -309,7 +311,7 @@ class CriticStage1Recipe:
                     f"step {self._step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
                     f"Problems of the batch: {', '.join(problems[:8])}"
                 )
-            lr = optimizer.param_groups[0]["lr"]
+            lr = optimizer.param_groups[-1]["lr"]  # the head's
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if self._scheduler is not None:

@@ -248,11 +248,11 @@ class FullFinetuneRecipeWMTP:
         )
         while self._step < self._total_steps and not self._stop.agreed:
             self._score_epoch()
-            accumulated = Accumulation(self._accumulation_steps, self._tokens_per_step)
+            accumulated = Accumulation(self._stream, self._accumulation_steps, self._tokens_per_step)
             meter.start()
             while not accumulated.full():
                 with meter.data_wait():
-                    batch = self._stream.next_batch()
+                    batch = accumulated.next_batch()
                 batch = self._next_batch(batch)
                 out = model(
                     batch["tokens"],
@@ -264,6 +264,8 @@ class FullFinetuneRecipeWMTP:
                     step=self._step,
                     head_weights=self._head_weights,
                 )
+                # HSDP's replicas sum gradients once a step; shards in each micro-batch, or each would hold them whole.
+                model.set_requires_all_reduce(accumulated.full())
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
                 accumulated.add(batch, out)
@@ -275,11 +277,7 @@ class FullFinetuneRecipeWMTP:
             scale_grads(model, torch.tensor(1.0 / sums.num_targets, device=self._world.device))
             grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm or math.inf)
             grad_norm = float(grad_norm.full_tensor())
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise StopTraining(
-                    f"step {self._step + 1}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
-                    f"{accumulated.documents(self._data)}"
-                )
+            accumulated.require_finite(loss, grad_norm, self._step + 1, self._data)  # before the weights are touched
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -11,8 +11,10 @@ from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
 from services import new_store
+from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM
 
+from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from runs import read_metrics, series
 from wmtp.config import StopTraining
 from wmtp.loss import token_cross_entropy
@@ -66,8 +68,6 @@ def test_rho1_logs_its_weights_and_keeps_their_share(tiny_config, run_recipe, re
 
 
 def test_a_reference_stored_in_bf16_says_what_one_that_is_rounded_when_gathered_says(tiny_config, reference_export):
-    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
-
     recipe = FullFinetuneRecipeWMTP(tiny_config("rho1", reference_checkpoint=reference_export, dtype="bf16"))
     recipe.setup()
     assert {p.dtype for p in recipe._reference.parameters()} == {torch.bfloat16}
@@ -116,12 +116,46 @@ def test_world_size_and_accumulation_split_change_nothing(tiny_config, run_distr
         cut(names[4], 2, 1),
         cut(names[5], 1, 2),
         cut(names[6], 2, 1, resume=True),
-        cut(names[7], 2, 1, hsdp_replicas=2),
+        cut(names[7], 1, 2, hsdp_replicas=2),
     )
     for metrics in (*one[1:], *two, *four):
         assert losses(metrics) == pytest.approx(losses(one[0]), rel=2e-5)
         norms = [[line["train/grad_norm"] for line in m if "train/loss" in line] for m in (metrics, one[0])]
         assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+def replicas_reduce_once_a_step(*paths):
+    """What each of two processes does: train with one and with three micro-batches a step, and count."""
+    counts = []
+    for path in paths:
+        recipe = FullFinetuneRecipeWMTP(OmegaConf.load(path))
+        recipe.setup()
+        with CommDebugMode() as collectives:
+            recipe.train()
+        counts.append(collectives.get_comm_counts()[torch.ops.c10d.allreduce_])
+    blocks = 3
+    assert counts[0] == counts[1] >= 2 * (blocks + 1)
+
+
+def test_replicas_add_up_their_gradients_once_a_step_and_train_as_shards_do(tiny_config, run_distributed, tmp_path):
+    common = {"max_steps": 2, "save_every": None, "eval_dataset": None, "export_dtype": "none", "batch_size": 1}
+    paths = []
+    for steps in (1, 3):
+        cfg = tiny_config(
+            output_dir=str(tmp_path / str(steps)), gradient_accumulation_steps=steps, hsdp_replicas=2, **common
+        )
+        paths.append(str(tmp_path / f"{steps}.yaml"))
+        OmegaConf.save(cfg, paths[-1])
+    start(replicas_reduce_once_a_step, *paths, size=2, log=tmp_path / "log.txt").join()
+
+    common |= {"gradient_accumulation_steps": None, "tokens_per_step": 1000}
+    shards, replicas = (
+        tiny_config(output_dir=str(tmp_path / f"by_tokens{n}"), hsdp_replicas=n, **common) for n in (1, 2)
+    )
+    one, two = run_distributed(2, shards, replicas)
+    for figure in ("train/loss", "train/grad_norm", "train/targets"):
+        ours, theirs = ([line[figure] for line in run if figure in line] for run in (one, two))
+        assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == 2
 
 
 def run_on_a_small_disk(recipe, config):
@@ -157,8 +191,6 @@ def test_a_checkpoint_holds_the_state_of_its_step_though_training_goes_on(tiny_c
 
 
 def test_non_finite_stops_before_the_weights_are_touched_and_names_the_batch(tiny_config):
-    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
-
     cfg = tiny_config(eval_every=None, save_every=None)
     recipe = FullFinetuneRecipeWMTP(cfg)
     recipe.setup()
@@ -178,8 +210,9 @@ def test_accumulation_by_tokens_fills_each_step(tiny_config, run_recipe):
     cfg = tiny_config(
         gradient_accumulation_steps=None, tokens_per_step=1000, max_steps=2, save_every=None, batch_size=1
     )
-    recipe_metrics = run_recipe(cfg)
-    assert len(losses(recipe_metrics)) == 2
+    targets = [line["train/targets"] for line in run_recipe(cfg) if "train/loss" in line]
+    for counted in (targets[0], targets[1] - targets[0]):
+        assert 1000 <= counted < 1000 + cfg.seq_len
 
 
 @pytest.mark.slow
@@ -197,8 +230,6 @@ def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(ti
     uri = new_store(tmp_path)
     tracking = {"_component_": "wmtp.tracking.MLflowLogger", "experiment": "e", "tracking_uri": uri}
     tracking["artifact_location"] = str(tmp_path / "artifacts")
-    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
-
     for steps, resume in ((4, False), (6, True)):
         if resume:  # as if killed after step 4, before its checkpoint was complete: steps 3 and 4 happen again
             shutil.rmtree(latest_checkpoint(Path(tiny_config().output_dir)))
@@ -224,8 +255,6 @@ def test_mlflow_holds_config_tags_and_metrics_and_a_resumed_run_goes_on_in_it(ti
 
 def test_extra_heads_may_have_a_learning_rate_of_their_own(tiny_config):
     """One step of AdamW moves a weight by about its learning rate; what is frozen is in no group."""
-    from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
-
     cfg = tiny_config(max_steps=1, save_every=None, eval_every=None, lr_scheduler=None, extra_heads_lr=0.5)
     recipe = FullFinetuneRecipeWMTP(cfg)
     recipe.setup()

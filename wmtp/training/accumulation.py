@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.data import PackedDataset
+from wmtp.config import StopTraining
+from wmtp.data import BatchStream, PackedDataset
 from wmtp.distributed import all_reduce_sum, gather_objects
 from wmtp.loss import MTPLoss
 from wmtp.training.stopping import StopFlag
@@ -49,21 +50,27 @@ class Accumulation:
     """Collects the micro-batches of one optimizer step: so many, or so many target tokens over all ranks.
 
     Args:
+        stream: gives the micro-batches. It knows the targets of all ranks' rows, so none asks the others.
         micro_batches: of the step; None to count target tokens.
         target_tokens: of head 1, over all ranks: the micro-batch that reaches them is the step's last.
     """
 
-    def __init__(self, micro_batches: int | None, target_tokens: int | None = None) -> None:
-        self._micro_batches, self._target_tokens = micro_batches, target_tokens
+    def __init__(self, stream: BatchStream, micro_batches: int | None, target_tokens: int | None = None) -> None:
+        self._stream, self._micro_batches, self._target_tokens = stream, micro_batches, target_tokens
+        self._taken, self._targets_before = 0, stream.num_targets
         self.batches: list[dict] = []
         self.outs: list[MTPLoss] = []
 
+    def next_batch(self) -> dict:
+        """Takes this rank's rows of the next micro-batch from the stream."""
+        self._taken += 1
+        return self._stream.next_batch()
+
     def full(self) -> bool:
-        """Returns whether the step has all its micro-batches; every rank asks."""
+        """Returns whether the step's last micro-batch has been taken; known before its loss is computed."""
         if self._micro_batches is not None:
-            return len(self.outs) == self._micro_batches
-        targets = sum(out.valid[0].sum() for out in self.outs)
-        return bool(self.outs) and all_reduce_sum(targets).item() >= self._target_tokens
+            return self._taken == self._micro_batches
+        return self._taken > 0 and self._stream.num_targets - self._targets_before >= self._target_tokens
 
     def add(self, batch: dict, out: MTPLoss) -> None:
         self.batches.append(batch)
@@ -92,6 +99,14 @@ class Accumulation:
         everyone: Tensor = torch.cat(gather_objects(torch.cat(mine).cpu()))
         weights, policy_ce, position = everyone.unbind(1)
         return weight_statistics(weights, policy_ce=policy_ce, position=position)
+
+    def require_finite(self, loss: float, grad_norm: float, step: int, data: PackedDataset) -> None:
+        """Raises StopTraining, with the documents of the step, where its loss or gradient is not finite."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise StopTraining(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights were not touched. "
+                f"{self.documents(data)}"
+            )
 
     def documents(self, data: PackedDataset) -> str:
         """Names the documents of micro-batches whose loss is not finite (of all, if every loss is), over all ranks."""
