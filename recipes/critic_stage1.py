@@ -118,6 +118,8 @@ class CriticStage1Recipe:
         self._activation_checkpointing = read.flag("activation_checkpointing", False)
         self._cpu_offload = read.flag("cpu_offload", False)
         self._hsdp_replicas = read.integer("hsdp_replicas", 1, minimum=1)
+        self._timeout_minutes = read.number("timeout_minutes", 30.0, above=0)
+        self._deterministic = read.flag("deterministic", False)
 
         self._log_every = read.integer("log_every", 1, minimum=1)
         self._eval_every = read.integer("eval_every", None, minimum=1)
@@ -148,7 +150,7 @@ class CriticStage1Recipe:
 
     def setup(self) -> None:
         """Builds everything in the order in which a mistake is cheapest to find: files, data, then the model."""
-        self._world = start_world(self._device_name, replicas=self._hsdp_replicas)
+        self._world = start_world(self._device_name, self._hsdp_replicas, self._timeout_minutes, self._deterministic)
         if self._cpu_offload and self._world.device.type == "cpu":
             raise ConfigError("cpu_offload needs device=cuda: on a CPU the parameters are there already")
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from processes import start
 from random_models import random_decoder
 
 from wmtp.distributed import start_world
@@ -47,6 +48,21 @@ def test_flex_attention_sees_what_the_dense_mask_shows(length):
     batch = packed_batch(length=length)
     models = [random_decoder(**SIZES, attention=attention).cuda() for attention in ("flex", "sdpa")]
     assert_close(*(loss_and_gradients(model, batch) for model in models), 1e-4)
+
+
+def deterministic_steps():
+    start_world("cuda", deterministic=True)
+    batch = packed_batch()
+    for attention in ("flex", "sdpa"):
+        for weighting in (uniform(), rho1(), dft()):
+            models = [random_decoder(**SIZES, attention=attention).cuda() for _ in range(2)]
+            ours, theirs = (loss_and_gradients(model, batch, weighting) for model in models)
+            assert torch.equal(ours[0], theirs[0])
+            assert all(torch.equal(a, b) for a, b in zip(ours[1], theirs[1], strict=True))
+
+
+def test_deterministic_steps_are_equal_bit_for_bit(tmp_path):
+    start(deterministic_steps, log=tmp_path / "log.txt").join()
 
 
 def test_compiled_blocks_compute_the_same():

@@ -7,13 +7,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from processes import start
 from services import free_port
 
 from wmtp.config import ConfigError
-from wmtp.distributed import SharedCounters, gather_objects, on_rank_0, wait_for_all
-from wmtp.errors import UserError
+from wmtp.distributed import SharedCounters, gather_objects, on_rank_0, start_world, wait_for_all
+from wmtp.errors import UserError, line_for_user
 from wmtp.storage import Output
 from wmtp.training.checkpoint import checkpoint_to_resume
 from wmtp.training.output_dir import check_output_dir
@@ -50,6 +51,30 @@ def wait_beyond_the_timeout():
         on_rank_0(break_down)
 
 
+def wait_for_one_that_does_not_come():
+    world = start_world("cpu", replicas=2, timeout_minutes=7)
+    store = dist.PrefixStore("test", dist.distributed_c10d._get_default_store())
+    for group in (dist.group.WORLD, *world.mesh.get_all_groups()):
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=7)
+    wait_for_all()
+    if world.rank == 0:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+        with pytest.raises(RuntimeError) as late:
+            dist.all_reduce(torch.ones(1))
+        said = line_for_user(late.value)
+        assert said.startswith("another rank did not come to a collective operation in time (") and "1000ms" in said
+        store.set("given_up", "")
+    store.wait(["given_up"])
+
+
+def work_in_one_order():
+    world = start_world("cpu", deterministic=True)
+    assert world.size == 1 and torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # one that can have none
+
+
 def what_rank_0_sees(folder):
     """On a file system that is slow to show rank 1 what is there; here it never does."""
     dist.init_process_group("gloo")
@@ -73,6 +98,14 @@ def what_rank_0_sees(folder):
 
 def test_what_there_is_to_go_on_from_is_what_rank_0_sees(tmp_path):
     start(what_rank_0_sees, str(tmp_path), size=2, log=tmp_path / "log.txt").join()
+
+
+def test_a_rank_that_does_not_come_ends_a_collective_with_one_line(tmp_path):
+    start(wait_for_one_that_does_not_come, size=2, log=tmp_path / "log.txt").join()
+
+
+def test_deterministic_operations_are_asked_for_before_anything_is_computed(tmp_path):
+    start(work_in_one_order, log=tmp_path / "log.txt").join()
 
 
 @pytest.mark.slow

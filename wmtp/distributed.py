@@ -10,7 +10,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -41,13 +42,16 @@ class World:
         return self.rank == 0
 
 
-def start_world(device: str, *, replicas: int = 1) -> World:
+def start_world(device: str, replicas: int = 1, timeout_minutes: float = 30.0, deterministic: bool = False) -> World:
     """Joins the processes that torchrun or `tune run` started; without a launcher it makes a world of one process.
 
     Args:
         device: ``cpu`` (gloo), ``cuda`` (nccl for CUDA tensors, gloo for CPU ones), or ``auto``.
         replicas: number of HSDP replicas; parameters are sharded over world size / replicas processes, usually those
             of one node.
+        timeout_minutes: how long a collective waits for other ranks before it gives up. gloo raises then, nccl ends the
+            process; what may take long (saving, reading, what rank 0 does alone) waits without a limit instead.
+        deterministic: the same operations give the same bits on CUDA, at some cost in speed.
 
     Raises:
         ConfigError: CUDA is requested but absent, or replicas do not divide the world size.
@@ -59,12 +63,15 @@ def start_world(device: str, *, replicas: int = 1) -> World:
         if not torch.cuda.is_available():
             raise ConfigError("device is cuda, but torch sees no CUDA device; set device=cpu or device=auto")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    if deterministic:
+        _deterministic()
+    current = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
-        if "RANK" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        # With its device, nccl connects here, and not in the first collective, which may be one of a few ranks.
+        backend, bound = ("cpu:gloo,cuda:nccl", current) if device == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=timeout, device_id=bound, **alone)
     size = dist.get_world_size()
     if size % replicas:
         raise ConfigError(f"hsdp_replicas must divide the world size {size}, got {replicas}")
@@ -72,8 +79,24 @@ def start_world(device: str, *, replicas: int = 1) -> World:
         mesh = init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     else:
         mesh = init_device_mesh(device, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
-    current = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    for group in mesh.get_all_groups():  # those made for HSDP have torch's own timeout
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
     return World(dist.get_rank(), size, current, mesh)
+
+
+def _deterministic() -> None:
+    """Makes torch choose operations whose result does not depend on the order in which threads finish.
+
+    Attention's kernels follow by themselves (flash and memory-efficient have such a backward, cuDNN's is left out).
+    nccl sums in one order as long as its processes sit on the same kind of machine.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first product starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over each gathered block, for nothing
+    torch.backends.cudnn.benchmark = False
+    from torch._inductor import config as inductor  # only here: it takes a while
+
+    inductor.deterministic = True  # no choice of kernels by how long they take
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -283,6 +283,11 @@ def line_for_user(error: BaseException) -> str | None:
         return "stopped in the debugger"
     if isinstance(error, UserError):
         return one_line(error)
+    if isinstance(error, RuntimeError) and re.search(r"Timed out waiting \d+ ?ms", str(error)):  # gloo
+        return (
+            f"another rank did not come to a collective operation in time ({one_line(error)[-120:]}): see what it said "
+            "last; timeout_minutes gives it more time"
+        )
     if fault := disk_fault(error):
         return f"{fault}; make room{f', then {resume}' * goes_on}"
     if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_A_PATH:
