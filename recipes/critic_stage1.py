@@ -64,6 +64,7 @@ from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECOMPUTE = {False: None, True: 1, "selective": "selective"}  # or a number of blocks
 RESULTS = ("checkpoints", "best", "value_model", "report.md", "profiler")  # in output_dir, beside metrics.jsonl
 
 
@@ -115,7 +116,7 @@ class CriticStage1Recipe:
         self._scheduler_cfg = read.section("lr_scheduler", optional=True)
         self._max_grad_norm = read.number("max_grad_norm", None, above=0)
 
-        self._activation_checkpointing = read.flag("activation_checkpointing", False)
+        self._recompute = read.choice("activation_checkpointing", RECOMPUTE, False, or_whole=2)
         self._cpu_offload = read.flag("cpu_offload", False)
         self._hsdp_replicas = read.integer("hsdp_replicas", 1, minimum=1)
         self._timeout_minutes = read.number("timeout_minutes", 30.0, above=0)
@@ -242,8 +243,8 @@ class CriticStage1Recipe:
             model = ValueModel(backbone, self._head)
         largest = max(data.max_token_id for data in (self._data, self._heldout, self._test) if data is not None)
         require_fit(model, largest, self._seq_len)
-        if self._activation_checkpointing and self._backbone != "frozen":
-            checkpoint_activations(model)
+        if self._recompute is not None and self._backbone != "frozen":
+            checkpoint_activations(model, self._recompute)
         shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=self._cpu_offload)
         if path is not None:
             model.to_empty(device="cpu" if self._cpu_offload else self._world.device)

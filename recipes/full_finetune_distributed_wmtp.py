@@ -52,6 +52,7 @@ from wmtp.training.validation import epoch_cross_entropy, held_out_sets, validat
 from wmtp.weighting import any_weighting
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECOMPUTE = {False: None, True: 1, "selective": "selective"}  # or a number of blocks
 RESULTS = ("checkpoints", "export", "held_out", "profiler", "token_weights")  # beside metrics.jsonl
 
 
@@ -96,7 +97,7 @@ class FullFinetuneRecipeWMTP:
         self._scheduler_cfg = read.section("lr_scheduler", optional=True)
         self._max_grad_norm = read.number("max_grad_norm", None, above=0)
 
-        self._activation_checkpointing = read.flag("activation_checkpointing", False)
+        self._recompute = read.choice("activation_checkpointing", RECOMPUTE, False, or_whole=2)
         self._compile = read.flag("compile", False)
         self._cpu_offload = read.flag("cpu_offload", False)
         self._hsdp_replicas = read.integer("hsdp_replicas", 1, minimum=1)
@@ -197,8 +198,8 @@ class FullFinetuneRecipeWMTP:
         require_fit(model, self._data.max_token_id, self._seq_len, where)
         if frozen:
             model.requires_grad_(False).eval().to(self._dtype)
-        elif self._activation_checkpointing:
-            checkpoint_activations(model)
+        elif self._recompute is not None:
+            checkpoint_activations(model, self._recompute)
         if self._compile:
             for block in (*model.layers, *model.extra_heads):
                 block.compile()

@@ -55,6 +55,15 @@ def test_a_text_is_one_text(value):
         (0, "must be one of auto, off, false, got 0"),
     ],
 )
+def test_a_choice_may_be_a_whole_number_beside_its_options():
+    options = {False: None, True: 1, "selective": "selective"}
+    read = lambda value: ConfigReader(OmegaConf.create({"a": value})).choice("a", options, False, or_whole=2)
+    assert [read(value) for value in (None, False, True, "selective", 2, "3")] == [None, None, 1, "selective", 2, 3]
+    for wrong in (1, 0, -2, 2.5, "full"):
+        with pytest.raises(ConfigError, match=r"^a must be one of .*selective, a whole number >= 2, got "):
+            read(wrong)
+
+
 def test_a_choice_names_what_was_given_and_each_option_once_as_yaml_writes_it(value, says):
     options = {"auto": "auto", "off": "off", False: "none"}
     with pytest.raises(ConfigError, match=f"^a {says}$"):

@@ -1,6 +1,9 @@
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.loss import weighted_mtp_cross_entropy
 from wmtp.models import checkpoint_activations
@@ -86,14 +89,37 @@ def test_the_loss_in_forward_has_the_gradients_of_full_logits(tiny, tied):
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4, msg=name)
 
 
-def test_activation_checkpointing_changes_no_gradient(tiny):
+class Counted(TorchDispatchMode):
+    """Counts what runs, by name, of forward and backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_activation_checkpointing_changes_no_gradient_and_recomputes_what_it_says(tiny):
     tokens, ids = random_tokens(2, 10), torch.tensor([[0] * 4 + [1] * 6]).expand(2, 10)
-    grads = []
-    for wrap in (lambda model: model, checkpoint_activations):
-        model = wrap(tiny(num_future_tokens=HEADS))
-        model(tokens, document_ids=ids, loss_fn=weighted_mtp_cross_entropy, labels=tokens).loss_sum.backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    products, attentions, gates, expected = {}, {}, {}, None
+    for how in (None, 1, 2, "selective"):
+        model = tiny(num_future_tokens=HEADS)
+        if how is not None:
+            assert checkpoint_activations(model, how) is model
+        with Counted() as counted:
+            model(tokens, document_ids=ids, loss_fn=weighted_mtp_cross_entropy, labels=tokens).loss_sum.backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        expected = expected or gradients
+        assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True)), how
+        products[how] = counted.operations["mm"]
+        attentions[how] = counted.operations["_scaled_dot_product_flash_attention_for_cpu"]
+        gates[how] = counted.operations["silu"]
+    blocks = len(model.layers) + len(model.extra_heads)
+    assert attentions == {None: blocks, 1: 2 * blocks, 2: blocks + (blocks + 1) // 2, "selective": blocks}
+    assert products[1] > products[2] > products[None] == products["selective"]
+    assert gates["selective"] == gates[1] == 2 * gates[None]
 
 
 def test_rotation_angles_survive_bfloat16_and_the_meta_device(tiny):

@@ -113,20 +113,27 @@ class ConfigReader:
             raise ConfigError(f"{key} must be true or false, got {value!r}")
         return value
 
-    def choice(self, key: str, options: dict[Any, Any], default: Any = _REQUIRED) -> Any:
-        """Returns the option that the value names; null means the default, or None if that is an option."""
+    def choice(
+        self, key: str, options: dict[Any, Any], default: Any = _REQUIRED, *, or_whole: int | None = None
+    ) -> Any:
+        """Returns the option that the value names, or the value itself if it is a whole number >= or_whole; null means
+        the default, or None if that is an option."""
         value = self.get(key, default)
         if None in options.values() and key in self._cfg and self._cfg[key] is None:
             return None
         for name, option in options.items():
             if name == value and isinstance(name, bool) == isinstance(value, bool):
                 return option
+        number = whole_number(as_number(value))
+        if or_whole is not None and type(number) is int and number >= or_whole:
+            return number
         written = {False: "false", True: "true"}  # as YAML has it, which reads off and on so too
         names = {option: written.get(name, name) for name, option in reversed(options.items())}
         got = repr(value)
         if isinstance(value, bool):
             got = "true, as YAML reads on and yes too" if value else "false, as YAML reads off and no too"
-        raise ConfigError(f"{key} must be one of {', '.join(reversed(names.values()))}, got {got}")
+        whole = [] if or_whole is None else [f"a whole number >= {or_whole}"]
+        raise ConfigError(f"{key} must be one of {', '.join([*reversed(names.values()), *whole])}, got {got}")
 
     def plain(self, key: str, default: Any = _REQUIRED) -> Any:
         """Returns a value of nested lists and sections as Python's own; a list or a section if the default is one."""

@@ -1,15 +1,32 @@
 """Sharding with FSDP2, and activation checkpointing."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch._higher_order_ops.flex_attention import flex_attention
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torchtune.modules import TransformerSelfAttentionLayer
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from wmtp.models.nf4 import quantized_modules
+
+_ATEN = torch.ops.aten
+_KEPT = [  # what is dear to compute again
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    flex_attention,
+]
 
 
 def shard_model(
@@ -55,7 +72,20 @@ def shard_model(
     return model
 
 
-def checkpoint_activations(model: nn.Module) -> nn.Module:
-    """Keeps only each block's input in the forward pass and recomputes the rest in the backward. Before sharding."""
-    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, TransformerSelfAttentionLayer))
+def checkpoint_activations(model: nn.Module, how: int | str = 1) -> nn.Module:
+    """Recomputes activations of blocks in the backward pass instead of keeping them; no gradient changes by a bit.
+
+    Args:
+        model: an :class:`~wmtp.models.MTPDecoder` or :class:`~wmtp.models.ValueModel`, before it is sharded.
+        how: N: of every N-th block only the input is kept, beginning with the first, and everything of the others;
+            ``selective``: of every block the results of matrix products and attention are kept, and norms, rotations
+            and the MLP's gate are computed again.
+    """
+    every, context = 1, {}
+    if how == "selective":
+        context = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)}
+    else:
+        every = int(how)
+    chosen = {block for i, block in enumerate((*model.layers, *model.extra_heads)) if i % every == 0}  # type: ignore[misc]
+    apply_activation_checkpointing(model, partial(checkpoint_wrapper, **context), check_fn=lambda m: m in chosen)
     return model
