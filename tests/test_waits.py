@@ -13,10 +13,11 @@ from processes import start
 from services import free_port
 
 from wmtp.config import ConfigError
-from wmtp.distributed import SharedCounters, gather_objects, on_rank_0, start_world, wait_for_all
+from wmtp.distributed import SharedCounters, gather_objects, on_rank_0, share_out, start_world, wait_for_all
 from wmtp.errors import UserError, line_for_user
+from wmtp.files import write_manifest
 from wmtp.storage import Output
-from wmtp.training.checkpoint import checkpoint_to_resume
+from wmtp.training.checkpoint import checkpoint_to_resume, verify_together
 from wmtp.training.output_dir import check_output_dir
 
 
@@ -73,6 +74,34 @@ def work_in_one_order():
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # one that can have none
+
+
+def verify_a_checkpoint(folder):
+    """Each file is read by one rank; what one of them finds, all say."""
+    dist.init_process_group("gloo")
+    rank, folder = dist.get_rank(), Path(folder)
+    if rank == 0:
+        for number in range(6):
+            (folder / f"{number}.distcp").write_bytes(os.urandom(1000))
+        write_manifest(folder)
+    wait_for_all()
+    verify_together(folder)
+    done = []
+    share_out(range(6), done.append)
+    assert sorted(number for numbers in gather_objects(done) for number in numbers) == list(range(6))
+    if rank == 0:
+        (folder / "3.distcp").write_bytes(os.urandom(1000))
+    wait_for_all()
+    with pytest.raises(UserError, match=r"^checkpoint file .*3\.distcp is corrupt"):
+        verify_together(folder)
+    if rank == 0:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"has no manifest\.json"):
+        verify_together(folder)
+
+
+def test_a_checkpoint_is_verified_by_all_ranks_together(tmp_path):
+    start(verify_a_checkpoint, str(tmp_path), size=2, log=tmp_path.with_suffix(".txt")).join()
 
 
 def what_rank_0_sees(folder):

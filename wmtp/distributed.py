@@ -8,7 +8,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -256,3 +256,23 @@ class SharedCounters:
         """Yields the numbers 0, 1, ... below ``stop``, each on exactly one of the ranks that iterate."""
         while (index := self.add(key, 1) - 1) < stop:
             yield index
+
+
+def share_out(items: Sequence[T], work: Callable[[T], None]) -> None:
+    """Calls ``work`` with each of the items, on whichever rank is free for the next one; waits until all are done.
+
+    Args:
+        items: the same on every rank.
+
+    Raises:
+        UserError: on every rank, if ``work`` raised it on one.
+    """
+    fault = None
+    try:
+        for index in SharedCounters().take("item", len(items)):
+            work(items[index])
+    except UserError as error:
+        fault = error
+    for found in gather_objects(fault):
+        if found is not None:
+            raise found

@@ -114,16 +114,26 @@ def verify_manifest(folder: Path) -> None:
     Raises:
         ValueError: no manifest, or a file that is missing, of another size, or of other content.
     """
+    for name, expected in read_manifest(folder).items():
+        verify_file(folder, name, expected)
+
+
+def read_manifest(folder: Path) -> dict[str, dict]:
+    """Returns what :func:`write_manifest` wrote; raises UserError where there is none."""
     manifest = folder / MANIFEST
     if not manifest.exists():
         raise UserError(f"checkpoint {folder} has no {MANIFEST}: it is not a complete checkpoint of a run")
-    for name, expected in json.loads(manifest.read_text()).items():
-        path = folder / name
-        size = path.stat().st_size if path.exists() else None
-        if size != expected["bytes"]:
-            raise UserError(
-                f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
-                f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
-            )
-        if file_sha256(path) != expected["sha256"]:
-            raise UserError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")
+    return json.loads(manifest.read_text())
+
+
+def verify_file(folder: Path, name: str, expected: dict) -> None:
+    """Compares a file with its manifest's entry; raises UserError where it is missing, or of other size or content."""
+    path = folder / name
+    size = path.stat().st_size if path.exists() else None
+    if size != expected["bytes"]:
+        raise UserError(
+            f"checkpoint file {path} has {'gone' if size is None else f'{size} bytes'}, its manifest says "
+            f"{expected['bytes']} bytes; delete {folder} to resume from the checkpoint before it"
+        )
+    if file_sha256(path) != expected["sha256"]:
+        raise UserError(f"checkpoint file {path} is corrupt: its SHA-256 is not the manifest's; delete {folder}")

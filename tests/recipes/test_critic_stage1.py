@@ -20,9 +20,10 @@ from recipes.critic_stage1 import CriticStage1Recipe
 from runs import ROOT, read_metrics, series
 from wmtp.config import StopTraining, load
 from wmtp.errors import Stopped
+from wmtp.files import verify_manifest
 from wmtp.models import MTPDecoder, load_value_model
 from wmtp.pretrained import CheckpointError, hf_tokenizer, resolve_checkpoint
-from wmtp.training.checkpoint import complete_checkpoints, load_trainer, verify_manifest
+from wmtp.training.checkpoint import complete_checkpoints, load_trainer
 
 
 @pytest.fixture

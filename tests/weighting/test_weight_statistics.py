@@ -2,8 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from wmtp.loss import valid_targets
 from wmtp.weighting import target_table, weight_statistics
@@ -44,6 +47,17 @@ def test_equal_weights_one_weight_none_and_only_zeros():
         assert len(s) == 8 and s["entropy"] <= 1
     assert weight_statistics(torch.zeros(0)) == {}
     assert set(weight_statistics(torch.zeros(3), position=torch.arange(3)).values()) == {0.0}
+
+
+@given(st.lists(st.floats(0, 100, width=32), min_size=1, max_size=40))
+def test_percentiles_and_correlations_are_numpy_s(values):
+    w = torch.tensor(values)
+    ce = torch.arange(len(values)).square().float()
+    s = weight_statistics(w, policy_ce=ce)
+    exact = np.quantile(w.double().numpy(), (0.25, 0.75, 0.95, 1.0))
+    assert [s[name] for name in ("p25", "p75", "p95", "max")] == pytest.approx(exact, rel=1e-12)
+    if "ce_correlation" in s:
+        assert s["ce_correlation"] == pytest.approx(np.corrcoef(w.double(), ce.double())[0, 1], abs=1e-9)
 
 
 def table(weights, heads=2):

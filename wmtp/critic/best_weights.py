@@ -13,10 +13,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from wmtp.distributed import on_rank_0, wait_for_all
+from wmtp.distributed import wait_for_all
 from wmtp.files import UNFINISHED, unfinished
 from wmtp.models.load import named_parameters, reshard
-from wmtp.training.checkpoint import complete_checkpoints, publish_shards, verify_manifest
+from wmtp.training.checkpoint import complete_checkpoints, publish_shards, verify_together
 
 
 class BestWeights:
@@ -56,7 +56,7 @@ class BestWeights:
         Raises:
             ValueError: they are not there, or a file does not match its manifest.
         """
-        on_rank_0(lambda: verify_manifest(self._of(step)))
+        verify_together(self._of(step))
         reshard(model)
         state = _trained(model)
         dcp.load(state, checkpoint_id=str(self._of(step)))
