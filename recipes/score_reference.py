@@ -80,6 +80,7 @@ class ScoreReferenceRecipe:
         self._documents_per_part = read.integer("documents_per_part", 4096, minimum=1)
         self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._fully_shard = read.flag("fully_shard", False)
+        self._timeout_minutes = read.number("timeout_minutes", 30.0, above=0)
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
 
@@ -94,7 +95,7 @@ class ScoreReferenceRecipe:
 
     def setup(self) -> None:
         """Builds everything in the order in which a mistake is cheapest to find: files, data, then the model."""
-        self._world = start_world(self._device_name)
+        self._world = start_world(self._device_name, timeout_minutes=self._timeout_minutes)
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
         self._log = RunLog(self._output, self._tracking_cfg, is_main=self._world.is_main)
