@@ -253,7 +253,7 @@ class FullFinetuneRecipeWMTP:
             self._score_epoch()
             accumulated = Accumulation(self._stream, self._accumulation_steps, self._tokens_per_step)
             meter.start()
-            while not accumulated.full():
+            while not accumulated.full:
                 with meter.data_wait():
                     batch = accumulated.next_batch()
                 batch = self._next_batch(batch)
@@ -268,7 +268,7 @@ class FullFinetuneRecipeWMTP:
                     head_weights=self._head_weights,
                 )
                 # HSDP's replicas sum gradients once a step; shards in each micro-batch, or each would hold them whole.
-                model.set_requires_all_reduce(accumulated.full())
+                model.set_requires_all_reduce(accumulated.full)
                 # FSDP2 averages gradients over ranks; times the world size that is a sum, divided once below.
                 (out.loss_sum * self._world.size).backward()
                 accumulated.add(batch, out)

@@ -51,13 +51,13 @@ def test_the_last_micro_batch_is_known_on_every_rank_before_its_loss():
     for target_tokens, micro_batches, expected in ((15, None, 3), (12, None, 2), (1, None, 1), (None, 4, 4)):
         steps = [Accumulation(stream, micro_batches, target_tokens) for stream in streams]
         taken, targets = 0, 0
-        while not steps[0].full():
-            assert not steps[1].full()
+        while not steps[0].full:
+            assert not steps[1].full
             for step in steps:
                 batch = step.next_batch()
                 targets += int(valid_targets(batch["labels"], 1, batch["document_ids"]).sum())
             taken += 1
-        assert steps[1].full() and (taken, targets) == (expected, 6 * expected)
+        assert steps[1].full and (taken, targets) == (expected, 6 * expected)
 
 
 def figures_of_all_ranks():

@@ -81,11 +81,9 @@ def checkpoint_activations(model: nn.Module, how: int | str = 1) -> nn.Module:
             ``selective``: of every block the results of matrix products and attention are kept, and norms, rotations
             and the MLP's gate are computed again.
     """
-    every, context = 1, {}
-    if how == "selective":
-        context = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)}
-    else:
-        every = int(how)
-    chosen = {block for i, block in enumerate((*model.layers, *model.extra_heads)) if i % every == 0}  # type: ignore[misc]
+    selective = how == "selective"
+    every = 1 if selective else int(how)
+    context = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)} if selective else {}
+    chosen = set((*model.layers, *model.extra_heads)[::every])  # type: ignore[misc]
     apply_activation_checkpointing(model, partial(checkpoint_wrapper, **context), check_fn=lambda m: m in chosen)
     return model

@@ -52,24 +52,27 @@ class Accumulation:
         stream: gives the micro-batches. It knows the targets of all ranks' rows, so none asks the others.
         micro_batches: of the step; None to count target tokens.
         target_tokens: of head 1, over all ranks: the micro-batch that reaches them is the step's last.
+
+    Attributes:
+        full: the last micro-batch was taken from the stream; known before its loss is computed.
     """
 
     def __init__(self, stream: BatchStream, micro_batches: int | None, target_tokens: int | None = None) -> None:
         self._stream, self._micro_batches, self._target_tokens = stream, micro_batches, target_tokens
         self._taken, self._targets_before = 0, stream.num_targets
+        self.full = False
         self.batches: list[dict] = []
         self.outs: list[MTPLoss] = []
 
     def next_batch(self) -> dict:
         """Takes this rank's rows of the next micro-batch from the stream."""
+        batch = self._stream.next_batch()
         self._taken += 1
-        return self._stream.next_batch()
-
-    def full(self) -> bool:
-        """Returns whether the step's last micro-batch has been taken; known before its loss is computed."""
-        if self._micro_batches is not None:
-            return self._taken == self._micro_batches
-        return self._taken > 0 and self._stream.num_targets - self._targets_before >= self._target_tokens
+        if self._target_tokens is None:
+            self.full = self._taken == self._micro_batches
+        else:
+            self.full = self._stream.num_targets - self._targets_before >= self._target_tokens
+        return batch
 
     def add(self, batch: dict, out: MTPLoss) -> None:
         self.batches.append(batch)

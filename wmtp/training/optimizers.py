@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, part: nn.Module, part_lr: float | None, d
     if decay_all:
         return groups
     tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    cut = []
+    cut: list[dict[str, Any]] = []
     for group in groups:
         matrices = [p for p in group["params"] if p.dim() > 1 and p not in tables]
         others = [p for p in group["params"] if p.dim() <= 1 or p in tables]
