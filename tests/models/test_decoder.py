@@ -1,9 +1,7 @@
-from collections import Counter
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from counted import Counted
 
 from wmtp.loss import weighted_mtp_cross_entropy
 from wmtp.models import checkpoint_activations
@@ -87,18 +85,6 @@ def test_the_loss_in_forward_has_the_gradients_of_full_logits(tiny, tied):
     out.loss_sum.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], atol=1e-4, rtol=1e-4, msg=name)
-
-
-class Counted(TorchDispatchMode):
-    """Counts what runs, by name, of forward and backward pass."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_activation_checkpointing_changes_no_gradient_and_recomputes_what_it_says(tiny):

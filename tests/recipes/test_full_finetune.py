@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from counted import Counted
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
 from services import new_store
-from torch.distributed.tensor.debug import CommDebugMode
 from transformers import AutoModelForCausalLM
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
@@ -130,9 +130,9 @@ def replicas_reduce_once_a_step(*paths):
     for path in paths:
         recipe = FullFinetuneRecipeWMTP(OmegaConf.load(path))
         recipe.setup()
-        with CommDebugMode() as collectives:
+        with Counted() as collectives:
             recipe.train()
-        counts.append(collectives.get_comm_counts()[torch.ops.c10d.allreduce_])
+        counts.append(collectives.operations["allreduce_"])
     blocks = 3
     assert counts[0] == counts[1] >= 2 * (blocks + 1)
 

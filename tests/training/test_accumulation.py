@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from counted import Counted
 from processes import start
 from random_models import random_decoder
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wmtp.data import BatchStream, Document, Documents, pack
@@ -27,14 +27,14 @@ def collectives_of_a_step_on_two_times_two_ranks():
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     model = shard_model(random_decoder(**SIZES), mesh, param_dtype=torch.float32)
     tokens = torch.arange(8)[None]
-    with CommDebugMode() as collectives:
+    with Counted() as collectives:
         for number in (1, 2, 3):
             loss = model(tokens).sum()
             model.set_requires_all_reduce(number == 3)
             loss.backward()
-    counts, groups = collectives.get_comm_counts(), 4  # three blocks and the root
-    assert counts[torch.ops.c10d.allreduce_] == groups
-    assert counts[torch.ops.c10d._reduce_scatter_base_] == 3 * groups
+    counts, groups = collectives.operations, 4  # three blocks and the root
+    assert counts["allreduce_"] == groups
+    assert counts["_reduce_scatter_base_"] == 3 * groups
     assert all(p.grad is not None for p in model.parameters())
     dist.destroy_process_group()
 
