@@ -78,7 +78,7 @@ def test_a_reference_stored_in_bf16_says_what_one_that_is_rounded_when_gathered_
     batch = recipe._next_batch(recipe._stream.next_batch())
     with torch.no_grad():
         ce = gathered(**recipe._inputs(batch), loss_fn=token_cross_entropy, labels=batch["labels"])
-    assert torch.equal(batch["signals"]["reference_ce"], ce[0]) and ce.count_nonzero() > 100
+    assert torch.equal(batch["signals"]["reference_ce"], ce[0]) and ce.count_nonzero() > 50
 
 
 def test_lambda_zero_trains_as_uniform_bit_for_bit(tiny_config, run_recipe):
