@@ -47,14 +47,6 @@ def test_a_text_is_one_text(value):
     assert read.text("a") == "s.jsonl" and read.text("b", None) is None
 
 
-@pytest.mark.parametrize(
-    ("value", "says"),
-    [
-        ("of", "must be one of auto, off, false, got 'of'"),
-        (True, "must be one of auto, off, false, got true, as YAML reads on and yes too"),
-        (0, "must be one of auto, off, false, got 0"),
-    ],
-)
 def test_a_choice_may_be_a_whole_number_beside_its_options():
     options = {False: None, True: 1, "selective": "selective"}
     read = lambda value: ConfigReader(OmegaConf.create({"a": value})).choice("a", options, False, or_whole=2)
@@ -64,6 +56,14 @@ def test_a_choice_may_be_a_whole_number_beside_its_options():
             read(wrong)
 
 
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("of", "must be one of auto, off, false, got 'of'"),
+        (True, "must be one of auto, off, false, got true, as YAML reads on and yes too"),
+        (0, "must be one of auto, off, false, got 0"),
+    ],
+)
 def test_a_choice_names_what_was_given_and_each_option_once_as_yaml_writes_it(value, says):
     options = {"auto": "auto", "off": "off", False: "none"}
     with pytest.raises(ConfigError, match=f"^a {says}$"):
