@@ -83,7 +83,7 @@ def checkpoint_activations(model: nn.Module, how: int | str = 1) -> nn.Module:
     """
     selective = how == "selective"
     every = 1 if selective else int(how)
-    context = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)} if selective else {}
+    context: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, _KEPT)} if selective else {}
     chosen = set((*model.layers, *model.extra_heads)[::every])  # type: ignore[misc]
     apply_activation_checkpointing(model, partial(checkpoint_wrapper, **context), check_fn=lambda m: m in chosen)
     return model
