@@ -72,8 +72,8 @@ def weight_statistics(
     entropy, *moments = all_reduce(torch.stack([entropy, *products, *variances]))
     products, variances = torch.stack(moments).unflatten(0, (2, -1))
     places = torch.tensor([0.0, 0.25, 0.75, 0.95, 1.0], dtype=torch.float64, device=x.device) * (count - 1)
-    below = order_statistics(columns, places.floor(), all_reduce)
-    ordered = below.lerp(order_statistics(columns, places.ceil(), all_reduce), places.frac())  # [C, 5]
+    below, above = order_statistics(columns, torch.cat([places.floor(), places.ceil()]), all_reduce).chunk(2, dim=1)
+    ordered = below.lerp(above, places.frac())  # [C, 5]
     figures = dict(zip(("p25", "p75", "p95", "max"), ordered[0, 1:].tolist(), strict=True))
     figures["mean"] = (total / count).item()
     figures["kept_share"] = (kept / count).item()
