@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, StopTraining, build
-from wmtp.data import BatchStream, pack
+from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
@@ -53,6 +53,7 @@ from wmtp.training.frozen_models import frozen_signals, frozen_value_model
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
+from wmtp.training.packed_data import packed_data
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
@@ -88,6 +89,8 @@ class LoRARecipeWMTP:
         self._eval_dataset_cfg = read.section("eval_dataset", optional=True)
         self._seq_len = read.integer("seq_len", minimum=2)
         self._packed = read.flag("packed", True)
+        self._data_cache = read.text("data_cache", "auto", null=True)
+        self._data_workers = read.integer("data_workers", 4, minimum=1)
         self._preview = read.integer("preview", 0)
 
         self._weighting_cfg = read.section("weighting")
@@ -204,8 +207,8 @@ class LoRARecipeWMTP:
         self._checkpointer.remove_torn()
 
     def _pack(self, section: DictConfig, where: str):
-        documents = build(section, self._tokenizer, where=where)
-        data = pack(documents, self._seq_len, packed=self._packed, pad_id=self._tokenizer.pad_id)
+        kept = {"cache": self._data_cache, "workers": self._data_workers}
+        data = packed_data(section, self._tokenizer, where, seq_len=self._seq_len, packed=self._packed, **kept)
         self._log.info(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 

@@ -121,7 +121,7 @@ def wait_for_all() -> None:
     A collective gives up after the process group's timeout even if the slow rank is at work. This wait ends early only
     if a rank dies: the launcher then ends all processes. Python's signal handlers run during the wait.
     """
-    size = dist.get_world_size()
+    size = dist.get_world_size() if dist.is_initialized() else 1
     if size == 1:
         return
     store, number = _store("arrivals"), next(_arrivals)

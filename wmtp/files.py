@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from wmtp.errors import UserError, may_fill
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp"  # suffix of a file or folder that is being written
+_RACY_NS = 2 * 10**9  # a file this young may change again without a new ctime, which moves in ticks
 
 
 def cache_folder() -> Path:
@@ -84,6 +86,26 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[b
     finally:
         if descriptor is not None:
             os.close(descriptor)
+
+
+def file_state(file: Path) -> list[int]:
+    """Returns the facts that change when a file is written or replaced; programs can set mtime, but not ctime."""
+    stat = file.stat()
+    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def content_sha256(file: Path) -> str:
+    """Returns the SHA-256 of a large file: one process of a host reads it, and notes the hash until it changes."""
+    state = file_state(file)
+    note = cache_folder() / "sha256" / hashlib.sha256(str(state).encode()).hexdigest()
+    with locked(note.with_name("lock")):
+        if note.is_file():
+            return note.read_text()
+        steady = time.time_ns() - state[-1] > _RACY_NS
+        digest = file_sha256(file)
+        if steady and file_state(file) == state:
+            write_whole(note, digest)
+        return digest
 
 
 def write_manifest(folder: Path) -> dict[str, dict]:

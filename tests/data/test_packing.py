@@ -74,7 +74,7 @@ def test_many_documents_fill_their_rows():
 
 def test_a_worked_example():
     dataset = pack(make_documents([3, 6, 5, 2], prompts=[1, 2, 0, 0]), 8, pad_id=PAD)
-    assert dataset.ids == (("d0", "d2"), ("d1", "d3"))
+    assert [dataset.row_ids(row) for row in (0, 1)] == [("d0", "d2"), ("d1", "d3")]
     assert dataset.tokens.tolist() == [
         [100, 101, 102, 109, 110, 111, 112, 113],
         [103, 104, 105, 106, 107, 108, 114, 115],
@@ -101,7 +101,7 @@ def test_the_targets_are_those_the_loss_counts():
 def test_cut_and_left_out_documents_are_counted():
     dataset = pack(make_documents([4, 20, 20], prompts=[1, 3, 9]), 8, pad_id=PAD)
     assert (dataset.num_cut, dataset.num_dropped) == (1, 1)
-    assert dataset.ids == (("d0",), ("d1",))
+    assert [dataset.row_ids(row) for row in range(len(dataset))] == [("d0",), ("d1",)]
     assert dataset.summary().endswith("2 documents, 8 targets, 1 cut, 1 dropped (no target within seq_len), 75.0% full")
     with pytest.raises(ValueError, match="made up: no document has a target within seq_len 8 tokens; raise seq_len"):
         pack(make_documents([20], prompts=[9]), 8, pad_id=PAD)
@@ -120,6 +120,18 @@ def test_the_fingerprint_binds_data_and_packing():
     ]
     assert len(set(prints)) == 5
     assert pack(make_documents([3, 6, 5]), 8, pad_id=PAD).fingerprint == prints[0]
+
+
+def test_the_packing_of_earlier_releases_is_kept_so_that_their_runs_resume():
+    """As it was before documents could come from files, when rows were found in another way."""
+    lengths = np.random.default_rng(0).lognormal(3.5, 0.8, 500).astype(int) + 2
+    dataset = pack(make_documents(lengths, scored=True, prompts=lengths // 3), 128, pad_id=PAD)
+    assert dataset.fingerprint == "fe40a6c0b6c0a0cc0183a3f9dd8e6f2eaace3bf9e2f72924e24ac76761338e63"
+    assert dataset.rows_sha256 == "e72b722813902b5671792a3cbec131e1dbadfda1d1596b4486d22fe577be923d"
+    assert (len(dataset), dataset.max_token_id, dataset.num_targets) == (171, 23156, 14401)
+    one_each = pack(make_documents(lengths, prompts=lengths // 3), 128, packed=False, pad_id=PAD)
+    assert one_each.fingerprint == "e91ffbcb94adb50aadb38371ca17a2801bc651cd297f0c4f90cecc53de65edaf"
+    assert one_each.rows_sha256 == "576f0c9de97fc42dffec8e40e48eb24bc57cf1b140864da7a6d51c01a759f6bb"
 
 
 def test_no_documents_is_one_clear_line():

@@ -4,7 +4,8 @@ import time
 
 import pytest
 
-from wmtp.pretrained import CheckpointError, gguf_conversion, hf_tokenizer, resolve, resolve_checkpoint
+from wmtp import files
+from wmtp.pretrained import CheckpointError, gguf_conversion, hf_tokenizer, resolve_checkpoint
 
 
 @pytest.fixture
@@ -81,9 +82,9 @@ def test_a_path_that_is_no_hub_name_gets_no_such_hint(tmp_path):
 def test_a_file_that_does_not_change_is_hashed_once(gguf, monkeypatch):
     monkeypatch.setattr(gguf_conversion, "convert_gguf", lambda file, folder: folder.mkdir())
     resolve_checkpoint(gguf)
-    notes = gguf.parent / "cache" / "gguf" / "sha256"
+    notes = gguf.parent / "cache" / "sha256"
     assert not [note for note in notes.iterdir() if note.read_text()]  # so young that it may still change unseen
-    monkeypatch.setattr(resolve, "_RACY_NS", 0)
+    monkeypatch.setattr(files, "_RACY_NS", 0)
     folder = resolve_checkpoint(gguf)
     (note,) = (note for note in notes.iterdir() if note.read_text())
     assert note.read_text() == hashlib.sha256(b"first").hexdigest()

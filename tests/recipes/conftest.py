@@ -26,6 +26,8 @@ def tiny_config(tmp_path, monkeypatch):
         cfg = load(ROOT / "configs" / "tiny" / f"{job}.yaml")
         cfg.output_dir = str(tmp_path / job)
         cfg.tracking = None
+        if job in ("uniform", "reference", "rho1", "rho1_scored", "lora_rho1"):
+            cfg.data_cache = str(tmp_path / "data_cache")
         cfg.device = os.environ.get("WMTP_TEST_DEVICE", "cpu")
         for key, value in overrides.items():
             OmegaConf.update(cfg, key.replace("__", "."), value)

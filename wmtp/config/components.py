@@ -41,6 +41,29 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     """
     if section is None:
         return None
+    component, values = checked(section, *args, where=where, **kwargs)
+    try:
+        return component(*args, **{**values, **kwargs})
+    except UserError as error:
+        # A message about one of the component's own keys gets the key's full name: weighting.method.percentile.
+        if str(error).split(" ", 1)[0] in section:
+            raise ConfigError(f"{where}.{one_line(error)}") from error
+        raise
+    except (TypeError, ValueError) as error:
+        if raised_in(error) != __file__:
+            raise
+        raise ConfigError(f"{where} ({section._component_}): {one_line(error)}") from error
+
+
+def checked(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Returns what :func:`build` calls for a section, and the arguments that the section gives, without the call.
+
+    Args:
+        section, where, *args, **kwargs: as in :func:`build`.
+
+    Raises:
+        ConfigError: component not found, key unknown or missing, or a value of a wrong type.
+    """
     component, path = component_of(section, where), section._component_
     parameters = _parameters(component)
     by_name = _names(parameters)
@@ -55,17 +78,7 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     for n in [n for n in values if n in by_name]:
         _refuse_text_as_list(values[n], parameters[n], f"{where}.{n}")
         values[n] = _numeric(values[n], parameters[n], f"{where}.{n}")
-    try:
-        return component(*args, **{**values, **kwargs})
-    except UserError as error:
-        # A message about one of the component's own keys gets the key's full name: weighting.method.percentile.
-        if str(error).split(" ", 1)[0] in section:
-            raise ConfigError(f"{where}.{one_line(error)}") from error
-        raise
-    except (TypeError, ValueError) as error:
-        if raised_in(error) != __file__:
-            raise
-        raise ConfigError(f"{where} ({path}): {one_line(error)}") from error
+    return component, values
 
 
 def check_keys(node: Any, where: str = "") -> None:

@@ -99,9 +99,11 @@ class ConfigReader:
             raise ConfigError(f"{key} must be {kind}, in a list, got {values!r}")
         return list(values) if whole else [float(v) for v in values]
 
-    def text(self, key: str, default: Any = _REQUIRED) -> str | None:
-        """Returns a text with more than blanks, such as a path; None only if that is the default."""
+    def text(self, key: str, default: Any = _REQUIRED, *, null: bool = False) -> str | None:
+        """Returns a text of more than blanks, such as a path; None if that is the default, and with `null` for null."""
         value = self.get(key, default)
+        if null and key in self._cfg and self._cfg[key] is None:
+            return None
         if value is not None and not (isinstance(value, str) and value.strip()):
             raise ConfigError(f"{key} must be one text, got {value!r}")
         return value

@@ -5,7 +5,7 @@ add one, write such a function; `document_from_text` makes a document of a promp
 """
 
 from wmtp import on_demand
-from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
+from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, comes_from, document_from_text
 from wmtp.data.packing import BatchStream, PackedDataset, pack, validation_batches
 
 __getattr__ = on_demand(

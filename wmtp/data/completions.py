@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, document_from_text
-from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, take
+from wmtp.data.collect import collect
+from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, comes_from, document_from_text
+from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, rows_state, take
 from wmtp.errors import UserError
 from wmtp.files import publish, unfinished
 
@@ -26,6 +27,7 @@ _TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dic
 _FIRST_ROWS = 1000  # of a stream: one of them must have the column that the config names
 
 
+@comes_from(rows_state)
 def prompt_completion(
     tokenizer,
     *,
@@ -55,7 +57,7 @@ def prompt_completion(
     missed = {reference_ce_column: list[float]} if reference_ce_column is not None else {}
     read = [column for column in columns if column is not None]
     rows = ReadColumns(read_rows(source, split, subset), missed, read, way_out=way_out)
-    items = tuple(make() for make in _of_text(rows, tokenizer, columns))
+    items = collect(_of_text(rows, tokenizer, columns))
     named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
     for key, (column, default) in named.items():
         if items and column not in (None, default):  # the data of a user who sets the key have such a column
@@ -90,6 +92,7 @@ def prompt_completion_stream(
     return _stream(partial(_of_text, tokenizer=tokenizer, columns=columns), source, split, subset)
 
 
+@comes_from(rows_state)
 def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str | None = None) -> Documents:
     """Documents that are token ids already, such as those of :func:`save_tokenized`; nothing is added to them.
 
@@ -105,7 +108,7 @@ def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str |
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
     rows = _token_columns(read_rows(source, split, subset))
-    items = tuple(make() for make in _of_tokens(rows, tokenizer))
+    items = collect(_of_tokens(rows, tokenizer))
     return Documents(str(source), items, unread=rows.unread)
 
 

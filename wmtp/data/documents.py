@@ -1,9 +1,11 @@
 """Documents, the result of every dataset builder: token ids, labels, and the data's numbers for each token."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +43,58 @@ class Document:
         return tuple(self.tokens[self.labels == IGNORE].tolist())
 
 
+class Tally:
+    """Counts the documents that have each signal."""
+
+    def __init__(self, documents: Iterable[Document] = ()) -> None:
+        self.total = 0
+        self.counts: Counter[str] = Counter()
+        self.first_without: dict[str, str] = {}  # of SCORES: the name of the first document that lacks it
+        for document in documents:
+            self.add(document)
+
+    def add(self, document: Document) -> None:
+        self.total += 1
+        self.counts.update(document.signals.keys())
+        for name in SCORES:
+            if name not in document.signals:
+                self.first_without.setdefault(name, document.id)
+
+
+class Columns(Sequence[Document]):
+    """Documents in flat arrays, which may be mapped files; the object of a document is made when it is indexed.
+
+    Args:
+        ids: of pyarrow: the names.
+        lengths: [N] tokens of each document.
+        tokens, labels: [T] int32.
+        signals: [T] float32 by name.
+        tally: of the documents before those signals were left out that only some of them have.
+    """
+
+    def __init__(
+        self,
+        ids: Any,
+        lengths: np.ndarray,
+        tokens: np.ndarray,
+        labels: np.ndarray,
+        signals: Mapping[str, np.ndarray],
+        tally: Tally | None = None,
+    ) -> None:
+        self._ids, self._tokens, self._labels, self.signals, self.tally = ids, tokens, labels, signals, tally
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Document:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        place = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
+        signals = {name: numbers[place] for name, numbers in self.signals.items()}
+        return Document(self._tokens[place], self._labels[place], self._ids[index].as_py(), signals)
+
+
 @dataclass(frozen=True)
 class Documents:
     """A dataset's documents in a fixed order.
@@ -66,11 +120,11 @@ class Documents:
         if not self.items:
             raise UserError(f"{self.name}: the dataset is empty{left_out(self.skipped)}")
         for name in SCORES:
-            without = [document.id for document in self.items if name not in document.signals]
-            if 0 < len(without) < len(self.items):
+            having, total = self._tally.counts[name], self._tally.total
+            if 0 < having < total:
                 raise UserError(
-                    f"{self.name}: {len(without)} of {len(self.items)} documents have no {name}, "
-                    f"the first is {without[0]}; score all of them or none"
+                    f"{self.name}: {total - having} of {total} documents have no {name}, "
+                    f"the first is {self._tally.first_without[name]}; score all of them or none"
                 )
 
     def __len__(self) -> int:
@@ -93,10 +147,11 @@ class Documents:
     @cached_property
     def signals(self) -> tuple[str, ...]:
         """Returns the names of the signals that every document has."""
-        everywhere = set(self.items[0].signals)
-        for document in self.items if everywhere else ():
-            everywhere &= document.signals.keys()
-        return tuple(sorted(everywhere))
+        return tuple(sorted(name for name, count in self._tally.counts.items() if count == self._tally.total))
+
+    @cached_property
+    def _tally(self) -> Tally:
+        return getattr(self.items, "tally", None) or Tally(self.items)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,6 +182,21 @@ class DocumentStream:
     def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
         """Yields (index, document) in order; a document that ``keep`` refuses is not made, and is None."""
         return ((index, make() if keep(index) else None) for index, make in enumerate(self.makers()))
+
+
+def comes_from(state: Callable[[Mapping[str, Any]], str | None]) -> Callable[[Callable], Callable]:
+    """Marks a builder with what its documents come from, so that a recipe may keep them in its `data_cache`.
+
+    Args:
+        state: of the builder's arguments by name: gives a text that changes whenever the source's content does, at much
+            lower cost than the builder; or None, where there is none, or where the builder will refuse its arguments.
+    """
+
+    def mark(builder: Callable) -> Callable:
+        builder.source_state = state  # type: ignore[attr-defined]
+        return builder
+
+    return mark
 
 
 def left_out(skipped: Mapping[str, int], unread: Iterable[str] = ()) -> str:

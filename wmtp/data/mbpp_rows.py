@@ -9,8 +9,8 @@ Prompt formats, each followed by the program as target:
 
 from collections.abc import Iterable
 
-from wmtp.data.documents import Documents, document_from_text
-from wmtp.data.rows import ReadColumns, lf, read_rows, take, take_texts
+from wmtp.data.documents import Documents, comes_from, document_from_text
+from wmtp.data.rows import ReadColumns, lf, read_rows, rows_state, take, take_texts
 from wmtp.errors import UserError
 
 PROMPTS = ("docstring", "bigcode", "3shot")
@@ -21,6 +21,7 @@ _TASK = (
 )
 
 
+@comes_from(rows_state)
 def mbpp(
     tokenizer,
     *,

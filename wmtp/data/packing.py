@@ -2,33 +2,40 @@
 
 import bisect
 import hashlib
+import heapq
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
 from wmtp.data.documents import IGNORE, Documents, left_out
+from wmtp.data.rows import printable
 from wmtp.errors import UserError
 
 
 @dataclass(frozen=True)
 class PackedDataset:
-    """Rows of S tokens, each holding whole documents and padding at the end.
+    """Rows of S tokens, each holding whole documents and padding at the end, in memory or mapped from files.
 
     Attributes:
         tokens: [R, S] int32, pad_id where there is no document.
         labels: [R, S] int32, unshifted, -100 where the token is no target.
         document_ids: [R, S] int32, 0, 1, ... within a row, -1 for padding.
         signals: [R, S] float32 by name, 0 for padding: those that every document has.
-        ids: the names of each row's documents.
-        members: the indices of each row's documents in the dataset that was packed.
+        members: [N] int64, for each document, row by row, its index in the dataset that was packed.
+        ids: of pyarrow, [N], their names.
+        starts: [R + 1] int64: row r holds members[starts[r] : starts[r + 1]].
+        row_tokens: [R] int64, the tokens of each row that are no padding.
+        row_targets: [R] int64, the targets of head 1 in each row; a document's first token is none, as nothing comes
+            before it.
         num_cut: documents cut to S tokens.
         num_dropped: documents left out because they have no target within S tokens.
         fingerprint: SHA-256 of the documents and of the settings of :func:`pack`.
+        rows_sha256: SHA-256 of what a model is trained on: tokens, labels, places of documents; not the signals.
         name, skipped, unread: of the documents.
     """
 
@@ -36,12 +43,17 @@ class PackedDataset:
     labels: Tensor
     document_ids: Tensor
     signals: Mapping[str, Tensor]
-    ids: tuple[tuple[str, ...], ...]
-    members: tuple[tuple[int, ...], ...]
+    members: np.ndarray
+    ids: Any
+    starts: np.ndarray
+    row_tokens: np.ndarray
+    row_targets: np.ndarray
+    max_token_id: int
     pad_id: int
     num_cut: int
     num_dropped: int
     fingerprint: str
+    rows_sha256: str
     name: str
     skipped: dict[str, int]
     unread: tuple[str, ...]
@@ -55,30 +67,16 @@ class PackedDataset:
 
     @property
     def num_targets(self) -> int:
-        """Counts the targets of head 1; a document's first token is none, as nothing comes before it."""
+        """Counts the targets of head 1."""
         return int(self.row_targets.sum())
 
-    @cached_property
-    def row_targets(self) -> Tensor:
-        """Counts the targets of head 1 in each row, [R]."""
-        same_document = self.document_ids[:, 1:] == self.document_ids[:, :-1]
-        return ((self.labels[:, 1:] != IGNORE) & same_document).sum(dim=1)
-
-    @property
-    def max_token_id(self) -> int:
-        return int(self.tokens.max())
+    def row_members(self, row: int) -> np.ndarray:
+        """Returns the indices of the documents of a row, in order."""
+        return self.members[self.starts[row] : self.starts[row + 1]]
 
     def row_ids(self, row: int) -> tuple[str, ...]:
         """Returns the names of the documents of a row, in order."""
-        return self.ids[row]
-
-    @cached_property
-    def rows_sha256(self) -> str:
-        """Returns the SHA-256 of what a model is trained on: tokens, labels, places of documents; not the signals."""
-        digest = hashlib.sha256(str(tuple(self.tokens.shape)).encode())
-        for column in (self.tokens, self.labels, self.document_ids):
-            digest.update(column.numpy().tobytes())
-        return digest.hexdigest()
+        return tuple(self.ids[self.starts[row] : self.starts[row + 1]].to_pylist())
 
     def summary(self, needs: Collection[str] | None = None) -> str:
         """Describes the data in one line: counts, share of the rows that is filled, and columns not read.
@@ -86,11 +84,11 @@ class PackedDataset:
         Args:
             needs: names of the signals that the weighting reads; None where they are not known.
         """
-        documents, filled = sum(map(len, self.ids)), float((self.document_ids >= 0).double().mean())
+        filled = int(self.row_tokens.sum()) / self.tokens.numel()
         idle = () if needs is None else (name for name in self.signals if name not in needs)
         return (
-            f"{self.name}: {len(self)} rows of {self.seq_len} tokens, {documents} documents, {self.num_targets} "
-            f"targets, {self.num_cut} cut, {self.num_dropped} dropped (no target within seq_len), "
+            f"{self.name}: {len(self)} rows of {self.seq_len} tokens, {len(self.members)} documents, "
+            f"{self.num_targets} targets, {self.num_cut} cut, {self.num_dropped} dropped (no target within seq_len), "
             f"{filled:.1%} full{left_out(self.skipped, (*idle, *self.unread))}"
         )
 
@@ -130,66 +128,117 @@ def pack(
     Raises:
         ValueError: no document has a target within seq_len tokens, or fewer than seq_len tokens have been scored.
     """
+    facts = plan(documents, seq_len, packed=packed, pad_id=pad_id, require_targets=require_targets)
+    [(columns, signals, ids)] = fill(documents, seq_len, facts, rows_at_once=len(facts["row_tokens"]))
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    signals = {name: torch.from_numpy(signal) for name, signal in signals.items()}
+    return PackedDataset(**facts, **tensors, signals=signals, ids=ids, rows_sha256=rows_sha256(**columns))
+
+
+def plan(
+    documents: Documents, seq_len: int, *, packed: bool, pad_id: int, require_targets: bool = True
+) -> dict[str, Any]:
+    """Decides which document goes into which row, and returns all fields of the dataset that need no row to be filled.
+
+    Args, Raises: as in :func:`pack`.
+    """
     if seq_len < 2:
         raise UserError(f"seq_len must be >= 2, got {seq_len}: the first token of a row predicts the second")
+    lengths, targets, largest = (np.zeros(len(documents), np.int64) for _ in range(3))
+    for i, document in enumerate(documents):
+        lengths[i] = len(document)
+        targets[i] = np.count_nonzero(document.labels[1:seq_len] != IGNORE)
+        largest[i] = document.tokens[:seq_len].max(initial=0)
     if documents.scored_len is not None and seq_len > documents.scored_len:
-        longer = sum(len(document) > documents.scored_len for document in documents)
+        longer = int((lengths > documents.scored_len).sum())
         if longer:
             raise UserError(
                 f"{documents.name}: {longer} documents were cut to {documents.scored_len} tokens when they were "
                 f"scored, and seq_len is {seq_len}; score them with seq_len >= {seq_len}, or lower seq_len here"
             )
-    kept = [i for i, d in enumerate(documents) if not require_targets or (d.labels[1:seq_len] != IGNORE).any()]
-    if not kept:
+    kept = np.flatnonzero(targets > 0) if require_targets else np.arange(len(documents))
+    if not len(kept):
         raise UserError(f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len")
-    lengths = {i: min(len(documents[i]), seq_len) for i in kept}
-    rows = _best_fit(lengths, seq_len) if packed else [[i] for i in kept]
-
-    shape = (len(rows), seq_len)
-    tokens, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE, np.int32)
-    document_ids = np.full(shape, -1, np.int32)
-    signals = {name: np.zeros(shape, np.float32) for name in documents.signals}
-    for row, members in enumerate(rows):
-        start = 0
-        for number, i in enumerate(members):
-            document, length = documents[i], lengths[i]
-            place = (row, slice(start, start + length))
-            tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
-            document_ids[place] = number
-            for name, signal in signals.items():
-                signal[place] = document.signals[name][:length]
-            start += length
-
+    fitting = np.minimum(lengths, seq_len)
+    row = _best_fit(fitting[kept], seq_len) if packed else np.arange(len(kept))
+    members, starts = kept[np.argsort(row, kind="stable")], np.cumsum([0, *np.bincount(row)])
+    row_tokens, row_targets = (np.add.reduceat(counts[members], starts[:-1]) for counts in (fitting, targets))
+    padded = int(row_tokens.sum()) < len(row_tokens) * seq_len
     how = f"{documents.fingerprint} seq_len={seq_len} packed={bool(packed)}"
-    return PackedDataset(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        document_ids=torch.from_numpy(document_ids),
-        signals={name: torch.from_numpy(signal) for name, signal in signals.items()},
-        ids=tuple(tuple(documents[i].id for i in members) for members in rows),
-        members=tuple(map(tuple, rows)),
-        pad_id=pad_id,
-        num_cut=sum(len(documents[i]) > seq_len for i in kept),
-        num_dropped=len(documents) - len(kept),
-        fingerprint=hashlib.sha256(how.encode()).hexdigest(),
-        name=documents.name,
-        skipped=documents.skipped,
-        unread=tuple(column for column in documents.unread if column not in signals),
-    )
+    return {
+        "members": members,
+        "starts": starts,
+        "row_tokens": row_tokens,
+        "row_targets": row_targets,
+        "max_token_id": max(int(largest[kept].max()), pad_id if padded else 0),
+        "pad_id": pad_id,
+        "num_cut": int((lengths[kept] > seq_len).sum()),
+        "num_dropped": len(documents) - len(kept),
+        "fingerprint": hashlib.sha256(how.encode()).hexdigest(),
+        "name": documents.name,
+        "skipped": documents.skipped,
+        "unread": tuple(column for column in documents.unread if column not in documents.signals),
+    }
 
 
-def _best_fit(lengths: dict[int, int], seq_len: int) -> list[list[int]]:
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
-    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(room, (lengths[i], -1))
-        free, row = room.pop(at) if at < len(room) else (seq_len, len(rows))
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(i)
-        if free > lengths[i]:
-            bisect.insort(room, (free - lengths[i], row))
-    return sorted(sorted(members) for members in rows)
+def fill(
+    documents: Documents, seq_len: int, facts: Mapping[str, Any], *, rows_at_once: int
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray], pa.Array]]:
+    """Yields the rows of a :func:`plan`, a number of them at a time: columns and signals [r, S] by name, and names."""
+    starts, members, pad_id = facts["starts"], facts["members"], facts["pad_id"]
+    for first in range(0, len(starts) - 1, rows_at_once):
+        rows = range(first, min(first + rows_at_once, len(starts) - 1))
+        shape, ids = (len(rows), seq_len), []
+        tokens, labels = np.full(shape, pad_id, np.int32), np.full(shape, IGNORE, np.int32)
+        document_ids = np.full(shape, -1, np.int32)
+        signals = {name: np.zeros(shape, np.float32) for name in documents.signals}
+        for row in rows:
+            start = 0
+            for number, i in enumerate(members[starts[row] : starts[row + 1]].tolist()):
+                document = documents[i]
+                length = min(len(document), seq_len)
+                place = (row - first, slice(start, start + length))
+                tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
+                document_ids[place] = number
+                for name, signal in signals.items():
+                    signal[place] = document.signals[name][:length]
+                start += length
+                ids.append(printable(document.id))
+        columns = {"tokens": tokens, "labels": labels, "document_ids": document_ids}
+        yield columns, signals, pa.array(ids, pa.large_string())
+
+
+def rows_sha256(tokens: np.ndarray, labels: np.ndarray, document_ids: np.ndarray) -> str:
+    """Returns the SHA-256 of the columns [R, S] and of their shape."""
+    digest = hashlib.sha256(str(tokens.shape).encode())
+    for column in (tokens, labels, document_ids):
+        digest.update(column.reshape(-1))
+    return digest.hexdigest()
+
+
+def _best_fit(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Returns the row of each document, rows counted in the order of their first documents."""
+    rows, count = np.empty(len(lengths), np.int64), 0
+    room: list[int] = []  # what is free in some row, sorted
+    with_room: dict[int, list[int]] = {}  # the rows where so much is free, a heap
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        at = bisect.bisect_left(room, length)
+        if at < len(room):
+            free = room[at]
+            rows[i] = heapq.heappop(with_room[free])
+            if not with_room[free]:
+                del with_room[free], room[at]
+        else:
+            free, rows[i], count = seq_len, count, count + 1
+        left = free - length
+        if left and left not in with_room:
+            bisect.insort(room, left)
+            with_room[left] = []
+        if left:
+            heapq.heappush(with_room[left], int(rows[i]))
+    first = np.unique(rows, return_index=True)[1]
+    return np.argsort(np.argsort(first))[rows]
 
 
 class BatchStream:

@@ -87,9 +87,9 @@ def column_of(documents: Sequence[Document], rows: PackedDataset | None, scores:
     columns = [np.zeros(len(document), np.float32) for document in documents]
     if rows is None:
         return columns
-    for row, members in enumerate(rows.members):
+    for row in range(len(rows)):
         start = 0
-        for i in members:
+        for i in rows.row_members(row):
             length = min(len(documents[i]), rows.seq_len)
             columns[i][:length] = scores[row, start : start + length]
             start += length

@@ -1,17 +1,20 @@
 """Documented functions of a Python source tree: the signature and docstring are the prompt, the body is the target."""
 
 import ast
-import functools
+import hashlib
 import os
+import sys
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from wmtp.data.documents import Documents, document_from_text
+from wmtp.data.collect import collect
+from wmtp.data.documents import Documents, comes_from, document_from_text
 from wmtp.data.rows import printable, reading, unreadable
 from wmtp.errors import MissingError, UserError
 from wmtp.numerics.keyed import text_hash
@@ -39,6 +42,31 @@ class Function:
     body: str
 
 
+def _tree_state(arguments: Mapping[str, Any]) -> str | None:
+    """Returns a text that changes with the modules below a folder, and with the Python that parses them."""
+    folder, exclude = _root(arguments["root"]), arguments["exclude"]
+    if isinstance(exclude, str) or not folder.is_dir():
+        return None
+    return f"{folder} {_tree_sha256(folder, exclude)} python {sys.version}"
+
+
+def _tree_sha256(folder: Path, exclude: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in module_paths(folder, exclude):
+        with reading(path):
+            content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode(errors="surrogateescape"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _root(root: str | None) -> Path:
+    root = sysconfig.get_paths()["stdlib"] if root is None else root
+    with reading(root):
+        return local_copy(root)
+
+
+@comes_from(_tree_state)
 def python_functions(
     tokenizer,
     *,
@@ -68,9 +96,8 @@ def python_functions(
         FileNotFoundError: root is no folder.
         ValueError: an argument out of range, or no function found.
     """
-    root = sysconfig.get_paths()["stdlib"] if root is None else root
-    with reading(root):
-        folder = local_copy(root)
+    folder = _root(root)
+    with reading(folder):
         if not folder.is_dir():
             raise MissingError(f"root {folder} is no folder of Python files")
     if isinstance(exclude, str):
@@ -82,7 +109,7 @@ def python_functions(
     if max_functions is not None and max_functions < 1:
         raise UserError(f"max_functions must be >= 1, got {max_functions}")
 
-    found, unparsed, repeated = _distinct_functions(folder, tuple(exclude))
+    found, unparsed, repeated = _distinct_functions(folder, tuple(exclude), _tree_sha256(folder, exclude))
     of_split = [f for f in found if split in ("all", split_of(f.module, fractions))]
     longest = float("inf") if max_body_lines is None else max_body_lines
     functions = [f for f in of_split if min_body_lines <= f.body.count("\n") <= longest]
@@ -95,12 +122,12 @@ def python_functions(
     if max_functions is not None and len(functions) > max_functions:
         chosen = {f.id for f in sorted(functions, key=lambda f: text_hash(f.id))[:max_functions]}
         functions = [f for f in functions if f.id in chosen]
-    documents = tuple(document_from_text(tokenizer, f.prompt, f.body, f.id) for f in functions)
+    documents = collect(partial(document_from_text, tokenizer, f.prompt, f.body, f.id) for f in functions)
     return Documents(f"python_functions {split} of {folder}", documents, skipped)
 
 
-@functools.lru_cache(maxsize=2)  # a recipe asks for train and heldout of one tree
-def _distinct_functions(folder: Path, exclude: tuple[str, ...]) -> tuple[list[Function], list[str], int]:
+@lru_cache(maxsize=2)  # a recipe asks for train and heldout of one tree
+def _distinct_functions(folder: Path, exclude: tuple[str, ...], _sha256: str) -> tuple[list[Function], list[str], int]:
     """Returns all modules' functions, each text once, the modules that do not parse, and the count of repeated ones."""
     functions: dict[str, Function] = {}
     unparsed, repeated = [], 0

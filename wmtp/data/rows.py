@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from wmtp.errors import MissingError, UserError, cannot_be_read
+from wmtp.files import content_sha256
 from wmtp.storage import local_copy
 
 T = TypeVar("T")
@@ -77,6 +78,32 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
         with _open(path) as file:
             first = next((line for line in file if line.strip()), "")
             return None if first.lstrip().startswith("[") else bool(first) + sum(1 for line in file if line.strip())
+
+
+def rows_state(arguments: Mapping[str, Any]) -> str | None:
+    """Returns a text that changes with the rows of :func:`read_rows`, for :func:`wmtp.data.comes_from`.
+
+    Args:
+        arguments: of a builder: source, split and subset. Of a folder every file counts, whatever the split.
+
+    Returns:
+        The files' names and SHA-256, or the fingerprint of a hub dataset; None for a pipe, which is read only once.
+
+    Raises:
+        FileNotFoundError, ValueError: as in :func:`read_rows`.
+    """
+    source, split, subset = (arguments[key] for key in ("source", "split", "subset"))
+    with reading(source):
+        folder = local_copy(source)
+        if folder.is_dir():
+            files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_SUFFIXES))
+        elif (path := _local_file(source, split)) is None:
+            return getattr(_from_hub(str(source), subset, split, streaming=False), "_fingerprint", None)
+        else:
+            files = [path]
+        if not all(file.is_file() for file in files):
+            return None
+        return " ".join(f"{file.name} {content_sha256(file)}" for file in files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

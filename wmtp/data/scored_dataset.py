@@ -11,7 +11,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp.data.documents import IGNORE, SCORES, Document, Documents, digest_tokens
+from wmtp.data.collect import collect
+from wmtp.data.documents import IGNORE, SCORES, Columns, Document, Documents, comes_from, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish, unfinished, write_whole
@@ -34,26 +36,22 @@ class TornPart(UserError):
     """The error of a part file that cannot be read, or whose content does not match its own record."""
 
 
-class Columns(Sequence[Document]):
-    """Documents in flat arrays, twelve bytes a token; the object of a document is made when it is indexed."""
-
-    def __init__(
-        self, ids: pa.Array, lengths: np.ndarray, tokens: np.ndarray, labels: np.ndarray, **signals: np.ndarray
-    ) -> None:
-        self._ids, self._tokens, self._labels, self._signals = ids, tokens, labels, signals
-        self._ends = np.cumsum(lengths, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Document:  # type: ignore[override]
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        place = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
-        signals = {name: numbers[place] for name, numbers in self._signals.items()}
-        return Document(self._tokens[place], self._labels[place], self._ids[index].as_py(), signals)
+def _manifest_state(arguments: Mapping[str, Any]) -> str | None:
+    """Returns the hash of a scoring's manifest, which holds those of all its data, and that of the model asked for."""
+    with reading(arguments["source"]):
+        manifest = local_copy(arguments["source"]) / MANIFEST
+        if not manifest.is_file():
+            return None
+        return f"{file_sha256(manifest)} {_model_sha256(arguments['checkpoint'])}"
 
 
+def _model_sha256(checkpoint: str | None) -> str | None:
+    from wmtp.pretrained import checkpoint_sha256, resolve_checkpoint
+
+    return None if checkpoint is None else checkpoint_sha256(resolve_checkpoint(checkpoint))
+
+
+@comes_from(_manifest_state)
 def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Documents:
     """The documents of a scored dataset with their column, for training; every hash of the manifest is checked.
 
@@ -79,17 +77,14 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
             f"{folder} was scored with another vocabulary (vocab_hash {made_with:.12}..., that of {tokenizer.name} is "
             f"{vocab_hash:.12}...); use the tokenizer it was made with, or score again"
         )
-    if checkpoint is not None:
-        from wmtp.pretrained import checkpoint_sha256, resolve_checkpoint
-
-        ours, theirs = checkpoint_sha256(resolve_checkpoint(checkpoint)), manifest["model"]["checkpoint_sha256"]
-        if ours != theirs:
-            raise UserError(
-                f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
-                "; score again with this checkpoint, or name the one that was used"
-            )
+    ours, theirs = _model_sha256(checkpoint), manifest["model"]["checkpoint_sha256"]
+    if ours not in (None, theirs):
+        raise UserError(
+            f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
+            "; score again with this checkpoint, or name the one that was used"
+        )
     with reading(folder):
-        return Documents(f"scored {folder}", _read_parts(folder, manifest), scored_len=manifest["seq_len"])
+        return Documents(f"scored {folder}", collect(_read_parts(folder, manifest)), scored_len=manifest["seq_len"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,7 +162,8 @@ def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
         raise TornPart(f"{path} has no column {column!r}; it has {', '.join(table.column_names)}")
     lengths = table["tokens"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
     flat = {name: _flat(table[name]) for name in ("tokens", "labels", column)}
-    documents = Columns(table["id"].combine_chunks(), lengths, **flat)
+    tokens, labels = flat["tokens"], flat["labels"]
+    documents = Columns(table["id"].combine_chunks(), lengths, tokens, labels, {column: flat[column]})
     whole = len({len(values) for values in flat.values()}) == 1
     if not whole or data_sha256(documents) != header["data_sha256"]:
         raise TornPart(f"{path}: its tokens and labels are not those that its record names")
@@ -255,14 +251,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
-    """Reads all parts into arrays that are made once, at their full size."""
+def _read_parts(folder: Path, manifest: dict[str, Any]) -> Iterator[Callable[[], Document]]:
+    """Yields a function for each document that makes it, part by part, each held against the manifest first."""
     column, totals, entries = manifest["column"], manifest["data"], manifest["parts"]
     if _all_sha256(entries) != totals["sha256"]:
         raise UserError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
-    arrays = {name: np.empty(totals["tokens"], np.int32) for name in ("tokens", "labels")}
-    arrays[column] = np.empty(totals["tokens"], np.float32)
-    ids, lengths, start = [], [], 0
     for entry in entries:
         path = folder / entry["file"]
         if not path.exists():
@@ -272,17 +265,13 @@ def _read_parts(folder: Path, manifest: dict[str, Any]) -> Columns:
         part, _, header = read_part(path)
         if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
             raise UserError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
-        if not np.isfinite(part._signals[column]).all():
+        if not np.isfinite(part.signals[column]).all():
             bad = next(d for d in part if not np.isfinite(d.signals[column]).all())
             raise UserError(
                 f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf"
             )
-        for name, values in (("tokens", part._tokens), ("labels", part._labels), (column, part._signals[column])):
-            arrays[name][start : start + len(values)] = values
-        ids.append(part._ids)
-        lengths.append(np.diff(part._ends, prepend=0))
-        start += entry["tokens"]
-    return Columns(pa.concat_arrays(ids), np.concatenate(lengths), **arrays)
+        for i in range(len(part)):
+            yield partial(part.__getitem__, i)
 
 
 def _all_sha256(entries: Sequence[dict[str, Any]]) -> str:

@@ -5,12 +5,20 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from wmtp.errors import hub_hint, mask_secrets
-from wmtp.files import MANIFEST, cache_folder, file_sha256, locked, publish, unfinished, write_whole
+from wmtp.files import (
+    MANIFEST,
+    cache_folder,
+    content_sha256,
+    file_sha256,
+    file_state,
+    locked,
+    publish,
+    unfinished,
+)
 from wmtp.pretrained.config_files import CheckpointError
 from wmtp.storage import is_remote, local_copy
 from wmtp.tracking.store import artifact_text, artifacts, clear_store_errors, existing_client, store_uri
@@ -18,7 +26,6 @@ from wmtp.tracking.store import artifact_text, artifacts, clear_store_errors, ex
 RUN_FILE = "wmtp_run.json"  # in an exported folder: the run that made it
 _ABOUT = {RUN_FILE, MANIFEST, "README.md"}
 _CONVERSION = 2  # raise it when a conversion's result changes: it is part of the cache key
-_RACY_NS = 2 * 10**9  # a file this young may change again without a new ctime, which moves in ticks
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -104,38 +111,18 @@ def _file_in_package(name: str) -> Path:
 
 def _converted(file: Path) -> Path:
     """Returns the HF folder of a GGUF file."""
-    read = _state(file)
+    read = file_state(file)
     made_by = f"{_CONVERSION} {importlib.metadata.version('transformers')} {importlib.metadata.version('gguf')}"
-    digest = hashlib.sha256(f"{made_by} {_content_sha256(file)}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{made_by} {content_sha256(file)}".encode()).hexdigest()[:12]
 
     def convert(partial: Path) -> None:
         from wmtp.pretrained.gguf_conversion import convert_gguf  # needed for the first use of a file alone
 
         convert_gguf(file, partial)
-        if _state(file)[:-1] != read[:-1]:  # without ctime: another process may link to a mirrored file, and set it
+        if file_state(file)[:-1] != read[:-1]:  # without ctime: another process may link to a mirrored file, and set it
             raise CheckpointError(f"{file} changed while it was read; start again when it is written")
 
     return made_once(cache_folder() / "gguf" / f"{file.stem}-{digest}", convert)
-
-
-def _state(file: Path) -> list[int]:
-    """Returns the facts that change when a file is written or replaced; programs can set mtime, but not ctime."""
-    stat = file.stat()
-    return [stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def _content_sha256(file: Path) -> str:
-    """Returns the SHA-256 of a large file: one process of a host reads it, and notes the hash until it changes."""
-    state = _state(file)
-    note = cache_folder() / "gguf" / "sha256" / hashlib.sha256(str(state).encode()).hexdigest()
-    with locked(note.with_name("lock")):
-        if note.is_file():
-            return note.read_text()
-        steady = time.time_ns() - state[-1] > _RACY_NS
-        digest = file_sha256(file)
-        if steady and _state(file) == state:
-            write_whole(note, digest)
-        return digest
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from wmtp.storage import local_copy
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _MODEL = "tokenizer.model"  # of SentencePiece
 _OTHERS = (_MODEL, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")  # for other readers
+# A text is encoded by the thread that asks; how many ask is up to `data_workers`. tokenizers reads this in each call.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The classes of transformers 4 that add BOS unless their settings say otherwise.
 _ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
@@ -61,7 +65,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of the text alone: no BOS or EOS, no prefix space, and `</s>` in it is four characters."""
-        return self._exact.encode(text, add_special_tokens=False).ids
+        # Unlike `encode`, a batch is encoded without the interpreter's lock, so threads do this side by side.
+        return self._exact.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Returns the characters [start, end) of each id of :meth:`encode`; bytes of one character share it."""
@@ -90,6 +95,11 @@ class Tokenizer:
     def vocab_hash(self) -> str:
         """Returns the SHA-256 of the sorted (token, id) pairs."""
         return hashlib.sha256(json.dumps(sorted(self.vocab().items())).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Returns the SHA-256 of all that decides the ids of a document: the backend, its version, BOS and EOS."""
+        said = [self._exact.to_str(), version("tokenizers"), self._start, self.eos_id]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def config_ids(self) -> dict[str, int | None]:
         """Returns the token ids that belong into a model's config.json."""

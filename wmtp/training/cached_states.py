@@ -165,7 +165,7 @@ def trunk_states(folder: Path, dataset: PackedDataset, model_key: str, **stored:
     def states(model: nn.Module, batch: dict, device: torch.device | str) -> Tensor:
         return model(batch["tokens"].to(device), document_ids=batch["document_ids"].to(device), return_trunk=True)
 
-    counts = (dataset.document_ids >= 0).sum(dim=1).numpy()
+    counts = dataset.row_tokens
     key = f"trunk {dataset.fingerprint} {model_key}"
     return CachedStates(folder, dataset, states, lambda batch: batch["document_ids"] >= 0, counts, key=key, **stored)
 

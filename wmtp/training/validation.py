@@ -1,6 +1,5 @@
 """Cross-entropy over whole data sets and each of their documents, each rank its share of the rows."""
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -101,8 +100,8 @@ def validate(
     found = HeldOut({}, {name: [] for name in ("set", "document", "number", "head", "targets", "ce")}, {})
     for name, data in sorted(sets.items()):
         heads = torch.zeros(2, model.num_future_tokens, dtype=torch.float64, device=world.device)
-        numbers = torch.tensor([number for members in data.members for number in members])
-        firsts = torch.tensor([0, *itertools.accumulate(map(len, data.members))])[:-1, None]  # of each row
+        numbers = torch.from_numpy(data.members)
+        firsts = torch.from_numpy(data.starts[:-1, None])  # of each row
         documents = torch.zeros(*heads.shape, len(numbers), dtype=torch.float64)
         for batch in validation_batches(data, batch_size, world.rank, world.size):
             labels = batch["labels"].to(world.device)
@@ -117,7 +116,7 @@ def validate(
         found.metrics.update({f"{prefix}ce_head{k}": mean for k, mean in enumerate((ce / count).tolist(), start=1)})
         # Every document was scored by one rank, and is 0 on the others.
         ce, count = all_reduce_sum(documents.to(world.device)).cpu()
-        ids = [document for row in range(len(data)) for document in data.row_ids(row)]
+        ids = data.ids.to_pylist()
         for i in numbers.argsort().tolist():
             for head in count[:, i].nonzero().flatten().tolist():
                 targets = int(count[head, i])
