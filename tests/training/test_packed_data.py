@@ -17,12 +17,11 @@ from omegaconf import OmegaConf
 from processes import start
 
 from wmtp.data import Document, Documents, comes_from, document_from_text, pack, save_tokenized
-from wmtp.data.collect import collect, collecting
-from wmtp.data.packed_files import read_packed, write_packed
+from wmtp.data.documents import collect, collecting
 from wmtp.errors import UserError, line_for_user
 from wmtp.files import MANIFEST
 from wmtp.pretrained import byte_tokenizer
-from wmtp.training.packed_data import packed_data
+from wmtp.training.packed_data import packed_data, read_packed, write_packed
 
 TOKENIZER = byte_tokenizer()
 SEQ_LEN = 32

@@ -16,8 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from wmtp.data.collect import collect
-from wmtp.data.documents import IGNORE, SCORES, Document, Documents, DocumentStream, comes_from, document_from_text
+from wmtp.data.documents import (
+    IGNORE,
+    SCORES,
+    Document,
+    Documents,
+    DocumentStream,
+    collect,
+    comes_from,
+    document_from_text,
+)
 from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, rows_state, take
 from wmtp.errors import UserError
 from wmtp.files import publish, unfinished

@@ -12,8 +12,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from wmtp.data.documents import IGNORE, Documents, left_out
-from wmtp.data.rows import printable
+from wmtp.data.documents import IGNORE, Documents, left_out, printable
 from wmtp.errors import UserError
 
 

@@ -13,9 +13,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from wmtp.data.collect import collect
-from wmtp.data.documents import Documents, comes_from, document_from_text
-from wmtp.data.rows import printable, reading, unreadable
+from wmtp.data.documents import Documents, collect, comes_from, document_from_text, printable
+from wmtp.data.rows import reading, unreadable
 from wmtp.errors import MissingError, UserError
 from wmtp.numerics.keyed import text_hash
 from wmtp.storage import local_copy

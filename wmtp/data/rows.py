@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar, get_args, get_origin
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wmtp.data.documents import printable
 from wmtp.errors import MissingError, UserError, cannot_be_read
 from wmtp.files import content_sha256
 from wmtp.storage import local_copy
@@ -160,11 +161,6 @@ def is_number(value: object) -> bool:
 def lf(text: str) -> str:
     """Returns a text with LF line ends."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def printable(text: object) -> str:
-    """Returns a text that any file and terminal takes: what is no Unicode, as in a file's name, is escaped."""
-    return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 class ReadColumns:

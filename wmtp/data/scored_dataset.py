@@ -20,8 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp.data.collect import collect
-from wmtp.data.documents import IGNORE, SCORES, Columns, Document, Documents, comes_from, digest_tokens
+from wmtp.data.documents import IGNORE, SCORES, Columns, Document, Documents, collect, comes_from, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish, unfinished, write_whole
