@@ -312,11 +312,11 @@ class _Files:
             self._signals = {name: self._file(self._folder) for name in document.signals}
         self._tally.add(document)
         self._lengths.append(len(document))
-        self._tokens.write(document.tokens.astype(np.int32).tobytes())
-        self._labels.write(document.labels.astype(np.int32).tobytes())
+        self._tokens.write(np.ascontiguousarray(document.tokens, np.int32).data)
+        self._labels.write(np.ascontiguousarray(document.labels, np.int32).data)
         for name in tuple(self._signals):
             if name in document.signals:
-                self._signals[name].write(document.signals[name].astype(np.float32).tobytes())
+                self._signals[name].write(np.ascontiguousarray(document.signals[name], np.float32).data)
             else:
                 self._signals.pop(name).close()
         self._names.append(printable(document.id))

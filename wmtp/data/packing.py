@@ -96,10 +96,11 @@ class PackedDataset:
 
         With `size`, rows of padding, without document and target, fill the batch up to so many rows.
         """
-        empty = (size or len(rows)) - len(rows)
+        empty, index = (size or len(rows)) - len(rows), torch.tensor(rows, dtype=torch.int64)
 
         def take(column: Tensor, pad: float) -> Tensor:
-            return torch.cat([column[rows], column.new_full((empty, self.seq_len), pad)]) if empty else column[rows]
+            found = column.index_select(0, index)
+            return torch.cat([found, found.new_full((empty, self.seq_len), pad)]) if empty else found
 
         return {
             "tokens": take(self.tokens, self.pad_id).long(),
@@ -129,9 +130,9 @@ def pack(
     """
     facts = plan(documents, seq_len, packed=packed, pad_id=pad_id, require_targets=require_targets)
     [(columns, signals, ids)] = fill(documents, seq_len, facts, rows_at_once=len(facts["row_tokens"]))
-    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
-    signals = {name: torch.from_numpy(signal) for name, signal in signals.items()}
-    return PackedDataset(**facts, **tensors, signals=signals, ids=ids, rows_sha256=rows_sha256(**columns))
+    tensors: dict[str, Any] = {name: torch.from_numpy(column) for name, column in columns.items()}
+    tensors["signals"] = {name: torch.from_numpy(signal) for name, signal in signals.items()}
+    return PackedDataset(**facts, **tensors, ids=ids, rows_sha256=rows_sha256(**columns))
 
 
 def plan(
@@ -211,7 +212,7 @@ def rows_sha256(tokens: np.ndarray, labels: np.ndarray, document_ids: np.ndarray
     """Returns the SHA-256 of the columns [R, S] and of their shape."""
     digest = hashlib.sha256(str(tokens.shape).encode())
     for column in (tokens, labels, document_ids):
-        digest.update(column.reshape(-1))
+        digest.update(column.reshape(-1).data)
     return digest.hexdigest()
 
 

@@ -71,8 +71,7 @@ def packed_data(
         ValueError: as the builder and :func:`wmtp.data.pack`; or the folder cannot be written.
     """
     rows = {"packed": packed, "pad_id": tokenizer.pad_id}
-    key = None if cache is None else _key(section, tokenizer, where, seq_len=seq_len, **rows)
-    if key is None:
+    if cache is None or (key := _key(section, tokenizer, where, seq_len=seq_len, **rows)) is None:
         with collecting(workers):
             return pack(build(section, tokenizer, where=where), seq_len, **rows)
     kept = may_fill(cache_folder() / "data" if cache == "auto" else Path(cache).expanduser())
@@ -121,7 +120,8 @@ def _key(section: DictConfig, tokenizer: Any, where: str, **rows: Any) -> str | 
     if source is None:
         return None
     code = hashlib.sha256()
-    for file in sorted({Path(inspect.getfile(builder)), *Path(wmtp.data.__file__).parent.glob("*.py")}):
+    files = {Path(__file__), Path(inspect.getfile(builder)), *Path(wmtp.data.__file__).parent.glob("*.py")}
+    for file in sorted(files):
         code.update(file.read_bytes())
     named = {"builder": f"{builder.__module__}.{builder.__qualname__}", "keys": dict(keys), "source": source}
     made_by = {"tokenizer": tokenizer.fingerprint(), "code": code.hexdigest()}
@@ -182,15 +182,12 @@ def read_packed(folder: Path) -> PackedDataset:
         return np.load(folder / f"{name}.npy", mmap_mode="c")  # torch wants what it may write to
 
     facts = json.loads((folder / "facts.json").read_text())
-    names = facts.pop("signals")
-    small = {name: mapped(name) for name in ("members", "starts", "row_tokens", "row_targets")}
-    return PackedDataset(
-        **{name: torch.from_numpy(mapped(name)) for name in _COLUMNS},
-        signals={name: torch.from_numpy(mapped(f"signal_{i}")) for i, name in enumerate(names)},
-        ids=pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()["id"],
-        **small,
-        **{**facts, "unread": tuple(facts["unread"])},
-    )
+    facts["unread"] = tuple(facts["unread"])
+    facts["signals"] = {name: torch.from_numpy(mapped(f"signal_{i}")) for i, name in enumerate(facts["signals"])}
+    facts |= {name: torch.from_numpy(mapped(name)) for name in _COLUMNS}
+    facts |= {name: mapped(name) for name in ("members", "starts", "row_tokens", "row_targets")}
+    ids = pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()["id"]
+    return PackedDataset(**facts, ids=ids)
 
 
 def fault_of(folder: Path) -> str | None:
