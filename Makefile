@@ -81,6 +81,7 @@ bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside thei
 	$(RUN)/python benchmarks/generation.py
 	$(RUN)/python benchmarks/scoring.py
 	$(RUN)/python benchmarks/storage.py
+	$(RUN)/python benchmarks/data.py
 	$(RUN)/python benchmarks/weighting_cost.py
 	$(RUN)/python benchmarks/weighting_validity.py
 	$(RUN)/python benchmarks/lora.py
