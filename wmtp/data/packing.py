@@ -3,8 +3,10 @@
 import bisect
 import hashlib
 import heapq
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +18,33 @@ from wmtp.data.documents import IGNORE, Documents, left_out, printable
 from wmtp.errors import UserError
 
 
+class FileRows:
+    """The rows of an array [R, S] in a ``.npy`` file, each read when it is asked for.
+
+    They are not mapped: a mapping's pages count as this process's memory, up to the whole file, and where a file is cut
+    off meanwhile, a mapping ends the process without a word.
+    """
+
+    def __init__(self, path: Path) -> None:
+        array = np.load(path, mmap_mode="r")  # reads what the file says of itself
+        self.shape, self._dtype, self._start = torch.Size(array.shape), array.dtype, array.offset
+        self._file = path.open("rb", buffering=0)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Returns rows [len(index), S], as a tensor's method does with dim 0."""
+        rows = np.empty((len(index), self.shape[1]), self._dtype)
+        length = self.shape[1] * rows.itemsize
+        for row, i in zip(rows, index.tolist(), strict=True):
+            read = os.pread(self._file.fileno(), length, self._start + i * length)
+            if len(read) < length:
+                raise UserError(f"{self._file.name} was cut off while it was in use; start again: it is made again")
+            row[:] = np.frombuffer(read, self._dtype)
+        return torch.from_numpy(rows)
+
+
 @dataclass(frozen=True)
 class PackedDataset:
-    """Rows of S tokens, each holding whole documents and padding at the end, in memory or mapped from files.
+    """Rows of S tokens, each holding whole documents and padding at the end, in memory or in files.
 
     Attributes:
         tokens: [R, S] int32, pad_id where there is no document.
@@ -38,10 +64,10 @@ class PackedDataset:
         name, skipped, unread: of the documents.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    document_ids: Tensor
-    signals: Mapping[str, Tensor]
+    tokens: Tensor | FileRows
+    labels: Tensor | FileRows
+    document_ids: Tensor | FileRows
+    signals: Mapping[str, Tensor | FileRows]
     members: np.ndarray
     ids: Any
     starts: np.ndarray
@@ -58,7 +84,7 @@ class PackedDataset:
     unread: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return self.tokens.shape[0]
 
     @property
     def seq_len(self) -> int:
@@ -83,7 +109,7 @@ class PackedDataset:
         Args:
             needs: names of the signals that the weighting reads; None where they are not known.
         """
-        filled = int(self.row_tokens.sum()) / self.tokens.numel()
+        filled = int(self.row_tokens.sum()) / (len(self) * self.seq_len)
         idle = () if needs is None else (name for name in self.signals if name not in needs)
         return (
             f"{self.name}: {len(self)} rows of {self.seq_len} tokens, {len(self.members)} documents, "
@@ -98,7 +124,7 @@ class PackedDataset:
         """
         empty, index = (size or len(rows)) - len(rows), torch.tensor(rows, dtype=torch.int64)
 
-        def take(column: Tensor, pad: float) -> Tensor:
+        def take(column: Tensor | FileRows, pad: float) -> Tensor:
             found = column.index_select(0, index)
             return torch.cat([found, found.new_full((empty, self.seq_len), pad)]) if empty else found
 

@@ -1,6 +1,6 @@
 """The packed rows of a run: made once on a host and kept for later starts, or in the memory of each process.
 
-What is kept are flat files, which all processes map: the system holds one copy, and lends it to them.
+What is kept are flat files, which all processes read: the system holds one copy for them in its page cache.
 
     <cache>/<hash of the key>/
         tokens.npy, labels.npy, document_ids.npy    [R, S] int32
@@ -25,7 +25,6 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from omegaconf import DictConfig
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ import wmtp.data
 from wmtp.config import build, checked
 from wmtp.data import Documents, PackedDataset, pack
 from wmtp.data.documents import collecting
-from wmtp.data.packing import fill, plan, rows_sha256
+from wmtp.data.packing import FileRows, fill, plan, rows_sha256
 from wmtp.distributed import wait_for_all
 from wmtp.errors import UserError, may_fill
 from wmtp.files import (
@@ -58,7 +57,7 @@ def packed_data(
     """Builds and packs the data set of a config's section; every rank calls it.
 
     With a cache the first process of each host tokenizes and packs, unless the cache has these very rows: of the same
-    source (by content), builder with its keys and code, tokenizer and row length. All processes map the same files,
+    source (by content), builder with its keys and code, tokenizer and row length. All processes read the same files,
     after one has held them against their hashes. Without a cache, and where the builder does not say what it reads
     (:func:`wmtp.data.comes_from`), each process holds all rows. The rows are the same, bit for bit.
 
@@ -176,16 +175,13 @@ def write_packed(documents: Documents, seq_len: int, folder: Path, *, packed: bo
 
 
 def read_packed(folder: Path) -> PackedDataset:
-    """Maps the files of :func:`write_packed`: of a row that is read its pages alone come into memory."""
-
-    def mapped(name: str) -> np.ndarray:
-        return np.load(folder / f"{name}.npy", mmap_mode="c")  # torch wants what it may write to
-
+    """Opens the files of :func:`write_packed`: rows are read when they are asked for, and kept by the system alone."""
     facts = json.loads((folder / "facts.json").read_text())
     facts["unread"] = tuple(facts["unread"])
-    facts["signals"] = {name: torch.from_numpy(mapped(f"signal_{i}")) for i, name in enumerate(facts["signals"])}
-    facts |= {name: torch.from_numpy(mapped(name)) for name in _COLUMNS}
-    facts |= {name: mapped(name) for name in ("members", "starts", "row_tokens", "row_targets")}
+    facts["signals"] = {name: FileRows(folder / f"signal_{i}.npy") for i, name in enumerate(facts["signals"])}
+    facts |= {name: FileRows(folder / f"{name}.npy") for name in _COLUMNS}
+    for name in ("members", "starts", "row_tokens", "row_targets"):
+        facts[name] = np.load(folder / f"{name}.npy", mmap_mode="c")  # torch wants what it may write to
     ids = pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()["id"]
     return PackedDataset(**facts, ids=ids)
 
