@@ -165,7 +165,7 @@ def test_kept_trunk_states_change_nothing(lora_config):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     ours, theirs = (pd.read_parquet(f"{name}/held_out/step_00000003.parquet") for name in ("kept", "plain"))
     assert len(theirs) > 20 and ours.ce.to_numpy() == pytest.approx(theirs.ce.to_numpy(), rel=1e-5)
-    tokens = sum(int((data.document_ids >= 0).sum()) for data in (recipe._data, *recipe._eval_data.values()))
+    tokens = sum(int(data.row_tokens.sum()) for data in (recipe._data, *recipe._eval_data.values()))
     files = list(Path("kept/trunk_states").glob("*.bin"))
     assert len(files) == 2 and sum(file.stat().st_size for file in files) == tokens * 64 * 4
     # They are used, and used again by a later run of the same base and data.
