@@ -77,9 +77,8 @@ class FullFinetuneRecipeWMTP:
         self._dataset_cfg = read.section("dataset")
         self._eval_dataset_cfg = read.section("eval_dataset", optional=True)
         self._seq_len = read.integer("seq_len", minimum=2)
-        self._packed = read.flag("packed", True)
-        self._data_cache = read.text("data_cache", "auto", null=True)
-        self._data_workers = read.integer("data_workers", 4, minimum=1)
+        self._rows = {"packed": read.flag("packed", True), "workers": read.integer("data_workers", 4, minimum=1)}
+        self._rows["cache"] = read.text("data_cache", "auto", null=True)
         self._preview = read.integer("preview", 0)
 
         self._weighting_cfg = read.section("weighting")
@@ -186,8 +185,7 @@ class FullFinetuneRecipeWMTP:
         self._checkpointer.remove_torn()
 
     def _pack(self, section: DictConfig, where: str):
-        kept = {"cache": self._data_cache, "workers": self._data_workers}
-        data = packed_data(section, self._tokenizer, where, seq_len=self._seq_len, packed=self._packed, **kept)
+        data = packed_data(section, self._tokenizer, where, self._seq_len, **self._rows)
         self._log.info(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 

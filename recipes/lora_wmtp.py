@@ -88,9 +88,8 @@ class LoRARecipeWMTP:
         self._dataset_cfg = read.section("dataset")
         self._eval_dataset_cfg = read.section("eval_dataset", optional=True)
         self._seq_len = read.integer("seq_len", minimum=2)
-        self._packed = read.flag("packed", True)
-        self._data_cache = read.text("data_cache", "auto", null=True)
-        self._data_workers = read.integer("data_workers", 4, minimum=1)
+        self._rows = {"packed": read.flag("packed", True), "workers": read.integer("data_workers", 4, minimum=1)}
+        self._rows["cache"] = read.text("data_cache", "auto", null=True)
         self._preview = read.integer("preview", 0)
 
         self._weighting_cfg = read.section("weighting")
@@ -183,9 +182,8 @@ class LoRARecipeWMTP:
         self._torch_optimizer = build_optimizer(self._optimizer_cfg, groups)
 
         self._step, run_id = 0, None
-        self._checkpointer = Checkpointer(
-            self._output_dir, keep_last=self._keep_checkpoints, trained_only=True, output=self._output
-        )
+        kept = {"keep_last": self._keep_checkpoints, "trained_only": True}
+        self._checkpointer = Checkpointer(self._output_dir, output=self._output, **kept)
         if self._resume_from is not None:
             run_id = self._restore(self._resume_from)
         elif self._adapter is not None:
@@ -207,8 +205,7 @@ class LoRARecipeWMTP:
         self._checkpointer.remove_torn()
 
     def _pack(self, section: DictConfig, where: str):
-        kept = {"cache": self._data_cache, "workers": self._data_workers}
-        data = packed_data(section, self._tokenizer, where, seq_len=self._seq_len, packed=self._packed, **kept)
+        data = packed_data(section, self._tokenizer, where, self._seq_len, **self._rows)
         self._log.info(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 

@@ -52,7 +52,7 @@ _SECONDS = 2.0  # before a progress bar is shown
 
 
 def packed_data(
-    section: DictConfig, tokenizer: Any, where: str, *, seq_len: int, packed: bool, cache: str | None, workers: int
+    section: DictConfig, tokenizer: Any, where: str, seq_len: int, *, packed: bool, cache: str | None, workers: int
 ) -> PackedDataset:
     """Builds and packs the data set of a config's section; every rank calls it.
 
