@@ -48,7 +48,7 @@ def test_a_training_recipe_imports_little_and_no_judge(drawn, recipe):
     rooms = {drawn.room(name) for name in found}
     assert {"training", "models", "data"} <= rooms
     assert not rooms & {"sandbox", "eval", "registry", "generation"}
-    assert len(found) <= 60 and drawn.lines(found) <= 9000
+    assert len(found) <= 60 and drawn.lines(found) <= 9300
     program = f"import sys; import recipes.{recipe}; print(*(n for n in sys.modules if n.partition('.')[0] == 'wmtp'))"
     shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(shown.splitlines()[-1].split()) - {"wmtp.training.launcher"} == found  # torch imports the launcher
