@@ -245,6 +245,24 @@ def test_a_folder_that_cannot_be_written_has_a_way_out(rows, tmp_path):
         packed(section("prompt_completion", source=str(rows)), tmp_path / "file" / "cache")
 
 
+@comes_from(lambda arguments: Path(arguments["source"]).read_text())
+def unsteady(tokenizer, *, source: str) -> Documents:
+    """Documents of a file that is written to while it is read."""
+    text = Path(source).read_text()
+    Path(source).write_text("whole")
+    return Documents(source, (document_from_text(tokenizer, "q", text, "d"),))
+
+
+def test_rows_of_a_source_that_changes_while_it_is_read_are_not_kept(tmp_path):
+    source, cache = tmp_path / "source.txt", tmp_path / "cache"
+    source.write_text("who")
+    data = section(f"{__name__}.unsteady", source=str(source))
+    with pytest.raises(UserError, match=r"source.txt changed while it was read; start again"):
+        packed(data, cache)
+    assert entries(cache) == []
+    assert packed(data, cache).num_targets == len("whole") + 1
+
+
 def make_rows(folder):
     os.chdir(folder)
     sys.path.insert(0, str(Path(__file__).parent))

@@ -18,8 +18,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -76,22 +77,33 @@ def packed_data(
     kept = may_fill(cache_folder() / "data" if cache == "auto" else Path(cache).expanduser())
     folder = kept / hashlib.sha256(key.encode()).hexdigest()[:24]
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        try:
-            kept.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"data_cache: {kept} cannot be written ({error.strerror}); give another folder, or null"
-            ) from error
-        with locked(kept / f"{folder.name}.lock"):  # of two runs one makes them, the other finds them made
+        with _locked(folder):
             fault = fault_of(folder) if folder.exists() else None
             if fault is not None:
                 tqdm.write(f"{where}: {folder} is not whole: {fault}; it is made again", file=sys.stderr)
                 shutil.rmtree(folder)
             if not folder.exists():
                 with collecting(workers, kept, where):
-                    _write(folder, build(section, tokenizer, where=where), seq_len, key, what=where, **rows)
+                    documents = build(section, tokenizer, where=where)
+                if _key(section, tokenizer, where, seq_len=seq_len, **rows) != key:
+                    raise UserError(f"{where}: {documents.name} changed while it was read; start again")
+                _write(folder, documents, seq_len, key, what=where, **rows)
     wait_for_all()
     return read_packed(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process of all runs in: it makes the folder, and the others find it made."""
+    with ExitStack() as held:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(folder.with_name(f"{folder.name}.lock")))
+        except OSError as error:
+            raise UserError(
+                f"data_cache: {folder.parent} cannot be written ({error.strerror}); give another folder, or null"
+            ) from error
+        yield
 
 
 def _write(folder: Path, documents: Documents, seq_len: int, key: str, **rows: Any) -> None:
