@@ -334,7 +334,7 @@ class _Files:
 
         def mapped(file: IO[bytes], dtype: type) -> np.ndarray:
             file.flush()
-            return np.memmap(file, dtype, mode="r")
+            return np.asarray(np.memmap(file, dtype, mode="r"))  # slices of a memmap itself cost 10 us each
 
         signals = {name: mapped(file, np.float32) for name, file in self._signals.items()}
         tokens, labels = mapped(self._tokens, np.int32), mapped(self._labels, np.int32)

@@ -35,10 +35,8 @@ class FileRows:
         rows = np.empty((len(index), self.shape[1]), self._dtype)
         length = self.shape[1] * rows.itemsize
         for row, i in zip(rows, index.tolist(), strict=True):
-            read = os.pread(self._file.fileno(), length, self._start + i * length)
-            if len(read) < length:
+            if os.preadv(self._file.fileno(), [row], self._start + i * length) < length:
                 raise UserError(f"{self._file.name} was cut off while it was in use; start again: it is made again")
-            row[:] = np.frombuffer(read, self._dtype)
         return torch.from_numpy(rows)
 
 

@@ -193,7 +193,7 @@ def read_packed(folder: Path) -> PackedDataset:
     facts["signals"] = {name: FileRows(folder / f"signal_{i}.npy") for i, name in enumerate(facts["signals"])}
     facts |= {name: FileRows(folder / f"{name}.npy") for name in _COLUMNS}
     for name in ("members", "starts", "row_tokens", "row_targets"):
-        facts[name] = np.load(folder / f"{name}.npy", mmap_mode="c")  # torch wants what it may write to
+        facts[name] = np.asarray(np.load(folder / f"{name}.npy", mmap_mode="c"))  # torch wants what it may write to
     ids = pa.ipc.open_file(pa.memory_map(str(folder / "ids.arrow"))).read_all()["id"]
     return PackedDataset(**facts, ids=ids)
 
