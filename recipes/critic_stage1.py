@@ -36,15 +36,8 @@ from wmtp.critic.rewards import reward_pairs
 from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
-from wmtp.models import (
-    ValueModel,
-    checkpoint_activations,
-    init_lora,
-    load_checkpoint,
-    require_fit,
-    save_value_model,
-    shard_model,
-)
+from wmtp.models import checkpoint_activations, init_lora, load_checkpoint, require_fit, shard_model
+from wmtp.models.value import ValueModel, save_value_model
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.training.cached_states import keep_states
 from wmtp.training.checkpoint import (
@@ -60,6 +53,7 @@ from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
+from wmtp.training.planning import plan_run
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 
@@ -170,6 +164,7 @@ class CriticStage1Recipe:
         self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
         pairs_per_step = self._batch_size * self._world.size * self._accumulation_steps
         self._total_steps = self._max_steps or math.ceil(self._epochs * len(self._data) / pairs_per_step)
+        plan_run(self._cfg, self._world, self._total_steps, self._log.info)
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(path)

@@ -47,6 +47,7 @@ from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.packed_data import packed_data
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
+from wmtp.training.planning import plan_run
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 from wmtp.training.validation import epoch_cross_entropy, held_out_sets, validate
@@ -152,6 +153,7 @@ class FullFinetuneRecipeWMTP:
         step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}
         step["rows_per_micro_batch"] = self._batch_size * self._world.size
         self._total_steps = num_training_steps(self._max_steps, self._epochs, self._data, **step)
+        plan_run(self._cfg, self._world, self._total_steps, self._log.info)
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
@@ -242,8 +244,7 @@ class FullFinetuneRecipeWMTP:
             self._log.info(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data and self._step == 0:
             self.evaluate()
-        frozen = [model_flops(frozen) for frozen in (self._reference, self._value_model)]
-        flops = [model_flops(model), *frozen]
+        flops = [model_flops(model) for model in (self._model, self._reference, self._value_model)]
         meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
         self._profiler.start(self._step)
         model.train()

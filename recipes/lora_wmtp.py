@@ -27,10 +27,10 @@ from wmtp.errors import clear_errors, ending
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import (
     checkpoint_activations,
-    describe_training,
     export_hf,
     init_lora,
     load_checkpoint,
+    parameter_counts,
     refuse_quantized,
     require_fit,
     shard_model,
@@ -55,6 +55,7 @@ from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.packed_data import packed_data
 from wmtp.training.performance import StepMeter, build_profiler, model_flops
+from wmtp.training.planning import plan_run
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 from wmtp.training.validation import epoch_cross_entropy, held_out_sets, validate
@@ -164,6 +165,7 @@ class LoRARecipeWMTP:
         step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}
         step["rows_per_micro_batch"] = self._batch_size * self._world.size
         self._total_steps = num_training_steps(self._max_steps, self._epochs, self._data, **step)
+        plan_run(self._cfg, self._world, self._total_steps, self._log.info)
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         shaping = {"base_model": self._model_cfg, "adapters": self._adapters_cfg}
@@ -171,7 +173,7 @@ class LoRARecipeWMTP:
         if self._adapters_cfg.get("quantize") and self._dtype != torch.float32:
             self._base["quantized_from"] = str(self._dtype)
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
-        self._log.info(describe_training(self._model, self._world.size))
+        self._log.info("trained: {:,} of {:,} parameters".format(*parameter_counts(self._model)))
         self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None
@@ -274,8 +276,8 @@ class LoRARecipeWMTP:
             self._log.info(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data and self._step == 0:
             self.evaluate()
-        frozen = [model_flops(frozen) for frozen in (self._reference, self._value_model)]
-        flops = [model_flops(model, trunk=self._cache_trunk is None), *frozen]
+        flops = [model_flops(model, trunk=self._cache_trunk is None)]
+        flops += [model_flops(frozen) for frozen in (self._reference, self._value_model)]
         meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
         self._profiler.start(self._step)
         model.train()
@@ -416,8 +418,7 @@ class LoRARecipeWMTP:
         adapter, folder = self._output_dir / "adapter", self._output_dir / "export"
         for old in (adapter, folder):  # of this very run, resumed after its end
             on_rank_0(lambda old=old: shutil.rmtree(old, ignore_errors=True))
-        base = {"base_weights": self._base["base_weights"], "base_name": self._checkpoint}
-        save_adapter(self._model, adapter, **base)
+        save_adapter(self._model, adapter, base_weights=self._base["base_weights"], base_name=self._checkpoint)
         self._log.exported(adapter, self._step)
         if self._merged_dtype is None:
             return

@@ -45,7 +45,8 @@ from wmtp.data.scored_dataset import (
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import UserError, clear_errors, ending
 from wmtp.loss import token_cross_entropy
-from wmtp.models import load_checkpoint, load_value_model, shard_model, value_tokenizer
+from wmtp.models import load_checkpoint, shard_model
+from wmtp.models.value import load_value_model, value_tokenizer
 from wmtp.pretrained import checkpoint_sha256, hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.run_log import RunLog, builder_name

@@ -41,14 +41,16 @@ def test_the_sandbox_stands_apart(drawn):
     assert [name for name in below if "sandbox" in below[name]] == ["eval"]
 
 
-@pytest.mark.parametrize("recipe", ["full_finetune_distributed_wmtp", "lora_wmtp", "critic_stage1"])
-def test_a_training_recipe_imports_little_and_no_judge(drawn, recipe):
+@pytest.mark.parametrize(
+    "recipe, lines", [("full_finetune_distributed_wmtp", 8500), ("lora_wmtp", 8900), ("critic_stage1", 8500)]
+)
+def test_a_training_recipe_imports_little_and_no_judge(drawn, recipe, lines):
     """Counted from the imports, and by importing it; what a config names comes on top."""
     found = drawn.pulled_in(ROOT / "recipes" / f"{recipe}.py")
     rooms = {drawn.room(name) for name in found}
     assert {"training", "models", "data"} <= rooms
     assert not rooms & {"sandbox", "eval", "registry", "generation"}
-    assert len(found) <= 60 and drawn.lines(found) <= 9300
+    assert len(found) <= 60 and drawn.lines(found) <= lines
     program = f"import sys; import recipes.{recipe}; print(*(n for n in sys.modules if n.partition('.')[0] == 'wmtp'))"
     shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(shown.splitlines()[-1].split()) - {"wmtp.training.launcher"} == found  # torch imports the launcher

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
-from wmtp.numerics.products import add_mm_float32, mm_float32, operand
+from wmtp.numerics.products import add_mm_float32, mm_float32, on_cuda, operand
 from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
 
 if TYPE_CHECKING:
@@ -372,4 +372,5 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 def _default_chunk(hidden: Tensor, unembedding: Tensor) -> int:
     """Returns the rows per chunk, by device and V."""
-    return max(16, _CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * unembedding.shape[0]))
+    kind = "cuda" if on_cuda(hidden) else hidden.device.type
+    return max(16, _CHUNK_BYTES.get(kind, 2**26) // (4 * unembedding.shape[0]))

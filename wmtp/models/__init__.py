@@ -5,19 +5,11 @@ from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint
-from wmtp.models.lora import (
-    Adapters,
-    add_lora,
-    describe_training,
-    init_lora,
-    parameter_counts,
-    refuse_quantized,
-    training_bytes,
-)
+from wmtp.models.lora import Adapters, add_lora, init_lora, parameter_counts, refuse_quantized
 from wmtp.models.parallel import checkpoint_activations, shard_model
-from wmtp.models.value import ValueModel, load_value_model, save_value_model, value_model_config, value_tokenizer
 
 __getattr__ = on_demand(
     __name__,
     adapter_folder="check_adapter load_adapter read_adapter save_adapter",
+    value="ValueModel load_value_model save_value_model value_model_config value_tokenizer",
 )

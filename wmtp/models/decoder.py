@@ -21,6 +21,7 @@ from torchtune.modules import RMSNorm as RMSNormFloat32
 
 from wmtp.errors import UserError
 from wmtp.numerics.documents import positions_in_documents
+from wmtp.numerics.products import on_cuda
 from wmtp.pretrained.config_files import Source
 from wmtp.pretrained.shape import LlamaShape
 
@@ -181,11 +182,11 @@ class MTPDecoder(nn.Module):
             return mask, input_pos
         # Rows of one document take the causal path, without a mask. On CUDA this test would wait for the device.
         plain = document_ids is None or (
-            document_ids.device.type == "cpu" and bool((document_ids == document_ids[:, :1]).all())
+            not on_cuda(document_ids) and bool((document_ids == document_ids[:, :1]).all())
         )
         if plain and self.attention == "sdpa":
             return None, input_pos
-        if self.attention == "flex" and not tokens.is_cuda:
+        if self.attention == "flex" and not on_cuda(tokens):
             raise UserError(f"attention 'flex' needs CUDA, got tokens on {tokens.device}; use attention 'sdpa'")
         if document_ids is None:
             document_ids = torch.zeros_like(tokens)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the decoder's projections, other parts trained with them, and the memory of training.
+"""Low-rank adapters on the decoder's projections, and other parts trained with them.
 
     LoRA (Hu et al. 2021, arXiv 2106.09685)     y = W x + alpha / r * B A x
     DoRA (Liu et al. 2024, arXiv 2402.09353)    y = m * (W + alpha / r * B A) x / |W + alpha / r * B A|, norms by row
@@ -18,7 +18,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from wmtp.errors import UserError
 from wmtp.models.load import local_part, local_tensor, own_name
-from wmtp.models.nf4 import check_nf4_shape, is_nf4, mark_nf4, nf4_bytes, quantized_modules
+from wmtp.models.nf4 import check_nf4_shape, is_nf4, mark_nf4, quantized_modules
 from wmtp.numerics.keyed import keyed_generator
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of dtypes, for people
@@ -247,40 +247,3 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Counts (trained, all) parameters, over all processes."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
-
-
-def training_bytes(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Counts the bytes that this process holds in training: weights by dtype, gradients, and AdamW's two moments.
-
-    Activations, and the blocks that FSDP2 gathers for their computation, are not counted.
-    """
-    weights: dict[str, int] = {}
-    for parameter in model.parameters():
-        name = "nf4" if is_nf4(parameter) else _NAMES.get(parameter.dtype, str(parameter.dtype).removeprefix("torch."))
-        weights[name] = weights.get(name, 0) + _bytes(parameter)
-    trained = sum(_bytes(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    return {"weights": weights, "gradients": {"fp32": trained}, "AdamW's moments": {"fp32": 2 * trained}}
-
-
-def describe_training(model: nn.Module, world_size: int) -> str:
-    """Describes the trained parameters, and the memory of :func:`training_bytes`, in a line each."""
-    trained, total = parameter_counts(model)
-    parts = {what: sum(by_dtype.values()) for what, by_dtype in training_bytes(model).items()}
-    by_dtype = ", ".join(f"{name} {_gigabytes(n)}" for name, n in training_bytes(model)["weights"].items())
-    each = "; ".join(f"{what} {_gigabytes(n)}" for what, n in parts.items())
-    each = each.replace(";", f" ({by_dtype});", 1)
-    return (
-        f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%})\n"
-        f"memory of each process ({world_size} in all) without activations: about {_gigabytes(sum(parts.values()))}: "
-        f"{each}"
-    )
-
-
-def _bytes(parameter: Tensor) -> int:
-    if is_nf4(parameter):
-        return nf4_bytes(parameter)
-    return local_tensor(parameter).nbytes
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.3g} GB" if count >= 1e7 else f"{count / 1e6:.3g} MB"

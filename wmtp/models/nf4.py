@@ -60,9 +60,3 @@ def quantized_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if getattr(module, "quantized_to", None) is not None:
             yield name, module
-
-
-def nf4_bytes(weight: Any) -> int:
-    """Counts the bytes of a quantised weight, scales included."""
-    names, _ = weight.__tensor_flatten__()
-    return sum(getattr(weight, name).nbytes for name in names)

@@ -4,8 +4,29 @@ A product of two bfloat16 numbers is exact in float32, and sums of them nearly s
 only 8 bits. Logits of 16 to 32 would then be multiples of 0.125, too coarse for a cross-entropy or a low temperature.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+_simulated = False
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Returns whether a tensor is on CUDA, or stands for one that is, in a simulation (wmtp.training.planning)."""
+    return x.is_cuda or _simulated
+
+
+@contextlib.contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Lets tensors of the CPU stand for tensors on CUDA."""
+    global _simulated
+    before, _simulated = _simulated, True
+    try:
+        yield
+    finally:
+        _simulated = before
 
 
 def operand(x: Tensor) -> Tensor:
@@ -14,7 +35,7 @@ def operand(x: Tensor) -> Tensor:
     On a CPU torch has no product of half-precision operands with a float32 result. Float32 products are also many times
     faster on processors without bfloat16 instructions.
     """
-    return x if x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) else x.float()
+    return x if on_cuda(x) and x.dtype in (torch.bfloat16, torch.float16) else x.float()
 
 
 def mm_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:

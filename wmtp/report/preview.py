@@ -7,8 +7,6 @@ from torch import nn
 
 from wmtp.data import PackedDataset
 from wmtp.loss import mtp_loss
-from wmtp.report.token_views import token_views
-from wmtp.report.tokens import token_table
 
 
 @torch.no_grad()
@@ -33,6 +31,9 @@ def preview(
         batch_size: rows at a time.
         step: optimizer step, for weightings that draw random numbers each step.
     """
+    from wmtp.report.token_views import token_views  # most runs show nothing
+    from wmtp.report.tokens import token_table
+
     was_training = model.training
     tables: list[str] = []
     model.eval()

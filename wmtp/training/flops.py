@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmtp.config import build
-from wmtp.models import load_value_model
+from wmtp.models.value import load_value_model
 from wmtp.pretrained import resolve_checkpoint
 from wmtp.weighting.base import AnyWeighting, Signals, any_weighting
 

@@ -5,11 +5,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from wmtp.config import ConfigError
 from wmtp.data import PackedDataset
 from wmtp.distributed import World
-from wmtp.models import ValueModel, load_value_model
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.weighting.base import FROM_A_MODEL, OF_THE_POLICY, way_to
 
@@ -44,7 +44,7 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
 
 def frozen_value_model(
     path: str | None, tokenizer: Any, seq_len: int, world: World, *, dtype: torch.dtype, cpu_offload: bool = False
-) -> ValueModel | None:
+) -> nn.Module | None:
     """Builds the critic's frozen value model, sharded as the policy is, for rows of ``seq_len`` tokens.
 
     Args:
@@ -57,6 +57,8 @@ def frozen_value_model(
     """
     if path is None:
         return None
+    from wmtp.models.value import load_value_model  # most runs have none
+
     folder = resolve_checkpoint(path)
     require_same_vocabulary(tokenizer, hf_tokenizer(folder), "value model")
     device = "cpu" if cpu_offload else world.device

@@ -23,7 +23,7 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from wmtp.config import build
 from wmtp.distributed import World
-from wmtp.models import MTPDecoder, ValueModel
+from wmtp.models import MTPDecoder
 from wmtp.training.run_log import RunLog
 
 # Dense bfloat16 peaks of NVIDIA's data sheets, by a part of the device's name: the first that fits.
@@ -59,14 +59,14 @@ class ModelFlops:
         return tokens * (self.token + seq_len * self.position) + self.target * sum(targets[: self.heads])
 
 
-def model_flops(model: nn.Module | None, *, trunk: bool = True) -> ModelFlops:
+def model_flops(model: Any, *, trunk: bool = True) -> ModelFlops:
     """Counts a decoder or a value model by what of it requires a gradient; not a number for any other model.
 
     Args:
         model: None costs nothing.
         trunk: whether it runs; False where its states are kept (of a value model: those of the whole backbone).
     """
-    if isinstance(model, ValueModel):
+    if hasattr(model, "value_head"):  # a ValueModel
         backbone, grad = _backbone(model.backbone, trunk, heads=trunk)
         layers = [layer for layer in (model.value_head.hidden, model.value_head.out) if layer is not None]
         head = sum(_linear(layer, grad or i > 0) for i, layer in enumerate(layers))

@@ -1,0 +1,78 @@
+"""Processes of test_plan_memory.py: what the planner says of configs, and what a run of them holds in truth."""
+
+import json
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+from omegaconf import OmegaConf
+from run_configs import run_configs
+from torch.profiler import ProfilerActivity, profile
+
+from wmtp.training.planning import plan as planning
+from wmtp.training.planning.cards import Card
+from wmtp.training.planning.simulation import fake_world
+from wmtp.training.planning.training_step import simulate_step
+
+CPU = Card("CPU", 64e9, 1e12, 1e12, 1e11, 1e11, 1.0)
+
+
+def plans(result, *configs):
+    """Write the bytes that each config's plan holds at most, on one CPU."""
+    mesh = fake_world(1)
+    found = [planning.plan_training(OmegaConf.load(cfg), mesh, CPU).memory for cfg in configs]
+    Path(result).write_text(json.dumps(found))
+
+
+def depths(result, config):
+    """Write a config's figures on 4 simulated cards, of the whole model and as two shallow ones tell them."""
+    cfg, mesh = OmegaConf.load(config), fake_world(4)
+    with planning.gpu_kernels():
+        whole = simulate_step(cfg, mesh)
+    told, _ = planning._measure(cfg, mesh, True)
+    figures = {"whole": whole.figures, "told": told}
+    Path(result).write_text(json.dumps({name: [[*key, n] for key, n in f.items()] for name, f in figures.items()}))
+
+
+def measured(result, recipe_class, config):
+    """Write the most bytes that the allocator had given out at one time in the third step of a run."""
+    marks = []
+    recipe = recipe_class(OmegaConf.load(config))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        recipe.setup()
+        next_batch, save = recipe._stream.next_batch, recipe.save_checkpoint
+
+        def marked(work):
+            marks.append(time.time_ns())
+            return work()
+
+        with (
+            patch.object(recipe._stream, "next_batch", lambda: marked(next_batch)),
+            patch.object(recipe, "save_checkpoint", lambda: marked(save)),
+        ):
+            recipe.train()
+    begun, ended = marks[2], marks[3]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        if begun <= event.start_ns() <= ended:
+            most = max(most, live)
+    Path(result).write_text(json.dumps(most))
+
+
+def largest(result, config, memory):
+    """Write the largest micro-batch of a config on two small cards, and the bytes of it and of the next one."""
+    cfg, mesh, card = OmegaConf.load(config), fake_world(2), Card("small", memory, 1e14, 1e13, 1e12, 1e11, 1.0)
+    rows = planning.largest_batch(cfg, mesh, card)
+    held = []
+    for number in (rows, rows + 1):
+        cfg.batch_size = number
+        held.append(planning.plan_training(cfg, mesh, card).memory)
+    Path(result).write_text(json.dumps([rows, *held]))
+
+
+def run(config, smallest):
+    """Run the full fine-tuning recipe, with plans for models of so many parameters and more."""
+    with patch("wmtp.training.planning.SMALLEST", smallest):
+        run_configs(config)

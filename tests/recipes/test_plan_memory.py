@@ -1,0 +1,132 @@
+"""The planner, held against runs: bytes of the allocator, the whole model, and its own words for bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import defaultdict
+
+import pytest
+from omegaconf import OmegaConf
+from planned import depths, largest, measured, plans, run
+from processes import start
+
+from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
+from recipes.lora_wmtp import LoRARecipeWMTP
+from runs import ROOT, read_metrics
+
+SIZES = {
+    "narrow": {"embed_dim": 128, "intermediate_dim": 256, "num_layers": 3, "vocab_size": 512},
+    "wide": {"embed_dim": 512, "intermediate_dim": 1024, "num_layers": 3, "vocab_size": 4096},
+    "deep": {"embed_dim": 256, "intermediate_dim": 512, "num_layers": 11, "vocab_size": 1024},
+}
+RECIPES = {"uniform": FullFinetuneRecipeWMTP, "lora_rho1": LoRARecipeWMTP}
+
+
+@pytest.fixture
+def in_process(tmp_path):
+    """Call a function of `planned` in a process of its own, and return what it wrote."""
+
+    def call(function, *arguments):
+        result = tmp_path / f"{function.__name__}.json"
+        start(function, str(result), *arguments, size=1, log=tmp_path / "log.txt").join()
+        return json.loads(result.read_text())
+
+    return call
+
+
+@pytest.fixture
+def saved(tmp_path, tiny_config):
+    """Save a tiny config of another size, of three steps without evaluation; return its path."""
+
+    def save(job, size, **overrides):
+        cfg = tiny_config(job, eval_dataset=None, eval_every=None, max_steps=3, preview=0, batch_size=4, **overrides)
+        cfg.model.update(SIZES[size])
+        if job == "lora_rho1":
+            cfg.update({"weighting": {"_component_": "wmtp.weighting.uniform"}, "reference_model": None,
+                        "reference_checkpoint": None, "token_view": None})  # fmt: skip
+        path = tmp_path / f"{job}-{size}.yaml"
+        cfg.output_dir = str(tmp_path / f"{job}-{size}")
+        OmegaConf.save(cfg, path)
+        return str(path)
+
+    return save
+
+
+@pytest.mark.parametrize("job", RECIPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_planned_is_what_a_run_holds(job, size, saved, in_process):
+    path = saved(job, size)
+    (planned,) = in_process(plans, path)
+    assert planned == pytest.approx(in_process(measured, RECIPES[job], path), rel=0.1)
+
+
+@pytest.mark.parametrize("recomputed", [True, 2, "selective"])
+def test_two_shallow_models_tell_what_the_whole_one_does(recomputed, saved, in_process):
+    found = in_process(depths, saved("uniform", "deep", activation_checkpointing=recomputed))
+    whole, told = ({tuple(row[:-1]): row[-1] for row in found[name]} for name in ("whole", "told"))
+    between = {key for key in whole if key[:2] == ("held", "backward of blocks")}
+    assert between and whole.keys() - between == told.keys()
+    assert {key: told[key] for key in told if abs(told[key] - whole[key]) > 1} == {}
+    held = defaultdict(float)
+    for (what, phase, *_), size in whole.items():
+        held[phase] += size if what == "held" else 0
+    assert held.pop("backward of blocks") <= max(held.values())
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not(saved, in_process):
+    rows, fits, more = in_process(largest, saved("uniform", "wide"), 1e9)
+    assert rows > 8 and fits <= 1e9 < more
+
+
+def test_a_run_says_its_plan_before_it_starts_and_does_what_it_did(saved, tmp_path):
+    rows = []
+    for smallest in (0, 10**12):
+        path = saved("uniform", "narrow", hsdp_replicas=2, overwrite=True)
+        log = tmp_path / f"{smallest}.txt"
+        start(run, path, smallest, size=2, log=log).join()
+        rows.append([row["train/loss"] for row in read_metrics(OmegaConf.load(path).output_dir) if "train/loss" in row])
+        assert log.read_text().count("on each of 2 x CPU") == (smallest == 0)
+        assert "no plan" not in log.read_text()
+    assert rows[0] == rows[1] and len(rows[0]) == 3
+
+
+def plan_memory(*arguments):
+    command = [sys.executable, "recipes/plan_memory.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_the_recipe_prints_tables_and_writes_a_page(tmp_path):
+    page = tmp_path / "plan.html"
+    done = plan_memory("--config", "configs/tiny/rho1.yaml", "gpus=2", "gpu=h100_80gb", f"page={page}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plan: 0.0 of 85 GB on each of 2 x H100 80 GB")
+    for word in ("gathered weights", "frozen models", "scored column", "largest micro-batch that fits: batch_size="):
+        assert word in done.stdout
+    assert "<table>" in page.read_text() and "http" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (["gpu=a100"], "gpu must be one of a100_40gb, a100_80gb, h100_80gb, h200_141gb or cpu, got 'a100'"),
+        (["batch_sise=8"], "unknown key 'batch_sise' in config; did you mean"),
+        (["hsdp_replicas=2", "gpus=3"], "hsdp_replicas must divide gpus=3, got 2"),
+        (["model.embed_dim=16384", "model.intermediate_dim=65536", "model.num_layers=24"], "this run lacks"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_way_out(changes, words):
+    done = plan_memory("--config", "configs/tiny/uniform.yaml", *changes)
+    assert done.returncode != 0
+    assert words in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.long
+def test_the_plans_in_7b_configs_are_fresh_and_fit_their_cards():
+    command = [sys.executable, "docs/make_plans.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 9
+    for line in done.stdout.splitlines():
+        assert 1 < float(re.search(r"Plan: ([\d.]+) GB on each of 4 x A100 80 GB", line)[1]) < 79, line

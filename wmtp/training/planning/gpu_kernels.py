@@ -1,0 +1,44 @@
+"""What CUDA's kernels hold and do, where the same call on a CPU is made of other operations.
+
+Attention needs nothing here: torch's flash attention for the CPU keeps what CUDA's kernels keep, the output and one
+float32 a query and head. Flex attention is that kernel without a mask, which it never writes down whole.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from wmtp.models import decoder
+from wmtp.numerics.products import as_on_cuda
+
+
+@contextlib.contextmanager
+def gpu_kernels() -> Iterator[None]:
+    """Lets a simulation on tensors of the CPU hold and do what a run on CUDA does."""
+    with (
+        as_on_cuda(),
+        patch.object(decoder.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.scale)),
+        patch.object(decoder, "block_mask", lambda document_ids: None),
+    ):
+        yield
+
+
+class _FusedNorm(torch.autograd.Function):
+    """The bytes of aten's `_fused_rms_norm`: one pass, which keeps its input and one float32 a row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return x * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, scale, _ = ctx.saved_tensors
+        d_scale = torch.zeros_like(scale) if ctx.needs_input_grad[1] else None
+        return torch.addcmul(x, gradient, x), d_scale

@@ -1,0 +1,225 @@
+"""The plan of a training run: what a card will hold at the worst moment, and how long a step will take.
+
+Bytes, operations and collectives come from one simulated step (wmtp.training.planning.training_step). A time divides
+them by what the card does at best, and by the share of it below that large products and streams of memory reach.
+"""
+
+import math
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.device_mesh import DeviceMesh
+
+from wmtp.config import changed
+from wmtp.training.planning.cards import Card
+from wmtp.training.planning.gpu_kernels import gpu_kernels
+from wmtp.training.planning.simulation import Figures
+from wmtp.training.planning.training_step import SimulatedStep, simulate_step, two_depths
+
+# Shares of the peak: attention, memory, and links under NCCL.
+ATTENTION, MEMORY, LINK = 0.5, 0.75, 0.75
+KERNEL_SECONDS = 2e-6  # of the shortest kernel
+_simulated: dict[tuple, tuple[Figures, SimulatedStep]] = {}
+_OFFLOADED = {"weights", "gradients", "optimizer", "frozen models"}  # held by the host, with cpu_offload
+_PARTS = {"product": "products", "copy": "copies of gathered weights"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one card does in a training run.
+
+    Attributes:
+        card: whose times and memory these are.
+        cards: their number.
+        held: bytes by kind at the worst moment.
+        moment: the phase in which it comes.
+        phases: bytes of the worst moment of each phase.
+        seconds: of an optimizer step, by part.
+        tokens: of an optimizer step, over all cards.
+        flops: that the models need for a step on each card (wmtp.training.performance), for the MFU.
+        moved: bytes that operations outside of products and attention move in a step, on each card.
+        waits: times that the host waits for the device in a step, without logging.
+        checkpoint: bytes of a checkpoint: trained weights and the optimizer's state, over all cards.
+    """
+
+    card: Card
+    cards: int
+    held: dict[str, float]
+    moment: str
+    phases: dict[str, float]
+    seconds: dict[str, float]
+    tokens: float
+    flops: float
+    moved: float
+    waits: int
+    checkpoint: float
+
+    @property
+    def memory(self) -> float:
+        """Returns the bytes of the worst moment."""
+        return sum(self.held.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory <= self.card.memory
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def mfu(self) -> float:
+        """Returns the share of the card's bf16 peak that the models' own operations make up."""
+        return self.flops / self.step_seconds / self.card.bf16
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.step_seconds
+
+    def line(self, steps: int | None = None) -> str:
+        """Says it in one line; with the number of steps also the hours."""
+        kinds = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sorted(self.held.items(), key=lambda k: -k[1]))
+        hours = "" if steps is None else f", {steps * self.step_seconds / 3600:.1f} h for {steps} steps"
+        return (
+            f"plan: {self.memory / 1e9:.1f} of {self.card.memory / 1e9:.0f} GB on each of {self.cards} x "
+            f"{self.card.name} in the {self.moment} ({kinds}); {self.step_seconds:.2f} s a step, "
+            f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%}{hours}; a checkpoint is "
+            f"{self.checkpoint / 1e9:.1f} GB"
+        )
+
+
+def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
+    """Plans a training config on a mesh of simulated cards.
+
+    Args:
+        cfg: of `full_finetune_distributed_wmtp.py`, `lora_wmtp.py` or `critic_stage1.py`.
+        mesh: of torch's fake process group (:func:`~wmtp.training.planning.simulation.fake_world`).
+        card: where its name begins with CPU, the plan is of a run on a CPU.
+
+    Raises:
+        ConfigError, UserError: a part of the config that cannot be built.
+    """
+    on_gpu = not card.name.startswith("CPU")
+    if "cpu_offload" in cfg:  # changes where tensors are, and nothing of what is done
+        figures, step = _measured(changed(cfg.copy(), ["cpu_offload=false"]), mesh, on_gpu)
+    else:
+        figures, step = _measured(cfg, mesh, on_gpu)
+    held: dict[str, dict[str, float]] = defaultdict(dict)
+    moved = waits = 0.0
+    for (what, phase, kind, *_), number in figures.items():
+        times = 1 if phase == "optimizer" else step.micro_batches
+        if what == "held" and number > 0:
+            held[phase][kind] = number
+        elif what == "moved" and kind not in ("product", "attention"):
+            moved += times * number
+        elif what == "waits":
+            waits += times * number
+    if cfg.get("cpu_offload"):
+        held = {phase: {k: n for k, n in kinds.items() if k not in _OFFLOADED} for phase, kinds in held.items()}
+    phases = {phase: sum(kinds.values()) for phase, kinds in held.items()}
+    moment = max(phases, key=phases.__getitem__)
+    return Plan(
+        card=card,
+        cards=mesh.size(),
+        held=held[moment],
+        moment=moment,
+        phases=phases,
+        seconds=_seconds(figures, card, mesh.size(), step.micro_batches),
+        tokens=step.tokens,
+        flops=step.micro_batches * step.flops,
+        moved=moved,
+        waits=int(waits),
+        checkpoint=step.checkpoint * mesh.size(mesh.ndim - 1),
+    )
+
+
+def _measured(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
+    """Returns a step's figures, simulated once."""
+    key = OmegaConf.to_yaml(cfg, resolve=True), mesh, on_gpu
+    if key not in _simulated:
+        _simulated[key] = _measure(cfg, mesh, on_gpu)
+    return _simulated[key]
+
+
+def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
+    """Returns a step's figures: of the model itself where it is shallow, else as two shallow ones tell them."""
+    depths = two_depths(cfg)
+    with gpu_kernels() if on_gpu else nullcontext():
+        shallow, deeper = (simulate_step(cfg, mesh, depth=depth) for depth in depths)
+    if deeper.depths[0] <= depths[1]:
+        return deeper.figures, deeper
+
+    def at_depth(few: float, more: float, depth: int) -> float:
+        return few + (more - few) * (depth - depths[0]) / (depths[1] - depths[0])
+
+    figures = {}
+    for key in shallow.figures.keys() | deeper.figures.keys():
+        what, phase, kind, *_ = key
+        if what == "held" and phase == "backward of blocks":
+            continue  # between the two ends
+        few, more = shallow.figures.get(key, 0), deeper.figures.get(key, 0)
+        figures[key] = at_depth(few, more, deeper.depths[(kind if what == "held" else phase) == "frozen models"])
+    trained = at_depth(shallow.checkpoint, deeper.checkpoint, deeper.depths[0])
+    return figures, deeper._replace(checkpoint=trained)
+
+
+def _seconds(figures: Figures, card: Card, cards: int, micro_batches: float) -> dict[str, float]:
+    """Returns the seconds of a step by part. Collectives run beside the computation of their phase."""
+    parts: dict[str, float] = defaultdict(float)
+    computing: dict[str, float] = defaultdict(float)
+    sending: dict[str, float] = defaultdict(float)
+    for (what, whole_phase, kind, *dtype), number in figures.items():
+        phase = whole_phase.partition(" of ")[0]
+        times = 1 if phase == "optimizer" else micro_batches
+        if what == "flops":
+            peak = card.fp32 if dtype == ["torch.float32"] else card.bf16
+            seconds = number / peak / (ATTENTION if kind == "attention" else card.products)
+        elif what == "moved" and kind not in ("product", "attention"):
+            seconds = max(number / card.bandwidth / MEMORY, figures["calls", whole_phase, kind] * KERNEL_SECONDS)
+        elif what == "sent":
+            sending[phase] += times * number * (cards - 1) / cards / card.link / LINK
+            continue
+        else:
+            continue
+        computing[phase] += times * seconds
+        part = phase if phase in ("frozen models", "loss", "optimizer") else kind
+        parts[_PARTS.get(part, part)] += times * seconds
+    waiting = sum(max(0.0, sending[phase] - computing[phase]) for phase in sending)
+    return {**parts, "communication": waiting}
+
+
+def levers(cfg: DictConfig) -> dict[str, list[str]]:
+    """Returns what a user can turn, by name: the changes of the config, as on a command line."""
+    found = {}
+    if cfg.get("reference_model") is not None:
+        found["scored column instead of a reference model"] = ["reference_model=null", "reference_checkpoint=null"]
+    if "activation_checkpointing" in cfg:
+        ways = {"true": "every block recomputed", "2": "every second block recomputed",
+                "selective": "all but products and attention recomputed", "false": "all activations kept"}  # fmt: skip
+        ways.pop(str(cfg.activation_checkpointing).lower(), None)
+        found |= {name: [f"activation_checkpointing={value}"] for value, name in ways.items()}
+    if cfg.model.get("attention", "sdpa") == "sdpa":
+        found["flex attention"] = ["model.attention=flex"]
+    if not cfg.get("cpu_offload"):
+        found["weights and optimizer in host memory"] = ["cpu_offload=true"]
+    if "backbone" not in cfg and cfg.get("adapters") is None:
+        found["LoRA, rank 16"] = ["adapters._component_=wmtp.models.add_lora"]
+    return found
+
+
+def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
+    """Returns the rows of the largest micro-batch that fits the card; 0 where one row is too much.
+
+    In each phase, what is held grows evenly with the rows: two plans tell where it meets the card's memory.
+    """
+    planned = [
+        plan_training(changed(cfg.copy(), [f"batch_size={rows}"]), mesh, card).phases
+        for rows in sorted({cfg.batch_size, 1 if cfg.batch_size > 1 else 2})
+    ]
+    largest = math.inf
+    for phase, size in planned[0].items():
+        a_row = (planned[1].get(phase, size) - size) / max(cfg.batch_size - 1, 1)
+        largest = min(largest, 1 + (card.memory - size) / max(a_row, 1))
+    return max(0, math.floor(largest))

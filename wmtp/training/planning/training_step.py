@@ -1,0 +1,273 @@
+"""One optimizer step of a training config, simulated on one card of a cluster.
+
+The step is the recipes' own, in their order. Blocks of a trunk are alike, so two shallow models tell what a deep one
+holds and does: every figure of a phase is a constant and so much a block (a test holds it against the whole model). In
+the backward pass that is so at its two ends, between which bytes rise or fall evenly: the blocks there are phases of
+their own, as many as the period of recomputation, and the first block besides, for which nothing is gathered ahead.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torchtune.training import scale_grads
+
+from wmtp.config import build
+from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
+from wmtp.models import checkpoint_activations, shard_model
+from wmtp.models.nf4 import quantize_nf4, quantized_modules
+from wmtp.models.value import ValueModel
+from wmtp.training.optimizers import build_optimizer, parameter_groups
+from wmtp.training.performance import model_flops
+from wmtp.training.planning.simulation import Figures, Simulation, local_parts
+from wmtp.weighting import any_weighting
+
+RECOMPUTE = {False: None, True: 1}  # else as wmtp.models.checkpoint_activations takes it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class SimulatedStep(NamedTuple):
+    """What one card does in a step."""
+
+    figures: Figures  # of one micro-batch and the update
+    micro_batches: float  # of a step
+    tokens: float  # of a step, over all cards
+    flops: float  # that the models need for a micro-batch (wmtp.training.performance)
+    depths: tuple[int, int]  # blocks of the whole model's trunk and head 1, and of the frozen model's
+    checkpoint: float  # bytes of what is trained and of the optimizer's state, of this card
+
+
+def simulate_step(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = None) -> SimulatedStep:
+    """Simulates a steady optimizer step: the optimizer has its moments, and gradients of earlier micro-batches exist.
+
+    Args:
+        cfg: of `full_finetune_distributed_wmtp.py`, `lora_wmtp.py` or `critic_stage1.py`.
+        mesh: of the simulated cluster.
+        depth: blocks of every trunk that are simulated; None for all.
+
+    Raises:
+        ConfigError, UserError: a part that cannot be built.
+    """
+    step = (_Critic if "backbone" in cfg else _Finetuning)(cfg, mesh, depth)
+    simulation = step.simulation
+    with simulation:
+        simulation.hold(list(step.model.parameters()), "weights")
+        simulation.hold([list(frozen.parameters()) for frozen in step.frozen.values()], "frozen models")
+        optimizer = _optimizer(cfg, step, simulation)
+        if step.micro_batches <= 1:
+            optimizer.zero_grad(set_to_none=True)
+        simulation.reset()
+        loss_sum = step.forward()
+        with simulation.phase("backward", "activations"):
+            (loss_sum * step.world_size).backward()
+        del loss_sum
+        with simulation.phase("optimizer", "optimizer"):
+            scale_grads(step.model, torch.tensor(1.0))
+            norm = torch.nn.utils.clip_grad_norm_(step.trained, cfg.get("max_grad_norm") or math.inf)
+            float(norm.full_tensor())  # type: ignore[attr-defined]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    kept = [*step.trained, *(value for state in optimizer.state.values() for value in state.values())]
+    size = sum(part.nbytes for tensor in kept if isinstance(tensor, Tensor) for part in local_parts(tensor))
+    figures = simulation.figures()
+    return SimulatedStep(figures, step.micro_batches, step.tokens, step.flops, step.depths, size)
+
+
+def recompute(cfg: DictConfig) -> int | str | None:
+    """Returns which activations are computed again, as `wmtp.models.checkpoint_activations` takes it; None: none."""
+    value = cfg.get("activation_checkpointing", False)
+    return RECOMPUTE.get(value, value) if isinstance(value, bool) else value
+
+
+def period(cfg: DictConfig) -> int:
+    """Returns the number of blocks after which the pattern of recomputation begins anew."""
+    every = recompute(cfg)
+    return every if isinstance(every, int) else 1
+
+
+def two_depths(cfg: DictConfig) -> tuple[int, int]:
+    """Returns the depths of two shallow models with all phases of the backward pass, in the whole one's pattern."""
+    with torch.device("meta"):
+        whole = len(build(cfg.model, where="model").layers)
+    least = 2 * period(cfg) + 2
+    least += (whole - least) % period(cfg)
+    return least, least + period(cfg)
+
+
+def _optimizer(cfg: DictConfig, step: "_Step", simulation: Simulation) -> torch.optim.Optimizer:
+    """Builds the optimizer, and lets it make its moments from gradients of zero, which stay."""
+    optimizer = build_optimizer(cfg.optimizer, step.groups())
+    with simulation.phase("", "gradients"):
+        for parameter in step.trained:
+            parameter.grad = torch.zeros_like(parameter)
+    with simulation.phase("", "optimizer"):
+        optimizer.step()
+    return optimizer
+
+
+def _decoder(model: Any) -> Any:
+    return model.backbone if isinstance(model, ValueModel) else model
+
+
+class _Step:
+    """The models and the batch of a training step."""
+
+    model: Any
+
+    def __init__(self, cfg: DictConfig, mesh: DeviceMesh, depth: int | None, rows: int, seq_len: int) -> None:
+        self.cfg, self.mesh, self.depth = cfg, mesh, depth
+        self.world_size = mesh.size()
+        # Real are the figures of each target and each head, and nothing that is as wide as a model.
+        self.simulation = Simulation(small=8 * rows * seq_len)
+        self.frozen: dict[str, nn.Module] = {}
+        self.flops, self.depths = 0.0, (0, 0)
+        tokens = torch.arange(rows * seq_len).reshape(rows, seq_len) % 97
+        # Two documents a row, as packed rows have several: attention has its mask.
+        documents = (torch.arange(seq_len) >= seq_len // 2).long().expand(rows, seq_len)
+        self.batch = {"tokens": tokens, "document_ids": documents}
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Returns the optimizer's parameter groups, as the recipe has them."""
+        raise NotImplementedError
+
+    def forward(self) -> Tensor:
+        """Runs the models on the batch, and returns the sum of the loss."""
+        raise NotImplementedError
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def place(self, model: nn.Module, recompute: int | str | None = None) -> nn.Module:
+        """Cuts a model on the meta device down to the depth, shards it, and gives it fake weights."""
+        decoder = _decoder(model)
+        rows, seq_len = self.batch["tokens"].shape
+        heads = decoder.num_future_tokens
+        self.flops += model_flops(model).of(rows * seq_len, seq_len, [rows * seq_len] * heads)
+        self.depths = (self.depths[0] or len(decoder.layers), len(decoder.layers))
+        if self.depth is not None and self.depth < len(decoder.layers):
+            decoder.layers = nn.ModuleList([*decoder.layers[: self.depth - 1], decoder.layers[-1]])
+        if recompute is not None:
+            checkpoint_activations(model, recompute)
+        shard_model(model, self.mesh, param_dtype=DTYPES[self.cfg.dtype])
+        with self.simulation.mode:
+            model.to_empty(device="cpu")
+            for name, module in quantized_modules(model):
+                module.weight = quantize_nf4(module.get_parameter("weight"), name)
+        return model
+
+    def mark_backward(self, model: nn.Module) -> None:
+        """Makes phases of the ends of the backward pass: the gradient that reaches a block begins its phase."""
+        decoder = _decoder(model)
+        trunk = len(decoder.layers) - 1
+        for number, block in enumerate((*decoder.layers, *decoder.extra_heads)):
+            name = "blocks"
+            if number >= trunk:
+                name = "heads"
+            elif number <= period(self.cfg):
+                name = f"block {number + 1}"
+            elif number >= trunk - period(self.cfg):
+                name = f"block {trunk - number} from the end"
+            block.register_forward_hook(self._marks(f"backward of {name}"))
+
+    def _marks(self, name: str) -> Callable:
+        def mark(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: self.simulation.enter(name, "activations"))
+
+        return mark
+
+
+class _Finetuning(_Step):
+    """A step of full fine-tuning or of LoRA, with token weights."""
+
+    def __init__(self, cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> None:
+        super().__init__(cfg, mesh, depth, cfg.batch_size, cfg.seq_len)
+        self.weighting = any_weighting(build(cfg.weighting, where="weighting"))
+        with torch.device("meta"):
+            model = build(cfg.model, where="model")
+            if cfg.get("adapters") is not None:
+                build(cfg.adapters, model, where="adapters", seed=0)
+        self.model = self.place(model, recompute(cfg)).train()
+        self.mark_backward(self.model)
+        self.head_weights = head_weight_tensor(cfg.get("head_weights"), model.num_future_tokens)
+        self._freeze("reference_ce", "reference_model", lambda model: model)
+        self._freeze("values", "value_model", lambda model: ValueModel(model, "mlp"))
+        rows = cfg.batch_size * self.world_size
+        self.micro_batches = cfg.get("gradient_accumulation_steps") or math.ceil(
+            cfg.tokens_per_step / (rows * cfg.seq_len)
+        )
+        self.tokens = self.micro_batches * rows * cfg.seq_len
+
+    def _freeze(self, signal: str, key: str, shaped: Callable) -> None:
+        """Places the frozen model of a signal beside the policy, if the config names one."""
+        if signal not in self.weighting.needs or self.cfg.get(key) is None:
+            return
+        section = (
+            self.cfg[key] if key == "reference_model" else OmegaConf.merge(self.cfg.model, {"num_future_tokens": 1})
+        )
+        with torch.device("meta"):
+            model = shaped(build(section, where=key))  # type: ignore[arg-type]
+        self.frozen[signal] = self.place(model.requires_grad_(False).eval().to(DTYPES[self.cfg.dtype]))
+
+    def groups(self) -> list[dict[str, Any]]:
+        decay_all = bool(self.cfg.get("decay_norms_and_embeddings"))
+        return parameter_groups(self.model, self.model.extra_heads, self.cfg.get("extra_heads_lr"), decay_all)
+
+    def forward(self) -> Tensor:
+        simulation, labels = self.simulation, self.batch["tokens"].clone()
+        labels[:, : labels.shape[1] // 16] = -100
+        named = {name: torch.rand(labels.shape) for name in self.weighting.needs if not name.startswith("policy")}
+        for signal, model in self.frozen.items():
+            with simulation.phase("frozen models", "activations"), torch.no_grad():
+                if signal == "reference_ce":
+                    named[signal] = model(**self.batch, loss_fn=token_cross_entropy, labels=labels)[0]
+                else:
+                    named[signal] = model(**self.batch)
+        with simulation.phase("forward", "activations"):
+            out = self.model(
+                **self.batch,
+                loss_fn=self._loss,
+                labels=labels,
+                weighting=self.weighting,
+                signals=named,
+                head_weights=self.head_weights,
+                step=10**6 + 1,  # none at which the weights are checked
+            )
+        return out.loss_sum
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Any:
+        with self.simulation.phase("loss", "loss"):
+            return mtp_loss(*args, **kwargs)
+
+
+class _Critic(_Step):
+    """A step of the critic: two programs of each pair."""
+
+    def __init__(self, cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> None:
+        super().__init__(cfg, mesh, depth, 2 * cfg.batch_size, cfg.seq_len)
+        with torch.device("meta"):
+            backbone = build(cfg.model, where="model")
+            if cfg.backbone == "lora":
+                build(cfg.lora, backbone, where="lora")
+            elif cfg.backbone == "frozen":
+                backbone.requires_grad_(False)
+            elif not backbone.config.tie_word_embeddings:
+                backbone.output.requires_grad_(False)
+            model = ValueModel(backbone, cfg.head)
+        self.model = self.place(model, recompute(cfg) if cfg.backbone != "frozen" else None).train()
+        self.mark_backward(self.model)
+        self.micro_batches = cfg.gradient_accumulation_steps
+        self.tokens = self.micro_batches * 2 * cfg.batch_size * cfg.seq_len * self.world_size
+
+    def groups(self) -> list[dict[str, Any]]:
+        decay_all = bool(self.cfg.get("decay_norms_and_embeddings"))
+        return parameter_groups(self.model, self.model.value_head, self.cfg.get("head_lr"), decay_all)
+
+    def forward(self) -> Tensor:
+        with self.simulation.phase("forward", "activations"):
+            return self.model(**self.batch).float().sum()
