@@ -1,7 +1,10 @@
 """Scored datasets: columns stay beside their tokens, and nothing is read that its manifest does not vouch for."""
 
+import errno
 import gzip
 import json
+import resource
+import signal
 import weakref
 
 import datasets
@@ -24,8 +27,10 @@ from wmtp.data import (
     tokenized,
     tokenized_stream,
 )
+from wmtp.data.documents import collecting
 from wmtp.data.parts import PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.data.scored_dataset import part_path, read_part, require_same_binding, write_column_manifest, write_part
+from wmtp.errors import UserError
 from wmtp.models import llama_mtp
 from wmtp.models.export import export_hf
 from wmtp.pretrained import byte_tokenizer
@@ -130,6 +135,21 @@ def test_what_the_manifest_does_not_vouch_for_is_refused(folder, spoil, message)
     with pytest.raises(ValueError, match=message) as error:
         scored(TOKENIZER, source=str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_a_disk_that_has_no_room_for_what_is_read_is_no_fault_of_the_source(folder, tmp_path):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
+    try:
+        with collecting(workers=1, folder=tmp_path), pytest.raises(OSError) as error:
+            scored(TOKENIZER, source=str(folder))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert error.value.errno == errno.EFBIG and not isinstance(error.value, UserError)
+    with collecting(workers=2, folder=tmp_path):
+        kept = scored(TOKENIZER, source=str(folder))
+    assert kept.fingerprint == scored(TOKENIZER, source=str(folder)).fingerprint
 
 
 def test_a_number_that_is_not_finite_is_refused_with_its_document(tmp_path):

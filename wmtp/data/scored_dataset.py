@@ -82,8 +82,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
             f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
             "; score again with this checkpoint, or name the one that was used"
         )
-    with reading(folder):
-        return Documents(f"scored {folder}", collect(_read_parts(folder, manifest)), scored_len=manifest["seq_len"])
+    return Documents(f"scored {folder}", collect(_read_parts(folder, manifest)), scored_len=manifest["seq_len"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -256,21 +255,26 @@ def _read_parts(folder: Path, manifest: dict[str, Any]) -> Iterator[Callable[[],
     if _all_sha256(entries) != totals["sha256"]:
         raise UserError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
     for entry in entries:
-        path = folder / entry["file"]
-        if not path.exists():
-            raise UserError(f"{path} is missing: {MANIFEST} names it; restore it, or score again")
-        if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
-            raise UserError(f"{path} has changed: its SHA-256 is not the one in {MANIFEST}; restore it, or score again")
-        part, _, header = read_part(path)
-        if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
-            raise UserError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
-        if not np.isfinite(part.signals[column]).all():
-            bad = next(d for d in part if not np.isfinite(d.signals[column]).all())
-            raise UserError(
-                f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf"
-            )
+        with reading(folder):
+            part = _read_as_recorded(folder, entry, column)
         for i in range(len(part)):
             yield partial(part.__getitem__, i)
+
+
+def _read_as_recorded(folder: Path, entry: dict[str, Any], column: str) -> Columns:
+    """Reads a part and holds it against its entry in the manifest."""
+    path = folder / entry["file"]
+    if not path.exists():
+        raise UserError(f"{path} is missing: {MANIFEST} names it; restore it, or score again")
+    if path.stat().st_size != entry["bytes"] or file_sha256(path) != entry["sha256"]:
+        raise UserError(f"{path} has changed: its SHA-256 is not the one in {MANIFEST}; restore it, or score again")
+    part, _, header = read_part(path)
+    if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
+        raise UserError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
+    if not np.isfinite(part.signals[column]).all():
+        bad = next(d for d in part if not np.isfinite(d.signals[column]).all())
+        raise UserError(f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf")
+    return part
 
 
 def _all_sha256(entries: Sequence[dict[str, Any]]) -> str:
