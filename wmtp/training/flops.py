@@ -36,11 +36,14 @@ def flops_per_step(cfg: DictConfig) -> float:
         policy = build(cfg.model, where="model")
         if cfg.get("adapters") is not None:
             build(cfg.adapters, policy, where="adapters", seed=0)
+    policy.attention = "sdpa"  # flex attention needs CUDA
     loss = _loss(weighting, policy.num_future_tokens)
     frozen: list[tuple[Any, dict]] = []
     if "reference_ce" in weighting.needs and cfg.get("reference_model") is not None:
         with torch.device("meta"):
-            frozen.append((build(cfg.reference_model, where="reference_model"), {"num_heads": 1, "loss_fn": _forward}))
+            reference = build(cfg.reference_model, where="reference_model")
+        reference.attention = "sdpa"
+        frozen.append((reference, {"num_heads": 1, "loss_fn": _forward}))
     if "values" in weighting.needs and cfg.get("value_model") is not None:
         frozen.append((load_value_model(resolve_checkpoint(cfg.value_model)).to("meta"), {}))
 

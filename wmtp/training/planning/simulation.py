@@ -84,6 +84,7 @@ class Simulation(TorchDispatchMode):
         self._small = small
         self._storages: dict[int, tuple[int, str]] = {}
         self._kind, self._phase = "other", ""
+        self.fused = False  # within a compiled block: its elementwise operations are counted by who compiles it
         self.held: Counter = Counter()
         self._total = 0
         self.reset()
@@ -132,6 +133,12 @@ class Simulation(TorchDispatchMode):
         """Names the kind of what is allocated."""
         with self.phase(self._phase, name):
             yield
+
+    def add(self, moved: int, calls: int) -> None:
+        """Counts elementwise work that is not seen."""
+        work = self.work[self._phase, "elementwise"]
+        work.moved += moved
+        work.calls += calls
 
     def hold(self, tensors: Any, kind: str) -> None:
         """Counts what tensors hold as one kind, from now on."""
@@ -266,6 +273,8 @@ class Simulation(TorchDispatchMode):
             kind, flops = "product", flop_registry[packet](*(t for t in args if isinstance(t, Tensor)), out_val=out)
         elif space == "fsdp" or name == "split_with_sizes_copy":
             kind = "copy"
+        if kind == "elementwise" and self.fused:
+            return
         work = self.work[self._phase, kind]
         work.moved += moved
         work.calls += 1

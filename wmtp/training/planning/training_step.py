@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
 from torchtune.training import scale_grads
 
@@ -65,6 +66,7 @@ def simulate_step(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = None
         with simulation.phase("backward", "activations"):
             (loss_sum * step.world_size).backward()
         del loss_sum
+        simulation.fused = False
         with simulation.phase("optimizer", "optimizer"):
             scale_grads(step.model, torch.tensor(1.0))
             norm = torch.nn.utils.clip_grad_norm_(step.trained, cfg.get("max_grad_norm") or math.inf)
@@ -151,6 +153,11 @@ class _Step:
         self.depths = (self.depths[0] or len(decoder.layers), len(decoder.layers))
         if self.depth is not None and self.depth < len(decoder.layers):
             decoder.layers = nn.ModuleList([*decoder.layers[: self.depth - 1], decoder.layers[-1]])
+        fused = None
+        if self.cfg.get("compile") and not any(True for _ in quantized_modules(model)):  # 4 bits: as if it were off
+            from wmtp.training.planning.compiled import fused_traffic  # Inductor takes seconds to import
+
+            fused = fused_traffic(decoder.layers[0], rows, seq_len, decoder.embed_dim, DTYPES[self.cfg.dtype])
         if recompute is not None:
             checkpoint_activations(model, recompute)
         shard_model(model, self.mesh, param_dtype=DTYPES[self.cfg.dtype])
@@ -158,7 +165,31 @@ class _Step:
             model.to_empty(device="cpu")
             for name, module in quantized_modules(model):
                 module.weight = quantize_nf4(module.get_parameter("weight"), name)
+        for block in (*decoder.layers, *decoder.extra_heads) if fused is not None else ():
+            self._compile(block, *fused)
         return model
+
+    def _compile(self, block: nn.Module, forward: tuple[int, int], backward: tuple[int, int]) -> None:
+        """Counts a block's elementwise work as its compiled kernels do it."""
+        simulation, again = self.simulation, isinstance(block, CheckpointWrapper)
+
+        def begin(*_: Any) -> None:
+            simulation.fused = True
+
+        def end(module: nn.Module, args: Any, output: Tensor) -> None:
+            simulation.fused = False
+            simulation.add(*forward)
+            if output.requires_grad:
+                output.register_hook(in_backward)
+
+        def in_backward(gradient: Tensor) -> None:
+            simulation.fused = True
+            simulation.add(*backward)
+            if again:
+                simulation.add(*forward)
+
+        block.register_forward_pre_hook(begin)
+        block.register_forward_hook(end)
 
     def mark_backward(self, model: nn.Module) -> None:
         """Makes phases of the ends of the backward pass: the gradient that reaches a block begins its phase."""
