@@ -165,8 +165,9 @@ class _Step:
             model.to_empty(device="cpu")
             for name, module in quantized_modules(model):
                 module.weight = quantize_nf4(module.get_parameter("weight"), name)
-        for block in (*decoder.layers, *decoder.extra_heads) if fused is not None else ():
-            self._compile(block, *fused)
+        if fused is not None:
+            for block in (*decoder.layers, *decoder.extra_heads):
+                self._compile(block, *fused)
         return model
 
     def _compile(self, block: nn.Module, forward: tuple[int, int], backward: tuple[int, int]) -> None:
