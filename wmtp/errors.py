@@ -288,6 +288,14 @@ def line_for_user(error: BaseException) -> str | None:
             f"another rank did not come to a collective operation in time ({one_line(error)[-120:]}): see what it said "
             "last; timeout_minutes gives it more time"
         )
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
+        config = f"--config {_output_dir}/config.yaml " if _output_dir is not None else ""
+        cards = os.environ.get("WORLD_SIZE", "1")
+        said = ". ".join(one_line(error).split(". ")[:2])  # the rest is about the allocator
+        return (
+            f"{said}; `python recipes/plan_memory.py {config}gpus={cards} gpu=...` says what the run holds, and what "
+            "each lever buys"
+        )
     if fault := disk_fault(error):
         return f"{fault}; make room{f', then {resume}' * goes_on}"
     if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_A_PATH:
