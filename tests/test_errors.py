@@ -117,7 +117,7 @@ def test_an_error_of_code_keeps_its_traceback_on_the_screen_and_in_output_dir(ru
         ("file = open('/dev/full', 'w'); file.write('x'); file.flush()", ": no space left on the disk ("),
         ("raise OSError(30, 'ro', '/data/x')", "/data/x: the file system is read-only ("),
         (
-            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has none.')",
+            "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. On')",
             "CUDA out of memory. Tried to allocate 2.00 GiB; `python recipes/plan_memory.py --config ",
         ),
     ],
