@@ -83,7 +83,11 @@ def joint_of_three(model, prompt, sampling):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampling", [Sampling(3, 1.0), Sampling(3, 2.5), Sampling(3, 2.0, 0.8)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(3, 2.0, 0.8), *(pytest.param(Sampling(3, t), marks=pytest.mark.long) for t in (1.0, 2.5))],
+    ids=str,
+)
 def test_sampled_tokens_have_the_models_distribution(tiny, letters, sampling):
     letters.eos_id = -1
     model = tiny(vocab_size=6, max_seq_len=8)

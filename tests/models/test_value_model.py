@@ -278,6 +278,7 @@ def on_two_processes(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_give_and_save_what_one_does(tmp_path):
     save(value_model(), tmp_path / "source")

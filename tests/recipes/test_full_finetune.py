@@ -137,6 +137,7 @@ def replicas_reduce_once_a_step(*paths):
     assert counts[0] == counts[1] >= 2 * (blocks + 1)
 
 
+@pytest.mark.long
 def test_replicas_add_up_their_gradients_once_a_step_and_train_as_shards_do(tiny_config, run_distributed, tmp_path):
     common = {"max_steps": 2, "save_every": None, "eval_dataset": None, "export_dtype": "none", "batch_size": 1}
     paths = []

@@ -55,14 +55,14 @@ def saved(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize("job", RECIPES)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["wide", *(pytest.param(size, marks=pytest.mark.long) for size in ("narrow", "deep"))])
 def test_what_is_planned_is_what_a_run_holds(job, size, saved, in_process):
     path = saved(job, size)
     (planned,) = in_process(plans, path)
     assert planned == pytest.approx(in_process(measured, RECIPES[job], path), rel=0.1)
 
 
-@pytest.mark.parametrize("recomputed", [True, 2, "selective"])
+@pytest.mark.parametrize("recomputed", [2, *(pytest.param(how, marks=pytest.mark.long) for how in (True, "selective"))])
 def test_two_shallow_models_tell_what_the_whole_one_does(recomputed, saved, in_process):
     found = in_process(depths, saved("uniform", "deep", activation_checkpointing=recomputed))
     whole, told = ({tuple(row[:-1]): row[-1] for row in found[name]} for name in ("whole", "told"))
@@ -97,6 +97,7 @@ def plan_memory(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.long
 def test_the_recipe_prints_tables_and_writes_a_page(tmp_path):
     page = tmp_path / "plan.html"
     done = plan_memory("--config", "configs/tiny/rho1.yaml", "gpus=2", "gpu=h100_80gb", f"page={page}")
@@ -113,7 +114,11 @@ def test_the_recipe_prints_tables_and_writes_a_page(tmp_path):
         (["gpu=a100"], "gpu must be one of a100_40gb, a100_80gb, h100_80gb, h200_141gb or cpu, got 'a100'"),
         (["batch_sise=8"], "unknown key 'batch_sise' in config; did you mean"),
         (["hsdp_replicas=2", "gpus=3"], "hsdp_replicas must divide gpus=3, got 2"),
-        (["model.embed_dim=16384", "model.intermediate_dim=65536", "model.num_layers=24"], "this run lacks"),
+        pytest.param(
+            ["model.embed_dim=16384", "model.intermediate_dim=65536", "model.num_layers=24"],
+            "this run lacks",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_the_way_out(changes, words):

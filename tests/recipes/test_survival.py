@@ -205,6 +205,7 @@ def test_a_signal_in_an_evaluation_is_heeded_after_it_not_after_one_more_step(ti
         assert lines[-1]["step"] == 1 and any(key.startswith("eval/") for key in lines[-1])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_scoring_finishes_its_part_and_goes_on_byte_for_byte(tiny_config, models, tmp_path):
     def job(name, **more):

@@ -140,6 +140,7 @@ def test_a_lasting_fault_ends_in_one_line_and_keeps_everything(job, bucket, tmp_
     assert len([key for key in bucket.keys("runs/uniform") if key.endswith("manifest.json")]) == 3
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_scoring_training_and_evaluation_hand_over_in_s3(job, bucket, tmp_path):
     reference = f"{bucket.uri}/reference"
