@@ -35,9 +35,8 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
     from wmtp.training.planning.simulation import mesh_of
 
     replicas = 1 if world.mesh.ndim == 1 else world.mesh.size(0)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            line = plan_training(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
-        except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
-            line = f"no plan of this run: a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
+    try:
+        line = plan_training(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
+    except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
+        line = f"no plan of this run: a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
     log(line)

@@ -53,8 +53,14 @@ def simulate_step(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = None
     Raises:
         ConfigError, UserError: a part that cannot be built.
     """
-    step = (_Critic if "backbone" in cfg else _Finetuning)(cfg, mesh, depth)
-    simulation = step.simulation
+    with torch.random.fork_rng(devices=[]):
+        # How many targets a weighting keeps is random, and the same each time. CUDA's generators are not touched.
+        torch.default_generator.manual_seed(0)
+        return _simulated((_Critic if "backbone" in cfg else _Finetuning)(cfg, mesh, depth))
+
+
+def _simulated(step: "_Step") -> SimulatedStep:
+    simulation, cfg = step.simulation, step.cfg
     with simulation:
         simulation.hold(list(step.model.parameters()), "weights")
         simulation.hold([list(frozen.parameters()) for frozen in step.frozen.values()], "frozen models")
@@ -119,6 +125,8 @@ class _Step:
     """The models and the batch of a training step."""
 
     model: Any
+    micro_batches: float
+    tokens: float
 
     def __init__(self, cfg: DictConfig, mesh: DeviceMesh, depth: int | None, rows: int, seq_len: int) -> None:
         self.cfg, self.mesh, self.depth = cfg, mesh, depth
