@@ -23,7 +23,7 @@ from wmtp.errors import clear_errors
 from wmtp.files import write_whole
 from wmtp.training.planning.cards import find_card
 from wmtp.training.planning.page import plan_page
-from wmtp.training.planning.plan import Plan, largest_batch, levers, plan_training
+from wmtp.training.planning.plan import Plan, largest_batch, levers, plan_training, short
 from wmtp.training.planning.simulation import fake_world
 
 OWN = ("gpus", "gpu", "page", "recipe")
@@ -70,12 +70,12 @@ class PlanMemoryRecipe:
         ):
             print(f"\n{title}")
             for name, share in sorted(shares.items(), key=lambda item: -item[1]):
-                print(f"  {share / scale:8.2f} {unit}  {name}")
+                print(f"  {short(share / scale):>8} {unit}  {name}")
         print(f"  {plan.moved / 1e9:8.0f} GB moved by operations other than products and attention")
         print(f"  {plan.waits:8d} times the host waits for the device")
         print("\n      GB  s a step   tokens/s   MFU")
         for name, other in self._plans.items():
-            figures = f"{other.memory / 1e9:8.1f}  {other.step_seconds:8.2f}  {other.tokens_per_second:9,.0f}"
+            figures = f"{short(other.memory / 1e9):>8}  {short(other.step_seconds):>8}  {other.tokens_per_second:9,.0f}"
             print(f"{figures}  {other.mfu:4.0%}  {name}{'' if other.fits else ': does not fit'}")
         print(f"largest micro-batch that fits: batch_size={self._rows}")
         if not plan.fits:

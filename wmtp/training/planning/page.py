@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from wmtp.training.planning.plan import Plan
+from wmtp.training.planning.plan import Plan, short
 
 
 def plan_page(title: str, plans: Mapping[str, Plan]) -> str:
@@ -13,6 +13,7 @@ def plan_page(title: str, plans: Mapping[str, Plan]) -> str:
         loader=PackageLoader("wmtp.training", "planning"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
+    pages.filters["short"] = short
     card = next(iter(plans.values())).card
     kinds = list(dict.fromkeys(kind for plan in plans.values() for kind in _by_size(plan.held)))
     parts = list(dict.fromkeys(part for plan in plans.values() for part in _by_size(plan.seconds)))

@@ -26,6 +26,11 @@ _OFFLOADED = {"weights", "gradients", "optimizer", "frozen models"}  # held by t
 _PARTS = {"product": "products", "copy": "copies of gathered weights"}
 
 
+def short(number: float) -> str:
+    """Returns a figure with one decimal, and a small one with two digits."""
+    return f"{number:.1f}" if number >= 10 else f"{number:.2g}"
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one card does in a training run.
@@ -80,13 +85,14 @@ class Plan:
 
     def line(self, steps: int | None = None) -> str:
         """Says it in one line; with the number of steps also the hours."""
-        kinds = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in sorted(self.held.items(), key=lambda k: -k[1]))
+        largest = sorted(self.held.items(), key=lambda item: -item[1])
+        kinds = ", ".join(f"{name} {short(size / 1e9)}" for name, size in largest)
         hours = "" if steps is None else f", {steps * self.step_seconds / 3600:.1f} h for {steps} steps"
         return (
-            f"plan: {self.memory / 1e9:.1f} of {self.card.memory / 1e9:.0f} GB on each of {self.cards} x "
-            f"{self.card.name} in the {self.moment} ({kinds}); {self.step_seconds:.2f} s a step, "
+            f"plan: {short(self.memory / 1e9)} of {self.card.memory / 1e9:.0f} GB on each of {self.cards} x "
+            f"{self.card.name} in the {self.moment} ({kinds}); {short(self.step_seconds)} s a step, "
             f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%}{hours}; a checkpoint is "
-            f"{self.checkpoint / 1e9:.1f} GB"
+            f"{short(self.checkpoint / 1e9)} GB"
         )
 
 
