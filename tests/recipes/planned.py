@@ -5,10 +5,12 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
 from omegaconf import OmegaConf
 from run_configs import run_configs
 from torch.profiler import ProfilerActivity, profile
 
+from wmtp.models import llama_mtp
 from wmtp.training.planning import plan as planning
 from wmtp.training.planning.cards import Card
 from wmtp.training.planning.simulation import fake_world
@@ -76,3 +78,10 @@ def run(config, smallest):
     """Run the full fine-tuning recipe, with plans for models of so many parameters and more."""
     with patch("wmtp.training.planning.SMALLEST", smallest):
         run_configs(config)
+
+
+def needs_numbers(**sizes):
+    """Builds a model in a way that tensors without data do not allow."""
+    assert torch.ones(()).item() == 1
+    torch.rand(())
+    return llama_mtp(**sizes)

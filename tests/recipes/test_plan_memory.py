@@ -92,6 +92,13 @@ def test_a_run_says_its_plan_before_it_starts_and_does_what_it_did(saved, tmp_pa
     assert rows[0] == rows[1] and len(rows[0]) == 3
 
 
+def test_a_run_that_cannot_be_simulated_says_so_and_goes_on(saved, tmp_path):
+    path, log = saved("uniform", "narrow", **{"model._component_": "planned.needs_numbers"}), tmp_path / "log.txt"
+    start(run, path, 0, size=2, log=log).join()
+    assert log.read_text().count("no plan of this run: a simulated step ended with ") == 1
+    assert len([row for row in read_metrics(OmegaConf.load(path).output_dir) if "train/loss" in row]) == 3
+
+
 def plan_memory(*arguments):
     command = [sys.executable, "recipes/plan_memory.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -23,10 +23,6 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
         steps: of the whole run.
         log: prints a line.
     """
-    with torch.device("meta"):
-        model = build(cfg.model, where="model")
-    if sum(parameter.numel() for parameter in model.parameters()) < SMALLEST:
-        return
     group = dist.new_group(backend="fake")  # sends nothing, so that a step can be simulated within a run
     if not world.is_main:
         return
@@ -35,8 +31,13 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
     from wmtp.training.planning.simulation import mesh_of
 
     replicas = 1 if world.mesh.ndim == 1 else world.mesh.size(0)
-    try:
-        line = plan_training(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
-    except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
-        line = f"no plan of this run: a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
+    with torch.random.fork_rng(devices=[]):  # all ranks draw the same random weights afterwards
+        try:
+            with torch.device("meta"):
+                model = build(cfg.model, where="model")
+            if sum(parameter.numel() for parameter in model.parameters()) < SMALLEST:
+                return
+            line = plan_training(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
+        except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
+            line = f"no plan of this run: a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
     log(line)

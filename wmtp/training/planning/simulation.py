@@ -1,4 +1,4 @@
-"""A simulated process of a training run or an evaluation: the real code, on tensors without data.
+"""A simulated process of a training run: the real code, on tensors without data.
 
 Tensors of more than a few numbers a token are fake (torch's FakeTensorMode): they have a shape, a dtype and bytes, and
 no values. Small ones, such as targets, weights and cross-entropies, are real, and random where a fake one is read: the
@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-_FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "arange", "empty_strided"}
+_FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided"}
 _FACTORIES |= {f"new_{name}" for name in _FACTORIES}
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_", "_unsafe_view"}
 _FREE |= {"_record_function_enter_new", "_record_function_exit"}
@@ -62,9 +62,9 @@ class Simulation(TorchDispatchMode):
     """Counts what one process of a run holds, computes, moves and waits for, while its code runs inside.
 
         simulation = Simulation(small=4 * batch * seq)
-        with simulation.fake():
+        with simulation.mode:
             model = ...                      # sharded, of fake tensors
-        with simulation, simulation.phase("forward"):
+        with simulation, simulation.phase("forward", "activations"):
             ...
 
     Args:

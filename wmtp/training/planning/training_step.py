@@ -88,7 +88,7 @@ def _simulated(step: "_Step") -> SimulatedStep:
 def recompute(cfg: DictConfig) -> int | str | None:
     """Returns which activations are computed again, as `wmtp.models.checkpoint_activations` takes it; None: none."""
     value = cfg.get("activation_checkpointing", False)
-    return RECOMPUTE.get(value, value) if isinstance(value, bool) else value
+    return RECOMPUTE.get(value, value)
 
 
 def period(cfg: DictConfig) -> int:
