@@ -47,6 +47,15 @@ def test_a_text_is_one_text(value):
     assert read.text("a") == "s.jsonl" and read.text("b", None) is None
 
 
+def test_a_number_of_bytes_is_one_or_a_size():
+    sizes = {"20GB": 20 * 10**9, "1.5 tb": 15 * 10**11, "512K": 512_000, "7": 7, 7: 7, 2e9: 2 * 10**9, None: None}
+    for given, meant in sizes.items():
+        assert ConfigReader(OmegaConf.create({"a": given})).num_bytes("a", None) == meant
+    for given in (0, -1, "-20GB", "0.4", "20 gallons", True, ["1GB"], 0.5, ""):
+        with pytest.raises(ConfigError, match=r"^a must be a number of bytes >= 1 or a size such as 20GB, got"):
+            ConfigReader(OmegaConf.create({"a": given})).num_bytes("a", None)
+
+
 def test_a_choice_may_be_a_whole_number_beside_its_options():
     options = {False: None, True: 1, "selective": "selective"}
     read = lambda value: ConfigReader(OmegaConf.create({"a": value})).choice("a", options, False, or_whole=2)

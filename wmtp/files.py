@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,12 +15,19 @@ from wmtp.errors import UserError, may_fill
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp"  # suffix of a file or folder that is being written
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _RACY_NS = 2 * 10**9  # a file this young may change again without a new ctime, which moves in ticks
 
 
 def cache_folder() -> Path:
     """Returns the folder for data that is fetched or computed once: ``$WMTP_CACHE`` or ``~/.cache/wmtp``."""
     return may_fill(Path(os.environ.get("WMTP_CACHE") or Path.home() / ".cache" / "wmtp"))
+
+
+def bytes_of(text: str) -> int | None:
+    """Returns the bytes that a size such as 200GB or 1.5 TB means; None if it is none."""
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    return None if size is None else int(float(size[1]) * _UNITS[size[2]])
 
 
 def file_sha256(path: Path) -> str:

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from wmtp.errors import UserError, one_line
+from wmtp.files import bytes_of
 
 
 class ConfigError(UserError):
@@ -74,6 +75,16 @@ class ConfigReader:
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise ConfigError(f"{key} must be a whole number >= {minimum}, got {value!r}")
         return value
+
+    def num_bytes(self, key: str, default: Any = _REQUIRED) -> int | None:
+        """Returns a number of bytes, given as such or as a size such as 20GB; None only if that is the default."""
+        value = self.get(key, default)
+        number = whole_number(as_number(value))
+        if isinstance(number, str):
+            number = bytes_of(number)
+        if value is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            raise ConfigError(f"{key} must be a number of bytes >= 1 or a size such as 20GB, got {value!r}")
+        return number
 
     def numbers(
         self,

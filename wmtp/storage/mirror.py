@@ -8,21 +8,29 @@ $WMTP_CACHE/s3/objects/<object>/<sha256>    the content of one version of an obj
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from wmtp.files import MANIFEST, UNFINISHED, cache_folder, file_sha256, flat_manifest, locked, take_lock, unfinished
+from wmtp.files import (
+    MANIFEST,
+    UNFINISHED,
+    bytes_of,
+    cache_folder,
+    file_sha256,
+    flat_manifest,
+    locked,
+    take_lock,
+    unfinished,
+)
 from wmtp.storage.names import SCHEME, StorageError, split_uri
 from wmtp.storage.s3 import ChangedError, CorruptError, RemoteFile, endpoint_url, find_files, where
 from wmtp.storage.transfer import download
 
 _LISTINGS = 3  # tries to read a folder that is being written
 _FILES_AT_ONCE = 4
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _VERIFIED_NS = 10**18  # the mtime of every verified content: one with another is hashed before it is used again
 _used: dict[Path, int | None] = {}  # trees this process uses: descriptors of their shared locks, held until it ends
 _T = TypeVar("_T")
@@ -161,10 +169,9 @@ def make_room(num_bytes: int = 0) -> None:
     text = os.environ.get("WMTP_CACHE_LIMIT", "").strip()
     if not text:
         return
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
-    if size is None:
+    limit = bytes_of(text)
+    if limit is None:
         raise StorageError(f"WMTP_CACHE_LIMIT must be a size such as 200GB, got {text}")
-    limit = float(size[1]) * _UNITS[size[2]]
     with locked(_lock("filling"), wait=False) as ours:
         if not ours:  # the process that is filling the cache makes room when it is done
             return
