@@ -17,6 +17,7 @@ from wmtp.loss import (
     valid_targets,
     weighted_mtp_cross_entropy,
 )
+from wmtp.training.planning.gpu_kernels import gpu_kernels
 from wmtp.weighting import Weighting, critic, dft, entropy, rho1, uniform
 
 
@@ -135,7 +136,7 @@ class Products(TorchDispatchMode):
 def test_cuda_s_products_of_bf16_operands_give_float32():
     """Shapes and dtypes alone, no CUDA device: all but the gradient that goes back into the hidden states."""
     source = torch.arange(12)
-    with FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
+    with gpu_kernels(), FakeTensorMode(allow_non_fake_inputs=True), Products() as products:
         h = torch.empty(1, 1, 13, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         u = torch.empty(50, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         labels, rows = torch.empty(12, dtype=torch.long, device="cuda"), source.to("cuda")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
+from wmtp.numerics.cross_entropy import cross_entropy_, cross_entropy_and_entropy_
 from wmtp.numerics.products import add_mm_float32, mm_float32, on_cuda, operand
 from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
 
@@ -135,31 +136,32 @@ def weighted_mtp_cross_entropy(
     b = torch.ones(num_heads, device=hidden.device) if head_weights is None else head_weights.float()
     num_targets = (b * valid.sum(dim=(1, 2))).sum()
 
-    # Compact the valid (head, target) pairs into rows; those with a gradient first, so that chunks are of one kind.
-    head, row, target = valid.nonzero(as_tuple=True)  # [N] each
-    row_weight = b[head] if weights is None else b[head] * weights.expand(valid.shape)[head, row, target].float()
-    has_gradient = row_weight != 0
-    order = torch.argsort(has_gradient, descending=True, stable=True)
-    head, row, target, row_weight = head[order], row[order], target[order], row_weight[order]
-    source = _source(head, row, target, labels)
-    # The host waits for this number; not where every row has a weight.
-    num_gradient_rows = head.numel() if weights is None and head_weights is None else int(has_gradient.sum())
-
-    ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
-    num_rows = head.numel()
+    # The valid (head, target) pairs become rows: first those with a gradient, so that chunks are of one kind, then
+    # those whose CE alone is still to be found. The host waits for the device once, for how many there are of each.
+    row_weight = b[:, None, None] if weights is None else b[:, None, None] * weights.float()
+    has_gradient = valid & (row_weight != 0)
+    wanted, ce = valid, hidden.new_zeros(valid.shape, dtype=torch.float32)
     if known_ce is not None:
         known = known_ce.detach().float().reshape(-1, batch, seq)
-        ce[: known.shape[0]] = known * valid[: known.shape[0]]
-        tail = torch.arange(num_rows, device=head.device) < num_gradient_rows
-        (keep,) = (tail | (head >= known.shape[0])).nonzero(as_tuple=True)
-        head, row, target, row_weight, source = (x[keep] for x in (head, row, target, row_weight, source))
+        ce[: len(known)] = known * valid[: len(known)]
+        wanted = has_gradient.clone()
+        wanted[len(known) :] = valid[len(known) :]
+    num_gradient_rows, num_rows = torch.stack([has_gradient.sum(), wanted.sum()]).tolist()
+    kind = torch.where(has_gradient, 0, torch.where(wanted, 1, 2)).to(torch.int8)
+    place = kind.flatten().argsort(stable=True)[:num_rows]  # [N], in [H*B*S]
 
     if chunk_tokens is None:
         chunk_tokens = _default_chunk(hidden, unembedding)
     loss_sum, row_ce = _FusedLinearCrossEntropy.apply(
-        hidden, unembedding, source, labels[row, target], row_weight, num_gradient_rows, chunk_tokens
+        hidden,
+        unembedding,
+        _source(place, labels),
+        labels.flatten()[place % labels.numel()],
+        row_weight.expand(valid.shape).flatten()[place],
+        num_gradient_rows,
+        chunk_tokens,
     )
-    ce[head, row, target] = row_ce
+    ce.view(-1)[place] = row_ce
     return MTPLoss(loss_sum, num_targets, ce, valid, weights)
 
 
@@ -247,19 +249,8 @@ def token_cross_entropy_and_entropy(
     """
     size = chunk_tokens or max(1, _default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
     valid = valid_targets(labels, hidden.shape[0], document_ids)
-    ce, entropy = of_each_target(_ce_and_entropy, hidden, unembedding, labels, valid, size)
+    ce, entropy = of_each_target(cross_entropy_and_entropy_, hidden, unembedding, labels, valid, size)
     return ce, entropy
-
-
-def _ce_and_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    target_logit = logits.gather(1, label[:, None]).squeeze(1)  # [C]
-    top = logits.amax(dim=1)
-    shifted = logits.sub_(top[:, None])
-    exp = shifted.exp()
-    exp_sum = exp.sum(dim=1)
-    # sum_v p_v z_v as one product of rows: no third buffer. Rounding must not make a certain token negative.
-    mean = torch.bmm(exp[:, None], shifted[:, :, None]).view(-1) / exp_sum
-    return exp_sum.log() + top - target_logit, (exp_sum.log() - mean).clamp(min=0)
 
 
 @torch.no_grad()
@@ -278,10 +269,10 @@ def of_each_target(
         hidden, unembedding, labels, chunk_tokens: as in :func:`weighted_mtp_cross_entropy`.
         valid: of :func:`valid_targets`.
     """
-    head, row, target = place = valid.nonzero(as_tuple=True)  # [N] each
-    label = labels[row, target]
+    (place,) = valid.flatten().nonzero(as_tuple=True)  # [N], in [H*B*S]
+    label = labels.flatten()[place % labels.numel()]
     size = chunk_tokens or _default_chunk(hidden, unembedding)
-    chunks = chunked_logits(hidden, unembedding, _source(head, row, target, labels), size)
+    chunks = chunked_logits(hidden, unembedding, _source(place, labels), size)
     # Without any target, the figures of zero rows give their number and dtypes.
     found = [figures(logits, label[part]) for part, _, logits in chunks] or [
         figures(hidden.new_empty((0, len(unembedding)), dtype=torch.float32), label)
@@ -289,7 +280,7 @@ def of_each_target(
     results = []
     for column in zip(*found, strict=True):
         result = column[0].new_zeros(valid.shape)
-        result[place] = torch.cat(column)
+        result.view(-1)[place] = torch.cat(column)
         results.append(result)
     return results
 
@@ -314,10 +305,13 @@ def chunked_logits(
             yield part, h, mm_float32(h, matrix.T, out=buffer[: len(h)])
 
 
-def _source(head: Tensor, row: Tensor, target: Tensor, labels: Tensor) -> Tensor:
-    """Returns the places in hidden [H*B*S, D] of the positions t = j - k from which heads predict targets j: [N]."""
-    batch, seq = labels.shape
-    return (head * batch + row) * seq + target - head - 1
+def _source(place: Tensor, labels: Tensor) -> Tensor:
+    """Returns the positions t = j - k in hidden [H*B*S, D] from which heads k predict the targets at ``place``: [N].
+
+    Args:
+        place: [N], of target j of head k in [H*B*S].
+    """
+    return place - place // labels.numel() - 1
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -335,19 +329,11 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         matrix = operand(unembedding)  # [V, D]
 
         for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, split):
-            picked = label[part, None]
-            target_logit = logits.gather(1, picked)  # [C, 1]
-            top = logits.amax(dim=1, keepdim=True)
-            exp = logits.sub_(top).exp_()
-            exp_sum = exp.sum(dim=1, keepdim=True)
-            row_ce[part] = (exp_sum.log() + top - target_logit).squeeze(1)
-            if part.start >= split:
-                continue
+            w = weight[part] if part.start < split else None
             # d loss / d logits = w * (softmax - onehot), in float32; rounded once where the operands are bfloat16.
-            w = weight[part, None]
-            d_logits = exp.mul_(w / exp_sum)
-            d_logits.scatter_add_(1, picked, -w)
-            d_logits = d_logits.to(h.dtype)
+            row_ce[part], d_logits = cross_entropy_(logits, label[part], w, h.dtype)
+            if d_logits is None:
+                continue
             if needs_hidden:
                 d_hidden[source[part]] = (d_logits @ matrix).to(d_hidden.dtype)
             if needs_unembedding:

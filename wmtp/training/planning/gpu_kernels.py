@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.models import decoder
+from wmtp.numerics import cross_entropy
 from wmtp.numerics.products import as_on_cuda
 
 
@@ -24,8 +25,19 @@ def gpu_kernels() -> Iterator[None]:
         as_on_cuda(),
         patch.object(decoder.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.scale)),
         patch.object(decoder, "block_mask", lambda document_ids: None),
+        patch.object(cross_entropy, "softmax_rows", _softmax_rows),
     ):
         yield
+
+
+def _softmax_rows(
+    logits: Tensor, label: Tensor, weight: Tensor | None = None, gradient: Tensor | None = None, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The bytes of the loss's kernel: a read of the logits, and with a gradient a second one and its write."""
+    ce = logits.amax(dim=1)
+    if gradient is not None:
+        gradient.copy_(logits)
+    return ce, ce.clone() if entropy else None
 
 
 class _FusedNorm(torch.autograd.Function):

@@ -36,6 +36,7 @@ _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided"
 _FACTORIES |= {f"new_{name}" for name in _FACTORIES}
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_", "_unsafe_view"}
 _FREE |= {"_record_function_enter_new", "_record_function_exit"}
+_OVERWRITING = {"copy_", "fill_", "zero_"}  # what is written is not read
 _COMPARISONS = {"eq", "le", "ge", "bitwise_and"}  # that make masks of [B, S, S]
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 
@@ -160,6 +161,7 @@ class Simulation(TorchDispatchMode):
         ):
             self._patches.enter_context(self._within(fsdp, name, kind))
         self._patches.enter_context(self._resizes())
+        self._patches.enter_context(self._lists())
         super().__enter__()
         return self
 
@@ -200,6 +202,21 @@ class Simulation(TorchDispatchMode):
             yield
         finally:
             torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def _lists(self) -> Iterator[None]:
+        """Sees tensors become lists, which is no operation."""
+        original = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            self.waits[self._phase, "tolist"] += 1
+            return original(tensor)
+
+        Tensor.tolist = tolist  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            Tensor.tolist = original  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------------------------------------------------------
     # Operations
@@ -259,7 +276,8 @@ class Simulation(TorchDispatchMode):
     def _count(
         self, func: Any, space: str, name: str, args: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
-        moved = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
+        read = inputs[1:] if name in _OVERWRITING else inputs
+        moved = sum(t.numel() * t.element_size() for t in (*read, *outputs))
         if name in _WAITS or (name.startswith("index") and _indexes_by_mask(args)):
             self.waits[self._phase, name] += 1
         if space in ("c10d", "_c10d_functional"):
