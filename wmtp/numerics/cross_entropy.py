@@ -46,6 +46,7 @@ def cross_entropy_and_entropy_(logits: Tensor, label: Tensor) -> tuple[Tensor, T
     """
     if on_cuda(logits):
         ce, entropy = softmax_rows(logits, label, entropy=True)
+        assert entropy is not None
         return ce, entropy
     target_logit = logits.gather(1, label[:, None]).squeeze(1)  # [C]
     top = logits.amax(dim=1)
