@@ -23,7 +23,7 @@ from wmtp.errors import clear_errors
 from wmtp.files import write_whole
 from wmtp.training.planning.cards import find_card
 from wmtp.training.planning.page import plan_page
-from wmtp.training.planning.plan import Plan, largest_batch, levers, plan_training, short
+from wmtp.training.planning.plan import Plan, lack, largest_batch, levers, plan_training, short, ways_out
 from wmtp.training.planning.simulation import fake_world
 
 OWN = ("gpus", "gpu", "page", "recipe")
@@ -53,7 +53,7 @@ class PlanMemoryRecipe:
     def plan(self) -> None:
         """Plans the config, and the config with each lever; then finds the largest micro-batch."""
         self._plans = {"as configured": self._plan([])}
-        for name, changes in levers(self._cfg).items():
+        for name, changes in levers(self._cfg, self._card).items():
             self._plans[f"{name} ({' '.join(changes)})"] = self._plan(changes)
         self._rows = largest_batch(self._cfg, self._mesh, self._card)
 
@@ -79,15 +79,7 @@ class PlanMemoryRecipe:
             print(f"{figures}  {other.mfu:4.0%}  {name}{'' if other.fits else ': does not fit'}")
         print(f"largest micro-batch that fits: batch_size={self._rows}")
         if not plan.fits:
-            self._say_the_way_out(plan)
-
-    def _say_the_way_out(self, plan: Plan) -> None:
-        over = (plan.memory - plan.card.memory) / 1e9
-        ways = [name for name, other in self._plans.items() if other.fits]
-        if self._rows:
-            ways.append(f"batch_size={self._rows}")
-        way = f"what would: {' | '.join(ways)}" if ways else "no single change does; use more cards"
-        raise ConfigError(f"this run lacks {over:.1f} GB on each {plan.card.name}; {way}")
+            raise ConfigError(lack(plan, list(ways_out(self._cfg, self._mesh, self._card))))
 
     def write(self) -> None:
         """Writes the page, if one is asked for."""

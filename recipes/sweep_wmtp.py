@@ -17,6 +17,7 @@ from typing import Any
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import optuna
 from omegaconf import DictConfig, OmegaConf
+from optuna.trial import TrialState
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
@@ -27,6 +28,7 @@ from wmtp.sweep import Cell, SweepError
 from wmtp.sweep.attempt import Attempt, Stage
 from wmtp.sweep.cells import equalised, flat, grid, refuse_own_keys, suggested, tokens_per_step, unlike
 from wmtp.sweep.plan import ParentRun, plan
+from wmtp.sweep.planned import CannotFit, Planner
 from wmtp.sweep.runs import Runs
 from wmtp.sweep.study import CELL, ERROR, STORAGE_DOWN, Study, clear_storage_errors, open_storage
 from wmtp.sweep.table import LiveTable, by_cell, markdown, progress, rows, strict_json, times
@@ -98,6 +100,9 @@ class SweepRecipe:
                 "storage holds a password, and a config is kept with the results; set it as WMTP_SWEEP_STORAGE"
             )
         self._places = self._shares()
+        at_once = self._processes * len(self._places)
+        sharing = {"cpu": at_once, "cuda": 1 if self._devices else len(self._places)}
+        self._planner = Planner(self._processes, sharing, lambda line: self._screen.line(line))
 
     def _shares(self) -> list[dict[str, str]]:
         """Returns the environment of each run that may be active at once: its threads, and its GPUs."""
@@ -210,7 +215,7 @@ class SweepRecipe:
         """Runs what all cells need, one after the other, then the cells, until the study has no more."""
         with LiveTable() as self._screen:
             for study, cell in zip(self._first, self._prepared, strict=True):
-                self._work(study, lambda trial, cell=cell: self._runs.prepared(cell), None)
+                self._work(study, lambda trial, cell=cell: self._runs.prepared(self._planner.fitting(cell)), None)
                 with self._errors():
                     failed = study.counting()[cell.name].user_attrs.get(ERROR)
                 if failed:
@@ -259,9 +264,12 @@ class SweepRecipe:
                     trial = study.take()
                     if trial is not None:
                         taken += 1
-                        running[free[0]] = Attempt(
-                            study, trial, stages(trial), value, self._places[free[0]], prunes=prunes
-                        )
+                        try:
+                            of_trial, place = stages(trial), free[0]
+                            running[place] = Attempt(study, trial, of_trial, value, self._places[place], prunes=prunes)
+                        except CannotFit as error:
+                            study.finish(trial._trial_id, TrialState.FAIL, **{ERROR: str(error)})
+                            self._screen.line(f"{trial.user_attrs[CELL]}: failed: {error}")
                         self._show(study)
                     elif not running and study.done():
                         return
@@ -281,16 +289,19 @@ class SweepRecipe:
 
     def _stages(self, trial: optuna.Trial) -> list[Stage]:
         name = trial.user_attrs[CELL]
-        if name not in self._tasks:
-            return self._runs.stages(self._searched(name, suggested(self._search, trial)), self._seeds)
-        return self._runs.stages(*self._tasks[name])
+        searched = name not in self._tasks
+        cell, seeds = (
+            (self._searched(name, suggested(self._search, trial)), self._seeds) if searched else self._tasks[name]
+        )
+        return self._runs.stages(self._planner.fitting(cell, len(seeds)), seeds)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The table
 
     def _show(self, study: Study) -> None:
         """Draws the live table, and writes the files where it is of the cells."""
-        self._screen.show(progress(study), self._write() if study is self._study else [])
+        title = progress(study, list(self._planner.seconds.values()))
+        self._screen.show(title, self._write() if study is self._study else [])
 
     def _write(self) -> list[dict]:
         """Writes table.json and table.md from the study's storage alone; returns the line of each cell."""

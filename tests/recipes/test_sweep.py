@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import time
@@ -186,6 +187,20 @@ def _until(true, seconds=60):
     while not true():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def test_a_cell_that_cannot_fit_is_refused_with_the_nearest_change_and_the_others_go_on(tmp_path):
+    overrides = {"model.embed_dim": 1024, "model.intermediate_dim": 4096, "model.num_layers": 6, "batch_size": 64}
+    large = {"recipe": "recipes/full_finetune_distributed_wmtp.py", "config": "configs/tiny/uniform.yaml"}
+    cells = [{"name": "large", **large, "overrides": overrides}, {"name": "small"}]
+    places = round(psutil.virtual_memory().total / 3e9)  # each run has some 3 GB
+    table, said = Sweep(tmp_path, axes={}, cells=cells, seeds=[0], max_parallel=places).run()
+    refused, ran = table["rows"]
+    assert ran["state"] == "done" and refused["state"] == "failed"
+    line = r"this run lacks [\d.]+ GB on each CPU, \d+ threads; what would fit: batch_size=\d+"
+    assert re.fullmatch(line, refused["error"])
+    assert f"large/seed-0: failed: {refused['error']}" in said
+    assert not (tmp_path / "sweep" / "cells" / "large").exists()
 
 
 @pytest.mark.long

@@ -133,9 +133,9 @@ class LiveTable:
         self._live.update(drawn, refresh=True)
 
 
-def progress(study: Study) -> str:
+def progress(study: Study, planned: Sequence[float] = ()) -> str:
     """Returns how far a study is: how many cells are in which state, the best value, and the time left by what cells
-    took."""
+    took; until one has ended, by the seconds that were planned of some."""
     trials = list(study.counting().values())
     states = [STATES[trial.state] for trial in trials]
     number = {state: states.count(state) for state in ("done", "pruned", "failed", "running")}
@@ -146,7 +146,7 @@ def progress(study: Study) -> str:
     if values:
         text += f"; best {max(values) if study.maximize else min(values):.4f}"
     left = study.size - len(ended) - number["failed"]
-    took = [sum(f.get("seconds", 0) for f in trial.user_attrs.get(STAGES, {}).values()) for trial in ended]
+    took = [sum(f.get("seconds", 0) for f in trial.user_attrs.get(STAGES, {}).values()) for trial in ended] or planned
     if took and left:
         minutes = statistics.fmean(took) * left / max(1, number["running"]) / 60
         text += f"; about {minutes / 60:.1f} h left" if minutes > 90 else f"; about {minutes:.0f} min left"

@@ -13,6 +13,13 @@ from wmtp.errors import one_line
 SMALLEST = 50_000_000  # parameters of a model that is worth the seconds that its plan takes
 
 
+def is_worth_a_plan(cfg: DictConfig) -> bool:
+    """Returns whether a training config's model is as large as that."""
+    with torch.device("meta"):
+        model = build(cfg.model, where="model")
+    return sum(parameter.numel() for parameter in model.parameters()) >= SMALLEST
+
+
 def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], None]) -> None:
     """Prints the plan of a run that is about to start; every rank calls it, and the first one simulates a step.
 
@@ -33,9 +40,7 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
     replicas = 1 if world.mesh.ndim == 1 else world.mesh.size(0)
     with torch.random.fork_rng(devices=[]):  # all ranks draw the same random weights afterwards
         try:
-            with torch.device("meta"):
-                model = build(cfg.model, where="model")
-            if sum(parameter.numel() for parameter in model.parameters()) < SMALLEST:
+            if not is_worth_a_plan(cfg):
                 return
             line = plan_training(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
         except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not

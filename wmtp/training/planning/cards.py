@@ -30,9 +30,9 @@ class Card:
     link: float
     products: float
 
-    def flops(self, dtype: torch.dtype) -> float:
-        """Returns the peak of products in a dtype."""
-        return self.fp32 if dtype == torch.float32 else self.bf16
+    @property
+    def is_gpu(self) -> bool:
+        return not self.name.startswith("CPU")
 
 
 # NVIDIA's data sheets, of the SXM versions; memory as torch sees it, without the driver's part. An H200 reached that

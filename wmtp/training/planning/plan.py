@@ -6,6 +6,7 @@ them by what the card does at best, and by the share of it below that large prod
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from wmtp.config import changed
 from wmtp.training.planning.cards import Card
 from wmtp.training.planning.gpu_kernels import gpu_kernels
 from wmtp.training.planning.simulation import Figures
-from wmtp.training.planning.training_step import SimulatedStep, simulate_step, two_depths
+from wmtp.training.planning.training_step import SimulatedStep, shape_of, simulate_step, two_depths
 
 # Shares of the peak: attention, memory, and links under NCCL.
 ATTENTION, MEMORY, LINK = 0.5, 0.75, 0.75
@@ -102,16 +103,12 @@ def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
     Args:
         cfg: of `full_finetune_distributed_wmtp.py`, `lora_wmtp.py` or `critic_stage1.py`.
         mesh: of torch's fake process group (:func:`~wmtp.training.planning.simulation.fake_world`).
-        card: where its name begins with CPU, the plan is of a run on a CPU.
+        card: a GPU, or this machine's processor.
 
     Raises:
         ConfigError, UserError: a part of the config that cannot be built.
     """
-    on_gpu = not card.name.startswith("CPU")
-    if "cpu_offload" in cfg:  # changes where tensors are, and nothing of what is done
-        figures, step = _measured(changed(cfg.copy(), ["cpu_offload=false"]), mesh, on_gpu)
-    else:
-        figures, step = _measured(cfg, mesh, on_gpu)
+    figures, step = _measured(cfg, mesh, card.is_gpu)
     held: dict[str, dict[str, float]] = defaultdict(dict)
     moved = waits = 0.0
     for (what, phase, kind, *_), number in figures.items():
@@ -142,8 +139,9 @@ def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
 
 
 def _measured(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
-    """Returns a step's figures, simulated once."""
-    key = OmegaConf.to_yaml(cfg, resolve=True), mesh, on_gpu
+    """Returns a step's figures, simulated once for all configs of one shape."""
+    cfg = shape_of(cfg)
+    key = OmegaConf.to_yaml(cfg), mesh.shape, on_gpu
     if key not in _simulated:
         _simulated[key] = _measure(cfg, mesh, on_gpu)
     return _simulated[key]
@@ -196,7 +194,7 @@ def _seconds(figures: Figures, card: Card, cards: int, micro_batches: float) -> 
     return {**parts, "communication": waiting}
 
 
-def levers(cfg: DictConfig) -> dict[str, list[str]]:
+def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
     """Returns what a user can turn, by name: the changes of the config, as on a command line."""
     found = {}
     if cfg.get("reference_model") is not None:
@@ -206,9 +204,9 @@ def levers(cfg: DictConfig) -> dict[str, list[str]]:
                 "selective": "all but products and attention recomputed", "false": "all activations kept"}  # fmt: skip
         ways.pop(str(cfg.activation_checkpointing).lower(), None)
         found |= {name: [f"activation_checkpointing={value}"] for value, name in ways.items()}
-    if cfg.model.get("attention", "sdpa") == "sdpa":
+    if card.is_gpu and cfg.model.get("attention", "sdpa") == "sdpa":
         found["flex attention"] = ["model.attention=flex"]
-    if not cfg.get("cpu_offload"):
+    if card.is_gpu and not cfg.get("cpu_offload"):
         found["weights and optimizer in host memory"] = ["cpu_offload=true"]
     if "backbone" not in cfg and cfg.get("adapters") is None:
         found["LoRA, rank 16"] = ["adapters._component_=wmtp.models.add_lora"]
@@ -229,3 +227,20 @@ def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
         a_row = (planned[1].get(phase, size) - size) / max(cfg.batch_size - 1, 1)
         largest = min(largest, 1 + (card.memory - size) / max(a_row, 1))
     return max(0, math.floor(largest))
+
+
+def ways_out(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Iterator[str]:
+    """Yields the changes that would make a config fit its card, the nearest first."""
+    if rows := largest_batch(cfg, mesh, card):
+        yield f"batch_size={rows}"
+    for name, changes in levers(cfg, card).items():
+        if plan_training(changed(cfg.copy(), changes), mesh, card).fits:
+            yield f"{' '.join(changes)} ({name})"
+
+
+def lack(plan: Plan, ways: list[str]) -> str:
+    """Says by how much a run does not fit its card, and which changes would make it fit."""
+    over = (plan.memory - plan.card.memory) / 1e9
+    more = "cards" if plan.card.is_gpu else "memory"
+    way = f"what would fit: {' | '.join(ways)}" if ways else f"no single change would fit; use more {more}"
+    return f"this run lacks {short(over)} GB on each {plan.card.name}; {way}"

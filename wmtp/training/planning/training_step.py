@@ -31,6 +31,13 @@ RECOMPUTE = {False: None, True: 1}  # else as wmtp.models.checkpoint_activations
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+# Of a config, all that a simulated step reads.
+READ = ("model", "adapters", "backbone", "lora", "head", "weighting", "head_weights", "reference_model", "value_model",
+        "batch_size", "seq_len", "gradient_accumulation_steps", "tokens_per_step", "dtype", "compile",
+        "activation_checkpointing", "optimizer", "extra_heads_lr", "head_lr", "decay_norms_and_embeddings",
+        "max_grad_norm")  # fmt: skip
+
+
 class SimulatedStep(NamedTuple):
     """What one card does in a step."""
 
@@ -83,6 +90,15 @@ def _simulated(step: "_Step") -> SimulatedStep:
     size = sum(part.nbytes for tensor in kept if isinstance(tensor, Tensor) for part in local_parts(tensor))
     figures = simulation.figures()
     return SimulatedStep(figures, step.micro_batches, step.tokens, step.flops, step.depths, size)
+
+
+def shape_of(cfg: DictConfig) -> DictConfig:
+    """Returns what a simulated step reads of a config: configs that share it have one plan."""
+    plain = DictConfig(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    shape = OmegaConf.masked_copy(plain, [key for key in READ if key in plain])
+    if "lr" in shape.optimizer:
+        shape.optimizer.lr = 1e-3  # how far weights move changes nothing
+    return shape
 
 
 def recompute(cfg: DictConfig) -> int | str | None:
