@@ -49,7 +49,7 @@ from wmtp.training.checkpoint import (
     require_same_base,
     restore_rng,
 )
-from wmtp.training.frozen_models import frozen_signals, frozen_value_model
+from wmtp.training.frozen_models import OFFLOAD, frozen_signals, frozen_value_model
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
@@ -113,7 +113,7 @@ class LoRARecipeWMTP:
 
         self._recompute = read.choice("activation_checkpointing", RECOMPUTE, False, or_whole=2)
         self._compile = read.flag("compile", False)
-        self._cpu_offload = read.flag("cpu_offload", False)
+        self._cpu_offload = read.choice("cpu_offload", OFFLOAD, False)
         self._hsdp_replicas = read.integer("hsdp_replicas", 1, minimum=1)
         self._timeout_minutes = read.number("timeout_minutes", 30.0, above=0)
         self._deterministic = read.flag("deterministic", False)
@@ -177,7 +177,7 @@ class LoRARecipeWMTP:
         self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None
-        into = {"dtype": self._dtype, "cpu_offload": self._cpu_offload}
+        into = {"dtype": self._dtype, "cpu_offload": "frozen" in self._cpu_offload}
         self._value_model = frozen_value_model(path, self._tokenizer, self._seq_len, self._world, **into)
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
         groups = parameter_groups(self._model, self._model.extra_heads, self._extra_heads_lr, self._decay_all)
@@ -232,9 +232,10 @@ class LoRARecipeWMTP:
         if self._compile:
             for block in (*model.layers, *model.extra_heads):
                 block.compile()
-        shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=self._cpu_offload)
+        offload = ("frozen" if adapters is None else "model") in self._cpu_offload
+        shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=offload)
         if path is not None:
-            load_checkpoint(model, path, device="cpu" if self._cpu_offload else self._world.device)
+            load_checkpoint(model, path, device="cpu" if offload else self._world.device)
         if adapters is not None:
             init_lora(model, seed=self._seed)
         return model

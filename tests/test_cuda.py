@@ -8,7 +8,7 @@ from processes import start
 from random_models import random_decoder
 
 from wmtp.distributed import start_world
-from wmtp.loss import mtp_loss
+from wmtp.loss import mtp_loss, token_cross_entropy
 from wmtp.models import shard_model
 from wmtp.weighting import dft, rho1, uniform
 
@@ -70,6 +70,18 @@ def test_compiled_blocks_compute_the_same():
     for block in (*compiled.layers, *compiled.extra_heads):
         block.compile()
     assert_close(loss_and_gradients(compiled, batch), loss_and_gradients(plain, batch), 1e-4)
+
+
+def test_a_frozen_model_in_host_memory_says_the_same():
+    batch, mesh = packed_batch(), start_world("cuda").mesh
+    labels, found = batch.pop("labels"), []
+    for offload in (False, True):
+        model = random_decoder(**SIZES).requires_grad_(False).eval().to("cpu" if offload else "cuda", torch.bfloat16)
+        shard_model(model, mesh, param_dtype=torch.bfloat16, cpu_offload=offload)
+        found.append([model(**batch, loss_fn=token_cross_entropy, labels=labels) for _ in range(2)])
+        assert all(parameter.is_cuda != offload for parameter in model.parameters())
+    for once, offloaded in zip(*found, strict=True):
+        assert torch.equal(once, offloaded)
 
 
 @pytest.mark.parametrize("weighting", [uniform(), rho1(), dft()], ids=["uniform", "rho1", "dft"])

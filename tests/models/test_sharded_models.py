@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from processes import fork_server
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
+from wmtp.loss import mtp_loss
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
 from wmtp.pretrained import checkpoint_formats
+from wmtp.weighting import uniform
 
 # Dimensions of 5 and 7 and 1 leave some ranks of 2, 3 or 4 with less, or with nothing.
 UNEVEN = {
@@ -114,6 +118,35 @@ def test_mixed_precision_rounds_neither_loss_inputs_nor_weights(tmp_path):
     torch.manual_seed(0)
     export_hf(llama_mtp(**UNEVEN), tmp_path / "source")
     run(float32_stays, 2, tmp_path)
+
+
+def whole_where_needed(folder):
+    """Embedding and unembedding are gathered for the forward pass; the blocks' backward pass runs without them."""
+    mesh = init_device_mesh("cpu", (2,))
+    model, plain = (
+        load(folder / "source", num_future_tokens=3) for load in (partial(load_sharded, mesh=mesh), load_plain)
+    )
+    seen = []
+
+    def looked_at(*_):
+        seen.append([isinstance(module.weight, DTensor) for module in (model.tok_embeddings, model.output)])
+
+    for block in model.layers[:-1]:
+        block.register_full_backward_hook(looked_at)
+    losses = []
+    for one in (model, plain):
+        out = one(TOKENS, loss_fn=mtp_loss, labels=TOKENS, weighting=uniform())
+        out.loss_sum.backward()
+        losses.append(out.loss_sum.detach())
+    assert torch.equal(*losses) and seen == [[True, True]] * len(model.layers[:-1])
+    for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(sharded.grad.full_tensor(), full.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_embedding_and_unembedding_are_whole_only_where_they_are_needed(tmp_path):
+    torch.manual_seed(0)
+    export_hf(llama_mtp(**UNEVEN | {"num_layers": 4}), tmp_path / "source")
+    run(whole_where_needed, 2, tmp_path)
 
 
 def live_bytes():

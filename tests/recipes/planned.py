@@ -16,7 +16,7 @@ from wmtp.training.planning.cards import Card
 from wmtp.training.planning.simulation import fake_world
 from wmtp.training.planning.training_step import simulate_step
 
-CPU = Card("CPU", 64e9, 1e12, 1e12, 1e11, 1e11, 1.0)
+CPU = Card("CPU", 64e9, 1e12, 1e12, 1e11, 1e11, 1e11, 1.0)
 
 
 def plans(result, *configs):
@@ -65,7 +65,7 @@ def measured(result, recipe_class, config):
 
 def largest(result, config, memory):
     """Write the largest micro-batch of a config on two small cards, and the bytes of it and of the next one."""
-    cfg, mesh, card = OmegaConf.load(config), fake_world(2), Card("small", memory, 1e14, 1e13, 1e12, 1e11, 1.0)
+    cfg, mesh, card = OmegaConf.load(config), fake_world(2), Card("small", memory, 1e14, 1e13, 1e12, 1e11, 1e11, 1.0)
     rows = planning.largest_batch(cfg, mesh, card)
     held = []
     for number in (rows, rows + 1):

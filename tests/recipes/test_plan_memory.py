@@ -141,4 +141,6 @@ def test_the_plans_in_7b_configs_are_fresh_and_fit_their_cards():
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 9
     for line in done.stdout.splitlines():
+        if "meta_mtp_7b/rho1.yaml" in line:
+            assert float(re.search(r"Plan: ([\d.]+) GB", line)[1]) <= 32, line
         assert 1 < float(re.search(r"Plan: ([\d.]+) GB on each of 4 x A100 80 GB", line)[1]) < 79, line

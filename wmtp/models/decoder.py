@@ -47,7 +47,7 @@ class MTPDecoder(nn.Module):
         self.extra_heads = nn.ModuleList(_block(config, self.rope) for _ in range(config.num_future_tokens - 1))
         self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
         if not config.tie_word_embeddings:
-            self.output = nn.Linear(config.embed_dim, config.vocab_size, bias=False)
+            self.output = Unembedding(config.embed_dim, config.vocab_size, bias=False)
         self.init_weights()
 
     @property
@@ -138,12 +138,9 @@ class MTPDecoder(nn.Module):
             num_heads=num_heads,
             trunk_state=trunk_state,
         )
-        if loss_fn is None:
-            return F.linear(hidden, self.unembedding)
-        # The loss runs here, and not on the forward's result, because here FSDP2 has the unembedding unsharded. It
-        # belongs to the root's parameter group (with the embedding it may be tied to), which is resharded when this
-        # method returns. The fused loss multiplies by it chunk by chunk and returns its gradient whole.
-        return loss_fn(hidden, self.unembedding, document_ids=document_ids, **loss_inputs)
+        if self.config.tie_word_embeddings:
+            return _unembed(hidden, self.unembedding, loss_fn, document_ids=document_ids, **loss_inputs)
+        return self.output(hidden, loss_fn, document_ids=document_ids, **loss_inputs)
 
     def hidden_states(
         self,
@@ -193,6 +190,20 @@ class MTPDecoder(nn.Module):
         if input_pos is None:
             input_pos = positions_in_documents(document_ids)
         return (block_mask if self.attention == "flex" else dense_mask)(document_ids), input_pos
+
+
+class Unembedding(nn.Linear):
+    """The matrix [V, D] that is a module of its own, so that FSDP2 gathers it for the loss and for nothing else."""
+
+    def forward(self, input: Tensor, loss_fn: Callable | None = None, **loss_inputs: Any) -> Any:
+        return _unembed(input, self.weight, loss_fn, **loss_inputs)
+
+
+def _unembed(hidden: Tensor, unembedding: Tensor, loss_fn: Callable | None, **loss_inputs: Any) -> Any:
+    # The loss runs here, and not on the forward's result, because here FSDP2 has the unembedding unsharded: in a group
+    # of its own, or a tied one in the root's. The fused loss multiplies by it chunk by chunk and returns its gradient
+    # whole.
+    return F.linear(hidden, unembedding) if loss_fn is None else loss_fn(hidden, unembedding, **loss_inputs)
 
 
 class RMSNorm(RMSNormFloat32):

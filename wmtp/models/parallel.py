@@ -38,7 +38,9 @@ def shard_model(
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
-    """Shards every block of ``layers`` and ``extra_heads``, then the root (embedding, norm, unembedding), in place.
+    """Shards every block of ``layers`` and ``extra_heads``, embedding and unembedding, then the root, in place.
+
+    A tied embedding stays with the root, which is whole in the backward pass too.
 
     Args:
         model: an :class:`~wmtp.models.MTPDecoder` or :class:`~wmtp.models.ValueModel`, on the meta device or not; its
@@ -66,6 +68,10 @@ def shard_model(
     full_precision = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     for module in getattr(model, "float32_modules", ()):
         fully_shard(module, **(options | {"mp_policy": full_precision}))
+    if not model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        decoder: Any = getattr(model, "backbone", model)
+        fully_shard(decoder.tok_embeddings, **options).set_unshard_in_backward(False)  # its gradient needs no weights
+        fully_shard(decoder.output, **options)
     for block in (*model.layers, *model.extra_heads):  # type: ignore[misc]
         fully_shard(block, **options)
     fully_shard(model, **options)

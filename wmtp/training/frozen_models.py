@@ -13,6 +13,9 @@ from wmtp.distributed import World
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.weighting.base import FROM_A_MODEL, OF_THE_POLICY, way_to
 
+# Whose weights cpu_offload keeps in host memory: of the model that is trained, of those that are frozen beside it.
+OFFLOAD = {False: (), True: ("model", "frozen"), "frozen": ("frozen",)}
+
 
 def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[str, Any]) -> set[str]:
     """Returns the signals that a frozen model must give, because the weighting needs them and the data lack them.

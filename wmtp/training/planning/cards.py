@@ -19,6 +19,7 @@ class Card:
         bf16, fp32: floating-point operations a second of dense products; fp32 without tensor cores.
         bandwidth: bytes a second between the processor and its memory.
         link: bytes a second that it receives from the other cards of its node, and sends at the same time.
+        host: bytes a second that it receives from host memory, and sends at the same time.
         products: share of the peak that large products of matrices reach.
     """
 
@@ -28,6 +29,7 @@ class Card:
     fp32: float
     bandwidth: float
     link: float
+    host: float
     products: float
 
     @property
@@ -38,10 +40,10 @@ class Card:
 # NVIDIA's data sheets, of the SXM versions; memory as torch sees it, without the driver's part. An H200 reached that
 # share of its peak in the step of docs/gpu.md; an H100 is the same processor; an A100's is what others report of it.
 CARDS = {
-    "a100_40gb": Card("A100 40 GB", 39.4 * 2**30, 312e12, 19.5e12, 1.555e12, 300e9, 0.78),
-    "a100_80gb": Card("A100 80 GB", 79.1 * 2**30, 312e12, 19.5e12, 2.039e12, 300e9, 0.78),
-    "h100_80gb": Card("H100 80 GB", 79.1 * 2**30, 989e12, 67e12, 3.35e12, 450e9, 0.64),
-    "h200_141gb": Card("H200 141 GB", 139.8 * 2**30, 989e12, 67e12, 4.8e12, 450e9, 0.64),
+    "a100_40gb": Card("A100 40 GB", 39.4 * 2**30, 312e12, 19.5e12, 1.555e12, 300e9, 32e9, 0.78),
+    "a100_80gb": Card("A100 80 GB", 79.1 * 2**30, 312e12, 19.5e12, 2.039e12, 300e9, 32e9, 0.78),
+    "h100_80gb": Card("H100 80 GB", 79.1 * 2**30, 989e12, 67e12, 3.35e12, 450e9, 64e9, 0.64),
+    "h200_141gb": Card("H200 141 GB", 139.8 * 2**30, 989e12, 67e12, 4.8e12, 450e9, 64e9, 0.64),
 }
 
 
@@ -73,7 +75,7 @@ def _this_cpu() -> Card:
     block = torch.zeros(2**25)  # 128 MiB, more than caches hold
     seconds = _best(lambda: block.add_(1.0))
     bandwidth = 2 * block.nbytes / seconds
-    return Card(f"CPU, {torch.get_num_threads()} threads", memory, bf16, fp32, bandwidth, bandwidth, 1.0)
+    return Card(f"CPU, {torch.get_num_threads()} threads", memory, bf16, fp32, bandwidth, bandwidth, bandwidth, 1.0)
 
 
 def _product_rate(dtype: torch.dtype, size: int = 1024) -> float:

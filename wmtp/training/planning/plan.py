@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 
 from wmtp.config import changed
+from wmtp.training.frozen_models import OFFLOAD
 from wmtp.training.planning.cards import Card
 from wmtp.training.planning.gpu_kernels import gpu_kernels
 from wmtp.training.planning.simulation import Figures
@@ -23,7 +24,8 @@ from wmtp.training.planning.training_step import SimulatedStep, shape_of, simula
 ATTENTION, MEMORY, LINK = 0.5, 0.75, 0.75
 KERNEL_SECONDS = 2e-6  # of the shortest kernel
 _simulated: dict[tuple, tuple[Figures, SimulatedStep]] = {}
-_OFFLOADED = {"weights", "gradients", "optimizer", "frozen models"}  # held by the host, with cpu_offload
+_OFFLOADED = {"model": ("weights", "gradients", "optimizer"), "frozen": ("frozen models",)}  # held by the host
+_CARRIED = {"frozen models": {"frozen models"}, "forward": {"weights"}, "backward": {"weights", "gradients"}}
 _PARTS = {"product": "products", "copy": "copies of gathered weights"}
 
 
@@ -119,8 +121,10 @@ def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
             moved += times * number
         elif what == "waits":
             waits += times * number
-    if cfg.get("cpu_offload"):
-        held = {phase: {k: n for k, n in kinds.items() if k not in _OFFLOADED} for phase, kinds in held.items()}
+    sizes = {kind: max(kinds.get(kind, 0.0) for kinds in held.values()) for kind in set().union(*held.values())}
+    offloaded = {kind for whose in OFFLOAD[cfg.get("cpu_offload") or False] for kind in _OFFLOADED[whose]}
+    held = {phase: {k: n for k, n in kinds.items() if k not in offloaded} for phase, kinds in held.items()}
+    carried = {phase: sum(sizes.get(kind, 0.0) for kind in offloaded & kinds) for phase, kinds in _CARRIED.items()}
     phases = {phase: sum(kinds.values()) for phase, kinds in held.items()}
     moment = max(phases, key=phases.__getitem__)
     return Plan(
@@ -129,7 +133,7 @@ def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
         held=held[moment],
         moment=moment,
         phases=phases,
-        seconds=_seconds(figures, card, mesh.size(), step.micro_batches),
+        seconds=_seconds(figures, card, mesh.size(), step.micro_batches, carried),
         tokens=step.tokens,
         flops=step.micro_batches * step.flops,
         moved=moved,
@@ -169,11 +173,14 @@ def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, 
     return figures, deeper._replace(checkpoint=trained)
 
 
-def _seconds(figures: Figures, card: Card, cards: int, micro_batches: float) -> dict[str, float]:
-    """Returns the seconds of a step by part. Collectives run beside the computation of their phase."""
+def _seconds(
+    figures: Figures, card: Card, cards: int, micro_batches: float, carried: dict[str, float]
+) -> dict[str, float]:
+    """Returns the seconds of a step by part. Collectives, and what is carried from and to the host, run beside the
+    computation of their phase."""
     parts: dict[str, float] = defaultdict(float)
     computing: dict[str, float] = defaultdict(float)
-    sending: dict[str, float] = defaultdict(float)
+    sending = defaultdict(float, {p: micro_batches * size / card.host / LINK for p, size in carried.items()})
     for (what, whole_phase, kind, *dtype), number in figures.items():
         phase = whole_phase.partition(" of ")[0]
         times = 1 if phase == "optimizer" else micro_batches
@@ -206,7 +213,9 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
         found |= {name: [f"activation_checkpointing={value}"] for value, name in ways.items()}
     if card.is_gpu and cfg.model.get("attention", "sdpa") == "sdpa":
         found["flex attention"] = ["model.attention=flex"]
-    if card.is_gpu and not cfg.get("cpu_offload"):
+    if card.is_gpu and not cfg.get("cpu_offload") and cfg.get("reference_model") is not None:
+        found["frozen models in host memory"] = ["cpu_offload=frozen"]
+    if card.is_gpu and cfg.get("cpu_offload") is not True:
         found["weights and optimizer in host memory"] = ["cpu_offload=true"]
     if "backbone" not in cfg and cfg.get("adapters") is None:
         found["LoRA, rank 16"] = ["adapters._component_=wmtp.models.add_lora"]

@@ -94,7 +94,7 @@ def _simulated(step: "_Step") -> SimulatedStep:
 
 def shape_of(cfg: DictConfig) -> DictConfig:
     """Returns what a simulated step reads of a config: configs that share it have one plan."""
-    plain = DictConfig(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    plain = DictConfig(OmegaConf.to_container(cfg, resolve=True))
     shape = OmegaConf.masked_copy(plain, [key for key in READ if key in plain])
     if "lr" in shape.optimizer:
         shape.optimizer.lr = 1e-3  # how far weights move changes nothing
