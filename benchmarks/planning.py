@@ -2,8 +2,8 @@
 
     python benchmarks/planning.py [--device cuda] [--cases full,compiled,lora,large]
 
-Each case is a run of the recipe in a process of its own, of random weights on this interpreter's standard library, whose
-last steps are measured; no checkpoint is written. Memory is what torch's allocator gave out at most
+Each case is a run of the recipe in a process of its own, of random weights on this interpreter's standard library; its
+last steps are measured, and no checkpoint is written. Memory is what torch's allocator gave out at most
 (torch.cuda.max_memory_allocated), so it needs CUDA; without it the time alone is compared, with this machine's
 processor. One JSON line per figure: name, value, unit, against.
 """
@@ -30,8 +30,10 @@ ROOT = Path(__file__).parents[1]
 FULL = "full_finetune_distributed_wmtp", "smollm2_135m/uniform.yaml"
 LORA = "lora_wmtp", "smollm2_135m/lora_rho1.yaml"
 UNWEIGHTED = ["weighting={_component_: wmtp.weighting.uniform}", "reference_model=null", "reference_checkpoint=null"]
-LARGE = ["model._component_=wmtp.models.llama_mtp", "model.vocab_size=32000", "model.num_layers=16", "model.num_heads=16",
-         "model.num_kv_heads=16", "model.embed_dim=2048", "model.intermediate_dim=5504"]  # fmt: skip
+LARGE = [
+    "model._component_=wmtp.models.llama_mtp", "model.vocab_size=32000", "model.num_layers=16", "model.num_heads=16",
+    "model.num_kv_heads=16", "model.embed_dim=2048", "model.intermediate_dim=5504",
+]  # fmt: skip
 CASES = {
     "full": (*FULL, ["batch_size=8"]),
     "compiled": (*FULL, ["batch_size=8", "model.attention=flex", "compile=true", "activation_checkpointing=true"]),

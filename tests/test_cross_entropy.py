@@ -41,7 +41,7 @@ def device(request):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernel_in_triton_s_interpreter():
-    pytest.importorskip("triton", reason="this build of torch brings no Triton")
+    pytest.importorskip("triton", "3.7", reason="no Triton, or one whose interpreter NumPy has left behind")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted_kernel", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "27 passed" in done.stdout and "skipped" not in done.stdout, done.stdout
