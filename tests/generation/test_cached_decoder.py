@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from wmtp.generation import cached_decoder
-from wmtp.generation.cached_decoder import CachedDecoder
+from wmtp.generation import cached_decoder, kv_memory
+from wmtp.generation.cached_decoder import CachedDecoder, Prompts
 from wmtp.generation.linear import _can_pack, side_by_side, times
 
 HEADS = 3
@@ -28,16 +28,16 @@ def random_tokens(*shape):
 @torch.inference_mode()
 def test_rows_of_different_length_get_the_full_forwards_logits(tiny, monkeypatch, variant):
     monkeypatch.setattr(cached_decoder, "PREFILL_CHUNK", 7)
-    monkeypatch.setattr(cached_decoder, "_GROWTH", 8)
+    monkeypatch.setattr(kv_memory, "GROWTH", 8)
     model = tiny(**VARIANTS[variant])
     tokens, lengths = random_tokens(3, 60), [3, 25, 14]
     full = model(tokens)  # [H, B, S, V]
     decoder = CachedDecoder(model, HEADS)
-    cache, prompt_cache = decoder.new_cache(4), decoder.new_cache(1)
-    for row, length in enumerate(lengths):  # the prompt cache still holds the longer prompt before
-        logits = decoder.prefill(tokens[row, :length].tolist(), prompt_cache)
+    cache = decoder.new_cache()
+    cache.reserve(3, 25)
+    for row, length in enumerate(lengths):
+        logits = decoder.prefill(tokens[row, :length].tolist(), cache.row(row))
         torch.testing.assert_close(logits[:, 0, 0], full[:, row, length - 1], atol=1e-5, rtol=1e-5)
-        cache.copy_row(row, prompt_cache, 0, length)
 
     def window(width, rows):
         new = torch.stack([tokens[r, n : n + width] for r, n in zip(rows, lengths, strict=True)])
@@ -50,9 +50,35 @@ def test_rows_of_different_length_get_the_full_forwards_logits(tiny, monkeypatch
     for width in (1, 4, 3, 9):  # of which a first part is kept, as when drafts are refused
         window(width, [0, 1, 2])
         lengths = [n + min(width, 2) for n in lengths]
-    cache.copy_row(0, cache, 2, lengths[2])
+    cache.move_row(0, 2, lengths[2])
     lengths = [lengths[2], lengths[1]]
+    cache.resize(2, max(lengths))
+    assert cache.rows == 2 and max(lengths) <= cache.capacity < max(lengths) + 8
     window(5, [2, 1])
+
+
+@pytest.mark.parametrize("prompts", [[20], [3, 25, 14]])
+@torch.inference_mode()
+def test_rows_that_share_prompts_get_the_full_forwards_logits(tiny, prompts):
+    """Five rows, of which the first prompt has most; each has tokens of its own behind it."""
+    model, of_rows = tiny(), [p % len(prompts) for p in (0, 0, 1, 0, 2)]
+    heads, tails = random_tokens(len(prompts), 25), random_tokens(5, 30)
+    texts = [torch.cat([heads[p, : prompts[p]], tail]) for p, tail in zip(of_rows, tails, strict=True)]
+    full = [model(text[None])[:, 0] for text in texts]  # [H, S, V]
+    decoder = CachedDecoder(model, HEADS)
+    shared, own = decoder.new_cache(), decoder.new_cache()
+    shared.reserve(len(prompts), max(prompts))
+    for p, length in enumerate(prompts):
+        decoder.prefill(heads[p, :length].tolist(), shared.row(p))
+    lengths = [0] * 5
+    for width in (1, 4, 3):
+        new = torch.stack([tail[n : n + width] for tail, n in zip(tails, lengths, strict=True)])
+        states, places = decoder.extend(new, lengths, own, Prompts(shared, prompts, of_rows))
+        logits = decoder.heads(states, places, own)
+        for row, n in enumerate(lengths):
+            at = prompts[of_rows[row]] + n
+            torch.testing.assert_close(logits[:, row], full[row][:, at : at + width], atol=1e-5, rtol=1e-5)
+        lengths = [n + 1 + row % min(width, 2) for row, n in enumerate(lengths)]  # of which a first part is kept
 
 
 @torch.inference_mode()
@@ -62,7 +88,7 @@ def test_logits_of_a_bf16_model_are_not_rounded(tiny):
     decoder, states = CachedDecoder(model, HEADS), []
     product = decoder._unembed
     decoder._unembed = lambda x: states.append(x) or product(x)
-    logits = decoder.prefill([1, 2, 3], decoder.new_cache(1))  # [H, 1, 1, V]
+    logits = decoder.prefill([1, 2, 3], decoder.new_cache())  # [H, 1, 1, V]
     assert states[0].dtype == torch.bfloat16 and logits.dtype == torch.float32
     exact = states[0].double() @ model.unembedding.double().T
     assert (logits[:, 0, 0] - exact).abs().max() <= 1e-5 < (exact - exact.bfloat16()).abs().max() / 100
@@ -74,7 +100,7 @@ def test_heads_that_are_not_asked_for_do_not_run(tiny):
     for block in model.extra_heads:
         nn.init.constant_(block.attn.k_proj.weight, float("nan"))
     decoder = CachedDecoder(model, 1)
-    cache = decoder.new_cache(1)
+    cache = decoder.new_cache()
     assert len(cache.blocks) == 3
     logits = decoder.prefill([1, 2, 3], cache)
     assert logits.isfinite().all()

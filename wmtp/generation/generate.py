@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from wmtp.errors import UserError
-from wmtp.generation.cached_decoder import CachedDecoder
+from wmtp.generation.cached_decoder import CachedDecoder, Prompts, to_device
+from wmtp.generation.kv_memory import free_kv_memory, kv_bytes_per_token, kv_positions
+from wmtp.generation.requests import Completion, DecodingStats, Request, check_memory, check_request
 from wmtp.generation.sampling import (
     Numbers,
     Sampling,
@@ -25,81 +27,6 @@ from wmtp.generation.text import StopStrings
 from wmtp.models.decoder import MTPDecoder
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt to continue.
-
-    Args:
-        id: returned with the completion.
-        prompt: token ids, at least one.
-        key: strings and numbers, usually (seed, task, sample); the random numbers depend only on it.
-    """
-
-    id: object
-    prompt: tuple[int, ...]
-    key: tuple
-
-
-@dataclass(frozen=True)
-class Completion:
-    """The result of a request.
-
-    Args:
-        id: the request's.
-        text: decoded up to the first stop string or end token, both left out, as are the names of special tokens.
-        tokens: all generated tokens, with the end token or those of the stop string.
-        finish_reason: ``stop``, ``eos``, or ``length``: max_new_tokens or the model's context is used up.
-        forwards: passes of the model for its tokens, the prompt's too; fewer than tokens if drafts were accepted.
-    """
-
-    id: object
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: Literal["stop", "eos", "length"]
-    forwards: int
-
-
-@dataclass
-class DecodingStats:
-    """Counts that calls of :func:`generate` add to. The seconds exclude the consumer's time."""
-
-    prefills: int = 0  # prompts computed; samples of one prompt share it
-    forwards: int = 0  # of the decoder after prefill, for all rows at once
-    row_forwards: int = 0  # the same, counted once per row
-    completions: int = 0
-    new_tokens: int = 0  # of all completions, with end tokens and those of stop strings
-    drafted: dict[int, int] = field(default_factory=dict)  # per head: drafts made
-    verified: dict[int, int] = field(default_factory=dict)  # per head: drafts whose predecessors were all accepted
-    accepted: dict[int, int] = field(default_factory=dict)  # per head: verified drafts that were accepted
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    first_tokens: int = 0  # tokens that came from a prefill
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """New tokens per row and forward after the prefill: 1 in plain decoding, up to H with drafts."""
-        return (self.new_tokens - self.first_tokens) / self.row_forwards if self.row_forwards else 0.0
-
-    def count_drafts(self, count: int) -> None:
-        """Counts ``count`` drafts of a row, of heads 2 to count + 1."""
-        for k in range(2, count + 2):
-            self.drafted[k] = self.drafted.get(k, 0) + 1
-
-    def count_verified(self, draft: int, *, accepted: bool) -> None:
-        """Counts the draft at this index of a window, which was compared with the model: all before it are accepted."""
-        k = draft + 2
-        self.verified[k] = self.verified.get(k, 0) + 1
-        self.accepted[k] = self.accepted.get(k, 0) + accepted
-
-    def acceptance(self) -> dict[int, float]:
-        """Returns, per head, the share of its verified drafts that were accepted."""
-        return {k: self.accepted.get(k, 0) / n for k, n in sorted(self.verified.items())}
-
-    def as_dict(self) -> dict:
-        """Returns all counts and the two figures derived from them."""
-        return {**asdict(self), "tokens_per_forward": self.tokens_per_forward, "acceptance": self.acceptance()}
-
-
 def generate(
     model: nn.Module,
     tokenizer,
@@ -108,15 +35,18 @@ def generate(
     *,
     batch_size: int,
     num_drafts: int = 0,
+    kv_memory: int | None = None,
     stats: DecodingStats | None = None,
 ) -> Iterator[Completion]:
     """Continues every request's prompt and yields each completion as it finishes, in no fixed order.
 
-    A finished row takes the next request at once; ``requests`` is read only when a row is free. Successive requests
-    with the same prompt share its prefill. With ``num_drafts`` > 0 decoding is self-speculative: heads 2 to
-    num_drafts + 1 draft the tokens after the next, and one forward verifies them. Greedy tokens are those of plain
-    decoding; sampled ones have its distribution (:func:`~wmtp.generation.sampling.verify_sampled`), but other random
-    numbers, so a single text differs.
+    A finished row takes the next request at once; ``requests`` is read only when a row is free. Requests with the same
+    prompt, one after the other, share its prefill and its keys and values. As many rows are decoded at once as
+    ``kv_memory`` has room for (:mod:`wmtp.generation.kv_memory`), at most ``batch_size``.
+
+    With ``num_drafts`` > 0 decoding is self-speculative: heads 2 to num_drafts + 1 draft the tokens after the next, and
+    one forward verifies them. Greedy tokens are those of plain decoding; sampled ones have its distribution
+    (:func:`~wmtp.generation.sampling.verify_sampled`), but other random numbers, so a single text differs.
 
     The text depends on the prompt, ``sampling``, ``num_drafts`` and the request's key, not on batch size, order or
     number of processes, up to rounding. Attention adds in an order that varies with the shape of the batch, which moves
@@ -133,25 +63,30 @@ def generate(
             read when iteration starts; on a CPU a packed copy of them exists until it ends.
         tokenizer: has ``decode``, ``eos_id`` and ``special_ids``.
         requests: a sequence is checked before anything runs; requests of an iterator are checked as they are read.
-        batch_size: rows decoded at once.
+        batch_size: rows decoded at once, at most.
         num_drafts: 0 to H - 1; 0 is plain decoding with head 1. Each draft costs a head's block and one more row in the
             forward that verifies it, accepted or not: few are best if the heads are often wrong.
+        kv_memory: bytes that keys and values may take; None is a share of what is free when iteration starts.
         stats: counts are added to it.
 
     Raises:
-        ValueError: a prompt that is empty, leaves no room for a token, or has ids outside the vocabulary; a bad key;
-            more drafts than the model has extra heads; a model that is sharded or has active dropout; non-finite
-            logits.
+        ValueError: a prompt that is empty, leaves no room for a token, has ids outside the vocabulary, or does not fit
+            into ``kv_memory`` even alone; a bad key; more drafts than the model has extra heads; a model that is
+            sharded or has active dropout; non-finite logits.
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
+    if kv_memory is not None and (isinstance(kv_memory, bool) or not isinstance(kv_memory, int) or kv_memory < 1):
+        raise UserError(f"kv_memory must be a number of bytes >= 1, got {kv_memory!r}")
     _check_model(model, num_drafts)
     if isinstance(requests, Sequence):
         for request in requests:
-            _check_request(request, model)
+            check_request(request, model)
+            if kv_memory is not None:
+                check_memory(request, model, sampling, num_drafts, kv_memory)
         batch_size = min(batch_size, max(len(requests), 1))
     stats = DecodingStats() if stats is None else stats
-    return _Batch(model, tokenizer, sampling, batch_size, num_drafts, stats).run(iter(requests))
+    return _Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats).run(iter(requests))
 
 
 def _check_model(model: nn.Module, num_drafts: int) -> None:
@@ -170,65 +105,70 @@ def _check_model(model: nn.Module, num_drafts: int) -> None:
         raise ValueError("generate needs the model without dropout; call model.eval() first")
 
 
-def _check_request(request: Request, model: MTPDecoder) -> None:
-    prompt = request.prompt
-    if len(prompt) == 0:
-        raise UserError(f"request {request.id!r} has an empty prompt; start it with BOS or a token of text")
-    if len(prompt) >= model.max_seq_len:
-        raise UserError(
-            f"request {request.id!r} has a prompt of {len(prompt)} tokens, which leaves no room for a new one in the "
-            f"model's context of {model.max_seq_len}; shorten the prompt"
-        )
-    if min(prompt) < 0 or max(prompt) >= model.vocab_size:
-        wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-        raise UserError(f"request {request.id!r} has token id {wrong}, outside the model's {model.vocab_size}")
-    key_digest(request.key)
+@dataclass(eq=False)
+class _Prompt:
+    """A prompt whose keys and values are in the prompts' cache."""
+
+    tokens: tuple[int, ...]
+    logits: Tensor  # [heads, 1, V], at its last token
 
 
 @dataclass
 class _Row:
-    """A request that is being decoded."""
+    """A request that is being decoded. Its cache holds all of its tokens but the newest."""
 
     request: Request
     digest: bytes
-    room: int  # tokens left to generate
-    length: int  # tokens in the cache: all but the newest one
+    prompt: _Prompt
+    new_tokens: int  # it may have in all
     tokens: list[int] = field(default_factory=list)
     forwards: int = 1  # the prefill
     finish_reason: Literal["stop", "eos", "length"] | None = None
+
+    @property
+    def room(self) -> int:
+        """Returns the tokens left to generate."""
+        return self.new_tokens - len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Returns the tokens in its cache."""
+        return len(self.tokens) - 1
 
     def numbers(self, count: int) -> list[Numbers]:
         """Returns the random numbers of the next ``count`` tokens."""
         return [numbers_at(self.digest, len(self.tokens) + i) for i in range(count)]
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """The prompt prefilled last, whose keys and values are in the prompt cache."""
-
-    tokens: tuple[int, ...]
-    logits: Tensor  # [heads, 1, 1, V], at its last token
-
-
 class _Batch:
-    """The requests in flight: request b is entry b of ``_rows`` and ``_draft_logits``, and row b of the cache."""
+    """The requests in flight: request b is entry b of ``_rows`` and ``_draft_logits``, and row b of ``_own``."""
 
     def __init__(
-        self, model: MTPDecoder, tokenizer, sampling: Sampling, batch_size: int, num_drafts: int, stats: DecodingStats
+        self,
+        model: MTPDecoder,
+        tokenizer,
+        sampling: Sampling,
+        batch_size: int,
+        num_drafts: int,
+        kv_memory: int | None,
+        stats: DecodingStats,
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._stats = model, tokenizer, sampling, stats
-        self._batch_size = batch_size
-        self._num_drafts = num_drafts
+        self._batch_size, self._num_drafts, self._kv_memory = batch_size, num_drafts, kv_memory
         self._stop = StopStrings(tokenizer, sampling.stop)
         self._end_ids = {tokenizer.eos_id, *(model.source.end_ids if model.source is not None else ())}
         self._rows: list[_Row] = []
-        self._prompt: _Prompt | None = None
+        self._prompts: list[_Prompt] = []  # in the order of the rows of their cache
+        self._waiting: Request | None = None  # read, and without room yet
 
     def run(self, requests: Iterator[Request]) -> Iterator[Completion]:
         # Inference mode ends at each yield: it must not leak into the code that consumes the completions.
         self._prepare()
         while True:
-            yield from self._admit(requests)
+            self._close_gaps()
+            while new := self._take(requests):
+                self._first_tokens(new)
+                yield from (self._completion(row) for row in new if row.finish_reason)
             if not self._rows:
                 return
             self._step()
@@ -240,51 +180,93 @@ class _Batch:
     @torch.inference_mode()
     def _prepare(self) -> None:
         self._decoder = CachedDecoder(self._model, 1 + self._num_drafts)
-        self._cache, self._prompt_cache = self._decoder.new_cache(self._batch_size), self._decoder.new_cache(1)
+        self._own, self._prompt_cache = self._decoder.new_cache(), self._decoder.new_cache()
         embedding = self._model.tok_embeddings.weight
         self._device = embedding.device
         # The extra heads' logits at each row's last cached token; the next drafts are drawn from them.
         self._draft_logits = torch.zeros(self._batch_size, self._num_drafts, len(embedding), device=self._device)
-
-    def _admit(self, requests: Iterator[Request]) -> Iterator[Completion]:
-        """Puts new requests in the places of finished rows and yields those that finish at once; closes gaps."""
-        gaps = [b for b, row in enumerate(self._rows) if row.finish_reason]
-        for place in (*gaps, *range(len(self._rows), self._batch_size)):
-            for request in requests:
-                row = self._start(request)
-                if not row.finish_reason:
-                    self._put(row, place)
-                    break
-                yield self._completion(row)
-            else:
-                break  # no more requests
-        self._close_gaps()
+        if self._kv_memory is None:
+            self._kv_memory = free_kv_memory(self._device)
+        self._positions = self._kv_memory // kv_bytes_per_token(self._model, self._num_drafts)
 
     @torch.inference_mode()
-    def _start(self, request: Request) -> _Row:
-        """Prefills the prompt, unless the request before had the same, and chooses the first token."""
-        started = time.perf_counter()
-        _check_request(request, self._model)
-        prompt = tuple(request.prompt)
-        if self._prompt is None or self._prompt.tokens != prompt:
-            logits = self._decoder.prefill(prompt, self._prompt_cache)
-            if not bool(logits.isfinite().all()):
-                raise UserError(f"the model gives request {request.id!r} logits that are not finite; check its weights")
-            self._prompt = _Prompt(prompt, logits)
-            self._stats.prefills += 1
-        room = min(self._sampling.max_new_tokens, self._model.max_seq_len - len(prompt))
-        row = _Row(request, key_digest(request.key), room, len(prompt) - 1)
-        _, token = self._verify(self._prompt.logits[0], _Drafts.none(1, self._device), [0], [row.numbers(1)])
-        self._append(row, int(token))
-        self._stats.first_tokens += 1
+    def _take(self, requests: Iterator[Request]) -> list[_Row]:
+        """Returns rows for the next requests, as many as there is room for, with their prompts prefilled."""
+        started, new = time.perf_counter(), []
+        while len(self._rows) + len(new) < self._batch_size:
+            request = next(requests, None) if self._waiting is None else self._waiting
+            self._waiting = None
+            if request is None:
+                break
+            check_request(request, self._model)
+            row = self._row(request, [*self._rows, *new])
+            if row is None:
+                self._waiting = request
+                break
+            new.append(row)
         self._stats.prefill_seconds += time.perf_counter() - started
-        return row
+        return new
+
+    def _row(self, request: Request, others: list[_Row]) -> _Row | None:
+        """Returns a row for the request beside the others, or None where it has to wait for one of them to finish."""
+        tokens = tuple(request.prompt)
+        new_tokens = min(self._sampling.max_new_tokens, self._model.max_seq_len - len(tokens))
+        same = next((prompt for prompt in self._prompts if prompt.tokens == tokens), None)
+        kept = [p for p in self._prompts if p is same or any(row.prompt is p for row in others)]
+        lengths = [len(prompt.tokens) for prompt in kept] + [len(tokens)] * (same is None)
+        longest = max([new_tokens, *(row.new_tokens for row in others)]) + self._num_drafts
+        if kv_positions(len(lengths), max(lengths), len(others) + 1, longest) > self._positions:
+            if not others:
+                check_memory(request, self._model, self._sampling, self._num_drafts, self._kv_memory)
+            return None
+        self._keep_prompts(kept)
+        self._make_room(len(lengths), max(lengths), len(others) + 1, longest)
+        return _Row(request, key_digest(request.key), same or self._prefill(request), new_tokens)
+
+    def _keep_prompts(self, kept: list[_Prompt]) -> None:
+        """Drops all other prompts, and closes the gaps that they leave."""
+        for place in reversed(range(len(self._prompts))):
+            if self._prompts[place] not in kept:
+                last = self._prompts.pop()
+                if place < len(self._prompts):
+                    self._prompts[place] = last
+                    self._prompt_cache.move_row(place, len(self._prompts), len(last.tokens))
+
+    def _make_room(self, prompts: int, longest_prompt: int, rows: int, longest: int) -> None:
+        """Lets the prompts' cache grow; caches that would outgrow the budget shrink to what they need."""
+        cache, own = self._prompt_cache, self._own
+        held = kv_positions(
+            max(prompts, cache.rows), max(longest_prompt, cache.capacity),
+            max(rows, own.rows), max(longest, own.capacity),
+        )  # fmt: skip
+        if held > self._positions:
+            own.resize(min(rows, own.rows), min(longest, own.capacity))
+            cache.resize(prompts, longest_prompt)
+        cache.reserve(prompts, longest_prompt)
+
+    def _prefill(self, request: Request) -> _Prompt:
+        """Computes a new prompt, whose place in the prompts' cache is the last one."""
+        logits = self._decoder.prefill(request.prompt, self._prompt_cache.row(len(self._prompts)))[:, :, 0]
+        if not bool(logits.isfinite().all()):
+            raise UserError(f"the model gives request {request.id!r} logits that are not finite; check its weights")
+        self._prompts.append(_Prompt(tuple(request.prompt), logits))
+        self._stats.prefills += 1
+        return self._prompts[-1]
 
     @torch.inference_mode()
-    def _put(self, row: _Row, place: int) -> None:
-        self._rows[place : place + 1] = [row]
-        self._cache.copy_row(place, self._prompt_cache, 0, row.length)
-        self._draft_logits[place] = self._prompt.logits[1:, 0, 0]
+    def _first_tokens(self, new: list[_Row]) -> None:
+        """Chooses the first token of new rows, and takes those in that do not end with it."""
+        started = time.perf_counter()
+        logits = torch.stack([row.prompt.logits for row in new], dim=1)  # [heads, B, 1, V]
+        numbers = [row.numbers(1) for row in new]
+        _, tokens = self._verify(logits[0], _Drafts.none(len(new), self._device), [0] * len(new), numbers)
+        for b, (row, token) in enumerate(zip(new, tokens.tolist(), strict=True)):
+            self._append(row, token)
+            if not row.finish_reason:
+                self._draft_logits[len(self._rows)] = logits[1:, b, 0]
+                self._rows.append(row)
+        self._stats.first_tokens += len(new)
+        self._stats.prefill_seconds += time.perf_counter() - started
 
     @torch.inference_mode()
     def _close_gaps(self) -> None:
@@ -293,7 +275,7 @@ class _Batch:
                 last = self._rows.pop()
                 if place < len(self._rows):
                     self._rows[place] = last
-                    self._cache.copy_row(place, self._cache, len(self._rows), last.length)
+                    self._own.move_row(place, len(self._rows), last.length)
                     self._draft_logits[place] = self._draft_logits[len(self._rows)]
 
     def _completion(self, row: _Row) -> Completion:
@@ -313,23 +295,28 @@ class _Batch:
         """Appends to every row the drafts that the model accepts, and its own token after them."""
         started = time.perf_counter()
         rows = self._rows
+        self._keep_prompts([row.prompt for row in rows])
         count = min(self._num_drafts, max(row.room for row in rows) - 1)  # drafts in the window
         useful = [min(count, row.room - 1) for row in rows]
         numbers = [[] if self._sampling.greedy else row.numbers(count + 1) for row in rows]
         drafts = self._draft(count, numbers) if count else _Drafts.none(len(rows), self._device)
 
-        newest = torch.tensor([[row.tokens[-1]] for row in rows], device=self._device)
+        newest = to_device([[row.tokens[-1]] for row in rows], self._device)
         window = torch.cat([newest, drafts.tokens], dim=1)  # [B, W]
-        states, places = self._decoder.extend(window, [row.length for row in rows], self._cache)
+        places_of = {id(prompt): place for place, prompt in enumerate(self._prompts)}
+        lengths, of_rows = [len(prompt.tokens) for prompt in self._prompts], [places_of[id(row.prompt)] for row in rows]
+        prompts = Prompts(self._prompt_cache, lengths, of_rows)
+        states, places = self._decoder.extend(window, [row.length for row in rows], self._own, prompts)
         # The extra heads also run on the whole window, though only the last accepted position matters: a second pass
         # for that position would cost nearly as much, because it reads the unembedding again.
-        logits = self._decoder.heads(states, places, self._cache)  # [heads, B, W, V]
+        logits = self._decoder.heads(states, places, self._own)  # [heads, B, W, V]
         accepted, token = self._verify(logits[0], drafts, useful, numbers)
         if self._num_drafts:
             last = logits[1:, torch.arange(len(rows), device=self._device), accepted]  # [drafts, B, V]
             self._draft_logits[: len(rows)] = last.transpose(0, 1)
 
-        results = torch.cat([accepted[:, None], drafts.tokens, token[:, None]], dim=1).tolist()  # waits for the device
+        # The only wait of a step: tolist() takes all of it to the host at once.
+        results = torch.cat([accepted[:, None], drafts.tokens, token[:, None]], dim=1).tolist()
         for row, num_useful, (num_accepted, *drafted, chosen) in zip(rows, useful, results, strict=True):
             row.forwards += 1
             self._stats.count_drafts(num_useful)
@@ -349,19 +336,19 @@ class _Batch:
         if self._sampling.greedy:
             return _Drafts(logits.argmax(-1), None)
         q = distribution(logits, self._sampling)  # [B, count, V]
-        seeds = torch.tensor([[n.draft for n in of_row[:count]] for of_row in numbers], device=self._device)
+        seeds = to_device([[n.draft for n in of_row[:count]] for of_row in numbers], self._device)
         return _Drafts(sample(q, seeds), q)
 
     def _verify(
         self, logits: Tensor, drafts: "_Drafts", useful: list[int], numbers: list[list[Numbers]]
     ) -> tuple[Tensor, Tensor]:
         """Returns the number of accepted drafts and the token after them, each [B]."""
-        useful = torch.tensor(useful, device=self._device)
+        useful = to_device(useful, self._device)
         if self._sampling.greedy:
             return verify_greedy(logits, drafts.tokens, useful)
         p = distribution(logits, self._sampling)  # [B, W, V]
         uniforms, seeds = (
-            torch.tensor([[getattr(n, name) for n in of_row] for of_row in numbers], device=self._device)
+            to_device([[getattr(n, name) for n in of_row] for of_row in numbers], self._device)
             for name in ("accept", "token")
         )
         accepted, weights = verify_sampled(p, drafts.q, drafts.tokens, useful, uniforms[:, :-1])
@@ -370,8 +357,6 @@ class _Batch:
     def _append(self, row: _Row, token: int) -> None:
         """Adds a token, whose predecessor is now cached, and checks whether it ends the completion."""
         row.tokens.append(token)
-        row.length += 1
-        row.room -= 1
         self._stats.new_tokens += 1
         if token in self._end_ids:
             row.finish_reason = "eos"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from wmtp.errors import UserError
 from wmtp.numerics.keyed import splitmix64, top53
+from wmtp.numerics.products import on_cuda
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Returns ``probs`` [..., V] with all but its nucleus set to zero, normalised again."""
     # Tokens less probable than (1 - top_p) / V add up to less than 1 - top_p, so they are outside and need no sorting.
     # Half of that bound is used, because the sum of float32 probabilities is only nearly one.
-    candidates = int((probs >= 0.5 * (1 - top_p) / probs.shape[-1]).sum(-1).max())
+    least = 0.5 * (1 - top_p) / probs.shape[-1]
+    # On CUDA the host would wait for their number; there a sort of all tokens takes less.
+    candidates = probs.shape[-1] if on_cuda(probs) else int((probs >= least).sum(-1).max())
     top = probs.topk(candidates).values
     before = top.double().cumsum(-1) - top  # total probability of the more probable tokens
     size = (before < top_p).sum(-1, keepdim=True)
