@@ -260,7 +260,7 @@ class _Batch:
         logits = torch.stack([row.prompt.logits for row in new], dim=1)  # [heads, B, 1, V]
         numbers = [row.numbers(1) for row in new]
         _, tokens = self._verify(logits[0], _Drafts.none(len(new), self._device), [0] * len(new), numbers)
-        for b, (row, token) in enumerate(zip(new, tokens.tolist(), strict=True)):
+        for b, (row, token) in enumerate(zip(new, tokens.cpu().tolist(), strict=True)):
             self._append(row, token)
             if not row.finish_reason:
                 self._draft_logits[len(self._rows)] = logits[1:, b, 0]
@@ -315,8 +315,8 @@ class _Batch:
             last = logits[1:, torch.arange(len(rows), device=self._device), accepted]  # [drafts, B, V]
             self._draft_logits[: len(rows)] = last.transpose(0, 1)
 
-        # The only wait of a step: tolist() takes all of it to the host at once.
-        results = torch.cat([accepted[:, None], drafts.tokens, token[:, None]], dim=1).tolist()
+        results = torch.cat([accepted[:, None], drafts.tokens, token[:, None]], dim=1)
+        results = results.cpu().tolist()  # here the host waits for the device, and nowhere else in a step
         for row, num_useful, (num_accepted, *drafted, chosen) in zip(rows, useful, results, strict=True):
             row.forwards += 1
             self._stats.count_drafts(num_useful)
