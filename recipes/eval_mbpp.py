@@ -3,9 +3,10 @@
     tune run --nproc_per_node 2 recipes/eval_mbpp.py --config configs/tiny/eval_mbpp.yaml
     tune run --nproc_per_node 4 recipes/eval_mbpp.py --config configs/meta_mtp_7b/eval_mbpp.yaml
 
-`samples=FILE` judges samples that exist (JSON lines of task_id and solution or completion) and needs no model. Each
-process holds the whole model and takes the next task when it is free. Samples and verdicts are kept as they arrive: a
-killed run goes on with `resume=true` and gives the same result. Model-written code runs in the sandbox only.
+`samples=FILE` judges samples that exist (JSON lines of task_id and solution or completion) and needs no model;
+`prompts=FILE` writes what any server has to be asked for them. Each process holds the whole model and takes the next
+task when it is free. Samples and verdicts are kept as they arrive: a killed run goes on with `resume=true` and gives
+the same result. Model-written code runs in the sandbox only.
 """
 
 import hashlib
@@ -25,10 +26,12 @@ from wmtp.errors import as_user_error, clear_errors, ending
 from wmtp.eval.golds import settle_tests
 from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
+from wmtp.eval.prompts import write_prompts
 from wmtp.eval.results import check_samples, evaluation_results
 from wmtp.eval.results_page import headline, logged, results_page, write_results
 from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.generation.kv_memory import check_kv_memory
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import model_tags, resolve_checkpoint
 from wmtp.sandbox import Sandbox
@@ -59,6 +62,7 @@ class EvalMBPPRecipe:
         self._only_sampled = read.choice("tasks.only", {"all": False, "with_samples": True}, "all")
         self._tasks_cfg.pop("only", None)  # which is the recipe's own
         self._samples_file = read.text("samples", None)
+        self._prompts_file = read.text("prompts", None)
         self._sanitize = read.choice("sanitize", {"auto": "auto", "off": "off", False: "off"}, "auto")  # YAML's off
         self._checkpoint = read.get("checkpoint", None)
         self._model_cfg = read.section("model", optional=True)
@@ -71,6 +75,7 @@ class EvalMBPPRecipe:
         self._top_p = read.number("top_p", 1.0, above=0, maximum=1)
         self._max_new_tokens = read.integer("max_new_tokens", 512, minimum=1)
         self._batch_size = read.integer("batch_size", 8, minimum=1)
+        self._kv_memory = read.num_bytes("kv_memory", None)
         self._num_drafts = read.integer("num_drafts", 0)
 
         self._ks = read.numbers("pass_at", [1], minimum=1, whole=True)
@@ -82,7 +87,12 @@ class EvalMBPPRecipe:
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
 
-        if self._samples_file is None and None in (self._model_cfg, self._tokenizer_cfg, self._protocol_cfg):
+        if self._prompts_file is not None:
+            if self._samples_file is not None:
+                raise ConfigError("prompts=FILE writes what to sample, samples=FILE judges what came back: set one")
+            if None in (self._tokenizer_cfg, self._protocol_cfg):
+                raise ConfigError("prompts=FILE needs tokenizer and protocol, which say what a model is shown")
+        elif self._samples_file is None and None in (self._model_cfg, self._tokenizer_cfg, self._protocol_cfg):
             raise ConfigError(
                 "set model, tokenizer and protocol to sample from a model, or samples=FILE to judge samples"
             )
@@ -102,6 +112,22 @@ class EvalMBPPRecipe:
 
     # ------------------------------------------------------------------------------------------------------------------
     # Set-up
+
+    def write_prompts(self) -> None:
+        """Writes the prompts for a server to answer, and nothing else: there is no run, and no model."""
+        world = start_world("cpu")
+        tasks, tokenizer = build(self._tasks_cfg, where="tasks"), build(self._tokenizer_cfg, where="tokenizer")
+        protocol = build(self._protocol_cfg, where="protocol")
+        count = on_rank_0(
+            lambda: write_prompts(
+                self._prompts_file, tasks, protocol, tokenizer,
+                num_samples=self._num_samples, temperatures=self._temperatures, top_p=self._top_p,
+                max_new_tokens=self._max_new_tokens, seed=self._seed, overwrite=self._overwrite,
+            )
+        )  # fmt: skip
+        if world.is_main:
+            print(f"wrote {count} prompts to {self._prompts_file}; judge their answers with samples=FILE")
+        end_world()
 
     def setup(self) -> None:
         """Builds everything in the order in which a mistake is cheapest to find: files, tasks, the judge, the model."""
@@ -185,11 +211,6 @@ class EvalMBPPRecipe:
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):
             model = build(self._model_cfg, where="model").to(self._dtype)
-        if path is None:
-            self._log.info("checkpoint=null: the model's weights are random")
-            model.to(self._world.device)
-        else:
-            load_checkpoint(model, path, device=self._world.device)
         if self._tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self._tokenizer.vocab_size} ids, the model {model.vocab_size}; "
@@ -201,6 +222,17 @@ class EvalMBPPRecipe:
                     f"the prompt of task {task_id} has {len(prompt)} tokens and leaves no room for an answer in "
                     f"model.max_seq_len {model.max_seq_len}; raise it, leave the task out, or use a shorter protocol"
                 )
+            if self._kv_memory is not None:
+                new_tokens = min(self._max_new_tokens, model.max_seq_len - len(prompt))
+                check_kv_memory(
+                    self._kv_memory, model, len(prompt), new_tokens,
+                    num_drafts=self._num_drafts, name=f"the prompt of task {task_id}",
+                )  # fmt: skip
+        if path is None:
+            self._log.info("checkpoint=null: the model's weights are random")
+            model.to(self._world.device)
+        else:
+            load_checkpoint(model, path, device=self._world.device)
         return model.requires_grad_(False).eval()
 
     def _what_decides_a_sample(self) -> dict:
@@ -248,7 +280,7 @@ class EvalMBPPRecipe:
             requests = self._requests(units, f"generate at {temperature}")
             for done in generate(
                 self._model, self._tokenizer, requests, sampling,
-                batch_size=self._batch_size, num_drafts=self._num_drafts, stats=self._stats,
+                batch_size=self._batch_size, num_drafts=self._num_drafts, kv_memory=self._kv_memory, stats=self._stats,
             ):  # fmt: skip
                 task_id, number = done.id
                 program = self._protocol.program(self._tasks_by_id[task_id], done.text)
@@ -332,6 +364,8 @@ def _sha256(value: object) -> str:
 @config.parse
 def main(cfg: DictConfig) -> None:
     recipe = EvalMBPPRecipe(cfg)
+    if cfg.get("prompts") is not None:
+        return recipe.write_prompts()
     recipe.setup()
     with ending(recipe.cleanup):
         recipe.evaluate()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
@@ -17,9 +18,10 @@ from services import new_store
 
 from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
-from wmtp.config import ConfigError, load, read_command_line
+from wmtp.config import ConfigError, build, load, read_command_line
 from wmtp.data import packaged_functions, packaged_programs
 from wmtp.eval.results_page import headline
+from wmtp.generation import Request, Sampling, generate
 from wmtp.models import export_hf
 from wmtp.pretrained import byte_tokenizer
 
@@ -125,6 +127,72 @@ def test_the_configs_for_samples_need_a_file_and_name_no_model(benchmark):
     assert cfg.output_dir == f"runs/eval/{benchmark}_samples"
     with pytest.raises(ValueError, match="or samples=FILE to judge samples"):
         EvalMBPPRecipe(read_command_line(config))
+
+
+def answered(prompts, model, tokenizer):
+    """The rows of samples=FILE that an engine gives to a file of prompts; ours, of which only the prompt is known."""
+    rows = []
+    for asked in map(json.loads, Path(prompts).read_text().splitlines()):
+        sampling = Sampling(asked["max_tokens"], asked["temperature"], asked["top_p"], tuple(asked["stop"]))
+        ids = range(asked["n"])
+        requests = [Request(n, tuple(asked["token_ids"]), (asked["seed"], asked["task_id"], n)) for n in ids]
+        done = {c.id: c for c in generate(model, tokenizer, requests, sampling, batch_size=4)}
+        rows += [
+            {name: asked[name] for name in ("task_id", "temperature")}
+            | {"completion": done[n].text, "finish_reason": done[n].finish_reason}
+            for n in ids
+        ]
+    return rows
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_prompts_that_another_engine_answers_are_judged_as_answers_of_our_own(tiny_config, tmp_path, recipe):
+    cfg = tiny_config(recipe, max_new_tokens=24)
+    direct = run_here(cfg, recipe)
+    prompts = str(tmp_path / "prompts.jsonl")
+    module = __import__(f"recipes.{recipe}", fromlist=["main"])
+    asking = tiny_config(recipe, max_new_tokens=24, prompts=prompts, model=None, output_dir=str(tmp_path / "unused"))
+    evaluation = getattr(module, RECIPES[recipe])(asking)
+    evaluation.write_prompts()
+    assert not Path(asking.output_dir).exists()  # no run, and no model
+    first = json.loads(Path(prompts).read_text().splitlines()[0])
+    assert byte_tokenizer().encode_prompt(first["prompt"]) == first["token_ids"] and first["n"] == cfg.num_samples
+
+    torch.manual_seed(cfg.seed)
+    model = build(cfg.model, where="model").eval()
+    samples = write_jsonl(tmp_path / "answers.jsonl", answered(prompts, model, byte_tokenizer()))
+    judged = tiny_config(recipe, samples=samples, sanitize="off", output_dir=str(tmp_path / "judged"))
+    results = run_here(judged, recipe)
+    assert results["verdicts"] == direct["verdicts"] and results["temperatures"].keys() == direct["temperatures"].keys()
+    for temperature, table in results["temperatures"].items():  # nobody says how many tokens another engine computed
+        assert all(
+            table[name] == direct["temperatures"][temperature][name] for name in ("metrics", "cut_at_max_tokens")
+        )
+    programs = [
+        [(row["task_id"], row["solution"], row["verdict"]) for row in map(json.loads, text.splitlines())]
+        for text in (files(c.output_dir)["samples.jsonl"] for c in (cfg, judged))
+    ]
+    assert programs[0] == programs[1]
+
+    with pytest.raises(ValueError, match=r"^prompts=.*prompts.jsonl is there already; name another file, or set overw"):
+        evaluation.write_prompts()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"prompts": ".", "samples": "s.jsonl"}, "prompts=FILE writes what to sample, samples=FILE judges what came"),
+        ({"prompts": "p.jsonl", "protocol": None}, "prompts=FILE needs tokenizer and protocol"),
+        ({"prompts": "."}, "prompts=. is a folder; name a file to write"),
+        ({"prompts": "s3://bucket/p.jsonl"}, "prompts must be a local file, got s3://bucket/p.jsonl"),
+        ({"prompts": ""}, "prompts must be one text, got ''"),
+        ({"prompts": "/dev/null/p.jsonl"}, "prompts=/dev/null/p.jsonl cannot be written: "),
+    ],
+)
+def test_prompts_that_cannot_be_written_are_refused_in_one_line(tiny_config, overrides, message):
+    with pytest.raises(ValueError) as error:
+        EvalMBPPRecipe(tiny_config("eval_mbpp", **overrides)).write_prompts()
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_programs_with_stdin_are_judged_and_n_at_k_uses_the_public_tests(tiny_config, gold):
@@ -237,6 +305,9 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"fixed_temperature": 0.3}, "fixed_temperature 0.3 is not among temperatures"),
         ({"fixed_temperature": None}, "set fixed_temperature"),
         ({"tokenizer": None}, "or samples=FILE"),
+        ({"kv_memory": -1}, "kv_memory must be a number of bytes >= 1 or a size such as 20GB, got -1"),
+        ({"kv_memory": "much"}, "kv_memory must be a number of bytes >= 1 or a size such as 20GB, got 'much'"),
+        ({"kv_memory": "100KB"}, "the prompt of task packaged/1 has "),
         ({"top_p": 0.0}, "top_p must be a number > 0"),
         ({"model__max_seq_len": 64}, "leaves no room for an answer in model.max_seq_len 64"),
         ({"model__vocab_size": 100}, "the tokenizer has 259 ids, the model 100"),
