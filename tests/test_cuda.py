@@ -1,5 +1,6 @@
 """What only a GPU shows; skipped without one. The recipes' own tests run there too, with WMTP_TEST_DEVICE=cuda."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -8,8 +9,10 @@ from processes import start
 from random_models import random_decoder
 
 from wmtp.distributed import start_world
+from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.loss import mtp_loss, token_cross_entropy
 from wmtp.models import shard_model
+from wmtp.pretrained import byte_tokenizer
 from wmtp.weighting import dft, rho1, uniform
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -95,13 +98,35 @@ def test_a_micro_batch_waits_for_the_device_at_most_eight_times(weighting, atten
     signals = {"reference_ce": torch.full_like(batch["tokens"], 5.0, dtype=torch.float32)}
     kept = {"labels": batch["labels"], "document_ids": batch["document_ids"], "signals": signals, "step": 7}
     for _ in range(2):  # the first allocates and compiles
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                out = model(batch["tokens"], loss_fn=mtp_loss, weighting=weighting, **kept)
-                out.loss_sum.backward()
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-    where = [f"{wait.filename}:{wait.lineno}" for wait in waits if "synchroniz" in str(wait.message)]
-    assert len(where) <= 8, "\n".join(where)
+        with device_waits() as waits:
+            out = model(batch["tokens"], loss_fn=mtp_loss, weighting=weighting, **kept)
+            out.loss_sum.backward()
+    assert len(waits) <= 8, "\n".join(waits)
+
+
+@contextlib.contextmanager
+def device_waits():
+    """Collects the places at which the host waits for the device."""
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [f"{wait.filename}:{wait.lineno}" for wait in caught if "synchroniz" in str(wait.message)]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(40), Sampling(40, 0.8), Sampling(40, 0.8, 0.9)], ids=["greedy", "", "top_p"]
+)
+@pytest.mark.parametrize("num_drafts", [0, 1])
+def test_a_decode_step_waits_for_the_device_once(sampling, num_drafts):
+    model, stats = random_decoder(**SIZES).cuda().to(torch.bfloat16).eval(), DecodingStats()
+    requests = [Request((p, n), tuple(range(1, 5 + p)), (p, n)) for p in range(2) for n in range(3)]
+    with device_waits() as waits:
+        options = {"batch_size": 6, "num_drafts": num_drafts, "stats": stats}
+        assert len(list(generate(model, byte_tokenizer(), requests, sampling, **options))) == 6
+    # One more for all first tokens, and one a prompt, whose logits are looked at.
+    assert len(waits) == stats.forwards + 1 + stats.prefills, "\n".join(waits)

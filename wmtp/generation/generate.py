@@ -192,7 +192,8 @@ class _Batch:
     @torch.inference_mode()
     def _take(self, requests: Iterator[Request]) -> list[_Row]:
         """Returns rows for the next requests, as many as there is room for, with their prompts prefilled."""
-        started, new = time.perf_counter(), []
+        started = time.perf_counter()
+        new: list[_Row] = []
         while len(self._rows) + len(new) < self._batch_size:
             request = next(requests, None) if self._waiting is None else self._waiting
             self._waiting = None
