@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from wmtp.generation import linear
 from wmtp.models import decoder
 from wmtp.numerics import cross_entropy
 from wmtp.numerics.products import as_on_cuda
@@ -26,6 +27,7 @@ def gpu_kernels() -> Iterator[None]:
         patch.object(decoder.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.scale)),
         patch.object(decoder, "block_mask", lambda document_ids: None),
         patch.object(cross_entropy, "softmax_rows", _softmax_rows),
+        patch.object(linear, "_can_pack", lambda weight: False),
     ):
         yield
 

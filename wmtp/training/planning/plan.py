@@ -15,10 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from wmtp.config import changed
 from wmtp.training.frozen_models import OFFLOAD
+from wmtp.training.planning import frozen_step, training_step
 from wmtp.training.planning.cards import Card
 from wmtp.training.planning.gpu_kernels import gpu_kernels
 from wmtp.training.planning.simulation import Figures
-from wmtp.training.planning.training_step import SimulatedStep, shape_of, simulate_step, two_depths
+from wmtp.training.planning.training_step import SimulatedStep, shape_of, two_depths
 
 # Shares of the peak: attention, memory, and links under NCCL.
 ATTENTION, MEMORY, LINK = 0.5, 0.75, 0.75
@@ -26,6 +27,7 @@ KERNEL_SECONDS = 2e-6  # of the shortest kernel
 _simulated: dict[tuple, tuple[Figures, SimulatedStep]] = {}
 _OFFLOADED = {"model": ("weights", "gradients", "optimizer"), "frozen": ("frozen models",)}  # held by the host
 _CARRIED = {"frozen models": {"frozen models"}, "forward": {"weights"}, "backward": {"weights", "gradients"}}
+_PHASES = {"frozen models", "loss", "optimizer", "prefill"}  # shown as one part
 _PARTS = {"product": "products", "copy": "copies of gathered weights"}
 
 
@@ -50,6 +52,7 @@ class Plan:
         moved: bytes that operations outside of products and attention move in a step, on each card.
         waits: times that the host waits for the device in a step, without logging.
         checkpoint: bytes of a checkpoint: trained weights and the optimizer's state, over all cards.
+        unit: what is called a step here.
     """
 
     card: Card
@@ -63,6 +66,7 @@ class Plan:
     moved: float
     waits: int
     checkpoint: float
+    unit: str
 
     @property
     def memory(self) -> float:
@@ -89,13 +93,14 @@ class Plan:
     def line(self, steps: int | None = None) -> str:
         """Says it in one line; with the number of steps also the hours."""
         largest = sorted(self.held.items(), key=lambda item: -item[1])
-        kinds = ", ".join(f"{name} {short(size / 1e9)}" for name, size in largest)
+        kinds = ", ".join(f"{name} {short(size / 1e9)}" for name, size in largest if size >= 1e-3 * self.memory)
+        mfu = f", MFU {self.mfu:.0%}" if self.flops else ""
         hours = "" if steps is None else f", {steps * self.step_seconds / 3600:.1f} h for {steps} steps"
+        saved = f"; a checkpoint is {short(self.checkpoint / 1e9)} GB" if self.checkpoint else ""
         return (
             f"plan: {short(self.memory / 1e9)} of {self.card.memory / 1e9:.0f} GB on each of {self.cards} x "
-            f"{self.card.name} in the {self.moment} ({kinds}); {short(self.step_seconds)} s a step, "
-            f"{self.tokens_per_second:,.0f} tokens/s, MFU {self.mfu:.0%}{hours}; a checkpoint is "
-            f"{short(self.checkpoint / 1e9)} GB"
+            f"{self.card.name} in the {self.moment} ({kinds}); {short(self.step_seconds)} s a {self.unit}, "
+            f"{self.tokens_per_second:,.0f} tokens/s{mfu}{hours}{saved}"
         )
 
 
@@ -110,11 +115,13 @@ def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
     Raises:
         ConfigError, UserError: a part of the config that cannot be built.
     """
+    if "optimizer" not in cfg:
+        cfg = frozen_step.with_kv_memory(cfg, card.memory)
     figures, step = _measured(cfg, mesh, card.is_gpu)
     held: dict[str, dict[str, float]] = defaultdict(dict)
     moved = waits = 0.0
     for (what, phase, kind, *_), number in figures.items():
-        times = 1 if phase == "optimizer" else step.micro_batches
+        times = step.times(phase)
         if what == "held" and number > 0:
             held[phase][kind] = number
         elif what == "moved" and kind not in ("product", "attention"):
@@ -133,18 +140,19 @@ def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
         held=held[moment],
         moment=moment,
         phases=phases,
-        seconds=_seconds(figures, card, mesh.size(), step.micro_batches, carried),
+        seconds=_seconds(figures, card, mesh.size(), step, carried),
         tokens=step.tokens,
-        flops=step.micro_batches * step.flops,
+        flops=step.flops,
         moved=moved,
         waits=int(waits),
         checkpoint=step.checkpoint * mesh.size(mesh.ndim - 1),
+        unit=step.unit,
     )
 
 
 def _measured(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
     """Returns a step's figures, simulated once for all configs of one shape."""
-    cfg = shape_of(cfg)
+    cfg = shape_of(cfg, (training_step if "optimizer" in cfg else frozen_step).READ)
     key = OmegaConf.to_yaml(cfg), mesh.shape, on_gpu
     if key not in _simulated:
         _simulated[key] = _measure(cfg, mesh, on_gpu)
@@ -155,7 +163,8 @@ def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, 
     """Returns a step's figures: of the model itself where it is shallow, else as two shallow ones tell them."""
     depths = two_depths(cfg)
     with gpu_kernels() if on_gpu else nullcontext():
-        shallow, deeper = (simulate_step(cfg, mesh, depth=depth) for depth in depths)
+        simulate = training_step.simulate_step if "optimizer" in cfg else frozen_step.simulate_frozen
+        shallow, deeper = (simulate(cfg, mesh, depth=depth) for depth in depths)
     if deeper.depths[0] <= depths[1]:
         return deeper.figures, deeper
 
@@ -174,29 +183,30 @@ def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, 
 
 
 def _seconds(
-    figures: Figures, card: Card, cards: int, micro_batches: float, carried: dict[str, float]
+    figures: Figures, card: Card, cards: int, step: SimulatedStep, carried: dict[str, float]
 ) -> dict[str, float]:
     """Returns the seconds of a step by part. Collectives, and what is carried from and to the host, run beside the
     computation of their phase."""
-    parts: dict[str, float] = defaultdict(float)
-    computing: dict[str, float] = defaultdict(float)
-    sending = defaultdict(float, {p: micro_batches * size / card.host / LINK for p, size in carried.items()})
-    for (what, whole_phase, kind, *dtype), number in figures.items():
-        phase = whole_phase.partition(" of ")[0]
-        times = 1 if phase == "optimizer" else micro_batches
+    work: dict[tuple[str, str], float] = defaultdict(float)  # by phase and kind
+    for (what, phase, kind, *dtype), number in figures.items():
         if what == "flops":
             peak = card.fp32 if dtype == ["torch.float32"] else card.bf16
-            seconds = number / peak / (ATTENTION if kind == "attention" else card.products)
-        elif what == "moved" and kind not in ("product", "attention"):
-            seconds = max(number / card.bandwidth / MEMORY, figures["calls", whole_phase, kind] * KERNEL_SECONDS)
-        elif what == "sent":
-            sending[phase] += times * number * (cards - 1) / cards / card.link / LINK
-            continue
-        else:
-            continue
+            work[phase, kind] += number / peak / (ATTENTION if kind == "attention" else card.products)
+    for (what, phase, kind, *_), number in figures.items():
+        if what == "moved":
+            moving = max(number / card.bandwidth / MEMORY, figures["calls", phase, kind] * KERNEL_SECONDS)
+            work[phase, kind] = max(work[phase, kind], moving)
+    parts: dict[str, float] = defaultdict(float)
+    computing: dict[str, float] = defaultdict(float)
+    for (whole_phase, kind), seconds in work.items():
+        phase, times = whole_phase.partition(" of ")[0], step.times(whole_phase)
         computing[phase] += times * seconds
-        part = phase if phase in ("frozen models", "loss", "optimizer") else kind
-        parts[_PARTS.get(part, part)] += times * seconds
+        parts[phase if phase in _PHASES else _PARTS.get(kind, kind)] += times * seconds
+    sending = defaultdict(float, {p: step.times(p) * size / card.host / LINK for p, size in carried.items()})
+    for (what, phase, *_), number in figures.items():
+        if what == "sent":
+            seconds = number * (cards - 1) / cards / card.link / LINK
+            sending[phase.partition(" of ")[0]] += step.times(phase) * seconds
     waiting = sum(max(0.0, sending[phase] - computing[phase]) for phase in sending)
     return {**parts, "communication": waiting}
 
@@ -204,6 +214,8 @@ def _seconds(
 def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
     """Returns what a user can turn, by name: the changes of the config, as on a command line."""
     found = {}
+    if "optimizer" not in cfg:
+        return found
     if cfg.get("reference_model") is not None:
         found["scored column instead of a reference model"] = ["reference_model=null", "reference_checkpoint=null"]
     if "activation_checkpointing" in cfg:
@@ -240,7 +252,7 @@ def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
 
 def ways_out(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Iterator[str]:
     """Yields the changes that would make a config fit its card, the nearest first."""
-    if rows := largest_batch(cfg, mesh, card):
+    if "seq_len" in cfg and (rows := largest_batch(cfg, mesh, card)):
         yield f"batch_size={rows}"
     for name, changes in levers(cfg, card).items():
         if plan_training(changed(cfg.copy(), changes), mesh, card).fits:

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -37,6 +37,8 @@ _FACTORIES |= {f"new_{name}" for name in _FACTORIES}
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_", "_unsafe_view"}
 _FREE |= {"_record_function_enter_new", "_record_function_exit"}
 _OVERWRITING = {"copy_", "fill_", "zero_"}  # what is written is not read
+_PICKING = {"embedding", "index_select", "gather", "index"}  # of the first operand, so much as there is in the result
+_PLACING = {"index_copy_", "index_put_", "_index_put_impl_"}  # in the first operand, so much as the others hold
 _COMPARISONS = {"eq", "le", "ge", "bitwise_and"}  # that make masks of [B, S, S]
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 
@@ -230,6 +232,14 @@ class Simulation(TorchDispatchMode):
         space, name, is_view, is_mutable = _facts(func)
         if space == "prim":
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():  # without autograd, what is made of other operations comes whole
+            super().__enter__()
+            try:
+                parts = func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
+            if parts is not NotImplemented:
+                return parts
         inputs = list(_tensors((args, kwargs.values())))
         if any(isinstance(t, FakeTensor) for t in inputs) or self._makes_large(name, args, inputs):
             with self.mode:
@@ -237,7 +247,7 @@ class Simulation(TorchDispatchMode):
             if is_mutable:
                 out = _written(func, out, args, kwargs)
             elif not is_view:
-                out = self._real_where_small(out, inputs)
+                out = self._real_where_small(out, inputs, torch.ones if name == "all" else torch.zeros)
         else:
             out = func(*args, **kwargs)
         if is_view:
@@ -256,8 +266,8 @@ class Simulation(TorchDispatchMode):
             return isinstance(size, list | tuple) and prod(size) > self._small
         return name in _COMPARISONS and prod(torch.broadcast_shapes(*(t.shape for t in inputs))) > self._small
 
-    def _real_where_small(self, out: Any, inputs: list[Tensor]) -> Any:
-        """Gives small results values; a result that is an input's memory stays what it was."""
+    def _real_where_small(self, out: Any, inputs: list[Tensor], whole: Callable) -> Any:
+        """Gives small results values, by `whole` if they are no floats; what is in an input's memory stays as it is."""
         if isinstance(out, Tensor) and out.numel() > self._small:
             return out
         known = {t.untyped_storage()._cdata for t in inputs}
@@ -269,15 +279,16 @@ class Simulation(TorchDispatchMode):
                 return tensor
             if tensor.dtype.is_floating_point:
                 return torch.rand(tensor.shape, dtype=tensor.dtype) + 0.5
-            return torch.zeros(tensor.shape, dtype=tensor.dtype)
+            return whole(tensor.shape, dtype=tensor.dtype)
 
         return tree_map(real, out)
 
     def _count(
         self, func: Any, space: str, name: str, args: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
-        read = inputs[1:] if name in _OVERWRITING else inputs
-        moved = sum(t.numel() * t.element_size() for t in (*read, *outputs))
+        read = inputs[1:] if name in _OVERWRITING | _PICKING | _PLACING else inputs
+        written = read if name in _PLACING else outputs * 2 if name in _PICKING else outputs
+        moved = sum(t.numel() * t.element_size() for t in (*read, *written))
         if name in _WAITS or (name.startswith("index") and _indexes_by_mask(args)):
             self.waits[self._phase, name] += 1
         if space in ("c10d", "_c10d_functional"):

@@ -7,7 +7,7 @@ their own, as many as the period of recomputation, and the first block besides, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -41,12 +41,17 @@ READ = ("model", "adapters", "backbone", "lora", "head", "weighting", "head_weig
 class SimulatedStep(NamedTuple):
     """What one card does in a step."""
 
-    figures: Figures  # of one micro-batch and the update
-    micro_batches: float  # of a step
+    figures: Figures  # of each phase, once
+    repeats: dict[str, float]  # how often a phase runs in a step, by the phase's beginning; of all others: ""
     tokens: float  # of a step, over all cards
-    flops: float  # that the models need for a micro-batch (wmtp.training.performance)
+    flops: float  # that the models need for a step (wmtp.training.performance)
     depths: tuple[int, int]  # blocks of the whole model's trunk and head 1, and of the frozen model's
     checkpoint: float  # bytes of what is trained and of the optimizer's state, of this card
+    unit: str = "step"  # what is called a step here
+
+    def times(self, phase: str) -> float:
+        """Returns how often a phase runs in a step."""
+        return self.repeats.get(phase.partition(" of ")[0], self.repeats[""])
 
 
 def simulate_step(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = None) -> SimulatedStep:
@@ -88,15 +93,16 @@ def _simulated(step: "_Step") -> SimulatedStep:
             optimizer.zero_grad(set_to_none=True)
     kept = [*step.trained, *(value for state in optimizer.state.values() for value in state.values())]
     size = sum(part.nbytes for tensor in kept if isinstance(tensor, Tensor) for part in local_parts(tensor))
-    figures = simulation.figures()
-    return SimulatedStep(figures, step.micro_batches, step.tokens, step.flops, step.depths, size)
+    repeats = {"": float(step.micro_batches), "optimizer": 1.0}
+    flops = step.micro_batches * step.flops
+    return SimulatedStep(simulation.figures(), repeats, step.tokens, flops, step.depths, size)
 
 
-def shape_of(cfg: DictConfig) -> DictConfig:
-    """Returns what a simulated step reads of a config: configs that share it have one plan."""
+def shape_of(cfg: DictConfig, read: Collection[str]) -> DictConfig:
+    """Returns what a simulated step reads of a config (`READ`): configs that share it have one plan."""
     plain = DictConfig(OmegaConf.to_container(cfg, resolve=True))
-    shape = OmegaConf.masked_copy(plain, [key for key in READ if key in plain])
-    if "lr" in shape.optimizer:
+    shape = OmegaConf.masked_copy(plain, [key for key in read if key in plain])
+    if "lr" in shape.get("optimizer", ()):
         shape.optimizer.lr = 1e-3  # how far weights move changes nothing
     return shape
 
@@ -133,6 +139,18 @@ def _optimizer(cfg: DictConfig, step: "_Step", simulation: Simulation) -> torch.
     return optimizer
 
 
+def packed_tokens(rows: int, seq_len: int) -> dict[str, Tensor]:
+    """Returns a batch of two documents a row, as packed rows have several: attention has its mask."""
+    tokens = torch.arange(rows * seq_len).reshape(rows, seq_len) % 97
+    return {"tokens": tokens, "document_ids": (torch.arange(seq_len) >= seq_len // 2).long().expand(rows, seq_len)}
+
+
+def cut_down(decoder: Any, depth: int | None) -> None:
+    """Leaves a decoder's first blocks and head 1, so many in all; None leaves it as it is."""
+    if depth is not None and depth < len(decoder.layers):
+        decoder.layers = nn.ModuleList([*decoder.layers[: depth - 1], decoder.layers[-1]])
+
+
 def _decoder(model: Any) -> Any:
     return model.backbone if isinstance(model, ValueModel) else model
 
@@ -151,10 +169,7 @@ class _Step:
         self.simulation = Simulation(small=8 * rows * seq_len)
         self.frozen: dict[str, nn.Module] = {}
         self.flops, self.depths = 0.0, (0, 0)
-        tokens = torch.arange(rows * seq_len).reshape(rows, seq_len) % 97
-        # Two documents a row, as packed rows have several: attention has its mask.
-        documents = (torch.arange(seq_len) >= seq_len // 2).long().expand(rows, seq_len)
-        self.batch = {"tokens": tokens, "document_ids": documents}
+        self.batch = packed_tokens(rows, seq_len)
 
     def groups(self) -> list[dict[str, Any]]:
         """Returns the optimizer's parameter groups, as the recipe has them."""
@@ -175,8 +190,7 @@ class _Step:
         heads = decoder.num_future_tokens
         self.flops += model_flops(model).of(rows * seq_len, seq_len, [rows * seq_len] * heads)
         self.depths = (self.depths[0] or len(decoder.layers), len(decoder.layers))
-        if self.depth is not None and self.depth < len(decoder.layers):
-            decoder.layers = nn.ModuleList([*decoder.layers[: self.depth - 1], decoder.layers[-1]])
+        cut_down(decoder, self.depth)
         fused = None
         if self.cfg.get("compile") and not any(True for _ in quantized_modules(model)):  # 4 bits: as if it were off
             from wmtp.training.planning.compiled import fused_traffic  # Inductor takes seconds to import
