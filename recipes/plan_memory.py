@@ -25,7 +25,7 @@ from wmtp.config import ConfigError, ConfigReader, changed
 from wmtp.errors import clear_errors
 from wmtp.files import write_whole
 from wmtp.training.planning.cards import find_card
-from wmtp.training.planning.frozen_step import rows_at_once, with_kv_memory
+from wmtp.training.planning.frozen_step import most_rows
 from wmtp.training.planning.page import plan_page
 from wmtp.training.planning.plan import Plan, lack, largest_batch, levers, plan_training, short, ways_out
 from wmtp.training.planning.simulation import fake_world
@@ -65,8 +65,7 @@ class PlanMemoryRecipe:
         if "seq_len" in self._cfg:
             self._rows = f"largest batch that fits: batch_size={largest_batch(self._cfg, self._mesh, self._card)}"
         else:
-            rows = rows_at_once(with_kv_memory(changed(self._cfg.copy(), ["batch_size=100000"]), self._card.memory))[0]
-            self._rows = f"kv_memory has room for {rows} answers at once"
+            self._rows = f"kv_memory has room for {most_rows(self._cfg, self._card.memory)} answers at once"
 
     def _plan(self, changes: list[str]) -> Plan:
         return plan_training(changed(self._cfg.copy(), changes), self._mesh, self._card)
@@ -87,7 +86,8 @@ class PlanMemoryRecipe:
         print("\n      GB         s   tokens/s   MFU")
         for name, other in self._plans.items():
             figures = f"{short(other.memory / 1e9):>8}  {short(other.step_seconds):>8}  {other.tokens_per_second:9,.0f}"
-            print(f"{figures}  {other.mfu:4.0%}  {name}{'' if other.fits else ': does not fit'}")
+            mfu = f"{other.mfu:4.0%}" if other.flops else " " * 4
+            print(f"{figures}  {mfu}  {name}{'' if other.fits else ': does not fit'}")
         print(self._rows)
         if not plan.fits:
             raise ConfigError(lack(plan, list(ways_out(self._cfg, self._mesh, self._card))))

@@ -1,6 +1,7 @@
 """Processes of test_plan_memory.py: what the planner says of configs, and what a run of them holds in truth."""
 
 import json
+import math
 import time
 from pathlib import Path
 from unittest.mock import patch
@@ -10,7 +11,10 @@ from omegaconf import OmegaConf
 from run_configs import run_configs
 from torch.profiler import ProfilerActivity, profile
 
+from wmtp.config import build
+from wmtp.generation import Request, Sampling, generate
 from wmtp.models import llama_mtp
+from wmtp.pretrained import byte_tokenizer
 from wmtp.training.planning import plan as planning
 from wmtp.training.planning.cards import Card
 from wmtp.training.planning.simulation import fake_world
@@ -53,7 +57,10 @@ def measured(result, recipe_class, config):
             patch.object(recipe, "save_checkpoint", lambda: marked(save)),
         ):
             recipe.train()
-    begun, ended = marks[2], marks[3]
+    _write_most(result, profiler, marks[2], marks[3])
+
+
+def _write_most(result, profiler, begun=0, ended=math.inf):
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -61,6 +68,20 @@ def measured(result, recipe_class, config):
         if begun <= event.start_ns() <= ended:
             most = max(most, live)
     Path(result).write_text(json.dumps(most))
+
+
+def decoded(result, config):
+    """Write the most bytes that the allocator had given out while a config's round of answers was decoded."""
+    cfg = OmegaConf.load(config)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        model = build(cfg.model, where="model").requires_grad_(False).eval()
+        length = cfg.model.max_seq_len - cfg.max_new_tokens
+        requests = [Request(row, tuple(range(5, 105)) * (length // 100), (0, row)) for row in range(cfg.batch_size)]
+        sampling = Sampling(cfg.max_new_tokens, cfg.temperatures[0])
+        rows = {"batch_size": cfg.batch_size, "num_drafts": cfg.num_drafts, "kv_memory": 10**9}
+        answers = list(generate(model, byte_tokenizer(), requests, sampling, **rows))
+    assert {len(answer.tokens) for answer in answers} == {cfg.max_new_tokens}
+    _write_most(result, profiler)
 
 
 def largest(result, config, memory):

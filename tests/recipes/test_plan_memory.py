@@ -9,12 +9,13 @@ from collections import defaultdict
 
 import pytest
 from omegaconf import OmegaConf
-from planned import depths, largest, measured, plans, run
+from planned import decoded, depths, largest, measured, plans, run
 from processes import start
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.lora_wmtp import LoRARecipeWMTP
 from runs import ROOT, read_metrics
+from wmtp.config import load
 
 SIZES = {
     "narrow": {"embed_dim": 128, "intermediate_dim": 256, "num_layers": 3, "vocab_size": 512},
@@ -60,6 +61,16 @@ def test_what_is_planned_is_what_a_run_holds(job, size, saved, in_process):
     path = saved(job, size)
     (planned,) = in_process(plans, path)
     assert planned == pytest.approx(in_process(measured, RECIPES[job], path), rel=0.1)
+
+
+@pytest.mark.parametrize("drafts", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_what_is_planned_is_what_decoding_holds(drafts, tmp_path, in_process):
+    cfg = load(ROOT / "configs/tiny/eval_mbpp.yaml")
+    cfg.model.update(SIZES["wide"] | {"max_seq_len": 500})
+    cfg.update({"num_samples": 8, "batch_size": 8, "max_new_tokens": 100, "num_drafts": drafts, "temperatures": [1.0]})
+    OmegaConf.save(cfg, tmp_path / "answers.yaml")
+    (planned,) = in_process(plans, str(tmp_path / "answers.yaml"))
+    assert planned == pytest.approx(in_process(decoded, str(tmp_path / "answers.yaml")), rel=0.1)
 
 
 @pytest.mark.parametrize("recomputed", [2, *(pytest.param(how, marks=pytest.mark.long) for how in (True, "selective"))])

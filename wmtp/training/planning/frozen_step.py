@@ -84,6 +84,13 @@ def rows_at_once(cfg: DictConfig) -> tuple[int, int, int]:
     return rows, math.ceil(rows / samples), prompt
 
 
+def most_rows(cfg: DictConfig, memory: float) -> int:
+    """Returns how many answers the budget of keys and values has room for, on a card of so many bytes."""
+    cfg = with_kv_memory(cfg, memory).copy()
+    cfg.batch_size = 2**31
+    return rows_at_once(cfg)[0]
+
+
 def _whole(cfg: DictConfig) -> MTPDecoder:
     with torch.device("meta"):
         return build(cfg.model, where="model").to(DTYPES[cfg.dtype])

@@ -17,6 +17,7 @@ from wmtp.config import changed
 from wmtp.training.frozen_models import OFFLOAD
 from wmtp.training.planning import frozen_step, training_step
 from wmtp.training.planning.cards import Card
+from wmtp.training.planning.frozen_step import most_rows
 from wmtp.training.planning.gpu_kernels import gpu_kernels
 from wmtp.training.planning.simulation import Figures
 from wmtp.training.planning.training_step import SimulatedStep, shape_of, two_depths
@@ -215,7 +216,8 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
     """Returns what a user can turn, by name: the changes of the config, as on a command line."""
     found = {}
     if "optimizer" not in cfg:
-        return found
+        most = None if "seq_len" in cfg else most_rows(cfg, card.memory)
+        return {"as many answers as fit": [f"batch_size={most}"]} if most and most > cfg.batch_size else {}
     if cfg.get("reference_model") is not None:
         found["scored column instead of a reference model"] = ["reference_model=null", "reference_checkpoint=null"]
     if "activation_checkpointing" in cfg:

@@ -39,6 +39,7 @@ _FREE |= {"_record_function_enter_new", "_record_function_exit"}
 _OVERWRITING = {"copy_", "fill_", "zero_"}  # what is written is not read
 _PICKING = {"embedding", "index_select", "gather", "index"}  # of the first operand, so much as there is in the result
 _PLACING = {"index_copy_", "index_put_", "_index_put_impl_"}  # in the first operand, so much as the others hold
+_COUNTS = {"all", "sum", "max"}  # true, or one, where their operand has no numbers
 _COMPARISONS = {"eq", "le", "ge", "bitwise_and"}  # that make masks of [B, S, S]
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 
@@ -247,7 +248,7 @@ class Simulation(TorchDispatchMode):
             if is_mutable:
                 out = _written(func, out, args, kwargs)
             elif not is_view:
-                out = self._real_where_small(out, inputs, torch.ones if name == "all" else torch.zeros)
+                out = self._real_where_small(out, inputs, torch.ones if name in _COUNTS else torch.zeros)
         else:
             out = func(*args, **kwargs)
         if is_view:
