@@ -187,7 +187,7 @@ def _seconds(
     figures: Figures, card: Card, cards: int, step: SimulatedStep, carried: dict[str, float]
 ) -> dict[str, float]:
     """Returns the seconds of a step by part. Collectives, and what is carried from and to the host, run beside the
-    computation of their phase."""
+    computation of their phase; on one card alone FSDP2 copies from the host between computations."""
     work: dict[tuple[str, str], float] = defaultdict(float)  # by phase and kind
     for (what, phase, kind, *dtype), number in figures.items():
         if what == "flops":
@@ -208,7 +208,7 @@ def _seconds(
         if what == "sent":
             seconds = number * (cards - 1) / cards / card.link / LINK
             sending[phase.partition(" of ")[0]] += step.times(phase) * seconds
-    waiting = sum(max(0.0, sending[phase] - computing[phase]) for phase in sending)
+    waiting = sum(max(0.0, sent - (computing[phase] if cards > 1 else 0.0)) for phase, sent in sending.items())
     return {**parts, "communication": waiting}
 
 
