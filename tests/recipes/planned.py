@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -11,12 +13,14 @@ from omegaconf import OmegaConf
 from run_configs import run_configs
 from torch.profiler import ProfilerActivity, profile
 
-from wmtp.config import build
+from runs import ROOT
+from wmtp.config import build, load
 from wmtp.generation import Request, Sampling, generate
 from wmtp.models import llama_mtp
 from wmtp.pretrained import byte_tokenizer
+from wmtp.sweep.cells import Cell, flat
 from wmtp.training.planning import plan as planning
-from wmtp.training.planning.cards import Card
+from wmtp.training.planning.cards import CARDS, Card
 from wmtp.training.planning.simulation import fake_world
 from wmtp.training.planning.training_step import simulate_step
 
@@ -93,6 +97,19 @@ def largest(result, config, memory):
         cfg.batch_size = number
         held.append(planning.plan_training(cfg, mesh, card).memory)
     Path(result).write_text(json.dumps([rows, *held]))
+
+
+def arms(result, config, cards):
+    """Write the bytes that each cell of a sweep's config would hold on so many A100s."""
+    os.chdir(ROOT)
+    sweep, mesh = load(config), fake_world(cards)
+    base = Cell("", sweep.recipe, sweep.config, flat(OmegaConf.to_container(sweep, resolve=True)["overrides"]))
+    found = {}
+    for entry in sweep.cells:
+        changes = {**base.changes, **flat(OmegaConf.to_container(entry.get("overrides") or OmegaConf.create({})))}
+        cell = replace(base, name=entry.name, config=entry.get("config", base.config), changes=changes)
+        found[cell.name] = planning.plan_training(cell.settings(), mesh, CARDS["a100_80gb"]).memory
+    Path(result).write_text(json.dumps(found))
 
 
 def run(config, smallest):

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import pytest
 from omegaconf import OmegaConf
-from planned import decoded, depths, largest, measured, plans, run
+from planned import arms, decoded, depths, largest, measured, plans, run
 from processes import start
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
@@ -130,6 +130,7 @@ def test_the_recipe_prints_tables_and_writes_a_page(tmp_path):
     "changes, words",
     [
         (["gpu=a100"], "gpu must be one of a100_40gb, a100_80gb, h100_80gb, h200_141gb or cpu, got 'a100'"),
+        (["model=null"], "plan_memory plans what runs a model; this config has none"),
         (["batch_sise=8"], "unknown key 'batch_sise' in config; did you mean"),
         (["hsdp_replicas=2", "gpus=3"], "hsdp_replicas must divide gpus=3, got 2"),
         pytest.param(
@@ -150,8 +151,14 @@ def test_the_plans_in_7b_configs_are_fresh_and_fit_their_cards():
     command = [sys.executable, "docs/make_plans.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
-    for line in done.stdout.splitlines():
-        if "meta_mtp_7b/rho1.yaml" in line:
-            assert float(re.search(r"Plan: ([\d.]+) GB", line)[1]) <= 32, line
-        assert 1 < float(re.search(r"Plan: ([\d.]+) GB on each of 4 x A100 80 GB", line)[1]) < 79, line
+    said = dict(line.split(" # Plan: ", 1) for line in done.stdout.splitlines())
+    held = {name: float(re.match(r"([\d.]+) GB on each of [14] x A100 80 GB ", line)[1]) for name, line in said.items()}
+    assert len(held) == 18 and min(held.values()) > 1 and max(held.values()) < 70
+    assert held["configs/meta_mtp_7b/rho1.yaml"] <= 32
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model, cards", [("smollm2_135m", 1), ("meta_mtp_7b", 4)])
+def test_every_arm_of_the_shipped_ablations_can_be_simulated_and_fits_its_card(model, cards, in_process):
+    for name, held in in_process(arms, str(ROOT / "configs" / model / "ablation.yaml"), cards).items():
+        assert 1e9 < held < 40e9, name

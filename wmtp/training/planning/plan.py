@@ -216,8 +216,11 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
     """Returns what a user can turn, by name: the changes of the config, as on a command line."""
     found = {}
     if "optimizer" not in cfg:
-        most = None if "seq_len" in cfg else most_rows(cfg, card.memory)
-        return {"as many answers as fit": [f"batch_size={most}"]} if most and most > cfg.batch_size else {}
+        if "seq_len" in cfg:
+            return {}
+        most = most_rows(cfg, card.memory)
+        more = {"as many answers as fit": [f"batch_size={most}"]} if most > cfg.batch_size else {}
+        return more | ({"a budget by free memory": ["kv_memory=null"]} if cfg.get("kv_memory") else {})
     if cfg.get("reference_model") is not None:
         found["scored column instead of a reference model"] = ["reference_model=null", "reference_checkpoint=null"]
     if "activation_checkpointing" in cfg:
