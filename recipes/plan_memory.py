@@ -63,7 +63,8 @@ class PlanMemoryRecipe:
         for name, changes in levers(self._cfg, self._card).items():
             self._plans[f"{name} ({' '.join(changes)})"] = self._plan(changes)
         if "seq_len" in self._cfg:
-            self._rows = f"largest batch that fits: batch_size={largest_batch(self._cfg, self._mesh, self._card)}"
+            rows = largest_batch(self._cfg, self._mesh, self._card)
+            self._rows = f"largest micro-batch that fits: batch_size={rows}"
         else:
             self._rows = f"kv_memory has room for {most_rows(self._cfg, self._card.memory)} answers at once"
 
