@@ -34,6 +34,7 @@ from wmtp.models import (
     refuse_quantized,
     require_fit,
     shard_model,
+    store_frozen,
 )
 from wmtp.models.adapter_folder import load_adapter, save_adapter
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
@@ -214,7 +215,7 @@ class LoRARecipeWMTP:
     def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, adapters: DictConfig | None = None):
         """Builds the sharded model. From a checkpoint it is built on the meta device, each rank reads its own shard;
         without one it starts random, from one seed on every rank: the same full model, then cut. It is frozen but for
-        what the section adapters says."""
+        what the section adapters says, and what is frozen is stored in the dtype of the computation."""
         path = None if checkpoint is None else resolve_checkpoint(checkpoint)
         with torch.device("cpu" if path is None else "meta"):
             model = build(section, where=where)
@@ -225,9 +226,8 @@ class LoRARecipeWMTP:
                 if self._merged_dtype is not None:
                     refuse_quantized(model, self._merge_quantized)
         require_fit(model, self._data.max_token_id, self._seq_len, where)
-        if adapters is None:
-            model.requires_grad_(False).eval().to(self._dtype)
-        elif self._recompute is not None:
+        store_frozen(model if adapters is not None else model.requires_grad_(False).eval(), self._dtype)
+        if adapters is not None and self._recompute is not None:
             checkpoint_activations(model, self._recompute)
         if self._compile:
             for block in (*model.layers, *model.extra_heads):

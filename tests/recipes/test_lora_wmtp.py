@@ -101,6 +101,20 @@ def test_what_is_frozen_stays_and_only_what_is_trained_has_state(lora_config, ad
     assert sum(sizes) == 3 * sum(after[name].numel() for name in trained)
 
 
+def test_a_base_stored_in_bf16_trains_as_one_that_is_rounded_when_gathered(lora_config, monkeypatch):
+    found = []
+    for name in ("stored", "rounded"):
+        cfg = lora_config(dtype="bf16", output_dir=f"{lora_config().output_dir}-{name}")
+        cfg.adapters.heads = "full"
+        recipe, metrics = run(cfg)
+        dtypes = {(p.requires_grad, p.dtype) for p in recipe._model.parameters()}
+        frozen = torch.bfloat16 if name == "stored" else torch.float32
+        assert dtypes == {(True, torch.float32), (False, frozen)}
+        found.append(losses(metrics))
+        monkeypatch.setattr("recipes.lora_wmtp.store_frozen", lambda model, dtype: model)
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
 def test_held_out_ce_falls_and_the_merged_export_is_the_trained_model(lora_config, base):
     options = {"eval_dataset": SHIPPED.eval_dataset, "eval_every": None, "export_merged": "fp32"}
     Path(base, "generation_config.json").write_text('{"eos_token_id": [10, 257], "temperature": 0.6}')

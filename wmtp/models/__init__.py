@@ -5,7 +5,7 @@ from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint
-from wmtp.models.lora import Adapters, add_lora, init_lora, parameter_counts, refuse_quantized
+from wmtp.models.lora import Adapters, add_lora, init_lora, parameter_counts, refuse_quantized, store_frozen
 from wmtp.models.parallel import checkpoint_activations, shard_model
 
 __getattr__ = on_demand(

@@ -121,10 +121,11 @@ def write_hf(
         if writing is None:
             continue
         tensor = dequantized(tensor)
+        stored = dtype or tensor.dtype
         if low_rank:
             tensor = merged_weight(tensor, module, *low_rank)
         # A copy, in a layout of its own: safetensors writes only what does not share memory.
-        tensor = tensor.to("cpu", dtype=dtype or tensor.dtype, copy=True).contiguous()
+        tensor = tensor.to("cpu", dtype=stored, copy=True).contiguous()
         key = key_of(name, "hf")
         if is_rotated(name):
             tensor = to_half_split(tensor, model.config.head_dim).contiguous()

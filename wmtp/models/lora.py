@@ -153,6 +153,16 @@ def _check(chosen: Adapters, model: nn.Module) -> None:
         raise ValueError("the model has adapters already; add them once, first")
 
 
+def store_frozen(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Stores the parameters that are not trained in a dtype: the computation's, to which they would be rounded when
+    FSDP2 gathers them. Quantised weights stay as they are."""
+    quantized = {id(module.weight) for _, module in quantized_modules(model)}
+    for parameter in model.parameters():
+        if not parameter.requires_grad and id(parameter) not in quantized:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
 @torch.no_grad()
 def init_lora(model: nn.Module, *, seed: int = 0) -> None:
     """Sets A to uniform values within 1 / sqrt(in_dim) (as the authors' code does), B to zero and m to W's norms.
@@ -170,7 +180,7 @@ def init_lora(model: nn.Module, *, seed: int = 0) -> None:
             if is_nf4(weight):  # whole on every process, unlike m
                 norms = local_part(torch.linalg.norm(weight.to(magnitude.dtype), dim=1), magnitude)
             else:
-                norms = torch.linalg.norm(local_tensor(weight), dim=1)  # both are cut by rows
+                norms = torch.linalg.norm(local_tensor(weight).to(magnitude.dtype), dim=1)  # both are cut by rows
             local_tensor(magnitude).copy_(norms)
 
 
@@ -187,11 +197,11 @@ def adapter_parameters(module: LoRALinear | DoRALinear) -> list[nn.Parameter]:
 
 
 def merged_weight(weight: Tensor, module: LoRALinear | DoRALinear, a: Tensor, b: Tensor, m: Tensor | None = None):
-    """Returns the matrix [out, in] that equals W [out, in] with A [r, in], B [out, r] (and m [out]), in W's dtype."""
+    """Returns the matrix [out, in] that equals W [out, in] with A [r, in], B [out, r] (and m [out]), in float32."""
     merged = weight.float() + module.alpha / module.rank * (b.float() @ a.float())
     if m is not None:
         merged *= (m.float() / torch.linalg.norm(merged, dim=1))[:, None]
-    return merged.to(weight.dtype)
+    return merged
 
 
 def dequantized(weight: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torchtune.training import scale_grads
 
 from wmtp.config import build
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
-from wmtp.models import checkpoint_activations, shard_model
+from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.value import ValueModel
 from wmtp.training.optimizers import build_optimizer, parameter_groups
@@ -261,7 +261,7 @@ class _Finetuning(_Step):
         with torch.device("meta"):
             model = build(cfg.model, where="model")
             if cfg.get("adapters") is not None:
-                build(cfg.adapters, model, where="adapters", seed=0)
+                store_frozen(build(cfg.adapters, model, where="adapters", seed=0), DTYPES[cfg.dtype])
         self.model = self.place(model, recompute(cfg)).train()
         self.mark_backward(self.model)
         self.head_weights = head_weight_tensor(cfg.get("head_weights"), model.num_future_tokens)
