@@ -76,14 +76,15 @@ def _write_most(result, profiler, begun=0, ended=math.inf):
 
 def decoded(result, config):
     """Write the most bytes that the allocator had given out while a config's round of answers was decoded."""
-    cfg = OmegaConf.load(config)
+    cfg, tokenizer = OmegaConf.load(config), byte_tokenizer()
+    tokenizer.eos_id = -1  # no answer ends before it has all its tokens
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         model = build(cfg.model, where="model").requires_grad_(False).eval()
         length = cfg.model.max_seq_len - cfg.max_new_tokens
         requests = [Request(row, tuple(range(5, 105)) * (length // 100), (0, row)) for row in range(cfg.batch_size)]
         sampling = Sampling(cfg.max_new_tokens, cfg.temperatures[0])
         rows = {"batch_size": cfg.batch_size, "num_drafts": cfg.num_drafts, "kv_memory": 10**9}
-        answers = list(generate(model, byte_tokenizer(), requests, sampling, **rows))
+        answers = list(generate(model, tokenizer, requests, sampling, **rows))
     assert {len(answer.tokens) for answer in answers} == {cfg.max_new_tokens}
     _write_most(result, profiler)
 
