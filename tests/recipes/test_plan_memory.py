@@ -63,6 +63,7 @@ def test_what_is_planned_is_what_a_run_holds(job, size, saved, in_process):
     assert planned == pytest.approx(in_process(measured, RECIPES[job], path), rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drafts", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_what_is_planned_is_what_decoding_holds(drafts, tmp_path, in_process):
     cfg = load(ROOT / "configs/tiny/eval_mbpp.yaml")
