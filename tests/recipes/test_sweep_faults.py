@@ -9,6 +9,7 @@ from pathlib import Path
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from services import new_store
 from test_sweep import STUB, Sweep, _until
 
@@ -17,7 +18,7 @@ from wmtp.sweep.attempt import Attempt, Stage
 from wmtp.sweep.cells import SweepError, grid, unlike, yaml_text
 from wmtp.sweep.runs import Runs
 from wmtp.sweep.study import CELL, STAGES, WORKER, Study, open_storage
-from wmtp.sweep.table import LiveTable
+from wmtp.sweep.table import LiveTable, progress
 from wmtp.training.flops import flops_per_step
 
 pytestmark = pytest.mark.slow
@@ -190,6 +191,14 @@ def test_a_narrow_terminal_shows_figures_whole(monkeypatch, capsys):
         screen.show("1 running", [{**cell, "seeds": 3}])
     said = capsys.readouterr().err
     assert all(text in said for text in ("running", "1.2346", "0.1000", "seeds"))
+
+
+def test_the_time_left_is_the_plans_until_a_cell_has_ended(tmp_path):
+    three = study(tmp_path, ("a", "b", "c"))
+    assert progress(three) == "0 done of 3 cells"
+    assert progress(three, [3600.0, 7200.0]) == "0 done of 3 cells; about 4.5 h left"
+    three.finish(three.take()._trial_id, TrialState.COMPLETE, 1.0, **{STAGES: {"seed-0": {"seconds": 120}}})
+    assert progress(three, [3600.0]) == "1 done of 3 cells; best 1.0000; about 4 min left"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
