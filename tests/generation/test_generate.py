@@ -59,9 +59,10 @@ def test_a_sampled_text_depends_on_its_key_alone(tiny, letters, sampling, num_dr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_drafts", [0, 1, 2])
-def test_samples_of_one_prompt_share_its_prefill(tiny, letters, num_drafts):
-    model, sampling = tiny(), Sampling(15, 1.0)
+def test_samples_of_one_prompt_share_it_and_stay_what_they_are_apart(tiny, letters, num_drafts, dtype):
+    model, sampling = tiny().to(dtype), Sampling(15, 1.0)
     tasks = requests_of(3)
     requests = [Request((r.id, n), r.prompt, (0, r.id, n)) for r in tasks for n in range(5)]
     stats = DecodingStats()

@@ -3,8 +3,12 @@
 import contextlib
 import json
 import os
+import re
+import subprocess
+import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -129,45 +133,58 @@ def test_the_configs_for_samples_need_a_file_and_name_no_model(benchmark):
         EvalMBPPRecipe(read_command_line(config))
 
 
-def answered(prompts, model, tokenizer):
-    """The rows of samples=FILE that an engine gives to a file of prompts; ours, of which only the prompt is known."""
-    rows = []
-    for asked in map(json.loads, Path(prompts).read_text().splitlines()):
-        sampling = Sampling(asked["max_tokens"], asked["temperature"], asked["top_p"], tuple(asked["stop"]))
-        ids = range(asked["n"])
-        requests = [Request(n, tuple(asked["token_ids"]), (asked["seed"], asked["task_id"], n)) for n in ids]
-        done = {c.id: c for c in generate(model, tokenizer, requests, sampling, batch_size=4)}
-        rows += [
-            {name: asked[name] for name in ("task_id", "temperature")}
-            | {"completion": done[n].text, "finish_reason": done[n].finish_reason}
-            for n in ids
-        ]
-    return rows
+@contextlib.contextmanager
+def completion_server(model, tokenizer):
+    """An engine behind OpenAI's /v1/completions, which knows nothing of tasks; its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert self.path == "/v1/completions" and not asked.keys() & {"task_id", "token_ids", "messages"}
+            sampling = Sampling(asked["max_tokens"], asked["temperature"], asked["top_p"], tuple(asked["stop"]))
+            requests = [Request(n, tuple(asked["prompt"]), (asked["seed"], n)) for n in range(asked["n"])]
+            done = generate(model, tokenizer, requests, sampling, batch_size=4)
+            reply = {"choices": [{"text": c.text, "finish_reason": c.finish_reason} for c in done]}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://localhost:{server.server_port}/v1"
+        server.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_prompts_that_another_engine_answers_are_judged_as_answers_of_our_own(tiny_config, tmp_path, recipe):
-    cfg = tiny_config(recipe, max_new_tokens=24)
+def test_answers_of_a_server_to_the_prompts_written_are_judged_as_those_generated_here(tiny_config, tmp_path, recipe):
+    """With the script of docs/evaluation.md, greedily: a server draws other random numbers."""
+    greedy = {"max_new_tokens": 24, "temperatures": [0.0], "fixed_temperature": None}
+    cfg = tiny_config(recipe, **greedy)
     direct = run_here(cfg, recipe)
-    prompts = str(tmp_path / "prompts.jsonl")
-    module = __import__(f"recipes.{recipe}", fromlist=["main"])
-    asking = tiny_config(recipe, max_new_tokens=24, prompts=prompts, model=None, output_dir=str(tmp_path / "unused"))
+    prompts, answers = str(tmp_path / "prompts.jsonl"), str(tmp_path / "answers.jsonl")
+    asking = tiny_config(recipe, prompts=prompts, model=None, output_dir=str(tmp_path / "unused"), **greedy)
+    module = __import__(f"recipes.{recipe}", fromlist=[RECIPES[recipe]])
     evaluation = getattr(module, RECIPES[recipe])(asking)
     evaluation.write_prompts()
     assert not Path(asking.output_dir).exists()  # no run, and no model
     first = json.loads(Path(prompts).read_text().splitlines()[0])
     assert byte_tokenizer().encode_prompt(first["prompt"]) == first["token_ids"] and first["n"] == cfg.num_samples
 
+    (script,) = re.findall(
+        r"```python\n(import json, sys.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), re.DOTALL
+    )
     torch.manual_seed(cfg.seed)
-    model = build(cfg.model, where="model").eval()
-    samples = write_jsonl(tmp_path / "answers.jsonl", answered(prompts, model, byte_tokenizer()))
-    judged = tiny_config(recipe, samples=samples, sanitize="off", output_dir=str(tmp_path / "judged"))
+    with completion_server(build(cfg.model, where="model").eval(), byte_tokenizer()) as url:
+        subprocess.run([sys.executable, "-c", script, prompts, answers, url, "tiny"], check=True)
+    judged = tiny_config(recipe, samples=answers, sanitize="off", output_dir=str(tmp_path / "judged"), **greedy)
     results = run_here(judged, recipe)
-    assert results["verdicts"] == direct["verdicts"] and results["temperatures"].keys() == direct["temperatures"].keys()
-    for temperature, table in results["temperatures"].items():  # nobody says how many tokens another engine computed
-        assert all(
-            table[name] == direct["temperatures"][temperature][name] for name in ("metrics", "cut_at_max_tokens")
-        )
+    (table,), (expected,) = (found["temperatures"].values() for found in (results, direct))
+    for figure in ("metrics", "verdicts", "cut_at_max_tokens"):  # nobody says how many tokens a server computed
+        assert table[figure] == expected[figure]
     programs = [
         [(row["task_id"], row["solution"], row["verdict"]) for row in map(json.loads, text.splitlines())]
         for text in (files(c.output_dir)["samples.jsonl"] for c in (cfg, judged))

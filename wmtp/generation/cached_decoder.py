@@ -9,13 +9,12 @@ query attends to its row's own tokens and to its prompt apart, and the two resul
 exponentials, which is attention to both, exactly. The queries of all rows of a prompt then read it once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.modules import RMSNorm
 
 from wmtp.generation.kv_memory import rounded
 from wmtp.generation.linear import side_by_side, times
@@ -96,6 +95,7 @@ class _PromptPlaces:
     mask: Tensor | None  # [P, 1, 1, T]: 0 where the prompt has a token, else -inf; None for a single prompt
     rows: Tensor  # [P * R]: rows by prompt, with some row where one has fewer than R
     places: Tensor  # [B]: where each row is among these
+    of_rows: list[tuple[int, int]]  # of each row: its prompt, and the length of that
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class CachedDecoder:
         self._blocks = [_Block(block) for block in (*model.layers, *model.extra_heads[: num_heads - 1])]
         self._num_trunk = len(model.layers) - 1
         self._device = model.tok_embeddings.weight.device
-        self._norm, self._unembed = _norm(model.norm), times(model.unembedding)
+        self._norm, self._unembed = model.norm, times(model.unembedding)
 
     def new_cache(self) -> KVCache:
         """Returns a cache for all blocks, without rows."""
@@ -210,7 +210,9 @@ class CachedDecoder:
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
             mask = mask[:, None, None]
         places = to_device([p * most + place for p, place in order], device)
-        return _PromptPlaces(prompts.cache, len(rows), attended, mask, to_device(padded, device).flatten(), places)
+        of_rows = [(p, prompts.lengths[p]) for p in prompts.of_rows]
+        rows_by_prompt = to_device(padded, device).flatten()
+        return _PromptPlaces(prompts.cache, len(rows), attended, mask, rows_by_prompt, places, of_rows)
 
     def _write(self, i: int, h: Tensor, places: _Places, cache: KVCache) -> None:
         keys, values = self._blocks[i].keys_values(self._blocks[i].attention_norm(h))
@@ -238,13 +240,23 @@ class CachedDecoder:
     def _with_prompts(self, i: int, queries: Tensor, own: Tensor, own_sums: Tensor, prompts: _PromptPlaces) -> Tensor:
         """Returns attention to prompts and own tokens from attention to the latter: [B, num_kv_heads, Q, head_dim]."""
         kv = prompts.cache.blocks[i][: prompts.count, : prompts.attended]
-        by_prompt = queries[prompts.rows].unflatten(0, (len(kv), -1)).transpose(1, 2)  # [P, kv_heads, R, Q, head_dim]
-        out, sums = _attention(by_prompt.flatten(2, 3), kv, prompts.mask)
-        out, sums = (
-            x.unflatten(2, by_prompt.shape[2:4]).transpose(1, 2).flatten(0, 1)[prompts.places] for x in (out, sums)
-        )
-        share = (sums - own_sums).sigmoid()[..., None]  # of the prompt in the sum of exponentials of both
-        return own.float().lerp(out.float(), share).type_as(own)
+        if not queries.is_cuda and queries.dtype != torch.float32:
+            # A CPU's products of half precision round by the number of queries, and texts would part by the batch.
+            alone = [
+                _attention(queries[row : row + 1], kv[p : p + 1, :length], None)
+                for row, (p, length) in enumerate(prompts.of_rows)
+            ]
+            out, sums = (torch.cat(parts) for parts in zip(*alone, strict=True))
+        else:
+            # [P, num_kv_heads, R, Q, head_dim]
+            by_prompt = queries[prompts.rows].unflatten(0, (len(kv), -1)).transpose(1, 2)
+            out, sums = (
+                x.unflatten(2, by_prompt.shape[2:4]).transpose(1, 2).flatten(0, 1)[prompts.places]
+                for x in _attention(by_prompt.flatten(2, 3), kv, prompts.mask)
+            )
+        # In float64: float32 rounds otherwise in a whole vector than behind the last one, that is, by the batch.
+        share = (sums - own_sums).double().sigmoid()[..., None]  # of the prompt in the sum of exponentials of both
+        return own.double().lerp(out.double(), share).type_as(own)
 
     @staticmethod
     def _rotate(x: Tensor, angles: Tensor) -> Tensor:
@@ -279,15 +291,9 @@ class _Block:
 
     def __init__(self, block: nn.Module) -> None:
         attention, mlp = block.attn, block.mlp
-        self.attention_norm, self.mlp_norm = _norm(block.sa_norm), _norm(block.mlp_norm)
+        self.attention_norm, self.mlp_norm = block.sa_norm, block.mlp_norm
         self.queries = side_by_side(attention.q_proj)
         self.keys_values = side_by_side(attention.k_proj, attention.v_proj)
         self.attention_out = side_by_side(attention.output_proj)
         self.gate_up = side_by_side(mlp.w1, mlp.w3)
         self.down = side_by_side(mlp.w2)
-
-
-def _norm(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
-    """Returns the module as a function with its weight cast once: F.rms_norm is fused only for equal dtypes."""
-    weight = norm.scale.float()
-    return lambda x: F.rms_norm(x.float(), weight.shape, weight, norm.eps).type_as(x)
