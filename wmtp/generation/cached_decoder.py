@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from wmtp.generation.kv_memory import rounded
 from wmtp.generation.linear import side_by_side, times
 from wmtp.models.decoder import MTPDecoder
+from wmtp.numerics.products import on_cuda
 
 PREFILL_CHUNK = 512  # tokens of a prompt in one forward: bounds the attention mask and the activations
 _ALIGNMENT = 32  # the attended length is a multiple of it: fewer shapes, and aligned masks for CUDA's kernels
@@ -240,7 +241,7 @@ class CachedDecoder:
     def _with_prompts(self, i: int, queries: Tensor, own: Tensor, own_sums: Tensor, prompts: _PromptPlaces) -> Tensor:
         """Returns attention to prompts and own tokens from attention to the latter: [B, num_kv_heads, Q, head_dim]."""
         kv = prompts.cache.blocks[i][: prompts.count, : prompts.attended]
-        if not queries.is_cuda and queries.dtype != torch.float32:
+        if not on_cuda(queries) and queries.dtype != torch.float32:
             # A CPU's products of half precision round by the number of queries, and texts would part by the batch.
             alone = [
                 _attention(queries[row : row + 1], kv[p : p + 1, :length], None)
