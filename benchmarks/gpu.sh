@@ -4,8 +4,9 @@
 #
 #   bash benchmarks/gpu.sh [FOLDER]        default: runs/gpu; figures.jsonl, table.md, and a log of each part go there
 #
-# On a card of 130 GB and more also a step of full fine-tuning at 7B. It ends with status 1 where a part failed, and
-# names it. Liger's and Apple's losses take part where they are installed: pip install liger-kernel cut-cross-entropy.
+# On a card of 75 GB and more also decoding at 7B, on one of 130 GB a step of full fine-tuning at 7B. It ends with
+# status 1 where a part failed, and names it. Liger's and Apple's losses take part where they are installed: pip install
+# liger-kernel cut-cross-entropy.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-runs/gpu}
@@ -39,6 +40,9 @@ for attention in sdpa flex; do
   part "step_packed_$attention" "${step[@]}" --rows 16 --seq 2048 --heads 1 --only wmtp --documents 8 --attention $attention
 done
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
+if [ "$memory" -ge 75000 ]; then
+  part decode_7b python benchmarks/decoding.py
+fi
 if [ "$memory" -ge 130000 ]; then
   seven=("${step[@]}" --model meta_mtp_7b --rows 4 --seq 2048 --heads 4 --only wmtp --recompute --rounds 3)
   part step_7b "${seven[@]}"

@@ -272,6 +272,7 @@ def test_bfloat16_on_a_cpu_follows_the_model(tiny, letters, num_drafts):
 @pytest.mark.parametrize("sampling", [Sampling(25), Sampling(25, 1.0), Sampling(25, 0.8, 0.9)], ids=str)
 def test_cuda_generates_what_the_cpu_does(tiny, letters, dtype, sampling):
     requests = requests_of(12)
+    requests += [Request((3, n), requests[3].prompt, (3, n)) for n in range(4)]  # which share a prompt
     model = tiny().to(dtype)
     expected = completions(model, letters, requests, sampling)
     for num_drafts in (0, 2):
