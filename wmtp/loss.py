@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
 
 # Bytes of float32 logits alive at a time. On CPU small enough to leave the peak to the [V, D] gradient accumulator,
-# on CUDA large enough to fill the device with one GEMM.
-_CHUNK_BYTES = {"cpu": 24 * 2**20, "cuda": 512 * 2**20}
+# on CUDA large enough to fill the device with one GEMM. Each chunk reads and writes that accumulator, which a GPU's
+# memory is too slow for with fewer rows.
+_CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
+_CHUNK_ROWS = {"cpu": 16, "cuda": 2048}
 
 
 class MTPLoss(NamedTuple):
@@ -322,7 +324,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [H*B*S, D]
         needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(flat_hidden) if needs_hidden else None
-        d_unembedding = torch.zeros_like(unembedding, dtype=torch.float32) if needs_unembedding else None
+        d_unembedding = None  # [V, D] float32
         # The first rows take gradients, the others only their CE.
         split = num_gradient_rows if needs_hidden or needs_unembedding else 0
         row_ce = torch.empty(source.numel(), dtype=torch.float32, device=hidden.device)
@@ -337,8 +339,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             if needs_hidden:
                 d_hidden[source[part]] = (d_logits @ matrix).to(d_hidden.dtype)
             if needs_unembedding:
-                add_mm_float32(d_unembedding, d_logits.T, h)
+                d_unembedding = add_mm_float32(d_unembedding, d_logits.T, h)
 
+        if needs_unembedding and d_unembedding is None:
+            d_unembedding = torch.zeros_like(unembedding, dtype=torch.float32)
         ctx.gradients = None if d_hidden is None else d_hidden.view(hidden.shape), d_unembedding, unembedding.dtype
         ctx.mark_non_differentiable(row_ce)
         return (row_ce[:num_gradient_rows] * weight[:num_gradient_rows]).sum(), row_ce
@@ -350,13 +354,15 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the fused loss gives its gradients once: call backward() once, without retain_graph")
         d_hidden, d_unembedding, dtype = ctx.gradients
         ctx.gradients = None
-        # In place: the buffers belong to this node alone, and a second [V, D] would double the peak.
+        # In place, or in one pass into the dtype of the operand: the buffers belong to this node alone.
         d_hidden = None if d_hidden is None else d_hidden.mul_(grad_loss)
-        d_unembedding = None if d_unembedding is None else d_unembedding.mul_(grad_loss).to(dtype)
+        if d_unembedding is not None:
+            scaled = d_unembedding if dtype == torch.float32 else torch.empty_like(d_unembedding, dtype=dtype)
+            d_unembedding = torch.mul(d_unembedding, grad_loss, out=scaled)
         return d_hidden, d_unembedding, None, None, None, None, None
 
 
 def _default_chunk(hidden: Tensor, unembedding: Tensor) -> int:
     """Returns the rows per chunk, by device and V."""
     kind = "cuda" if on_cuda(hidden) else hidden.device.type
-    return max(16, _CHUNK_BYTES.get(kind, 2**26) // (4 * unembedding.shape[0]))
+    return max(_CHUNK_ROWS.get(kind, 16), _CHUNK_BYTES.get(kind, 2**26) // (4 * unembedding.shape[0]))

@@ -45,9 +45,10 @@ def mm_float32(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
-def add_mm_float32(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a [N, K] @ b [K, M] of two operands to ``total`` [N, M] float32, in place: no second [N, M]."""
+def add_mm_float32(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Returns ``total`` [N, M] float32 with a [N, K] @ b [K, M] added in place: no second [N, M]; None starts at 0."""
+    if total is None:
+        return mm_float32(a, b)
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return total.addmm_(a, b)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
