@@ -14,7 +14,6 @@ from pathlib import Path
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.utils._pytree import tree_map_only
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
@@ -33,6 +32,7 @@ from wmtp.models import (
 )
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
+from wmtp.targets import moved
 from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.checkpoint import (
     Checkpointer,
@@ -267,6 +267,7 @@ class FullFinetuneRecipeWMTP:
                     labels=batch["labels"],
                     weighting=self._weighting,
                     signals=batch["signals"],
+                    targets=batch["targets"],
                     step=self._step,
                     head_weights=self._head_weights,
                 )
@@ -321,10 +322,10 @@ class FullFinetuneRecipeWMTP:
     @torch.no_grad()
     def _next_batch(self, batch: dict) -> dict:
         """Moves a batch to the device and adds what frozen models, or the epoch's start, say about its tokens."""
-        batch = tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._world.device), batch)
+        batch = moved(batch, self._world.device)
         inputs = self._inputs(batch)
         if self._reference is not None:
-            ce = self._reference(**inputs, loss_fn=token_cross_entropy, labels=batch["labels"])
+            ce = self._reference(**inputs, loss_fn=token_cross_entropy, **{k: batch[k] for k in ("labels", "targets")})
             batch["signals"]["reference_ce"] = ce[0]
         if self._value_model is not None:
             batch["signals"]["values"] = self._value_model(**inputs)

@@ -18,12 +18,12 @@ from torch.autograd.function import once_differentiable
 from wmtp.errors import UserError
 from wmtp.numerics.cross_entropy import cross_entropy_, cross_entropy_and_entropy_
 from wmtp.numerics.products import add_mm_float32, mm_float32, on_cuda, operand
+from wmtp.targets import Targets, valid_targets
 from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
+from wmtp.weighting.rows import LOOK_AT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-
-IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
 
 # Bytes of float32 logits alive at a time. On CPU small enough to leave the peak to the [V, D] gradient accumulator,
 # on CUDA large enough to fill the device with one GEMM. Each chunk reads and writes that accumulator, which a GPU's
@@ -46,24 +46,6 @@ class MTPLoss(NamedTuple):
     ce: Tensor  # [H, B, S] float32: cross-entropy of head k for target j, 0 where it predicts none
     valid: Tensor  # [H, B, S] bool: where head k predicts target j
     weights: Tensor | None  # [B, S] or [H, B, S] as given, None for all ones
-
-
-def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = None) -> Tensor:
-    """Marks the targets that each head predicts: [H, B, S] bool, indexed by the target's position.
-
-    ``valid[k - 1, b, j]`` says that token j is a target (``labels[b, j] != -100``) and that position j - k exists and
-    lies in the same document.
-
-    Args:
-        labels: [B, S] token ids, -100 where a token is no target.
-        document_ids: [B, S], equal for tokens of one document; None where each row is one document.
-    """
-    valid = labels.new_zeros((num_heads, *labels.shape), dtype=torch.bool)
-    for k in range(1, min(num_heads, labels.shape[1] - 1) + 1):
-        valid[k - 1, :, k:] = labels[:, k:] != IGNORE_INDEX
-        if document_ids is not None:
-            valid[k - 1, :, k:] &= document_ids[:, k:] == document_ids[:, :-k]
-    return valid
 
 
 def head_weight_tensor(
@@ -91,6 +73,7 @@ def weighted_mtp_cross_entropy(
     document_ids: Tensor | None = None,
     head_weights: Tensor | None = None,
     known_ce: Tensor | None = None,
+    targets: Targets | None = None,
     chunk_tokens: int | None = None,
 ) -> MTPLoss:
     """Computes the sum of the weighted cross-entropies of all heads, and its gradients in the same pass.
@@ -111,10 +94,11 @@ def weighted_mtp_cross_entropy(
         document_ids: [B, S]; a head never predicts across a document's edge.
         head_weights: [H] b_k >= 0; None is all ones.
         known_ce: [B, S] or [H', B, S] CE of the first heads, if already computed: it saves the rows of weight zero.
+        targets: of the same labels and document_ids on the host, so that plain prediction waits for no device.
         chunk_tokens: rows per chunk; by default chosen by device and V.
 
     Raises:
-        ValueError: for shapes that do not fit together, or weights that require a gradient.
+        ValueError: for shapes that do not fit together, weights that require a gradient, or one that is not finite.
     """
     num_heads, batch, seq, _ = hidden.shape
     weights_shape = None if weights is None else tuple(weights.shape)
@@ -138,19 +122,27 @@ def weighted_mtp_cross_entropy(
     b = torch.ones(num_heads, device=hidden.device) if head_weights is None else head_weights.float()
     num_targets = (b * valid.sum(dim=(1, 2))).sum()
 
-    # The valid (head, target) pairs become rows: first those with a gradient, so that chunks are of one kind, then
-    # those whose CE alone is still to be found. The host waits for the device once, for how many there are of each.
+    ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
     row_weight = b[:, None, None] if weights is None else b[:, None, None] * weights.float()
-    has_gradient = valid & (row_weight != 0)
-    wanted, ce = valid, hidden.new_zeros(valid.shape, dtype=torch.float32)
-    if known_ce is not None:
-        known = known_ce.detach().float().reshape(-1, batch, seq)
-        ce[: len(known)] = known * valid[: len(known)]
-        wanted = has_gradient.clone()
-        wanted[len(known) :] = valid[len(known) :]
-    num_gradient_rows, num_rows = torch.stack([has_gradient.sum(), wanted.sum()]).tolist()
-    kind = torch.where(has_gradient, 0, torch.where(wanted, 1, 2)).to(torch.int8)
-    place = kind.flatten().argsort(stable=True)[:num_rows]  # [N], in [H*B*S]
+    if weights is None and head_weights is None and known_ce is None:
+        place = (targets or Targets(labels, document_ids)).place(num_heads, labels.device)
+        num_gradient_rows = len(place)
+    else:
+        # The valid (head, target) pairs become rows: first those with a gradient, so that chunks are of one kind, then
+        # those whose CE alone is still to be found. The host waits for the device once, for how many there are of each.
+        has_gradient = valid & (row_weight != 0)
+        wanted = valid
+        if known_ce is not None:
+            known = known_ce.detach().float().reshape(-1, batch, seq)
+            ce[: len(known)] = known * valid[: len(known)]
+            wanted = has_gradient.clone()
+            wanted[len(known) :] = valid[len(known) :]
+        bad = valid & ~row_weight.isfinite()
+        num_gradient_rows, num_rows, num_bad = torch.stack([x.sum() for x in (has_gradient, wanted, bad)]).tolist()
+        if num_bad:
+            raise UserError(f"{num_bad} weights of targets are not finite; {LOOK_AT}")
+        kind = torch.where(has_gradient, 0, torch.where(wanted, 1, 2)).to(torch.int8)
+        place = kind.flatten().argsort(stable=True)[:num_rows]  # [N], in [H*B*S]
 
     if chunk_tokens is None:
         chunk_tokens = _default_chunk(hidden, unembedding)
@@ -176,6 +168,7 @@ def mtp_loss(
     document_ids: Tensor | None = None,
     head_weights: Tensor | None = None,
     signals: "Mapping[str, Tensor] | None" = None,
+    targets: Targets | None = None,
     step: int = 0,
 ) -> MTPLoss:
     """Computes the loss with the weights of ``weighting`` (see wmtp.weighting), which gets the signals that it needs.
@@ -190,6 +183,8 @@ def mtp_loss(
         signals: columns of the data and figures of frozen models by name, [B, S], for the weighting to read. A
             ``policy_ce`` [B, S] or [1 or H, B, S] among them comes from an earlier pass (the epoch's start); the
             weights, and only they, read it in place of the present one.
+        targets: of the same labels and document_ids on the host: of a step's rows nothing but the number that a
+            weighting keeps is waited for.
         step: optimizer step, for weightings that draw anew each step. In the first three and every 20th the weights
             are held against what the weighting promises (:func:`~wmtp.weighting.check_weights`).
 
@@ -200,35 +195,48 @@ def mtp_loss(
     needs = weighting.needs
     heads = hidden if weighting.per_head else hidden[:1]
     named, ce = dict(signals or {}), None
+    targets = targets or Targets(labels, document_ids)
     if "policy_entropy" in needs:
-        ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, document_ids=document_ids)
+        ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, targets=targets)
         named["policy_entropy"] = entropy[:1]
     elif "policy_ce" in needs and "policy_ce" not in named:
-        ce = token_cross_entropy(heads, unembedding, labels, document_ids=document_ids)
+        ce = token_cross_entropy(heads, unembedding, labels, document_ids=document_ids, targets=targets)
     if "policy_ce" in named:
         named["policy_ce"] = named["policy_ce"].reshape(-1, *labels.shape)
     elif ce is not None:
         named["policy_ce"] = ce
     valid, training = valid_targets(labels, hidden.shape[0], document_ids), torch.is_grad_enabled()
-    seen = Signals(labels, valid, document_ids, named, step=step, training=training)
+    seen = Signals(labels, valid, document_ids, named, step=step, training=training, targets=targets)
     with torch.no_grad():
         weights = weighting(seen)
     if is_checked(step):
         check_weights(weights, seen, weighting)
     return weighted_mtp_cross_entropy(
-        hidden, unembedding, labels, weights, document_ids=document_ids, head_weights=head_weights, known_ce=ce
+        hidden,
+        unembedding,
+        labels,
+        weights,
+        document_ids=document_ids,
+        head_weights=head_weights,
+        known_ce=ce,
+        targets=targets,
     )
 
 
 @torch.no_grad()
 def token_cross_entropy(
-    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    *,
+    document_ids: Tensor | None = None,
+    targets: Targets | None = None,
 ) -> Tensor:
     """Computes the CE of every head for every target, without a gradient: [H, B, S] float32, 0 where no target.
 
     It costs one GEMM a token. ``hidden`` may hold only the first heads; else as in :func:`weighted_mtp_cross_entropy`.
     """
-    return weighted_mtp_cross_entropy(hidden, unembedding, labels, document_ids=document_ids).ce
+    return weighted_mtp_cross_entropy(hidden, unembedding, labels, document_ids=document_ids, targets=targets).ce
 
 
 @torch.no_grad()
@@ -238,6 +246,7 @@ def token_cross_entropy_and_entropy(
     labels: Tensor,
     *,
     document_ids: Tensor | None = None,
+    targets: Targets | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the CE of every target and the entropy of its predicted distribution in one pass (one GEMM a token).
@@ -250,8 +259,8 @@ def token_cross_entropy_and_entropy(
         (ce, entropy), each [H, B, S] float32, indexed by the target's position, 0 where no target.
     """
     size = chunk_tokens or max(1, _default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
-    valid = valid_targets(labels, hidden.shape[0], document_ids)
-    ce, entropy = of_each_target(cross_entropy_and_entropy_, hidden, unembedding, labels, valid, size)
+    targets = targets or Targets(labels, document_ids)
+    ce, entropy = of_each_target(cross_entropy_and_entropy_, hidden, unembedding, labels, targets, size)
     return ce, entropy
 
 
@@ -261,7 +270,7 @@ def of_each_target(
     hidden: Tensor,
     unembedding: Tensor,
     labels: Tensor,
-    valid: Tensor,
+    targets: Targets,
     chunk_tokens: int | None = None,
 ) -> list[Tensor]:
     """Computes figures of each target from its logits, a chunk at a time: each [H, B, S], 0 where no target.
@@ -269,9 +278,9 @@ def of_each_target(
     Args:
         figures: ``figures(logits [C, V] float32, label [C])`` returns them, each [C], and may write into the logits.
         hidden, unembedding, labels, chunk_tokens: as in :func:`weighted_mtp_cross_entropy`.
-        valid: of :func:`valid_targets`.
+        targets: of the labels and their documents.
     """
-    (place,) = valid.flatten().nonzero(as_tuple=True)  # [N], in [H*B*S]
+    place = targets.place(len(hidden), labels.device)  # [N], in [H*B*S]
     label = labels.flatten()[place % labels.numel()]
     size = chunk_tokens or _default_chunk(hidden, unembedding)
     chunks = chunked_logits(hidden, unembedding, _source(place, labels), size)
@@ -281,7 +290,7 @@ def of_each_target(
     ]
     results = []
     for column in zip(*found, strict=True):
-        result = column[0].new_zeros(valid.shape)
+        result = column[0].new_zeros(hidden.shape[:3])
         result.view(-1)[place] = torch.cat(column)
         results.append(result)
     return results

@@ -24,10 +24,10 @@ from validity.statistics import auc, interval, resamples
 
 from wmtp.config import build
 from wmtp.data import Documents, pack, tokenized
-from wmtp.loss import valid_targets
 from wmtp.models import from_checkpoint, load_checkpoint
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 from wmtp.report.runs import load_run
+from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, any_weighting
 
 SET = "code"

@@ -34,6 +34,12 @@ def plans(result, *configs):
     Path(result).write_text(json.dumps(found))
 
 
+def waits(result, config):
+    """Write how often the host waits for the device in a step of a config on 2 simulated cards."""
+    plan = planning.plan_training(OmegaConf.load(config), fake_world(2), CARDS["a100_80gb"])
+    Path(result).write_text(json.dumps(plan.waits))
+
+
 def depths(result, config):
     """Write a config's figures on 4 simulated cards, of the whole model and as two shallow ones tell them."""
     cfg, mesh = OmegaConf.load(config), fake_world(4)

@@ -9,7 +9,7 @@ from collections import defaultdict
 
 import pytest
 from omegaconf import OmegaConf
-from planned import arms, decoded, depths, largest, measured, plans, run
+from planned import arms, decoded, depths, largest, measured, plans, run, waits
 from processes import start
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
@@ -72,6 +72,15 @@ def test_what_is_planned_is_what_decoding_holds(drafts, tmp_path, in_process):
     OmegaConf.save(cfg, tmp_path / "answers.yaml")
     (planned,) = in_process(plans, str(tmp_path / "answers.yaml"))
     assert planned == pytest.approx(in_process(decoded, str(tmp_path / "answers.yaml")), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "weighting", ["rho1", *(pytest.param(w, marks=pytest.mark.long) for w in ("uniform", "dft", "entropy", "critic"))]
+)
+def test_the_host_waits_three_times_a_step(weighting, saved, in_process):
+    """For the number of targets that a weighting keeps, for the step's sums and for the norm of its gradient."""
+    path = saved("uniform", "narrow", weighting={"_component_": f"wmtp.weighting.{weighting}"})
+    assert in_process(waits, path) == (2 if weighting == "uniform" else 3)
 
 
 @pytest.mark.parametrize("recomputed", [2, *(pytest.param(how, marks=pytest.mark.long) for how in (True, "selective"))])

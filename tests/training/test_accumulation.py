@@ -12,8 +12,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wmtp.data import BatchStream, Document, Documents, pack
 from wmtp.distributed import all_reduce_sum, start_world
-from wmtp.loss import valid_targets
 from wmtp.models import shard_model
+from wmtp.targets import valid_targets
 from wmtp.training.accumulation import Accumulation
 from wmtp.weighting import weight_statistics
 from wmtp.weighting.statistics import order_statistics

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from wmtp.loss import valid_targets
+from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, critic, dft, entropy, random_matched, rho1, shuffled
 
 # Each takes min_weight, max_weight, strength and scope.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_signals import METHODS, changed, documents, one_row, quiet, random_signals, ready
 
-from wmtp.loss import valid_targets
+from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, random_matched, rho1, shuffled
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_signals import CLIPLESS, CONTROLS, METHODS, changed, documents, quiet, random_signals, ready, scopes
 
-from wmtp.loss import valid_targets
+from wmtp.targets import valid_targets
 from wmtp.weighting import uniform
 
 names = st.sampled_from(list(METHODS))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wmtp.weighting import clipped_mean, clipped_mean_one, spread, top_share, weigh_rows, z_score
+from wmtp.weighting.rows import scope_rows
 
 INF = math.inf
 
@@ -70,7 +71,7 @@ def test_scopes_are_kept_apart_whatever_the_document_ids():
     valid = torch.ones(2, 2, 3, dtype=torch.bool)
     document_ids = torch.tensor([[5_000_000, 5_000_000, 7], [7, 7, 5_000_000]])
     sums = weigh_rows(
-        torch.arange(12.0).view(2, 2, 3), valid, document_ids, "sequence",
+        torch.arange(12.0).view(2, 2, 3), scope_rows(valid, document_ids, "sequence"),
         lambda scores, mask: (scores * mask).sum(1, keepdim=True) * mask,
     )  # fmt: skip
     assert sums.tolist() == [[[1, 1, 2], [7, 7, 5]], [[13, 13, 8], [19, 19, 11]]]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmtp.loss import valid_targets
+from wmtp.targets import valid_targets
 from wmtp.weighting import target_table, weight_statistics
 
 

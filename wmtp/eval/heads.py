@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.loss import of_each_target, valid_targets
+from wmtp.loss import of_each_target
+from wmtp.targets import Targets, valid_targets
 
 
 class HeadScores(NamedTuple):
@@ -28,7 +29,7 @@ def score_heads(
         document_ids: [B, S]; a head never predicts across a document's edge.
     """
     valid = valid_targets(labels, hidden.shape[0], document_ids)
-    ce, correct = of_each_target(_ce_and_correct, hidden, unembedding, labels, valid)
+    ce, correct = of_each_target(_ce_and_correct, hidden, unembedding, labels, Targets(labels, document_ids))
     return HeadScores(ce, correct, valid)
 
 

@@ -16,7 +16,7 @@ class TeacherForced(nn.Module):
 
     A pair (t, k) is valid where token t + k exists in t's document. Then position t + k - 1 lies in that document too
     (documents are contiguous), so no valid pair reads another document. The last k - 1 positions of a row have neither
-    such a position nor a target: their hidden states and logits are zeros, and `wmtp.loss.valid_targets` leaves them
+    such a position nor a target: their hidden states and logits are zeros, and `wmtp.targets.valid_targets` leaves them
     out.
 
     Args:

@@ -29,6 +29,17 @@ def as_on_cuda() -> Iterator[None]:
         _simulated = before
 
 
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Lets tensors of the CPU be what they are, within a simulation of CUDA."""
+    global _simulated
+    before, _simulated = _simulated, False
+    try:
+        yield
+    finally:
+        _simulated = before
+
+
 def operand(x: Tensor) -> Tensor:
     """Returns ``x`` as :func:`mm_float32` takes it: half precision unchanged on CUDA, everything else as float32.
 

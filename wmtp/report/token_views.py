@@ -7,8 +7,8 @@ import numpy as np
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.loss import valid_targets
 from wmtp.report.tokens import token_pieces
+from wmtp.targets import valid_targets
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,20 @@
 import functools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.weighting.rows import SCOPES, scope_rows, weigh_rows
+from wmtp.numerics.products import on_cuda
+from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, scope_rows, weigh_rows
+
+if TYPE_CHECKING:
+    from wmtp.targets import Targets
 
 OF_THE_POLICY = ("policy_ce", "policy_entropy")  # the signals that wmtp.loss.mtp_loss computes
 FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # the key of the model that gives it
@@ -41,11 +46,12 @@ class Signals:
     """
 
     labels: Tensor  # [B, S], -100 where the token is no target
-    valid: Tensor  # [H, B, S] bool, of wmtp.loss.valid_targets
+    valid: Tensor  # [H, B, S] bool, of wmtp.targets.valid_targets
     document_ids: Tensor | None = None  # [B, S]; None: each row is one document
     named: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0  # optimizer step, so that random controls draw anew each step
     training: bool = True  # False leaves the weighting's state as it is: the weights are only looked at
+    targets: "Targets | None" = None  # the same targets, found on the host
 
     def __getattr__(self, name: str) -> Tensor:
         named = self.__dict__.get("named", {})
@@ -53,6 +59,12 @@ class Signals:
             return named[name]
         there = ", ".join(named) or "none"
         raise AttributeError(f"no signal {name} here (there are: {there}); does the weighting name it in needs?")
+
+    def rows(self, num_heads: int, scope: str) -> ScopeRows:
+        """Returns where the first heads' targets are when each scope has a row (wmtp.weighting.rows.scope_rows)."""
+        if self.targets is None:
+            return scope_rows(self.valid[:num_heads], self.document_ids, scope)
+        return self.targets.rows(num_heads, scope, self.labels.device)
 
     def require(self, needs: Collection[str]) -> None:
         """Raises a ValueError that names a missing signal and where it can come from."""
@@ -158,6 +170,8 @@ class Weighting(AnyWeighting):
         per_head: weights [H, B, S], for scores from the CE of all heads.
         bounds: least and largest weight that ``to_weights`` gives.
         state: the method's memory from step to step; None for none.
+        why_flat: what scores without spread in a scope mean; with it, such scopes are warned of (on CUDA in the steps
+            whose weights are checked).
 
     Attributes:
         name: the name of the function that made it.
@@ -179,6 +193,7 @@ class Weighting(AnyWeighting):
         per_head: bool = False,
         bounds: tuple[float, float] = (0.0, math.inf),
         state: State | None = None,
+        why_flat: str | None = None,
     ) -> None:
         check_choice("scope", scope, SCOPES)
         check_range("strength", strength, 0 <= strength <= 1, "in [0, 1] (lambda)")
@@ -190,6 +205,7 @@ class Weighting(AnyWeighting):
         self.name = sys._getframe(1).f_code.co_qualname.split(".<locals>")[0]
         self.scope = scope
         self._score, self._to_weights, self._strength = score, to_weights, strength
+        self._why_flat = why_flat
         self._state: Any = state if weighted else None
 
     @torch.no_grad()
@@ -204,9 +220,21 @@ class Weighting(AnyWeighting):
         heads = signals.valid.shape[0] if self.per_head else 1
         valid = signals.valid[:heads]
         scores = self._score(self._prepared(signals, heads)).expand(valid.shape)
-        weights = weigh_rows(scores, valid, signals.document_ids, self.scope, self._to_weights)
+        rows = signals.rows(heads, self.scope)
+        weights = weigh_rows(scores, rows, self._to_weights)
+        if self._why_flat and (is_checked(signals.step) or not on_cuda(scores)):
+            self._warn_of_flat(scores, rows)
         weights = (1 - self._strength) * valid + self._strength * weights
         return weights if self.per_head else weights[0]
+
+    def _warn_of_flat(self, scores: Tensor, rows: ScopeRows) -> None:
+        flat = is_flat(rows.lay(scores[rows.place]), rows.mask) & (rows.mask.sum(1, keepdim=True) > 1)
+        if bool(flat.any()):
+            warnings.warn(
+                f"{self.name}: scores without spread in {int(flat.sum())} of {len(flat)} scopes ({self._why_flat}): "
+                "these get weight 1 everywhere",
+                stacklevel=2,
+            )
 
     def _prepared(self, signals: Signals, heads: int) -> Signals:
         """Returns the needed signals alone, checked, detached and in float32."""

@@ -5,6 +5,7 @@ document gets the same draw wherever it lies in a batch, on any rank, at any wor
 one at the next step.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from wmtp.errors import UserError
 from wmtp.numerics.documents import positions_in_documents
 from wmtp.numerics.keyed import GOLDEN, mix64, top53
+from wmtp.numerics.products import on_cuda
 from wmtp.weighting.base import AnyWeighting, Signals, any_weighting, builder_of, check_range
-from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite, scope_rows
+from wmtp.weighting.rows import ScopeRows, clipped_mean, require_finite
 
 
 def shuffled(method: Callable[[Signals], Tensor | None], seed: int = 0) -> "Control":
@@ -89,14 +91,15 @@ class Control(AnyWeighting):
             return None
         by_head = weights.dim() == 3
         valid = signals.valid if by_head else signals.valid[:1]
-        own = (weights if by_head else weights[None])[valid].double()
-        require_finite(own, "weights of the method")
-        if bool((own < 0).any()):
+        rows = signals.rows(len(valid), "sequence")
+        own = (weights if by_head else weights[None])[rows.place].double()
+        fine = require_finite(own, "weights of the method")
+        if not on_cuda(own) and bool((own < 0).any()):  # there, wmtp.weighting.check_weights asks for it now and then
             raise UserError(f"{int((own < 0).sum())} of {own.numel()} weights of the method are below 0")
         drawn = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
         if own.numel() > 0:
-            rows = scope_rows(valid, signals.document_ids, "sequence")
-            drawn[rows.place] = rows.pick(self._redraw(rows.lay(own), rows, self._keys(signals, rows))).float()
+            found = rows.pick(self._redraw(rows.lay(own), rows, self._keys(signals, rows))).float()
+            drawn[rows.place] = found.where(fine, math.nan)
         return drawn if by_head else drawn[0]
 
     def _keys(self, signals: Signals, rows: ScopeRows) -> Tensor:

@@ -1,14 +1,13 @@
 """Methods that weigh a token by the policy's loss or entropy and a reference model's loss."""
 
 import math
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from wmtp.weighting.base import Signals, Weighting, check_choice, check_clip, check_range
-from wmtp.weighting.rows import SPREAD, clipped_mean_one, spread, top_share, z_score
+from wmtp.weighting.rows import clipped_mean_one, is_flat, top_share, z_score
 
 
 def uniform() -> Weighting:
@@ -52,12 +51,17 @@ def rho1(
         ValueError: a value out of its range.
     """
     check_choice("score", score, tuple(_SCORES))
-    to_weights, bounds = _by_rank(
-        "rho1", "the policy equals its reference there", mode, percentile, temperature, boost, min_weight, max_weight
-    )
+    to_weights, bounds = _by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
     needs = {"reference_ce"} if score == "reference" else {"policy_ce", "reference_ce"}
     return Weighting(
-        _SCORES[score], to_weights, needs=needs, scope=scope, strength=strength, per_head=per_head, bounds=bounds
+        _SCORES[score],
+        to_weights,
+        needs=needs,
+        scope=scope,
+        strength=strength,
+        per_head=per_head,
+        bounds=bounds,
+        why_flat="the policy equals its reference there",
     )
 
 
@@ -129,12 +133,11 @@ def entropy(
     Raises:
         ValueError: a value out of its range.
     """
-    to_weights, bounds = _by_rank(
-        "entropy", "the policy is equally certain there", mode, percentile, temperature, boost, min_weight, max_weight
-    )
+    to_weights, bounds = _by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
     return Weighting(
         lambda signals: signals.policy_entropy,
         to_weights,
+        why_flat="the policy is equally certain there",
         needs={"policy_entropy"},
         scope=scope,
         strength=strength,
@@ -143,8 +146,6 @@ def entropy(
 
 
 def _by_rank(
-    method: str,
-    why_flat: str,
     mode: str,
     percentile: float,
     temperature: float,
@@ -168,15 +169,7 @@ def _by_rank(
             if mode == "emphasis":
                 log_weights = log_weights + math.log(boost) * top_share(scores, mask, percentile)
             weights = clipped_mean_one(log_weights, mask, *clip)
-        flat = spread(scores, mask) <= SPREAD  # [G, 1]
-        several = flat & (mask.sum(1, keepdim=True) > 1)
-        if bool(several.any()):
-            warnings.warn(
-                f"{method}: scores without spread in {int(several.sum())} of {len(mask)} scopes ({why_flat}): "
-                "these get weight 1 everywhere",
-                stacklevel=2,
-            )
-        return torch.where(flat, mask.to(weights.dtype), weights)
+        return torch.where(is_flat(scores, mask), mask.to(weights.dtype), weights)
 
     # select gives n / max(1, round(percentile * n)), which is largest where percentile * n is just below 1.5.
     return to_weights, (0.0, 1.5 / percentile) if mode == "select" else clip

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
+from wmtp.numerics.products import on_cuda
 
 SPREAD = 1e-6  # a smaller range of scores is the float32 noise of two equal models' CE
 SCOPES = ("sequence", "batch")
+LOOK_AT = "look at the models and columns they come from"
 _NEG_INF = float("-inf")
 
 
@@ -74,41 +76,37 @@ def _numbered(ids: Tensor) -> tuple[Tensor, Tensor]:
     return number, column
 
 
-def weigh_rows(
-    scores: Tensor,
-    valid: Tensor,
-    document_ids: Tensor | None,
-    scope: str,
-    rows_fn: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
+def weigh_rows(scores: Tensor, rows: ScopeRows, rows_fn: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Applies ``rows_fn(scores [G, L], mask [G, L])`` to the scores of each scope, laid out as a padded row.
 
     Args:
-        scores, valid: [H, B, S].
-        document_ids, scope: as in :func:`scope_rows`.
+        scores: [H, B, S].
+        rows: of :func:`scope_rows`, of the valid entries.
 
     Returns:
         [H, B, S] float32, 0 where not valid.
 
     Raises:
-        ValueError: if a valid score is not finite.
+        ValueError: if a valid score is not finite; on CUDA the results are NaN, which the loss refuses.
     """
-    weights = torch.zeros(valid.shape, dtype=torch.float32, device=valid.device)
-    rows = scope_rows(valid, document_ids, scope)
+    results = torch.zeros(scores.shape, dtype=torch.float32, device=scores.device)
     values = scores[rows.place].float()
-    require_finite(values, "token scores")
+    fine = require_finite(values, "token scores")
     if values.numel() > 0:
-        weights[rows.place] = rows.pick(rows_fn(rows.lay(values), rows.mask)).float()
-    return weights
+        found = rows.pick(rows_fn(rows.lay(values), rows.mask)).float()
+        results[rows.place] = found.where(fine, math.nan)
+    return results
 
 
-def require_finite(values: Tensor, what: str) -> None:
-    """Refuses NaN and infinities; the message says how many there are."""
-    bad = int((~torch.isfinite(values)).sum())
-    if bad:
-        raise UserError(
-            f"{bad} of {values.numel()} {what} are not finite; look at the models and columns they come from"
-        )
+def require_finite(values: Tensor, what: str) -> Tensor:
+    """Returns whether no value is NaN or infinite, a bool on the values' device; on a CPU it refuses those that are.
+
+    On CUDA the host does not wait for the answer: who asks makes NaN of what depends on it.
+    """
+    fine = torch.isfinite(values)
+    if not on_cuda(values) and not fine.all():
+        raise UserError(f"{int((~fine).sum())} of {values.numel()} {what} are not finite; {LOOK_AT}")
+    return fine.all()
 
 
 def z_score(scores: Tensor, mask: Tensor) -> Tensor:
@@ -125,6 +123,11 @@ def spread(scores: Tensor, mask: Tensor) -> Tensor:
     high = scores.masked_fill(~mask, _NEG_INF).amax(1, keepdim=True)
     low = scores.masked_fill(~mask, math.inf).amin(1, keepdim=True)
     return (high - low).clamp(min=0)
+
+
+def is_flat(scores: Tensor, mask: Tensor) -> Tensor:
+    """Returns whether a row's scores have no spread, so that they rank nothing: [G, 1] bool."""
+    return spread(scores, mask) <= SPREAD
 
 
 def top_share(scores: Tensor, mask: Tensor, share: float) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.weighting.base import Signals, Weighting, check_choice, check_clip, check_range
+from wmtp.numerics.products import on_cuda
+from wmtp.weighting.base import Signals, Weighting, check_choice, check_clip, check_range, is_checked
 from wmtp.weighting.rows import SPREAD, clipped_mean_one, require_finite, weigh_rows, z_score
 
 
@@ -73,12 +74,13 @@ def critic(
     def score(signals: Signals) -> Tensor:
         valid = signals.valid[:1]
         deltas = value_deltas(signals.values, valid[0], gamma)
-        _check_deltas(deltas[valid[0]])
+        if is_checked(signals.step) or not on_cuda(deltas):  # it waits for the device
+            _check_deltas(deltas[valid[0]])
         advantages = gae(deltas, gamma * gae_lambda, signals.document_ids) if delta == "gae" else deltas
         if running is not None:
             return running.whiten(advantages, valid[0], gather=signals.training)[None]
         if whiten == "sequence":
-            return weigh_rows(advantages[None], valid, signals.document_ids, "sequence", z_score)
+            return weigh_rows(advantages[None], signals.rows(1, "sequence"), z_score)
         return advantages[None]
 
     return Weighting(
@@ -98,7 +100,7 @@ def value_deltas(values: Tensor, valid: Tensor, gamma: float) -> Tensor:
     Args:
         values: [B, S], V_j of the prefix x_<=j. It is read at the targets and at the token before each of them, which
             is in the same document: of a prompt, only the last token's value counts.
-        valid: [B, S] bool, head 1's targets (``wmtp.loss.valid_targets``).
+        valid: [B, S] bool, head 1's targets (``wmtp.targets.valid_targets``).
         gamma: in [0, 1].
     """
     x = values.double()
@@ -153,8 +155,8 @@ class RunningMoments:
         The result is 0 while these steps are too few. ``gather`` adds the entries of ``valid`` to this step's sums.
         """
         if gather:
-            seen = x[valid].double()
-            sums = torch.stack([torch.ones_like(seen).sum(), seen.sum(), seen.square().sum()])
+            seen = torch.where(valid, x.double(), 0.0)
+            sums = torch.stack([valid.double().sum(), seen.sum(), seen.square().sum()])
             self._gathered = sums if self._gathered is None else self._gathered + sums
         count, total, squares = self._sums.tolist()
         if self._steps < self._warmup_steps or count == 0:

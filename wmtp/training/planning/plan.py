@@ -242,17 +242,23 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
 def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
     """Returns the rows of the largest micro-batch that fits the card; 0 where one row is too much.
 
-    In each phase, what is held grows evenly with the rows: two plans tell where it meets the card's memory.
+    In each phase, what is held grows with the rows, the faster the more there are: two plans tell where it meets the
+    card's memory at the latest, and plans from there on downwards where it does.
     """
-    planned = [
-        plan_training(changed(cfg.copy(), [f"batch_size={rows}"]), mesh, card).phases
-        for rows in sorted({cfg.batch_size, 1 if cfg.batch_size > 1 else 2})
-    ]
-    largest = math.inf
-    for phase, size in planned[0].items():
-        a_row = (planned[1].get(phase, size) - size) / max(cfg.batch_size - 1, 1)
-        largest = min(largest, 1 + (card.memory - size) / max(a_row, 1))
-    return max(0, math.floor(largest))
+
+    def phases(rows: int) -> dict[str, float]:
+        return plan_training(changed(cfg.copy(), [f"batch_size={rows}"]), mesh, card).phases
+
+    few, more = sorted({cfg.batch_size, 1 if cfg.batch_size > 1 else 2})
+    planned = phases(few), phases(more)
+    a_row = {name: max(1.0, (planned[1].get(name, size) - size) / (more - few)) for name, size in planned[0].items()}
+    rows = math.floor(min(few + (card.memory - size) / a_row[name] for name, size in planned[0].items()))
+    while rows > 0:
+        over = max((size - card.memory) / a_row.get(name, math.inf) for name, size in phases(rows).items())
+        if over <= 0:
+            break
+        rows -= math.ceil(over)
+    return max(0, rows)
 
 
 def ways_out(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Iterator[str]:

@@ -32,6 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from wmtp.numerics.products import on_cuda
+
 _FACTORIES = {"empty", "zeros", "ones", "full", "rand", "randn", "empty_strided"}
 _FACTORIES |= {f"new_{name}" for name in _FACTORIES}
 _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "resize_", "set_", "_unsafe_view"}
@@ -212,7 +214,8 @@ class Simulation(TorchDispatchMode):
         original = Tensor.tolist
 
         def tolist(tensor: Tensor) -> Any:
-            self.waits[self._phase, "tolist"] += 1
+            if on_cuda(tensor):
+                self.waits[self._phase, "tolist"] += 1
             return original(tensor)
 
         Tensor.tolist = tolist  # type: ignore[assignment, method-assign]
@@ -290,7 +293,7 @@ class Simulation(TorchDispatchMode):
         read = inputs[1:] if name in _OVERWRITING | _PICKING | _PLACING else inputs
         written = read if name in _PLACING else outputs * 2 if name in _PICKING else outputs
         moved = sum(t.numel() * t.element_size() for t in (*read, *written))
-        if name in _WAITS or (name.startswith("index") and _indexes_by_mask(args)):
+        if (name in _WAITS or (name.startswith("index") and _indexes_by_mask(args))) and on_cuda(inputs[0]):
             self.waits[self._phase, name] += 1
         if space in ("c10d", "_c10d_functional"):
             self.collectives[self._phase, name] += 1

@@ -18,10 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune.training import scale_grads
 
 from wmtp.config import build
+from wmtp.distributed import all_reduce_sum
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.value import ValueModel
+from wmtp.numerics.products import on_host
+from wmtp.targets import Targets
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.performance import model_flops
 from wmtp.training.planning.simulation import Figures, Simulation, local_parts
@@ -83,9 +86,10 @@ def _simulated(step: "_Step") -> SimulatedStep:
         loss_sum = step.forward()
         with simulation.phase("backward", "activations"):
             (loss_sum * step.world_size).backward()
-        del loss_sum
         simulation.fused = False
         with simulation.phase("optimizer", "optimizer"):
+            all_reduce_sum(loss_sum.detach()).tolist()  # of the sums of a step, which the recipe asks for together
+            del loss_sum
             scale_grads(step.model, torch.tensor(1.0))
             norm = torch.nn.utils.clip_grad_norm_(step.trained, cfg.get("max_grad_norm") or math.inf)
             float(norm.full_tensor())  # type: ignore[attr-defined]
@@ -291,11 +295,13 @@ class _Finetuning(_Step):
     def forward(self) -> Tensor:
         simulation, labels = self.simulation, self.batch["tokens"].clone()
         labels[:, : labels.shape[1] // 16] = -100
+        with on_host():
+            targets = Targets(labels, self.batch["document_ids"])
         named = {name: torch.rand(labels.shape) for name in self.weighting.needs if not name.startswith("policy")}
         for signal, model in self.frozen.items():
             with simulation.phase("frozen models", "activations"), torch.no_grad():
                 if signal == "reference_ce":
-                    named[signal] = model(**self.batch, loss_fn=token_cross_entropy, labels=labels)[0]
+                    named[signal] = model(**self.batch, loss_fn=token_cross_entropy, labels=labels, targets=targets)[0]
                 else:
                     named[signal] = model(**self.batch)
         with simulation.phase("forward", "activations"):
@@ -305,6 +311,7 @@ class _Finetuning(_Step):
                 labels=labels,
                 weighting=self.weighting,
                 signals=named,
+                targets=targets,
                 head_weights=self.head_weights,
                 step=10**6 + 1,  # none at which the weights are checked
             )
