@@ -254,7 +254,7 @@ def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
     a_row = {name: max(1.0, (planned[1].get(name, size) - size) / (more - few)) for name, size in planned[0].items()}
     rows = math.floor(min(few + (card.memory - size) / a_row[name] for name, size in planned[0].items()))
     while rows > 0:
-        over = max((size - card.memory) / a_row.get(name, math.inf) for name, size in phases(rows).items())
+        over = max((size - card.memory) / a_row.get(name, size) for name, size in phases(rows).items())
         if over <= 0:
             break
         rows -= math.ceil(over)
