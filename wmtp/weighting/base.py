@@ -222,7 +222,7 @@ class Weighting(AnyWeighting):
         scores = self._score(self._prepared(signals, heads)).expand(valid.shape)
         rows = signals.rows(heads, self.scope)
         weights = weigh_rows(scores, rows, self._to_weights)
-        if self._why_flat and (is_checked(signals.step) or not on_cuda(scores)):
+        if self._why_flat and len(rows.row) and (is_checked(signals.step) or not on_cuda(scores)):
             self._warn_of_flat(scores, rows)
         weights = (1 - self._strength) * valid + self._strength * weights
         return weights if self.per_head else weights[0]

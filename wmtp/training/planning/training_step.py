@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune.training import scale_grads
 
 from wmtp.config import build
-from wmtp.distributed import all_reduce_sum
 from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
@@ -88,7 +87,7 @@ def _simulated(step: "_Step") -> SimulatedStep:
             (loss_sum * step.world_size).backward()
         simulation.fused = False
         with simulation.phase("optimizer", "optimizer"):
-            all_reduce_sum(loss_sum.detach()).tolist()  # of the sums of a step, which the recipe asks for together
+            loss_sum.tolist()  # with the step's other sums, which the recipe asks for together
             del loss_sum
             scale_grads(step.model, torch.tensor(1.0))
             norm = torch.nn.utils.clip_grad_norm_(step.trained, cfg.get("max_grad_norm") or math.inf)
