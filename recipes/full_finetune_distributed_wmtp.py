@@ -32,7 +32,6 @@ from wmtp.models import (
 )
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
-from wmtp.targets import moved
 from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.checkpoint import (
     Checkpointer,
@@ -52,6 +51,7 @@ from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 from wmtp.training.validation import epoch_cross_entropy, held_out_sets, validate
 from wmtp.weighting import any_weighting
+from wmtp.weighting.targets import moved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE = {False: None, True: 1, "selective": "selective"}  # or a number of blocks

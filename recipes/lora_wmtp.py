@@ -38,7 +38,6 @@ from wmtp.models import (
 from wmtp.models.adapter_folder import load_adapter, save_adapter
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
-from wmtp.targets import moved
 from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.cached_states import keep_states, trunk_states
 from wmtp.training.checkpoint import (
@@ -61,6 +60,7 @@ from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
 from wmtp.training.validation import epoch_cross_entropy, held_out_sets, validate
 from wmtp.weighting import any_weighting
+from wmtp.weighting.targets import moved
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE = {False: None, True: 1, "selective": "selective"}  # or a number of blocks

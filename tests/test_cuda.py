@@ -13,8 +13,8 @@ from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.loss import mtp_loss, token_cross_entropy
 from wmtp.models import shard_model
 from wmtp.pretrained import byte_tokenizer
-from wmtp.targets import Targets
 from wmtp.weighting import dft, rho1, uniform
+from wmtp.weighting.targets import Targets
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from wmtp.errors import UserError
 from wmtp.numerics.cross_entropy import cross_entropy_, cross_entropy_and_entropy_
 from wmtp.numerics.products import add_mm_float32, mm_float32, on_cuda, operand
-from wmtp.targets import Targets, valid_targets
 from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
 from wmtp.weighting.rows import LOOK_AT
+from wmtp.weighting.targets import Targets, valid_targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -27,8 +27,8 @@ from wmtp.data import Documents, pack, tokenized
 from wmtp.models import from_checkpoint, load_checkpoint
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 from wmtp.report.runs import load_run
-from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, any_weighting
+from wmtp.weighting.targets import valid_targets
 
 SET = "code"
 

@@ -15,8 +15,8 @@ import torch
 from wmtp.data import Documents, PackedDataset, pack, python_functions
 from wmtp.models import MTPDecoder, llama_mtp
 from wmtp.pretrained import hf_tokenizer
-from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, dft, entropy, random_matched, rho1, shuffled
+from wmtp.weighting.targets import valid_targets
 
 from .models import SMOLLM2, all_targets, cut, kept, signals, smollm2, train, with_noise
 from .statistics import auc, interval, resamples

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from wmtp.data import Document, Documents, pack
-from wmtp.targets import valid_targets
+from wmtp.weighting.targets import valid_targets
 
 PAD = 7
 

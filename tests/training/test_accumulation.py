@@ -13,10 +13,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from wmtp.data import BatchStream, Document, Documents, pack
 from wmtp.distributed import all_reduce_sum, start_world
 from wmtp.models import shard_model
-from wmtp.targets import valid_targets
 from wmtp.training.accumulation import Accumulation
 from wmtp.weighting import weight_statistics
 from wmtp.weighting.statistics import order_statistics
+from wmtp.weighting.targets import valid_targets
 
 SIZES = {"vocab_size": 20, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 12}
 SIZES |= {"max_seq_len": 16, "num_future_tokens": 2}

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, critic, dft, entropy, random_matched, rho1, shuffled
+from wmtp.weighting.targets import valid_targets
 
 # Each takes min_weight, max_weight, strength and scope.
 METHODS = {

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_signals import METHODS, changed, documents, one_row, quiet, random_signals, ready
 
-from wmtp.targets import valid_targets
 from wmtp.weighting import Signals, random_matched, rho1, shuffled
+from wmtp.weighting.targets import valid_targets
 
 
 def rows_of(*labels):

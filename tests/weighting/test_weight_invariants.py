@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_signals import CLIPLESS, CONTROLS, METHODS, changed, documents, quiet, random_signals, ready, scopes
 
-from wmtp.targets import valid_targets
 from wmtp.weighting import uniform
+from wmtp.weighting.targets import valid_targets
 
 names = st.sampled_from(list(METHODS))
 controls = st.sampled_from(list(CONTROLS))

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wmtp.targets import valid_targets
 from wmtp.weighting import target_table, weight_statistics
+from wmtp.weighting.targets import valid_targets
 
 
 def test_by_hand():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wmtp.loss import of_each_target
-from wmtp.targets import Targets, valid_targets
+from wmtp.weighting.targets import Targets, valid_targets
 
 
 class HeadScores(NamedTuple):

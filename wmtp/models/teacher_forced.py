@@ -16,8 +16,8 @@ class TeacherForced(nn.Module):
 
     A pair (t, k) is valid where token t + k exists in t's document. Then position t + k - 1 lies in that document too
     (documents are contiguous), so no valid pair reads another document. The last k - 1 positions of a row have neither
-    such a position nor a target: their hidden states and logits are zeros, and `wmtp.targets.valid_targets` leaves them
-    out.
+    such a position nor a target: their hidden states and logits are zeros, and `valid_targets` of
+    wmtp.weighting.targets leaves them out.
 
     Args:
         model: returns [B, S, V] or [1, B, S, V] logits, bare or as ``.logits``, when called with tokens.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wmtp.errors import UserError
 from wmtp.report.tokens import token_pieces
-from wmtp.targets import valid_targets
+from wmtp.weighting.targets import valid_targets
 
 
 @dataclass(frozen=True)

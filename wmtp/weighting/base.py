@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,9 +14,7 @@ from torch import Tensor
 from wmtp.errors import UserError
 from wmtp.numerics.products import on_cuda
 from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, scope_rows, weigh_rows
-
-if TYPE_CHECKING:
-    from wmtp.targets import Targets
+from wmtp.weighting.targets import Targets
 
 OF_THE_POLICY = ("policy_ce", "policy_entropy")  # the signals that wmtp.loss.mtp_loss computes
 FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # the key of the model that gives it
@@ -46,12 +44,12 @@ class Signals:
     """
 
     labels: Tensor  # [B, S], -100 where the token is no target
-    valid: Tensor  # [H, B, S] bool, of wmtp.targets.valid_targets
+    valid: Tensor  # [H, B, S] bool, of wmtp.weighting.targets.valid_targets
     document_ids: Tensor | None = None  # [B, S]; None: each row is one document
     named: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0  # optimizer step, so that random controls draw anew each step
     training: bool = True  # False leaves the weighting's state as it is: the weights are only looked at
-    targets: "Targets | None" = None  # the same targets, found on the host
+    targets: Targets | None = None  # the same targets, found on the host
 
     def __getattr__(self, name: str) -> Tensor:
         named = self.__dict__.get("named", {})

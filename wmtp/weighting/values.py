@@ -100,7 +100,7 @@ def value_deltas(values: Tensor, valid: Tensor, gamma: float) -> Tensor:
     Args:
         values: [B, S], V_j of the prefix x_<=j. It is read at the targets and at the token before each of them, which
             is in the same document: of a prompt, only the last token's value counts.
-        valid: [B, S] bool, head 1's targets (``wmtp.targets.valid_targets``).
+        valid: [B, S] bool, head 1's targets (``wmtp.weighting.targets.valid_targets``).
         gamma: in [0, 1].
     """
     x = values.double()

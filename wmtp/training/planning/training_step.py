@@ -23,11 +23,11 @@ from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.value import ValueModel
 from wmtp.numerics.products import on_host
-from wmtp.targets import Targets
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.performance import model_flops
 from wmtp.training.planning.simulation import Figures, Simulation, local_parts
 from wmtp.weighting import any_weighting
+from wmtp.weighting.targets import Targets
 
 RECOMPUTE = {False: None, True: 1}  # else as wmtp.models.checkpoint_activations takes it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
