@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show, in one call of under 8 minutes: the tests that need one, the recipes' own tests on CUDA, then
-# loss and training step beside their alternatives.
+# loss and training step beside their alternatives, and the planner beside runs.
 #
 #   bash benchmarks/gpu.sh [FOLDER]        default: runs/gpu; figures.jsonl, table.md, and a log of each part go there
 #
@@ -23,7 +23,8 @@ part() { # NAME COMMAND...: its figures are added to those of all
 }
 
 python -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
-part tests pytest -q tests/test_cuda.py tests/test_loss.py tests/weighting/test_weight_controls.py tests/generation/test_generate.py
+part tests pytest -q tests/test_cuda.py tests/test_cross_entropy.py tests/test_loss.py \
+  tests/weighting/test_weight_controls.py tests/generation/test_generate.py
 part recipes env WMTP_TEST_DEVICE=cuda pytest -q -m "not slow" -n 8 tests/recipes/test_full_finetune.py \
   tests/recipes/test_lora_wmtp.py tests/recipes/test_weighted_runs.py tests/recipes/test_score_reference.py \
   tests/recipes/test_critic_stage1.py tests/recipes/test_profiler.py
@@ -39,6 +40,7 @@ part step_compiled "${step[@]}" --rows 16 --seq 2048 --heads 1 --only wmtp --com
 for attention in sdpa flex; do
   part "step_packed_$attention" "${step[@]}" --rows 16 --seq 2048 --heads 1 --only wmtp --documents 8 --attention $attention
 done
+part planner python benchmarks/planning.py --cases full,large
 memory=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)
 if [ "$memory" -ge 75000 ]; then
   part decode_7b python benchmarks/decoding.py
