@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,28 +22,21 @@ VOCABULARIES = [2, 40, 8192, 8193, 20000]  # a block of the kernel has 8,192 col
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when it is imported
 
 
-@pytest.fixture
-def interpreted_kernel():
-    """Lets the CPU do what CUDA does, with the kernel in Triton's interpreter: numpy."""
-    if not INTERPRETED:
-        pytest.skip("in a process of its own: test_the_kernel_in_triton_s_interpreter")
-    with as_on_cuda():
-        yield
+# The interpreted kernel has a process of its own, in which nothing else is asked.
+IMPLEMENTATIONS = ["interpreted kernel"] if INTERPRETED else ["torch", "kernel"]
 
 
-@pytest.fixture(params=["torch", "interpreted_kernel", "kernel"])
+@pytest.fixture(params=IMPLEMENTATIONS)
 def device(request):
-    if request.param == "kernel" and (INTERPRETED or not torch.cuda.is_available()):
+    if request.param == "kernel" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    if request.param == "interpreted_kernel":
-        request.getfixturevalue("interpreted_kernel")
-    return "cuda" if request.param == "kernel" else "cpu"
+    with as_on_cuda() if INTERPRETED else nullcontext():
+        yield "cuda" if request.param == "kernel" else "cpu"
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_the_kernel_in_triton_s_interpreter():
     pytest.importorskip("triton", "3.7", reason="no Triton, or one whose interpreter NumPy has left behind")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted_kernel", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "rows or plain", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "27 passed" in done.stdout and "skipped" not in done.stdout, done.stdout
 
@@ -107,17 +101,18 @@ def test_a_row_that_is_not_finite_spoils_no_other_and_no_rows_are_nothing(device
     keep=st.sampled_from([0.0, 0.3, 1.0]),
     chunk=st.integers(1, 30),
 )
-def test_a_loss_on_the_interpreted_kernel(interpreted_kernel, seed, heads, seq, vocab, per_head, keep, chunk):
+def test_the_loss_equals_plain_autograd(device, seed, heads, seq, vocab, per_head, keep, chunk):
     """Heads, zero weights, documents, known CE and chunks, against plain autograd in float64, as in test_loss.py."""
     hidden, unembedding, labels, weights, document_ids, b = random_case(seed, heads, 2, seq, 8, vocab, per_head, keep)
     h64, u64 = hidden.clone().requires_grad_(), unembedding.clone().requires_grad_()
     exact, _, exact_ce = plain(h64, u64, labels, weights, document_ids, b)
-    h, u = hidden.float().requires_grad_(), unembedding.float().requires_grad_()
+    h, u = (x.float().to(device).requires_grad_() for x in (hidden, unembedding))
+    labels, weights, document_ids, b = (x.to(device) for x in (labels, weights, document_ids, b))
     known, entropy = token_cross_entropy_and_entropy(h[:1], u, labels, document_ids=document_ids, chunk_tokens=chunk)
     assert (entropy >= 0).all()
     named = {"document_ids": document_ids, "head_weights": b.float(), "known_ce": known, "chunk_tokens": chunk}
     out = weighted_mtp_cross_entropy(h, u, labels, weights.float(), **named)
-    torch.testing.assert_close(out.ce.double(), exact_ce, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.ce.double().cpu(), exact_ce, rtol=1e-5, atol=1e-5)
     if exact.requires_grad:  # some head has a target
         for fused, double in zip(gradients(out.loss_sum, h, u), gradients(exact, h64, u64), strict=True):
-            assert relative(fused, double) <= 1e-5
+            assert relative(fused.cpu(), double) <= 1e-5

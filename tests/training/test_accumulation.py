@@ -32,7 +32,7 @@ def collectives_of_a_step_on_two_times_two_ranks():
             loss = model(tokens).sum()
             model.set_requires_all_reduce(number == 3)
             loss.backward()
-    counts, groups = collectives.operations, 4  # three blocks and the root
+    counts, groups = collectives.operations, 6  # three blocks, embedding, unembedding and the root
     assert counts["allreduce_"] == groups
     assert counts["_reduce_scatter_base_"] == 3 * groups
     assert all(p.grad is not None for p in model.parameters())
