@@ -1,6 +1,6 @@
 """Does a weighting that finds noise also teach more? The noise AUC of each arm's weights beside the arm's gain.
 
-    python benchmarks/study/noise_auc.py runs/study/grid runs/study/ablation
+    python benchmarks/study/noise_auc.py runs/study/final runs/study/ablation
 
 For every arm of the sweeps, its weighting is called as training calls it, on the first documents of the training data
 and on the signals of the base model, where training begins; low weights are read as a detector of replaced tokens. The
