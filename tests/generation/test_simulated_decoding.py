@@ -9,7 +9,7 @@ from on_fake_cuda import FakeCUDA
 
 from wmtp.config import load
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.generation.generate import _Batch
+from wmtp.generation.generate import Batch
 from wmtp.generation.kv_memory import FREE_SHARE
 from wmtp.models import codellama_7b, llama_mtp, meta_mtp_7b
 from wmtp.training.planning.cards import CARDS
@@ -62,7 +62,7 @@ def test_a_7b_evaluation_holds_less_than_70_gb_at_its_longest_prompt(name):
     kv_memory = int(FREE_SHARE * (card.memory - weights))
     sampling = Sampling(cfg.max_new_tokens, cfg.temperatures[0], cfg.top_p)
     prompt = (0,) * (cfg.model.max_seq_len - cfg.max_new_tokens)
-    batch = _Batch(model, Letters(), sampling, cfg.batch_size, cfg.num_drafts, kv_memory, DecodingStats())
+    batch = Batch(model, Letters(), sampling, cfg.batch_size, cfg.num_drafts, kv_memory, DecodingStats())
     with cuda:
         batch._prepare()
         batch._first_tokens(batch._take(iter([Request(n, prompt, (n,)) for n in range(cfg.num_samples)])))

@@ -86,7 +86,7 @@ def generate(
                 check_memory(request, model, sampling, num_drafts, kv_memory)
         batch_size = min(batch_size, max(len(requests), 1))
     stats = DecodingStats() if stats is None else stats
-    return _Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats).run(iter(requests))
+    return Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats).run(iter(requests))
 
 
 def _check_model(model: nn.Module, num_drafts: int) -> None:
@@ -140,7 +140,7 @@ class _Row:
         return [numbers_at(self.digest, len(self.tokens) + i) for i in range(count)]
 
 
-class _Batch:
+class Batch:
     """The requests in flight: request b is entry b of ``_rows`` and ``_draft_logits``, and row b of ``_own``."""
 
     def __init__(

@@ -20,7 +20,7 @@ from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.eval.heads import score_heads
 from wmtp.generation import Request, Sampling, linear
 from wmtp.generation.cached_decoder import KVCache
-from wmtp.generation.generate import _Batch
+from wmtp.generation.generate import Batch
 from wmtp.generation.kv_memory import FREE_SHARE, check_kv_memory, kv_bytes_per_token, kv_positions
 from wmtp.generation.requests import DecodingStats
 from wmtp.loss import token_cross_entropy
@@ -137,7 +137,7 @@ def _of_answers(cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> Simulat
     sampling = Sampling(new, max(cfg.get("temperatures") or [0.0]), cfg.get("top_p") or 1.0)
     requests = [Request(row, (1 + row % prompts,) * length, (0, row)) for row in range(rows)]
     requests.sort(key=lambda request: request.prompt)
-    batch = _Batch(model, byte_tokenizer(), sampling, rows, cfg.get("num_drafts") or 0, 2**62, DecodingStats())
+    batch = Batch(model, byte_tokenizer(), sampling, rows, cfg.get("num_drafts") or 0, 2**62, DecodingStats())
     with simulation, _kinds(simulation):
         simulation.hold(list(model.parameters()), "weights")
         simulation.reset()
@@ -177,8 +177,8 @@ def _kinds(simulation: Simulation) -> Iterator[None]:
 
     with (
         named(KVCache, "resize", "KV cache"),
-        named(_Batch, "_verify", "logits"),
-        named(_Batch, "_draft", "logits"),
+        named(Batch, "_verify", "logits"),
+        named(Batch, "_draft", "logits"),
         patch.object(linear, "_packed", packed),
     ):
         yield
