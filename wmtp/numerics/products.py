@@ -19,21 +19,10 @@ def on_cuda(x: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def as_on_cuda() -> Iterator[None]:
-    """Lets tensors of the CPU stand for tensors on CUDA."""
+def as_on_cuda(on: bool = True) -> Iterator[None]:
+    """Lets tensors of the CPU stand for tensors on CUDA; with False, within such a simulation, for what they are."""
     global _simulated
-    before, _simulated = _simulated, True
-    try:
-        yield
-    finally:
-        _simulated = before
-
-
-@contextlib.contextmanager
-def on_host() -> Iterator[None]:
-    """Lets tensors of the CPU be what they are, within a simulation of CUDA."""
-    global _simulated
-    before, _simulated = _simulated, False
+    before, _simulated = _simulated, on
     try:
         yield
     finally:

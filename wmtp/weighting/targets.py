@@ -4,12 +4,13 @@ Everything per token is indexed by the *target* position j = t + k, as in :mod:`
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from wmtp.numerics.products import on_cuda, on_host
+from wmtp.numerics.products import as_on_cuda, on_cuda
 from wmtp.weighting.rows import ScopeRows, scope_rows
 
 IGNORE_INDEX = -100  # the label of a token that is no target, as in F.cross_entropy
@@ -54,7 +55,7 @@ class Targets:
 
     def __init__(self, labels: Tensor, document_ids: Tensor | None = None) -> None:
         self._labels, self._document_ids = labels, document_ids
-        self._counting = nullcontext if on_cuda(labels) else on_host
+        self._counting = nullcontext if on_cuda(labels) else partial(as_on_cuda, False)
         self._kept: dict[tuple, Tensor | ScopeRows] = {}
 
     def place(self, num_heads: int, device: torch.device) -> Tensor:

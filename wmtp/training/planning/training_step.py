@@ -22,7 +22,7 @@ from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
 from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.value import ValueModel
-from wmtp.numerics.products import on_host
+from wmtp.numerics.products import as_on_cuda
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.performance import model_flops
 from wmtp.training.planning.simulation import Figures, Simulation, local_parts
@@ -294,7 +294,7 @@ class _Finetuning(_Step):
     def forward(self) -> Tensor:
         simulation, labels = self.simulation, self.batch["tokens"].clone()
         labels[:, : labels.shape[1] // 16] = -100
-        with on_host():
+        with as_on_cuda(False):
             targets = Targets(labels, self.batch["document_ids"])
         named = {name: torch.rand(labels.shape) for name in self.weighting.needs if not name.startswith("policy")}
         for signal, model in self.frozen.items():
