@@ -101,13 +101,15 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(saved, in_process):
     assert rows > 8 and fits <= 1e9 < more
 
 
-def test_a_run_says_its_plan_before_it_starts_and_does_what_it_did(saved, tmp_path):
+@pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_run_says_its_plan_before_it_starts_and_does_what_it_did(replicas, saved, tmp_path):
     rows = []
     for smallest in (0, 10**12):
-        path = saved("uniform", "narrow", hsdp_replicas=2, overwrite=True)
+        path = saved("uniform", "narrow", hsdp_replicas=replicas, overwrite=True)
         log = tmp_path / f"{smallest}.txt"
         start(run, path, smallest, size=2, log=log).join()
-        rows.append([row["train/loss"] for row in read_metrics(OmegaConf.load(path).output_dir) if "train/loss" in row])
+        steps = [row for row in read_metrics(OmegaConf.load(path).output_dir) if "train/loss" in row]
+        rows.append([(row["train/loss"], row["train/grad_norm"]) for row in steps])
         assert log.read_text().count("on each of 2 x CPU") == (smallest == 0)
         assert "no plan" not in log.read_text()
     assert rows[0] == rows[1] and len(rows[0]) == 3

@@ -1,4 +1,4 @@
-"""A simulated process of a training run: the real code, on tensors without data.
+"""A simulated process of a training run or an evaluation: the real code, on tensors without data.
 
 Tensors of more than a few numbers a token are fake (torch's FakeTensorMode): they have a shape, a dtype and bytes, and
 no values. Small ones, such as targets, weights and cross-entropies, are real, and random where a fake one is read: the
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -174,8 +175,8 @@ class Simulation(TorchDispatchMode):
         super().__exit__(*error)
         self._patches.close()
 
-    @contextlib.contextmanager
-    def _within(self, module: Any, name: str, kind: str) -> Iterator[None]:
+    def _within(self, module: Any, name: str, kind: str) -> Any:
+        """Names the kind of what a function of a module allocates."""
         original = getattr(module, name)
 
         def named(*args: Any, **kwargs: Any) -> Any:
@@ -185,14 +186,9 @@ class Simulation(TorchDispatchMode):
                 self.hold([p.sharded_param.grad for p in args[0] if p.sharded_param.grad is not None], "gradients")
             return result
 
-        setattr(module, name, named)
-        try:
-            yield
-        finally:
-            setattr(module, name, original)
+        return patch.object(module, name, named)
 
-    @contextlib.contextmanager
-    def _resizes(self) -> Iterator[None]:
+    def _resizes(self) -> Any:
         """Sees FSDP2 free and allocate gathered weights, which it does by the size of their storages."""
         original = torch.UntypedStorage.resize_
 
@@ -202,14 +198,9 @@ class Simulation(TorchDispatchMode):
                 self._set(storage._cdata, size, self._storages[storage._cdata][1])
             return result
 
-        torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
+        return patch.object(torch.UntypedStorage, "resize_", resize_)
 
-    @contextlib.contextmanager
-    def _lists(self) -> Iterator[None]:
+    def _lists(self) -> Any:
         """Sees tensors become lists, which is no operation."""
         original = Tensor.tolist
 
@@ -218,11 +209,7 @@ class Simulation(TorchDispatchMode):
                 self.waits[self._phase, "tolist"] += 1
             return original(tensor)
 
-        Tensor.tolist = tolist  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            Tensor.tolist = original  # type: ignore[method-assign]
+        return patch.object(Tensor, "tolist", tolist)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Operations
@@ -397,8 +384,14 @@ def fake_world(size: int, replicas: int = 1) -> DeviceMesh:
 
 
 def mesh_of(group: dist.ProcessGroup, size: int, replicas: int = 1) -> DeviceMesh:
-    """Returns a mesh, ("shard",) or ("replicate", "shard"), of a group that sends nothing."""
+    """Returns a mesh, sharded or replicated and sharded, of a group that sends nothing.
+
+    Its dimensions have names of their own: meshes of equal names are equal, and within a run torch's caches of DTensor
+    operations would hand the simulated mesh, which sends nothing, to the run's own gradients.
+    """
     if replicas == 1:
-        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(group, "cpu", mesh_dim_names=("simulated_shard",))
     ranks = torch.arange(size).reshape(replicas, -1)
-    return DeviceMesh.from_group([group, group], "cpu", mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    return DeviceMesh.from_group(
+        [group, group], "cpu", mesh=ranks, mesh_dim_names=("simulated_replicate", "simulated_shard")
+    )
