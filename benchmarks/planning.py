@@ -23,7 +23,7 @@ from figures import report
 
 from wmtp.config import changed, load
 from wmtp.training.planning.cards import present_card
-from wmtp.training.planning.plan import plan_training
+from wmtp.training.planning.plan import plan_config
 from wmtp.training.planning.simulation import mesh_of
 
 ROOT = Path(__file__).parents[1]
@@ -66,7 +66,7 @@ def run(case: str, device: str, output_dir: str) -> dict:
     recipe.train()
     lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "train/tokens" in line][-MEASURED:]
-    plan = plan_training(cfg, mesh_of(dist.new_group(backend="fake"), 1), present_card(torch.device(device)))
+    plan = plan_config(cfg, mesh_of(dist.new_group(backend="fake"), 1), present_card(torch.device(device)))
     return {
         "planned GB": plan.memory / 1e9,
         "GB": max(line["train/peak_memory_gib"] for line in last) * 2**30 / 1e9,

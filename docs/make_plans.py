@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from wmtp.config import load
 from wmtp.training.planning.cards import find_card
-from wmtp.training.planning.plan import plan_training
+from wmtp.training.planning.plan import plan_config
 from wmtp.training.planning.simulation import fake_world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +40,7 @@ def planned(file: Path) -> str:
     """Returns a config's text with its plan."""
     text = file.read_text()
     mesh = fake_world(cards(file))
-    plan = plan_training(load(file), mesh, CARD)
+    plan = plan_config(load(file), mesh, CARD)
     dist.destroy_process_group()
     mfu = f", MFU {plan.mfu:.0%}" if plan.flops else ""
     saved = f"; a checkpoint is {plan.checkpoint / 1e9:.1f} GB" if plan.checkpoint else ""

@@ -27,7 +27,7 @@ from wmtp.files import write_whole
 from wmtp.training.planning.cards import find_card
 from wmtp.training.planning.frozen_step import most_rows
 from wmtp.training.planning.page import plan_page
-from wmtp.training.planning.plan import Plan, lack, largest_batch, levers, plan_training, short, ways_out
+from wmtp.training.planning.plan import Plan, lack, largest_batch, levers, plan_config, short, ways_out
 from wmtp.training.planning.simulation import fake_world
 
 OWN = ("gpus", "gpu", "page", "recipe", "prompt_tokens")
@@ -69,7 +69,7 @@ class PlanMemoryRecipe:
             self._rows = f"kv_memory has room for {most_rows(self._cfg, self._card.memory)} answers at once"
 
     def _plan(self, changes: list[str]) -> Plan:
-        return plan_training(changed(self._cfg.copy(), changes), self._mesh, self._card)
+        return plan_config(changed(self._cfg.copy(), changes), self._mesh, self._card)
 
     def show(self) -> None:
         """Prints the plan, its parts and what each lever buys."""

@@ -289,10 +289,10 @@ class SweepRecipe:
 
     def _stages(self, trial: optuna.Trial) -> list[Stage]:
         name = trial.user_attrs[CELL]
-        searched = name not in self._tasks
-        cell, seeds = (
-            (self._searched(name, suggested(self._search, trial)), self._seeds) if searched else self._tasks[name]
-        )
+        if name in self._tasks:
+            cell, seeds = self._tasks[name]
+        else:
+            cell, seeds = self._searched(name, suggested(self._search, trial)), self._seeds
         return self._runs.stages(self._planner.fitting(cell, len(seeds)), seeds)
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@
 
 For every arm of the sweeps, its weighting is called as training calls it, on the first documents of the training data
 and on the signals of the base model, where training begins; low weights are read as a detector of replaced tokens. The
-gain is what the arm's held-out CE of head 1 on code is below the baseline's, over the seeds that both have. One JSON
-line per arm, then Spearman's correlation over arms: name, value, unit, against.
+gain is what the arm's held-out CE of head 1 on code is below the baseline's, over the seeds that both have; an arm of
+two sweeps counts once, as the first has it. One JSON line per arm, then Spearman's correlation over arms: name, value,
+unit, against.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main() -> None:
             folder = sweep / "cells" / name / f"seed-{both[0]}"
             cfg = OmegaConf.load(folder / "config.yaml")
             if (
-                name == baseline
+                name in (baseline, *found)
                 or cfg.dataset != OmegaConf.load(sweep / "cells" / baseline / f"seed-{both[0]}" / "config.yaml").dataset
             ):
                 continue

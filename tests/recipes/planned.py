@@ -30,13 +30,13 @@ CPU = Card("CPU", 64e9, 1e12, 1e12, 1e11, 1e11, 1e11, 1.0)
 def plans(result, *configs):
     """Write the bytes that each config's plan holds at most, on one CPU."""
     mesh = fake_world(1)
-    found = [planning.plan_training(OmegaConf.load(cfg), mesh, CPU).memory for cfg in configs]
+    found = [planning.plan_config(OmegaConf.load(cfg), mesh, CPU).memory for cfg in configs]
     Path(result).write_text(json.dumps(found))
 
 
 def waits(result, config):
     """Write how often the host waits for the device in a step of a config on 2 simulated cards."""
-    plan = planning.plan_training(OmegaConf.load(config), fake_world(2), CARDS["a100_80gb"])
+    plan = planning.plan_config(OmegaConf.load(config), fake_world(2), CARDS["a100_80gb"])
     Path(result).write_text(json.dumps(plan.waits))
 
 
@@ -102,7 +102,7 @@ def largest(result, config, memory):
     held = []
     for number in (rows, rows + 1):
         cfg.batch_size = number
-        held.append(planning.plan_training(cfg, mesh, card).memory)
+        held.append(planning.plan_config(cfg, mesh, card).memory)
     Path(result).write_text(json.dumps([rows, *held]))
 
 
@@ -115,7 +115,7 @@ def arms(result, config, cards):
     for entry in sweep.cells:
         changes = {**base.changes, **flat(OmegaConf.to_container(entry.get("overrides") or OmegaConf.create({})))}
         cell = replace(base, name=entry.name, config=entry.get("config", base.config), changes=changes)
-        found[cell.name] = planning.plan_training(cell.settings(), mesh, CARDS["a100_80gb"]).memory
+        found[cell.name] = planning.plan_config(cell.settings(), mesh, CARDS["a100_80gb"]).memory
     Path(result).write_text(json.dumps(found))
 
 

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig
 
-from wmtp.errors import one_line
 from wmtp.sweep.cells import Cell, SweepError
-from wmtp.training.planning import is_worth_a_plan
+from wmtp.training.planning import is_worth_a_plan, why_unplanned
 from wmtp.training.planning.cards import Card, present_card
 
 
@@ -46,8 +45,7 @@ class Planner:
         try:
             seconds, refused = self._planned(cfg)
         except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
-            ended = f"a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
-            self._log(f"{cell.name}: no plan of this cell: {ended}")
+            self._log(f"{cell.name}: no plan of this cell: {why_unplanned(error)}")
             return cell
         if refused:
             raise CannotFit(refused)
@@ -60,7 +58,7 @@ class Planner:
         there = torch.cuda.is_available()
         if (cfg.device == "cuda" and not there) or not is_worth_a_plan(cfg):  # the run itself says what is not there
             return 0.0, ""
-        from wmtp.training.planning.plan import lack, plan_training, ways_out
+        from wmtp.training.planning.plan import lack, plan_config, ways_out
         from wmtp.training.planning.simulation import fake_world
 
         kind = "cuda" if there and cfg.device != "cpu" else "cpu"
@@ -68,7 +66,7 @@ class Planner:
         card = replace(card, memory=card.memory / self._sharing[kind])
         mesh = fake_world(self._processes, cfg.get("hsdp_replicas") or 1)
         try:
-            plan = plan_training(cfg, mesh, card)
+            plan = plan_config(cfg, mesh, card)
             nearest = None if plan.fits else next(ways_out(cfg, mesh, card), None)
         finally:
             dist.destroy_process_group()

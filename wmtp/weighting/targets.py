@@ -3,8 +3,10 @@
 Everything per token is indexed by the *target* position j = t + k, as in :mod:`wmtp.loss`.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +39,7 @@ def valid_targets(labels: Tensor, num_heads: int, document_ids: Tensor | None = 
 def moved(batch: dict, device: torch.device) -> dict:
     """Returns a batch of the data on the device, and its targets, which are counted on the host: ``targets``."""
     targets = Targets(batch["labels"], batch["document_ids"])
-    return {
-        **tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch),
-        "targets": targets,
-    }
+    return {**_to_device(batch, device), "targets": targets}
 
 
 class Targets:
@@ -56,25 +55,29 @@ class Targets:
     def __init__(self, labels: Tensor, document_ids: Tensor | None = None) -> None:
         self._labels, self._document_ids = labels, document_ids
         self._counting = nullcontext if on_cuda(labels) else partial(as_on_cuda, False)
-        self._kept: dict[tuple, Tensor | ScopeRows] = {}
+        self._kept: dict[tuple, Any] = {}
 
     def place(self, num_heads: int, device: torch.device) -> Tensor:
         """Returns the places in [H*B*S] of all targets of the first heads: [N], in order."""
-        key = (num_heads, device)
-        if key not in self._kept:
-            with self._counting():
-                (found,) = valid_targets(self._labels, num_heads, self._document_ids).flatten().nonzero(as_tuple=True)
-                self._kept[key] = found.to(device, non_blocking=True)
-        return self._kept[key]  # type: ignore[return-value]
+        return self._once(lambda: self._valid(num_heads).flatten().nonzero().squeeze(1), device, num_heads)
 
     def rows(self, num_heads: int, scope: str, device: torch.device) -> ScopeRows:
         """Returns the rows of :func:`~wmtp.weighting.rows.scope_rows` of the first heads' targets."""
-        key = (num_heads, scope, device)
+        return self._once(
+            lambda: scope_rows(self._valid(num_heads), self._document_ids, scope), device, num_heads, scope
+        )
+
+    def _valid(self, num_heads: int) -> Tensor:
+        return valid_targets(self._labels, num_heads, self._document_ids)
+
+    def _once(self, find: Callable[[], Any], device: torch.device, *what: Any) -> Any:
+        """Returns what is found on the host, moved to the device; it is found and moved the first time."""
+        key = (*what, device)
         if key not in self._kept:
             with self._counting():
-                valid = valid_targets(self._labels, num_heads, self._document_ids)
-                place, *rest = scope_rows(valid, self._document_ids, scope)
-                row, column, mask = (part.to(device, non_blocking=True) for part in rest)
-                place = tuple(part.to(device, non_blocking=True) for part in place)
-                self._kept[key] = ScopeRows(place, row, column, mask)
-        return self._kept[key]  # type: ignore[return-value]
+                self._kept[key] = _to_device(find(), device)
+        return self._kept[key]
+
+
+def _to_device(found: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), found)

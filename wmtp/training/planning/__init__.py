@@ -20,6 +20,11 @@ def is_worth_a_plan(cfg: DictConfig) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) >= SMALLEST
 
 
+def why_unplanned(error: Exception) -> str:
+    """Says what a simulation met that it cannot take."""
+    return f"a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
+
+
 def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], None]) -> None:
     """Prints the plan of a run that is about to start; every rank calls it, and the first one simulates a step.
 
@@ -34,7 +39,7 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
     if not world.is_main:
         return
     from wmtp.training.planning.cards import present_card
-    from wmtp.training.planning.plan import plan_training
+    from wmtp.training.planning.plan import plan_config
     from wmtp.training.planning.simulation import mesh_of
 
     replicas = 1 if world.mesh.ndim == 1 else world.mesh.size(0)
@@ -42,7 +47,7 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
         try:
             if not is_worth_a_plan(cfg):
                 return
-            line = plan_training(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
+            line = plan_config(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
         except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
-            line = f"no plan of this run: a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
+            line = f"no plan of this run: {why_unplanned(error)}"
     log(line)

@@ -1,4 +1,4 @@
-"""The plan of a training run: what a card will hold at the worst moment, and how long a step will take.
+"""The plan of a run: what a card will hold at the worst moment, and how long a step will take.
 
 Bytes, operations and collectives come from one simulated step (wmtp.training.planning.training_step). A time divides
 them by what the card does at best, and by the share of it below that large products and streams of memory reach.
@@ -39,7 +39,7 @@ def short(number: float) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one card does in a training run.
+    """What one card does in a run.
 
     Attributes:
         card: whose times and memory these are.
@@ -105,11 +105,11 @@ class Plan:
         )
 
 
-def plan_training(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
-    """Plans a training config on a mesh of simulated cards.
+def plan_config(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
+    """Plans a config on a mesh of simulated cards.
 
     Args:
-        cfg: of `full_finetune_distributed_wmtp.py`, `lora_wmtp.py` or `critic_stage1.py`.
+        cfg: of a recipe that trains, scores or evaluates.
         mesh: of torch's fake process group (:func:`~wmtp.training.planning.simulation.fake_world`).
         card: a GPU, or this machine's processor.
 
@@ -247,7 +247,7 @@ def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
     """
 
     def phases(rows: int) -> dict[str, float]:
-        return plan_training(changed(cfg.copy(), [f"batch_size={rows}"]), mesh, card).phases
+        return plan_config(changed(cfg.copy(), [f"batch_size={rows}"]), mesh, card).phases
 
     few, more = sorted({cfg.batch_size, 1 if cfg.batch_size > 1 else 2})
     planned = phases(few), phases(more)
@@ -266,7 +266,7 @@ def ways_out(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Iterator[str]:
     if "seq_len" in cfg and (rows := largest_batch(cfg, mesh, card)):
         yield f"batch_size={rows}"
     for name, changes in levers(cfg, card).items():
-        if plan_training(changed(cfg.copy(), changes), mesh, card).fits:
+        if plan_config(changed(cfg.copy(), changes), mesh, card).fits:
             yield f"{' '.join(changes)} ({name})"
 
 
