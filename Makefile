@@ -75,8 +75,9 @@ test-long: $(SETUP)  ## the long ones: kills, servers that fail, several process
 test-fast: $(SETUP)  ## nothing slow, no processes: maths, data, models, configs (under a minute on 2 cores)
 	$(RUN)/pytest --fast --numprocesses auto --dist worksteal
 
-bench: $(SETUP)  ## loss, judge, decoding, scoring, storage, weights beside their alternatives; one JSON line per figure
+bench: $(SETUP)  ## loss, step, judge, decoding, scoring, storage, weights beside their alternatives; one JSON line per figure
 	$(RUN)/python benchmarks/fused_loss.py
+	$(RUN)/python benchmarks/step.py --rounds 3
 	$(RUN)/python benchmarks/judging.py
 	$(RUN)/python benchmarks/generation.py
 	$(RUN)/python benchmarks/scoring.py

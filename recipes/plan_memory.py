@@ -1,7 +1,7 @@
 """The plan of a run, before a card is rented: memory by kind, time by part, and what each lever buys.
 
-    tune run recipes/plan_memory.py --config configs/meta_mtp_7b/rho1.yaml gpus=4 gpu=a100_80gb
-    tune run recipes/plan_memory.py --config configs/meta_mtp_7b/eval_mbpp.yaml gpus=4 gpu=a100_80gb
+    python recipes/plan_memory.py --config configs/meta_mtp_7b/rho1.yaml gpus=4 gpu=a100_80gb
+    python recipes/plan_memory.py --config configs/meta_mtp_7b/eval_mbpp.yaml gpus=4 gpu=a100_80gb
     python recipes/plan_memory.py --config configs/smollm2_135m/rho1.yaml gpus=1 gpu=cpu batch_size=8
 
 One optimizer step of a training config is simulated, one batch of a scoring, or one round of an evaluation's answers,
