@@ -170,7 +170,8 @@ def test_an_export_is_its_sources_config_with_what_training_changed(tiny_hf, tmp
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     spelt = {"rope_theta": 500_000.0, "rope_scaling": scaling, "rope_parameters": LLAMA3_ROPE}
     changed = {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    assert config == {**said, **spelt, **changed}
+    heads = {"num_future_tokens": 3, "auto_map": {"AutoModelForCausalLM": "modeling_wmtp.LlamaForCausalLM"}}
+    assert config == {**said, **spelt, **changed, **heads}
     assert json.loads((tmp_path / "short" / "generation_config.json").read_text()) == generation
     export_hf(loaded(folder, max_seq_len=64), tmp_path / "long")
     assert json.loads((tmp_path / "long" / "config.json").read_text())["max_position_embeddings"] == 64

@@ -104,11 +104,14 @@ def read_with(release, root, models, tokenizers, out):
     found = {"version": transformers.__version__, "models": {}, "ids": {}}
     for name in models:
         model = AutoModelForCausalLM.from_pretrained(root / name)
+        heads = AutoModelForCausalLM.from_pretrained(root / name, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(root / name)
         asked = tokenizer(TEXT, return_tensors="pt")
         with torch.no_grad():
             found["models"][name] = {
-                "logits": model(TOKENS).logits,
+                "logits": heads(TOKENS, num_heads=2).head_logits,
+                "head 1": torch.equal(heads(TOKENS).logits, model(TOKENS).logits),
+                "text": [m.generate(**asked, max_new_tokens=12, do_sample=False) for m in (model, heads)],
                 "length": model.generate(**asked, max_new_tokens=2, do_sample=False).shape[1],
                 "ends": model.generation_config.eos_token_id,
                 "temperature": model.generation_config.temperature,
@@ -134,7 +137,8 @@ def test_transformers_4_reads_an_export_as_what_was_trained(folders, tmp_path, v
     for name in models:
         read = found["models"][name]
         with torch.no_grad():
-            torch.testing.assert_close(read["logits"], trained[name](TOKENS)[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(read["logits"], trained[name](TOKENS), atol=1e-5, rtol=1e-5)
+        assert read["head 1"] and torch.equal(*read["text"])
         assert read["ends"] == [3, 2, 1] and read["temperature"] == 0.6
         assert len(ids[name]) < read["length"] <= len(ids[name]) + 2
         assert read["config"]["eos_token_id"] == [3, 1] and read["config"]["bos_token_id"] == 0

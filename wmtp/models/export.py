@@ -19,7 +19,7 @@ from wmtp.files import publish, unfinished
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
 from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
-from wmtp.pretrained.config_files import MTP_CONFIG, MTP_WEIGHTS, exported_configs
+from wmtp.pretrained.config_files import MODELING, MTP_CONFIG, MTP_WEIGHTS, exported_configs
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def export_hf(
 ) -> None:
     """Writes ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
 
-    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` does not read. Low-rank
+    Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` reads by the code in
+    modeling_wmtp.py where it is trusted, and else leaves alone. Low-rank
     adapters are merged into the written weights; the model itself keeps them apart. config.json and
     generation_config.json are those of the checkpoint that the model was read from, with the changes of training, and
     the tokenizer's files are the tokenizer's own; `transformers` reads them from 4.40 on. The folder appears whole or
@@ -144,6 +145,7 @@ def write_hf(
         if heads:
             save_file(heads, writing / MTP_WEIGHTS, metadata={"format": "pt"})
             (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
+            shutil.copyfile(Path(__file__).with_name(MODELING), writing / MODELING)
         _write_configs(writing, model, dtype or parameters["norm.scale"].dtype, tokenizer)
 
 

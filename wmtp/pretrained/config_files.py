@@ -16,6 +16,7 @@ from wmtp.pretrained.shape import LlamaShape, checked_scaling
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MTP_WEIGHTS, MTP_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
+MODELING = "modeling_wmtp.py"  # in an export with several heads: how `transformers` reads them
 META_WEIGHTS, META_CONFIG = "consolidated.pth", "params.json"
 
 # field of LlamaShape -> key of HF's config.json
@@ -283,6 +284,9 @@ def exported_configs(
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if shape.num_future_tokens > 1:
+        config["num_future_tokens"] = shape.num_future_tokens
+        config["auto_map"] = {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{config['architectures'][0]}"}
     files = {CONFIG: config}
     if source is not None and source.generation_config is not None:
         files[GENERATION_CONFIG] = dict(source.generation_config)

@@ -1,0 +1,196 @@
+"""A causal language model of `transformers` with the extra heads of multi-token prediction; an export carries a copy.
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.generate(**tokenizer(text, return_tensors="pt"), do_sample=False)     # self-speculative, the same text
+    model(input_ids, num_heads=4).head_logits                                   # [4, B, S, V]
+
+Trunk and head 1 are the family's own class, `LlamaForCausalLM` for one. An extra head is one more decoder layer of that
+class beside the last one, on the same input; norm and unembedding are shared (Gloeckle et al. 2024, arXiv 2404.19737).
+Without trust_remote_code the folder is head 1 alone. This file needs torch and transformers, and nothing else.
+"""
+
+import functools
+import inspect
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
+from transformers.utils import cached_file, logging
+
+WEIGHTS, CONFIG = "mtp_heads.safetensors", "mtp_config.json"
+_OF_THE_HUB = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
+)  # fmt: skip
+# Kinds of RoPE whose angles depend on the longest sequence so far, and so on how far a window of drafts reaches.
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+logger = logging.get_logger(__name__)
+
+
+def __getattr__(name: str) -> type:
+    """Returns the class of a family with heads, under the family's name: LlamaForCausalLM, Qwen3ForCausalLM, ..."""
+    family = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
+    if family is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _with_heads(family)
+
+
+@functools.cache
+def _with_heads(family: type) -> type:
+    about = {"__module__": __name__, "__doc__": f"The {family.__name__} of transformers with extra heads."}
+    made = type(family.__name__, (MTPHeads, family), about)
+
+    def forward(self, *args, **kwargs):
+        return MTPHeads.forward(self, *args, **kwargs)
+
+    # `generate` and `Trainer` ask the signature what the model takes.
+    signature = inspect.signature(family.forward)
+    parameters = list(signature.parameters.values())
+    at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
+    parameters.insert(at, inspect.Parameter("num_heads", inspect.Parameter.KEYWORD_ONLY, default=None))
+    forward.__signature__ = signature.replace(parameters=parameters)
+    made.forward = forward
+    return made
+
+
+class MTPHeads:
+    """What a family's class gains: heads 2 to H, their logits, and decoding that drafts with them."""
+
+    _keys_to_ignore_on_load_missing = [r"^extra_heads\."]  # noqa: RUF012  # they come from a file of their own
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        last = len(self.model.layers) - 1
+        self.extra_heads = torch.nn.ModuleList()
+        for j in range(getattr(config, "num_future_tokens", 1) - 1):
+            head = type(self.model.layers[last])(config, last)  # of the last layer's kind: full or sliding attention
+            head.self_attn.layer_idx = last + 1 + j  # its place in the cache of keys and values
+            self.extra_heads.append(head)
+        self.extra_heads.apply(self._init_weights)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Files
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        loaded = super().from_pretrained(name, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        file = cached_file(name, WEIGHTS, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
+        if any(parameter.is_meta for parameter in model.extra_heads.parameters()):
+            raise ValueError("the extra heads do not load offloaded; give a device_map that holds extra_heads whole")
+        # With num_future_tokens below the file's, the further heads stay there.
+        heads = {key.removeprefix("extra_heads."): tensor for key, tensor in load_file(file).items()}
+        wanted = {key: tensor for key, tensor in heads.items() if int(key.split(".")[0]) < len(model.extra_heads)}
+        model.extra_heads.load_state_dict(wanted)
+        return loaded
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """Writes the layout of an export: head 1's files as ever, and the extra heads in their own."""
+        if push_to_hub:
+            raise ValueError("save_pretrained(push_to_hub=True) would leave the heads out; call push_to_hub() instead")
+        state = self.state_dict() if state_dict is None else state_dict
+        heads = {key: tensor.contiguous() for key, tensor in state.items() if key.startswith("extra_heads.")}
+        state = {key: tensor for key, tensor in state.items() if key not in heads}
+        super().save_pretrained(save_directory, is_main_process, state, **kwargs)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        save_file(heads, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps({"num_future_tokens": 1 + len(self.extra_heads)}) + "\n")
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Logits
+
+    def forward(self, *args, num_heads=None, **kwargs):
+        """Runs the family's forward, with the logits of heads 1 to num_heads as ``head_logits`` [num_heads, B, S, V].
+
+        None or 1 is the family's forward alone. A cache that is passed with more must be a ``DynamicCache()`` without
+        a config, which has room for the heads' layers; ``labels`` are for head 1, without num_heads.
+        """
+        if num_heads is None or num_heads == 1:
+            return super().forward(*args, **kwargs)
+        if not 1 <= num_heads <= 1 + len(self.extra_heads):
+            raise ValueError(
+                f"num_heads must be between 1 and the model's {1 + len(self.extra_heads)}, got {num_heads}"
+            )
+        if kwargs.get("labels") is not None:
+            raise ValueError("labels are for head 1; leave num_heads out, or take the loss of head_logits yourself")
+        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+            kwargs["past_key_values"] = DynamicCache()
+
+        def beside(layer, inputs, options, output):
+            # Heads become rows of the batch: what follows the last layer in the family's code serves them all.
+            states = [output if torch.is_tensor(output) else output[0]]
+            for head in self.extra_heads[: num_heads - 1]:
+                state = head(*inputs, **options)
+                states.append((state if torch.is_tensor(state) else state[0]).to(states[0].device))
+            rows = torch.cat(states)
+            return rows if torch.is_tensor(output) else (rows, *output[1:])
+
+        hook = self.model.layers[-1].register_forward_hook(beside, with_kwargs=True)
+        try:
+            output = super().forward(*args, **{**kwargs, "return_dict": True})
+        finally:
+            hook.remove()
+        output["head_logits"] = output.logits.unflatten(0, (num_heads, -1))
+        output["logits"] = output.head_logits[0]
+        return output
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Decoding
+
+    def _sample(self, input_ids, *args, num_heads=None, **kwargs):
+        """Decodes for `generate`, greedily or by sampling. Greedy decoding of one prompt is self-speculative.
+
+        Heads 2 to num_heads (by default all) draft the tokens after the next, and one forward verifies them. Each token
+        is head 1's choice after the tokens before it, so the text is that of plain decoding.
+        """
+        num_heads = 1 + len(self.extra_heads) if num_heads is None else num_heads
+        if num_heads > 1 and (why := self._plainly(input_ids, args, kwargs)):
+            logger.warning_once(f"plain decoding, without the extra heads: {why}")
+            num_heads = 1
+        if num_heads == 1:
+            return super()._sample(input_ids, *args, **kwargs)
+        processor, criteria, streamer = (kwargs.get(k) for k in ("logits_processor", "stopping_criteria", "streamer"))
+        cache, ids, window = DynamicCache(), input_ids, input_ids
+        options = {key: kwargs[key] for key in ("logits_to_keep", "num_logits_to_keep") if key in kwargs}
+        drafts = input_ids.new_empty(0)
+        finished = False
+        while not finished:
+            out = self(input_ids=window, past_key_values=cache, use_cache=True, num_heads=num_heads, **options)
+            logits = out.head_logits[:, 0, -1 - len(drafts) :].float()  # [H, 1 + drafts, V]
+            for i in range(1 + len(drafts)):
+                token = processor(ids, logits[0, i : i + 1]).argmax(-1)
+                ids = torch.cat([ids, token[:, None]], dim=1)
+                if streamer is not None:
+                    streamer.put(token.cpu())
+                finished = bool(criteria(ids, None).all())
+                if finished or i == len(drafts) or bool(drafts[i] != token):
+                    break
+            if i < len(drafts):
+                cache.crop(i - len(drafts))  # the refused drafts' keys and values
+            drafts, options = logits[1:, i].argmax(-1), {}
+            window = torch.cat([token, drafts])[None]
+        if streamer is not None:
+            streamer.end()
+        return ids
+
+    def _plainly(self, input_ids, args, kwargs):
+        """Returns why a call has to decode plainly, or None."""
+        config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
+        mask, rope = kwargs.get("attention_mask"), getattr(self.config, "rope_parameters", None)
+        rope = rope or getattr(self.config, "rope_scaling", None) or {}
+        reasons = {
+            "this release of transformers is too old": args or config is None or not hasattr(DynamicCache, "crop"),
+            "sampling": config is not None and config.do_sample,
+            "several prompts": input_ids.shape[0] != 1,
+            "a padded prompt": mask is not None and not bool(mask.all()),
+            "a cache that has tokens, or is not dynamic": type(cache) is not DynamicCache or cache.get_seq_length() > 0,
+            "inputs_embeds": kwargs.get("inputs_embeds") is not None,
+            "return_dict_in_generate": config is not None and config.return_dict_in_generate,
+            "synced_gpus": kwargs.get("synced_gpus"),
+            "RoPE that depends on the length": rope.get("rope_type", rope.get("type")) in _LENGTH_DEPENDENT,
+        }
+        return next((why for why, holds in reasons.items() if holds), None)
