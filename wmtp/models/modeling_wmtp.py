@@ -13,6 +13,7 @@ import functools
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -38,9 +39,9 @@ def __getattr__(name: str) -> type:
 
 
 @functools.cache
-def _with_heads(family: type) -> type:
+def _with_heads(family: Any) -> Any:
     about = {"__module__": __name__, "__doc__": f"The {family.__name__} of transformers with extra heads."}
-    made = type(family.__name__, (MTPHeads, family), about)
+    made: Any = type(family.__name__, (MTPHeads, family), about)
 
     def forward(self, *args, **kwargs):
         return MTPHeads.forward(self, *args, **kwargs)
@@ -50,7 +51,7 @@ def _with_heads(family: type) -> type:
     parameters = list(signature.parameters.values())
     at = len(parameters) - (parameters[-1].kind is inspect.Parameter.VAR_KEYWORD)
     parameters.insert(at, inspect.Parameter("num_heads", inspect.Parameter.KEYWORD_ONLY, default=None))
-    forward.__signature__ = signature.replace(parameters=parameters)
+    forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     made.forward = forward
     return made
 
