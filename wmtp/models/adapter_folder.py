@@ -40,7 +40,14 @@ _FREE = ("dropout", "quantize")
 
 
 @torch.no_grad()
-def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, base_name: str | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    base_weights: str,
+    base_name: str | None = None,
+    whole_base: bool = False,
+) -> None:
     """Writes the trained parameters of a model as an adapter folder, which appears whole or not at all.
 
     Every rank of a sharded model calls this; rank 0 writes.
@@ -50,6 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
         folder: must not exist.
         base_weights: :func:`~wmtp.pretrained.checkpoint_sha256` of the base's folder.
         base_name: the base's folder or name, for peft's base_model_name_or_path.
+        whole_base: that base holds all that was trained but the low-rank adapters: norms, unembedding, extra heads.
 
     Raises:
         FileExistsError: the folder is there already.
@@ -74,7 +82,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_weights: str, bas
             return
         if peft:
             save_file(peft, writing / PEFT_WEIGHTS, metadata={"format": "pt"})
-            (writing / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, base_name), indent=2) + "\n")
+            (writing / PEFT_CONFIG).write_text(json.dumps(_peft_config(model, base_name, whole_base), indent=2) + "\n")
         if ours:
             save_file(ours, writing / HEADS_WEIGHTS, metadata={"format": "pt"})
         about = {"base_weights": base_weights, "base_name": base_name, "adapters": asdict(model.adapters)}
@@ -172,7 +180,7 @@ def _has_rotated_rows(name: str) -> bool:
     return module != name and name.startswith("layers.") and is_rotated(f"{module}.weight")
 
 
-def _peft_config(model: nn.Module, base_name: str | None) -> dict[str, Any]:
+def _peft_config(model: nn.Module, base_name: str | None, whole_base: bool) -> dict[str, Any]:
     chosen: Adapters = model.adapters
     targets = [key_of(f"layers.0.{_inside(target)}.weight", "hf").split(".")[-2] for target in chosen.targets]
     whole = ["input_layernorm", "post_attention_layernorm", "model.norm"] if chosen.train_norms else []
@@ -191,6 +199,8 @@ def _peft_config(model: nn.Module, base_name: str | None) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "target_modules": targets,
         "modules_to_save": whole or None,
+        # `transformers` may read such a base with all heads, whose modules have the same names.
+        **({"modules_to_save": None, "exclude_modules": r"extra_heads\..*"} if whole_base else {}),
     }
 
 

@@ -103,30 +103,23 @@ def write_hf(
     dtype: torch.dtype | None,
     max_shard_bytes: float = 5e9,
     merge_quantized: bool = False,
+    merge: bool = True,
 ) -> None:
-    """Writes the files of :func:`export_hf` into the folder of a :func:`whole_folder`."""
+    """Writes the files of :func:`export_hf` into the folder of a :func:`whole_folder`.
+
+    Args:
+        merge: False leaves low-rank adapters out of the weights.
+    """
     refuse_quantized(model, merge_quantized)
-    tokenizer = _as_tokenizer(tokenizer_source)
+    tokenizer = as_tokenizer(tokenizer_source)
     parameters = without_adapters(model)
-    adapters = {f"{name}.weight": module for name, module in lora_modules(model)}
     strangers = [name for name in parameters if key_of(name, "hf") is None]
     if strangers:
         raise UserError(
             f"parameter {strangers[0]} has no place in an HF Llama folder; remove what was added to the decoder"
         )
     files, pending, heads, weight_map, total = 0, {}, {}, {}, 0
-    for name, parameter in parameters.items():
-        tensor = full_parameter(parameter)  # a collective: every rank takes part
-        module = adapters.get(name)
-        low_rank = () if module is None else [full_parameter(p) for p in adapter_parameters(module)]
-        if writing is None:
-            continue
-        tensor = dequantized(tensor)
-        stored = dtype or tensor.dtype
-        if low_rank:
-            tensor = merged_weight(tensor, module, *low_rank)
-        # A copy, in a layout of its own: safetensors writes only what does not share memory.
-        tensor = tensor.to("cpu", dtype=stored, copy=True).contiguous()
+    for name, tensor in whole_tensors(model, writing is not None, dtype, merge):
         key = key_of(name, "hf")
         if is_rotated(name):
             tensor = to_half_split(tensor, model.config.head_dim).contiguous()
@@ -147,6 +140,25 @@ def write_hf(
             (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
             shutil.copyfile(Path(__file__).with_name(MODELING), writing / MODELING)
         _write_configs(writing, model, dtype or parameters["norm.scale"].dtype, tokenizer)
+
+
+def whole_tensors(
+    model: nn.Module, writes: bool, dtype: torch.dtype | None, merge: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields (name, tensor on the CPU) of every parameter, adapters merged, on the rank that writes."""
+    adapters = {f"{name}.weight": module for name, module in lora_modules(model)}
+    for name, parameter in without_adapters(model).items():
+        tensor = full_parameter(parameter)  # a collective: every rank takes part
+        module = adapters.get(name) if merge else None
+        low_rank = () if module is None else [full_parameter(p) for p in adapter_parameters(module)]
+        if not writes:
+            continue
+        tensor = dequantized(tensor)
+        stored = dtype or tensor.dtype
+        if low_rank:
+            tensor = merged_weight(tensor, module, *low_rank)
+        # A copy, in a layout of its own: safetensors writes only what does not share memory.
+        yield name, tensor.to("cpu", dtype=stored, copy=True).contiguous()
 
 
 def full_parameter(parameter: Tensor) -> Tensor:
@@ -177,7 +189,7 @@ def _name_files(folder: Path, files: int, weight_map: dict[str, int], total: int
         (folder / HF_INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _as_tokenizer(source: Any) -> Any:
+def as_tokenizer(source: Any) -> Any:
     """Returns the tokenizer of any form of tokenizer_source, or None."""
     from wmtp.pretrained.tokenizer import Tokenizer, hf_tokenizer  # which imports this package
 

@@ -109,7 +109,13 @@ def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, 
         tied: there is no unembedding.
     """
     file = path / META_CONFIG
-    params = read_json(file, "dim", "n_layers", "n_heads")
+    return shape_of_params(file, read_json(file, "dim", "n_layers", "n_heads"), embedding, mlp, tied)
+
+
+def shape_of_params(
+    file: Path, params: dict[str, Any], embedding: tuple[int, ...], mlp: tuple[int, ...], tied: bool
+) -> LlamaShape:
+    """Returns the shape that a params.json and the shapes of two tensors describe; see :func:`meta_shape`."""
     refuse_unknown(file, params, known_keys()[META_CONFIG])
     params = {key: value for key, value in params.items() if value is not None}
     if params.get("vocab_size", -1) not in (-1, embedding[0]):

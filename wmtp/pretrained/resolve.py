@@ -24,7 +24,8 @@ from wmtp.storage import is_remote, local_copy
 from wmtp.tracking.store import artifact_text, artifacts, clear_store_errors, existing_client, store_uri
 
 RUN_FILE = "wmtp_run.json"  # in an exported folder: the run that made it
-_ABOUT = {RUN_FILE, MANIFEST, "README.md"}
+EXPORT_FILE = "wmtp_export.json"  # in a folder that recipes/export.py wrote: what it came from
+_ABOUT = {RUN_FILE, EXPORT_FILE, MANIFEST, "README.md"}
 _CONVERSION = 2  # raise it when a conversion's result changes: it is part of the cache key
 
 
