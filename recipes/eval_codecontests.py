@@ -31,7 +31,7 @@ from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
 from wmtp.eval.prompts import write_prompts
 from wmtp.eval.results import check_samples, evaluation_results
-from wmtp.eval.results_page import headline, logged, results_page, write_results
+from wmtp.eval.results_page import headline, logged, results_page, write_results, write_tasks
 from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.generation.kv_memory import check_kv_memory
@@ -43,7 +43,8 @@ from wmtp.training.run_log import RunLog
 from wmtp.training.stopping import stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESULTS = ("journals", "samples.jsonl", "results.json", "report.md", "timings.json")  # what it leaves in output_dir
+# What it leaves in output_dir.
+RESULTS = ("journals", "samples.jsonl", "tasks.jsonl", "results.json", "report.md", "timings.json")
 
 
 class EvalCodeContestsRecipe:
@@ -345,6 +346,7 @@ class EvalCodeContestsRecipe:
             sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
+        write_tasks(self._output_dir / "tasks.jsonl", results, samples, kept.judgements, kept.cpu_seconds)
         prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}
         of_ranks = {"ranks": timings}
         page = results_page(
@@ -353,9 +355,9 @@ class EvalCodeContestsRecipe:
         write_results(self._output_dir, results, page, of_ranks)
         for line in headline(results):
             self._log.info(line)
-        self._log.info(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
+        self._log.info(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl, tasks.jsonl")
         metrics, tags = logged(results, self._name)
-        files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl"))
+        files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl", "tasks.jsonl"))
         self._log.result(metrics, *files, tags=tags)
         return results
 

@@ -12,6 +12,7 @@ the same result. Model-written code runs in the sandbox only.
 import hashlib
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
@@ -23,12 +24,12 @@ from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data.packaged import PACKAGED_TASKS
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import as_user_error, clear_errors, ending
-from wmtp.eval.golds import settle_tests
-from wmtp.eval.journal import Journal, read_journals
+from wmtp.eval.golds import settle_tests, time_limit
+from wmtp.eval.journal import Journal, journaled_settings, read_journals
 from wmtp.eval.judging import Judging
 from wmtp.eval.prompts import write_prompts
 from wmtp.eval.results import check_samples, evaluation_results
-from wmtp.eval.results_page import headline, logged, results_page, write_results
+from wmtp.eval.results_page import headline, logged, results_page, write_results, write_tasks
 from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.generation.kv_memory import check_kv_memory
@@ -40,7 +41,8 @@ from wmtp.training.run_log import RunLog
 from wmtp.training.stopping import stopping
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RESULTS = ("journals", "samples.jsonl", "results.json", "report.md", "timings.json")  # what it leaves in output_dir
+# What it leaves in output_dir.
+RESULTS = ("journals", "samples.jsonl", "tasks.jsonl", "results.json", "report.md", "timings.json")
 
 
 class EvalMBPPRecipe:
@@ -82,6 +84,8 @@ class EvalMBPPRecipe:
         self._resamples = read.integer("bootstrap_resamples", 10_000, minimum=1)
         self._tests = read.choice("tests", {"protected": "protected", "inside": "inside"}, "protected")
         self._limits_cfg = read.section("limits")
+        self._gold_factor = read.number("gt_time_limit_factor", None, above=0)
+        self._min_time_limit = read.number("min_time_limit", 1.0, above=0)
         self._judges = read.integer("judges", None, minimum=1)
         self._allow_unsafe = read.flag("allow_unsafe", False)
         self._tracking_cfg = read.section("tracking", optional=True)
@@ -163,11 +167,15 @@ class EvalMBPPRecipe:
         self._tasks = settle_tests(
             self._tasks, self._sandbox, tests=self._tests, limits=self._limits, log=self._log.info
         )
+        journals = self._output_dir / "journals"
+        if self._gold_factor is not None and resumed:  # the limits stay what they were
+            times = on_rank_0(lambda: journaled_settings(journals)).get("gold_seconds", {})
+            self._tasks = tuple(replace(task, gold_seconds=times.get(task.task_id)) for task in self._tasks)
+        self._limits_of = {task.task_id: self._limits_for(task) for task in self._tasks}
         if self._prompts is not None:
             self._model = self._build_model()
 
         self._settings = self._what_decides_a_sample()
-        journals = self._output_dir / "journals"
         kept = on_rank_0(lambda: read_journals(journals, self._settings)) if resumed else None
         self._log.start(
             self._cfg,
@@ -241,6 +249,9 @@ class EvalMBPPRecipe:
         if self._samples_file is None:  # else nothing is known of the model, whatever the config says of one
             keys += ("dtype", "checkpoint", "model", "tokenizer", "top_p", "max_new_tokens", "num_drafts")
         settings = OmegaConf.to_container(OmegaConf.masked_copy(self._cfg, list(keys)), resolve=True)
+        if self._gold_factor is not None:
+            settings |= {"gt_time_limit_factor": self._gold_factor, "min_time_limit": self._min_time_limit}
+            settings["gold_seconds"] = {task.task_id: task.gold_seconds for task in self._tasks}
         settings["tasks_sha256"] = _sha256([task.job("") for task in self._tasks])
         if inside := [task.task_id for task in self._tasks if task.inside]:
             settings["judged_inside"] = inside
@@ -308,7 +319,13 @@ class EvalMBPPRecipe:
 
     def _submit(self, sample: Sample) -> None:
         task = self._tasks_by_id[sample.task_id]
-        self._judging.submit(task, sample, task.job(sample.solution, limits=self._limits))
+        self._judging.submit(task, sample, task.job(sample.solution, limits=self._limits_of[task.task_id]))
+
+    def _limits_for(self, task):
+        """Returns what a task's programs may use: as much time for all, or some times that of the task's solution."""
+        if self._gold_factor is None:
+            return self._limits
+        return time_limit(task, self._limits, factor=self._gold_factor, minimum=self._min_time_limit)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Results
@@ -328,6 +345,7 @@ class EvalMBPPRecipe:
             sandbox={"layers": self._sandbox.layers, "missing": self._sandbox.missing},
         )  # fmt: skip
         write_samples(self._output_dir / "samples.jsonl", samples, kept.judgements)
+        write_tasks(self._output_dir / "tasks.jsonl", results, samples, kept.judgements, kept.cpu_seconds)
         prompts = None if self._prompts is None else {i: self._tokenizer.decode(p) for i, p in self._prompts.items()}
         of_ranks = {"ranks": timings}
         page = results_page(
@@ -336,9 +354,9 @@ class EvalMBPPRecipe:
         write_results(self._output_dir, results, page, of_ranks)
         for line in headline(results):
             self._log.info(line)
-        self._log.info(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl")
+        self._log.info(f"wrote {self._output_dir}/report.md, results.json, samples.jsonl, tasks.jsonl")
         metrics, tags = logged(results, self._name)
-        files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl"))
+        files = (self._output_dir / name for name in ("report.md", "results.json", "samples.jsonl", "tasks.jsonl"))
         self._log.result(metrics, *files, tags=tags)
         return results
 

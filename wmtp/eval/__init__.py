@@ -1,8 +1,8 @@
 """Evaluation: tasks, protocols that ask a model, samples, their judgement, estimators, results and their page.
 
 A task builder is a plain function `builder(**config keys)`, named as `_component_` in a config: `mbpp_tasks`,
-`humaneval_tasks`, `assertion_tasks`, `packaged_function_tasks`, `code_contests`, `packaged_program_tasks`; a
-`*_protocol` says how a model is asked.
+`humaneval_tasks`, `assertion_tasks`, `packaged_function_tasks`, `bigcodebench_tasks`, `live_code_bench`,
+`code_contests`, `packaged_program_tasks`; a `*_protocol` says how a model is asked.
 """
 
 from wmtp.eval.assertion_tasks import (
@@ -12,6 +12,8 @@ from wmtp.eval.assertion_tasks import (
     mbpp_tasks,
     packaged_function_tasks,
 )
+from wmtp.eval.bigcodebench import bigcodebench_tasks
+from wmtp.eval.live_code_bench import live_code_bench
 from wmtp.eval.protocols import (
     Protocol,
     Task,

@@ -4,9 +4,6 @@ A builder is a plain function with config keys as arguments, named as `_componen
 """
 
 import ast
-import builtins
-import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from wmtp.data.packaged import packaged_functions
 from wmtp.data.rows import ReadColumns, fields_of, lf, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.errors import UserError
 from wmtp.eval.task_ids import select_tasks
+from wmtp.eval.trusted_code import bound_names, called, defined_names, imports_of_tests, parsed, with_calls, with_header
 from wmtp.sandbox import AssertionJob, Limits, Outcome
 
 # Columns that tell of tests: those of MBPP, its sanitized edition and MBPP+, and of HumanEval and its relatives.
@@ -36,7 +34,7 @@ class AssertionTask:
         prompt: program text that a completion goes on from; empty where the completion is the whole program.
         entry_point: expression, evaluated after the program, that the tests call `candidate`; None where they call the
             program's functions by their own names only.
-        solution: a right completion: `program(solution)` passes.
+        solution: a right completion: `program(solution)` passes; empty where the dataset has none.
         setup: code to run after the program, among its names (MBPP builds trees from the program's classes).
         preamble: code the judge runs before the tests, among theirs: imports, helper functions.
         tests: judged one after the other, all must pass; those of MBPP may be shown in a prompt.
@@ -44,6 +42,8 @@ class AssertionTask:
         plus_tests: judged last, never shown: EvalPlus's additions, without which a program passes the base tests.
         unused_tests: number of the dataset's tests that are not judged.
         inside: judged with the tests inside the program's process, see :class:`wmtp.sandbox.AssertionJob`.
+        header: code that the benchmark runs before every program, in its namespace.
+        gold_seconds: CPU time that the solution took here, once it was judged (:func:`wmtp.eval.golds.settle_tests`).
     """
 
     task_id: str
@@ -58,6 +58,8 @@ class AssertionTask:
     plus_tests: tuple[str, ...] = ()
     unused_tests: int = 0
     inside: bool = False
+    header: str = ""
+    gold_seconds: float | None = None
 
     def program(self, completion: str) -> str:
         """Returns the program that a plain continuation of the prompt makes."""
@@ -66,7 +68,7 @@ class AssertionTask:
     def job(self, program: str, *, limits: Limits | None = None) -> AssertionJob:
         """Returns the job that the sandbox judges; limits None leaves them to the sandbox."""
         return AssertionJob(
-            program=program,
+            program=with_header(self.header, program),
             tests=self.tests + self.challenge_tests + self.plus_tests,
             setup=self.setup,
             preamble=self.preamble,
@@ -175,7 +177,8 @@ def assertion_tasks(
         split: which file of a folder, or which split of a hub dataset.
 
     A row is taken for MBPP's where it has `test_list`, else for HumanEval's where it has `test` and `entry_point`
-    (LeetCodeDataset's too: `completion` serves as canonical_solution, and `query` as text).
+    (LeetCodeDataset's too: `completion` serves as canonical_solution, and `query` as text). Its tests may also be test
+    cases of `unittest`, or functions `test...`, see :func:`wmtp.eval.trusted_code.with_calls`.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or a bad row; the message names file and row.
@@ -209,8 +212,10 @@ def _is_mbpp(row: dict, where: str) -> bool:
 def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
     refuse_unread_tests(row, where, _MBPP_COLUMNS, "test_list, or code that runs in test")
     fields = mbpp_task(row | {"task_id": 0}, where)  # its own check of task_id takes whole numbers only
-    shown = tuple(fields["test_list"])
-    further = tuple(take_texts(row, where, "challenge_test_list"))
+    shown, further = (
+        tuple(with_calls(test, f"{where}: test {test!r:.60}") for test in given)
+        for given in (fields["test_list"], take_texts(row, where, "challenge_test_list"))
+    )
     hidden = further if challenge_tests else ()
     plus = (_same_shape(take(row, where, "test", str)),) if row.get("test") else ()
     tests = [parsed(test, f"{where}: test {test!r:.60}") for test in shown + hidden]
@@ -228,10 +233,10 @@ def _from_mbpp(row: dict, where: str, challenge_tests: bool) -> AssertionTask:
         task_id=_mbpp_id(row, where),
         text=fields["text"],
         prompt="",
-        entry_point=_called(tests, _defined(solution)),
+        entry_point=called(tests, defined_names(solution)),
         solution=fields["code"],
         setup=setup,
-        preamble="\n".join([*imports, *_imports_of_tests(tests, solution, setup, imports, where)]),
+        preamble="\n".join([*imports, *imports_of_tests(tests, solution, setup, imports, where)]),
         tests=shown,
         challenge_tests=hidden,
         plus_tests=plus,
@@ -248,9 +253,13 @@ def _from_humaneval(row: dict, where: str) -> AssertionTask:
     known = _LEETCODE_COLUMNS if row.get("query") is not None else _HUMANEVAL_COLUMNS
     refuse_unread_tests(row, where, known, "test, as assertions of check(candidate)")
     test, entry_point = take(row, where, "test", str), take(row, where, "entry_point", str)
-    checks = [node for node in parsed(test, f"{where}: field 'test'").body if isinstance(node, ast.FunctionDef)]
-    if "check" not in {node.name for node in checks}:
-        raise UserError(f"{where}: field 'test' must define check(candidate), got {test!r:.60}")
+    if "check" in defined_names(parsed(test, f"{where}: field 'test'")):
+        judged = f"{test}\ncheck(candidate)"
+    elif (judged := with_calls(test, f"{where}: field 'test'")) == test:
+        raise UserError(
+            f"{where}: field 'test' must define check(candidate), a unittest.TestCase or functions test..., got "
+            f"{test!r:.60}"
+        )
     parsed(entry_point, f"{where}: field 'entry_point'", mode="eval")
     prompt = take(row, where, "prompt", str)
     solution = "completion" if row.get("canonical_solution") is None and "completion" in row else "canonical_solution"
@@ -263,7 +272,7 @@ def _from_humaneval(row: dict, where: str) -> AssertionTask:
         solution=take(row, where, solution, str),
         setup="",
         preamble=_whole(prompt, where),
-        tests=(f"{test}\ncheck(candidate)",),
+        tests=(judged,),
     )
 
 
@@ -284,70 +293,3 @@ def _task_id(row: dict, where: str, family: str) -> str:
 
 
 _mbpp_id, _humaneval_id = partial(_task_id, family="Mbpp"), partial(_task_id, family="HumanEval")
-
-
-def parsed(code: str, what: str, mode: str = "exec") -> ast.Module:
-    """Returns the syntax tree of a dataset's code; `what` names it in the error."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MBPP has regular expressions in strings that are not raw
-            return ast.parse(code, mode=mode)
-    except (SyntaxError, ValueError) as error:  # ValueError: a null byte
-        raise UserError(f"{what} is not valid Python: {error}") from None
-    except (RecursionError, MemoryError):
-        raise UserError(f"{what} is nested too deeply for Python to parse; leave the task out") from None
-
-
-def _defined(program: ast.AST) -> set[str]:
-    return {node.name for node in program.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-
-
-def bound_names(program: ast.AST) -> set[str]:
-    """Names that a parsed program's top level defines or assigns."""
-    assigned = (node for node in program.body if isinstance(node, ast.Assign | ast.AnnAssign))
-    names = (node for statement in assigned for node in ast.walk(statement) if isinstance(node, ast.Name))
-    return _defined(program) | {node.id for node in names if isinstance(node.ctx, ast.Store)}
-
-
-def _called(tests: list[ast.AST], defined: set[str]) -> str | None:
-    """Finds the outermost call of the first test to something that the solution defines.
-
-    A builtin's name is meant (MBPP task 126 asks for a `sum`) only where no test calls anything else of the solution's:
-    one that has a helper `sum` of its own does not change what `assert sum(f(x)) == 6` adds up with.
-    """
-    calls = [node.func for tree in tests for node in ast.walk(tree) if isinstance(node, ast.Call)]  # breadth first
-    called = [f.id for f in calls if isinstance(f, ast.Name) and f.id in defined]
-    return next((name for name in called if not hasattr(builtins, name)), called[0] if called else None)
-
-
-def _imports_of_tests(tests: list[ast.AST], solution: ast.AST, setup: str, imports: Sequence[str], where: str):
-    """Imports that bind names the tests use, out of the solution and the setup, and standard modules used unimported.
-
-    MBPP task 596 asserts with a `sys` that only its solution imports. The judge must hold these names itself: another
-    right program need not import them, and a wrong one could bind them to something that answers as it likes.
-    """
-    nodes = [node for tree in tests for node in ast.walk(tree)]
-    open_names = {node.id for node in nodes if isinstance(node, ast.Name)} - _defined(solution)
-    open_names -= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    modules = {n.value.id for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
-    for code in imports:
-        open_names -= {name for name, _ in _imported(parsed(code, f"{where}: test_imports {code!r:.60}"))}
-    found = []
-    for tree in (parsed(setup, f"{where}: field 'test_setup_code'"), solution):
-        for name, statement in _imported(tree):
-            if name in open_names:
-                found.append(statement)
-                open_names.discard(name)
-    open_names -= {n.id for n in ast.walk(parsed(setup, where)) if isinstance(n, ast.Name)}  # the setup's variables
-    return found + [f"import {name}" for name in sorted(open_names & modules) if name in sys.stdlib_module_names]
-
-
-def _imported(program: ast.AST):
-    """Returns name and import statement of each import at a program's top level, without star imports."""
-    for node in program.body:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.asname or alias.name.partition(".")[0], ast.unparse(ast.Import([alias]))
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                yield alias.asname or alias.name, ast.unparse(ast.ImportFrom(node.module, [alias], node.level))

@@ -4,7 +4,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from wmtp.config import differences
@@ -62,9 +62,9 @@ class Journal:
         """Records a sample as soon as it is generated."""
         self._append({"sample": asdict(sample)})
 
-    def add_judgement(self, sample: Sample, judgement: Judgement) -> None:
+    def add_judgement(self, sample: Sample, judgement: Judgement, cpu_seconds: float | None = None) -> None:
         """Records the judge's outcome; a later judgement of the same sample replaces a `harness_error` only."""
-        self._append({"judged": sample.key, "judgement": asdict(judgement)})
+        self._append({"judged": sample.key, "judgement": asdict(judgement), "cpu_seconds": cpu_seconds})
 
     def close(self) -> None:
         """Brings the file to the disk and lets others write it."""
@@ -91,6 +91,15 @@ class Journaled:
 
     samples: dict[Key, Sample]
     judgements: dict[Key, Judgement]
+    cpu_seconds: dict[Key, float | None] = field(default_factory=dict)  # of the judged programs
+
+
+def journaled_settings(folder: str | Path) -> dict:
+    """Returns the settings of a run's journals; empty where there is none."""
+    for path in sorted(Path(folder).glob("journal-*.jsonl")):
+        if records := _read_journal(path):
+            return records[0].get("settings", {})
+    return {}
 
 
 def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journaled:
@@ -104,6 +113,7 @@ def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journal
     """
     samples: dict[Key, Sample] = {}
     judgements: dict[Key, Judgement] = {}
+    cpu_seconds: dict[Key, float | None] = {}
     for path in sorted(Path(folder).glob("journal-*.jsonl")):
         records = _read_journal(path)
         for number, record in enumerate(records if len(records) > 1 else [], start=1):
@@ -118,12 +128,13 @@ def read_journals(folder: str | Path, settings: Mapping[str, object]) -> Journal
                 if key in judgements and "harness_error" in (judgements[key].verdict, judgement.verdict):
                     judgement = max(judgement, judgements.pop(key), key=lambda j: j.verdict != "harness_error")
                 _put(judgements, key, judgement, where)
+                cpu_seconds[key] = record.get("cpu_seconds")
             else:
                 raise UserError(f"{where}: not a record of a journal: {json.dumps(record):.60}")
     lost = next((key for key in judgements if key not in samples), None)
     if lost is not None:
         raise UserError(f"{folder}: a judgement of {lost}, but no journal holds that sample; a journal was removed")
-    return Journaled(samples, judgements)
+    return Journaled(samples, judgements, cpu_seconds)
 
 
 def _read_journal(path: Path) -> list[dict]:
@@ -142,7 +153,8 @@ def _require_same(header: dict, settings: Mapping[str, object], path: Path) -> N
     if "settings" not in header:
         raise UserError(f"{path}:1: not the head of a journal; move this file out of the evaluation's folder")
     theirs, ours = header["settings"], json.loads(json.dumps(dict(settings)))
-    changed = [name for name in ours | theirs if theirs.get(name) != ours.get(name)]
+    # A solution's time is measured once; a run that goes on has taken it from the journal.
+    changed = [name for name in ours | theirs if theirs.get(name) != ours.get(name) and name != "gold_seconds"]
     if changed in ([], ["samples"]):
         return
     hashed = [_HASHED[name] for name in changed if name in _HASHED]

@@ -66,8 +66,9 @@ class Judging:
     def _record(self) -> None:
         task, sample, future = self._done.get()
         self._waiting -= 1
-        judgement = Judgement.of(task, future.result())
-        self._journal.add_judgement(sample, judgement)
+        outcome = future.result()
+        judgement = Judgement.of(task, outcome)
+        self._journal.add_judgement(sample, judgement, round(outcome.cpu_seconds, 3))
         self._new["judged"] += 1
         self._new["passed"] += judgement.verdict == "passed"
         if time.monotonic() >= self._next_show:

@@ -19,6 +19,7 @@ from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.errors import UserError
 from wmtp.eval.assertion_tasks import AssertionTask, mbpp_tasks
 from wmtp.eval.stdio_tasks import StdioTask
+from wmtp.eval.trusted_code import FUTURE_IMPORT
 
 Task = AssertionTask | StdioTask
 Messages = list[dict[str, str]]
@@ -29,7 +30,6 @@ _BIGCODE_HUMANEVAL_STOP = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", 
 _DOCSTRING_STOP = ('\n"""', "\nassert", "\nprint", "\n```")
 # An opening fence of three or more, its lines, and the same fence again, or the end of an answer that was cut off.
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})[^\n`]*\n(.*?)(?:^[ \t]*\2|\Z)", re.MULTILINE | re.DOTALL)
-_FUTURE_IMPORT = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _from_chat(task: Task, answer: str) -> str:
     if not re.search(rf"^\s*(?:async\s+def|def|class)\s+{re.escape(_first_name(task))}\b", code, re.MULTILINE):
         return task.program(code)  # the body alone, or a class's methods
     # `from __future__` must stay the first statement of the program.
-    return "".join(_FUTURE_IMPORT.findall(code)) + task.program("\n" + _FUTURE_IMPORT.sub("", code))
+    return "".join(FUTURE_IMPORT.findall(code)) + task.program("\n" + FUTURE_IMPORT.sub("", code))
 
 
 def _first_name(task: AssertionTask) -> str:
@@ -199,15 +199,13 @@ def _message(task: Task) -> Messages:
         text = f"{asked}\n\nAnswer with one Python code block that holds all of it."
     else:
         tests = "\n".join(task.tests)
-        text = (
-            f"{task.text}\n\nYour code should pass these tests:\n\n```python\n{tests}\n```\n\n"
-            "Answer with one Python code block that holds the function, without the tests."
-        )
+        shown = f"Your code should pass these tests:\n\n```python\n{tests}\n```\n\n" if tests else ""
+        text = f"{task.text}\n\n{shown}Answer with one Python code block that holds the function, without the tests."
     return [{"role": "user", "content": text}]
 
 
 def _mbpp_row(task: Task, protocol: str) -> dict:
-    if not isinstance(task, AssertionTask) or task.prompt:
+    if not isinstance(task, AssertionTask) or task.prompt or not task.tests:
         raise UserError(
             f"{protocol} shows a task's tests, which only MBPP means to be shown; "
             f"task {task.task_id} is of another benchmark: use its protocol, or chat_protocol"

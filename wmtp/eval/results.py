@@ -23,7 +23,10 @@ VERDICTS = get_args(Verdict)
 ORACLE_NOTE = "chosen on the test score itself: optimistic, not to be compared with a temperature fixed beforehand"
 # Settings that must be equal for two evaluations to be compared, beside the protocol. Those of the model (checkpoint,
 # model, tokenizer), of the computation (dtype, drafts) and the seed may differ.
-_SAME = ("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "limits", "samples_per_task")
+_SAME = (
+    *("tasks_sha256", "fixed_temperature", "top_p", "max_new_tokens", "samples_per_task"),
+    *("limits", "gt_time_limit_factor", "min_time_limit"),
+)
 _NO_PYTHON = ("SyntaxError", "IndentationError", "TabError")
 _DEFINITION = re.compile(r"^(?:async def|def|class)[ \t]+(\w+)", re.MULTILINE)
 _EXCEPTION = re.compile(r"\b[A-Z]\w*(?:Error|Exception|Exit|Interrupt|Iteration|Warning)\b")

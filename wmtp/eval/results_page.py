@@ -36,6 +36,37 @@ def write_results(folder: Path, results: dict, page: str, timings: Mapping[str, 
     write_whole(folder / "timings.json", json.dumps(dict(timings), indent=1) + "\n")
 
 
+def write_tasks(
+    path: Path,
+    results: dict,
+    samples: Sequence[Sample],
+    judgements: Mapping[Key, Judgement],
+    cpu_seconds: Mapping[Key, float | None],
+) -> None:
+    """Writes a JSON line for each task and temperature: its counts, and of each sample its number, verdict and time.
+
+    `cpu_seconds` are of the judged program, and differ from run to run; of `gold_seconds` and `limit_seconds` there are
+    none where `limits.cpu_seconds` holds for all.
+    """
+    by_task: dict[tuple[str, str], list[Sample]] = {}
+    for sample in sorted(samples, key=sort_key):
+        by_task.setdefault((temperature_name(sample.temperature), sample.task_id), []).append(sample)
+    settings, rows = results["settings"], []
+    for temperature, figures in results["temperatures"].items():
+        for counts in figures["per_task"]:
+            of_task = by_task[temperature, counts["task_id"]]
+            row = {**counts, "temperature": temperature, "judged": judgements[of_task[0].key].judged}
+            row["samples"] = [
+                {"sample": s.sample, "verdict": judgements[s.key].verdict, "cpu_seconds": cpu_seconds.get(s.key)}
+                for s in of_task
+            ]
+            if (gold := settings.get("gold_seconds", {}).get(counts["task_id"])) is not None:
+                limit = max(settings["min_time_limit"], settings["gt_time_limit_factor"] * gold)
+                row |= {"gold_seconds": gold, "limit_seconds": limit}
+            rows.append(json.dumps(row) + "\n")
+    write_whole(path, "".join(rows))
+
+
 def headline(results: dict) -> list[str]:
     """Returns the main figures as lines for a terminal: each score, the oracle named as one, what was excluded."""
     fixed, many = results["fixed_temperature"], len(results["temperatures"]) > 1

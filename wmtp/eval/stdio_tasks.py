@@ -9,6 +9,7 @@ from wmtp.data.packaged import packaged_programs
 from wmtp.data.rows import ReadColumns, is_number, read_rows, refuse_unread_tests, take
 from wmtp.errors import UserError
 from wmtp.eval.task_ids import select_tasks
+from wmtp.eval.trusted_code import with_header
 from wmtp.sandbox import Limits, Outcome, StdioJob, StdioTest
 
 _KINDS = ("public_tests", "private_tests", "generated_tests")
@@ -35,6 +36,8 @@ class StdioTask:
         tags: topics.
         difficulty: the dataset's number.
         solutions: correct programs in Python 3.
+        header: code that the benchmark runs before every program, as its beginning.
+        decimals: 1.0 is right where 1 is expected, see :class:`wmtp.sandbox.StdioJob`.
     """
 
     name: str
@@ -48,6 +51,8 @@ class StdioTask:
     tags: tuple[str, ...] = ()
     difficulty: int = 0
     solutions: tuple[str, ...] = ()
+    header: str = ""
+    decimals: bool = False
 
     @property
     def task_id(self) -> str:
@@ -90,7 +95,13 @@ class StdioTask:
             limits = replace(limits, cpu_seconds=cpu_seconds, wall_seconds=max(limits.wall_seconds, 5 * cpu_seconds))
         if self.memory_limit_bytes is not None:
             limits = replace(limits, memory_bytes=self.memory_limit_bytes * _MEMORY_FACTOR)
-        return StdioJob(program=program, tests=self.tests, limits=limits, stop_at_first_failure=stop_at_first_failure)
+        return StdioJob(
+            program=with_header(self.header, program),
+            tests=self.tests,
+            limits=limits,
+            stop_at_first_failure=stop_at_first_failure,
+            decimals=self.decimals,
+        )
 
     def passes_public(self, outcome: Outcome) -> bool:
         """Returns whether all public tests were judged and passed; True where there are none."""

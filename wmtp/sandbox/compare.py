@@ -1,6 +1,7 @@
 """When two outputs of a program are the same."""
 
 import re
+from decimal import Decimal
 
 _INT = re.compile(rb"[+-]?[0-9]+")
 _DOUBLE = re.compile(rb"[+-]?(?:(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?|inf|infinity|nan)")
@@ -11,6 +12,21 @@ LENIENT_TOLERANCE = 1e-5
 def exact_match(output: bytes, expected: bytes) -> bool:
     """Returns whether both have the same tokens, split at ASCII whitespace: no number is rounded, no case folded."""
     return output.split() == expected.split()
+
+
+def decimal_match(output: bytes, expected: bytes) -> bool:
+    """Applies LiveCodeBench's rule, but for line breaks: tokens equal, or the same decimal number, as 1 and 1.0 are."""
+    left, right = output.split(), expected.split()
+    return len(left) == len(right) and all(map(_same_decimal, left, right))
+
+
+def _same_decimal(left: bytes, right: bytes) -> bool:
+    if left == right:
+        return True
+    if max(len(left), len(right)) > _MAX_NUMBER_LENGTH:
+        return False
+    numbers = _DOUBLE.fullmatch(left.lower()) and _DOUBLE.fullmatch(right.lower())
+    return bool(numbers) and Decimal(left.decode()) == Decimal(right.decode())
 
 
 def lenient_match(output: bytes, expected: bytes) -> bool:

@@ -86,12 +86,16 @@ class StdioTest:
 
 @dataclass(frozen=True)
 class StdioJob:
-    """A program that reads stdin and writes stdout (the shape of CodeContests), run as `__main__` once per test."""
+    """A program that reads stdin and writes stdout (the shape of CodeContests), run as `__main__` once per test.
+
+    With `decimals`, tokens of stdout are also right that are the expected decimal number, see `compare.decimal_match`.
+    """
 
     program: str
     tests: tuple[StdioTest, ...]
     limits: Limits | None = None
     stop_at_first_failure: bool = True
+    decimals: bool = field(default=False, repr=False)  # not in the repr, by which tasks are hashed: all of a set agree
 
     def __post_init__(self) -> None:
         if not self.tests:

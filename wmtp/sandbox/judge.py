@@ -173,7 +173,8 @@ class Judge:
         output, expected = bytes(process.stdout), test.output.encode("utf-8", "surrogatepass")
         try:
             self._lenient[-1] = compare.lenient_match(output, expected)
-            if compare.exact_match(output, expected):
+            same = compare.decimal_match if job.decimals else compare.exact_match
+            if same(output, expected):
                 return None
             return Failure("wrong_answer", compare.difference(output, expected))
         except MemoryError:
