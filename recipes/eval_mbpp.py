@@ -210,7 +210,7 @@ class EvalMBPPRecipe:
         protocol = None if self._protocol_cfg is None else build(self._protocol_cfg, where="protocol")
         return read_samples(
             self._samples_file, self._tasks,
-            protocol=protocol, clean=self._sanitize == "auto", some_tasks=self._only_sampled,
+            protocol=protocol, clean=self._sanitize == "auto", some_tasks=self._only_sampled, log=self._log.info,
         )  # fmt: skip
 
     def _build_model(self) -> torch.nn.Module:

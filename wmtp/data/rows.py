@@ -30,7 +30,12 @@ _LIKENESS = 0.8  # two names at least as alike may be one name and its misspelli
 
 
 def read_rows(
-    source: str | Path, split: str | None = None, subset: str | None = None, *, streaming: bool = False
+    source: str | Path,
+    split: str | None = None,
+    subset: str | None = None,
+    *,
+    streaming: bool = False,
+    lists: bool = False,
 ) -> Iterator[tuple[str, dict]]:
     """Yields (where, row) from a file, a folder or the Hugging Face hub; `where` is ``file:line``.
 
@@ -43,6 +48,7 @@ def read_rows(
         subset: the hub dataset's configuration, such as ``sanitized``.
         streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Files are
             always read so, except that one JSON array is read as a whole.
+        lists: a row of one JSON array may be a list too.
 
     Raises:
         FileNotFoundError: source, or the split's file in it, does not exist.
@@ -56,7 +62,7 @@ def read_rows(
         return _numbered(_from_hub(str(source), subset, split, streaming), f"{source}[{split}]")
     if path.suffix == ".parquet":
         return _numbered(_from_parquet(path), printable(path))
-    return _from_json(path)
+    return _from_json(path, lists)
 
 
 def count_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> int | None:
@@ -289,7 +295,7 @@ def _file_of_split(folder: Path, split: str | None) -> Path:
     raise MissingError(f"{folder} has no {split}{'|'.join(_SUFFIXES)} for split {split!r}; it holds {there}")
 
 
-def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
+def _from_json(path: Path, lists: bool) -> Iterator[tuple[str, dict]]:
     name = printable(path)
     with reading(path), _open(path) as file:
         first = file.read(1)
@@ -298,7 +304,7 @@ def _from_json(path: Path) -> Iterator[tuple[str, dict]]:
         file.seek(0)
         if first == "[":
             for number, row in enumerate(_parse(file.read(), name, 1), start=1):
-                yield _checked(row, f"{name}: row {number}")
+                yield _checked(row, f"{name}: row {number}", lists)
             return
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -373,8 +379,8 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     return row
 
 
-def _checked(row: object, where: str) -> tuple[str, dict]:
-    if not isinstance(row, dict):
+def _checked(row: object, where: str, lists: bool = False) -> tuple[str, dict]:
+    if not isinstance(row, dict) and not (lists and isinstance(row, list)):
         raise UserError(
             f"{where}: a row must be a JSON object, got {type(row).__name__}; write one object a line, each with its "
             "fields by name"

