@@ -1,9 +1,9 @@
-"""Evaluation on tasks with assertions (MBPP, HumanEval, any file of either shape), on one process or many.
+"""Evaluation on tasks with tests (MBPP, HumanEval, LiveCodeBench, BigCodeBench, files of such), on one process or many.
 
     tune run --nproc_per_node 2 recipes/eval_mbpp.py --config configs/tiny/eval_mbpp.yaml
     tune run --nproc_per_node 4 recipes/eval_mbpp.py --config configs/meta_mtp_7b/eval_mbpp.yaml
 
-`samples=FILE` judges samples that exist (JSON lines of task_id and solution or completion) and needs no model;
+`samples=FILE` judges samples that exist, as any of the harnesses writes them, and needs no model;
 `prompts=FILE` writes what any server has to be asked for them. Each process holds the whole model and takes the next
 task when it is free. Samples and verdicts are kept as they arrive: a killed run goes on with `resume=true` and gives
 the same result. Model-written code runs in the sandbox only.

@@ -122,7 +122,7 @@ def test_samples_of_some_tasks_as_people_have_them(tiny_config, tmp_path):
     assert any(line.startswith(warning) for line in headline(results))
 
 
-@pytest.mark.parametrize("benchmark", ["mbpp", "humaneval", "mbppplus"])
+@pytest.mark.parametrize("benchmark", ["mbpp", "humaneval", "mbppplus", "livecodebench", "bigcodebench"])
 def test_the_configs_for_samples_need_a_file_and_name_no_model(benchmark):
     config = ["--config", str(ROOT / "configs" / "eval" / f"{benchmark}_samples.yaml")]
     cfg = read_command_line([*config, "samples=FILE"])
@@ -303,7 +303,7 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
     assert run.data.metrics["eval/packaged_functions/tasks"] == run.data.metrics["eval/packaged_functions/of_tasks"]
     assert run.data.tags["wmtp.evaluated_tasks"] == "all" and run.data.tags["wmtp.judged_inside"].startswith("0 of ")
     assert {a.path for a in client.list_artifacts(run.info.run_id)} - {"git_diff.patch"} == {
-        "config.yaml", "report.md", "results.json", "samples.jsonl"
+        "config.yaml", "report.md", "results.json", "samples.jsonl", "tasks.jsonl"
     }  # fmt: skip
     told = {"wmtp.git_commit", "wmtp.data_sha256", "wmtp.sandbox", "mlflow.note.content"}
     assert told <= set(run.data.tags) and f"samples of {cfg.samples}" in run.data.tags["mlflow.note.content"]
@@ -502,3 +502,57 @@ def test_mbpp_plus_finds_the_program_that_recites_the_tests_shown(tiny_config, t
     (table,) = run_here(judge_file(tiny_config, tmp_path, [row], programs))["temperatures"].values()
     figures = {name: figure["estimate"] for name, figure in table["metrics"].items()}
     assert figures == pytest.approx({"pass_at_1": 0.25, "base_pass_at_1": 0.75})
+
+
+def test_a_solutions_own_time_sets_the_limit_once_for_all_runs(tiny_config, tmp_path):
+    """As EvalPlus has it: a program may take some times as long as the task's own, which is measured once."""
+    spin = "import time\ndef f(x):\n end = time.process_time() + {}\n while time.process_time() < end: pass\n return x"
+    rows = [
+        {"task_id": 1, "text": "quick", "code": "def f(x): return x", "test_list": ["assert f(1) == 1"]},
+        {"task_id": 2, "text": "slow", "code": spin.format(0.3), "test_list": ["assert f(1) == 1"]},
+    ]
+    programs = [{"task_id": number, "solution": spin.format(0.8)} for number in (1, 2)]
+    cfg = judge_file(tiny_config, tmp_path, rows, programs, gt_time_limit_factor=4, min_time_limit=0.4)
+    results = run_here(cfg)
+    assert results["verdicts"] == {"passed": 1, "timeout": 1}
+    gold = results["settings"]["gold_seconds"]
+    assert gold["Mbpp/1"] < 0.1 and 0.3 <= gold["Mbpp/2"] < 0.6
+    quick, slow = map(json.loads, (Path(cfg.output_dir) / "tasks.jsonl").read_text().splitlines())
+    assert (quick["task_id"], quick["n"], quick["correct"], quick["judged"]) == ("Mbpp/1", 1, 0, "protected")
+    assert quick["limit_seconds"] == 0.4 and slow["limit_seconds"] == 4 * gold["Mbpp/2"] == 4 * slow["gold_seconds"]
+    assert [row["samples"][0]["verdict"] for row in (quick, slow)] == ["timeout", "passed"]
+    assert slow["samples"][0]["sample"] == 0 and 0.8 <= slow["samples"][0]["cpu_seconds"] < 1.2
+    before = files(cfg.output_dir)
+    cfg.resume = True  # whose own measurement does not count
+    run_here(cfg)
+    assert files(cfg.output_dir) == before
+    cfg.min_time_limit = 0.5
+    with pytest.raises(ValueError, match=r"of an evaluation with other settings: min_time_limit 0.4 -> 0.5; use"):
+        run_here(cfg)
+
+
+def test_livecodebench_outputs_are_judged_and_its_problems_have_no_time_of_their_own(tiny_config, tmp_path):
+    cases = lambda kind, *pairs: json.dumps([{"input": a, "output": b, "testtype": kind} for a, b in pairs])
+    problem = {"question_content": "?", "starter_code": "", "metadata": "{}", "private_test_cases": "[]"}
+    rows = [
+        {**problem, "question_id": "1873_A", "public_test_cases": cases("stdin", ("2\n", "4\n"))},
+        {
+            **problem,
+            "question_id": "2777",
+            "starter_code": "class Solution:\n    def twice(self, x: int) -> int:\n        ",
+            "metadata": '{"func_name": "twice"}',
+            "public_test_cases": cases("functional", ("2", "4"), ("3", "6")),
+        },
+    ]
+    outputs = [
+        {"question_id": "2777", "code_list": ["class Solution:\n  def twice(self, x): return 2 * x", "x"]},
+        {"question_id": "1873_A", "code_list": ["print(2 * int(input()))", "print(4.0)"]},
+    ]
+    cfg = judge_file(tiny_config, tmp_path, rows, outputs)
+    cfg.tasks._component_ = "wmtp.eval.live_code_bench"
+    results = run_here(cfg)
+    assert results["verdicts"] == {"passed": 3, "exception": 1} and results["judged_inside"]["tasks"] == 0
+    assert list(results["temperatures"]["unknown"]["metrics"]) == ["pass_at_1"]
+    cfg.gt_time_limit_factor, cfg.overwrite = 4, True
+    with pytest.raises(ValueError, match="gt_time_limit_factor is 4.0, but task 1873_A has no solution whose time it"):
+        run_here(cfg)

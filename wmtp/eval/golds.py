@@ -53,7 +53,7 @@ def settle_tests(
             f"program can fool them: {_listed(inside)}"
         )
     if untried := len(asserting) - len(solved):
-        log(f"{untried} tasks have no solution of their own, so that nothing shows whether their tests can be passed")
+        log(f"{untried} of {len(tasks)} tasks have no solution: nothing shows whether their tests can be passed")
     if unused := [task.unused_tests for task in asserting if task.unused_tests]:
         counts = f"{sum(unused)} challenge tests of {len(unused)} tasks"
         log(f"{counts} are not run; tasks.challenge_tests=true runs them too")

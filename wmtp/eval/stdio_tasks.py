@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from wmtp.data.contest_rows import PYTHON3, programs_of, topics, whole_number
 from wmtp.data.packaged import packaged_programs
@@ -53,6 +54,7 @@ class StdioTask:
     solutions: tuple[str, ...] = ()
     header: str = ""
     decimals: bool = False
+    inside: ClassVar[bool] = False  # its tests are texts, which no program can reach
 
     @property
     def task_id(self) -> str:
