@@ -554,5 +554,5 @@ def test_livecodebench_outputs_are_judged_and_its_problems_have_no_time_of_their
     assert results["verdicts"] == {"passed": 3, "exception": 1} and results["judged_inside"]["tasks"] == 0
     assert list(results["temperatures"]["unknown"]["metrics"]) == ["pass_at_1"]
     cfg.gt_time_limit_factor, cfg.overwrite = 4, True
-    with pytest.raises(ValueError, match="gt_time_limit_factor is 4.0, but task 1873_A has no solution whose time it"):
+    with pytest.raises(ValueError, match=r"gt_time_limit_factor is 4.0, but task 1873_A has no solution whose"):
         run_here(cfg)
