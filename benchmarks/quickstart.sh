@@ -21,7 +21,8 @@ cat <<EOF
 
 Done in $((SECONDS - started)) s. What to do next:
   see the curves      .venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db     then open http://127.0.0.1:5000
-  use the model       transformers: AutoModelForCausalLM.from_pretrained("runs/quickstart/rho1/export")
+  use the model       .venv/bin/python recipes/generate.py --config configs/smollm2_135m/generate.yaml prompt="def add" show=heads
+  in transformers     AutoModelForCausalLM.from_pretrained("runs/quickstart/rho1/export", trust_remote_code=True)
   compare with plain  .venv/bin/tune run --nproc_per_node 2 $recipe --config configs/smollm2_135m/uniform.yaml
   evaluate            set eval_dataset in the config; held-out CE of every head is logged with the run
   change the method   copy $recipe and configs/smollm2_135m/rho1.yaml, and edit

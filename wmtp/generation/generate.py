@@ -1,7 +1,7 @@
 """Continuous batching: each row decodes one request and takes the next as soon as it finishes."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from wmtp.errors import UserError
 from wmtp.generation.cached_decoder import CachedDecoder, Prompts, to_device
 from wmtp.generation.kv_memory import free_kv_memory, kv_bytes_per_token, kv_positions
-from wmtp.generation.requests import Completion, DecodingStats, Request, check_memory, check_request
+from wmtp.generation.requests import Completion, DecodingStats, Request, Step, check_memory, check_request
 from wmtp.generation.sampling import (
     Numbers,
     Sampling,
@@ -37,6 +37,7 @@ def generate(
     num_drafts: int = 0,
     kv_memory: int | None = None,
     stats: DecodingStats | None = None,
+    watch: Callable[[object, Step], None] | None = None,
 ) -> Iterator[Completion]:
     """Continues every request's prompt and yields each completion as it finishes, in no fixed order.
 
@@ -68,6 +69,7 @@ def generate(
             forward that verifies it, accepted or not: few are best if the heads are often wrong.
         kv_memory: bytes that keys and values may take; None is a share of what is free when iteration starts.
         stats: counts are added to it.
+        watch: called with a request's id and each step of its decoding, as it happens.
 
     Raises:
         ValueError: a prompt that is empty, leaves no room for a token, has ids outside the vocabulary, or does not fit
@@ -86,7 +88,7 @@ def generate(
                 check_memory(request, model, sampling, num_drafts, kv_memory)
         batch_size = min(batch_size, max(len(requests), 1))
     stats = DecodingStats() if stats is None else stats
-    return Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats).run(iter(requests))
+    return Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats, watch).run(iter(requests))
 
 
 def _check_model(model: nn.Module, num_drafts: int) -> None:
@@ -152,8 +154,10 @@ class Batch:
         num_drafts: int,
         kv_memory: int | None,
         stats: DecodingStats,
+        watch: Callable[[object, Step], None] | None = None,
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._stats = model, tokenizer, sampling, stats
+        self._watch = watch if watch is not None else lambda id, step: None
         self._batch_size, self._num_drafts, self._kv_memory = batch_size, num_drafts, kv_memory
         self._stop = StopStrings(tokenizer, sampling.stop)
         self._end_ids = {tokenizer.eos_id, *(model.source.end_ids if model.source is not None else ())}
@@ -263,6 +267,7 @@ class Batch:
         _, tokens = self._verify(logits[0], _Drafts.none(len(new), self._device), [0] * len(new), numbers)
         for b, (row, token) in enumerate(zip(new, tokens.cpu().tolist(), strict=True)):
             self._append(row, token)
+            self._watch(row.request.id, Step((), 0, (token,)))
             if not row.finish_reason:
                 self._draft_logits[len(self._rows)] = logits[1:, b, 0]
                 self._rows.append(row)
@@ -320,6 +325,7 @@ class Batch:
         results = results.cpu().tolist()  # here the host waits for the device, and nowhere else in a step
         for row, num_useful, (num_accepted, *drafted, chosen) in zip(rows, useful, results, strict=True):
             row.forwards += 1
+            before = len(row.tokens)
             self._stats.count_drafts(num_useful)
             for i, new in enumerate([*drafted[:num_accepted], chosen]):
                 if i < num_useful:
@@ -327,6 +333,7 @@ class Batch:
                 self._append(row, new)
                 if row.finish_reason:  # tokens accepted after an end token or a stop string are dropped
                     break
+            self._watch(row.request.id, Step(tuple(drafted[:num_useful]), num_accepted, tuple(row.tokens[before:])))
         self._stats.forwards += 1
         self._stats.row_forwards += len(rows)
         self._stats.decode_seconds += time.perf_counter() - started

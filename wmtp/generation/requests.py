@@ -43,6 +43,22 @@ class Completion:
     forwards: int
 
 
+@dataclass(frozen=True)
+class Step:
+    """What one forward gave a request.
+
+    Args:
+        drafts: of heads 2 to the number that count, in the order of their tokens.
+        accepted: how many of them, from the first, the model agreed with. The next one it refused; those after that
+            were not compared.
+        tokens: what the request got: accepted drafts, then head 1's own token, up to one that ended it.
+    """
+
+    drafts: tuple[int, ...]
+    accepted: int
+    tokens: tuple[int, ...]
+
+
 @dataclass
 class DecodingStats:
     """Counts that calls of :func:`generate` add to. The seconds exclude the consumer's time."""

@@ -1,6 +1,6 @@
-"""Stop strings in a growing text."""
+"""A growing text: its stop strings, and what of it can be shown already."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class StopStrings:
@@ -26,3 +26,35 @@ class StopStrings:
         """Returns the text before its first stop string, or None if it has none."""
         starts = [at for s in self._stop if (at := text.find(s)) >= 0]
         return text[: min(starts)] if starts else None
+
+
+class TextStream:
+    """The text of a request while it grows, in parts: no half characters, and nothing that a stop string may take back.
+
+    Args:
+        tokenizer: as `generate` takes it.
+        stop: strings that end the text.
+        end_ids: tokens that end it, and are no text.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = (), end_ids: Collection[int] = ()) -> None:
+        self._tokenizer, self._stop, self._left_out = tokenizer, stop, {*tokenizer.special_ids, *end_ids}
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """Returns the text that became certain with these tokens."""
+        self._tokens += [token for token in tokens if token not in self._left_out]
+        text = self._tokenizer.decode(self._tokens).rstrip("\ufffd")  # the first bytes of a character
+        starts = [at for s in self._stop if (at := text.find(s)) >= 0]  # of whole stop strings, then of begun ones
+        starts += [len(text) - n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])]
+        return self._until(text[: min(starts, default=len(text))])
+
+    def end(self, text: str) -> str:
+        """Returns what is left to show of the whole text, a completion's."""
+        return self._until(text)
+
+    def _until(self, text: str) -> str:
+        new = text[len(self._shown) :]
+        self._shown += new
+        return new

@@ -58,15 +58,15 @@ def token_weights_html(documents: Sequence[TokenView], *, title: str, settings: 
                     f"{expected}; show the same for every document of a page"
                 )
     longest = max(len(document.pieces) for document in documents)
-    listed = "".join(f"<div><dt>{_escape(k)}<dd>{_escape(v)}</div>" for k, v in (settings or {}).items())
+    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in (settings or {}).items())
     switches = "".join(
-        f"<input type=checkbox id=m{n} checked><label for=m{n}>{_escape(method)}</label>\n"
+        f"<input type=checkbox id=m{n} checked><label for=m{n}>{escaped(method)}</label>\n"
         for n, method in enumerate(methods)
     )
     return (
         f"<!DOCTYPE html>\n<html lang=en>\n<meta charset=utf-8>\n"
-        f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{_escape(title)}</title>\n'
-        f"<style>\n{_style(len(methods), longest)}</style>\n<body>\n<h1>{_escape(title)}</h1>\n<dl>{listed}</dl>\n"
+        f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
+        f"<style>\n{_style(len(methods), longest)}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
         f"{_LEGEND}{switches}<input type=checkbox id=numbers><label for=numbers>numbers of all tokens</label>\n"
         f"<main>\n{''.join(_section(document) for document in documents)}</main>\n</body>\n</html>\n"
     )
@@ -97,16 +97,16 @@ def scale() -> list[tuple[str, str, str, float]]:
 def _section(document: TokenView) -> str:
     """Returns one document: a head, a column for each method, and the table of the tokens' numbers."""
     targets = int(np.asarray(document.is_target, dtype=bool).sum())
-    texts = [_text(piece) for piece in document.pieces]
+    texts = [token_html(piece) for piece in document.pieces]
     columns = "".join(_column(document, n, method, texts) for n, method in enumerate(document.weights))
-    head = "".join(f"<th>{_escape(name)}" for name in (*document.weights, *document.signals))
+    head = "".join(f"<th>{escaped(name)}" for name in (*document.weights, *document.signals))
     rows = []
     for i, (piece, token) in enumerate(zip(document.pieces, document.tokens, strict=True)):
         weights = [w[i] if document.is_target[i] else math.nan for w in document.weights.values()]
         cells = "".join(f"<td>{_number(x)}" for x in (*weights, *(s[i] for s in document.signals.values())))
-        rows.append(f"<tr class=t{i}><td>{i}<td>{int(token)}<td>{_escape(repr(piece))}{cells}\n")
+        rows.append(f"<tr class=t{i}><td>{i}<td>{int(token)}<td>{escaped(repr(piece))}{cells}\n")
     return (
-        f"<section>\n<header><h2>{_escape(document.id)}</h2>"
+        f"<section>\n<header><h2>{escaped(document.id)}</h2>"
         f"<small>{len(texts)} tokens, {targets} targets</small></header>\n<div class=columns>\n{columns}</div>\n"
         f"<table><thead><tr><th>position<th>id<th>token{head}<tbody>\n{''.join(rows)}</table>\n</section>\n"
     )
@@ -130,7 +130,7 @@ def _column(document: TokenView, number: int, method: str, texts: list[str]) -> 
         attribute = classes[0] if len(classes) == 1 else f'"{" ".join(classes)}"'
         tokens.append(f"<b class={attribute}>{text}</b>")
     return (
-        f"<article class=m{number}><h3>{_escape(method)}</h3><div class=s>{statistics}</div>"
+        f"<article class=m{number}><h3>{escaped(method)}</h3><div class=s>{statistics}</div>"
         f"<pre>{''.join(tokens)}</pre></article>\n"
     )
 
@@ -162,7 +162,7 @@ def _legend() -> str:
 _LEGEND = _legend()
 
 
-def _text(piece: str) -> str:
+def token_html(piece: str) -> str:
     """Returns a token's text as HTML: markup and invisible characters escaped, line ends marked."""
     parts = []
     for character in piece:
@@ -177,7 +177,7 @@ def _text(piece: str) -> str:
     return "".join(parts)
 
 
-def _escape(value) -> str:
+def escaped(value) -> str:
     """Returns a name or setting as HTML on one line."""
     return html.escape("".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value)), quote=False)
 

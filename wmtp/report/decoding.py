@@ -1,0 +1,147 @@
+"""Self-speculative decoding to look at: what each head proposed and what was accepted, in a terminal and as a page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+from wmtp.generation import Step
+from wmtp.report.token_weights import escaped, token_html
+from wmtp.report.tokens import token_pieces
+
+# Of a draft: its mark, its words, the terminal's code and the page's class. None rests on its colour alone.
+_ACCEPTED, _REFUSED, _UNSEEN = (
+    ("✓", "accepted", "32", "a"),
+    ("✗", "refused", "31", "r"),
+    ("·", "not compared", "2", "n"),
+)
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One text: its prompt, and the steps of its decoding."""
+
+    id: str
+    prompt: str
+    steps: Sequence[Step]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for step in self.steps for token in step.tokens]
+
+
+def step_line(tokenizer, number: int, step: Step, *, colour: bool) -> str:
+    """Returns a forward in one line: each draft with its head and mark, then head 1's own token.
+
+        12  ✓2 ' a'  ✗3 ' -'  ·4 ' b'  → ' +'
+
+    Args:
+        colour: of a terminal, by ANSI codes.
+    """
+    paint = lambda text, code: f"\x1b[{code}m{text}\x1b[0m" if colour else text
+    parts = [f"{number:>6}"]
+    for i, token in enumerate(step.drafts):
+        mark, _, code, _ = _verdict(step, i)
+        parts.append(paint(f"{mark}{i + 2} {_shown(tokenizer, token)}", code))
+    parts += [paint(f"→ {_shown(tokenizer, token)}", "1") for token in step.tokens[step.accepted :]]
+    return "  ".join(parts)
+
+
+def step_legend() -> str:
+    """Returns what the marks of :func:`step_line` mean."""
+    return f"forward, drafts of heads 2 and on ({_marks()}), → head 1's own token"
+
+
+def decoding_html(texts: Sequence[Decoded], tokenizer, *, title: str, settings: dict | None = None) -> str:
+    """Returns a self-contained HTML page, without scripts or network: each text, and a table of its forwards.
+
+    A token that a draft gave is shaded, underlined and numbered by its head; head 1's own are plain. In the table a
+    draft is accepted, refused or not compared, by mark and colour. Pointing at a token or a row marks its forward.
+    """
+    heads = 1 + max((len(step.drafts) for text in texts for step in text.steps), default=0)
+    forwards = max((len(text.steps) for text in texts), default=0)
+    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in (settings or {}).items())
+    key = "".join(f"<li><b class=h{k}>head {k}</b></li> " for k in range(2, heads + 1))
+    return (
+        "<!DOCTYPE html>\n<html lang=en>\n<meta charset=utf-8>\n"
+        f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
+        f"<style>\n{_style(heads, forwards)}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
+        f"<div class=legend><ol>{key}</ol><div class=key>A numbered token is that head&#8217;s draft, which "
+        f"head 1 agreed with; head 1&#8217;s own are plain, the prompt is grey. In the tables: {_marks()}.</div></div>\n"
+        f"<main>\n{''.join(_section(text, tokenizer, heads) for text in texts)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _marks() -> str:
+    return ", ".join(f"{mark} {words}" for mark, words, *_ in (_ACCEPTED, _REFUSED, _UNSEEN))
+
+
+def _verdict(step: Step, draft: int) -> tuple[str, str, str, str]:
+    return _ACCEPTED if draft < step.accepted else _REFUSED if draft == step.accepted else _UNSEEN
+
+
+def _shown(tokenizer, token: int) -> str:
+    return repr(tokenizer.decode([token]))
+
+
+def _section(text: Decoded, tokenizer, heads: int) -> str:
+    pieces = iter(token_pieces(tokenizer, text.tokens))
+    code, rows = [f"<b>{token_html(text.prompt)}</b>"], []
+    for number, step in enumerate(text.steps, 1):
+        for i in range(len(step.tokens)):
+            head = i + 2 if i < step.accepted else 1
+            about = f"forward {number}, head {head}"
+            code.append(f'<b class="h{head} f{number}" title="{about}">{token_html(next(pieces))}</b>')
+        cells = []
+        for i in range(heads - 1):
+            if i >= len(step.drafts):
+                cells.append("<td>")
+                continue
+            mark, words, _, kind = _verdict(step, i)
+            cells.append(f"<td class={kind}><i title='{words}'>{mark}</i> {_cell(tokenizer, step.drafts[i])}")
+        own = "".join(_cell(tokenizer, token) for token in step.tokens[step.accepted :])
+        rows.append(f"<tr class=f{number}><th scope=row>{number}{''.join(cells)}<td>{own}\n")
+    columns = "".join(f"<th scope=col>head {k}" for k in range(2, heads + 1))
+    made, forwards = len(text.tokens), max(len(text.steps), 1)
+    return (
+        f"<section>\n<header><h2>{escaped(text.id)}</h2><small>{made} tokens in {forwards} forwards: "
+        f"{made / forwards:.2f} a forward</small></header>\n<article><pre>{''.join(code)}</pre></article>\n"
+        f"<table><thead><tr><th scope=col>forward{columns}<th scope=col>head 1<tbody>\n{''.join(rows)}</table>\n"
+        "</section>\n"
+    )
+
+
+def _cell(tokenizer, token: int) -> str:
+    return escaped(_shown(tokenizer, token))
+
+
+def _style(heads: int, forwards: int) -> str:
+    """Returns the sheet of pages of tokens, with rules for the heads and forwards."""
+    rules = [files("wmtp.report").joinpath("token_weights.css").read_text(encoding="utf-8"), _SHEET]
+    lines = ("solid", "double", "dotted", "dashed")
+    for k in range(2, heads + 1):
+        shade = 0.15 + 0.45 * (k - 2) / max(heads - 2, 1)
+        rules.append(
+            f".h{k} {{ background: rgba(var(--low), {shade:.2f}); border-bottom: 3px {lines[(k - 2) % 4]}; }}\n"
+        )
+        rules.append(f'.h{k}::before {{ content: "{k}" !important; }}\n')
+    chosen = ",".join(f"section:has(.f{n}:hover) .f{n}" for n in range(1, forwards + 1))
+    return "".join(rules) + (f"{chosen} {{ outline: 2px solid; }}\n" if chosen else "")
+
+
+_SHEET = """
+pre b[class], .legend b { color: var(--ink); font-weight: normal; }
+b[class^="h"]:not(.h1)::before { font-size: .65em; vertical-align: super; color: var(--ink); opacity: 1; }
+.legend li { padding: 0 .5rem; font-size: .85rem; }
+main table, main section:has(pre b:hover) table { display: table; position: static; transform: none; width: 100%;
+  max-width: none; pointer-events: auto; box-shadow: none; background: none; border: 0; border-radius: 0;
+  border-top: 1px solid var(--line); }
+main section { overflow-x: auto; }
+main article { display: block; border: 0; }
+main tbody tr { display: table-row; }
+main th, main td { text-align: left; }
+td i { font-style: normal; font-weight: bold; }
+.r { text-decoration: line-through; background: rgba(var(--high), .25); }
+.r i { text-decoration: none; display: inline-block; }
+.n { color: var(--quiet); }
+.a { background: rgba(var(--low), .20); }
+"""
