@@ -42,6 +42,12 @@ def test_head_1_is_transformers_model_and_the_export_loses_nothing(tmp_path):
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "export", dtype=torch.float32)(tokens).logits
     assert torch.equal(again, expected)
+    heads = AutoModelForCausalLM.from_pretrained(tmp_path / "export", trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        assert (heads(tokens, num_heads=4).head_logits - logits).abs().max() <= 1e-4
+    texts = [heads.generate(tokens[:, :40], max_new_tokens=12, do_sample=False, num_heads=k) for k in (1, 4)]
+    assert torch.equal(*texts)
+    del heads
     with torch.device("meta"):
         ours = from_checkpoint(tmp_path / "export")
     load_checkpoint(ours, tmp_path / "export")

@@ -66,7 +66,8 @@ def decoding_html(texts: Sequence[Decoded], tokenizer, *, title: str, settings: 
         f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
         f"<style>\n{_style(heads, forwards)}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
         f"<div class=legend><ol>{key}</ol><div class=key>A numbered token is that head&#8217;s draft, which "
-        f"head 1 agreed with; head 1&#8217;s own are plain, the prompt is grey. In the tables: {_marks()}.</div></div>\n"
+        "head 1 agreed with; head 1&#8217;s own are plain, the prompt is grey. In the tables: "
+        f"{_marks()}.</div></div>\n"
         f"<main>\n{''.join(_section(text, tokenizer, heads) for text in texts)}</main>\n</body>\n</html>\n"
     )
 
