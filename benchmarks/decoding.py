@@ -1,4 +1,4 @@
-"""Decoding of random weights with and without shared prompts: time and tokens of a step, and the peak of memory.
+"""Decoding of random weights with and without shared prompts, and compiled: time and tokens of a step, peak of memory.
 
     python benchmarks/decoding.py [--model meta_mtp_7b] [--device cuda] [--rows 64] [--new-tokens 64]
 
@@ -24,17 +24,17 @@ class NoText:
         return ""
 
 
-def measure(model, case: str, prompts: int, length: int, args, **options) -> None:
+def measure(model, case: str, args, *, rows: int, prompts: int, length: int, **options) -> None:
     """Decodes so many rows, which go on from so many different prompts of a length, once."""
     sampling = Sampling(args.new_tokens, options.pop("temperature", 0.8), options.pop("top_p", 1.0))
     requests = []
-    for row in range(args.rows):
-        prompt = tuple((31 * (row * prompts // args.rows) + i) % model.vocab_size for i in range(length))
+    for row in range(rows):
+        prompt = tuple((31 * (row * prompts // rows) + i) % model.vocab_size for i in range(length))
         requests.append(Request(row, prompt, (0, row)))
     stats = DecodingStats()
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    list(generate(model, NoText(), requests, sampling, batch_size=args.rows, stats=stats, **options))
+    list(generate(model, NoText(), requests, sampling, batch_size=rows, stats=stats, **options))
     report("time of a decode step", 1e3 * stats.decode_seconds / stats.forwards, "ms", case)
     report("decoding", (stats.new_tokens - stats.first_tokens) / stats.decode_seconds, "tokens/s", case)
     report("prefill of a prompt", 1e3 * stats.prefill_seconds / stats.prefills, "ms", case)
@@ -56,15 +56,23 @@ def main() -> None:
         model = getattr(models, args.model)(max_seq_len=6 * args.prompt + args.new_tokens)
     torch.set_default_dtype(torch.float32)
     model.requires_grad_(False).eval()
-    name = f"{args.model} bf16, {args.rows} rows"
-    for run in ("first", "second"):  # the first one allocates and warms up
-        measure(model, f"{name}, one prompt of {args.prompt}, {run} time", 1, args.prompt, args)
-    measure(model, f"{name}, prompts of {args.prompt} of their own", args.rows, args.prompt, args)
-    measure(model, f"{name}, one prompt of {6 * args.prompt}", 1, 6 * args.prompt, args)
-    measure(model, f"{name}, one prompt of {args.prompt}, top_p", 1, args.prompt, args, top_p=0.95)
-    measure(model, f"{name}, one prompt of {args.prompt}, greedy", 1, args.prompt, args, temperature=0.0)
+    one = {"rows": args.rows, "prompts": 1, "length": args.prompt}
+    text = f"one prompt of {args.prompt}"
+    cases = {
+        f"{text}, first time": one,  # allocates and warms up, and compiles
+        text: one,
+        f"prompts of {args.prompt} of their own": {**one, "prompts": args.rows},
+        f"one prompt of {6 * args.prompt}": {**one, "length": 6 * args.prompt},
+        f"{text}, top_p": {**one, "top_p": 0.95},
+        f"{text}, greedy": {**one, "temperature": 0.0},
+        f"{text}, alone": {**one, "rows": 1},  # a step is bound by its launches
+    }
     if model.num_future_tokens > 1:
-        measure(model, f"{name}, one prompt of {args.prompt}, 1 draft", 1, args.prompt, args, num_drafts=1)
+        cases[f"{text}, 1 draft, first time"] = cases[f"{text}, 1 draft"] = {**one, "num_drafts": 1}
+    for case, options in cases.items():
+        for compile in (False, True):  # in turn
+            name = f"{args.model} bf16, {options['rows']} rows, {case}{', compiled' * compile}"
+            measure(model, name, args, compile=compile, **options)
 
 
 if __name__ == "__main__":

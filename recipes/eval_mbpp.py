@@ -79,6 +79,7 @@ class EvalMBPPRecipe:
         self._batch_size = read.integer("batch_size", 8, minimum=1)
         self._kv_memory = read.num_bytes("kv_memory", None)
         self._num_drafts = read.integer("num_drafts", 0)
+        self._compile = read.flag("compile", False)
 
         self._ks = read.numbers("pass_at", [1], minimum=1, whole=True)
         self._resamples = read.integer("bootstrap_resamples", 10_000, minimum=1)
@@ -291,7 +292,8 @@ class EvalMBPPRecipe:
             requests = self._requests(units, f"generate at {temperature}")
             for done in generate(
                 self._model, self._tokenizer, requests, sampling,
-                batch_size=self._batch_size, num_drafts=self._num_drafts, kv_memory=self._kv_memory, stats=self._stats,
+                batch_size=self._batch_size, num_drafts=self._num_drafts, kv_memory=self._kv_memory,
+                compile=self._compile, stats=self._stats,
             ):  # fmt: skip
                 task_id, number = done.id
                 program = self._protocol.program(self._tasks_by_id[task_id], done.text)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from wmtp.generation.blocks import Block, compiled, enter, leave, rotations
 from wmtp.generation.kv_memory import rounded
-from wmtp.generation.linear import side_by_side, times
+from wmtp.generation.linear import times
 from wmtp.models.decoder import MTPDecoder
 from wmtp.numerics.products import on_cuda
 
@@ -37,8 +37,8 @@ class KVCache:
     because a masked NaN would still spread.
     """
 
-    def __init__(self, blocks: list[Tensor]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: list[Tensor], first: int = 0) -> None:
+        self.blocks, self.first = blocks, first  # the first row that a forward is about
 
     @property
     def rows(self) -> int:
@@ -67,8 +67,8 @@ class KVCache:
             block[target, :length] = block[source, :length]
 
     def row(self, row: int) -> "KVCache":
-        """Returns a row as a cache that shares its memory."""
-        return KVCache([block[row : row + 1] for block in self.blocks])
+        """Returns the same cache, for forwards of one row."""
+        return KVCache(self.blocks, row)
 
 
 @dataclass(frozen=True)
@@ -94,18 +94,24 @@ class _PromptPlaces:
     count: int  # P
     attended: int  # T
     mask: Tensor | None  # [P, 1, 1, T]: 0 where the prompt has a token, else -inf; None for a single prompt
-    rows: Tensor  # [P * R]: rows by prompt, with some row where one has fewer than R
-    places: Tensor  # [B]: where each row is among these
+    queries: Tensor  # [P * R * Q] numbers of queries: by prompt, with those of some row where one has fewer than R
+    places: Tensor  # [B * W, groups]: where each query is among these
     of_rows: list[tuple[int, int]]  # of each row: its prompt, and the length of that
 
 
 @dataclass(frozen=True)
 class _Places:
-    """The positions of the tokens [B, W] of one forward in the form that attention needs, the same for every block."""
+    """The positions of the tokens [B, W] of one forward in the form that attention needs, the same for every block.
 
-    angles: Tensor  # complex [B * W, 1, head_dim / 2]: RoPE turns pairs of coordinates, that is, multiplies
+    A row has Q = groups * W queries over the same keys, each of its groups after the other.
+    """
+
+    cos: Tensor  # [B * W, 1, head_dim], as in rotations()
+    sin: Tensor
     slots: Tensor  # [B * W] index of (row, position) in a cache seen as [rows * positions, ...]
-    mask: Tensor  # [B, 1, groups * W, T]: 0 where the query sees the key, else -inf
+    mask: Tensor  # [B, 1, Q, T]: 0 where the query sees the key, else -inf
+    queries: Tensor | None  # [B * Q] numbers of queries, row by row; None where they are in that order
+    places: Tensor | None  # [B * W, groups]: where each query is among these
     prompts: _PromptPlaces | None
 
 
@@ -113,17 +119,21 @@ class CachedDecoder:
     """The first ``num_heads`` heads of a model, and its trunk, over :class:`KVCache`.
 
     It reads the weights when it is built (on a CPU it makes a packed copy, see :mod:`wmtp.generation.linear`), so it is
-    out of date after a training step. Blocks are numbered trunk first, then head 1, then the extra heads.
+    out of date after a training step. With ``compile`` all of a block but its attention is compiled
+    (:mod:`wmtp.generation.blocks`), and nothing is packed. Blocks are numbered trunk first, then head 1, then the extra
+    heads.
     """
 
-    def __init__(self, model: MTPDecoder, num_heads: int) -> None:
+    def __init__(self, model: MTPDecoder, num_heads: int, *, compile: bool = False) -> None:
         self.model = model
         self.num_heads = num_heads
-        self._embed_dim, self._head_dim = model.config.embed_dim, model.config.head_dim
-        self._num_kv_heads = model.config.num_kv_heads
+        self._embed_dim = model.config.embed_dim
         self._groups = model.config.num_heads // model.config.num_kv_heads
-        self._angles = torch.view_as_complex(model.rope.cache)  # [max_seq_len, head_dim / 2]
-        self._blocks = [_Block(block) for block in (*model.layers, *model.extra_heads[: num_heads - 1])]
+        self._cos, self._sin = rotations(model.rope)
+        blocks = (*model.layers, *model.extra_heads[: num_heads - 1])
+        self._blocks = [Block(block, pack=not compile) for block in blocks]
+        self._compile = compile
+        self._enter, self._leave = (compiled(enter), compiled(leave)) if compile else (enter, leave)
         self._num_trunk = len(model.layers) - 1
         self._device = model.tok_embeddings.weight.device
         self._norm, self._unembed = model.norm, times(model.unembedding)
@@ -141,7 +151,7 @@ class CachedDecoder:
 
         Args:
             tokens: [B, W], row b's W tokens after the ``lengths[b]`` that are cached.
-            lengths: of the first B rows of the cache.
+            lengths: of B rows of the cache.
             cache: grows as needed.
             prompts: what comes before all of that, if there is more.
 
@@ -149,12 +159,11 @@ class CachedDecoder:
             the trunk's states [B, W, D], and the tokens' places, for :meth:`heads` on all of them.
         """
         width = tokens.shape[1]
-        cache.reserve(len(tokens), max(lengths) + width)
+        cache.reserve(cache.first + len(tokens), max(lengths) + width)
         places = self._places(lengths, width, cache, prompts)
         h = self.model.tok_embeddings(tokens).view(-1, self._embed_dim)  # [B * W, D]
         for i in range(self._num_trunk):
-            self._write(i, h, places, cache)
-            h = self._run(i, h, places, cache)
+            h = self._run(i, h, places, cache, write=True)
         for i in range(self._num_trunk, len(self._blocks)):
             self._write(i, h, places, cache)
         return h.view(*tokens.shape, -1), places
@@ -174,28 +183,37 @@ class CachedDecoder:
         for start in range(0, len(prompt), PREFILL_CHUNK):
             tokens = to_device([prompt[start : start + PREFILL_CHUNK]], self._device)
             states, _ = self.extend(tokens, [start], cache)
-        return self.heads(states[:, -1:], self._places([len(prompt) - 1], 1, cache, None), cache)
+        last = states[0, -1:, None].clone()  # a tensor of its own: a compiled graph depends on where one begins
+        return self.heads(last, self._places([len(prompt) - 1], 1, cache, None), cache)
 
     # ------------------------------------------------------------------------------------------------------------------
     # One block
 
     def _places(self, first: Sequence[int], width: int, cache: KVCache, prompts: Prompts | None) -> _Places:
-        """Returns the places of ``width`` tokens per row from position ``first`` [B], in the cache's first B rows."""
+        """Returns the places of ``width`` tokens per row from position ``first`` [B], in B rows of the cache."""
         attended = min(-(-(max(first) + width) // _ALIGNMENT) * _ALIGNMENT, cache.capacity)
         device, dtype = cache.blocks[0].device, cache.blocks[0].dtype
         own = to_device(first, device)[:, None] + torch.arange(width, device=device)  # [B, W]
-        slots = (torch.arange(len(first), device=device)[:, None] * cache.capacity + own).flatten()
+        rows = torch.arange(cache.first, cache.first + len(first), device=device)
+        slots = (rows[:, None] * cache.capacity + own).flatten()
         hidden = torch.arange(attended, device=device) > own[:, :, None]  # [B, W, T]
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         positions = own
         if prompts is not None:
             positions = own + to_device([prompts.lengths[p] for p in prompts.of_rows], device)[:, None]
         # A row that waits for the others in its window may be past the context's end; its result is never read.
-        angles = self._angles[positions.flatten().clamp(max=len(self._angles) - 1)]
-        shared = None if prompts is None else self._prompt_places(prompts)
-        return _Places(angles[:, None], slots, mask.repeat(1, self._groups, 1)[:, None], shared)
+        positions = positions.flatten().clamp(max=len(self._cos) - 1)
+        cos, sin = self._cos[positions, None], self._sin[positions, None]
+        mask = mask.repeat(1, self._groups, 1)[:, None]
+        queries = places = None
+        if self._groups > 1 and (width > 1 or self._compile):  # compiled: no graph of its own for one token
+            numbers = torch.arange(len(first) * self._groups * width, device=device)
+            queries = numbers.view(-1, width, self._groups).transpose(1, 2).flatten()
+            places = numbers.view(-1, self._groups, width).transpose(1, 2).flatten().view(-1, self._groups)
+        shared = None if prompts is None else self._prompt_places(prompts, width, queries)
+        return _Places(cos, sin, slots, mask, queries, places, shared)
 
-    def _prompt_places(self, prompts: Prompts) -> _PromptPlaces:
+    def _prompt_places(self, prompts: Prompts, width: int, own: Tensor | None) -> _PromptPlaces:
         rows: list[list[int]] = [[] for _ in prompts.lengths]
         order = []  # of each row: its prompt, and its place among the rows of that
         for row, p in enumerate(prompts.of_rows):
@@ -210,91 +228,71 @@ class CachedDecoder:
             hidden = torch.arange(attended, device=device) >= to_device(prompts.lengths, device)[:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
             mask = mask[:, None, None]
-        places = to_device([p * most + place for p, place in order], device)
+        # From places of rows to places of their queries, and from those of these rows to the queries' numbers.
+        within = torch.arange(self._groups * width, device=device)
+        queries = (to_device(padded, device).flatten()[:, None] * len(within) + within).flatten()
+        places = to_device([p * most + place for p, place in order], device)[:, None] * len(within) + within
+        places = places.view(-1, self._groups, width).transpose(1, 2).flatten().view(-1, self._groups)
         of_rows = [(p, prompts.lengths[p]) for p in prompts.of_rows]
-        rows_by_prompt = to_device(padded, device).flatten()
-        return _PromptPlaces(prompts.cache, len(rows), attended, mask, rows_by_prompt, places, of_rows)
+        queries = queries if own is None else own[queries]
+        return _PromptPlaces(prompts.cache, len(rows), attended, mask, queries, places, of_rows)
 
     def _write(self, i: int, h: Tensor, places: _Places, cache: KVCache) -> None:
-        keys, values = self._blocks[i].keys_values(self._blocks[i].attention_norm(h))
-        keys = self._rotate(keys.unflatten(-1, (self._num_kv_heads, -1)), places.angles)
-        both = torch.stack([keys, values.unflatten(-1, (self._num_kv_heads, -1))], dim=1)  # [B * W, 2, ...]
-        cache.blocks[i].view(-1, *both.shape[1:]).index_copy_(0, places.slots, both)
+        slots = cache.blocks[i].flatten(0, 1)
+        self._enter(self._blocks[i], False, h, places.cos, places.sin, places.slots, slots, None, None)
 
-    def _run(self, i: int, h: Tensor, places: _Places, cache: KVCache) -> Tensor:
-        """Returns the block's output [B * W, D] for states at places whose keys and values are cached."""
-        block = self._blocks[i]
+    def _run(self, i: int, h: Tensor, places: _Places, cache: KVCache, *, write: bool = False) -> Tensor:
+        """Returns the block's output [B * W, D] for states at places whose keys and values are cached, or are now."""
+        block, prompts = self._blocks[i], places.prompts
         batch, _, _, attended = places.mask.shape
-        (queries,) = block.queries(block.attention_norm(h))
-        queries = self._rotate(queries.unflatten(-1, (-1, self._head_dim)), places.angles)
-        # Grouped-query attention without copies of the keys: a group's queries become rows over the same keys.
-        queries = queries.view(batch, -1, self._num_kv_heads, self._groups, self._head_dim).permute(0, 2, 3, 1, 4)
-        queries = queries.flatten(2, 3)  # [B, num_kv_heads, groups * W, head_dim]
-        out, sums = _attention(queries, cache.blocks[i][:batch, :attended], places.mask)
-        if places.prompts is not None:
-            out = self._with_prompts(i, queries, out, sums, places.prompts)
-        out = out.unflatten(2, (self._groups, -1)).permute(0, 3, 1, 2, 4).reshape(len(h), -1)
-        h = h + block.attention_out(out)[0]
-        gate, up = block.gate_up(block.mlp_norm(h))
-        return h + block.down(F.silu(gate) * up)[0]
-
-    def _with_prompts(self, i: int, queries: Tensor, own: Tensor, own_sums: Tensor, prompts: _PromptPlaces) -> Tensor:
-        """Returns attention to prompts and own tokens from attention to the latter: [B, num_kv_heads, Q, head_dim]."""
+        written = (places.slots, cache.blocks[i].flatten(0, 1)) if write else (None, None)
+        together = prompts is not None and _together(h)
+        by_prompt = prompts.queries if together else None
+        queries, asked = self._enter(block, True, h, places.cos, places.sin, *written, places.queries, by_prompt)
+        queries = queries.unflatten(0, (batch, -1))
+        kv = cache.blocks[i][cache.first : cache.first + batch, :attended]
+        own, sums = _attention(queries, kv, places.mask)
+        if prompts is None:
+            return self._leave(block, h, own, None, places.places, None, None, None)
         kv = prompts.cache.blocks[i][: prompts.count, : prompts.attended]
-        if not on_cuda(queries) and queries.dtype != torch.float32:
-            # A CPU's products of half precision round by the number of queries, and texts would part by the batch.
-            alone = [
-                _attention(queries[row : row + 1], kv[p : p + 1, :length], None)
-                for row, (p, length) in enumerate(prompts.of_rows)
-            ]
-            out, sums = (torch.cat(parts) for parts in zip(*alone, strict=True))
-        else:
-            # [P, num_kv_heads, R, Q, head_dim]
-            by_prompt = queries[prompts.rows].unflatten(0, (len(kv), -1)).transpose(1, 2)
-            out, sums = (
-                x.unflatten(2, by_prompt.shape[2:4]).transpose(1, 2).flatten(0, 1)[prompts.places]
-                for x in _attention(by_prompt.flatten(2, 3), kv, prompts.mask)
-            )
-        # In float64: float32 rounds otherwise in a whole vector than behind the last one, that is, by the batch.
-        share = (sums - own_sums).double().sigmoid()[..., None]  # of the prompt in the sum of exponentials of both
-        return own.double().lerp(out.double(), share).type_as(own)
+        if together:
+            shared = _attention(asked.unflatten(0, (prompts.count, -1)), kv, prompts.mask)
+            return self._leave(block, h, own, sums, places.places, *shared, prompts.places)
+        alone = [
+            _attention(queries[row : row + 1], kv[p : p + 1, :length], None)
+            for row, (p, length) in enumerate(prompts.of_rows)
+        ]
+        shared = (torch.cat(parts) for parts in zip(*alone, strict=True))
+        return self._leave(block, h, own, sums, places.places, *shared, places.places)
 
-    @staticmethod
-    def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-        """Applies RoPE to [N, heads, head_dim], in float32 like the model."""
-        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-        return torch.view_as_real(pairs * angles).flatten(-2).type_as(x)
+
+def _together(h: Tensor) -> bool:
+    """Returns whether rows may attend to their prompt together.
+
+    A CPU's products of half precision round by the number of queries, and texts would part by the batch.
+    """
+    return on_cuda(h) or h.dtype == torch.float32
 
 
 def _attention(queries: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns attention [B, num_kv_heads, Q, head_dim] and float32 logarithms [B, num_kv_heads, Q] of its sums.
+    """Returns attention [B * Q, num_kv_heads, head_dim] and float32 logarithms [B * Q, num_kv_heads] of its sums.
 
     These are the kernels that F.scaled_dot_product_attention takes with a mask; it does not return the sums.
 
     Args:
-        queries: [B, num_kv_heads, Q, head_dim].
+        queries: [B, Q, num_kv_heads, head_dim].
         kv: keys and values of T tokens, [B, T, 2, num_kv_heads, head_dim].
         mask: [B, 1, Q or 1, T], added to the scores.
     """
+    queries = queries.transpose(1, 2)
     keys, values = kv.permute(2, 0, 3, 1, 4)
     if mask is not None:
         mask = mask.expand(*queries.shape[:3], -1)
-    if not queries.is_cuda:
+    if queries.is_cuda:
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        out, sums, *_ = efficient(queries, keys, values, mask, compute_log_sumexp=True)
+        sums = sums[:, :, : queries.shape[2]]
+    else:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(queries, keys, values, 0.0, False, attn_mask=mask)
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    out, sums, *_ = efficient(queries, keys, values, mask, compute_log_sumexp=True)
-    return out, sums[:, :, : queries.shape[2]]
-
-
-class _Block:
-    """The layers of a transformer block, in the form that cached decoding calls."""
-
-    def __init__(self, block: nn.Module) -> None:
-        attention, mlp = block.attn, block.mlp
-        self.attention_norm, self.mlp_norm = block.sa_norm, block.mlp_norm
-        self.queries = side_by_side(attention.q_proj)
-        self.keys_values = side_by_side(attention.k_proj, attention.v_proj)
-        self.attention_out = side_by_side(attention.output_proj)
-        self.gate_up = side_by_side(mlp.w1, mlp.w3)
-        self.down = side_by_side(mlp.w2)
+        out, sums = flash(queries, keys, values, 0.0, False, attn_mask=mask)
+    return out.transpose(1, 2).flatten(0, 1), sums.transpose(1, 2).flatten(0, 1).contiguous()

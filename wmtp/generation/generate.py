@@ -36,6 +36,7 @@ def generate(
     batch_size: int,
     num_drafts: int = 0,
     kv_memory: int | None = None,
+    compile: bool = False,
     stats: DecodingStats | None = None,
     watch: Callable[[object, Step], None] | None = None,
 ) -> Iterator[Completion]:
@@ -68,6 +69,8 @@ def generate(
         num_drafts: 0 to H - 1; 0 is plain decoding with head 1. Each draft costs a head's block and one more row in the
             forward that verifies it, accepted or not: few are best if the heads are often wrong.
         kv_memory: bytes that keys and values may take; None is a share of what is free when iteration starts.
+        compile: torch.compile what blocks do besides attention, for CUDA: a minute at the start, then fewer and larger
+            kernels. Logits move by rounding.
         stats: counts are added to it.
         watch: called with a request's id and each step of its decoding, as it happens.
 
@@ -88,7 +91,8 @@ def generate(
                 check_memory(request, model, sampling, num_drafts, kv_memory)
         batch_size = min(batch_size, max(len(requests), 1))
     stats = DecodingStats() if stats is None else stats
-    return Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats, watch).run(iter(requests))
+    batch = Batch(model, tokenizer, sampling, batch_size, num_drafts, kv_memory, stats, watch, compile)
+    return batch.run(iter(requests))
 
 
 def _check_model(model: nn.Module, num_drafts: int) -> None:
@@ -155,10 +159,12 @@ class Batch:
         kv_memory: int | None,
         stats: DecodingStats,
         watch: Callable[[object, Step], None] | None = None,
+        compile: bool = False,
     ) -> None:
         self._model, self._tokenizer, self._sampling, self._stats = model, tokenizer, sampling, stats
         self._watch = watch if watch is not None else lambda id, step: None
         self._batch_size, self._num_drafts, self._kv_memory = batch_size, num_drafts, kv_memory
+        self._compile = compile
         self._stop = StopStrings(tokenizer, sampling.stop)
         self._end_ids = {tokenizer.eos_id, *(model.source.end_ids if model.source is not None else ())}
         self._rows: list[_Row] = []
@@ -183,7 +189,7 @@ class Batch:
 
     @torch.inference_mode()
     def _prepare(self) -> None:
-        self._decoder = CachedDecoder(self._model, 1 + self._num_drafts)
+        self._decoder = CachedDecoder(self._model, 1 + self._num_drafts, compile=self._compile)
         self._own, self._prompt_cache = self._decoder.new_cache(), self._decoder.new_cache()
         embedding = self._model.tok_embeddings.weight
         self._device = embedding.device

@@ -13,16 +13,16 @@ Linear = Callable[[Tensor], tuple[Tensor, ...]]
 _FEW_ROWS = 4
 
 
-def side_by_side(*modules: Any) -> Linear:
+def side_by_side(*modules: Any, pack: bool = True) -> Linear:
     """Returns a function from an input [N, D] to the outputs of linear layers; one product if weights are packed.
 
     On a CPU the weights of plain layers are copied into oneDNN's blocked layout. A product of 1 to 16 rows then takes
     the time of reading the weights once; the library behind ``F.linear`` takes two to four times that in float32. The
     bits of a row then do not depend on the other rows. Layers with more than a weight (LoRA), and those on other
-    devices, are called unchanged.
+    devices, are called unchanged, and all of them without ``pack``: a packed weight cannot be in a compiled graph.
     """
     weights = [module.weight for module in modules if type(module) is nn.Linear and module.bias is None]
-    if len(weights) < len(modules) or not _can_pack(weights[0]):
+    if not pack or len(weights) < len(modules) or not _can_pack(weights[0]):
         return lambda x: tuple(module(x) for module in modules)
     product = _packed(torch.cat(weights) if len(weights) > 1 else weights[0])
     sizes = [len(weight) for weight in weights]
