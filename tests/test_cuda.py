@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import start
 from random_models import random_decoder
+from torch._dynamo.utils import counters
 
 from wmtp.distributed import start_world
 from wmtp.generation import DecodingStats, Request, Sampling, generate
@@ -124,12 +125,36 @@ def device_waits():
 @pytest.mark.parametrize(
     "sampling", [Sampling(40), Sampling(40, 0.8), Sampling(40, 0.8, 0.9)], ids=["greedy", "", "top_p"]
 )
+@pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("num_drafts", [0, 1])
-def test_a_decode_step_waits_for_the_device_once(sampling, num_drafts):
+def test_a_decode_step_waits_for_the_device_once(sampling, num_drafts, compile):
     model, stats = random_decoder(**SIZES).cuda().to(torch.bfloat16).eval(), DecodingStats()
     requests = [Request((p, n), tuple(range(1, 5 + p)), (p, n)) for p in range(2) for n in range(3)]
+    options = {"batch_size": 6, "num_drafts": num_drafts, "compile": compile}
+    if compile:
+        list(generate(model, byte_tokenizer(), requests, sampling, **options))
     with device_waits() as waits:
-        options = {"batch_size": 6, "num_drafts": num_drafts, "stats": stats}
-        assert len(list(generate(model, byte_tokenizer(), requests, sampling, **options))) == 6
+        assert len(list(generate(model, byte_tokenizer(), requests, sampling, stats=stats, **options))) == 6
     # One more for all first tokens, and one a prompt, whose logits are looked at.
     assert len(waits) == stats.forwards + 1 + stats.prefills, "\n".join(waits)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(40), Sampling(40, 0.8)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("num_drafts", [0, 1])
+def test_compiled_decoding_gives_the_same_texts_by_seven_graphs(sampling, num_drafts):
+    torch._dynamo.reset()
+    counters.clear()
+    model = random_decoder(**SIZES).cuda().eval()
+    for prompts, rows in ((1, 5), (3, 2), (4, 1)):
+        requests = [Request((p, n), tuple(range(1, 5 + p)), (p, n)) for p in range(prompts) for n in range(rows)]
+        plain, compiled = (
+            {
+                done.id: done.tokens
+                for done in generate(
+                    model, byte_tokenizer(), requests, sampling, batch_size=4, num_drafts=num_drafts, compile=compile
+                )
+            }
+            for compile in (False, True)
+        )
+        assert compiled == plain
+    assert counters["stats"]["unique_graphs"] == 7 and not counters["graph_break"]

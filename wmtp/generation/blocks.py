@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.decorators import mark_unbacked
 
@@ -21,7 +21,7 @@ _MOST_GRAPHS = 64  # of a function in a process: five for each size and dtype of
 class Block:
     """The layers of a transformer block, in the form that cached decoding calls; with ``pack`` as linear.py says."""
 
-    def __init__(self, block: nn.Module, *, pack: bool) -> None:
+    def __init__(self, block: Any, *, pack: bool) -> None:
         attention, mlp = block.attn, block.mlp
         self.num_kv_heads = attention.num_kv_heads
         self.groups = attention.num_heads // attention.num_kv_heads
@@ -53,32 +53,28 @@ def enter(
         ask: False where only keys and values are wanted.
         h: [N, D].
         cos, sin: [N, 1, head_dim], see :func:`rotations`.
-        slots: [N], where in the cache; None writes nothing.
-        cache: [rows * positions, 2, num_kv_heads, head_dim].
+        slots, cache: indices [N] into [rows * positions, 2, num_kv_heads, head_dim]; None writes nothing.
         own, by_prompt: [M] numbers of queries; None is all as they are, and for ``by_prompt`` none.
 
     Returns:
         queries [M, num_kv_heads, head_dim] in the orders ``own`` and ``by_prompt``.
     """
     x = block.attention_norm(h)
-    if slots is not None:
+    if slots is not None and cache is not None:
         keys, values = (part.unflatten(-1, (block.num_kv_heads, -1)) for part in block.keys_values(x))
         cache.index_copy_(0, slots, torch.stack([_rotate(keys, cos, sin), values], dim=1))
     if not ask:
         return None, None
     queries = block.queries(x)[0].unflatten(-1, (block.num_kv_heads * block.groups, -1))
     queries = _rotate(queries, cos, sin).unflatten(1, (-1, block.groups)).transpose(1, 2).flatten(0, 1)
-    return (
-        queries if own is None else queries[own],
-        None if by_prompt is None else queries[by_prompt],
-    )
+    return (queries if own is None else queries[own]), (None if by_prompt is None else queries[by_prompt])
 
 
 def leave(
     block: Block,
     h: Tensor,
     own: Tensor,
-    own_sums: Tensor | None,
+    own_sums: Tensor,
     own_places: Tensor | None,
     prompts: Tensor | None,
     prompt_sums: Tensor | None,
@@ -88,12 +84,12 @@ def leave(
 
     Args:
         h: [N, D], the block's input.
-        own, prompts: attention's outputs, [M, num_kv_heads, head_dim].
+        own, prompts: attention's outputs, [M, num_kv_heads, head_dim]; where there are no prompts, None.
         own_sums, prompt_sums: float32 logarithms [M, num_kv_heads] of its sums of exponentials.
         own_places, prompt_places: [N, groups], where each query is among these; None is in their order.
     """
     out = _at(own, own_places, block)
-    if prompts is not None:
+    if prompts is not None and prompt_sums is not None:
         # In float64: float32 rounds otherwise in a whole vector than behind the last one, that is, by the batch.
         difference = _at(prompt_sums, prompt_places, block) - _at(own_sums, own_places, block)
         share = difference.double().sigmoid()[..., None]  # of the prompt in the sum of exponentials of both
@@ -131,7 +127,7 @@ def _at(x: Tensor, places: Tensor | None, block: Block) -> Tensor:
     return x.unflatten(0, (-1, block.groups)) if places is None else x[places]  # [N, groups, num_kv_heads, ...]
 
 
-def rotations(rope: nn.Module) -> tuple[Tensor, Tensor]:
+def rotations(rope: Any) -> tuple[Tensor, Tensor]:
     """Returns cos and sin [max_seq_len, head_dim] such that x * cos + swapped(x) * sin is RoPE's rotation of x.
 
     Pairs of coordinates (a, b) become (a cos - b sin, b cos + a sin), the two products rounded and added as the model
@@ -143,7 +139,6 @@ def rotations(rope: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE to [N, heads, head_dim], in float32 like the model."""
-    wide = x.float()
-    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (wide * cos + swapped * sin).type_as(x)
+    """Applies RoPE to [N, heads, head_dim], in float32 (of cos and sin) like the model."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos + swapped * sin).type_as(x)

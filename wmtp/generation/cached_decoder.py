@@ -9,7 +9,7 @@ query attends to its row's own tokens and to its prompt apart, and the two resul
 exponentials, which is attention to both, exactly. The queries of all rows of a prompt then read it once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class KVCache:
     """
 
     def __init__(self, blocks: list[Tensor], first: int = 0) -> None:
-        self.blocks, self.first = blocks, first  # the first row that a forward is about
+        self.blocks, self.first = blocks, first  # the first row of a forward
 
     @property
     def rows(self) -> int:
@@ -133,7 +133,8 @@ class CachedDecoder:
         blocks = (*model.layers, *model.extra_heads[: num_heads - 1])
         self._blocks = [Block(block, pack=not compile) for block in blocks]
         self._compile = compile
-        self._enter, self._leave = (compiled(enter), compiled(leave)) if compile else (enter, leave)
+        self._enter: Callable = compiled(enter) if compile else enter
+        self._leave: Callable = compiled(leave) if compile else leave
         self._num_trunk = len(model.layers) - 1
         self._device = model.tok_embeddings.weight.device
         self._norm, self._unembed = model.norm, times(model.unembedding)
@@ -179,7 +180,7 @@ class CachedDecoder:
         return self._unembed(torch.cat(hidden)).view(self.num_heads, *states.shape[:2], -1)
 
     def prefill(self, prompt: Sequence[int], cache: KVCache) -> Tensor:
-        """Caches a whole prompt in row 0. Returns the logits [heads, 1, 1, V] at its last token."""
+        """Caches a whole prompt in the cache's first row. Returns the logits [heads, 1, 1, V] at its last token."""
         for start in range(0, len(prompt), PREFILL_CHUNK):
             tokens = to_device([prompt[start : start + PREFILL_CHUNK]], self._device)
             states, _ = self.extend(tokens, [start], cache)
@@ -253,7 +254,7 @@ class CachedDecoder:
         kv = cache.blocks[i][cache.first : cache.first + batch, :attended]
         own, sums = _attention(queries, kv, places.mask)
         if prompts is None:
-            return self._leave(block, h, own, None, places.places, None, None, None)
+            return self._leave(block, h, own, sums, places.places, None, None, None)
         kv = prompts.cache.blocks[i][: prompts.count, : prompts.attended]
         if together:
             shared = _attention(asked.unflatten(0, (prompts.count, -1)), kv, prompts.mask)
