@@ -60,6 +60,7 @@ class GenerateRecipe:
         )
         self._num_drafts = read.integer("num_drafts", None)
         self._batch_size = read.integer("batch_size", 1, minimum=1)
+        self._compile = read.flag("compile", False)
         self._show_heads = read.choice("show", {"heads": True, None: False}, None)
         self._page = read.text("page", None)
         self._output = read.text("output", None)
@@ -160,7 +161,8 @@ class GenerateRecipe:
                 output = opened.enter_context(open(self._output, "w", encoding="utf-8"))
             for done in generate(
                 self._model, self._tokenizer, self._requests, self._sampling,
-                batch_size=self._batch_size, num_drafts=self._num_drafts, stats=self._stats, watch=self._watch,
+                batch_size=self._batch_size, num_drafts=self._num_drafts,
+                compile=self._compile, stats=self._stats, watch=self._watch,
             ):  # fmt: skip
                 if self._batch_size > 1:
                     self._show(done.id, self._steps[done.id])
