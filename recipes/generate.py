@@ -31,7 +31,7 @@ from wmtp.generation.requests import check_request
 from wmtp.generation.text import TextStream
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import resolve_checkpoint
-from wmtp.report.decoding import Decoded, decoding_html, step_legend, step_line
+from wmtp.report.decoding import decoding_html, step_line, step_marks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -152,7 +152,7 @@ class GenerateRecipe:
         self._steps: dict[Any, list[Step]] = {request.id: [] for request in self._requests}
         self._stats, self._colour = DecodingStats(), sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         if self._show_heads:
-            print(step_legend(), file=sys.stderr)
+            print(f"forward, drafts of heads 2 and on ({step_marks()}), → head 1's own token", file=sys.stderr)
         self._on_screen = None  # the text that was shown last
         with ExitStack() as opened:
             output = None
@@ -202,12 +202,12 @@ class GenerateRecipe:
         )
         print(said + (f"; accepted: {', '.join(shares)}" if shares else ""), file=sys.stderr)
         if self._page is not None:
-            texts = []
+            texts = {}
             for (name, sample), steps in self._steps.items():
                 asked, ids = self._asked[name]
                 prompt = asked if isinstance(asked, str) else self._tokenizer.decode(ids)
                 label = name if self._num_samples == 1 else f"{name}, sample {sample}"
-                texts.append(Decoded(label, prompt, steps))
+                texts[label] = prompt, steps
             settings = {"checkpoint": self._checkpoint, "num_drafts": self._num_drafts, "speed": said}
             settings |= {"temperature": self._sampling.temperature, "top_p": self._sampling.top_p, "seed": self._seed}
             page = decoding_html(texts, self._tokenizer, title="What each head proposed", settings=settings)

@@ -22,9 +22,7 @@ from transformers import DynamicCache
 from transformers.utils import cached_file, logging
 
 WEIGHTS, CONFIG = "mtp_heads.safetensors", "mtp_config.json"
-_OF_THE_HUB = (
-    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token",
-)  # fmt: skip
+_OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Kinds of RoPE whose angles depend on the longest sequence so far, and so on how far a window of drafts reaches.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 logger = logging.get_logger(__name__)

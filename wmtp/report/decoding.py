@@ -1,7 +1,6 @@
 """Self-speculative decoding to look at: what each head proposed and what was accepted, in a terminal and as a page."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from wmtp.generation import Step
@@ -14,19 +13,6 @@ _ACCEPTED, _REFUSED, _UNSEEN = (
     ("✗", "refused", "31", "r"),
     ("·", "not compared", "2", "n"),
 )
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """One text: its prompt, and the steps of its decoding."""
-
-    id: str
-    prompt: str
-    steps: Sequence[Step]
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for step in self.steps for token in step.tokens]
 
 
 def step_line(tokenizer, number: int, step: Step, *, colour: bool) -> str:
@@ -46,33 +32,35 @@ def step_line(tokenizer, number: int, step: Step, *, colour: bool) -> str:
     return "  ".join(parts)
 
 
-def step_legend() -> str:
-    """Returns what the marks of :func:`step_line` mean."""
-    return f"forward, drafts of heads 2 and on ({_marks()}), → head 1's own token"
-
-
-def decoding_html(texts: Sequence[Decoded], tokenizer, *, title: str, settings: dict | None = None) -> str:
+def decoding_html(
+    texts: Mapping[str, tuple[str, Sequence[Step]]], tokenizer, *, title: str, settings: Mapping[str, object]
+) -> str:
     """Returns a self-contained HTML page, without scripts or network: each text, and a table of its forwards.
 
     A token that a draft gave is shaded, underlined and numbered by its head; head 1's own are plain. In the table a
     draft is accepted, refused or not compared, by mark and colour. Pointing at a token or a row marks its forward.
+
+    Args:
+        texts: id to the prompt and the steps of its decoding, at least one.
+        settings: name to value, listed above the texts.
     """
-    heads = 1 + max((len(step.drafts) for text in texts for step in text.steps), default=0)
-    forwards = max((len(text.steps) for text in texts), default=0)
-    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in (settings or {}).items())
+    heads = 1 + max(len(step.drafts) for _, steps in texts.values() for step in steps)
+    forwards = max(len(steps) for _, steps in texts.values())
+    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in settings.items())
     key = "".join(f"<li><b class=h{k}>head {k}</b></li> " for k in range(2, heads + 1))
+    sections = "".join(_section(name, *text, tokenizer, heads) for name, text in texts.items())
     return (
         "<!DOCTYPE html>\n<html lang=en>\n<meta charset=utf-8>\n"
         f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
         f"<style>\n{_style(heads, forwards)}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
         f"<div class=legend><ol>{key}</ol><div class=key>A numbered token is that head&#8217;s draft, which "
         "head 1 agreed with; head 1&#8217;s own are plain, the prompt is grey. In the tables: "
-        f"{_marks()}.</div></div>\n"
-        f"<main>\n{''.join(_section(text, tokenizer, heads) for text in texts)}</main>\n</body>\n</html>\n"
+        f"{step_marks()}.</div></div>\n<main>\n{sections}</main>\n</body>\n</html>\n"
     )
 
 
-def _marks() -> str:
+def step_marks() -> str:
+    """Returns what the marks of :func:`step_line` mean."""
     return ", ".join(f"{mark} {words}" for mark, words, *_ in (_ACCEPTED, _REFUSED, _UNSEEN))
 
 
@@ -84,35 +72,30 @@ def _shown(tokenizer, token: int) -> str:
     return repr(tokenizer.decode([token]))
 
 
-def _section(text: Decoded, tokenizer, heads: int) -> str:
-    pieces = iter(token_pieces(tokenizer, text.tokens))
-    code, rows = [f"<b>{token_html(text.prompt)}</b>"], []
-    for number, step in enumerate(text.steps, 1):
+def _section(name: str, prompt: str, steps: Sequence[Step], tokenizer, heads: int) -> str:
+    tokens = [token for step in steps for token in step.tokens]
+    pieces = iter(token_pieces(tokenizer, tokens))
+    cell = lambda token: escaped(_shown(tokenizer, token))
+    code, rows = [f"<b>{token_html(prompt)}</b>"], []
+    for number, step in enumerate(steps, 1):
         for i in range(len(step.tokens)):
             head = i + 2 if i < step.accepted else 1
-            about = f"forward {number}, head {head}"
-            code.append(f'<b class="h{head} f{number}" title="{about}">{token_html(next(pieces))}</b>')
-        cells = []
-        for i in range(heads - 1):
-            if i >= len(step.drafts):
-                cells.append("<td>")
-                continue
+            about = f'class="h{head} f{number}" title="forward {number}, head {head}"'
+            code.append(f"<b {about}>{token_html(next(pieces))}</b>")
+        cells = ""
+        for i, draft in enumerate(step.drafts):
             mark, words, _, kind = _verdict(step, i)
-            cells.append(f"<td class={kind}><i title='{words}'>{mark}</i> {_cell(tokenizer, step.drafts[i])}")
-        own = "".join(_cell(tokenizer, token) for token in step.tokens[step.accepted :])
-        rows.append(f"<tr class=f{number}><th scope=row>{number}{''.join(cells)}<td>{own}\n")
+            cells += f"<td class={kind}><i title='{words}'>{mark}</i> {cell(draft)}"
+        cells += "<td>" * (heads - 1 - len(step.drafts))
+        own = "".join(map(cell, step.tokens[step.accepted :]))
+        rows.append(f"<tr class=f{number}><th scope=row>{number}{cells}<td>{own}\n")
     columns = "".join(f"<th scope=col>head {k}" for k in range(2, heads + 1))
-    made, forwards = len(text.tokens), max(len(text.steps), 1)
     return (
-        f"<section>\n<header><h2>{escaped(text.id)}</h2><small>{made} tokens in {forwards} forwards: "
-        f"{made / forwards:.2f} a forward</small></header>\n<article><pre>{''.join(code)}</pre></article>\n"
+        f"<section>\n<header><h2>{escaped(name)}</h2><small>{len(tokens)} tokens in {len(steps)} forwards: "
+        f"{len(tokens) / len(steps):.2f} a forward</small></header>\n<article><pre>{''.join(code)}</pre></article>\n"
         f"<table><thead><tr><th scope=col>forward{columns}<th scope=col>head 1<tbody>\n{''.join(rows)}</table>\n"
         "</section>\n"
     )
-
-
-def _cell(tokenizer, token: int) -> str:
-    return escaped(_shown(tokenizer, token))
 
 
 def _style(heads: int, forwards: int) -> str:
@@ -121,10 +104,8 @@ def _style(heads: int, forwards: int) -> str:
     lines = ("solid", "double", "dotted", "dashed")
     for k in range(2, heads + 1):
         shade = 0.15 + 0.45 * (k - 2) / max(heads - 2, 1)
-        rules.append(
-            f".h{k} {{ background: rgba(var(--low), {shade:.2f}); border-bottom: 3px {lines[(k - 2) % 4]}; }}\n"
-        )
-        rules.append(f'.h{k}::before {{ content: "{k}" !important; }}\n')
+        look = f"background: rgba(var(--low), {shade:.2f}); border-bottom: 3px {lines[(k - 2) % 4]};"
+        rules.append(f'.h{k} {{ {look} }}\n.h{k}::before {{ content: "{k}" !important; }}\n')
     chosen = ",".join(f"section:has(.f{n}:hover) .f{n}" for n in range(1, forwards + 1))
     return "".join(rules) + (f"{chosen} {{ outline: 2px solid; }}\n" if chosen else "")
 
