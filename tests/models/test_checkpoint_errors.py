@@ -127,15 +127,15 @@ def test_a_tied_model_refuses_an_untied_checkpoint(tiny_hf, tiny):
     ("change", "part"),
     [
         (
-            {"model_type": "qwen2"},
-            "model_type must be 'llama', got 'qwen2'; use a checkpoint of the Llama family",
+            {"model_type": "gemma2"},
+            "phi3, got 'gemma2'; use a checkpoint of a family in docs/models.md",
         ),
         ({"attention_bias": True}, "attention_bias must be False, got True"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config must be None"),
         (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
-            "got 'linear'; this decoder has no other, and without its scaling the model would be another one",
+            {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}},
+            "got 'longrope'; this decoder has no other, and without its scaling the model would be another one",
         ),
     ],
 )

@@ -131,8 +131,8 @@ def test_rotation_angles_survive_bfloat16_and_the_meta_device(tiny):
         ({"head_dim": 7}, "head_dim must be an even number"),
         ({"rope_base": 0}, "rope_base must be a number > 0, got 0"),
         (
-            {"rope_scaling": {"rope_type": "yarn"}},
-            "rope_scaling type must be 'llama3', or 'default' for plain RoPE, got 'yarn'",
+            {"rope_scaling": {"rope_type": "longrope"}},
+            "rope_scaling type must be one of default, linear, dynamic, yarn, llama3, got 'longrope'",
         ),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "lacks low_freq_factor"),
         ({"attention": "eager"}, "attention must be 'sdpa' or 'flex', got 'eager'"),

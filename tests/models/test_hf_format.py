@@ -213,7 +213,7 @@ def test_an_export_never_overwrites_and_never_leaves_half(tiny_hf, tmp_path, mon
     export_hf(model, target)  # what the failed one left does not disturb
     assert torch.equal(loaded(target)(TOKENS), model(TOKENS))
     model.register_parameter("value_head", torch.nn.Parameter(torch.zeros(1)))
-    with pytest.raises(ValueError, match="value_head has no place in an HF Llama folder; remove what was added"):
+    with pytest.raises(ValueError, match="value_head has no place in an HF folder of llama; remove what was added"):
         export_hf(model, tmp_path / "other")
     with pytest.raises(FileNotFoundError, match=r"has neither tokenizer\.json nor"):
         export_hf(loaded(folder), tmp_path / "other", tokenizer_source=folder)

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from family_parity import FAMILIES, write_case
 from processes import fork_server
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from wmtp.loss import mtp_loss
-from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
+from wmtp.models import checkpoint_activations, export_hf, from_checkpoint, llama_mtp, load_checkpoint, shard_model
 from wmtp.pretrained import checkpoint_formats
 from wmtp.weighting import uniform
 
@@ -79,6 +80,36 @@ def same_as_unsharded(folder, mesh_shape):
         assert len(ours) > 5 and ours == theirs
         assert torch.equal(load_plain(folder / "sharded")(TOKENS), plain(TOKENS))
     dist.barrier()
+
+
+def families_are_as_unsharded(folder):
+    """Of biases, norms of three kinds, windows and fused projections: states, gradients and exports, recomputed too."""
+    mesh, tokens = init_device_mesh("cpu", (2,), mesh_dim_names=("shard",)), torch.arange(48).view(2, 24)
+    documents = (torch.arange(24) >= 9).long().expand(2, 24)
+    for source in sorted((folder / "families").iterdir()):
+        with torch.device("meta"):
+            model = checkpoint_activations(from_checkpoint(source / "hf", num_future_tokens=3), 2)
+        shard_model(model, mesh, param_dtype=torch.float32)
+        load_checkpoint(model, source / "hf")
+        plain = load_plain(source / "hf", num_future_tokens=3)
+        for each in (model, plain):
+            out = each(tokens, document_ids=documents, loss_fn=mtp_loss, labels=tokens, weighting=uniform())
+            out.loss_sum.backward()
+        for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(sharded.grad.full_tensor(), full.grad, atol=1e-4, rtol=1e-4, msg=name)
+        export_hf(model, source / "sharded")
+        if dist.get_rank() == 0:
+            export_hf(plain, source / "plain")
+            for name in ("model.safetensors", "mtp_heads.safetensors", "config.json"):
+                assert (source / "sharded" / name).read_bytes() == (source / "plain" / name).read_bytes(), name
+
+
+@pytest.mark.long
+def test_families_are_sharded_like_a_llama(tmp_path):
+    for kind in ("gemma3_text", "qwen2", "phi3"):
+        name = next(name for name, (model_type, _) in FAMILIES.items() if model_type == kind)
+        write_case(tmp_path / "families" / kind, *FAMILIES[name])
+    run(families_are_as_unsharded, 2, tmp_path)
 
 
 @pytest.mark.parametrize("mesh_shape", [(2,), (3,), (2, 2)], ids=str)

@@ -144,7 +144,7 @@ SIZES = {"vocab_size": 11, "num_layers": 2, "num_heads": 2, "num_kv_heads": 2, "
     ("change", "part"),
     [
         ({"rope_scaling": "linear"}, "rope_scaling must be null or a mapping with rope_type and its factors, got 'lin"),
-        ({"rope_scaling": {"rope_type": ["x"]}}, "rope_scaling type must be 'llama3', or 'default' for plain RoPE"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rope_scaling type must be one of default, linear, dynamic"),
         (
             {"rope_scaling": {"rope_type": "default", "rope_theta": 500_000}},
             "rope_scaling of type 'default' has no rope_theta, got 500000; give it as rope_base",
@@ -162,7 +162,7 @@ def test_values_of_another_json_type_are_one_line(tiny_hf):
     for change, part in (
         ({"rope_scaling": "linear"}, "rope_scaling must be null or a mapping"),
         ({"rope_scaling": False}, "rope_scaling must be null or a mapping"),
-        ({"rope_parameters": {"rope_type": ["x"]}}, "for plain RoPE, got ['x']"),
+        ({"rope_parameters": {"rope_type": ["x"]}}, "llama3, got ['x']"),
         ({"rms_norm_eps": None}, "mend it, or copy it again"),
     ):
         good = (folder / "config.json").read_text()
@@ -190,7 +190,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
         ({"attention_dropout": 0.1}, "attention_dropout must be 0, got 0.1"),
         ({"rope_interleaved": True}, "rope_interleaved must be False, got True"),
         ({"rope_theta": 5e5}, "rope_theta says 500000.0, rope_parameters.rope_theta 10000.0"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "got 'linear'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters says None, rope_scaling {'rope_type'"),
         ({"rope_scaling": {"rope_type": "yarn", "type": "llama3"}}, "got 'llama3', 'yarn'"),
         ({"rope_scaling": {"factor": 2.0}}, "of type 'default' has no factor, got 2.0"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "has no partial_rotary_factor"),

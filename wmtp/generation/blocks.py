@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.decorators import mark_unbacked
@@ -25,7 +24,7 @@ class Block:
         attention, mlp = block.attn, block.mlp
         self.num_kv_heads = attention.num_kv_heads
         self.groups = attention.num_heads // attention.num_kv_heads
-        self.attention_norm, self.mlp_norm = block.sa_norm, block.mlp_norm
+        self.of_model, self.attention, self.activation, self.slides = block, attention, mlp.activation, block.slides
         self.queries = side_by_side(attention.q_proj, pack=pack)
         self.keys_values = side_by_side(attention.k_proj, attention.v_proj, pack=pack)
         self.attention_out = side_by_side(attention.output_proj, pack=pack)
@@ -59,13 +58,14 @@ def enter(
     Returns:
         queries [M, num_kv_heads, head_dim] in the orders ``own`` and ``by_prompt``.
     """
-    x = block.attention_norm(h)
+    x, attention = block.of_model.sa_norm(h), block.attention
     if slots is not None and cache is not None:
-        keys, values = (part.unflatten(-1, (block.num_kv_heads, -1)) for part in block.keys_values(x))
-        cache.index_copy_(0, slots, torch.stack([_rotate(keys, cos, sin), values], dim=1))
+        keys, values = block.keys_values(x)
+        keys = _rotate(attention.by_head(keys, attention.k_norm), cos, sin)
+        cache.index_copy_(0, slots, torch.stack([keys, values.unflatten(-1, (block.num_kv_heads, -1))], dim=1))
     if not ask:
         return None, None
-    queries = block.queries(x)[0].unflatten(-1, (block.num_kv_heads * block.groups, -1))
+    queries = attention.by_head(block.queries(x)[0], attention.q_norm)
     queries = _rotate(queries, cos, sin).unflatten(1, (-1, block.groups)).transpose(1, 2).flatten(0, 1)
     return (queries if own is None else queries[own]), (None if by_prompt is None else queries[by_prompt])
 
@@ -94,9 +94,10 @@ def leave(
         difference = _at(prompt_sums, prompt_places, block) - _at(own_sums, own_places, block)
         share = difference.double().sigmoid()[..., None]  # of the prompt in the sum of exponentials of both
         out = out.double().lerp(_at(prompts, prompt_places, block).double(), share).type_as(out)
-    h = h + block.attention_out(out.transpose(1, 2).flatten(1))[0]
-    gate, up = block.gate_up(block.mlp_norm(h))
-    return h + block.down(F.silu(gate) * up)[0]
+    model = block.of_model
+    h = model.add(h, model.sa_post_norm(block.attention_out(out.transpose(1, 2).flatten(1))[0]))
+    gate, up = block.gate_up(model.mlp_norm(h))
+    return model.add(h, model.mlp_post_norm(block.down(block.activation(gate) * up)[0]))
 
 
 def compiled(function: Callable) -> Callable:

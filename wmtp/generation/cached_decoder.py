@@ -93,7 +93,8 @@ class _PromptPlaces:
     cache: KVCache
     count: int  # P
     attended: int  # T
-    mask: Tensor | None  # [P, 1, 1, T]: 0 where the prompt has a token, else -inf; None for a single prompt
+    mask: Tensor | None  # [P, 1, 1 or R * Q, T]: 0 where the query sees the token; None for a single prompt
+    near: Tensor | None  # [B, 1, Q, T]: 0 where the window of the row's query has the token; None: everywhere
     queries: Tensor  # [P * R * Q] numbers of queries: by prompt, with those of some row where one has fewer than R
     places: Tensor  # [B * W, groups]: where each query is among these
     of_rows: list[tuple[int, int]]  # of each row: its prompt, and the length of that
@@ -101,7 +102,8 @@ class _PromptPlaces:
 
 @dataclass(frozen=True)
 class _Places:
-    """The positions of the tokens [B, W] of one forward in the form that attention needs, the same for every block.
+    """The positions of the tokens [B, W] of one forward in the form that attention needs, in all blocks of a kind: with
+    the sliding window, or without.
 
     A row has Q = groups * W queries over the same keys, each of its groups after the other.
     """
@@ -129,7 +131,11 @@ class CachedDecoder:
         self.num_heads = num_heads
         self._embed_dim = model.config.embed_dim
         self._groups = model.config.num_heads // model.config.num_kv_heads
-        self._cos, self._sin = rotations(model.rope)
+        whole = local = rotations(model.rope)
+        if model.config.local_rope_base is not None:
+            local = rotations(model.local_rope)
+        self._rotations = (whole, local)  # of blocks without and with the sliding window
+        self._window, self._scale = model.config.sliding_window, model.config.attention_multiplier
         blocks = (*model.layers, *model.extra_heads[: num_heads - 1])
         self._blocks = [Block(block, pack=not compile) for block in blocks]
         self._compile = compile
@@ -147,7 +153,7 @@ class CachedDecoder:
 
     def extend(
         self, tokens: Tensor, lengths: Sequence[int], cache: KVCache, prompts: Prompts | None = None
-    ) -> tuple[Tensor, _Places]:
+    ) -> tuple[Tensor, tuple[_Places, _Places]]:
         """Runs the trunk on new tokens and caches the keys and values of all blocks.
 
         Args:
@@ -162,14 +168,14 @@ class CachedDecoder:
         width = tokens.shape[1]
         cache.reserve(cache.first + len(tokens), max(lengths) + width)
         places = self._places(lengths, width, cache, prompts)
-        h = self.model.tok_embeddings(tokens).view(-1, self._embed_dim)  # [B * W, D]
+        h = self.model.embed(tokens).view(-1, self._embed_dim)  # [B * W, D]
         for i in range(self._num_trunk):
             h = self._run(i, h, places, cache, write=True)
         for i in range(self._num_trunk, len(self._blocks)):
             self._write(i, h, places, cache)
         return h.view(*tokens.shape, -1), places
 
-    def heads(self, states: Tensor, places: _Places, cache: KVCache) -> Tensor:
+    def heads(self, states: Tensor, places: tuple[_Places, _Places], cache: KVCache) -> Tensor:
         """Returns float32 logits [heads, B, W, V] at trunk states; the first are head 1's, for the next token.
 
         Args:
@@ -190,31 +196,56 @@ class CachedDecoder:
     # ------------------------------------------------------------------------------------------------------------------
     # One block
 
-    def _places(self, first: Sequence[int], width: int, cache: KVCache, prompts: Prompts | None) -> _Places:
-        """Returns the places of ``width`` tokens per row from position ``first`` [B], in B rows of the cache."""
+    def _places(
+        self, first: Sequence[int], width: int, cache: KVCache, prompts: Prompts | None
+    ) -> tuple[_Places, _Places]:
+        """Returns the places of ``width`` tokens per row from position ``first`` [B], in B rows of the cache, in blocks
+        without the sliding window, and with it."""
+        whole, local = self._rotations
+        longest = max(first) + width + (0 if prompts is None else max(prompts.lengths))
+        window = None if self._window is None or longest <= self._window else self._window
+        places = self._places_of(first, width, cache, prompts, whole, None)
+        if not any(block.slides for block in self._blocks) or (local is whole and window is None):
+            return places, places
+        return places, self._places_of(first, width, cache, prompts, local, window)
+
+    def _places_of(
+        self,
+        first: Sequence[int],
+        width: int,
+        cache: KVCache,
+        prompts: Prompts | None,
+        rotation: tuple[Tensor, Tensor],
+        window: int | None,
+    ) -> _Places:
         attended = min(-(-(max(first) + width) // _ALIGNMENT) * _ALIGNMENT, cache.capacity)
         device, dtype = cache.blocks[0].device, cache.blocks[0].dtype
         own = to_device(first, device)[:, None] + torch.arange(width, device=device)  # [B, W]
         rows = torch.arange(cache.first, cache.first + len(first), device=device)
         slots = (rows[:, None] * cache.capacity + own).flatten()
-        hidden = torch.arange(attended, device=device) > own[:, :, None]  # [B, W, T]
+        index = torch.arange(attended, device=device)
+        hidden = index > own[:, :, None]  # [B, W, T]
+        if window is not None:
+            hidden |= index <= own[:, :, None] - window
         mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
         positions = own
         if prompts is not None:
             positions = own + to_device([prompts.lengths[p] for p in prompts.of_rows], device)[:, None]
         # A row that waits for the others in its window may be past the context's end; its result is never read.
-        positions = positions.flatten().clamp(max=len(self._cos) - 1)
-        cos, sin = self._cos[positions, None], self._sin[positions, None]
+        cos, sin = (part[positions.flatten().clamp(max=len(part) - 1), None] for part in rotation)
         mask = mask.repeat(1, self._groups, 1)[:, None]
         queries = places = None
         if self._groups > 1 and (width > 1 or self._compile):  # compiled: no graph of its own for one token
             numbers = torch.arange(len(first) * self._groups * width, device=device)
             queries = numbers.view(-1, width, self._groups).transpose(1, 2).flatten()
             places = numbers.view(-1, self._groups, width).transpose(1, 2).flatten().view(-1, self._groups)
-        shared = None if prompts is None else self._prompt_places(prompts, width, queries)
+        shared = None if prompts is None else self._prompt_places(prompts, positions, queries, window)
         return _Places(cos, sin, slots, mask, queries, places, shared)
 
-    def _prompt_places(self, prompts: Prompts, width: int, own: Tensor | None) -> _PromptPlaces:
+    def _prompt_places(
+        self, prompts: Prompts, positions: Tensor, own: Tensor | None, window: int | None
+    ) -> _PromptPlaces:
+        width = positions.shape[1]
         rows: list[list[int]] = [[] for _ in prompts.lengths]
         order = []  # of each row: its prompt, and its place among the rows of that
         for row, p in enumerate(prompts.of_rows):
@@ -223,28 +254,38 @@ class CachedDecoder:
         most = max(map(len, rows))
         padded = [of_prompt + [0] * (most - len(of_prompt)) for of_prompt in rows]
         device, dtype = prompts.cache.blocks[0].device, prompts.cache.blocks[0].dtype
-        attended, mask = max(prompts.lengths), None
-        if len(rows) > 1:
+        attended, mask, near = max(prompts.lengths), None, None
+        if len(rows) > 1 or window is not None:
             attended = min(-(-attended // _ALIGNMENT) * _ALIGNMENT, prompts.cache.capacity)
             hidden = torch.arange(attended, device=device) >= to_device(prompts.lengths, device)[:, None]
             mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
             mask = mask[:, None, None]
+        rows_by_prompt = to_device(padded, device).flatten()
+        if window is not None:
+            # A window may have left the prompt. The least number, not -inf: attention to nothing would not be a number.
+            hidden = torch.arange(attended, device=device) <= positions[:, :, None] - window  # [B, W, T]
+            near = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, torch.finfo(dtype).min)
+            near = near.repeat(1, self._groups, 1)[:, None]
+            mask = mask + near[rows_by_prompt].unflatten(0, (len(rows), -1)).transpose(1, 2).flatten(2, 3)
         # From places of rows to places of their queries, and from those of these rows to the queries' numbers.
         within = torch.arange(self._groups * width, device=device)
-        queries = (to_device(padded, device).flatten()[:, None] * len(within) + within).flatten()
+        queries = (rows_by_prompt[:, None] * len(within) + within).flatten()
         places = to_device([p * most + place for p, place in order], device)[:, None] * len(within) + within
         places = places.view(-1, self._groups, width).transpose(1, 2).flatten().view(-1, self._groups)
         of_rows = [(p, prompts.lengths[p]) for p in prompts.of_rows]
         queries = queries if own is None else own[queries]
-        return _PromptPlaces(prompts.cache, len(rows), attended, mask, queries, places, of_rows)
+        return _PromptPlaces(prompts.cache, len(rows), attended, mask, near, queries, places, of_rows)
 
-    def _write(self, i: int, h: Tensor, places: _Places, cache: KVCache) -> None:
-        slots = cache.blocks[i].flatten(0, 1)
-        self._enter(self._blocks[i], False, h, places.cos, places.sin, places.slots, slots, None, None)
+    def _write(self, i: int, h: Tensor, both: tuple[_Places, _Places], cache: KVCache) -> None:
+        block, slots = self._blocks[i], cache.blocks[i].flatten(0, 1)
+        places = both[block.slides]
+        self._enter(block, False, h, places.cos, places.sin, places.slots, slots, None, None)
 
-    def _run(self, i: int, h: Tensor, places: _Places, cache: KVCache, *, write: bool = False) -> Tensor:
+    def _run(self, i: int, h: Tensor, both: tuple[_Places, _Places], cache: KVCache, *, write: bool = False) -> Tensor:
         """Returns the block's output [B * W, D] for states at places whose keys and values are cached, or are now."""
-        block, prompts = self._blocks[i], places.prompts
+        block = self._blocks[i]
+        places = both[block.slides]
+        prompts = places.prompts
         batch, _, _, attended = places.mask.shape
         written = (places.slots, cache.blocks[i].flatten(0, 1)) if write else (None, None)
         together = prompts is not None and _together(h)
@@ -252,17 +293,17 @@ class CachedDecoder:
         queries, asked = self._enter(block, True, h, places.cos, places.sin, *written, places.queries, by_prompt)
         queries = queries.unflatten(0, (batch, -1))
         kv = cache.blocks[i][cache.first : cache.first + batch, :attended]
-        own, sums = _attention(queries, kv, places.mask)
+        own, sums = _attention(queries, kv, places.mask, self._scale)
         if prompts is None:
             return self._leave(block, h, own, sums, places.places, None, None, None)
         kv = prompts.cache.blocks[i][: prompts.count, : prompts.attended]
         if together:
-            shared = _attention(asked.unflatten(0, (prompts.count, -1)), kv, prompts.mask)
+            shared = _attention(asked.unflatten(0, (prompts.count, -1)), kv, prompts.mask, self._scale)
             return self._leave(block, h, own, sums, places.places, *shared, prompts.places)
-        alone = [
-            _attention(queries[row : row + 1], kv[p : p + 1, :length], None)
-            for row, (p, length) in enumerate(prompts.of_rows)
-        ]
+        alone = []
+        for row, (p, length) in enumerate(prompts.of_rows):
+            near = None if prompts.near is None else prompts.near[row : row + 1, :, :, :length]
+            alone.append(_attention(queries[row : row + 1], kv[p : p + 1, :length], near, self._scale))
         shared = (torch.cat(parts) for parts in zip(*alone, strict=True))
         return self._leave(block, h, own, sums, places.places, *shared, places.places)
 
@@ -275,7 +316,7 @@ def _together(h: Tensor) -> bool:
     return on_cuda(h) or h.dtype == torch.float32
 
 
-def _attention(queries: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attention(queries: Tensor, kv: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
     """Returns attention [B * Q, num_kv_heads, head_dim] and float32 logarithms [B * Q, num_kv_heads] of its sums.
 
     These are the kernels that F.scaled_dot_product_attention takes with a mask; it does not return the sums.
@@ -284,6 +325,7 @@ def _attention(queries: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor
         queries: [B, Q, num_kv_heads, head_dim].
         kv: keys and values of T tokens, [B, T, 2, num_kv_heads, head_dim].
         mask: [B, 1, Q or 1, T], added to the scores.
+        scale: of the scores; None is head_dim ** -0.5.
     """
     queries = queries.transpose(1, 2)
     keys, values = kv.permute(2, 0, 3, 1, 4)
@@ -291,9 +333,9 @@ def _attention(queries: Tensor, kv: Tensor, mask: Tensor | None) -> tuple[Tensor
         mask = mask.expand(*queries.shape[:3], -1)
     if queries.is_cuda:
         efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-        out, sums, *_ = efficient(queries, keys, values, mask, compute_log_sumexp=True)
+        out, sums, *_ = efficient(queries, keys, values, mask, compute_log_sumexp=True, scale=scale)
         sums = sums[:, :, : queries.shape[2]]
     else:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, sums = flash(queries, keys, values, 0.0, False, attn_mask=mask)
+        out, sums = flash(queries, keys, values, 0.0, False, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(0, 1), sums.transpose(1, 2).flatten(0, 1).contiguous()

@@ -21,10 +21,12 @@ def side_by_side(*modules: Any, pack: bool = True) -> Linear:
     bits of a row then do not depend on the other rows. Layers with more than a weight (LoRA), and those on other
     devices, are called unchanged, and all of them without ``pack``: a packed weight cannot be in a compiled graph.
     """
-    weights = [module.weight for module in modules if type(module) is nn.Linear and module.bias is None]
-    if not pack or len(weights) < len(modules) or not _can_pack(weights[0]):
+    weights = [module.weight for module in modules if type(module) is nn.Linear]
+    biases = [module.bias for module in modules if getattr(module, "bias", None) is not None]
+    alike = len(weights) == len(modules) and len(biases) in (0, len(modules))
+    if not pack or not alike or not _can_pack(weights[0]):
         return lambda x: tuple(module(x) for module in modules)
-    product = _packed(torch.cat(weights) if len(weights) > 1 else weights[0])
+    product = _packed(torch.cat(weights) if len(weights) > 1 else weights[0], torch.cat(biases) if biases else None)
     sizes = [len(weight) for weight in weights]
     return lambda x: product(x).split(sizes, dim=-1)
 
@@ -46,13 +48,13 @@ def _can_pack(weight: Tensor) -> bool:
     )
 
 
-def _packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
+def _packed(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     # torch.compile's weight freezing emits these two operators; they have no public name.
     blocks = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _FEW_ROWS)
 
     def product(x: Tensor) -> Tensor:
         if len(x) == 1:  # the kernel for one row is slower than the one for four, and adds in another order
             return product(x.expand(_FEW_ROWS, -1).contiguous())[:1]
-        return torch.ops.mkldnn._linear_pointwise(x, blocks, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, blocks, bias, "none", [], "")
 
     return product

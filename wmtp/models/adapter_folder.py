@@ -5,10 +5,12 @@
     wmtp_heads.safetensors      all other trained parameters (the extra heads'), by their names in MTPDecoder
     wmtp_adapter.json           the hash of its base, and the arguments of add_lora
 
-Rows of q and k, and so of their B and magnitudes, are in HF's order in peft's files.
+Rows of q and k, and so of their B and magnitudes, are in HF's order in peft's files. Projections that HF's model has as
+one have one adapter there, of rank r each: their A below each other, their B as blocks of a diagonal.
 """
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from wmtp.pretrained.checkpoint_formats import (
     is_rotated,
     key_of,
     open_safetensors,
+    stored_together,
     to_half_split,
     to_interleaved,
 )
@@ -33,7 +36,7 @@ ADAPTER = "wmtp_adapter.json"
 HEADS_WEIGHTS = "wmtp_heads.safetensors"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-_PREFIX = "base_model.model."
+_PREFIX, _B = "base_model.model.", ".lora_b.weight"
 _PARTS = {"lora_a.weight": "lora_A.weight", "lora_b.weight": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 # These may differ between the run that trained an adapter and the one that reads it.
 _FREE = ("dropout", "quantize")
@@ -64,6 +67,7 @@ def save_adapter(
     """
     with whole_folder(model, Path(folder), "adapter") as writing:
         peft, ours = {}, {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for name, parameter in named_parameters(model):
             if not parameter.requires_grad:
                 continue
@@ -77,6 +81,12 @@ def save_adapter(
                 continue
             if _has_rotated_rows(name):
                 tensor = to_half_split(tensor, model.config.head_dim).contiguous()
+            if together := _together(name, model):
+                parts.setdefault(keys[0], {})[name] = tensor
+                if len(parts[keys[0]]) < len(together):
+                    continue
+                all_parts = [parts[keys[0]].pop(part) for part in together]
+                tensor = torch.block_diag(*all_parts) if name.endswith(_B) else torch.cat(all_parts)
             peft |= {key: tensor.clone() for key in keys}
         if writing is None:
             return
@@ -154,12 +164,42 @@ def _read(folder: Path, parameters: dict[str, nn.Parameter], model: nn.Module) -
             if both_there and not torch.equal(content[key].read(), content[keys[name]].read()):
                 raise CheckpointError(f"{file}: {key} is not {keys[name]}, and the model is tied; untie its base")
         for name, key in keys.items():
-            expected, stored = tuple(parameters[name].shape), content.get(key)
+            expected, stored = _stored_shape(name, tuple(parameters[name].shape), model), content.get(key)
             if stored is None or stored.shape != expected:
                 has = "lacks it" if stored is None else f"holds {list(stored.shape)}"
                 raise CheckpointError(f"{file} {has}: {key} must be {list(expected)}; copy the adapter again")
-            found[name] = stored.read()
+            found[name] = _own_part(name, stored.read(), model)
     return found
+
+
+def _together(name: str, model: nn.Module) -> dict[str, int]:
+    """Returns the adapter's parameters that are one tensor in peft's file with this one, see `stored_together`."""
+    for ours in _PARTS:
+        if name.endswith(f".{ours}"):
+            weights = stored_together(name.removesuffix(ours) + "weight", model.config)
+            return {weight.removesuffix("weight") + ours: rows for weight, rows in weights.items()}
+    return {}
+
+
+def _stored_shape(name: str, shape: tuple[int, ...], model: nn.Module) -> tuple[int, ...]:
+    """Returns the shape in the file of a parameter that has this shape in the model."""
+    together = _together(name, model) if _peft_keys(name, model) else {}
+    if not together:
+        return shape
+    rows = shape[0] * len(together) if name.endswith(".lora_a.weight") else sum(together.values())
+    return (rows, *(width * len(together) if name.endswith(_B) else width for width in shape[1:]))
+
+
+def _own_part(name: str, stored: Tensor, model: nn.Module) -> Tensor:
+    """Returns a parameter's part of the tensor that the file has."""
+    together = _together(name, model) if _peft_keys(name, model) else {}
+    if not together:
+        return stored
+    place = list(together).index(name)
+    if name.endswith(".lora_a.weight"):
+        return stored.chunk(len(together))[place]
+    rows = stored.split(list(together.values()))[place]
+    return rows.chunk(len(together), dim=1)[place].contiguous() if name.endswith(_B) else rows
 
 
 def _peft_keys(name: str, model: nn.Module) -> list[str]:
@@ -168,22 +208,33 @@ def _peft_keys(name: str, model: nn.Module) -> list[str]:
         return []
     for ours, theirs in _PARTS.items():
         if name.endswith(f".{ours}"):
-            return [_PREFIX + key_of(name.removesuffix(ours) + "weight", "hf").removesuffix("weight") + theirs]
+            key = key_of(name.removesuffix(ours) + "weight", "hf", model.config.family)
+            return [_PREFIX + key.removesuffix("weight") + theirs]
     # peft wraps embedding and unembedding separately, even where they are one.
     tied = ["lm_head.weight"] if name == "tok_embeddings.weight" else []
-    return [_PREFIX + key for key in (key_of(name, "hf"), *tied)]
+    return [_PREFIX + key for key in (key_of(name, "hf", model.config.family), *tied)]
 
 
 def _has_rotated_rows(name: str) -> bool:
-    """Returns whether peft's file orders a parameter's rows otherwise: B and magnitude of q and k, trunk and head 1."""
-    module = name.removesuffix(".lora_b.weight").removesuffix(".magnitude")
-    return module != name and name.startswith("layers.") and is_rotated(f"{module}.weight")
+    """Returns whether peft's file orders a parameter's rows otherwise: of trunk and head 1, B and magnitude of q and k,
+    and the norms of queries and keys."""
+    weight = re.sub(r"\.(lora_b\.weight|magnitude)$", ".weight", name)
+    return name.startswith("layers.") and is_rotated(weight)
 
 
 def _peft_config(model: nn.Module, base_name: str | None, whole_base: bool) -> dict[str, Any]:
     chosen: Adapters = model.adapters
-    targets = [key_of(f"layers.0.{_inside(target)}.weight", "hf").split(".")[-2] for target in chosen.targets]
-    whole = ["input_layernorm", "post_attention_layernorm", "model.norm"] if chosen.train_norms else []
+
+    def module(name: str) -> str:  # of HF's block
+        return key_of(name, "hf", model.config.family).split(".")[-2]
+
+    weights = [f"layers.0.{_inside(target)}.weight" for target in chosen.targets]
+    merged = {module(weight): len(stored_together(weight, model.config)) for weight in weights}
+    several = {name: count for name, count in merged.items() if count}
+    whole = []
+    if chosen.train_norms:
+        norms = [name for name, _ in named_parameters(model) if re.match(r"layers\.0\..*norm\.scale$", name)]
+        whole = [*dict.fromkeys(map(module, norms)), "model.norm"]
     if chosen.train_unembedding:
         whole += ["embed_tokens", "lm_head"] if model.config.tie_word_embeddings else ["lm_head"]
     return {
@@ -197,7 +248,9 @@ def _peft_config(model: nn.Module, base_name: str | None, whole_base: bool) -> d
         "use_dora": chosen.dora,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": targets,
+        "target_modules": list(merged),
+        "rank_pattern": {name: count * chosen.rank for name, count in several.items()},
+        "alpha_pattern": {name: count * chosen.alpha for name, count in several.items()},
         "modules_to_save": whole or None,
         # `transformers` may read such a base with all heads, whose modules have the same names.
         **({"modules_to_save": None, "exclude_modules": r"extra_heads\..*"} if whole_base else {}),

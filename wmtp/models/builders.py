@@ -6,9 +6,10 @@ from typing import Any
 
 from wmtp.errors import UserError
 from wmtp.models.decoder import MTPDecoder
-from wmtp.pretrained.checkpoint_formats import read_shape
+from wmtp.pretrained.checkpoint_formats import form_of, read_shape
+from wmtp.pretrained.config_files import read_source
 from wmtp.pretrained.resolve import resolve_checkpoint
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.shape import DecoderShape
 
 
 def llama_mtp(
@@ -28,7 +29,7 @@ def llama_mtp(
     head_dim: int | None = None,
     attention: str = "sdpa",
 ) -> MTPDecoder:
-    """Any Llama-family model with multi-token-prediction heads.
+    """Any model of Llama's shape with multi-token-prediction heads.
 
     Args:
         vocab_size: V, the number of token ids.
@@ -40,7 +41,8 @@ def llama_mtp(
         max_seq_len: longest sequence of this run; sets the size of the RoPE cache. An export keeps the length of its
             checkpoint.
         num_future_tokens: H, the number of prediction heads.
-        rope_base, rope_scaling: RoPE's theta, and Llama 3's long-context scaling with HF's keys, if any.
+        rope_base, rope_scaling: RoPE's theta, and its scaling for long contexts, if any, with HF's keys: rope_type
+            linear, dynamic, yarn or llama3, and its factors.
         norm_eps: epsilon of RMSNorm.
         tie_word_embeddings: use the embedding as unembedding.
         head_dim: embed_dim / num_heads if not given.
@@ -49,7 +51,7 @@ def llama_mtp(
     Raises:
         ValueError: an argument out of its range.
     """
-    config = LlamaShape(
+    config = DecoderShape(
         vocab_size=vocab_size,
         num_layers=num_layers,
         num_heads=num_heads,
@@ -138,7 +140,8 @@ def from_checkpoint(
     max_seq_len: int | None = None,
     attention: str = "sdpa",
 ) -> MTPDecoder:
-    """A model of the shape that a checkpoint's config.json or params.json describes; its weights are not read here.
+    """A model of any family of docs/models.md, of the shape that a checkpoint's config.json or params.json describes;
+    its weights are not read here.
 
     Args:
         path: any form that :func:`~wmtp.pretrained.resolve_checkpoint` takes.
@@ -147,15 +150,18 @@ def from_checkpoint(
         attention: as in :func:`llama_mtp`.
 
     Raises:
-        CheckpointError: if there is no such checkpoint, or it is not of the Llama family.
+        CheckpointError: there is no such checkpoint, or it is of no such family.
     """
-    shape = read_shape(resolve_checkpoint(path))
+    folder = resolve_checkpoint(path)
+    stored = read_shape(folder)
     shape = replace(
-        shape,
-        num_future_tokens=shape.num_future_tokens if num_future_tokens is None else num_future_tokens,
-        max_seq_len=shape.max_seq_len if max_seq_len is None else max_seq_len,
+        stored,
+        num_future_tokens=stored.num_future_tokens if num_future_tokens is None else num_future_tokens,
+        max_seq_len=stored.max_seq_len if max_seq_len is None else max_seq_len,
     )
-    return MTPDecoder(shape, attention=attention)
+    model = MTPDecoder(shape, attention=attention)
+    model.source = read_source(folder, form_of(folder), stored.max_seq_len)
+    return model
 
 
 def require_fit(model: Any, max_token_id: int, seq_len: int, where: str = "model") -> None:

@@ -1,11 +1,11 @@
-"""A Llama decoder with parallel multi-token-prediction heads, in Meta's layout, made of torchtune's modules.
+"""A decoder with parallel multi-token-prediction heads, in Meta's layout, of any family in wmtp.pretrained.families.
 
     tok_embeddings -> layers[0] .. layers[-2] -+-> layers[-1]      -> norm -> unembedding    head 1, the next token
                                                +-> extra_heads[0]  -> norm -> unembedding    head 2
                                                +-> extra_heads[j]  -> norm -> unembedding    head j + 2
 
 Every head is one full transformer block on the same trunk state; norm and unembedding are shared (Gloeckle et al. 2024,
-arXiv 2404.19737, section 2). With H = 1 this is an ordinary Llama. `wmtp.generation` decodes with cached keys and
+arXiv 2404.19737, section 2). With H = 1 this is an ordinary decoder. `wmtp.generation` decodes with cached keys and
 values, over the same modules.
 """
 
@@ -15,15 +15,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import FeedForward, MultiHeadAttention, RotaryPositionalEmbeddings, TransformerSelfAttentionLayer
-from torchtune.modules import RMSNorm as RMSNormFloat32
 
 from wmtp.errors import UserError
+from wmtp.models.block import Block, RMSNorm
+from wmtp.models.rope import RoPE
 from wmtp.numerics.documents import positions_in_documents
 from wmtp.numerics.products import on_cuda
 from wmtp.pretrained.config_files import Source
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.shape import DecoderShape
 
 
 class MTPDecoder(nn.Module):
@@ -34,18 +33,25 @@ class MTPDecoder(nn.Module):
         attention: ``sdpa``, or ``flex`` (CUDA only), which skips blocks of the mask that are empty.
     """
 
-    def __init__(self, config: LlamaShape, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: DecoderShape, *, attention: str = "sdpa") -> None:
         super().__init__()
         if attention not in ("sdpa", "flex"):
             raise UserError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
         self.config = config
-        self.source: Source | None = None  # facts from the checkpoint's files, once load_checkpoint has read one
+        self.source: Source | None = None  # facts from the files of the checkpoint that it is built or read from
         self.attention = attention
-        self.rope = _rope(config)  # one module for all blocks, so its cache exists once
+        # One module for all blocks of a kind, so its cache exists once.
+        self.rope = local = RoPE(config, config.rope_base, config.rope_scaling)
+        if config.local_rope_base is not None:
+            self.local_rope = local = RoPE(config, config.local_rope_base, None)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.embed_dim)
-        self.layers = nn.ModuleList(_block(config, self.rope) for _ in range(config.num_layers))
-        self.extra_heads = nn.ModuleList(_block(config, self.rope) for _ in range(config.num_future_tokens - 1))
-        self.norm = RMSNorm(config.embed_dim, eps=config.norm_eps)
+        blocks = [Block(config, local if slides else self.rope, slides) for slides in config.slides]
+        self.layers = nn.ModuleList(blocks[: config.num_layers])
+        self.extra_heads = nn.ModuleList(blocks[config.num_layers :])
+        # The logits' division is part of the last norm: logits, losses and cached decoding all read what it gives.
+        self.norm = RMSNorm(
+            config.embed_dim, eps=config.norm_eps, offset=config.norm_offset, multiplier=1 / config.logits_scaling
+        )
         if not config.tie_word_embeddings:
             self.output = Unembedding(config.embed_dim, config.vocab_size, bias=False)
         self.init_weights()
@@ -74,20 +80,23 @@ class MTPDecoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws weights from a normal with standard deviation 0.02 and sets norms to one. Call it before sharding."""
+        """Draws weights from a normal with standard deviation 0.02, and sets norms to one and biases to zero. Call it
+        before sharding."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.scale"):
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if self.config.norm_offset else 1.0)
+            elif name.endswith(".bias"):
+                parameter.zero_()
             else:
                 parameter.normal_(std=0.02)
 
     def reset_rope(self, device: torch.device | str | None = None) -> None:
         """Computes the RoPE cache anew, in float32, on ``device`` (by default its own)."""
-        if device is None:
-            device = getattr(self.rope, "cache", self.norm.scale).device
-        if torch.device(device).type != "meta":
-            with torch.device(device):
-                self.rope.rope_init()
+        device = torch.device(self.rope.cache.device if device is None else device)
+        if device.type != "meta":
+            with device:
+                for rope in {self.rope, getattr(self, "local_rope", self.rope)}:
+                    rope.rope_init()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MTPDecoder":
         # to_empty() would leave the rotation angles undefined and to(bfloat16) would round them; both pass here.
@@ -118,7 +127,8 @@ class MTPDecoder(nn.Module):
             document_ids: [B, S] integers that differ between the documents of a row, -1 for padding; attention and
                 positions stop at a document's edge. None where each row is one document.
             input_pos: [B, S] positions; by default counted from each document's start.
-            mask: [B, S, S] bool or BlockMask, True where a query may look; by default causal within documents.
+            mask: [B, S, S] bool, True where a query may look, inside the window of a block that has one; by default
+                causal within documents.
             num_heads: compute only the first heads; by default all H.
             trunk_state: [B, S, D], the result of ``return_trunk`` for these tokens: the trunk does not run again.
             return_trunk: return the trunk's state [B, S, D], which all heads read, and compute no head.
@@ -158,38 +168,49 @@ class MTPDecoder(nn.Module):
         """
         if num_heads is not None and not 1 <= num_heads <= self.num_future_tokens:
             raise UserError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
-        mask, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
-        h = self._run_trunk(tokens, mask, input_pos) if trunk_state is None else trunk_state.to(self.norm.scale.dtype)
+        masks, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
+        h = self._run_trunk(tokens, masks, input_pos) if trunk_state is None else trunk_state.to(self.norm.scale.dtype)
         heads = [self.layers[-1], *self.extra_heads][:num_heads]
-        return torch.stack([self.norm(block(h, mask=mask, input_pos=input_pos)) for block in heads])
+        return torch.stack([self.norm(block(h, mask=masks[block.slides], input_pos=input_pos)) for block in heads])
 
-    def _run_trunk(self, tokens: Tensor, mask: Any, input_pos: Tensor | None) -> Tensor:
-        h = self.tok_embeddings(tokens)  # [B, S, D]
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns what the first block reads: [..., D] for token ids [...]."""
+        h, multiplier = self.tok_embeddings(tokens), self.config.embedding_multiplier
+        # Rounded to the states' dtype first: Gemma was trained so.
+        return h if multiplier == 1 else h * torch.full((), multiplier, dtype=h.dtype, device=h.device)
+
+    def _run_trunk(self, tokens: Tensor, masks: tuple[Any, Any], input_pos: Tensor | None) -> Tensor:
+        h = self.embed(tokens)  # [B, S, D]
         for block in self.layers[:-1]:
-            h = block(h, mask=mask, input_pos=input_pos)
+            h = block(h, mask=masks[block.slides], input_pos=input_pos)
         return h
 
     def _attention_inputs(
-        self, tokens: Tensor, document_ids: Tensor | None, input_pos: Tensor | None, mask: Any
-    ) -> tuple[Any, Tensor | None]:
-        """Returns the mask and positions of every block; (None, None) is plain causal attention."""
+        self, tokens: Tensor, document_ids: Tensor | None, input_pos: Tensor | None, mask: Tensor | None
+    ) -> tuple[tuple[Any, Any], Tensor | None]:
+        """Returns the masks of blocks without and with the sliding window, and the positions; None is plain causal."""
         if tokens.shape[1] > self.max_seq_len:
             raise UserError(f"the sequence length must be <= max_seq_len {self.max_seq_len}, got {tokens.shape[1]}")
+        window = self.config.sliding_window
+        narrow = any(self.config.slides) and tokens.shape[1] > (window or 0)  # else no window ends inside the row
         if mask is not None:
-            return mask, input_pos
+            near = mask & dense_mask(torch.zeros_like(tokens), window) if narrow else mask
+            return (mask, near), input_pos
         # Rows of one document take the causal path, without a mask. On CUDA this test would wait for the device.
-        plain = document_ids is None or (
-            not on_cuda(document_ids) and bool((document_ids == document_ids[:, :1]).all())
+        plain = self.attention == "sdpa" and (
+            document_ids is None or (not on_cuda(document_ids) and bool((document_ids == document_ids[:, :1]).all()))
         )
-        if plain and self.attention == "sdpa":
-            return None, input_pos
+        if plain and not narrow:
+            return (None, None), input_pos
         if self.attention == "flex" and not on_cuda(tokens):
             raise UserError(f"attention 'flex' needs CUDA, got tokens on {tokens.device}; use attention 'sdpa'")
         if document_ids is None:
             document_ids = torch.zeros_like(tokens)
         if input_pos is None:
             input_pos = positions_in_documents(document_ids)
-        return (block_mask if self.attention == "flex" else dense_mask)(document_ids), input_pos
+        build = block_mask if self.attention == "flex" else dense_mask
+        whole = None if plain or (narrow and all(self.config.slides)) else build(document_ids)
+        return (whole, build(document_ids, window) if narrow else whole), input_pos
 
 
 class Unembedding(nn.Linear):
@@ -206,67 +227,22 @@ def _unembed(hidden: Tensor, unembedding: Tensor, loss_fn: Callable | None, **lo
     return F.linear(hidden, unembedding) if loss_fn is None else loss_fn(hidden, unembedding, **loss_inputs)
 
 
-class RMSNorm(RMSNormFloat32):
-    """torchtune's, without its cast of the input: F.rms_norm computes in float32 by itself, and only operands of one
-    dtype get its fused kernel."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.scale, self.eps)
-
-
-def dense_mask(document_ids: Tensor) -> Tensor:
-    """Returns [B, S, S] bool: query i sees key j <= i of its document (padding, -1, sees padding: no row is empty)."""
+def dense_mask(document_ids: Tensor, window: int | None = None) -> Tensor:
+    """Returns [B, S, S] bool: query i sees key j <= i of its document (padding, -1, sees padding: no row is empty), of
+    the last ``window`` alone if that is given."""
     same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril_()
+    return same.tril_() if window is None else same.tril_().triu_(1 - window)
 
 
-def block_mask(document_ids: Tensor) -> Any:
+def block_mask(document_ids: Tensor, window: int | None = None) -> Any:
     """Returns the mask of :func:`dense_mask` as flex attention's BlockMask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (document_ids[batch, query] == document_ids[batch, key])
-
     batch, seq = document_ids.shape
+    reach = seq if window is None else window
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = (key <= query) & (query - key < reach)
+        return near & (document_ids[batch, query] == document_ids[batch, key])
+
     return create_block_mask(visible, batch, None, seq, seq, device=document_ids.device)
-
-
-def _rope(config: LlamaShape) -> nn.Module:
-    if config.rope_scaling is None:
-        return RotaryPositionalEmbeddings(config.head_dim, max_seq_len=config.max_seq_len, base=config.rope_base)
-    return Llama3ScaledRoPE(
-        config.head_dim,
-        max_seq_len=config.max_seq_len,
-        base=config.rope_base,
-        scale_factor=config.rope_scaling["factor"],
-        low_freq_factor=config.rope_scaling["low_freq_factor"],
-        high_freq_factor=config.rope_scaling["high_freq_factor"],
-        old_context_len=config.rope_scaling["original_max_position_embeddings"],
-    )
-
-
-def _block(config: LlamaShape, rope: nn.Module) -> TransformerSelfAttentionLayer:
-    dim, head_dim = config.embed_dim, config.head_dim
-    attention = MultiHeadAttention(
-        embed_dim=dim,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=head_dim,
-        q_proj=nn.Linear(dim, config.num_heads * head_dim, bias=False),
-        k_proj=nn.Linear(dim, config.num_kv_heads * head_dim, bias=False),
-        v_proj=nn.Linear(dim, config.num_kv_heads * head_dim, bias=False),
-        output_proj=nn.Linear(config.num_heads * head_dim, dim, bias=False),
-        pos_embeddings=rope,
-        max_seq_len=config.max_seq_len,
-    )
-    mlp = FeedForward(
-        gate_proj=nn.Linear(dim, config.intermediate_dim, bias=False),
-        down_proj=nn.Linear(config.intermediate_dim, dim, bias=False),
-        up_proj=nn.Linear(dim, config.intermediate_dim, bias=False),
-    )
-    return TransformerSelfAttentionLayer(
-        attention,
-        mlp,
-        sa_norm=RMSNorm(dim, eps=config.norm_eps),
-        mlp_norm=RMSNorm(dim, eps=config.norm_eps),
-    )

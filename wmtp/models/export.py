@@ -1,4 +1,4 @@
-"""The export of a model as an HF Llama folder: head 1 for `transformers`, the other heads in files of their own."""
+"""The export of a model as its family's HF folder: head 1 for `transformers`, the other heads in files of their own."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from wmtp.errors import ExistsError, UserError
 from wmtp.files import publish, unfinished
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
-from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, to_half_split
+from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, stored_together, to_half_split
 from wmtp.pretrained.config_files import MODELING, MTP_CONFIG, MTP_WEIGHTS, exported_configs
 
 
@@ -32,7 +32,7 @@ def export_hf(
     max_shard_bytes: float = 5e9,
     merge_quantized: bool = False,
 ) -> None:
-    """Writes ``folder`` so that `transformers` loads head 1 as a LlamaForCausalLM, and `load_checkpoint` all heads.
+    """Writes ``folder`` so that `transformers` loads head 1 as a model of its family, and `load_checkpoint` all heads.
 
     Additional heads go to mtp_heads.safetensors and mtp_config.json, which `transformers` reads by the code in
     modeling_wmtp.py where it is trusted, and else leaves alone. Low-rank
@@ -56,8 +56,8 @@ def export_hf(
     Raises:
         FileExistsError: the folder is there already.
         FileNotFoundError: tokenizer_source holds no tokenizer.
-        ValueError: the model has parameters that are no part of a Llama, the tokenizer cannot be used, or the trunk is
-            quantised and merge_quantized is false.
+        ValueError: the model has parameters that are no part of its family, the tokenizer cannot be used, or the trunk
+            is quantised and merge_quantized is false.
     """
     with whole_folder(model, Path(folder), "export") as writing:
         write_hf(model, writing, tokenizer_source, dtype, max_shard_bytes, merge_quantized)
@@ -113,16 +113,23 @@ def write_hf(
     refuse_quantized(model, merge_quantized)
     tokenizer = as_tokenizer(tokenizer_source)
     parameters = without_adapters(model)
-    strangers = [name for name in parameters if key_of(name, "hf") is None]
+    family = model.config.family
+    strangers = [name for name in parameters if key_of(name, "hf", family) is None]
     if strangers:
         raise UserError(
-            f"parameter {strangers[0]} has no place in an HF Llama folder; remove what was added to the decoder"
+            f"parameter {strangers[0]} has no place in an HF folder of {family}; remove what was added to the decoder"
         )
     files, pending, heads, weight_map, total = 0, {}, {}, {}, 0
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in whole_tensors(model, writing is not None, dtype, merge):
-        key = key_of(name, "hf")
+        key = key_of(name, "hf", family)
         if is_rotated(name):
             tensor = to_half_split(tensor, model.config.head_dim).contiguous()
+        if together := stored_together(name, model.config):
+            parts.setdefault(key, {})[name] = tensor
+            if len(parts[key]) < len(together):
+                continue
+            tensor = torch.cat([parts[key].pop(part) for part in together])
         if key.startswith("extra_heads."):
             heads[key] = tensor
             continue

@@ -11,7 +11,7 @@ from wmtp.models.export import as_tokenizer, whole_tensors
 from wmtp.models.load import without_adapters
 from wmtp.pretrained.checkpoint_formats import key_of
 from wmtp.pretrained.config_files import META_CONFIG, META_WEIGHTS, CheckpointError, shape_of_params
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.shape import DecoderShape
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def check_meta(model: Any, *, untie: bool = False) -> dict[str, Any]:
     return _params(model.config, untie)
 
 
-def _params(shape: LlamaShape, untie: bool) -> dict[str, Any]:
+def _params(shape: DecoderShape, untie: bool) -> dict[str, Any]:
     plain, width = int(8 * shape.embed_dim / 3), shape.intermediate_dim
     params: dict[str, Any] = {
         "dim": shape.embed_dim,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
-from wmtp.pretrained.checkpoint_formats import Checkpoint, key_of, open_checkpoint, refuse_wrapped
+from wmtp.pretrained.checkpoint_formats import Checkpoint, open_checkpoint, refuse_wrapped
 from wmtp.pretrained.config_files import CheckpointError, read_source
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.shape import DecoderShape
 
-# Constants of the computation that no tensor's shape shows.
-_CONSTANTS = ("num_heads", "num_kv_heads", "head_dim", "rope_base", "rope_scaling", "norm_eps")
+# Constants of the computation that no tensor's shape shows: all but these.
+_FREE = ("vocab_size", "num_layers", "embed_dim", "intermediate_dim", "max_seq_len", "num_future_tokens")
+_CONSTANTS = [f.name for f in fields(DecoderShape) if f.name not in (*_FREE, "tie_word_embeddings")]
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def local_part(full: Tensor, parameter: Tensor) -> Tensor:
 # The stored tensor of each parameter
 
 
-def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
+def _sources(model: DecoderShape, checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
     """Returns, for each parameter, the name of its values in the checkpoint, after all checks."""
     stored = checkpoint.shape
     if model.tie_word_embeddings and not stored.tie_word_embeddings:
@@ -140,7 +142,7 @@ def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn
     sources = {name: _source(name, model, stored) for name in parameters}
     used = set()
     for name, source in sources.items():
-        key = key_of(source, checkpoint.form)
+        key = checkpoint.key_of(source)
         if key is None:
             raise CheckpointError(f"the model's parameter {name} has no place in a checkpoint; load before adding it")
         if key not in checkpoint.tensors:
@@ -151,7 +153,7 @@ def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn
                 "copy it again, or build the model with from_checkpoint"
             )
         tensor, shape = checkpoint.tensors[key], tuple(parameters[name].shape)
-        if tensor.shape != shape:
+        if checkpoint.shape_of(source) != shape:
             raise CheckpointError(
                 f"{tensor.file}: {key} is {list(tensor.shape)}, the model's {name} is {list(shape)}; "
                 "build the model with from_checkpoint, or mend its sizes"
@@ -166,15 +168,21 @@ def _sources(model: LlamaShape, checkpoint: Checkpoint, parameters: dict[str, nn
     for constant in _CONSTANTS:
         ours, theirs = getattr(model, constant), getattr(stored, constant)
         # Files that went through float32 say 9.9999997e-06 where others say 1e-05.
-        if not (math.isclose(ours, theirs, rel_tol=1e-6) if isinstance(ours, float) else ours == theirs):
+        near = isinstance(ours, float) and isinstance(theirs, int | float) and math.isclose(ours, theirs, rel_tol=1e-6)
+        if not (near or ours == theirs):
             raise CheckpointError(
                 f"{checkpoint.path} has {constant} {theirs}, the model {ours}; "
                 f"build the model with from_checkpoint, or set its {constant}"
             )
+    if (model.rope_scaling or {}).get("rope_type") == "dynamic" and model.max_seq_len > stored.max_seq_len:
+        raise CheckpointError(
+            f"{checkpoint.path} has RoPE of type dynamic, which beyond its {stored.max_seq_len} positions turns every "
+            f"token by the whole text's length; set max_seq_len {model.max_seq_len} to that, or rope_scaling to yarn"
+        )
     return sources
 
 
-def _source(name: str, model: LlamaShape, stored: LlamaShape) -> str:
+def _source(name: str, model: DecoderShape, stored: DecoderShape) -> str:
     place, _, rest = name.partition(".")
     index, _, inside = rest.partition(".")
     if place == "extra_heads" and int(index) >= stored.num_future_tokens - 1:
@@ -184,7 +192,7 @@ def _source(name: str, model: LlamaShape, stored: LlamaShape) -> str:
     return name
 
 
-def _may_be_left_out(key: str, model: LlamaShape, stored: LlamaShape) -> bool:
+def _may_be_left_out(key: str, model: DecoderShape, stored: DecoderShape) -> bool:
     """Tells heads beyond the model's, RoPE frequencies of older files, and a tied unembedding stored twice."""
     place, _, rest = key.partition(".")
     if place == "extra_heads":

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from wmtp.errors import UserError
+from wmtp.models.block import RMSNorm
 from wmtp.models.load import local_part, local_tensor, own_name
 from wmtp.models.nf4 import check_nf4_shape, is_nf4, mark_nf4, quantized_modules
 from wmtp.numerics.keyed import keyed_generator
+from wmtp.pretrained.checkpoint_formats import stored_together
 
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # of dtypes, for people
 
@@ -104,8 +106,9 @@ def add_lora(
                 parent, linear = _place(block, target)
                 setattr(parent, target, _adapted(linear, chosen))
             if train_norms and how != "frozen":
-                block.sa_norm.requires_grad_(True)
-                block.mlp_norm.requires_grad_(True)
+                for module in block.modules():
+                    if isinstance(module, RMSNorm):
+                        module.requires_grad_(True)
     if train_norms:
         model.norm.requires_grad_(True)
     if train_unembedding:
@@ -138,6 +141,13 @@ def _check(chosen: Adapters, model: nn.Module) -> None:
         if getattr(chosen, key) not in allowed:
             options = ", ".join("null" if option is None else option for option in allowed)
             raise UserError(f"{key} must be one of {options}, got {getattr(chosen, key)!r}")
+    for together in ({"q_proj", "k_proj", "v_proj"}, {"w1", "w3"}):
+        names = [f"layers.0.{'mlp' if target.startswith('w') else 'attn'}.{target}.weight" for target in together]
+        if stored_together(names[0], model.config) and 0 < len(together & set(chosen.targets)) < len(together):
+            raise UserError(
+                f"targets must have all of {', '.join(sorted(together))} or none, as {model.config.family} stores them "
+                f"as one, got {', '.join(chosen.targets)}"
+            )
     extra = len(model.extra_heads)
     if chosen.trunk == "frozen" and not (chosen.train_norms or chosen.train_unembedding):
         if extra == 0:
@@ -225,7 +235,17 @@ class _LoRALinear(LoRALinear):
         if is_nf4(self.weight) or self.disabled:
             return super().forward(x)
         low = self.lora_a(self.dropout(x)) * (self.alpha / self.rank)  # [..., r]
-        return F.linear(x, self.weight) + self.lora_b(low)
+        return F.linear(x, self.weight, self.bias) + self.lora_b(low)
+
+
+class _BiasedDoRALinear(DoRALinear):
+    """torchtune's layer for a projection with a bias, which it would scale by m / |W + alpha / r * B A| too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        base, low = F.linear(x, self.weight, self.bias), self.lora_b(self.lora_a(self.dropout(x)))
+        turned = self.weight.to(x.dtype) + self.scaling * (self.lora_b.weight @ self.lora_a.weight).detach()
+        share = self.magnitude / torch.linalg.norm(turned, dim=1)
+        return base + (share - 1) * (base - self.bias) + share * self.scaling * low
 
 
 def _place(block: nn.Module, target: str) -> tuple[nn.Module, nn.Module]:
@@ -238,11 +258,11 @@ def _adapted(linear: nn.Module, chosen: Adapters) -> LoRALinear | DoRALinear:
     if type(linear) is not nn.Linear:
         raise ValueError(f"adapters go on plain linear layers, found {type(linear).__name__}; add them once, first")
     out_dim, in_dim = linear.weight.shape
-    kind = DoRALinear if chosen.dora else _LoRALinear
+    kind = (DoRALinear if linear.bias is None else _BiasedDoRALinear) if chosen.dora else _LoRALinear
     with torch.device("meta"):
         adapted = kind(in_dim, out_dim, rank=chosen.rank, alpha=chosen.alpha, dropout=chosen.dropout)
     adapted.rank, adapted.alpha = chosen.rank, chosen.alpha  # DoRALinear keeps their ratio alone
-    adapted.weight = linear.weight
+    adapted.weight, adapted.bias = linear.weight, linear.bias
     adapted.to_empty(device=linear.weight.device)  # torchtune's modules make the adapter's parameters alone
     for parameter in adapter_parameters(adapted):
         parameter.data = parameter.data.to(linear.weight.dtype)

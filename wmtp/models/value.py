@@ -27,7 +27,7 @@ from wmtp.numerics.keyed import keyed_generator
 from wmtp.pretrained.checkpoint_formats import open_safetensors
 from wmtp.pretrained.config_files import CheckpointError, read_json
 from wmtp.pretrained.resolve import resolve_checkpoint
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.shape import DecoderShape
 
 HEADS = ("linear", "mlp")
 HEAD_WEIGHTS, VALUE_CONFIG = "value_head.safetensors", "value_model.json"
@@ -102,7 +102,7 @@ class ValueModel(nn.Module):
         return self.backbone.extra_heads
 
     @property
-    def config(self) -> LlamaShape:
+    def config(self) -> DecoderShape:
         return self.backbone.config
 
     @property

@@ -3,12 +3,12 @@
 from wmtp.pretrained.checkpoint_formats import read_shape
 from wmtp.pretrained.config_files import CheckpointError
 from wmtp.pretrained.resolve import checkpoint_sha256, model_tags, resolve_checkpoint
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.shape import DecoderShape
 from wmtp.pretrained.tokenizer import Tokenizer, byte_tokenizer, hf_tokenizer, require_same_vocabulary
 
 __all__ = [
     "CheckpointError",
-    "LlamaShape",
+    "DecoderShape",
     "Tokenizer",
     "byte_tokenizer",
     "checkpoint_sha256",

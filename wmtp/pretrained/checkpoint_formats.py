@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,8 @@ from wmtp.pretrained.config_files import (
     read_json,
     unreadable,
 )
-from wmtp.pretrained.shape import LlamaShape
+from wmtp.pretrained.families import FAMILIES
+from wmtp.pretrained.shape import DecoderShape
 
 HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -49,6 +51,17 @@ BLOCK_KEYS = {
     "sa_norm.scale": ("input_layernorm.weight", "attention_norm.weight"),
     "mlp_norm.scale": ("post_attention_layernorm.weight", "ffn_norm.weight"),
 }
+# Those that Llama has not: name inside a block -> HF key
+_OTHER_KEYS = {
+    "attn.q_proj.bias": "self_attn.q_proj.bias",
+    "attn.k_proj.bias": "self_attn.k_proj.bias",
+    "attn.v_proj.bias": "self_attn.v_proj.bias",
+    "attn.q_norm.scale": "self_attn.q_norm.weight",
+    "attn.k_norm.scale": "self_attn.k_norm.weight",
+    "sa_post_norm.scale": "post_attention_layernorm.weight",
+    "mlp_post_norm.scale": "post_feedforward_layernorm.weight",
+}
+_ROTATED = re.compile(r"attn\.(q_proj\.(weight|bias)|k_proj\.(weight|bias)|q_norm\.scale|k_norm\.scale)$")
 ROOT_KEYS = {
     "tok_embeddings.weight": ("model.embed_tokens.weight", "tok_embeddings.weight"),
     "norm.scale": ("model.norm.weight", "norm.weight"),
@@ -69,17 +82,35 @@ class Checkpoint:
     """An opened checkpoint: its shape, its format, and the place of each of its tensors."""
 
     path: Path
-    shape: LlamaShape
+    shape: DecoderShape
     tensors: dict[str, StoredTensor]  # by the format's key
     form: str  # "hf" or "meta"
 
+    def key_of(self, name: str) -> str | None:
+        """Returns a parameter's key, see :func:`key_of`."""
+        return key_of(name, self.form, self.shape.family)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a parameter that is stored: of its rows, where it is stored with others."""
+        stored, place = self.tensors[self.key_of(name)].shape, self._place(name)
+        return stored if place is None else (place.stop - place.start, *stored[1:])
+
     def read(self, name: str) -> Tensor:
         """Reads a parameter's full tensor, in torchtune's layout."""
-        tensor = self.tensors[key_of(name, self.form)].read()
+        tensor, place = self.tensors[self.key_of(name)].read(), self._place(name)
+        tensor = tensor if place is None else tensor[place]
         return to_interleaved(tensor, self.shape.head_dim) if self.form == "hf" and is_rotated(name) else tensor
 
+    def _place(self, name: str) -> slice | None:
+        """Returns the rows of a parameter that is stored with others; a tensor of another size is all its own."""
+        parts = stored_together(name, self.shape) if self.form == "hf" else {}
+        if not parts or self.tensors[self.key_of(name)].shape[0] != sum(parts.values()):
+            return None
+        start = sum(parts[part] for part in takewhile(name.__ne__, parts))
+        return slice(start, start + parts[name])
 
-def key_of(name: str, form: str) -> str | None:
+
+def key_of(name: str, form: str, family: str = "llama") -> str | None:
     """Returns a parameter's key in the format ``hf`` or ``meta``; None where that format has no such parameter.
 
     ``layers.0.attn.q_proj.weight`` is ``model.layers.0.self_attn.q_proj.weight`` or ``layers.0.attention.wq.weight``.
@@ -89,15 +120,32 @@ def key_of(name: str, form: str) -> str | None:
     if name in ROOT_KEYS:
         return ROOT_KEYS[name][column]
     block = re.fullmatch(r"((layers|extra_heads)\.\d+)\.(.+)", name)
-    if block is None or block[3] not in BLOCK_KEYS:
+    keys = {inside: both[column] for inside, both in BLOCK_KEYS.items()}
+    if form == "hf":
+        keys |= _OTHER_KEYS | dict(FAMILIES[family].tensors)
+    if block is None or block[3] not in keys:
         return None
     prefix = "model." if form == "hf" and block[2] == "layers" else ""
-    return f"{prefix}{block[1]}.{BLOCK_KEYS[block[3]][column]}"
+    return f"{prefix}{block[1]}.{keys[block[3]]}"
+
+
+def stored_together(name: str, shape: DecoderShape) -> dict[str, int]:
+    """Returns the parameters that an HF folder of the family stores as one tensor with this one, in the order of their
+    rows, and how many rows each has; empty where it is stored alone."""
+    block = re.fullmatch(r"((?:layers|extra_heads)\.\d+)\.(.+)", name)
+    tensors = FAMILIES[shape.family].tensors
+    key = tensors.get(block[2]) if block else None
+    inside = [part for part in tensors if tensors[part] == key]
+    if key is None or len(inside) < 2:
+        return {}
+    queries, keys = (count * (shape.head_dim or 0) for count in (shape.num_heads, shape.num_kv_heads))
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+    return {f"{block[1]}.{part}": rows.get(part.split(".")[1], shape.intermediate_dim) for part in inside}
 
 
 def is_rotated(name: str) -> bool:
-    """Returns whether RoPE turns a projection's output, so that the order of its rows is a convention."""
-    return name.endswith(("attn.q_proj.weight", "attn.k_proj.weight"))
+    """Returns whether a parameter's values belong to coordinates that RoPE turns, whose order is a convention."""
+    return _ROTATED.search(name) is not None
 
 
 def to_interleaved(weight: Tensor, head_dim: int) -> Tensor:
@@ -124,7 +172,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: no checkpoint there, or two; a file missing or truncated, files that contradict each other, or
             a model that is no plain Llama.
     """
-    if _form(path) == "meta":
+    if form_of(path) == "meta":
         tensors = _open_pth(path / META_WEIGHTS)
         return Checkpoint(path, _meta_shape(path, tensors), tensors, "meta")
     shape = hf_shape(path)
@@ -136,9 +184,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(path, shape, tensors, "hf")
 
 
-def read_shape(path: Path) -> LlamaShape:
+def read_shape(path: Path) -> DecoderShape:
     """Reads a model's shape from config.json, or from params.json and the shapes in consolidated.pth."""
-    return hf_shape(path) if _form(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
+    return hf_shape(path) if form_of(path) == "hf" else _meta_shape(path, _open_pth(path / META_WEIGHTS))
 
 
 def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
@@ -151,8 +199,8 @@ def refuse_wrapped(tensors: dict[str, StoredTensor], key: str) -> None:
         )
 
 
-def _form(path: Path) -> str:
-    """Returns ``hf`` or ``meta``, by the files of a folder."""
+def form_of(path: Path) -> str:
+    """Returns ``hf`` or ``meta``, by the files of a folder; a CheckpointError says that it is neither, or both."""
     there = {file.name for file in path.iterdir()} if path.is_dir() else set()
     meta, adapters = {META_CONFIG, META_WEIGHTS} <= there, sorted(there & _ADAPTERS)
     if meta and there & {CONFIG, HF_WEIGHTS, HF_INDEX}:
@@ -244,7 +292,7 @@ def _open_pth(file: Path) -> dict[str, StoredTensor]:
     return {key: StoredTensor(file, tuple(tensor.shape), lambda t=tensor: t) for key, tensor in state.items()}
 
 
-def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> LlamaShape:
+def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> DecoderShape:
     keys = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     for key in keys:
         if key not in tensors:

@@ -12,14 +12,15 @@ import torch
 from omegaconf import OmegaConf
 
 from wmtp.errors import UserError, cannot_be_read, one_line
-from wmtp.pretrained.shape import LlamaShape, checked_scaling
+from wmtp.pretrained.families import FAMILIES, Family
+from wmtp.pretrained.shape import FULL, SLIDING, DecoderShape, checked_scaling
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 MTP_WEIGHTS, MTP_CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 MODELING = "modeling_wmtp.py"  # in an export with several heads: how `transformers` reads them
 META_WEIGHTS, META_CONFIG = "consolidated.pth", "params.json"
 
-# field of LlamaShape -> key of HF's config.json
+# field of DecoderShape -> key of HF's config.json
 _HF_KEYS = {
     "vocab_size": "vocab_size",
     "num_layers": "num_hidden_layers",
@@ -34,7 +35,7 @@ _HF_KEYS = {
 }
 # Wrong for an export: code that is not copied, weights that are no longer quantised, another H.
 _NOT_EXPORTED = ("auto_map", "quantization_config", "num_future_tokens")
-OTHER_MODEL = "use a checkpoint of the Llama family (Llama, CodeLlama, SmolLM2)"
+OTHER_MODEL = "use a checkpoint of a family in docs/models.md"
 
 
 class CheckpointError(UserError):
@@ -83,24 +84,29 @@ def refuse_unknown(file: Path, given: Mapping[str, Any], known: Mapping[str, Any
             )
 
 
-def hf_shape(path: Path) -> LlamaShape:
-    """Returns the shape of an HF folder's model; a CheckpointError says why it is no plain Llama."""
-    from transformers import LlamaConfig  # knows the values of keys that a config.json lacks
+def hf_shape(path: Path) -> DecoderShape:
+    """Returns the shape of an HF folder's model; a CheckpointError says why it is none of this decoder's."""
+    from transformers import CONFIG_MAPPING  # knows the values of keys that a config.json lacks
 
     file = path / CONFIG
     raw = read_json(file)
-    if raw.get("model_type") != "llama":
-        raise CheckpointError(f"{file}: model_type must be 'llama', got {raw.get('model_type')!r}; {OTHER_MODEL}")
-    refuse_unknown(file, raw, known_keys()[CONFIG])
+    name: Any = raw.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise CheckpointError(f"{file}: model_type must be one of {', '.join(FAMILIES)}, got {name!r}; {OTHER_MODEL}")
+    known = known_keys()[CONFIG]
+    own = {"read": {*known["read"], *family.keys}, "fixed": {**known["fixed"], **family.fixed}}
+    refuse_unknown(file, raw, {**known, **own})
     heads = _num_heads(path, raw)
     with _values_of(file):
-        rope_base, rope_scaling = _hf_rope(file, raw)
-        hf: Any = LlamaConfig.from_dict({key: value for key, value in raw.items() if not key.startswith("rope_")})
-        sizes = {field: getattr(hf, key) for field, key in _HF_KEYS.items()}
-        return LlamaShape(**sizes, num_future_tokens=heads, rope_base=rope_base, rope_scaling=rope_scaling)
+        ropes = _hf_rope(file, raw, family)
+        hf: Any = CONFIG_MAPPING[name].from_dict({k: v for k, v in raw.items() if not k.startswith("rope_")})
+        sizes: dict[str, Any] = {field: getattr(hf, key, None) for field, key in _HF_KEYS.items()}
+        read = {field: value(hf) for field, value in family.read.items()}
+        return DecoderShape(**sizes, **ropes, **read, **family.constants, num_future_tokens=heads, family=name)
 
 
-def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> LlamaShape:
+def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> DecoderShape:
     """Returns the shape of a Meta folder's model; a CheckpointError says why it is no plain Llama.
 
     Args:
@@ -114,7 +120,7 @@ def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, 
 
 def shape_of_params(
     file: Path, params: dict[str, Any], embedding: tuple[int, ...], mlp: tuple[int, ...], tied: bool
-) -> LlamaShape:
+) -> DecoderShape:
     """Returns the shape that a params.json and the shapes of two tensors describe; see :func:`meta_shape`."""
     refuse_unknown(file, params, known_keys()[META_CONFIG])
     params = {key: value for key, value in params.items() if value is not None}
@@ -127,7 +133,7 @@ def shape_of_params(
         if isinstance(value, bool) or not isinstance(value, int):
             raise CheckpointError(f"{file}: {key} must be a whole number, got {value!r}; copy it again")
     with _values_of(file):
-        return LlamaShape(
+        return DecoderShape(
             vocab_size=embedding[0],
             num_layers=layers - heads + 1,
             num_heads=params["n_heads"],
@@ -154,35 +160,54 @@ def _values_of(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {one_line(error)}; mend it, or copy it again") from error
 
 
-def _hf_rope(file: Path, raw: Mapping[str, Any]) -> tuple[float, dict | None]:
-    """Returns RoPE's base and scaling from the keys of `transformers` 4 and 5, which must agree where both are there.
+def _hf_rope(file: Path, raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Returns RoPE's fields of the shape from the keys of `transformers` 4 and 5, which must agree where both are.
 
     Of two values one version takes the first and another the second, so no choice here could be right for all.
     """
     given = {key: raw[key] for key in ("rope_parameters", "rope_scaling") if raw.get(key) not in (None, {})}
-    bases: dict[str, Any] = {"rope_theta": raw.get("rope_theta")}
+    bases, local_bases = ({key: raw.get(key)} for key in ("rope_theta", "rope_local_base_freq"))
+    base, local_base = family.rope_bases
+    by_kind = given.get("rope_parameters")
+    if local_base is not None and isinstance(by_kind, Mapping) and not {FULL, SLIDING}.isdisjoint(by_kind):
+        given["rope_parameters"], sliding = (by_kind.get(kind) or {} for kind in (FULL, SLIDING))
+        local_bases[f"rope_parameters.{SLIDING}.rope_theta"] = sliding.get("rope_theta")
+        others = {key: value for key, value in by_kind.items() if key not in (FULL, SLIDING)}
+        others |= checked_scaling({key: value for key, value in sliding.items() if key != "rope_theta"}) or {}
+        if others:
+            raise CheckpointError(f"{file}: rope_parameters has {others}, {SLIDING} must be plain; {OTHER_MODEL}")
     for key, value in given.items():
         if isinstance(value, Mapping):  # `transformers` 5 writes the base into it too
             bases[f"{key}.rope_theta"] = value.get("rope_theta")
             given[key] = {k: v for k, v in value.items() if k != "rope_theta"}
-    bases = {key: value for key, value in bases.items() if value is not None}
     scalings = {key: checked_scaling(value) for key, value in given.items()}
     length = raw.get("original_max_position_embeddings")
-    if length is not None:
+    if length is not None and "original_max_position_embeddings" not in family.keys:
         lengths = {key: (value or {}).get("original_max_position_embeddings") for key, value in scalings.items()}
-        _same(file, {"original_max_position_embeddings": length, **(lengths or {"rope_scaling": None})})
-    _same(file, bases)
-    _same(file, scalings)
-    return next(iter(bases.values()), 10_000.0), next(iter(scalings.values()), None)
+        _same(file, {"original_max_position_embeddings": length, **(lengths or {"rope_scaling": None})}, None)
+    bases, local_bases = ({k: v for k, v in named.items() if v is not None} for named in (bases, local_bases))
+    scaling = _same(file, scalings, None)
+    if scaling is not None and family.rope and scaling["rope_type"] not in family.rope:
+        raise CheckpointError(
+            f"{file}: rope_type of {raw['model_type']} must be {' or '.join(family.rope)}, got "
+            f"{scaling['rope_type']!r}; {OTHER_MODEL}"
+        )
+    return {
+        "rope_base": _same(file, bases, base),
+        "local_rope_base": _same(file, local_bases, local_base),
+        "rope_scaling": scaling,
+    }
 
 
-def _same(file: Path, values: Mapping[str, Any]) -> None:
-    first, *others = values.items() or [(None, None)]
+def _same(file: Path, values: Mapping[str, Any], default: Any) -> Any:
+    """Returns the one value that all keys have, and the default without any."""
+    first, *others = values.items() or [("", default)]
     for key, value in others:
         if value != first[1]:
             raise CheckpointError(
                 f"{file}: {first[0]} says {first[1]}, {key} {value}; make them the same, as the model was trained"
             )
+    return first[1]
 
 
 def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
@@ -255,7 +280,7 @@ def read_source(path: Path, form: str, max_seq_len: int) -> Source:
 
 
 def exported_configs(
-    source: Source | None, shape: LlamaShape, dtype: torch.dtype, token_ids: dict[str, int | None]
+    source: Source | None, shape: DecoderShape, dtype: torch.dtype, token_ids: dict[str, int | None]
 ) -> dict[str, dict[str, Any]]:
     """Returns the config files of an export by name: the source's, with the values of the trained model.
 
@@ -271,22 +296,25 @@ def exported_configs(
     said = source.config if source is not None else {}
     # Where no file of HF's gives them, transformers would take Llama's 1 and 2.
     unnamed = {} if "model_type" in said else {"bos_token_id": None, "eos_token_id": None}
-    rope = {"rope_type": "default", **(shape.rope_scaling or {})}
+    rope: dict[str, Any] = {"rope_type": "default", **(shape.rope_scaling or {}), "rope_theta": shape.rope_base}
+    local = {}
+    if shape.local_rope_base is not None:
+        rope = {FULL: rope, SLIDING: {"rope_type": "default", "rope_theta": shape.local_rope_base}}
+        local = {"rope_local_base_freq": shape.local_rope_base}
     token_ids = {key: i for key, i in token_ids.items() if i is None or i < shape.vocab_size}
     config = {
         **unnamed,
         **token_ids,
         **{k: v for k, v in said.items() if k not in _NOT_EXPORTED and not (v is None and k in token_ids)},
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "architectures": [FAMILIES[shape.family].architecture],
+        "model_type": shape.family,
+        **({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False} if shape.family == "llama" else {}),
         **{key: getattr(shape, field) for field, key in _HF_KEYS.items()},
         "max_position_embeddings": max(shape.max_seq_len, said.get("max_position_embeddings", 0)),
         "rope_theta": shape.rope_base,
         "rope_scaling": shape.rope_scaling,
-        "rope_parameters": {**rope, "rope_theta": shape.rope_base},
+        "rope_parameters": rope,
+        **local,
         "dtype": str(dtype).removeprefix("torch."),
         "torch_dtype": str(dtype).removeprefix("torch."),
     }

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from wmtp.pretrained.checkpoint_formats import BLOCK_KEYS, HF_WEIGHTS, ROOT_KEYS, is_rotated, key_of, to_half_split
-from wmtp.pretrained.config_files import OTHER_MODEL, CheckpointError, known_keys, refuse_unknown, unreadable
+from wmtp.pretrained.config_files import CheckpointError, known_keys, refuse_unknown, unreadable
 
 _ROPE_FACTORS = "rope_freqs.weight"
+_OTHER = "use a Llama's GGUF, or the model's HF folder"
 
 # Rules of tokenizer.ggml.pre that cut a text before the merges: `transformers` reads these right, as mended below.
 _GPT2, _DIGITS, _LLAMA3 = ("gpt-2",), ("smollm", "starcoder", "refact"), ("llama-bpe", "llama3", "llama-v3")
@@ -35,11 +36,11 @@ def convert_gguf(file: Path, folder: Path) -> None:
         raise unreadable(file, error, " as GGUF") from error
     if fields.get("general.architecture") != "llama":
         got = fields.get("general.architecture")
-        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}; {OTHER_MODEL}")
+        raise CheckpointError(f"{file}: general.architecture must be 'llama', got {got!r}; {_OTHER}")
     known = known_keys()["gguf"]
     missing = [key for key in known["required"] if key not in fields]
     if missing:
-        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {OTHER_MODEL}")
+        raise CheckpointError(f"{file} lacks {missing[0]}; not a Llama, {_OTHER}")
     about = ("general.", "quantize.", "tokenizer.chat_template")
     refuse_unknown(file, {key: value for key, value in fields.items() if not key.startswith(about)}, known)
     tokenizer = _tokenizer(file, fields)
@@ -54,7 +55,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     odd = sorted((set(stored) ^ set(keys.values())) - {_ROPE_FACTORS})
     if odd:
         what = "unknown" if odd[0] in stored else "missing"
-        raise CheckpointError(f"{file}: tensor {odd[0]} is {what}; not a Llama, {OTHER_MODEL}")
+        raise CheckpointError(f"{file}: tensor {odd[0]} is {what}; not a Llama, {_OTHER}")
 
     def tensor(key: str) -> torch.Tensor:
         return torch.from_numpy(dequantize(stored[key].data, stored[key].tensor_type).copy())
@@ -95,7 +96,7 @@ def _sizes(file: Path, fields: dict[str, Any], *, vocab_size: int) -> dict[str, 
     for key, value in expected.items():
         if llama.get(key, value) != value:
             raise CheckpointError(
-                f"{file}: llama.{key} must be {value}, got {llama[key]}; this decoder has no other, {OTHER_MODEL}"
+                f"{file}: llama.{key} must be {value}, got {llama[key]}; this decoder has no other, {_OTHER}"
             )
     return {
         "vocab_size": vocab_size,
@@ -137,7 +138,7 @@ def _tokenizer(file: Path, fields: dict[str, Any]) -> Any:
 
     kind, pre = (fields.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
     if kind not in ("llama", "gpt2"):
-        raise CheckpointError(f"{file}: tokenizer.ggml.model must be 'llama' or 'gpt2', got {kind!r}; {OTHER_MODEL}")
+        raise CheckpointError(f"{file}: tokenizer.ggml.model must be 'llama' or 'gpt2', got {kind!r}; {_OTHER}")
     if kind == "gpt2" and pre not in (*_GPT2, *_DIGITS, *_LLAMA3):
         raise CheckpointError(
             f"{file}: tokenizer.ggml.pre {pre!r} is none whose token ids are known to be read right "

@@ -44,7 +44,7 @@ class ModelFlops:
 
     Attributes:
         token: for each token: the projections.
-        position: for each token and each position of its row: attention.
+        position: for each token and each position of its row, also outside a sliding window: attention.
         target: for each target of each head: the unembedding.
         heads: whose targets count.
     """
@@ -182,8 +182,8 @@ def _block(block: Any, grad: bool) -> tuple[ModelFlops, bool]:
         grad: whether its input has one.
     """
     attn, mlp = block.attn, block.mlp
-    stages = [[block.sa_norm], [attn.q_proj, attn.k_proj, attn.v_proj], [attn.output_proj]]
-    stages += [[block.mlp_norm], [mlp.w1, mlp.w3], [mlp.w2]]
+    stages = [[block.sa_norm], [attn.q_proj, attn.k_proj, attn.v_proj, attn.q_norm, attn.k_norm], [attn.output_proj]]
+    stages += [[block.sa_post_norm, block.mlp_norm], [mlp.w1, mlp.w3], [mlp.w2], [block.mlp_post_norm]]
     token = position = 0
     for number, stage in enumerate(stages):
         token += sum(_linear(layer, grad) for layer in stage if hasattr(layer, "weight"))

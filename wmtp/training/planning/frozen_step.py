@@ -170,7 +170,7 @@ def _kinds(simulation: Simulation) -> Iterator[None]:
 
         return patch.object(of, name, within)
 
-    def packed(weight: Tensor) -> Any:  # on a CPU: oneDNN's copy, of as many bytes
+    def packed(weight: Tensor, bias: Tensor | None = None) -> Any:  # on a CPU: oneDNN's copy, of as many bytes
         with simulation.kind("packed weights"):
             copy = weight.clone()
         return lambda x: x @ copy.T

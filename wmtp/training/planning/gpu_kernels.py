@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.generation import linear
-from wmtp.models import decoder
+from wmtp.models import block, decoder
 from wmtp.numerics import cross_entropy
 from wmtp.numerics.products import as_on_cuda
 
@@ -24,8 +24,8 @@ def gpu_kernels() -> Iterator[None]:
     """Lets a simulation on tensors of the CPU hold and do what a run on CUDA does."""
     with (
         as_on_cuda(),
-        patch.object(decoder.RMSNorm, "forward", lambda norm, x: _FusedNorm.apply(x, norm.scale)),
-        patch.object(decoder, "block_mask", lambda document_ids: None),
+        patch.object(block, "rms_norm", lambda x, weight, eps: _FusedNorm.apply(x, weight)),
+        patch.object(decoder, "block_mask", lambda document_ids, window=None: None),
         patch.object(cross_entropy, "softmax_rows", _softmax_rows),
         patch.object(linear, "_can_pack", lambda weight: False),
     ):
