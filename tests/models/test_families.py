@@ -1,5 +1,6 @@
 """Every family of models computes, trains, exports, adapts and decodes as `transformers`' own classes do."""
 
+import functools
 import json
 import re
 import sys
@@ -171,18 +172,27 @@ def test_no_mask_is_made_where_no_window_ends(monkeypatch):
     near(gemma(TOKENS, mask=given), gemma(TOKENS))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["Mistral, with its window", "Gemma 3, text"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *(("Mistral, with its window", dtype) for dtype in (torch.float32, torch.bfloat16)),
+        *(("Gemma 3, text", how) for how in (torch.float32, torch.bfloat16, "compiled")),
+    ],
+    ids=str,
+)
 @torch.inference_mode()
-def test_rows_leave_the_prompts_that_they_share(name, dtype):
+def test_rows_leave_the_prompts_that_they_share(name, how, monkeypatch):
     """A window of 8 after prompts of 3, 20 and 11 tokens: soon nothing of a prompt is in it."""
+    dtype = torch.float32 if how == "compiled" else how
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model = case_of(name).model(2).to(dtype)
     prompts, of_rows, tail = [3, 20, 11], [0, 1, 1, 2, 0], 24
     heads = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(4))
     tails = torch.randint(0, 97, (5, tail), generator=torch.Generator().manual_seed(5))
     texts = [torch.cat([heads[p, : prompts[p]], tails[row]]) for row, p in enumerate(of_rows)]
     full = [model(text[None])[:, 0].float() for text in texts]  # [H, S, V]
-    decoder = CachedDecoder(model, 2)
+    decoder = CachedDecoder(model, 2, compile=how == "compiled")
     shared, own = decoder.new_cache(), decoder.new_cache()
     shared.reserve(3, 20)
     for p, length in enumerate(prompts):
