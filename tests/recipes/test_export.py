@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_parity import FAMILIES, write_case
 from omegaconf import OmegaConf
 from random_models import random_decoder
 
@@ -89,6 +90,32 @@ def test_what_metas_format_has_no_place_for_is_refused_by_name(tmp_path, changes
     with pytest.raises(CheckpointError, match=f"Meta's format has no place for {named}"):
         export(checkpoint=tmp_path / "hf", folder=tmp_path / "meta", format="meta")
     assert not (tmp_path / "meta").exists()
+
+
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("Qwen2, Qwen2.5, their -Coder", "model.layers.0.self_attn.q_proj.bias"),
+        ("Qwen3, dense", "model.layers.0.self_attn.q_norm.weight"),
+        ("OLMo 2", "model.layers.0.self_attn.q_norm.weight"),
+        ("Granite 3", "embedding_multiplier 12.0, its readers would take 1.0"),
+        ("Phi-3 of 4k, Phi-4", "sliding_window 8, its readers would take None"),
+        ("DeepSeek-Coder", "rope_scaling .*'linear'"),
+    ],
+)
+def test_other_families_leave_as_they_are_and_not_in_metas_format(tmp_path, name, named):
+    folder = write_case(tmp_path, *FAMILIES[name]).folder
+    export(checkpoint=folder, folder=tmp_path / "heads", num_future_tokens=3)
+    export(checkpoint=tmp_path / "heads", folder=tmp_path / "again")
+    assert weights(tmp_path / "heads") == weights(tmp_path / "again")
+    with pytest.raises(CheckpointError, match=f"Meta's format has no place for {named}"):
+        export(checkpoint=tmp_path / "heads", folder=tmp_path / "meta", format="meta")
+
+
+def test_a_mistral_without_a_window_is_a_llama_to_metas_format(tmp_path):
+    folder = write_case(tmp_path, "mistral", {"sliding_window": None}).folder
+    export(checkpoint=folder, folder=tmp_path / "meta", format="meta")
+    assert same(state(tmp_path / "meta"), state(folder))
 
 
 def test_a_tied_model_goes_untied_where_that_is_asked_for(tmp_path):
