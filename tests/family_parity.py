@@ -293,5 +293,5 @@ def _trained(case: Case) -> tuple[MTPDecoder, torch.nn.Module]:
     out = model(TOKENS, loss_fn=weighted_mtp_cross_entropy, labels=TOKENS)
     (out.loss_sum / out.num_targets).backward()
     for each in (model, hf):
-        torch.optim.AdamW(each.parameters(), lr=1e-2, eps=1e-4).step()
+        torch.optim.AdamW(each.parameters(), lr=1e-2).step()
     return model, hf
