@@ -181,28 +181,3 @@ def test_a_source_that_is_not_there(tmp_path):
     (tmp_path / "train.json").touch()
     with pytest.raises(ValueError, match=r"holds train.jsonl and train.json; set source to one"):
         read_rows(tmp_path, "train")
-
-
-def test_the_hub_is_asked_for_owner_and_name_and_being_offline_is_one_line(monkeypatch):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append((args, kwargs))
-        return [{"prompt": "a", "completion": "b"}]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    documents = prompt_completion(TOKENIZER, source="owner/name", subset="small", split="train")
-    assert calls == [(("owner/name", "small"), {"split": "train"})]
-    assert documents[0].id == "owner/name[train]: row 1"
-    with pytest.raises(ValueError, match=r"owner/name is read from the hub; set split"):
-        prompt_completion(TOKENIZER, source="owner/name")
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the Hub\nlong\ntraceback")
-
-    monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(
-        ValueError, match=r"'owner/name' cannot be loaded \(Couldn't reach the Hub\); .* local file"
-    ) as error:
-        prompt_completion(TOKENIZER, source="owner/name", split="train")
-    assert "\n" not in str(error.value)

@@ -27,6 +27,7 @@ from wmtp.data import (
     tokenized,
     tokenized_stream,
 )
+from wmtp.data.document_files import in_files
 from wmtp.data.documents import collecting
 from wmtp.data.parts import PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.data.scored_dataset import part_path, read_part, require_same_binding, write_column_manifest, write_part
@@ -141,13 +142,13 @@ def test_a_disk_that_has_no_room_for_what_is_read_is_no_fault_of_the_source(fold
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50, before[1]))
     try:
-        with collecting(workers=1, folder=tmp_path), pytest.raises(OSError) as error:
+        with collecting(1, in_files(tmp_path / "kept", "data")), pytest.raises(OSError) as error:
             scored(TOKENIZER, source=str(folder))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
     assert error.value.errno == errno.EFBIG and not isinstance(error.value, UserError)
-    with collecting(workers=2, folder=tmp_path):
+    with collecting(2, in_files(tmp_path / "kept", "data")):
         kept = scored(TOKENIZER, source=str(folder))
     assert kept.fingerprint == scored(TOKENIZER, source=str(folder)).fingerprint
 
@@ -275,19 +276,6 @@ def test_a_stream_of_token_rows_is_the_builders(tmp_path):
     assert Documents("", tuple(d for _, d in stream.read())).fingerprint == make_documents().fingerprint
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl does not exist"):
         tokenized_stream(TOKENIZER, source=str(tmp_path / "absent.jsonl"))
-
-
-def test_a_hub_dataset_is_streamed(monkeypatch):
-    calls = []
-
-    def load_dataset(*args, **kwargs):
-        calls.append(kwargs)
-        return [{"prompt": "a", "completion": "b"}]
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    [(_, document)] = prompt_completion_stream(TOKENIZER, source="owner/name", split="train").read()
-    assert document.tokens.tolist() == [97, 98, TOKENIZER.eos_id]
-    assert calls[-1] == {"split": "train", "streaming": True}
 
 
 @given(st.integers(0, 40), st.integers(1, 9), st.integers(1, 5))

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from wmtp.critic.pair_dataset import Pair, Pairs
+from wmtp.data.columns import ReadColumns
 from wmtp.data.contest_rows import PYTHON3, alphacode_prompt, programs_of, topics, whole_number
 from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.data.packaged import packaged_functions, packaged_programs
-from wmtp.data.rows import ReadColumns, is_number, lf, read_rows, take
+from wmtp.data.rows import is_number, lf, read_rows, take
 from wmtp.errors import UserError
 from wmtp.numerics.keyed import text_hash
 

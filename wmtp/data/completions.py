@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wmtp.data.columns import ReadColumns
 from wmtp.data.documents import (
     IGNORE,
     SCORES,
@@ -26,7 +27,7 @@ from wmtp.data.documents import (
     comes_from,
     document_from_text,
 )
-from wmtp.data.rows import ReadColumns, count_rows, is_number, read_rows, rows_state, take
+from wmtp.data.rows import count_rows, is_number, read_rows, rows_state, take
 from wmtp.errors import UserError
 from wmtp.files import publish, unfinished
 
@@ -42,6 +43,7 @@ def prompt_completion(
     source: str,
     split: str | None = None,
     subset: str | None = None,
+    max_rows: int | None = None,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
     reference_ce_column: str | None = "reference_ce",
@@ -50,8 +52,10 @@ def prompt_completion(
     """One document a row: prompt + completion + EOS, where completion and EOS are the targets.
 
     Args:
-        source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name.
+        source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name, which may end
+            with `@revision`.
         split, subset: of a folder or a hub dataset.
+        max_rows: read the first rows alone; of a hub dataset no more is fetched. Null for all.
         prompt_column, completion_column: text fields, taken as they are: nothing is stripped or put between them.
         reference_ce_column: optional field: one CE for each token of the document (prompt, completion and EOS, and BOS
             in front where the tokenizer adds one). Null for data that has none.
@@ -64,8 +68,9 @@ def prompt_completion(
     way_out = f"Set reference_ce_column to it, or to null if the data has no {reference_ce_column}"
     missed = {reference_ce_column: list[float]} if reference_ce_column is not None else {}
     read = [column for column in columns if column is not None]
-    rows = ReadColumns(read_rows(source, split, subset), missed, read, way_out=way_out)
-    items = collect(_of_text(rows, tokenizer, columns))
+    found = read_rows(source, split, subset, max_rows=max_rows, streaming=True)
+    rows = ReadColumns(found, missed, read, way_out=way_out)
+    items = collect(_of_text(rows, tokenizer, columns), rows)
     named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
     for key, (column, default) in named.items():
         if items and column not in (None, default):  # the data of a user who sets the key have such a column
@@ -79,6 +84,7 @@ def prompt_completion_stream(
     source: str,
     split: str | None = None,
     subset: str | None = None,
+    max_rows: int | None = None,
     prompt_column: str = "prompt",
     completion_column: str = "completion",
     id_column: str | None = "id",
@@ -86,7 +92,7 @@ def prompt_completion_stream(
     """The documents of :func:`prompt_completion` without the dataset in memory; a hub dataset is not downloaded whole.
 
     Args:
-        source, split, subset, prompt_column, completion_column, id_column: as in :func:`prompt_completion`.
+        source, split, subset, max_rows, prompt_column, completion_column, id_column: as in :func:`prompt_completion`.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or an id_column of another name that none of the first 1,000
@@ -97,11 +103,13 @@ def prompt_completion_stream(
         if all(id_column not in row for _, row in islice(rows, _FIRST_ROWS)) and rows.there:
             rows.require("id_column", id_column, f"the first {_FIRST_ROWS:,} rows of {source}")
     columns = (prompt_column, completion_column, None, id_column)
-    return _stream(partial(_of_text, tokenizer=tokenizer, columns=columns), source, split, subset)
+    return _stream(partial(_of_text, tokenizer=tokenizer, columns=columns), source, split, subset, max_rows)
 
 
 @comes_from(rows_state)
-def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str | None = None) -> Documents:
+def tokenized(
+    tokenizer, *, source: str, split: str | None = None, subset: str | None = None, max_rows: int | None = None
+) -> Documents:
     """Documents that are token ids already, such as those of :func:`save_tokenized`; nothing is added to them.
 
     A row is {"tokens": [...], "labels": [...], "reference_ce": [...], "values": [...], "id": ..., "vocab_hash": ...}.
@@ -109,27 +117,28 @@ def tokenized(tokenizer, *, source: str, split: str | None = None, subset: str |
     are optional, and so are other columns of a number for each token; a vocab_hash must be this tokenizer's.
 
     Args:
-        source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name.
-        split, subset: of a folder or a hub dataset.
+        source, split, subset, max_rows: as in :func:`prompt_completion`.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
-    rows = _token_columns(read_rows(source, split, subset))
-    items = collect(_of_tokens(rows, tokenizer))
+    rows = _token_columns(read_rows(source, split, subset, max_rows=max_rows, streaming=True))
+    items = collect(_of_tokens(rows, tokenizer), rows)
     return Documents(str(source), items, unread=rows.unread)
 
 
-def tokenized_stream(tokenizer, *, source: str, split: str | None = None, subset: str | None = None) -> DocumentStream:
+def tokenized_stream(
+    tokenizer, *, source: str, split: str | None = None, subset: str | None = None, max_rows: int | None = None
+) -> DocumentStream:
     """The documents of :func:`tokenized` without the dataset in memory.
 
     Args:
-        source, split, subset: as in :func:`tokenized`.
+        source, split, subset, max_rows: as in :func:`prompt_completion`.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable; a wrong row raises when it is read.
     """
-    return _stream(lambda rows: _of_tokens(_token_columns(rows), tokenizer), source, split, subset)
+    return _stream(lambda rows: _of_tokens(_token_columns(rows), tokenizer), source, split, subset, max_rows)
 
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
@@ -145,13 +154,18 @@ def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
     publish(torn, path)
 
 
-def _stream(makers: Callable[[Rows], Iterator], source: str, split: str | None, subset: str | None) -> DocumentStream:
-    read_rows(source, split, subset, streaming=True)  # refuses at once a source that cannot be opened
-    return DocumentStream(
-        name=str(source),
-        makers=lambda: makers(read_rows(source, split, subset, streaming=True)),
-        count=lambda: count_rows(source, split, subset),
-    )
+def _stream(
+    makers: Callable[[Rows], Iterator], source: str, split: str | None, subset: str | None, max_rows: int | None
+) -> DocumentStream:
+    def read() -> Rows:
+        return read_rows(source, split, subset, max_rows=max_rows, streaming=True)
+
+    def count() -> int | None:
+        total = count_rows(source, split, subset)
+        return total if total is None or max_rows is None else min(total, max_rows)
+
+    read()  # refuses at once a source that cannot be opened
+    return DocumentStream(str(source), lambda: makers(read()), count)
 
 
 def _of_text(

@@ -1,30 +1,23 @@
 """Documents, the result of every dataset builder: token ids, labels, and the data's numbers for each token."""
 
 import hashlib
-import tempfile
-from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
-from pathlib import Path
-from typing import IO, Any
+from typing import Any, Protocol
 
 import numpy as np
-import pyarrow as pa
-from tqdm import tqdm
 
 from wmtp.errors import UserError
 
 IGNORE = -100  # the label of a token that is no target
 _MOST = 8  # columns that a line names
 _AT_ONCE = 64  # documents that a thread makes before it asks for more
-_NAMES = 1 << 16  # held as Python's own at a time
-_SECONDS = 2.0  # before a progress bar is shown
 SCORES = ("reference_ce", "values")  # the signals that frozen models give, and `recipes/score_reference.py` writes
 
 
@@ -248,94 +241,61 @@ def document_from_text(tokenizer, prompt: str, completion: str, id: str) -> Docu
 # ----------------------------------------------------------------------------------------------------------------------
 # Making and keeping
 
-_how: ContextVar[tuple[int, Path | None, str]] = ContextVar("how", default=(1, None, ""))
+
+class Resumable(Protocol):
+    """Rows whose reading another process can go on with."""
+
+    def state(self) -> dict | None:
+        """Returns the place behind the last row, as JSON; None where reading all again costs little."""
+
+    def resume(self, state: dict) -> None:
+        """Goes to such a place, before the first row is read."""
+
+
+Makers = Iterator[Callable[[], Document]]
+Storing = Callable[[Makers, Callable[[Makers], Iterator[Document]], Resumable | None], Sequence[Document]]
+_how: ContextVar[tuple[int, Storing | None]] = ContextVar("how", default=(1, None))
 
 
 @contextmanager
-def collecting(workers: int, folder: Path | None = None, what: str = "") -> Iterator[None]:
-    """Lets :func:`collect` inside this context use so many threads, and files in a folder if one is given.
+def collecting(workers: int, storing: Storing | None = None) -> Iterator[None]:
+    """Lets :func:`collect` inside this context use so many threads, and store documents elsewhere than in memory.
 
     Args:
-        what: names the data beside the progress bar.
+        storing: such as :func:`wmtp.data.document_files.in_files`.
     """
-    before = _how.set((workers, folder, what))
+    before = _how.set((workers, storing))
     try:
         yield
     finally:
         _how.reset(before)
 
 
-def collect(makers: Iterable[Callable[[], Document]]) -> Sequence[Document]:
+def collect(makers: Iterable[Callable[[], Document]], rows: Resumable | None = None) -> Sequence[Document]:
     """Makes documents in the given order; a builder calls this once it knows how each of its documents is made.
 
     Tokenizing releases the interpreter's lock, so threads do it side by side. Outside of :func:`collecting` one thread
     makes them, and they are kept in memory. In files they take 8 bytes a token, and 4 for each signal that all have.
+
+    Args:
+        rows: what the documents are made of, one of each. If they can be resumed, files keep the documents every few
+            seconds, and the next process makes only the others, should this one be killed or lose its network.
     """
-    workers, folder, what = _how.get()
-    made = (make() for make in makers) if workers == 1 else _by_threads(makers, workers)
-    if folder is None:
-        return tuple(made)
-    files = _Files(folder)
-    for document in tqdm(made, desc=f"{what}: tokenize", unit="document", delay=_SECONDS, leave=False):
-        files.append(document)
-    return files.columns()
+    workers, storing = _how.get()
+    making = partial(_make, workers=workers)
+    return tuple(making(iter(makers))) if storing is None else storing(iter(makers), making, rows)
 
 
-def _by_threads(makers: Iterable[Callable[[], Document]], workers: int) -> Iterator[Document]:
+def _make(makers: Makers, workers: int) -> Iterator[Document]:
     """Yields the documents in order, while threads make the next ones, a bounded number."""
-    iterator, waiting = iter(makers), deque[Future[list[Document]]]()
+    if workers == 1:
+        yield from (make() for make in makers)
+        return
+    waiting = deque[Future[list[Document]]]()
     with ThreadPoolExecutor(workers, thread_name_prefix="tokenize") as pool:
-        while some := list(islice(iterator, _AT_ONCE)):
+        while some := list(islice(makers, _AT_ONCE)):
             waiting.append(pool.submit(lambda some: [make() for make in some], some))
             if len(waiting) > 2 * workers:
                 yield from waiting.popleft().result()
         for future in waiting:
             yield from future.result()
-
-
-class _Files:
-    """Files without a name, which are gone with the process however it ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._tokens, self._labels = folder, self._file(folder), self._file(folder)
-        self._signals: dict[str, IO[bytes]] = {}
-        self._lengths, self._tally = array("q"), Tally()
-        self._names: list[str] = []
-        self._ids: list[pa.Array] = []
-
-    @staticmethod
-    def _file(folder: Path) -> IO[bytes]:
-        return tempfile.TemporaryFile(dir=folder)
-
-    def append(self, document: Document) -> None:
-        if not self._lengths:
-            self._signals = {name: self._file(self._folder) for name in document.signals}
-        self._tally.add(document)
-        self._lengths.append(len(document))
-        self._tokens.write(np.ascontiguousarray(document.tokens, np.int32).data)
-        self._labels.write(np.ascontiguousarray(document.labels, np.int32).data)
-        for name in tuple(self._signals):
-            if name in document.signals:
-                self._signals[name].write(np.ascontiguousarray(document.signals[name], np.float32).data)
-            else:
-                self._signals.pop(name).close()
-        self._names.append(printable(document.id))
-        if len(self._names) == _NAMES:
-            self._take_names()
-
-    def _take_names(self) -> None:
-        self._ids.append(pa.array(self._names, pa.string()))
-        self._names = []
-
-    def columns(self) -> Sequence[Document]:
-        if not self._lengths:
-            return ()
-        self._take_names()
-
-        def mapped(file: IO[bytes], dtype: type) -> np.ndarray:
-            file.flush()
-            return np.asarray(np.memmap(file, dtype, mode="r"))  # slices of a memmap itself cost 10 us each
-
-        signals = {name: mapped(file, np.float32) for name, file in self._signals.items()}
-        tokens, labels = mapped(self._tokens, np.int32), mapped(self._labels, np.int32)
-        return Columns(pa.chunked_array(self._ids), np.array(self._lengths), tokens, labels, signals, self._tally)

@@ -9,8 +9,9 @@ Prompt formats, each followed by the program as target:
 
 from collections.abc import Iterable
 
+from wmtp.data.columns import ReadColumns
 from wmtp.data.documents import Documents, comes_from, document_from_text
-from wmtp.data.rows import ReadColumns, lf, read_rows, rows_state, take, take_texts
+from wmtp.data.rows import lf, read_rows, rows_state, take, take_texts
 from wmtp.errors import UserError
 
 PROMPTS = ("docstring", "bigcode", "3shot")
@@ -49,7 +50,9 @@ def mbpp(
         raise UserError(f"prompt must be one of {', '.join(PROMPTS)}, got {prompt!r}")
     examples = few_shot_tasks(source, subset) if prompt == "3shot" else ()
     documents, skipped = [], {"tasks of other splits": 0}
-    rows = ReadColumns(read_rows(source, split, subset), {}, ("task_id", "text", "prompt", "code", "test_list"))
+    rows = ReadColumns(
+        read_rows(source, split, subset, streaming=True), {}, ("task_id", "text", "prompt", "code", "test_list")
+    )
     for where, row in rows:
         task = mbpp_task(row, where)
         if split != "all" and task["task_id"] not in SPLIT_IDS[split]:

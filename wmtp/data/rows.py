@@ -1,19 +1,20 @@
 """Rows of a dataset as dictionaries, each with its place in the source, so that an error can name the line."""
 
-import difflib
 import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeVar, get_args, get_origin
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wmtp.data import hub
 from wmtp.data.documents import printable
 from wmtp.errors import MissingError, UserError, cannot_be_read
 from wmtp.files import content_sha256
@@ -22,11 +23,9 @@ from wmtp.storage import local_copy
 T = TypeVar("T")
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
 _OF_TESTS = re.compile(r"(?:^|_)(?:test|testcase|assert|assertion|input|output)s?(?:$|_)")  # a column's name
 _NAMED = 20  # fields that a message names
-_LIKENESS = 0.8  # two names at least as alike may be one name and its misspelling
 
 
 def read_rows(
@@ -34,6 +33,7 @@ def read_rows(
     split: str | None = None,
     subset: str | None = None,
     *,
+    max_rows: int | None = None,
     streaming: bool = False,
     lists: bool = False,
 ) -> Iterator[tuple[str, dict]]:
@@ -42,12 +42,13 @@ def read_rows(
     Args:
         source: a ``.json`` (one array, or one object a line), ``.jsonl`` or ``.parquet`` file, the first two also with
             ``.gz``; a pipe with the content of one of the first two; a folder with a file ``{split}`` of one of these
-            endings; or a hub name ``owner/name``. Files and folders may be local or ``s3://``, see
-            :func:`wmtp.storage.local_copy`.
+            endings; or a hub name ``owner/name``, or ``owner/name@revision`` of a commit, tag or branch. Files and
+            folders may be local or ``s3://``, see :func:`wmtp.storage.local_copy`.
         split: the file of a folder, or the split of a hub dataset; unused for a file. ``all``: every one.
         subset: the hub dataset's configuration, such as ``sanitized``.
-        streaming: read the rows of a hub dataset as they come, without a copy in the cache of `datasets`. Files are
-            always read so, except that one JSON array is read as a whole.
+        max_rows: read the first rows alone.
+        streaming: fetch the rows of a hub dataset while they are read (:func:`wmtp.data.hub.rows_of`), without a copy
+            in the cache of `datasets`. Files are always read so, except that one JSON array is read as a whole.
         lists: a row of one JSON array may be a list too.
 
     Raises:
@@ -55,14 +56,19 @@ def read_rows(
         ValueError: a file that cannot be read, malformed JSON, a row that is no object or has a key twice, or a hub
             dataset that cannot be loaded.
     """
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"max_rows must be >= 1, or null for all rows, got {max_rows}")
     if split == "all" and (splits := _splits(source)):
-        return (row for each in splits for row in read_rows(source, each, subset))
+        return islice((row for each in splits for row in read_rows(source, each, subset)), max_rows)
     path = _local_file(source, split)
+    if path is None and streaming:
+        return hub.rows_of(str(source), subset, split, max_rows)
     if path is None:
-        return _numbered(_from_hub(str(source), subset, split, streaming), f"{source}[{split}]")
-    if path.suffix == ".parquet":
-        return _numbered(_from_parquet(path), printable(path))
-    return _from_json(path, lists)
+        rows = hub.numbered(hub.load(str(source), subset, split), f"{source}[{split}]")
+    else:
+        parquet = path.suffix == ".parquet"
+        rows = hub.numbered(_from_parquet(path), printable(path)) if parquet else _from_json(path, lists)
+    return islice(rows, max_rows)
 
 
 def count_rows(source: str | Path, split: str | None = None, subset: str | None = None) -> int | None:
@@ -76,7 +82,7 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
         return None if None in counts else sum(counts)
     path = _local_file(source, split)
     if path is None:
-        info = _from_hub(str(source), subset, split, streaming=True).info
+        info = hub.load(str(source), subset, split, streaming=True).info
         return info.splits[split].num_examples if info.splits and split in info.splits else None
     with reading(path):
         if path.suffix == ".parquet":
@@ -94,7 +100,7 @@ def rows_state(arguments: Mapping[str, Any]) -> str | None:
         arguments: of a builder: source, split and subset. Of a folder every file counts, whatever the split.
 
     Returns:
-        The files' names and SHA-256, or the fingerprint of a hub dataset; None for a pipe, which is read only once.
+        The files' names and SHA-256, or the commit of a hub dataset; None for a pipe, which is read only once.
 
     Raises:
         FileNotFoundError, ValueError: as in :func:`read_rows`.
@@ -105,7 +111,8 @@ def rows_state(arguments: Mapping[str, Any]) -> str | None:
         if folder.is_dir():
             files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_SUFFIXES))
         elif (path := _local_file(source, split)) is None:
-            return getattr(_from_hub(str(source), subset, split, streaming=False), "_fingerprint", None)
+            commit = hub.commit_of(str(source))
+            return commit or getattr(hub.load(str(source), subset, split), "_fingerprint", None)
         else:
             files = [path]
         if not all(file.is_file() for file in files):
@@ -114,7 +121,7 @@ def rows_state(arguments: Mapping[str, Any]) -> str | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Fields and columns
+# Fields
 
 
 def take(row: dict, where: str, column: str, kind: type[T]) -> T:
@@ -169,70 +176,6 @@ def lf(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-class ReadColumns:
-    """Rows of :func:`read_rows` with a check of their columns while they are read.
-
-    A column that is not read is refused if it has the type of one that the row lacks, and nearly its name: it is
-    misspelt.
-
-    Args:
-        optional: columns that are read and that a row may lack, with the type of their values, such as
-            ``list[float]``.
-        read: the other columns that are read; needed for :attr:`unread`.
-        way_out: the advice in the message about a refused column.
-
-    Attributes:
-        there: the columns of the rows so far.
-    """
-
-    def __init__(
-        self,
-        rows: Iterable[tuple[str, dict]],
-        optional: Mapping[str, Any],
-        read: Collection[str] = (),
-        *,
-        way_out: str = "Rename or remove it",
-    ) -> None:
-        self._rows, self._read, self._optional = rows, frozenset((*optional, *read)), optional
-        self._way_out = way_out
-        self._harmless: set[str] = set()
-        self.there: dict[str, None] = {}
-
-    def __iter__(self) -> Iterator[tuple[str, dict]]:
-        for where, row in self._rows:
-            for column in row.keys() - self._read - self._harmless:
-                if row[column] is None:  # a later row shows its type
-                    continue
-                lacking = [n for n, kind in self._optional.items() if n not in row and _is_a(row[column], kind)]
-                near = difflib.get_close_matches(str(column), lacking, n=1, cutoff=_LIKENESS)
-                if near:
-                    raise UserError(
-                        f"{where}: nobody reads the column {column!r}; did you mean {near[0]!r}? {self._way_out}"
-                    )
-                self._harmless.add(column)
-            self.there.update(dict.fromkeys(row))
-            yield where, row
-
-    @property
-    def unread(self) -> tuple[str, ...]:
-        """Returns the columns of the rows so far that are not read."""
-        return tuple(str(column) for column in self.there if column not in self._read)
-
-    def require(self, key: str, column: str, source: object) -> None:
-        """Refuses a config's key that names a column which no row has."""
-        if column not in self.there:
-            raise UserError(
-                f"{key} is {column!r}, which no row of {source} has; its columns are {fields_of(self.there)}"
-            )
-
-
-def _is_a(value: object, kind: Any) -> bool:
-    """Returns whether a value, or a list's first element, has a type; an int is a float too, a bool is no number."""
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_a(element, get_args(kind)[0]) for element in value[:1])
-    return isinstance(value, int | float if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-
-
 _KIND = {str: "a string", list: "a list", int: "a whole number", dict: "an object", bool: "true or false"}
 
 
@@ -259,7 +202,7 @@ def _local_file(source: str | Path, split: str | None) -> Path | None:
             return _file_of_split(path, split)
         if path.exists():
             return path
-    if str(source).endswith(_SUFFIXES) or not _HUB_NAME.fullmatch(str(source)):
+    if str(source).endswith(_SUFFIXES) or not hub.is_name(source):
         raise missing(source, "give a file, a folder, or a hub name owner/name as source")
     return None
 
@@ -386,22 +329,3 @@ def _checked(row: object, where: str, lists: bool = False) -> tuple[str, dict]:
             "fields by name"
         )
     return where, row
-
-
-def _from_hub(name: str, subset: str | None, split: str | None, streaming: bool):
-    if split is None:
-        raise UserError(f"{name} is read from the hub; set split (such as train)")
-    import datasets
-
-    try:
-        return datasets.load_dataset(name, subset, split=split, **({"streaming": True} if streaming else {}))
-    except Exception as error:  # the hub's errors share no base class
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(
-            f"dataset {name!r} cannot be loaded ({reason}); check its name, subset and split, "
-            "or download it and give a local file or folder as source"
-        ) from error
-
-
-def _numbered(rows, name: str) -> Iterator[tuple[str, dict]]:
-    return ((f"{name}: row {number}", row) for number, row in enumerate(rows, start=1))

@@ -9,9 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
+from wmtp.data.columns import ReadColumns
 from wmtp.data.mbpp_rows import SPLIT_IDS, mbpp_task
 from wmtp.data.packaged import packaged_functions
-from wmtp.data.rows import ReadColumns, fields_of, lf, read_rows, refuse_unread_tests, take, take_texts
+from wmtp.data.rows import fields_of, lf, read_rows, refuse_unread_tests, take, take_texts
 from wmtp.errors import UserError
 from wmtp.eval.task_ids import select_tasks
 from wmtp.eval.trusted_code import bound_names, called, defined_names, imports_of_tests, parsed, with_calls, with_header

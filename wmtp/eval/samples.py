@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from wmtp.data.rows import ReadColumns, fields_of, is_number, missing, reading, take
+from wmtp.data.columns import ReadColumns
+from wmtp.data.rows import fields_of, is_number, missing, reading, take
 from wmtp.errors import UserError
 from wmtp.eval.protocols import Protocol, Task
 from wmtp.eval.sample_formats import sample_rows

@@ -5,9 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from wmtp.data.columns import ReadColumns
 from wmtp.data.contest_rows import PYTHON3, programs_of, topics, whole_number
 from wmtp.data.packaged import packaged_programs
-from wmtp.data.rows import ReadColumns, is_number, read_rows, refuse_unread_tests, take
+from wmtp.data.rows import is_number, read_rows, refuse_unread_tests, take
 from wmtp.errors import UserError
 from wmtp.eval.task_ids import select_tasks
 from wmtp.eval.trusted_code import with_header

@@ -76,6 +76,7 @@ def packed_data(
             return pack(build(section, tokenizer, where=where), seq_len, **rows)
     kept = may_fill(cache_folder() / "data" if cache == "auto" else Path(cache).expanduser())
     folder = kept / hashlib.sha256(key.encode()).hexdigest()[:24]
+    documents_kept = folder.with_name(f"{folder.name}.documents")
     if os.environ.get("LOCAL_RANK", "0") == "0":
         with _locked(folder):
             fault = fault_of(folder) if folder.exists() else None
@@ -83,11 +84,14 @@ def packed_data(
                 tqdm.write(f"{where}: {folder} is not whole: {fault}; it is made again", file=sys.stderr)
                 shutil.rmtree(folder)
             if not folder.exists():
-                with collecting(workers, kept, where):
+                from wmtp.data.document_files import in_files  # only where rows are made
+
+                with collecting(workers, in_files(documents_kept, where)):
                     documents = build(section, tokenizer, where=where)
                 if _key(section, tokenizer, where, seq_len=seq_len, **rows) != key:
                     raise UserError(f"{where}: {documents.name} changed while it was read; start again")
                 _write(folder, documents, seq_len, key, what=where, **rows)
+            shutil.rmtree(documents_kept, ignore_errors=True)
     wait_for_all()
     return read_packed(folder)
 
