@@ -13,7 +13,11 @@ _KINDS = (
     ("Evaluation tasks", "wmtp.eval", ("tuple[AssertionTask, ...]", "tuple[StdioTask, ...]")),
     ("Evaluation protocols", "wmtp.eval", ("Protocol",)),
     ("Tokenizers: `tokenizer`", "wmtp.pretrained", ("Tokenizer",)),
-    ("Token weights and controls: `weighting`, `weighting.method`", "wmtp.weighting", ("Weighting", "Control")),
+    (
+        "Token weights and controls: `weighting`, `weighting.method`",
+        "wmtp.weighting",
+        ("Weighting", "Control", "Given"),
+    ),
     ("Models: `model`, `reference_model`", "wmtp.models", ("MTPDecoder",)),
 )
 _REST = "What else a config builds"

@@ -69,6 +69,7 @@ class EvalHeadsRecipe:
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._documents = build(self._dataset_cfg, self._tokenizer, where="dataset")
         self._data = pack(self._documents, self._seq_len, packed=True, pad_id=self._tokenizer.pad_id)
+        self._data.require_read((), "the heads' CE")
         self._log.info(f"dataset: {self._data.summary()}")
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):

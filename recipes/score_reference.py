@@ -163,6 +163,7 @@ class ScoreReferenceRecipe:
             "seq_len": self._seq_len,
             "dtype": self._dtype_name,
             "documents_per_part": self._documents_per_part,
+            **({"must_read": list(self._dataset.must_read)} if self._dataset.must_read else {}),
         }
 
     def _check_parts(self) -> int | None:

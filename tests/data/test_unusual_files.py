@@ -199,7 +199,7 @@ def test_json_that_cannot_be_read_is_named_by_its_line(line, message, tmp_path):
         ({"reference_ce": [0.0, 0.0, True]}, "reference_ce[2] must be a finite number, got True"),
         (
             {"referense_ce": [0.0, 0.0, 0.0]},
-            "nobody reads the column 'referense_ce'; did you mean 'reference_ce'? Set reference_ce_column to it",
+            "nobody reads the column 'referense_ce'; did you mean 'reference_ce'? Set reference_ce_column, ",
         ),
     ],
 )

@@ -28,7 +28,8 @@ def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> 
     """Calls a section's `_component_` with its keys, after checking them by name. No section gives None.
 
     A function of ``signals`` is a weighting itself: it is not called, its other keys are fixed (functools.partial).
-    Sections below this one that have a `_component_` are built first, with the same checks, as ``where.key``.
+    Sections below this one that have a `_component_` are built first, with the same checks, as ``where.key``; of a
+    builder of data, a function of ``tokenizer``, the keys are fixed, and this section's component calls it.
 
     Args:
         section: config with a `_component_` dot path; its other keys are keyword arguments.
@@ -192,5 +193,8 @@ def _built(value: Any, where: str) -> Any:
     if not OmegaConf.is_dict(value):
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if "_component_" in value:
+        if next(iter(_parameters(component_of(value, where))), None) == "tokenizer":  # data, built by what takes them
+            component, values = checked(value, None, where=where)
+            return functools.partial(component, **values)
         return build(value, where=where)
     return {key: _built(child, f"{where}.{key}") for key, child in value.items()}

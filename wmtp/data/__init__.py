@@ -11,8 +11,12 @@ from wmtp.data.packing import BatchStream, PackedDataset, pack, validation_batch
 __getattr__ = on_demand(
     __name__,
     completions="prompt_completion prompt_completion_stream save_tokenized tokenized tokenized_stream",
+    conversations="chat chat_stream",
+    instructions="instruct instruct_stream",
     mbpp_rows="few_shot_tasks mbpp mbpp_prompt mbpp_task",
+    mixing="mixture",
     packaged="PACKAGED_TASKS packaged_functions packaged_programs",
+    plain_text="text text_stream",
     python_source="python_functions",
     rows="read_rows",
     scored_dataset="scored",

@@ -9,7 +9,7 @@ names it in ``needs``.
 import gzip
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ from wmtp.data.documents import (
     document_from_text,
 )
 from wmtp.data.rows import count_rows, is_number, read_rows, rows_state, take
+from wmtp.data.weights import GivenWeights, Learnt
 from wmtp.errors import UserError
 from wmtp.files import publish, unfinished
 
@@ -48,6 +49,9 @@ def prompt_completion(
     completion_column: str = "completion",
     reference_ce_column: str | None = "reference_ce",
     id_column: str | None = "id",
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
 ) -> Documents:
     """One document a row: prompt + completion + EOS, where completion and EOS are the targets.
 
@@ -60,22 +64,28 @@ def prompt_completion(
         reference_ce_column: optional field: one CE for each token of the document (prompt, completion and EOS, and BOS
             in front where the tokenizer adds one). Null for data that has none.
         id_column: optional field that names the document in messages; its place in source otherwise, or where null.
+        weight_column: optional field: what the row's tokens count (:func:`wmtp.weighting.given`), or a list as below.
+        weights_column: optional field: what each of the document's tokens counts; or spans ``{start, end, weight}`` of
+            the completion's characters.
+        prompt_weight: what a token of the prompt counts, in [0, 1]; above 0 prompts are targets. Null: they are none.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
     columns = (prompt_column, completion_column, reference_ce_column, id_column)
-    way_out = f"Set reference_ce_column to it, or to null if the data has no {reference_ce_column}"
+    way_out = "Set reference_ce_column, weight_column or weights_column to it, or to null if the data has none"
     missed = {reference_ce_column: list[float]} if reference_ce_column is not None else {}
     read = [column for column in columns if column is not None]
-    found = read_rows(source, split, subset, max_rows=max_rows, streaming=True)
-    rows = ReadColumns(found, missed, read, way_out=way_out)
-    items = collect(_of_text(rows, tokenizer, columns), rows)
+    given = Source(source, split, subset, max_rows)
+    rows = ReadColumns(given.rows(), missed | weights.columns, read, way_out=way_out)
+    items = collect(_of_text(rows, tokenizer, columns, weights), rows)
+    weights.require(rows, source)
     named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
     for key, (column, default) in named.items():
         if items and column not in (None, default):  # the data of a user who sets the key have such a column
             rows.require(key, column, source)
-    return Documents(str(source), items, unread=rows.unread)
+    return Documents(str(source), items, unread=rows.unread, must_read=weights.must_read)
 
 
 def prompt_completion_stream(
@@ -88,11 +98,15 @@ def prompt_completion_stream(
     prompt_column: str = "prompt",
     completion_column: str = "completion",
     id_column: str | None = "id",
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
 ) -> DocumentStream:
     """The documents of :func:`prompt_completion` without the dataset in memory; a hub dataset is not downloaded whole.
 
     Args:
         source, split, subset, max_rows, prompt_column, completion_column, id_column: as in :func:`prompt_completion`.
+        weight_column, weights_column, prompt_weight: as in :func:`prompt_completion`; they are kept beside the scores.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable, or an id_column of another name that none of the first 1,000
@@ -103,12 +117,22 @@ def prompt_completion_stream(
         if all(id_column not in row for _, row in islice(rows, _FIRST_ROWS)) and rows.there:
             rows.require("id_column", id_column, f"the first {_FIRST_ROWS:,} rows of {source}")
     columns = (prompt_column, completion_column, None, id_column)
-    return _stream(partial(_of_text, tokenizer=tokenizer, columns=columns), source, split, subset, max_rows)
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
+    makers = partial(_of_text, tokenizer=tokenizer, columns=columns, weights=weights)
+    return Source(source, split, subset, max_rows).stream(makers, must_read=weights.must_read)
 
 
 @comes_from(rows_state)
 def tokenized(
-    tokenizer, *, source: str, split: str | None = None, subset: str | None = None, max_rows: int | None = None
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
 ) -> Documents:
     """Documents that are token ids already, such as those of :func:`save_tokenized`; nothing is added to them.
 
@@ -118,88 +142,149 @@ def tokenized(
 
     Args:
         source, split, subset, max_rows: as in :func:`prompt_completion`.
+        weight_column, weights_column, prompt_weight: as in :func:`prompt_completion`, without spans.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
-    rows = _token_columns(read_rows(source, split, subset, max_rows=max_rows, streaming=True))
-    items = collect(_of_tokens(rows, tokenizer), rows)
-    return Documents(str(source), items, unread=rows.unread)
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
+    rows = _token_columns(Source(source, split, subset, max_rows).rows(), weights)
+    items = collect(_of_tokens(rows, tokenizer, weights), rows)
+    weights.require(rows, source)
+    return Documents(str(source), items, unread=rows.unread, must_read=weights.must_read)
 
 
 def tokenized_stream(
-    tokenizer, *, source: str, split: str | None = None, subset: str | None = None, max_rows: int | None = None
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
 ) -> DocumentStream:
     """The documents of :func:`tokenized` without the dataset in memory.
 
     Args:
-        source, split, subset, max_rows: as in :func:`prompt_completion`.
+        source, split, subset, max_rows, weight_column, weights_column, prompt_weight: as in :func:`tokenized`.
 
     Raises:
         FileNotFoundError, ValueError: source unreadable; a wrong row raises when it is read.
     """
-    return _stream(lambda rows: _of_tokens(_token_columns(rows), tokenizer), source, split, subset, max_rows)
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
+
+    def makers(rows: Rows) -> Iterator[Callable[[], Document]]:
+        return _of_tokens(_token_columns(rows, weights), tokenizer, weights)
+
+    return Source(source, split, subset, max_rows).stream(makers, must_read=weights.must_read)
 
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
-    """Writes documents for :func:`tokenized`, as JSONL (or .jsonl.gz); the file appears only when whole."""
+    """Writes documents for :func:`tokenized`, as JSONL (or .jsonl.gz); the file appears only when whole.
+
+    Raises:
+        ValueError: documents with a prompt_weight, which the file would not tell from other targets.
+    """
+    if documents.must_read:
+        raise UserError(
+            f"{documents.name}: a file of tokens does not say which targets are a prompt's; save the documents without "
+            "prompt_weight, and give it to wmtp.data.tokenized"
+        )
     path, vocab_hash = Path(path), tokenizer.vocab_hash()
     torn = unfinished(path)
     with gzip.open(torn, "wt", encoding="utf-8") if path.suffix == ".gz" else torn.open("w", encoding="utf-8") as file:
         for document in documents:
             row = {"id": document.id, "vocab_hash": vocab_hash, "tokens": document.tokens.tolist()}
             row["labels"] = document.labels.tolist()
-            row |= {name: document.signals[name].tolist() for name in documents.signals}
+            row |= {name: document.signal(name).tolist() for name in documents.signals}
             file.write(json.dumps(row) + "\n")
     publish(torn, path)
 
 
-def _stream(
-    makers: Callable[[Rows], Iterator], source: str, split: str | None, subset: str | None, max_rows: int | None
-) -> DocumentStream:
-    def read() -> Rows:
-        return read_rows(source, split, subset, max_rows=max_rows, streaming=True)
+@dataclass(frozen=True)
+class Source:
+    """The rows that a builder's keys of these names say, as of :func:`wmtp.data.read_rows`."""
 
-    def count() -> int | None:
-        total = count_rows(source, split, subset)
-        return total if total is None or max_rows is None else min(total, max_rows)
+    source: str
+    split: str | None
+    subset: str | None
+    max_rows: int | None
 
-    read()  # refuses at once a source that cannot be opened
-    return DocumentStream(str(source), lambda: makers(read()), count)
+    def rows(self) -> Rows:
+        """Starts a reading; of a hub dataset rows are fetched while they are read."""
+        return read_rows(self.source, self.split, self.subset, max_rows=self.max_rows, streaming=True)
+
+    def stream(self, makers: Callable[[Rows], Iterator], *, must_read: tuple[str, ...] = ()) -> DocumentStream:
+        """Returns the stream of the documents that ``makers`` makes of the rows, read anew in each reading."""
+
+        def count() -> int | None:
+            total = count_rows(self.source, self.split, self.subset)
+            return total if total is None or self.max_rows is None else min(total, self.max_rows)
+
+        self.rows()  # refuses at once a source that cannot be opened
+        return DocumentStream(str(self.source), lambda: makers(self.rows()), count, must_read)
 
 
 def _of_text(
-    rows: Rows, tokenizer, columns: tuple[str, str, str | None, str | None]
+    rows: Rows, tokenizer, columns: tuple[str, str, str | None, str | None], weights: GivenWeights
 ) -> Iterator[Callable[[], Document]]:
     for where, row in rows:
-        yield partial(_text_document, tokenizer, where, row, *columns)
+        yield partial(_text_document, tokenizer, where, row, *columns, weights)
 
 
 def _text_document(
-    tokenizer, where: str, row: dict, prompt: str, completion: str, reference_ce: str | None, id: str | None
+    tokenizer,
+    where: str,
+    row: dict,
+    prompt: str,
+    completion: str,
+    reference_ce: str | None,
+    id: str | None,
+    weights: GivenWeights,
 ) -> Document:
-    texts = take(row, where, prompt, str), take(row, where, completion, str)
-    document = document_from_text(tokenizer, *texts, _name(row.get(id), where))
-    read = (prompt, completion, reference_ce, "reference_ce", id)
+    read = (prompt, completion, reference_ce, "reference_ce", id, *weights.columns)
     columns = {name: column for name, column in row.items() if name not in read}
-    return _with_signals(document, columns | {"reference_ce": row.get(reference_ce)}, where, ("reference_ce",))
+    columns["reference_ce"] = row.get(reference_ce)
+    texts = take(row, where, prompt, str), take(row, where, completion, str)
+    return completed(tokenizer, where, row, *texts, id=row.get(id), columns=columns, weights=weights)
 
 
-def _name(id: object, where: str) -> str:
+def completed(
+    tokenizer,
+    where: str,
+    row: dict,
+    prompt: str,
+    completion: str,
+    *,
+    id: object,
+    columns: Mapping[str, object],
+    weights: GivenWeights,
+) -> Document:
+    """Makes a row's document of a prompt and a completion, with signals from other columns and the row's weights."""
+    document = document_from_text(tokenizer, prompt, completion, row_name(id, where))
+    document = with_signals(document, columns, where, ("reference_ce",))
+    learnt = lambda: Learnt(completion, tokenizer.offsets(completion), len(document.prompt), "completion")
+    return weights.add(document, row, where, learnt)
+
+
+def row_name(id: object, where: str) -> str:
+    """Returns the name of a row's document: its id, or its place where it has none."""
     return where if id is None or id == "" else str(id)
 
 
-def _token_columns(rows: Rows) -> ReadColumns:
-    return ReadColumns(rows, _TOKEN_ROW, ("id",))
+def _token_columns(rows: Rows, weights: GivenWeights) -> ReadColumns:
+    return ReadColumns(rows, _TOKEN_ROW | weights.columns, ("id",))
 
 
-def _of_tokens(rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
+def _of_tokens(rows: Rows, tokenizer, weights: GivenWeights) -> Iterator[Callable[[], Document]]:
     vocab_hash = tokenizer.vocab_hash()
     for where, row in rows:
-        yield partial(_token_document, tokenizer, vocab_hash, where, row)
+        yield partial(_token_document, tokenizer, vocab_hash, where, row, weights)
 
 
-def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Document:
+def _token_document(tokenizer, vocab_hash: str, where: str, row: dict, weights: GivenWeights) -> Document:
     if row.get("vocab_hash") not in (None, vocab_hash):
         raise UserError(
             f"{where}: tokenized with another vocabulary (vocab_hash {row['vocab_hash']!r:.14}..., that of "
@@ -222,12 +307,13 @@ def _token_document(tokenizer, vocab_hash: str, where: str, row: dict) -> Docume
                 f"{where}: labels[{position}] must be {IGNORE} or tokens[{position}] = {token}, got {label!r:.40} "
                 "(labels are unshifted)"
             )
-    document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), _name(row.get("id"), where))
-    columns = {name: column for name, column in row.items() if name not in ("tokens", "labels", "id", "vocab_hash")}
-    return _with_signals(document, columns, where, SCORES)
+    document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), row_name(row.get("id"), where))
+    read = ("tokens", "labels", "id", "vocab_hash", *weights.columns)
+    columns = {name: column for name, column in row.items() if name not in read}
+    return weights.add(with_signals(document, columns, where, SCORES), row, where)
 
 
-def _with_signals(document: Document, columns: Mapping[str, object], where: str, known: Collection[str]) -> Document:
+def with_signals(document: Document, columns: Mapping[str, object], where: str, known: Collection[str]) -> Document:
     """Adds to a document those columns of its row that hold a finite number for each of its tokens.
 
     Columns of another content are passed over; a ``known`` one is refused.

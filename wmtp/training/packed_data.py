@@ -21,6 +21,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import wmtp.data
 from wmtp.config import build, checked
 from wmtp.data import Documents, PackedDataset, pack
-from wmtp.data.documents import collecting
+from wmtp.data.documents import collecting, state_of
 from wmtp.data.packing import FileRows, fill, plan, rows_sha256
 from wmtp.distributed import wait_for_all
 from wmtp.errors import UserError, may_fill
@@ -111,36 +112,37 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, documents: Documents, seq_len: int, key: str, **rows: Any) -> None:
-    partial = unfinished(folder)
-    partial.mkdir()
+    torn = unfinished(folder)
+    torn.mkdir()
     try:
-        (partial / "key.json").write_text(key + "\n")
-        write_packed(documents, seq_len, partial, **rows)
+        (torn / "key.json").write_text(key + "\n")
+        write_packed(documents, seq_len, torn, **rows)
     except BaseException:  # a full disk gets its room back
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(torn, ignore_errors=True)
         raise
-    publish(partial, folder)
+    publish(torn, folder)
 
 
 def _key(section: DictConfig, tokenizer: Any, where: str, **rows: Any) -> str | None:
     """Returns all that the rows depend on, as JSON; None where their source cannot be told without reading them."""
     builder, values = checked(section, tokenizer, where=where)
-    state = getattr(builder, "source_state", None)
-    if state is None:
-        return None
-    arguments = inspect.signature(builder).bind(tokenizer, **values)
-    arguments.apply_defaults()
-    _, *keys = arguments.arguments.items()
-    source = state(dict(keys))
+    source = state_of(builder, values)
     if source is None:
         return None
     code = hashlib.sha256()
     files = {Path(__file__), Path(inspect.getfile(builder)), *Path(wmtp.data.__file__).parent.glob("*.py")}
     for file in sorted(files):
         code.update(file.read_bytes())
-    named = {"builder": f"{builder.__module__}.{builder.__qualname__}", "keys": dict(keys), "source": source}
+    named = {**_named(partial(builder, **values)), "source": source}
     made_by = {"tokenizer": tokenizer.fingerprint(), "code": code.hexdigest()}
-    return json.dumps({**named, **made_by, **rows}, sort_keys=True, default=str, indent=1)
+    return json.dumps({**named, **made_by, **rows}, sort_keys=True, default=_named, indent=1)
+
+
+def _named(value: Any) -> Any:
+    """Returns what JSON says of a key's value: of a builder in it, its name and keys."""
+    if not isinstance(value, partial):
+        return str(value)
+    return {"builder": f"{value.func.__module__}.{value.func.__qualname__}", "keys": value.keywords}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ def write_packed(documents: Documents, seq_len: int, folder: Path, *, packed: bo
 def read_packed(folder: Path) -> PackedDataset:
     """Opens the files of :func:`write_packed`: rows are read when they are asked for, and kept by the system alone."""
     facts = json.loads((folder / "facts.json").read_text())
-    facts["unread"] = tuple(facts["unread"])
+    facts |= {name: tuple(facts[name]) for name in ("unread", "must_read")}
     facts["signals"] = {name: FileRows(folder / f"signal_{i}.npy") for i, name in enumerate(facts["signals"])}
     facts |= {name: FileRows(folder / f"{name}.npy") for name in _COLUMNS}
     for name in ("members", "starts", "row_tokens", "row_targets"):

@@ -67,7 +67,7 @@ def held_out_sets(
     if section is None:
         return {}
     if "_component_" in section or not section:
-        return {"": pack(section, "eval_dataset")}
+        return {"": _plain(pack(section, "eval_dataset"))}
     named = {str(name): of_set for name, of_set in section.items()}
     for name, of_set in named.items():
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -77,7 +77,12 @@ def held_out_sets(
                 f"eval_dataset.{name} must be the section of a set of that name, got {of_set!r}; for one set without a "
                 "name give eval_dataset a _component_"
             )
-    return {name: pack(of_set, f"eval_dataset.{name}") for name, of_set in named.items()}
+    return {name: _plain(pack(of_set, f"eval_dataset.{name}")) for name, of_set in named.items()}
+
+
+def _plain(data: PackedDataset) -> PackedDataset:
+    data.require_read((), "held-out CE")
+    return data
 
 
 @torch.no_grad()

@@ -38,6 +38,7 @@ from wmtp.weighting.rows import clipped_mean, clipped_mean_one, spread, top_shar
 
 __getattr__ = on_demand(
     __name__,
+    from_data="given",
     controls="random_matched shuffled",
     methods="dft entropy rho1 uniform",
     statistics="target_table weight_statistics",

@@ -24,6 +24,8 @@ _MEAN_TOLERANCE, _BOUND_TOLERANCE = 1e-3, 1e-4  # far above what float32 weights
 
 def way_to(signal: str) -> str:
     """Says in a message where a missing signal can come from."""
+    if signal == "weight":
+        return "give the data's rows, turns or characters a weight, or set the dataset's prompt_weight"
     if signal in OF_THE_POLICY:
         return "wmtp.loss.mtp_loss computes it"
     model = f"set {FROM_A_MODEL[signal]}, or " if signal in FROM_A_MODEL else ""
@@ -91,6 +93,7 @@ class AnyWeighting:
         per_head: whether it reads the CE of all heads, for weights [H, B, S].
         bounds: least and largest weight.
         scope: the mean is 1 over the targets of one ``sequence`` (a document), or of the ``batch``.
+        mean_one: whether it is: ``always``, ``unless_zero`` (every weight of a scope may be 0) or ``never``.
 
     Raises:
         ValueError: not a callable, or an unknown scope.
@@ -108,6 +111,7 @@ class AnyWeighting:
         self.per_head: bool = getattr(rule, "per_head", False)
         self.bounds: tuple[float, float] = getattr(rule, "bounds", (0.0, math.inf))
         self.scope: str = getattr(rule, "scope", "batch")
+        self.mean_one: str = getattr(rule, "mean_one", "always")
         check_choice("scope", self.scope, SCOPES)
 
     @torch.no_grad()
@@ -201,7 +205,7 @@ class Weighting(AnyWeighting):
         low, high = (1 - strength + strength * end for end in bounds) if weighted else (1.0, 1.0)
         self.bounds = low, high
         self.name = sys._getframe(1).f_code.co_qualname.split(".<locals>")[0]
-        self.scope = scope
+        self.scope, self.mean_one = scope, "always"
         self._score, self._to_weights, self._strength = score, to_weights, strength
         self._why_flat = why_flat
         self._state: Any = state if weighted else None
@@ -308,9 +312,14 @@ def check_weights(weights: Tensor | None, signals: Signals, weighting: AnyWeight
     slack = _BOUND_TOLERANCE * max(1.0, abs(low)), _BOUND_TOLERANCE * (high if high < float("inf") else 1.0)
     outside = valid & ((w < low - slack[0]) | (w > high + slack[1]))
     refuse(outside, f"outside its bounds [{low:g}, {high:g}]", "see wmtp.weighting.clipped_mean_one")
+    if weighting.mean_one == "never":
+        return
     rows = scope_rows(valid, signals.document_ids, weighting.scope)
     means = rows.lay(w[rows.place]).sum(1) / rows.mask.sum(1)  # [G]
-    off = ((means - 1).abs() > _MEAN_TOLERANCE).nonzero()
+    off = (means - 1).abs() > _MEAN_TOLERANCE
+    if weighting.mean_one == "unless_zero":
+        off &= means != 0
+    off = off.nonzero()
     if len(off):
         group = int(off[0])
         head, row, j = torch.stack(rows.place, dim=1)[rows.row == group][0].tolist()

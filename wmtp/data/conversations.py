@@ -1,0 +1,248 @@
+"""Builders for conversations, rendered by the tokenizer's own chat template; the assistant's turns are the targets."""
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from wmtp.data.columns import ReadColumns
+from wmtp.data.completions import Rows, Source, row_name, with_signals
+from wmtp.data.documents import IGNORE, Document, Documents, DocumentStream, collect, comes_from
+from wmtp.data.rows import fields_of, rows_state, take
+from wmtp.data.weights import GivenWeights, is_spans, number, over_characters, over_tokens
+from wmtp.errors import UserError
+
+_TURNS = ("all", "last")
+# ShareGPT's names of the roles, and OpenAI's.
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool"}
+_ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
+_OF_A_TURN = ("weight", "weights")
+
+
+@comes_from(rows_state)
+def chat(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    messages_column: str | None = None,
+    tools_column: str | None = "tools",
+    id_column: str | None = "id",
+    turns: str = "all",
+    template_arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
+) -> Documents:
+    """One document a conversation, as the tokenizer's chat template renders it; the assistant's turns are the targets.
+
+    A turn includes the token that ends it. Turns are those that the template marks by ``{% generation %}``, else they
+    are proven by rendering the conversation up to each (:mod:`wmtp.pretrained.chat_template`); where neither is certain
+    the conversation is refused.
+
+    Args:
+        source, split, subset, max_rows: as in :func:`prompt_completion`.
+        messages_column: a list of ``{role, content, ...}`` (OpenAI) or ``{from, value}`` (ShareGPT). Null:
+            ``messages``, or ``conversations`` where a row has no such field. What else a message has, such as
+            tool_calls, is the template's. ``weight`` (a number) and ``weights`` (spans ``{start, end, weight}`` of the
+            content's characters) are those of an assistant's turn.
+        tools_column: optional field: a list of tools, for the template.
+        id_column: optional field that names the document in messages; its place in source otherwise, or where null.
+        turns: ``all`` of the assistant's, or the ``last`` alone: what comes before it is its prompt.
+        template_arguments: further variables of the template, such as ``{enable_thinking: false}``.
+        date: what the template's strftime_now gives; needed where a template writes today's date.
+        weight_column, weights_column: optional fields of a row: what its tokens count, and what each of them does.
+        prompt_weight: what all other tokens count, in [0, 1]; above 0 they are targets. Null: they are none.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable or empty, no chat template, a conversation that it refuses, or
+            a wrong row; the message names file and line.
+    """
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
+    makers = _Makers(messages_column, tools_column, id_column, turns, template_arguments, date, weights)
+    makers.check(tokenizer)
+    rows = makers.columns(Source(source, split, subset, max_rows).rows())
+    items = collect(makers(rows, tokenizer), rows)
+    weights.require(rows, source)
+    return Documents(str(source), items, unread=rows.unread, must_read=weights.must_read)
+
+
+def chat_stream(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    messages_column: str | None = None,
+    tools_column: str | None = "tools",
+    id_column: str | None = "id",
+    turns: str = "all",
+    template_arguments: Mapping[str, Any] | None = None,
+    date: str | None = None,
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
+) -> DocumentStream:
+    """The documents of :func:`chat` without the dataset in memory.
+
+    Args:
+        source, split, subset, max_rows, messages_column, tools_column, id_column, turns: as in :func:`chat`.
+        template_arguments, date: as in :func:`chat`.
+        weight_column, weights_column, prompt_weight: as in :func:`chat`; they are kept beside the scores.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or no chat template; a wrong row raises when it is read.
+    """
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
+    makers = _Makers(messages_column, tools_column, id_column, turns, template_arguments, date, weights)
+    makers.check(tokenizer)
+    of_rows = lambda rows: makers(makers.columns(rows), tokenizer)
+    return Source(source, split, subset, max_rows).stream(of_rows, must_read=weights.must_read)
+
+
+def to_messages(turns: Sequence[object], what: str) -> list[dict[str, Any]]:
+    """Returns a conversation in OpenAI's shape; ShareGPT's ``{from, value}`` become ``{role, content}``.
+
+    Raises:
+        UserError: no turn, one that is no object or has no role, an unknown ``from``, or a misspelt key.
+    """
+    if not turns:
+        raise UserError(f"{what} is empty; leave the row out")
+    return [_message(turn, f"{what}[{number}]") for number, turn in enumerate(turns)]
+
+
+def _message(turn: object, what: str) -> dict[str, Any]:
+    if not isinstance(turn, dict):
+        raise UserError(f"{what} must be an object with role and content, got {turn!r:.40}")
+    turn = {str(key): value for key, value in turn.items() if value is not None}
+    read = ("role", "content", *_OF_A_TURN) if "role" in turn else ("from", "value", *_OF_A_TURN)
+    for key in turn.keys() - set(read):
+        near = difflib.get_close_matches(key, [name for name in read if name not in turn], n=1, cutoff=0.8)
+        if near:
+            raise UserError(f"{what}: nobody reads the key {key!r}; did you mean {near[0]!r}? Rename or remove it")
+    if "role" in turn:
+        role = take(turn, what, "role", str)
+    elif "from" in turn:
+        speaker = take(turn, what, "from", str)
+        if speaker not in _ROLES:
+            raise UserError(f"{what}: from must be one of {', '.join(_ROLES)}, got {speaker!r:.40}; rename it")
+        others = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        role = _ROLES[speaker]
+        turn = {"role": role, "content": take(turn, what, "value", str), **others}
+    else:
+        raise UserError(f"{what} must have role and content, or ShareGPT's from and value; it has {fields_of(turn)}")
+    if isinstance(turn.get("content"), str):
+        take(turn, what, "content", str)  # refuses half a character
+    weighted = [key for key in _OF_A_TURN if key in turn]
+    if weighted and role != "assistant":
+        raise UserError(
+            f"{what}: {weighted[0]} is of a turn of {role!r}, which is no target; the assistant's turns have weights, "
+            "and all else prompt_weight"
+        )
+    return turn
+
+
+@dataclass(frozen=True)
+class _Makers:
+    """How each row becomes a document: what both forms of the builder share."""
+
+    messages: str | None
+    tools: str | None
+    id: str | None
+    turns: str
+    arguments: Mapping[str, Any] | None
+    date: str | None
+    weights: GivenWeights
+
+    def check(self, tokenizer) -> None:
+        """Refuses an unknown choice of turns, and a tokenizer without a chat template."""
+        if self.turns not in _TURNS:
+            raise UserError(f"turns must be one of {', '.join(_TURNS)}, got {self.turns!r}")
+        tokenizer.chat  # noqa: B018
+
+    def columns(self, rows: Rows) -> ReadColumns:
+        lists = {name: list for name in (self.tools,) if name is not None}
+        read = ["messages", "conversations"] if self.messages is None else [self.messages]
+        way_out = "Set the key that names it to this column, or to null if the data has none"
+        return ReadColumns(rows, self.weights.columns | lists, (*read, *filter(None, [self.id])), way_out=way_out)
+
+    def __call__(self, rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
+        for where, row in rows:
+            yield partial(self._document, tokenizer, where, row)
+
+    def _document(self, tokenizer, where: str, row: dict) -> Document:
+        column = self.messages or ("conversations" if row.get("messages") is None else "messages")
+        if column not in row and self.messages is None:
+            raise UserError(f"{where}: a row needs messages, or ShareGPT's conversations; it has {fields_of(row)}")
+        messages = to_messages(take(row, where, column, list), f"{where}: {column}")
+        tools = None if self.tools is None or row.get(self.tools) is None else take(row, where, self.tools, list)
+        shown = [{key: value for key, value in m.items() if key not in _OF_A_TURN} for m in messages]
+        options = {"arguments": self.arguments, "date": self.date, "last": self.turns == "last", "where": where}
+        found = tokenizer.chat.conversation(shown, tools, **options)
+        tokens = np.array(found.ids, np.int32)
+        labels = np.full_like(tokens, IGNORE)
+        for turn in found.turns:
+            labels[turn.start : turn.end] = tokens[turn.start : turn.end]
+        document = Document(tokens, labels, row_name(row.get(self.id), where))
+        read = (column, self.tools, self.id, *self.weights.columns)
+        document = with_signals(document, {n: c for n, c in row.items() if n not in read}, where, ("reference_ce",))
+        return self.weights.finish(document, self._weights(row, messages, found, where, column), where)
+
+    def _weights(self, row: dict, messages: list[dict], found: Any, where: str, column: str) -> np.ndarray | None:
+        """Returns the product of the weights of the row, its turns and their spans, for each token; None for none."""
+        of_row = self.weights.of_row(row, len(found.ids), where)
+        parts = [] if of_row is None else [of_row]
+        weighted = [i for i, message in enumerate(messages) if any(key in message for key in _OF_A_TURN)]
+        if weighted and any(turn.message is None for turn in found.turns):
+            raise UserError(
+                f"{where}: {column}[{weighted[0]}] has a weight, and the chat template marks {len(found.turns)} turns, "
+                "which are not the assistant's one by one; give a number for each token of the row instead"
+            )
+        for turn in found.turns if weighted else ():
+            parts.append(_of_turn(messages[turn.message], turn, found, f"{where}: {column}[{turn.message}]"))
+        return np.prod(parts, axis=0) if parts else None
+
+
+def _of_turn(message: dict, turn: Any, found: Any, what: str) -> np.ndarray:
+    """Returns the weights [T] of one turn's message, 1 outside of it."""
+    weights = np.ones(len(found.ids))
+    inside = slice(turn.start, turn.end)
+    if "weights" in message:
+        content, spans = message.get("content"), take(message, what, "weights", list)
+        if not isinstance(content, str):
+            raise UserError(
+                f"{what}: weights holds spans of its content, which must be a string; give it a weight instead"
+            )
+        if spans and not is_spans(spans):
+            raise UserError(f"{what}: weights of a turn must be spans {{start, end, weight}}, got {spans[0]!r:.40}")
+        offsets = found.offsets[inside]
+        of_content = over_characters(spans, content, f"{what}: weights", "content")
+        place, kept = _rendered(content, found.text, offsets, what)
+        characters = np.ones(len(found.text))
+        characters[place : place + len(of_content[kept])] = of_content[kept]
+        weights[inside] = over_tokens(characters, offsets)
+    if "weight" in message:
+        weights[inside] *= number(message["weight"], f"{what}: weight")
+    return weights
+
+
+def _rendered(content: str, text: str, offsets: Sequence[tuple[int, int]], what: str) -> tuple[int, slice]:
+    """Returns where a turn's text holds its content, and which of its characters: templates strip white space."""
+    start, end = offsets[0][0], offsets[-1][1]
+    solid = content.strip()
+    before = content.find(solid)
+    for kept in (slice(0, len(content)), slice(before, before + len(solid))):
+        place = text.find(content[kept], start, end) if solid else -1
+        if place >= 0 and place == text.rfind(content[kept], start, end):
+            return place, kept
+    raise UserError(
+        f"{what}: weights holds spans of its content, which the chat template does not render once, as it is; give a "
+        "weight for the whole turn, or a number for each token of the row"
+    )

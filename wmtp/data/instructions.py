@@ -1,0 +1,154 @@
+"""Builders for rows of instructions: a prompt made of their columns by a template, and the answer as target."""
+
+import difflib
+import string
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from wmtp.data.columns import ReadColumns
+from wmtp.data.completions import Rows, Source, completed
+from wmtp.data.documents import Document, Documents, DocumentStream, collect, comes_from
+from wmtp.data.rows import fields_of, rows_state, take
+from wmtp.data.weights import GivenWeights
+from wmtp.errors import UserError
+
+# The prompts of Stanford's Alpaca (2023), which models tuned on such data expect word for word.
+_REQUEST = "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
+_ALPACA = f"Below is an instruction that describes a task. {_REQUEST}### Response:\n"
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    f"{_REQUEST}### Input:\n{{input}}\n\n### Response:\n"
+)
+
+
+@comes_from(rows_state)
+def instruct(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    template: str | None = None,
+    completion_column: str = "output",
+    id_column: str | None = "id",
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
+) -> Documents:
+    """One document a row: a prompt that a template makes of its columns; the answer and EOS are the targets.
+
+    Args:
+        source, split, subset, max_rows: as in :func:`prompt_completion`.
+        template: the prompt, with ``{column}`` for the text of a column and ``{{`` for a brace, such as
+            ``"Q: {question}\\nA: "``. Null: Alpaca's, of ``instruction`` and, where it is not empty, ``input``.
+        completion_column: the answer, taken as it is.
+        id_column: optional field that names the document in messages; its place in source otherwise, or where null.
+        weight_column, weights_column, prompt_weight: as in :func:`prompt_completion`; spans are of the answer's
+            characters.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable or empty, a template that is malformed or names a column which
+            a row lacks, or a wrong row; the message names file and line.
+    """
+    makers = _Makers(template, completion_column, id_column, GivenWeights(weight_column, weights_column, prompt_weight))
+    rows = makers.columns(Source(source, split, subset, max_rows).rows())
+    items = collect(makers(rows, tokenizer), rows)
+    makers.weights.require(rows, source)
+    return Documents(str(source), items, unread=rows.unread, must_read=makers.weights.must_read)
+
+
+def instruct_stream(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    template: str | None = None,
+    completion_column: str = "output",
+    id_column: str | None = "id",
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+    prompt_weight: float | None = None,
+) -> DocumentStream:
+    """The documents of :func:`instruct` without the dataset in memory.
+
+    Args:
+        source, split, subset, max_rows, template, completion_column, id_column: as in :func:`instruct`.
+        weight_column, weights_column, prompt_weight: as in :func:`instruct`; they are kept beside the scores.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable, or a malformed template; a wrong row raises when it is read.
+    """
+    makers = _Makers(template, completion_column, id_column, GivenWeights(weight_column, weights_column, prompt_weight))
+    of_rows = lambda rows: makers(makers.columns(rows), tokenizer)
+    return Source(source, split, subset, max_rows).stream(of_rows, must_read=makers.weights.must_read)
+
+
+@dataclass(frozen=True)
+class _Makers:
+    """How each row becomes a document: what both forms of the builder share."""
+
+    template: str | None
+    completion: str
+    id: str | None
+    weights: GivenWeights
+
+    def __post_init__(self) -> None:
+        if self.template is not None and not columns_of(self.template):
+            raise UserError(f"template must name a column as {{column}}, got {self.template!r:.60}")
+
+    def columns(self, rows: Rows) -> ReadColumns:
+        named = ["instruction"] if self.template is None else columns_of(self.template)
+        optional = self.weights.columns | ({"input": str} if self.template is None else {})
+        way_out = "Set the key that names it to this column, or to null if the data has none"
+        return ReadColumns(rows, optional, (*named, self.completion, *filter(None, [self.id])), way_out=way_out)
+
+    def __call__(self, rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
+        for where, row in rows:
+            yield partial(self._document, tokenizer, where, row)
+
+    def _document(self, tokenizer, where: str, row: dict) -> Document:
+        template = self.template
+        if template is None:
+            template = _ALPACA if row.get("input") in (None, "") else _ALPACA_WITH_INPUT
+        completion = take(row, where, self.completion, str)
+        read = (*columns_of(template), self.completion, self.id, *self.weights.columns)
+        others = {name: column for name, column in row.items() if name not in read}
+        prompt = filled(template, row, where)
+        return completed(
+            tokenizer, where, row, prompt, completion, id=row.get(self.id), columns=others, weights=self.weights
+        )
+
+
+def columns_of(template: str) -> list[str]:
+    """Returns the columns that a template names; the UserError of a malformed one says what is wrong with it."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UserError(f"template {template!r:.60} is malformed: {error}; braces are {{{{ and }}}}") from None
+    names = [(name, form, conversion) for _, name, form, conversion in parts if name is not None]
+    for name, form, conversion in names:
+        if form or conversion or not name:
+            got = name + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise UserError(
+                f"template {template!r:.60}: a column is written {{column}}, got {{{got}}}; braces are {{{{ and }}}}"
+            )
+    return list(dict.fromkeys(name for name, _, _ in names))
+
+
+def filled(template: str, row: Mapping, where: str) -> str:
+    """Returns a template with the texts of a row's columns."""
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is None:
+            continue
+        if name not in row:
+            near = difflib.get_close_matches(name, map(str, row), n=1)
+            hint = f"did you mean {near[0]!r}? The row" if near else "the row"
+            raise UserError(f"{where}: the template names the column {name!r}; {hint} has {fields_of(row)}")
+        parts.append(take(dict(row), where, name, str))
+    return "".join(parts)

@@ -1,0 +1,167 @@
+"""Builders for plain texts, of which every token is a target: continued pre-training."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+
+from wmtp.data.columns import ReadColumns
+from wmtp.data.completions import Rows, Source, row_name, with_signals
+from wmtp.data.documents import (
+    IGNORE,
+    WEIGHT,
+    Columns,
+    Document,
+    Documents,
+    DocumentStream,
+    Tally,
+    collect,
+    comes_from,
+    printable,
+)
+from wmtp.data.rows import rows_state, take
+from wmtp.data.weights import GivenWeights, Learnt
+from wmtp.errors import UserError
+
+
+@comes_from(rows_state)
+def text(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    text_column: str = "text",
+    id_column: str | None = "id",
+    piece_len: int | None = None,
+    joined: bool = False,
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+) -> Documents:
+    """One document a row: its text and EOS; every token is a target but BOS, and the first, which nothing predicts.
+
+    Packing alone cuts a text at ``seq_len`` and leaves the rest out: ``piece_len`` makes documents of all of it.
+
+    Args:
+        source, split, subset, max_rows: as in :func:`prompt_completion`.
+        text_column: the text, taken as it is.
+        id_column: optional field that names the document in messages; its place in source otherwise, or where null.
+        piece_len: a longer document becomes several of so many tokens, the last of what is left; usually
+            ``${seq_len}``. Null: documents stay whole.
+        joined: join the documents in their order, with EOS (and BOS) between them, and cut the whole into pieces of
+            piece_len tokens, so that every row is full. Attention, positions and heads then cross the edges of the
+            texts, as in usual pre-training and Rho-1's; otherwise they stop there, rows are packed.
+        weight_column, weights_column: as in :func:`prompt_completion`; spans are of the text's characters.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable or empty, joined without piece_len, or a wrong row; the message
+            names file and line.
+    """
+    makers = _Makers(text_column, id_column, GivenWeights(weight_column, weights_column))
+    check_pieces(piece_len, joined)
+    rows = makers.columns(Source(source, split, subset, max_rows).rows())
+    items = collect(makers(rows, tokenizer), rows)
+    makers.weights.require(rows, source)
+    documents = Documents(str(source), items, unread=rows.unread)
+    return replace(documents, items=pieces(items, piece_len, joined=joined))
+
+
+def text_stream(
+    tokenizer,
+    *,
+    source: str,
+    split: str | None = None,
+    subset: str | None = None,
+    max_rows: int | None = None,
+    text_column: str = "text",
+    id_column: str | None = "id",
+    weight_column: str | None = "weight",
+    weights_column: str | None = "weights",
+) -> DocumentStream:
+    """The documents of :func:`text`, each whole, without the dataset in memory.
+
+    Args:
+        source, split, subset, max_rows, text_column, id_column: as in :func:`text`.
+        weight_column, weights_column: as in :func:`text`; they are kept beside the scores.
+
+    Raises:
+        FileNotFoundError, ValueError: source unreadable; a wrong row raises when it is read.
+    """
+    makers = _Makers(text_column, id_column, GivenWeights(weight_column, weights_column))
+    return Source(source, split, subset, max_rows).stream(lambda rows: makers(makers.columns(rows), tokenizer))
+
+
+@dataclass(frozen=True)
+class _Makers:
+    """How each row becomes a document: what both forms of the builder share."""
+
+    text: str
+    id: str | None
+    weights: GivenWeights
+
+    def columns(self, rows: Rows) -> ReadColumns:
+        way_out = "Set the key that names it to this column, or to null if the data has none"
+        return ReadColumns(rows, self.weights.columns, (self.text, *filter(None, [self.id])), way_out=way_out)
+
+    def __call__(self, rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
+        for where, row in rows:
+            yield partial(self._document, tokenizer, where, row)
+
+    def _document(self, tokenizer, where: str, row: dict) -> Document:
+        text, start = take(row, where, self.text, str), tokenizer.encode_prompt("")
+        tokens = np.array([*start, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
+        labels = tokens.copy()
+        labels[: len(start)] = IGNORE
+        document = Document(tokens, labels, row_name(row.get(self.id), where))
+        others = {n: c for n, c in row.items() if n not in (self.text, self.id, *self.weights.columns)}
+        document = with_signals(document, others, where, ("reference_ce",))
+        return self.weights.add(document, row, where, lambda: Learnt(text, tokenizer.offsets(text), len(start), "text"))
+
+
+def check_pieces(piece_len: int | None, joined: bool) -> None:
+    """Refuses a length that no piece can have, and joined texts without one."""
+    if piece_len is not None and piece_len < 2:
+        raise UserError(f"piece_len must be >= 2, got {piece_len}: the first token of a piece predicts the second")
+    if joined and piece_len is None:
+        raise UserError("joined needs piece_len, the tokens of a row: set it to ${seq_len}")
+
+
+def pieces(items: Sequence[Document], piece_len: int | None, *, joined: bool) -> Sequence[Document]:
+    """Cuts documents, each by itself or joined in their order, into pieces of ``piece_len`` tokens.
+
+    The last piece, of each document or of the whole, has what is left. A piece is named by the document that it begins
+    in, and from which of its tokens on.
+
+    Returns:
+        documents over the same arrays as the given ones, where these are in files.
+    """
+    if piece_len is None or not items:
+        return items
+    whole = items if isinstance(items, Columns) else _columns(items)
+    lengths = whole.lengths
+    starts = np.cumsum(lengths) - lengths
+    total = int(lengths.sum())
+    if joined:
+        cuts = np.arange(0, total, piece_len)
+    else:
+        of_each = -(-lengths // piece_len)
+        first = np.repeat(np.cumsum(of_each) - of_each, of_each)
+        cuts = np.repeat(starts, of_each) + (np.arange(of_each.sum()) - first) * piece_len
+    document = np.searchsorted(starts, cuts, side="right") - 1
+    names = [
+        f"{whole.name(i)}, from token {cut - starts[i]}" if cut > starts[i] else whole.name(i)
+        for i, cut in zip(document.tolist(), cuts.tolist(), strict=True)
+    ]
+    return whole.cut_at(np.diff(np.append(cuts, total)), pa.array(names, pa.string()))
+
+
+def _columns(items: Sequence[Document]) -> Columns:
+    tally = Tally(items)
+    common = [name for name, count in tally.counts.items() if count == tally.total or name == WEIGHT]
+    flat = {name: np.concatenate([document.signal(name) for document in items]) for name in common}
+    tokens, labels = (np.concatenate([getattr(d, part) for d in items]) for part in ("tokens", "labels"))
+    ids = pa.array([printable(document.id) for document in items], pa.string())
+    return Columns(ids, np.array([len(d) for d in items]), tokens, labels, flat)
