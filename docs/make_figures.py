@@ -15,11 +15,12 @@ import torch
 
 from wmtp.data.mbpp_rows import mbpp_prompt
 from wmtp.data.packaged import packaged_functions
-from wmtp.loss import token_cross_entropy, valid_targets
+from wmtp.loss import token_cross_entropy
 from wmtp.models import from_checkpoint, load_checkpoint, load_value_model
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 from wmtp.weighting import critic, rho1
 from wmtp.weighting.base import Signals
+from wmtp.weighting.targets import valid_targets
 from wmtp.weighting.values import value_deltas
 
 FIGURES = Path(__file__).resolve().parent / "figures"

@@ -9,16 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from wmtp.generation.linear import times
-from wmtp.loss import (
-    _FusedLinearCrossEntropy,
-    mtp_loss,
-    token_cross_entropy,
-    token_cross_entropy_and_entropy,
-    valid_targets,
-    weighted_mtp_cross_entropy,
-)
+from wmtp.loss import mtp_loss, token_cross_entropy, token_cross_entropy_and_entropy, weighted_mtp_cross_entropy
+from wmtp.loss.fused import _FusedLinearCrossEntropy
 from wmtp.training.planning.gpu_kernels import gpu_kernels
 from wmtp.weighting import Weighting, critic, dft, entropy, rho1, uniform
+from wmtp.weighting.targets import valid_targets
 
 
 def plain(hidden, unembedding, labels, weights, document_ids, head_weights):
@@ -141,7 +136,7 @@ def test_cuda_s_products_of_bf16_operands_give_float32():
         u = torch.empty(50, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         labels, rows = torch.empty(12, dtype=torch.long, device="cuda"), source.to("cuda")
         weight = torch.ones(12, device="cuda")
-        _, ce = _FusedLinearCrossEntropy.apply(h, u, rows, labels, weight, 12, 12)
+        _, ce, _ = _FusedLinearCrossEntropy.apply(h, u, rows, labels, weight, None, None, (12, 12), 12)
         logits = times(u)(h[0, 0])
     bf16, fp32 = torch.bfloat16, torch.float32
     assert ce.dtype == logits.dtype == fp32

@@ -9,27 +9,20 @@ Head k in 1..H at position t predicts the token at t + k of the same document. E
 `weights` and the returned `ce`, is indexed by the *target* position j = t + k.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
+from wmtp.loss.soft_targets import SoftTargets, TopTokens
+from wmtp.loss.target_logits import chunked_logits, default_chunk, of_each_target, rows_of
 from wmtp.numerics.cross_entropy import cross_entropy_, cross_entropy_and_entropy_
-from wmtp.numerics.products import add_mm_float32, mm_float32, on_cuda, operand
-from wmtp.weighting.base import Signals, any_weighting, check_weights, is_checked
+from wmtp.numerics.products import add_mm_float32, operand
 from wmtp.weighting.rows import LOOK_AT
 from wmtp.weighting.targets import Targets, valid_targets
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
-
-# Bytes of float32 logits alive at a time. On CPU small enough to leave the peak to the [V, D] gradient accumulator,
-# on CUDA large enough to fill the device with one GEMM. Each chunk reads and writes that accumulator, which a GPU's
-# memory is too slow for with fewer rows.
-_CHUNK_BYTES = {"cpu": 48 * 2**20, "cuda": 512 * 2**20}
-_CHUNK_ROWS = {"cpu": 16, "cuda": 2048}
 
 
 class MTPLoss(NamedTuple):
@@ -41,15 +34,16 @@ class MTPLoss(NamedTuple):
     the result depends neither on the world size nor on how the step is cut into micro-batches.
     """
 
-    loss_sum: Tensor  # scalar, float32: sum_k b_k * sum_j w_j * CE_k(j)
+    loss_sum: Tensor  # scalar, float32: sum_k b_k * sum_j w_j * CE_k(j), or with soft targets what they make of CE_k
     num_targets: Tensor  # scalar, float32: sum_k b_k * N_k
     ce: Tensor  # [H, B, S] float32: cross-entropy of head k for target j, 0 where it predicts none
     valid: Tensor  # [H, B, S] bool: where head k predicts target j
     weights: Tensor | None  # [B, S] or [H, B, S] as given, None for all ones
+    divergence: Tensor | None = None  # [H] float32: sum of the divergences from soft targets; None without them
 
 
 def head_weight_tensor(
-    values: "Sequence[float] | None", num_heads: int, device: torch.device | str = "cpu"
+    values: Sequence[float] | None, num_heads: int, device: torch.device | str = "cpu"
 ) -> Tensor | None:
     """Returns the head weights b_k as a tensor [H] float32; None, which means all ones, stays None.
 
@@ -74,6 +68,8 @@ def weighted_mtp_cross_entropy(
     head_weights: Tensor | None = None,
     known_ce: Tensor | None = None,
     targets: Targets | None = None,
+    soft_targets: tuple[SoftTargets, TopTokens] | None = None,
+    trunk_gradient: Sequence[float] | None = None,
     chunk_tokens: int | None = None,
 ) -> MTPLoss:
     """Computes the sum of the weighted cross-entropies of all heads, and its gradients in the same pass.
@@ -95,6 +91,10 @@ def weighted_mtp_cross_entropy(
         head_weights: [H] b_k >= 0; None is all ones.
         known_ce: [B, S] or [H', B, S] CE of the first heads, if already computed: it saves the rows of weight zero.
         targets: of the same labels and document_ids on the host, so that plain prediction waits for no device.
+        soft_targets: what heads 2 to H learn beside, or in place of, the labels, and the distributions; CE_k above is
+            then hard * CE_k + soft * KL_k (:mod:`wmtp.loss.soft_targets`). The returned ``ce`` is that of the labels.
+        trunk_gradient: H factors of the gradient that a head gives to the unembedding. Rows of a head with 0 take no
+            part in its GEMM; a decoder applies the same factors to trunk and norm.
         chunk_tokens: rows per chunk; by default chosen by device and V.
 
     Raises:
@@ -124,12 +124,16 @@ def weighted_mtp_cross_entropy(
 
     ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
     row_weight = b[:, None, None] if weights is None else b[:, None, None] * weights.float()
-    if weights is None and head_weights is None and known_ce is None:
+    factors = tuple(trunk_gradient or (1.0,) * num_heads)
+    if len(factors) != num_heads:
+        raise ValueError(f"trunk_gradient must have one factor per head, {num_heads}, got {factors}")
+    if weights is None and head_weights is None and known_ce is None and all(factors):
         place = (targets or Targets(labels, document_ids)).place(num_heads, labels.device)
-        num_gradient_rows = len(place)
+        ends = len(place), len(place)
     else:
-        # The valid (head, target) pairs become rows: first those with a gradient, so that chunks are of one kind, then
-        # those whose CE alone is still to be found. The host waits for the device once, for how many there are of each.
+        # The valid (head, target) pairs become rows: first those with a gradient (before the others those that give the
+        # unembedding one), so that chunks are of one kind, then those whose CE alone is still to be found. The host
+        # waits for the device once, for how many there are of each.
         has_gradient = valid & (row_weight != 0)
         wanted = valid
         if known_ce is not None:
@@ -138,89 +142,39 @@ def weighted_mtp_cross_entropy(
             wanted = has_gradient.clone()
             wanted[len(known) :] = valid[len(known) :]
         bad = valid & ~row_weight.isfinite()
-        num_gradient_rows, num_rows, num_bad = torch.stack([x.sum() for x in (has_gradient, wanted, bad)]).tolist()
+        joint = has_gradient[[head for head, factor in enumerate(factors) if factor]]
+        counts = torch.stack([x.sum() for x in (joint, has_gradient, wanted, bad)]).tolist()
+        ends, num_rows, num_bad = (counts[0], counts[1]), counts[2], counts[3]
         if num_bad:
             raise UserError(f"{num_bad} weights of targets are not finite; {LOOK_AT}")
-        kind = torch.where(has_gradient, 0, torch.where(wanted, 1, 2)).to(torch.int8)
+        kind = torch.where(has_gradient, 0, torch.where(wanted, 2, 3)).to(torch.int8)
+        for head, factor in enumerate(factors):
+            if not factor:
+                kind[head] += has_gradient[head]
         place = kind.flatten().argsort(stable=True)[:num_rows]  # [N], in [H*B*S]
 
     if chunk_tokens is None:
-        chunk_tokens = _default_chunk(hidden, unembedding)
-    loss_sum, row_ce = _FusedLinearCrossEntropy.apply(
+        chunk_tokens = default_chunk(hidden, unembedding)
+    row_factor = None
+    if not set(factors) <= {0.0, 1.0}:
+        row_factor = torch.tensor(factors, device=hidden.device)[place // labels.numel()]
+    soft_rows = None if soft_targets is None else soft_targets[0].of_rows(soft_targets[1], place)
+    loss_sum, row_ce, row_divergence = _FusedLinearCrossEntropy.apply(
         hidden,
         unembedding,
-        _source(place, labels),
+        rows_of(place, labels),
         labels.flatten()[place % labels.numel()],
         row_weight.expand(valid.shape).flatten()[place],
-        num_gradient_rows,
+        soft_rows,
+        row_factor,
+        ends,
         chunk_tokens,
     )
     ce.view(-1)[place] = row_ce
-    return MTPLoss(loss_sum, num_targets, ce, valid, weights)
-
-
-def mtp_loss(
-    hidden: Tensor,
-    unembedding: Tensor,
-    labels: Tensor,
-    weighting: "Callable[[Signals], Tensor | None]",
-    *,
-    document_ids: Tensor | None = None,
-    head_weights: Tensor | None = None,
-    signals: "Mapping[str, Tensor] | None" = None,
-    targets: Targets | None = None,
-    step: int = 0,
-) -> MTPLoss:
-    """Computes the loss with the weights of ``weighting`` (see wmtp.weighting), which gets the signals that it needs.
-
-    Weights that depend on the policy's own CE or entropy cost one more GEMM a token for each head that they read: for
-    head 1 alone 3H + 1 in all. This CE is then not computed again for tokens of weight zero.
-
-    Args:
-        hidden, unembedding, labels, document_ids, head_weights: as in :func:`weighted_mtp_cross_entropy`.
-        weighting: a callable from Signals to weights, with any or none of the attributes of
-            :class:`~wmtp.weighting.AnyWeighting`; a plain function needs no CE of the policy.
-        signals: columns of the data and figures of frozen models by name, [B, S], for the weighting to read. A
-            ``policy_ce`` [B, S] or [1 or H, B, S] among them comes from an earlier pass (the epoch's start); the
-            weights, and only they, read it in place of the present one.
-        targets: of the same labels and document_ids on the host: of a step's rows nothing but the number that a
-            weighting keeps is waited for.
-        step: optimizer step, for weightings that draw anew each step. In the first three and every 20th the weights
-            are held against what the weighting promises (:func:`~wmtp.weighting.check_weights`).
-
-    Raises:
-        ValueError: for shapes that do not fit, weights that break the promise, and what the weighting refuses.
-    """
-    weighting = any_weighting(weighting)
-    needs = weighting.needs
-    heads = hidden if weighting.per_head else hidden[:1]
-    named, ce = dict(signals or {}), None
-    targets = targets or Targets(labels, document_ids)
-    if "policy_entropy" in needs:
-        ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, targets=targets)
-        named["policy_entropy"] = entropy[:1]
-    elif "policy_ce" in needs and "policy_ce" not in named:
-        ce = token_cross_entropy(heads, unembedding, labels, document_ids=document_ids, targets=targets)
-    if "policy_ce" in named:
-        named["policy_ce"] = named["policy_ce"].reshape(-1, *labels.shape)
-    elif ce is not None:
-        named["policy_ce"] = ce
-    valid, training = valid_targets(labels, hidden.shape[0], document_ids), torch.is_grad_enabled()
-    seen = Signals(labels, valid, document_ids, named, step=step, training=training, targets=targets)
-    with torch.no_grad():
-        weights = weighting(seen)
-    if is_checked(step):
-        check_weights(weights, seen, weighting)
-    return weighted_mtp_cross_entropy(
-        hidden,
-        unembedding,
-        labels,
-        weights,
-        document_ids=document_ids,
-        head_weights=head_weights,
-        known_ce=ce,
-        targets=targets,
-    )
+    by_head = None
+    if soft_rows is not None:
+        by_head = row_divergence.new_zeros(num_heads).index_add_(0, place // labels.numel(), row_divergence)
+    return MTPLoss(loss_sum, num_targets, ce, valid, weights, by_head)
 
 
 @torch.no_grad()
@@ -258,107 +212,52 @@ def token_cross_entropy_and_entropy(
     Returns:
         (ce, entropy), each [H, B, S] float32, indexed by the target's position, 0 where no target.
     """
-    size = chunk_tokens or max(1, _default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
+    size = chunk_tokens or max(1, default_chunk(hidden, unembedding) // 2)  # two buffers of float32 a chunk
     targets = targets or Targets(labels, document_ids)
     ce, entropy = of_each_target(cross_entropy_and_entropy_, hidden, unembedding, labels, targets, size)
     return ce, entropy
-
-
-@torch.no_grad()
-def of_each_target(
-    figures: "Callable[[Tensor, Tensor], tuple[Tensor, ...]]",
-    hidden: Tensor,
-    unembedding: Tensor,
-    labels: Tensor,
-    targets: Targets,
-    chunk_tokens: int | None = None,
-) -> list[Tensor]:
-    """Computes figures of each target from its logits, a chunk at a time: each [H, B, S], 0 where no target.
-
-    Args:
-        figures: ``figures(logits [C, V] float32, label [C])`` returns them, each [C], and may write into the logits.
-        hidden, unembedding, labels, chunk_tokens: as in :func:`weighted_mtp_cross_entropy`.
-        targets: of the labels and their documents.
-    """
-    place = targets.place(len(hidden), labels.device)  # [N], in [H*B*S]
-    label = labels.flatten()[place % labels.numel()]
-    size = chunk_tokens or _default_chunk(hidden, unembedding)
-    chunks = chunked_logits(hidden, unembedding, _source(place, labels), size)
-    # Without any target, the figures of zero rows give their number and dtypes.
-    found = [figures(logits, label[part]) for part, _, logits in chunks] or [
-        figures(hidden.new_empty((0, len(unembedding)), dtype=torch.float32), label)
-    ]
-    results = []
-    for column in zip(*found, strict=True):
-        result = column[0].new_zeros(hidden.shape[:3])
-        result.view(-1)[place] = torch.cat(column)
-        results.append(result)
-    return results
-
-
-def chunked_logits(
-    hidden: Tensor, unembedding: Tensor, source: Tensor, size: int, split: int = 0
-) -> "Iterator[tuple[slice, Tensor, Tensor]]":
-    """Yields the rows of the hidden states in chunks of at most ``size``: (slice of ``source``, h [C, D], logits).
-
-    The logits [C, V], float32, are in one reused buffer: the next chunk overwrites them.
-
-    Args:
-        source: [N] the rows, as places in hidden [H*B*S, D].
-        split: a chunk ends before this row, so that all rows of a chunk are on one side of it.
-    """
-    rows, matrix = hidden.reshape(-1, hidden.shape[-1]), operand(unembedding)
-    buffer = rows.new_empty((min(size, len(source)), len(matrix)), dtype=torch.float32)
-    for begin, stop in ((0, split), (split, len(source))):
-        for start in range(begin, stop, size):
-            part = slice(start, min(start + size, stop))
-            h = operand(rows[source[part]])
-            yield part, h, mm_float32(h, matrix.T, out=buffer[: len(h)])
-
-
-def _source(place: Tensor, labels: Tensor) -> Tensor:
-    """Returns the positions t = j - k in hidden [H*B*S, D] from which heads k predict the targets at ``place``: [N].
-
-    Args:
-        place: [N], of target j of head k in [H*B*S].
-    """
-    return place - place // labels.numel() - 1
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     """The sum of weighted CE and the CE of each row; the forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(ctx, hidden, unembedding, source, label, weight, num_gradient_rows, chunk_tokens):
+    def forward(ctx, hidden, unembedding, source, label, weight, soft, factor, ends, chunk_tokens):
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [H*B*S, D]
         needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(flat_hidden) if needs_hidden else None
         d_unembedding = None  # [V, D] float32
-        # The first rows take gradients, the others only their CE.
-        split = num_gradient_rows if needs_hidden or needs_unembedding else 0
+        # The first rows give the unembedding a gradient too, the next the hidden states alone, the others their CE.
+        joint, split = ends if needs_hidden or needs_unembedding else (0, 0)
         row_ce = torch.empty(source.numel(), dtype=torch.float32, device=hidden.device)
+        row_divergence = None if soft is None else torch.zeros_like(row_ce)
         matrix = operand(unembedding)  # [V, D]
 
-        for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, split):
+        for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, (joint, split)):
             w = weight[part] if part.start < split else None
             # d loss / d logits = w * (softmax - onehot), in float32; rounded once where the operands are bfloat16.
-            row_ce[part], d_logits = cross_entropy_(logits, label[part], w, h.dtype)
+            if soft is None or w is None:
+                row_ce[part], d_logits = cross_entropy_(logits, label[part], w, h.dtype)
+            else:
+                row_ce[part], row_divergence[part], d_logits = soft.losses_(logits, label[part], w, part, h.dtype)
             if d_logits is None:
                 continue
             if needs_hidden:
                 d_hidden[source[part]] = (d_logits @ matrix).to(d_hidden.dtype)
-            if needs_unembedding:
+            if needs_unembedding and part.start < joint:
+                h = h if factor is None else h * factor[part, None].to(h.dtype)
                 d_unembedding = add_mm_float32(d_unembedding, d_logits.T, h)
 
         if needs_unembedding and d_unembedding is None:
             d_unembedding = torch.zeros_like(unembedding, dtype=torch.float32)
         ctx.gradients = None if d_hidden is None else d_hidden.view(hidden.shape), d_unembedding, unembedding.dtype
-        ctx.mark_non_differentiable(row_ce)
-        return (row_ce[:num_gradient_rows] * weight[:num_gradient_rows]).sum(), row_ce
+        losses = row_ce if soft is None else soft.hard * row_ce + soft.soft * row_divergence
+        ctx.mark_non_differentiable(*(x for x in (row_ce, row_divergence) if x is not None))
+        return (losses[: ends[1]] * weight[: ends[1]]).sum(), row_ce, row_divergence
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         if ctx.gradients is None:
             raise RuntimeError("the fused loss gives its gradients once: call backward() once, without retain_graph")
         d_hidden, d_unembedding, dtype = ctx.gradients
@@ -368,10 +267,4 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if d_unembedding is not None:
             scaled = d_unembedding if dtype == torch.float32 else torch.empty_like(d_unembedding, dtype=dtype)
             d_unembedding = torch.mul(d_unembedding, grad_loss, out=scaled)
-        return d_hidden, d_unembedding, None, None, None, None, None
-
-
-def _default_chunk(hidden: Tensor, unembedding: Tensor) -> int:
-    """Returns the rows per chunk, by device and V."""
-    kind = "cuda" if on_cuda(hidden) else hidden.device.type
-    return max(_CHUNK_ROWS.get(kind, 16), _CHUNK_BYTES.get(kind, 2**26) // (4 * unembedding.shape[0]))
+        return d_hidden, d_unembedding, *(None,) * 7

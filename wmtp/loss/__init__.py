@@ -1,0 +1,25 @@
+"""The multi-token loss: fused, token-weighted, with hard or soft targets for the extra heads."""
+
+from wmtp.loss.fused import (
+    MTPLoss,
+    head_weight_tensor,
+    token_cross_entropy,
+    token_cross_entropy_and_entropy,
+    weighted_mtp_cross_entropy,
+)
+from wmtp.loss.multi_token import mtp_loss, top_tokens
+from wmtp.loss.soft_targets import SoftTargets, TopTokens
+from wmtp.loss.target_logits import of_each_target
+
+__all__ = [
+    "MTPLoss",
+    "SoftTargets",
+    "TopTokens",
+    "head_weight_tensor",
+    "mtp_loss",
+    "of_each_target",
+    "token_cross_entropy",
+    "token_cross_entropy_and_entropy",
+    "top_tokens",
+    "weighted_mtp_cross_entropy",
+]
