@@ -22,7 +22,7 @@ from wmtp.config import ConfigError, ConfigReader, StopTraining, build
 from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
-from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
+from wmtp.loss import HeadTraining, mtp_loss
 from wmtp.models import (
     checkpoint_activations,
     export_hf,
@@ -84,6 +84,7 @@ class FullFinetuneRecipeWMTP:
 
         self._weighting_cfg = read.section("weighting")
         self._head_weights = read.numbers("head_weights", None, distinct=False)
+        self._heads_cfg = read.section("heads", optional=True)
         self._reference_cfg = read.section("reference_model", optional=True)
         self._reference_checkpoint = read.get("reference_checkpoint", None)
         self._value_model_path = read.get("value_model", None)
@@ -140,6 +141,8 @@ class FullFinetuneRecipeWMTP:
         torch.manual_seed(self._seed)
 
         self._weighting = any_weighting(build(self._weighting_cfg, where="weighting"))
+        self._heads = build(self._heads_cfg, where="heads") or HeadTraining()
+        self._heads.require_teacher(self._reference_cfg)
         self._token_view = build(self._token_view_cfg, where="token_view")
         if self._token_view is not None:
             self._token_view.check(self._weighting.needs)
@@ -157,7 +160,7 @@ class FullFinetuneRecipeWMTP:
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
-        self._head_weights = head_weight_tensor(self._head_weights, self._model.num_future_tokens, self._world.device)
+        self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None
         into = {"dtype": self._dtype, "cpu_offload": "frozen" in self._cpu_offload}
@@ -214,7 +217,7 @@ class FullFinetuneRecipeWMTP:
 
     def _build_reference(self):
         """Builds the frozen reference model beside the policy; None where weighting or data need none."""
-        if "reference_ce" not in self._frozen_signals:
+        if "reference_ce" not in self._frozen_signals and self._heads.teacher != "reference":
             return None
         if self._reference_checkpoint is None:
             raise ConfigError("reference_model has no weights: set reference_checkpoint")
@@ -227,6 +230,7 @@ class FullFinetuneRecipeWMTP:
         self._stream.load_state_dict(state["stream"])
         load_sharded(checkpoint, self._model, self._torch_optimizer, changes=changes)
         self._weighting.load_state_dict(state["weighting"])
+        self._heads.load_state_dict(state.get("heads", {}))
         self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
         self._step = self._checkpointer.saved_step = state["step"]
@@ -268,8 +272,9 @@ class FullFinetuneRecipeWMTP:
                     weighting=self._weighting,
                     signals=batch["signals"],
                     targets=batch["targets"],
+                    teacher=batch.get("teacher"),
                     step=self._step,
-                    head_weights=self._head_weights,
+                    **self._heads.at(self._step),
                 )
                 # HSDP's replicas sum gradients once a step; shards in each micro-batch, or each would hold them whole.
                 model.set_requires_all_reduce(accumulated.full)
@@ -291,6 +296,7 @@ class FullFinetuneRecipeWMTP:
             if self._scheduler is not None:
                 self._scheduler.step()
             self._weighting.end_step(all_reduce_sum)
+            self._heads.end_step(all_reduce_sum)
             self._step += 1
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
@@ -325,7 +331,8 @@ class FullFinetuneRecipeWMTP:
         batch = moved(batch, self._world.device)
         inputs = self._inputs(batch)
         if self._reference is not None:
-            ce = self._reference(**inputs, loss_fn=token_cross_entropy, **{k: batch[k] for k in ("labels", "targets")})
+            named = {k: batch[k] for k in ("labels", "targets")}
+            ce, batch["teacher"] = self._reference(**inputs, loss_fn=self._heads.score, **named)
             batch["signals"]["reference_ce"] = ce[0]
         if self._value_model is not None:
             batch["signals"]["values"] = self._value_model(**inputs)
@@ -368,6 +375,7 @@ class FullFinetuneRecipeWMTP:
             "stream": self._stream.state_dict(),
             "config": OmegaConf.to_container(self._cfg, resolve=True),
             "weighting": self._weighting.state_dict(),
+            "heads": self._heads.state_dict(),
             "epoch_ce": self._epoch_ce,
             "run_id": self._log.run_id,
         }

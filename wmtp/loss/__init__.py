@@ -7,11 +7,13 @@ from wmtp.loss.fused import (
     token_cross_entropy_and_entropy,
     weighted_mtp_cross_entropy,
 )
+from wmtp.loss.heads import HeadTraining
 from wmtp.loss.multi_token import mtp_loss, top_tokens
 from wmtp.loss.soft_targets import SoftTargets, TopTokens
 from wmtp.loss.target_logits import of_each_target
 
 __all__ = [
+    "HeadTraining",
     "MTPLoss",
     "SoftTargets",
     "TopTokens",

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import FeedForward
 from torchtune.modules import RMSNorm as RMSNormFloat32
 
+from wmtp.numerics.fork import scaled_gradient
 from wmtp.pretrained.shape import DecoderShape
 
 
@@ -25,10 +26,12 @@ class RMSNorm(RMSNormFloat32):
         super().__init__(dim, eps=eps)
         self.offset, self.multiplier = int(offset), multiplier
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gradient: float = 1.0) -> Tensor:
+        """Norms x; the weight's gradient is taken times ``gradient``."""
+        scale = scaled_gradient(self.scale, gradient)
         if not self.offset and self.multiplier == 1:
-            return rms_norm(x, self.scale, self.eps)
-        weight = (self.scale.float() + self.offset) * self.multiplier  # half precision would round it
+            return rms_norm(x, scale, self.eps)
+        weight = (scale.float() + self.offset) * self.multiplier  # half precision would round it
         return rms_norm(x.float(), weight, self.eps).type_as(x)
 
 

@@ -9,7 +9,7 @@ arXiv 2404.19737, section 2). With H = 1 this is an ordinary decoder. `wmtp.gene
 values, over the same modules.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from wmtp.errors import UserError
 from wmtp.models.block import Block, RMSNorm
 from wmtp.models.rope import RoPE
 from wmtp.numerics.documents import positions_in_documents
+from wmtp.numerics.fork import fork
 from wmtp.numerics.products import on_cuda
 from wmtp.pretrained.config_files import Source
 from wmtp.pretrained.shape import DecoderShape
@@ -117,6 +118,8 @@ class MTPDecoder(nn.Module):
         num_heads: int | None = None,
         trunk_state: Tensor | None = None,
         return_trunk: bool = False,
+        trunk_gradient: Sequence[float] | None = None,
+        agreement: Tensor | None = None,
         loss_fn: Callable | None = None,
         **loss_inputs: Any,
     ) -> Any:
@@ -132,6 +135,9 @@ class MTPDecoder(nn.Module):
             num_heads: compute only the first heads; by default all H.
             trunk_state: [B, S, D], the result of ``return_trunk`` for these tokens: the trunk does not run again.
             return_trunk: return the trunk's state [B, S, D], which all heads read, and compute no head.
+            trunk_gradient: a factor for each head of the gradient that it gives to what all heads use: trunk and norm
+                here, and the unembedding, as an argument of ``loss_fn``. By default 1.
+            agreement: [2, H], to which the backward pass adds, see :func:`wmtp.numerics.fork.fork`.
             loss_fn: called as ``loss_fn(hidden, unembedding, document_ids=document_ids, **loss_inputs)``.
 
         Returns:
@@ -147,7 +153,11 @@ class MTPDecoder(nn.Module):
             mask=mask,
             num_heads=num_heads,
             trunk_state=trunk_state,
+            trunk_gradient=trunk_gradient,
+            agreement=agreement,
         )
+        if trunk_gradient is not None and loss_fn is not None:
+            loss_inputs["trunk_gradient"] = trunk_gradient
         if self.config.tie_word_embeddings:
             return _unembed(hidden, self.unembedding, loss_fn, document_ids=document_ids, **loss_inputs)
         return self.output(hidden, loss_fn, document_ids=document_ids, **loss_inputs)
@@ -161,6 +171,8 @@ class MTPDecoder(nn.Module):
         mask: Any = None,
         num_heads: int | None = None,
         trunk_state: Tensor | None = None,
+        trunk_gradient: Sequence[float] | None = None,
+        agreement: Tensor | None = None,
     ) -> Tensor:
         """Computes the normed states of the heads, [H, B, S, D]; arguments as in :meth:`forward`.
 
@@ -171,7 +183,10 @@ class MTPDecoder(nn.Module):
         masks, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
         h = self._run_trunk(tokens, masks, input_pos) if trunk_state is None else trunk_state.to(self.norm.scale.dtype)
         heads = [self.layers[-1], *self.extra_heads][:num_heads]
-        return torch.stack([self.norm(block(h, mask=masks[block.slides], input_pos=input_pos)) for block in heads])
+        factors = (1.0,) * len(heads) if trunk_gradient is None else trunk_gradient
+        states = zip(heads, fork(h, factors, agreement), factors, strict=True)
+        outs = [(block(h, mask=masks[block.slides], input_pos=input_pos), factor) for block, h, factor in states]
+        return torch.stack([self.norm(out, factor) for out, factor in outs])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns what the first block reads: [..., D] for token ids [...]."""

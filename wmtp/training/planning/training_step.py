@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune.training import scale_grads
 
 from wmtp.config import build
-from wmtp.loss import head_weight_tensor, mtp_loss, token_cross_entropy
+from wmtp.loss import HeadTraining, mtp_loss
 from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.value import ValueModel
@@ -34,8 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # Of a config, all that a simulated step reads.
-READ = ("model", "adapters", "backbone", "lora", "head", "weighting", "head_weights", "reference_model", "value_model",
-        "batch_size", "seq_len", "gradient_accumulation_steps", "tokens_per_step", "dtype", "compile",
+READ = ("model", "adapters", "backbone", "lora", "head", "weighting", "head_weights", "heads", "reference_model",
+        "value_model", "batch_size", "seq_len", "gradient_accumulation_steps", "tokens_per_step", "dtype", "compile",
         "activation_checkpointing", "optimizer", "extra_heads_lr", "head_lr", "decay_norms_and_embeddings",
         "max_grad_norm")  # fmt: skip
 
@@ -255,6 +255,9 @@ class _Step:
         return mark
 
 
+_STEP = 10**6 + 1  # none at which the weights are checked
+
+
 class _Finetuning(_Step):
     """A step of full fine-tuning or of LoRA, with token weights."""
 
@@ -267,7 +270,8 @@ class _Finetuning(_Step):
                 store_frozen(build(cfg.adapters, model, where="adapters", seed=0), DTYPES[cfg.dtype])
         self.model = self.place(model, recompute(cfg)).train()
         self.mark_backward(self.model)
-        self.head_weights = head_weight_tensor(cfg.get("head_weights"), model.num_future_tokens)
+        self.heads = build(cfg.get("heads"), where="heads") or HeadTraining()
+        self.heads.prepare(model.num_future_tokens, cfg.get("head_weights"), "cpu")
         self._freeze("reference_ce", "reference_model", lambda model: model)
         self._freeze("values", "value_model", lambda model: ValueModel(model, "mlp"))
         rows = cfg.batch_size * self.world_size
@@ -278,7 +282,8 @@ class _Finetuning(_Step):
 
     def _freeze(self, signal: str, key: str, shaped: Callable) -> None:
         """Places the frozen model of a signal beside the policy, if the config names one."""
-        if signal not in self.weighting.needs or self.cfg.get(key) is None:
+        teaches = key == "reference_model" and self.heads.teacher == "reference"
+        if not (teaches or signal in self.weighting.needs) or self.cfg.get(key) is None:
             return
         section = (
             self.cfg[key] if key == "reference_model" else OmegaConf.merge(self.cfg.model, {"num_future_tokens": 1})
@@ -297,10 +302,12 @@ class _Finetuning(_Step):
         with as_on_cuda(False):
             targets = Targets(labels, self.batch["document_ids"])
         named = {name: torch.rand(labels.shape) for name in self.weighting.needs if not name.startswith("policy")}
+        scored, teacher = {"labels": labels, "targets": targets}, None
         for signal, model in self.frozen.items():
             with simulation.phase("frozen models", "activations"), torch.no_grad():
                 if signal == "reference_ce":
-                    named[signal] = model(**self.batch, loss_fn=token_cross_entropy, labels=labels, targets=targets)[0]
+                    ce, teacher = model(**self.batch, loss_fn=self.heads.score, **scored)
+                    named[signal] = ce[0]
                 else:
                     named[signal] = model(**self.batch)
         with simulation.phase("forward", "activations"):
@@ -311,8 +318,9 @@ class _Finetuning(_Step):
                 weighting=self.weighting,
                 signals=named,
                 targets=targets,
-                head_weights=self.head_weights,
-                step=10**6 + 1,  # none at which the weights are checked
+                teacher=teacher,
+                **self.heads.at(_STEP),
+                step=_STEP,
             )
         return out.loss_sum
 
