@@ -32,6 +32,7 @@ from wmtp.models import (
 )
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
+from wmtp.training.acceptance import held_out_acceptance
 from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.checkpoint import (
     Checkpointer,
@@ -110,6 +111,8 @@ class FullFinetuneRecipeWMTP:
 
         self._log_every = read.integer("log_every", 1, minimum=1)
         self._eval_every = read.integer("eval_every", None, minimum=1)
+        self._accept = {"prompts": read.integer("accept_prompts", 0, minimum=0)}
+        self._accept["max_new_tokens"] = read.integer("accept_tokens", 64, minimum=1)
         self._save_every = read.integer("save_every", None, minimum=1)
         self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
@@ -305,6 +308,7 @@ class FullFinetuneRecipeWMTP:
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
                 metrics["train/targets"] = self._stream.num_targets
                 metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
+                metrics |= {f"train/kl_head{k}": kl for k, kl in enumerate(sums.divergence, start=2)}
                 metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
@@ -367,7 +371,10 @@ class FullFinetuneRecipeWMTP:
     def evaluate(self) -> None:
         """Logs the held-out CE of each head, in nats per target, over each set of eval_dataset and each document."""
         inputs = lambda batch, data: self._inputs(batch)
-        self._log.held_out(validate(self._model, self._eval_data, inputs, self._batch_size, self._world), self._step)
+        found = validate(self._model, self._eval_data, inputs, self._batch_size, self._world)
+        accept = held_out_acceptance(self._model, self._eval_data, self._tokenizer, world=self._world, **self._accept)
+        found.metrics.update(accept)
+        self._log.held_out(found, self._step)
 
     def save_checkpoint(self) -> None:
         """Starts saving all that a resumed run needs; the loop goes on while the shards are written."""

@@ -138,6 +138,7 @@ def weighted_mtp_cross_entropy(
         wanted = valid
         if known_ce is not None:
             known = known_ce.detach().float().reshape(-1, batch, seq)
+            known = known if soft_targets is None else known[:1]  # the divergence of the others is not known
             ce[: len(known)] = known * valid[: len(known)]
             wanted = has_gradient.clone()
             wanted[len(known) :] = valid[len(known) :]
@@ -236,7 +237,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, (joint, split)):
             w = weight[part] if part.start < split else None
             # d loss / d logits = w * (softmax - onehot), in float32; rounded once where the operands are bfloat16.
-            if soft is None or w is None:
+            if soft is None:
                 row_ce[part], d_logits = cross_entropy_(logits, label[part], w, h.dtype)
             else:
                 row_ce[part], row_divergence[part], d_logits = soft.losses_(logits, label[part], w, part, h.dtype)

@@ -93,9 +93,9 @@ class SoftRows:
     soft: Tensor  # [N] factor of the divergence; 0 for head 1
 
     def losses_(
-        self, logits: Tensor, label: Tensor, weight: Tensor, part: slice, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Computes CE, divergence, and the gradient of w (hard CE + soft KL) in the logits: [C], [C], [C, V].
+        self, logits: Tensor, label: Tensor, weight: Tensor | None, part: slice, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Computes CE, divergence, and the gradient of w (hard CE + soft KL) in the logits: [C], [C], [C, V] or None.
 
         Args:
             logits, label, weight, dtype: of a chunk, as in :func:`wmtp.numerics.cross_entropy.cross_entropy_`.
@@ -105,9 +105,9 @@ class SoftRows:
         ids, q = self.ids[target], self.probabilities[target]
         z, z_label = logits.gather(1, ids), logits.gather(1, label[:, None])
         # w ((hard + soft) p - hard onehot - soft q)
-        ce, gradient = cross_entropy_(logits, label, weight * (hard + soft), dtype)
-        assert gradient is not None
-        pull = (weight * soft)[:, None]
-        gradient.scatter_add_(1, label[:, None], pull.to(dtype)).scatter_add_(1, ids, (-pull * q).to(dtype))
+        ce, gradient = cross_entropy_(logits, label, None if weight is None else weight * (hard + soft), dtype)
+        if weight is not None and gradient is not None:
+            pull = (weight * soft)[:, None]
+            gradient.scatter_add_(1, label[:, None], pull.to(dtype)).scatter_add_(1, ids, (-pull * q).to(dtype))
         kl = torch.xlogy(q, q).sum(1) + ce + z_label.squeeze(1) - (q * z).sum(1)  # ce + z_label is the logsumexp
         return ce, kl * (soft > 0), gradient

@@ -43,6 +43,7 @@ class StepSums(NamedTuple):
     tokens: float
     targets: list[float]  # N_k, of each head
     ce: list[float]  # mean cross-entropy of each head, nats per target, unweighted
+    divergence: list[float]  # of heads 2 to H from their soft targets, likewise; empty without
 
 
 class Accumulation:
@@ -85,14 +86,19 @@ class Accumulation:
         tokens = sum((batch["document_ids"] >= 0).sum() for batch in self.batches)
         scalars = [sum(out.loss_sum.double() for out in self.outs), sum(out.num_targets.double() for out in self.outs)]
         scalars += [tokens.double(), torch.full_like(scalars[0], float(stop is not None and stop.wanted()))]
-        loss_sum, num_targets, tokens, wanted, *both = all_reduce_sum(
-            torch.cat([torch.stack(scalars), ce, count])
+        soft = [out.divergence.double() for out in self.outs if out.divergence is not None]
+        divergence = torch.stack(soft).sum(0) if soft else ce[:0]
+        loss_sum, num_targets, tokens, wanted, *sums = all_reduce_sum(
+            torch.cat([torch.stack(scalars), ce, count, divergence])
         ).tolist()
         if stop is not None:
             stop.agree(wanted)
         heads = len(ce)
-        means = [s / max(n, 1) for s, n in zip(both[:heads], both[heads:], strict=True)]
-        return StepSums(loss_sum, num_targets, tokens, both[heads:], means)
+        targets = sums[heads : 2 * heads]
+        ce_means, divergences = (
+            [s / max(n, 1) for s, n in zip(part, targets, strict=False)] for part in (sums[:heads], sums[2 * heads :])
+        )
+        return StepSums(loss_sum, num_targets, tokens, targets, ce_means, divergences[1:])
 
     def weight_statistics(self) -> dict[str, float]:
         """Describes the weights of all target tokens of the step, over all ranks (wmtp.weighting.weight_statistics)."""
