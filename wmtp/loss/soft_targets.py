@@ -79,7 +79,7 @@ class SoftTargets:
         count = tokens.ids[..., 0].numel()
         extra = place >= count  # of a head other than the first
         hard, soft = (torch.where(extra, factor, first) for factor, first in ((self.hard, 1.0), (self.soft, 0.0)))
-        return SoftRows(*(x.flatten(0, 1) for x in tokens), place % count, hard, soft)
+        return SoftRows(tokens.probabilities.flatten(0, 1), tokens.ids.flatten(0, 1), place % count, hard, soft)
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wmtp.data import PackedDataset
 from wmtp.data.documents import IGNORE
 from wmtp.distributed import World, all_reduce_sum
 from wmtp.generation.requests import DecodingStats
+from wmtp.models import MTPDecoder
 from wmtp.numerics.products import mm_float32, operand
 
 
 def held_out_prompts(data: PackedDataset, count: int) -> list[list[int]]:
     """Returns the prompts of the first ``count`` documents, in the data set's order, that have one."""
-    prompts = []
+    prompts: list[list[int]] = []
     rows = {int(member): row for row in range(len(data)) for member in data.row_members(row)}
     for member in sorted(rows):
         if len(prompts) == count:
@@ -37,7 +38,12 @@ def held_out_prompts(data: PackedDataset, count: int) -> list[list[int]]:
 
 
 def held_out_acceptance(
-    model: nn.Module, sets: Mapping[str, PackedDataset], tokenizer: Any, prompts: int, max_new_tokens: int, world: World
+    model: MTPDecoder,
+    sets: Mapping[str, PackedDataset],
+    tokenizer: Any,
+    prompts: int,
+    max_new_tokens: int,
+    world: World,
 ) -> dict[str, float]:
     """Returns :func:`acceptance` on prompts of each held-out set, named as the metrics of `validate` are.
 
@@ -46,7 +52,8 @@ def held_out_acceptance(
     """
     if not prompts or model.num_future_tokens == 1:
         return {}
-    end_ids, found = {tokenizer.eos_id, *(model.source.end_ids if model.source is not None else ())}, {}
+    end_ids = {tokenizer.eos_id, *(model.source.end_ids if model.source is not None else ())}
+    found: dict[str, float] = {}
     for name, data in sorted(sets.items()):
         prefix, begun = f"eval/{name}/" if name else "eval/", held_out_prompts(data, prompts)
         if begun:
@@ -57,7 +64,7 @@ def held_out_acceptance(
 
 @torch.no_grad()
 def acceptance(
-    model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: set[int], world: World
+    model: MTPDecoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, end_ids: set[int], world: World
 ) -> dict[str, float]:
     """Decodes greedily from each prompt, each rank its share of them; every rank calls it and gets the same result.
 
@@ -78,8 +85,8 @@ def acceptance(
     shape = {"rows": -(-len(prompts) // world.size), "length": max(len(p[-room:]) for p in prompts) + max_new_tokens}
     stats = DecodingStats()
 
-    choices = _choices(model, rows, shape, 1, world.device)  # [H, rows, 1]
-    for row, (first, *drafts) in zip(rows, choices[:, : len(rows), 0].T.tolist(), strict=True):
+    begun = _choices(model, rows, shape, 1, world.device)[:, :, 0].T.tolist()
+    for row, (first, *drafts) in zip(rows, begun, strict=True):
         row.append(first)
         row.drafts = drafts
     stats.first_tokens = stats.new_tokens = len(rows)
@@ -103,12 +110,12 @@ def acceptance(
         stats.row_forwards += len(running)
 
     heads = range(2, num_drafts + 2)
-    counts = [stats.new_tokens, stats.first_tokens, stats.row_forwards]
-    counts += [of.get(k, 0) for of in (stats.verified, stats.accepted) for k in heads]
-    totals = all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
-    (new, first, forwards), verified, accepted = totals[:3], totals[3 : 3 + num_drafts], totals[3 + num_drafts :]
-    found = {"accept_length": (new - first) / forwards if forwards else 0.0}
-    return found | {f"acceptance_head{k}": a / v for k, a, v in zip(heads, accepted, verified, strict=True) if v}
+    counts = [stats.new_tokens - stats.first_tokens, stats.row_forwards]
+    counts += [of.get(k, 0) for k in heads for of in (stats.accepted, stats.verified)]
+    new, forwards, *of_heads = all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
+    found = {"accept_length": new / forwards if forwards else 0.0}
+    pairs = zip(heads, of_heads[::2], of_heads[1::2], strict=True)
+    return found | {f"acceptance_head{k}": taken / tried for k, taken, tried in pairs if tried}
 
 
 class _Row:
@@ -126,7 +133,7 @@ class _Row:
         self.done = token in self._end_ids or self.room == 0
 
 
-def _choices(model: nn.Module, rows: list[_Row], shape: dict[str, int], width: int, device: torch.device) -> Tensor:
+def _choices(model: MTPDecoder, rows: list[_Row], shape: dict[str, int], width: int, device: torch.device) -> Tensor:
     """Returns each head's likeliest token at the last token of each row and at those of its window: [H, rows, width].
 
     The forward pass has one shape, whatever the rows: nothing is compiled anew, and every rank takes part.
