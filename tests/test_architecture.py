@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LOOSE = {"distributed", "errors", "files", "loss"}  # single files at the top; all else has a room
+LOOSE = {"distributed", "errors", "files"}  # single files at the top; all else has a room
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_sandbox_stands_apart(drawn):
 
 
 @pytest.mark.parametrize(
-    "recipe, lines", [("full_finetune_distributed_wmtp", 9300), ("lora_wmtp", 9750), ("critic_stage1", 9100)]
+    "recipe, lines", [("full_finetune_distributed_wmtp", 10300), ("lora_wmtp", 10750), ("critic_stage1", 9600)]
 )
 def test_a_training_recipe_imports_little_and_no_judge(drawn, recipe, lines):
     """Counted from the imports, and by importing it; what a config names comes on top."""
@@ -50,7 +50,7 @@ def test_a_training_recipe_imports_little_and_no_judge(drawn, recipe, lines):
     rooms = {drawn.room(name) for name in found}
     assert {"training", "models", "data"} <= rooms
     assert not rooms & {"sandbox", "eval", "registry", "generation"}
-    assert len(found) <= 63 and drawn.lines(found) <= lines
+    assert len(found) <= 74 and drawn.lines(found) <= lines
     program = f"import sys; import recipes.{recipe}; print(*(n for n in sys.modules if n.partition('.')[0] == 'wmtp'))"
     shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert set(shown.splitlines()[-1].split()) - {"wmtp.training.launcher"} == found  # torch imports the launcher

@@ -5,6 +5,7 @@ and continuations anew, through the model as it is trained: FSDP2 gathers its we
 and counts are those of greedy self-speculative decoding with all heads, as `recipes/eval_heads.py` measures it.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from wmtp.data import PackedDataset
 from wmtp.data.documents import IGNORE
 from wmtp.distributed import World, all_reduce_sum
-from wmtp.generation.requests import DecodingStats
 from wmtp.models import MTPDecoder
 from wmtp.numerics.products import mm_float32, operand
 
@@ -83,13 +83,13 @@ def acceptance(
     room = model.max_seq_len - max_new_tokens
     rows = [_Row([*prompt[-room:]], max_new_tokens, end_ids) for prompt in prompts[world.rank :: world.size]]
     shape = {"rows": -(-len(prompts) // world.size), "length": max(len(p[-room:]) for p in prompts) + max_new_tokens}
-    stats = DecodingStats()
 
     begun = _choices(model, rows, shape, 1, world.device)[:, :, 0].T.tolist()
     for row, (first, *drafts) in zip(rows, begun, strict=True):
         row.append(first)
         row.drafts = drafts
-    stats.first_tokens = stats.new_tokens = len(rows)
+    new_tokens = forwards = 0  # after the first token of each text
+    verified, accepted = Counter[int](), Counter[int]()  # drafts, by head
     while int(all_reduce_sum(torch.tensor(float(sum(not row.done for row in rows)), device=world.device))):
         running = [row for row in rows if not row.done]
         useful = [min(num_drafts, row.room - 1) for row in running]
@@ -97,23 +97,22 @@ def acceptance(
             row.window = row.drafts[:count]
         choices = _choices(model, running, shape, 1 + num_drafts, world.device).tolist()
         for b, (row, count) in enumerate(zip(running, useful, strict=True)):
-            accepted = next((i for i, draft in enumerate(row.window) if choices[0][b][i] != draft), count)
-            row.drafts = [choices[k][b][accepted] for k in range(1, num_drafts + 1)]
-            for i, token in enumerate([*row.window[:accepted], choices[0][b][accepted]]):
-                if i < count:
-                    stats.count_verified(i, accepted=i < accepted)
+            right = next((i for i, draft in enumerate(row.window) if choices[0][b][i] != draft), count)
+            row.drafts = [choices[k][b][right] for k in range(1, num_drafts + 1)]
+            for i, token in enumerate([*row.window[:right], choices[0][b][right]]):
+                verified[i + 2] += i < count
+                accepted[i + 2] += i < right
                 row.append(token)
-                stats.new_tokens += 1
+                new_tokens += 1
                 if row.done:
                     break
             row.window = []
-        stats.row_forwards += len(running)
+        forwards += len(running)
 
     heads = range(2, num_drafts + 2)
-    counts = [stats.new_tokens - stats.first_tokens, stats.row_forwards]
-    counts += [of.get(k, 0) for k in heads for of in (stats.accepted, stats.verified)]
-    new, forwards, *of_heads = all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
-    found = {"accept_length": new / forwards if forwards else 0.0}
+    counts = [new_tokens, forwards, *(of[k] for k in heads for of in (accepted, verified))]
+    new, passes, *of_heads = all_reduce_sum(torch.tensor(counts, dtype=torch.float64, device=world.device)).tolist()
+    found = {"accept_length": new / passes if passes else 0.0}
     pairs = zip(heads, of_heads[::2], of_heads[1::2], strict=True)
     return found | {f"acceptance_head{k}": taken / tried for k, taken, tried in pairs if tried}
 
