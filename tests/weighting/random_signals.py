@@ -6,7 +6,21 @@ from dataclasses import replace
 
 import torch
 
-from wmtp.weighting import Signals, critic, dft, entropy, random_matched, rho1, shuffled
+from wmtp.weighting import (
+    Signals,
+    critic,
+    dft,
+    eaft,
+    entropy,
+    infosft,
+    prift,
+    profit,
+    random_matched,
+    rho1,
+    shuffled,
+    sstoken,
+    talr,
+)
 from wmtp.weighting.targets import valid_targets
 
 # Each takes min_weight, max_weight, strength and scope.
@@ -28,8 +42,13 @@ METHODS = {
     "critic_running": lambda **common: critic("gae", whiten="running", warmup_steps=1, **common),
     "critic_raw": lambda **common: critic(gamma=0.5, whiten="none", **common),
 }
+# Each takes normalize, strength and scope.
+PUBLISHED = {"eaft": eaft, "profit": profit, "infosft": infosft, "talr": talr, "prift": prift}
+METHODS |= {
+    "sstoken": lambda min_weight=0, max_weight=1, **common: sstoken(**common),
+}
 CONTROLS = {"itself": lambda method: method, "shuffled": shuffled, "random_matched": random_matched}
-CLIPLESS = ("rho1_select", "rho1_select_reference", "rho1_select_per_head", "entropy_select")
+CLIPLESS = ("sstoken", "rho1_select", "rho1_select_reference", "rho1_select_per_head", "entropy_select")
 
 
 def random_signals(seed, heads=3, batch=3, seq=24, scale=1.0):
@@ -48,6 +67,7 @@ def random_signals(seed, heads=3, batch=3, seq=24, scale=1.0):
     named = {
         "policy_ce": rand(heads, batch, seq) * 5 * scale,
         "policy_entropy": rand(1, batch, seq) * 5 * scale,
+        "policy_top20_entropy": rand(1, batch, seq) * min(3.0, 5 * scale),
         "reference_ce": rand(batch, seq) * 5 * scale,
         "values": rand(batch, seq) * scale,
     }

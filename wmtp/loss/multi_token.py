@@ -65,6 +65,12 @@ def mtp_loss(
     if "policy_entropy" in needs:
         ce, entropy = token_cross_entropy_and_entropy(heads, unembedding, labels, targets=targets)
         named["policy_entropy"] = entropy[:1]
+    elif "policy_top20_entropy" in needs:
+        ce = token_cross_entropy(heads, unembedding, labels, targets=targets) if weighting.per_head else None
+        found, named["policy_top20_entropy"] = of_each_target(
+            _ce_and_top_entropy, hidden[:1], unembedding, labels, targets
+        )
+        ce = found if ce is None else ce
     elif head_targets is not None and teacher is None and not weighting.per_head:
         ce, teacher = top_tokens(hidden, unembedding, labels, head_targets, targets=targets)
     elif "policy_ce" in needs and "policy_ce" not in named:
@@ -106,3 +112,9 @@ def top_tokens(
     figures = head_targets.and_top_tokens(lambda logits, label: cross_entropy_(logits, label)[:1])
     ce, *tokens = of_each_target(figures, hidden[:1], unembedding, labels, targets)
     return ce, TopTokens(*(x[0] for x in tokens))
+
+
+def _ce_and_top_entropy(logits: Tensor, label: Tensor, count: int = 20) -> tuple[Tensor, Tensor]:
+    """Returns CE, and the entropy of the distribution cut to its likeliest tokens, of each row of logits: [C], [C]."""
+    log_p = torch.log_softmax(logits.topk(min(count, logits.shape[1])).values, dim=1)
+    return cross_entropy_(logits, label)[0], -(log_p.exp() * log_p).sum(1)

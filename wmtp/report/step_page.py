@@ -10,6 +10,7 @@ from wmtp.loss import MTPLoss
 from wmtp.report.token_views import token_views
 from wmtp.report.token_weights import token_weights_html
 from wmtp.weighting import Signals, any_weighting
+from wmtp.weighting.base import OF_THE_POLICY
 
 _TITLES = {"reference_ce": "reference CE", "values": "value", "weight": "given weight"}
 
@@ -42,7 +43,7 @@ class TokenWeightPages:
         Args:
             needs: signals that the run's own weighting reads.
         """
-        at_hand = {"policy_ce"} | (needs - {"policy_entropy"})
+        at_hand = {"policy_ce"} | needs.difference(OF_THE_POLICY)
         for name, method in self._beside.items():
             lacking = sorted(method.needs - at_hand)
             if lacking:

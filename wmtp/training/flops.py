@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wmtp.config import build
 from wmtp.models.value import load_value_model
 from wmtp.pretrained import resolve_checkpoint
-from wmtp.weighting.base import AnyWeighting, Signals, any_weighting
+from wmtp.weighting.base import OF_THE_POLICY, AnyWeighting, Signals, any_weighting
 
 _SAMPLE = 4096  # targets of the sample that tells how many a weighting leaves out
 
@@ -61,7 +61,7 @@ def flops_per_step(cfg: DictConfig) -> float:
 def _loss(weighting: AnyWeighting, heads: int) -> Callable[..., Tensor]:
     """Returns a `loss_fn` that makes the products of the fused loss, on all positions."""
     kept = kept_share(weighting, heads)
-    of_policy = {"policy_ce", "policy_entropy"} & weighting.needs
+    of_policy = weighting.needs.intersection(OF_THE_POLICY)
     known = 0 if not of_policy else heads if weighting.per_head else 1  # heads whose CE the first pass knows
 
     def products(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
@@ -88,7 +88,7 @@ def kept_share(weighting: AnyWeighting, heads: int) -> float:
     generator = torch.Generator().manual_seed(0)
     labels = torch.zeros((1, _SAMPLE), dtype=torch.int64)
     named = {name: torch.rand((1, _SAMPLE), generator=generator) for name in sorted(weighting.needs)}
-    for name in named.keys() & {"policy_ce", "policy_entropy"}:
+    for name in named.keys() & set(OF_THE_POLICY):
         named[name] = torch.rand((heads if weighting.per_head else 1, 1, _SAMPLE), generator=generator)
     signals = Signals(labels, torch.ones((heads, 1, _SAMPLE), dtype=torch.bool), None, named, training=False)
     weights = weighting(signals)

@@ -41,6 +41,7 @@ __getattr__ = on_demand(
     from_data="given",
     controls="random_matched shuffled",
     methods="dft entropy rho1 uniform",
+    published="eaft infosft prift profit sstoken talr",
     statistics="target_table weight_statistics",
     values="critic gae value_deltas",
 )

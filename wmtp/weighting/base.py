@@ -16,7 +16,7 @@ from wmtp.numerics.products import on_cuda
 from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, scope_rows, weigh_rows
 from wmtp.weighting.targets import Targets
 
-OF_THE_POLICY = ("policy_ce", "policy_entropy")  # the signals that wmtp.loss.mtp_loss computes
+OF_THE_POLICY = ("policy_ce", "policy_entropy", "policy_top20_entropy")  # the signals that wmtp.loss.mtp_loss computes
 FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # the key of the model that gives it
 _FIRST, _EVERY = 3, 20  # steps whose weights are checked
 _MEAN_TOLERANCE, _BOUND_TOLERANCE = 1e-3, 1e-4  # far above what float32 weights and their sums are off
@@ -40,6 +40,7 @@ class Signals:
 
         policy_ce       [1 or H, B, S] float32, the policy's own CE in nats (H where ``per_head``)
         policy_entropy  [1, B, S] float32, entropy of head 1's distribution for target j, in nats
+        policy_top20_entropy  [1, B, S] float32, the same of its 20 likeliest tokens alone, scaled to sum 1
         reference_ce    [B, S] float32, the reference's CE for target j
         values          [B, S] float32, V_j: value of the prefix x_<=j, at every position of a document
         any other       [B, S] float32, the data's column of that name, 0 for padding
@@ -172,6 +173,7 @@ class Weighting(AnyWeighting):
         per_head: weights [H, B, S], for scores from the CE of all heads.
         bounds: least and largest weight that ``to_weights`` gives.
         state: the method's memory from step to step; None for none.
+        mean_one: as in :class:`AnyWeighting`.
         why_flat: what scores without spread in a scope mean; with it, such scopes are warned of (on CUDA in the steps
             whose weights are checked).
 
@@ -196,6 +198,7 @@ class Weighting(AnyWeighting):
         bounds: tuple[float, float] = (0.0, math.inf),
         state: State | None = None,
         why_flat: str | None = None,
+        mean_one: str = "always",
     ) -> None:
         check_choice("scope", scope, SCOPES)
         check_range("strength", strength, 0 <= strength <= 1, "in [0, 1] (lambda)")
@@ -205,7 +208,7 @@ class Weighting(AnyWeighting):
         low, high = (1 - strength + strength * end for end in bounds) if weighted else (1.0, 1.0)
         self.bounds = low, high
         self.name = sys._getframe(1).f_code.co_qualname.split(".<locals>")[0]
-        self.scope, self.mean_one = scope, "always"
+        self.scope, self.mean_one = scope, mean_one
         self._score, self._to_weights, self._strength = score, to_weights, strength
         self._why_flat = why_flat
         self._state: Any = state if weighted else None

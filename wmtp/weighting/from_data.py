@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wmtp.errors import UserError
 from wmtp.weighting.base import AnyWeighting, Signals, any_weighting, check_choice, is_checked
-from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, weigh_rows
+from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, mean_one_unless_zero, weigh_rows
 
 
 def given(
@@ -77,7 +77,7 @@ class Given(AnyWeighting):
             rows = signals.rows(len(valid), self.scope)
             if weights is None and self.scope == "sequence" and is_checked(signals.step) and len(rows.row):
                 _warn_of_lost(rows.lay(product[rows.place]), rows)
-            product = weigh_rows(product, rows, _mean_one)
+            product = weigh_rows(product, rows, mean_one_unless_zero)
         return product if by_head else product[0]
 
 
@@ -93,9 +93,3 @@ def _warn_of_lost(weights: Tensor, rows: ScopeRows) -> None:
             "over a sequence removes; use normalize=raw, or scope=batch",
             stacklevel=3,
         )
-
-
-def _mean_one(weights: Tensor, mask: Tensor) -> Tensor:
-    """Scales each row's real entries to mean 1; a row of zeros stays as it is."""
-    mean = weights.double().sum(1, keepdim=True) / mask.sum(1, keepdim=True)
-    return weights.double() / torch.where(mean > 0, mean, 1.0)

@@ -81,6 +81,7 @@ def dft(
     strength: float = 1.0,
     scope: str = "sequence",
     per_head: bool = False,
+    normalize: str = "mean",
 ) -> Weighting:
     """Weights proportional to the policy's own probability of the target (DFT, Wu et al. 2025, arXiv 2508.05629).
 
@@ -94,20 +95,25 @@ def dft(
         strength: lambda in [0, 1]; 0 is plain MTP.
         scope: ``sequence`` or ``batch``.
         per_head: weigh every head's loss by its own probability, weights [H, B, S].
+        normalize: ``mean``, or ``raw``: w_j = p(target_j)^(1 / temperature) as published, without clip. That shrinks
+            the loss and the step (:mod:`wmtp.weighting.published`).
 
     Raises:
         ValueError: a value out of its range.
     """
     check_range("temperature", temperature, 0 < temperature < math.inf, "> 0")
+    check_choice("normalize", normalize, ("mean", "raw"))
     bounds = check_clip(min_weight, max_weight)
+    raw = normalize == "raw"
     return Weighting(
         lambda signals: -signals.policy_ce / temperature,
-        lambda log_p, mask: clipped_mean_one(log_p, mask, *bounds),
+        lambda log_p, mask: log_p.exp() if raw else clipped_mean_one(log_p, mask, *bounds),
         needs={"policy_ce"},
         scope=scope,
         strength=strength,
         per_head=per_head,
-        bounds=bounds,
+        bounds=(0.0, 1.0) if raw else bounds,
+        mean_one="never" if raw else "always",
     )
 
 

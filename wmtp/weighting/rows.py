@@ -98,6 +98,12 @@ def weigh_rows(scores: Tensor, rows: ScopeRows, rows_fn: Callable[[Tensor, Tenso
     return results
 
 
+def mean_one_unless_zero(weights: Tensor, mask: Tensor) -> Tensor:
+    """Scales each row's real entries [G, L], >= 0, to mean 1, in float64; a row of zeros stays as it is."""
+    mean = weights.double().sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    return weights.double() / torch.where(mean > 0, mean, 1.0)
+
+
 def require_finite(values: Tensor, what: str) -> Tensor:
     """Returns whether no value is NaN or infinite, a bool on the values' device; on a CPU it refuses those that are.
 
