@@ -167,6 +167,7 @@ class LoRARecipeWMTP:
         self._eval_data = held_out_sets(self._eval_dataset_cfg, self._pack)
         models = {"reference_ce": self._reference_cfg, "values": self._value_model_path}
         self._frozen_signals = frozen_signals(self._weighting.needs, self._data, models)
+        self._weighting.prepare(self._tokenizer, self._data)
         ranks = {"rank": self._world.rank, "world_size": self._world.size}
         self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
         step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}

@@ -121,6 +121,11 @@ class AnyWeighting:
         signals.require(self.needs)
         return self._rule(signals)
 
+    def prepare(self, tokenizer: Any, data: Any) -> None:
+        """Tells the method, before training, the tokenizer and the :class:`wmtp.data.PackedDataset`, if it asks."""
+        if hasattr(self._state, "prepare"):
+            self._state.prepare(tokenizer, data)
+
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Merges what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
 
