@@ -43,7 +43,7 @@ class TokenWeightPages:
         Args:
             needs: signals that the run's own weighting reads.
         """
-        at_hand = {"policy_ce"} | needs.difference(OF_THE_POLICY)
+        at_hand = {"policy_ce"} | (needs - set(OF_THE_POLICY))
         for name, method in self._beside.items():
             lacking = sorted(method.needs - at_hand)
             if lacking:
