@@ -6,10 +6,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wmtp.config import build
 from wmtp.config.files import load
-from wmtp.loss import mtp_loss
+from wmtp.loss import SoftTargets, mtp_loss
 from wmtp.training.flops import _loss, flops_per_step, kept_share
 from wmtp.training.performance import model_flops
-from wmtp.weighting import any_weighting, dft, random_matched, rho1, uniform
+from wmtp.weighting import any_weighting, dft, protect, random_matched, rho1, token_cleaning, uniform
 
 
 def config(name, *changes):
@@ -50,7 +50,7 @@ def test_a_step_of_so_many_targets_is_so_many_positions():
     assert flops_per_step(targets) == flops_per_step(cfg) * 1024 / (cfg.batch_size * cfg.seq_len)
 
 
-def products(weighting, heads=3, seq=201, dim=8, vocab=50):
+def products(weighting, heads=3, seq=201, dim=8, vocab=50, **options):
     """Counts the real loss's operations on a document in which every position but the first is a target."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((heads, 1, seq, dim), generator=generator, requires_grad=True)
@@ -59,7 +59,7 @@ def products(weighting, heads=3, seq=201, dim=8, vocab=50):
     signals = {"reference_ce": torch.rand((1, seq), generator=generator)}
     in_place = {torch.ops.aten.addmm_: lambda total, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        mtp_loss(hidden, unembedding, labels, any_weighting(weighting), signals=signals).loss_sum.backward()
+        mtp_loss(hidden, unembedding, labels, any_weighting(weighting), signals=signals, **options).loss_sum.backward()
     targets = sum(seq - k for k in range(1, heads + 1))
     return counter.get_total_flops() / (2 * dim * vocab * targets)
 
@@ -74,19 +74,39 @@ METHODS = {
 }
 
 
+OPTIONS = {"joint": {}, "detached": {"trunk_gradient": (1.0, 0.0, 0.0)}, "soft": {"head_targets": SoftTargets(top_k=4)}}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_products_are_those_of_the_fused_loss(method):
+def test_the_products_are_those_of_the_fused_loss(method, options):
     """GEMMs a target, of the real loss: ours are counted on all positions, so they agree to the documents' edges."""
-    weighting, heads = any_weighting(METHODS[method]), 3
+    weighting, heads, chosen = any_weighting(METHODS[method]), 3, OPTIONS[options]
     cfg = config("tiny/uniform")
     cfg.model.num_future_tokens = heads
     model = model_of(cfg)
     hidden = torch.zeros((heads, 1, 1000, model.embed_dim), device="meta", requires_grad=True)
     unembedding = torch.zeros((50, model.embed_dim), device="meta", requires_grad=True)
+    factors = chosen.get("trunk_gradient", (1.0,) * heads)
     with FlopCounterMode(display=False) as counter:
-        _loss(weighting, heads)(hidden, unembedding).backward()
+        _loss(weighting, factors, "head1" if "head_targets" in chosen else None)(hidden, unembedding).backward()
     ours = counter.get_total_flops() / (2 * model.embed_dim * 50 * 1000 * heads)
-    assert ours == pytest.approx(products(METHODS[method]), rel=0.02)
+    assert ours == pytest.approx(products(METHODS[method], **chosen), rel=0.02)
+
+
+def test_options_of_the_heads_and_methods_that_want_preparation_are_counted():
+    joint = config("tiny/uniform")
+    detached = config("tiny/uniform", ("heads", {"_component_": "wmtp.loss.HeadTraining", "trunk_gradient": 0.0}))
+    soft = config("tiny/uniform", ("heads", {"_component_": "wmtp.loss.HeadTraining", "targets": "soft"}))
+    assert flops_per_step(detached) < flops_per_step(joint) < flops_per_step(soft)
+    assert kept_share(rehearsed(token_cleaning(0.6)), 2) == pytest.approx(0.6, abs=0.03)
+    assert kept_share(rehearsed(token_cleaning(0.2)), 2) == pytest.approx(0.2, abs=0.03)
+    assert kept_share(rehearsed(protect(rho1(percentile=0.3))), 2) == 1.0, "all labels are the protected token there"
+
+
+def rehearsed(weighting):
+    weighting.rehearse()
+    return weighting
 
 
 def test_the_share_of_targets_that_a_weighting_keeps():

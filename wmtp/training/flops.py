@@ -1,6 +1,6 @@
 """Operations of an optimizer step, counted by torch on tensors without data: what equal compute means in a study."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmtp.config import build
+from wmtp.loss import HeadTraining
 from wmtp.models.value import load_value_model
+from wmtp.numerics.fork import scaled_gradient
 from wmtp.pretrained import resolve_checkpoint
 from wmtp.weighting.base import OF_THE_POLICY, AnyWeighting, Signals, any_weighting
 
@@ -22,8 +24,8 @@ def flops_per_step(cfg: DictConfig) -> float:
     A step of the config's models runs on the meta device, which knows shapes and no numbers, so 7B takes seconds and no
     memory. Counted are forward and backward of the policy with its frozen parts, the unembedding's products as
     :func:`wmtp.loss.mtp_loss` makes them (a first pass for weights that read the policy, no gradient for a target of
-    weight zero), and the frozen models beside it. Not counted: what activation checkpointing computes again, and
-    what is not a product of matrices. Every position counts as a target.
+    weight zero, what `heads` adds and saves), and the frozen models beside it. Not counted: what activation
+    checkpointing computes again, and what is not a product of matrices. Every position counts as a target.
 
     Args:
         cfg: of `full_finetune_distributed_wmtp.py` or `lora_wmtp.py`.
@@ -32,14 +34,20 @@ def flops_per_step(cfg: DictConfig) -> float:
         ConfigError, UserError: a model, adapter or weighting that cannot be built.
     """
     weighting = any_weighting(build(cfg.weighting, where="weighting"))
+    weighting.rehearse()
+    heads = build(cfg.get("heads"), where="heads") or HeadTraining()
     with torch.device("meta"):
         policy = build(cfg.model, where="model")
         if cfg.get("adapters") is not None:
             build(cfg.adapters, policy, where="adapters", seed=0)
     policy.attention = "sdpa"  # flex attention needs CUDA
-    loss = _loss(weighting, policy.num_future_tokens)
+    heads.prepare(policy.num_future_tokens, cfg.get("head_weights"), "meta")
+    options = heads.at(0)
+    factors = options.get("trunk_gradient", (1.0,) * policy.num_future_tokens)
+    loss = _loss(weighting, factors, teacher=heads.teacher)
     frozen: list[tuple[Any, dict]] = []
-    if "reference_ce" in weighting.needs and cfg.get("reference_model") is not None:
+    asked = "reference_ce" in weighting.needs or heads.teacher == "reference"
+    if asked and cfg.get("reference_model") is not None:
         with torch.device("meta"):
             reference = build(cfg.reference_model, where="reference_model")
         reference.attention = "sdpa"
@@ -51,28 +59,37 @@ def flops_per_step(cfg: DictConfig) -> float:
     rows = rows / cfg.seq_len
     tokens = torch.zeros((1, cfg.seq_len), dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        policy(tokens, loss_fn=loss).backward()
+        policy(tokens, loss_fn=loss, trunk_gradient=factors).backward()
         with torch.no_grad():
             for model, options in frozen:
                 model(tokens, **options)
     return counter.get_total_flops() * rows
 
 
-def _loss(weighting: AnyWeighting, heads: int) -> Callable[..., Tensor]:
-    """Returns a `loss_fn` that makes the products of the fused loss, on all positions."""
+def _loss(weighting: AnyWeighting, factors: Sequence[float], teacher: str | None = None) -> Callable[..., Tensor]:
+    """Returns a `loss_fn` that makes the products of the fused loss, on all positions.
+
+    Args:
+        factors: of each head's gradient in the unembedding.
+        teacher: whose distributions are soft targets, if any are.
+    """
+    heads = len(factors)
     kept = kept_share(weighting, heads)
-    of_policy = weighting.needs.intersection(OF_THE_POLICY)
-    known = 0 if not of_policy else heads if weighting.per_head else 1  # heads whose CE the first pass knows
+    of_policy = bool(weighting.needs.intersection(OF_THE_POLICY))
+    first_pass = heads if of_policy and weighting.per_head else int(of_policy or teacher == "head1")
+    known = min(first_pass, 1) if teacher else first_pass  # heads whose targets of weight zero are known by it
 
     def products(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
         total = hidden.new_zeros(())
+        if teacher == "head1" and first_pass > 1:
+            _forward(hidden[:1], unembedding)
         for head, states in enumerate(hidden.flatten(1, 2)):
             weighted = round(kept * len(states))
-            if head < known:
+            if head < first_pass:
                 _forward(states[None, None], unembedding)
-            else:
+            if head >= known:
                 _forward(states[None, None, weighted:], unembedding)
-            total = total + (states[:weighted] @ unembedding.T).sum()
+            total = total + (states[:weighted] @ scaled_gradient(unembedding, factors[head]).T).sum()
         return total
 
     return products

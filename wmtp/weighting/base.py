@@ -126,6 +126,11 @@ class AnyWeighting:
         if hasattr(self._state, "prepare"):
             self._state.prepare(tokenizer, data)
 
+    def rehearse(self) -> None:
+        """Lets a method that asks to be prepared be called without: in a plan, on random signals in [0, 1)."""
+        if hasattr(self._state, "rehearse"):
+            self._state.rehearse()
+
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Merges what the step's calls gathered, over all ranks; call it once per optimizer step, before saving.
 

@@ -70,6 +70,12 @@ class TokenCleaning(AnyWeighting):
         self._threshold = float(np.where(bits >> 31, bits ^ 0x80000000, ~bits).astype(np.uint32).view(np.float32)[0])
         self._weight = total / kept
 
+    def rehearse(self) -> None:
+        """Takes the threshold of two uniform random columns, in a plan."""
+        share = self._percentile
+        self._threshold = (2 * (1 - share)) ** 0.5 - 1 if share >= 0.5 else 1 - (2 * share) ** 0.5
+        self._weight = 1 / share
+
     def _keys(self, data: Any) -> Iterator[np.ndarray]:
         """Yields unsigned keys in the order of the scores of head 1's targets, some rows at a time."""
         for first in range(0, len(data), _ROWS):

@@ -61,6 +61,11 @@ class Protected(AnyWeighting):
         self._ids = torch.tensor(ids)
         super().prepare(tokenizer, data)
 
+    def rehearse(self) -> None:
+        """Protects a token of a vocabulary, in a plan."""
+        self._ids = torch.zeros(1, dtype=torch.int64) if self._ids is None else self._ids
+        super().rehearse()
+
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor | None:
         """Returns weights of the method's shape; None where the method gives None (all ones)."""

@@ -264,6 +264,7 @@ class _Finetuning(_Step):
     def __init__(self, cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> None:
         super().__init__(cfg, mesh, depth, cfg.batch_size, cfg.seq_len)
         self.weighting = any_weighting(build(cfg.weighting, where="weighting"))
+        self.weighting.rehearse()
         with torch.device("meta"):
             model = build(cfg.model, where="model")
             if cfg.get("adapters") is not None:
