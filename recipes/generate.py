@@ -24,7 +24,7 @@ from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data.rows import read_rows, take
 from wmtp.distributed import start_world
-from wmtp.errors import ExistsError, UserError, clear_errors, one_line
+from wmtp.errors import ExistsError, UserError, clear_errors
 from wmtp.files import write_whole
 from wmtp.generation import DecodingStats, Request, Sampling, Step, generate
 from wmtp.generation.requests import check_request
@@ -135,12 +135,7 @@ class GenerateRecipe:
                 isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages
             ):
                 raise UserError(f"{where}: messages must be a list of {{role, content}}, got {messages!r:.60}")
-            try:
-                yield name, (messages, self._tokenizer.apply_chat_template(messages))
-            except UserError:
-                raise
-            except Exception as error:  # a template is a program of its own, and refuses in its own ways
-                raise UserError(f"{where}: the chat template takes no such messages: {one_line(error)}") from error
+            yield name, (messages, self._tokenizer.apply_chat_template(messages, where=where))
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generation

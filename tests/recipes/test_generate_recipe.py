@@ -133,7 +133,7 @@ def test_bad_input_is_one_line_before_the_model_is_read(generated, tmp_path):
         ({"messages": "a"}, r"bad.jsonl:1: messages must be a list of {role, content}, got 'a'"),
         (
             {"messages": [{"role": "u", "content": "a"}] * 3},
-            r"bad.jsonl:1: the chat template takes no such messages: no",
+            r"bad.jsonl:1: the chat template of .* refuses the conversation of u, u, u: no",
         ),
     ):
         file.write_text(json.dumps(row) + "\n")

@@ -112,8 +112,13 @@ class ChatTemplate:
         wanted = numbers[-1:] if last else numbers
         return whole._replace(turns=[self._proven(number, spoken, whole, beginning, where) for number in wanted])
 
-    def prompt(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> list[int]:
+    def prompt(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, where: str = "prompt"
+    ) -> list[int]:
         """Returns the ids of messages, and of what the template puts before an answer to them.
+
+        Args:
+            where: names the conversation in the message that the template refuses it.
 
         Raises:
             UserError: the template refuses the messages.
@@ -121,7 +126,7 @@ class ChatTemplate:
         template = self._hf.get_chat_template(None, None)
         options = {"chat_template": template, "add_generation_prompt": add_generation_prompt}
         spoken = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._ids(self._render([spoken], "prompt", **options, **self._hf.special_tokens_map)[0])
+        return self._ids(self._render([spoken], where, **options, **self._hf.special_tokens_map)[0])
 
     def _ids(self, text: str) -> list[int]:
         # Unlike `encode`, a batch is encoded without the interpreter's lock.
