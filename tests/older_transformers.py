@@ -1,4 +1,4 @@
-"""Older releases of `transformers`, each with its `tokenizers` in a folder of its own, made once and kept."""
+"""Packages that are no part of the environment, such as older releases of `transformers`: each in a folder, kept."""
 
 import os
 import shutil
@@ -19,14 +19,19 @@ _ABSENT = ("sklearn", "scipy", "pandas", "torchao", "torchvision", "peft", "acce
 
 
 def release_folder(version: str) -> Path:
-    """The folder of a release, installed where it is not there yet.
+    """The folder of a release, see :func:`folder_of_pins`."""
+    pins = [f"transformers=={version}", f"tokenizers=={RELEASES[version]}", "huggingface_hub==0.36.0"]
+    return folder_of_pins(f"transformers-{version}", pins)
 
-    Where it cannot be, the test is skipped, and pytest's summary says so (`-ra`): a machine without a package index is
-    no fault of the exports.
+
+def folder_of_pins(name: str, pins: list[str]) -> Path:
+    """A folder with the packages, without what they depend on, installed where it is not there yet.
+
+    Where they cannot be, the test is skipped, and pytest's summary says so (`-ra`): a machine without a package index
+    is no fault of the project.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "wmtp-tests" / f"transformers-{version}-py{sys.version_info.minor}"
-    pins = [f"transformers=={version}", f"tokenizers=={RELEASES[version]}", "huggingface_hub==0.36.0"]
+    folder = cache / "wmtp-tests" / f"{name}-py{sys.version_info.minor}"
     uv = shutil.which("uv", path=f"{ROOT / '.tools/bin'}{os.pathsep}{os.environ['PATH']}")
     base = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"  # a virtual environment has no pip
     command = (
@@ -41,7 +46,7 @@ def release_folder(version: str) -> Path:
         except subprocess.TimeoutExpired:
             why = "no end after 300 s"
         if why is not None:
-            pytest.skip(f"NOT TESTED with transformers {version}, which cannot be installed here: {why}")
+            pytest.skip(f"NOT TESTED with {name}, which cannot be installed here: {why}")
 
     return made_once(folder, install)
 

@@ -132,6 +132,11 @@ class Tokenizer:
         said = [self._exact.to_str(), version("tokenizers"), self._start, self.eos_id, chat]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
+    @property
+    def hf(self) -> Any:
+        """Returns the tokenizer of `transformers`, which reads the names of special tokens in a text as such."""
+        return self._hf
+
     def config_ids(self) -> dict[str, int | None]:
         """Returns the token ids that belong into a model's config.json."""
         return {f"{kind}_token_id": getattr(self._hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
