@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from wmtp.errors import UserError, clear_errors
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.loss import chunked_logits
+from wmtp.loss.target_logits import chunked_logits
 from wmtp.models import from_checkpoint, load_checkpoint
 from wmtp.pretrained import hf_tokenizer, model_tags, resolve_checkpoint
 
