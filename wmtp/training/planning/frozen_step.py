@@ -7,7 +7,7 @@ tells the time, and the last one, which holds the most.
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +20,7 @@ from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.eval.heads import score_heads
 from wmtp.generation import Request, Sampling, linear
 from wmtp.generation.cached_decoder import KVCache
-from wmtp.generation.generate import Batch
+from wmtp.generation.generate import Batch, _Prompt
 from wmtp.generation.kv_memory import FREE_SHARE, check_kv_memory, kv_bytes_per_token, kv_positions
 from wmtp.generation.requests import DecodingStats
 from wmtp.loss import token_cross_entropy
@@ -138,10 +138,10 @@ def _of_answers(cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> Simulat
     requests = [Request(row, (1 + row % prompts,) * length, (0, row)) for row in range(rows)]
     requests.sort(key=lambda request: request.prompt)
     batch = Batch(model, byte_tokenizer(), sampling, rows, cfg.get("num_drafts") or 0, 2**62, DecodingStats())
-    with simulation, _kinds(simulation):
+    with simulation, _kinds(simulation), patch.object(Batch, "_prefill", _last_prefill(simulation, prompts)):
         simulation.hold(list(model.parameters()), "weights")
         simulation.reset()
-        with simulation.phase("prefill", "activations"):
+        with simulation.phase("growth of caches", "activations"):
             batch._prepare()
             batch._first_tokens(batch._take(iter(requests)))
         for phase, done in (("decoding", new // 2), ("last decoding step", new - 1)):
@@ -150,11 +150,28 @@ def _of_answers(cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> Simulat
                     row.tokens[:] = [0] * done
                 with simulation.phase(step, "activations"):
                     batch._step()
-    repeats = {"": 0.0, "prefill": rows / samples / prompts, "decoding": float(new)}
+    repeats = {"": 0.0, "prefill": rows / samples, "decoding": float(new)}
     return SimulatedStep(
         simulation.figures(), repeats, float(rows * new * mesh.size()), 0.0, (blocks, 0), 0.0,
         f"round of {rows} answers of {new} tokens to prompts of {length}",
     )  # fmt: skip
+
+
+def _last_prefill(simulation: Simulation, prompts: int) -> Callable:
+    """Returns a stand-in of `Batch._prefill`: of prompts of one length the last tells the time of each, and finds the
+    fullest caches. The others hold their logits alone, and their places."""
+    original = Batch._prefill
+
+    def prefill(batch: Batch, request: Request) -> Any:
+        if len(batch._prompts) + 1 == prompts:
+            with simulation.phase("prefill", "activations"):
+                return original(batch, request)
+        heads, vocab = 1 + batch._num_drafts, batch._model.vocab_size
+        batch._prompts.append(_Prompt(tuple(request.prompt), batch._draft_logits.new_zeros(heads, 1, vocab)))
+        batch._stats.prefills += 1
+        return batch._prompts[-1]
+
+    return prefill
 
 
 @contextlib.contextmanager
