@@ -16,6 +16,7 @@ from wmtp.numerics.products import on_cuda
 from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, scope_rows, weigh_rows
 from wmtp.weighting.targets import Targets
 
+NORMALIZE = ("mean", "raw")  # weights scaled to mean 1, or as they are
 OF_THE_POLICY = ("policy_ce", "policy_entropy", "policy_top20_entropy")  # the signals that wmtp.loss.mtp_loss computes
 FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # the key of the model that gives it
 _FIRST, _EVERY = 3, 20  # steps whose weights are checked

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.weighting.base import AnyWeighting, Signals, any_weighting, check_choice, is_checked
+from wmtp.weighting.base import NORMALIZE, AnyWeighting, Signals, any_weighting, check_choice, is_checked
 from wmtp.weighting.rows import SCOPES, ScopeRows, is_flat, mean_one_unless_zero, weigh_rows
 
 
@@ -32,7 +32,7 @@ def given(
         ValueError: an unknown choice, or a method without ``multiply`` or the reverse.
     """
     check_choice("combine", combine, ("replace", "multiply"))
-    check_choice("normalize", normalize, ("mean", "raw"))
+    check_choice("normalize", normalize, NORMALIZE)
     check_choice("scope", scope, SCOPES)
     if (combine == "multiply") != (method is not None):
         raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from wmtp.weighting.base import Signals, Weighting, check_choice, check_clip, check_range
+from wmtp.weighting.base import NORMALIZE, Signals, Weighting, check_choice, check_clip, check_range
 from wmtp.weighting.rows import clipped_mean_one, is_flat, top_share, z_score
 
 
@@ -51,7 +51,7 @@ def rho1(
         ValueError: a value out of its range.
     """
     check_choice("score", score, tuple(_SCORES))
-    to_weights, bounds = _by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
+    to_weights, bounds = by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
     needs = {"reference_ce"} if score == "reference" else {"policy_ce", "reference_ce"}
     return Weighting(
         _SCORES[score],
@@ -102,7 +102,7 @@ def dft(
         ValueError: a value out of its range.
     """
     check_range("temperature", temperature, 0 < temperature < math.inf, "> 0")
-    check_choice("normalize", normalize, ("mean", "raw"))
+    check_choice("normalize", normalize, NORMALIZE)
     bounds = check_clip(min_weight, max_weight)
     raw = normalize == "raw"
     return Weighting(
@@ -139,7 +139,7 @@ def entropy(
     Raises:
         ValueError: a value out of its range.
     """
-    to_weights, bounds = _by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
+    to_weights, bounds = by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
     return Weighting(
         lambda signals: signals.policy_entropy,
         to_weights,
@@ -151,13 +151,13 @@ def entropy(
     )
 
 
-def _by_rank(
+def by_rank(
     mode: str,
     percentile: float,
-    temperature: float,
-    boost: float,
-    min_weight: float,
-    max_weight: float,
+    temperature: float = 1.0,
+    boost: float = 1.0,
+    min_weight: float = 0.0,
+    max_weight: float = 1.0,
 ) -> tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]]:
     """Returns the rule of a mode ``select``, ``soft`` or ``emphasis`` (see :func:`rho1`) and its range of weights."""
     check_choice("mode", mode, ("select", "soft", "emphasis"))

@@ -1,5 +1,6 @@
 """Tokens that a method must not starve, such as the end of a text."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from wmtp.errors import UserError
 from wmtp.weighting.base import AnyWeighting, Signals, any_weighting
+from wmtp.weighting.rows import clipped_mean
 
 
 def protect(method: Callable[[Signals], Tensor | None], tokens: Sequence[int | str] = ("eos",)) -> "Protected":
@@ -33,9 +35,6 @@ def protect(method: Callable[[Signals], Tensor | None], tokens: Sequence[int | s
     if not names:
         raise UserError("tokens is empty: nothing would be protected; give ids, or eos")
     return Protected(method, names)
-
-
-_BISECTIONS = 40  # c to 1e-12
 
 
 class Protected(AnyWeighting):
@@ -81,22 +80,9 @@ class Protected(AnyWeighting):
         if self.mean_one == "always":
             rows = signals.rows(len(own), self.scope)
             least = rows.lay(kept[rows.place].to(own.dtype)).double()
-            scaled = rows.pick(_scaled_down(rows.lay(own[rows.place]).double(), least, rows.mask))
+            one = torch.ones_like(least[:, :1])
+            logs, most = rows.lay(own[rows.place]).double().log(), torch.full_like(least, math.inf)
+            scaled = rows.pick(clipped_mean(logs, rows.mask, least, most, one))
             raised = raised.clone()
             raised[rows.place] = scaled.to(raised.dtype)
         return raised if weights.dim() == 3 else raised[0]
-
-
-def _scaled_down(weights: Tensor, least: Tensor, mask: Tensor) -> Tensor:
-    """Returns max(c w, least) [G, L], with c in [0, 1] for each row such that its real entries have mean 1.
-
-    Args:
-        weights: of mean 1 over the real entries; 0 elsewhere, as is ``least``, which is 1 or 0.
-    """
-    count = mask.sum(1, keepdim=True)
-    low, high = torch.zeros_like(weights[:, :1]), torch.ones_like(weights[:, :1])
-    for _ in range(_BISECTIONS):
-        c = (low + high) / 2
-        over = torch.maximum(c * weights, least).sum(1, keepdim=True) > count
-        low, high = torch.where(over, low, c), torch.where(over, c, high)
-    return torch.maximum(low * weights, least)

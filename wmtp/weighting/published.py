@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmtp.weighting.base import Signals, Weighting, check_choice, check_range
-from wmtp.weighting.rows import mean_one_unless_zero, top_share
-
-NORMALIZE = ("mean", "raw")
+from wmtp.weighting.base import NORMALIZE, Signals, Weighting, check_choice, check_range
+from wmtp.weighting.methods import by_rank
+from wmtp.weighting.rows import mean_one_unless_zero
 
 
 def eaft(alpha: float = 1.0, normalize: str = "raw", strength: float = 1.0, scope: str = "batch") -> Weighting:
@@ -151,19 +150,15 @@ def sstoken(percentile: float = 0.6, strength: float = 1.0, scope: str = "sequen
     Raises:
         ValueError: a value out of its range.
     """
-    check_range("percentile", percentile, 0 < percentile <= 1, "in (0, 1]")
-
-    def to_weights(scores: Tensor, mask: Tensor) -> Tensor:
-        kept = top_share(scores, mask, percentile)
-        return kept * (mask.sum(1, keepdim=True) / kept.sum(1, keepdim=True).clamp(min=1))
-
+    to_weights, bounds = by_rank("select", percentile)
     return Weighting(
         lambda signals: signals.reference_ce - signals.policy_ce,
         to_weights,
         needs={"policy_ce", "reference_ce"},
         scope=scope,
         strength=strength,
-        bounds=(0.0, 1.5 / percentile),
+        bounds=bounds,
+        why_flat="the policy equals its earlier self there",
     )
 
 

@@ -151,7 +151,9 @@ def clipped_mean_one(log_weights: Tensor, mask: Tensor, min_weight: float, max_w
     return clipped_mean(log_weights, mask, min_weight, max_weight, torch.ones_like(mask[:, :1], dtype=torch.float64))
 
 
-def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weight: float, mean: Tensor) -> Tensor:
+def clipped_mean(
+    log_weights: Tensor, mask: Tensor, min_weight: float | Tensor, max_weight: float | Tensor, mean: Tensor
+) -> Tensor:
     """Returns clip(exp(log_weights + c), min, max), with the c of each row that gives its real entries this mean.
 
     Clipping and normalising one after the other would break one of the two. The mean of the clipped weights grows with
@@ -162,8 +164,8 @@ def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weigh
         log_weights: [G, L], finite, or -inf for a weight of zero, which stays zero unless the mean cannot be reached
             otherwise. They are logs so that no weight underflows before it is scaled.
         mask: [G, L] bool.
-        min_weight, max_weight: 0 <= min <= max.
-        mean: [G, 1] in [min, max].
+        min_weight, max_weight: 0 <= min <= max; two numbers, or two tensors [G, L], with 0 where masked out.
+        mean: [G, 1] between the means of min and max.
 
     Returns:
         [G, L] float64, 0 where masked out.
@@ -178,8 +180,11 @@ def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weigh
     low = log_mean - logs.masked_fill(~mask, _NEG_INF).amax(1, keepdim=True).nan_to_num(neginf=0.0)
     high = log_mean - logs.masked_fill(~mask, math.inf).amin(1, keepdim=True).nan_to_num(posinf=0.0)
 
+    def clip(weights: Tensor) -> Tensor:
+        return weights.clamp(min_weight, max_weight)  # type: ignore[arg-type]  # both numbers, or both tensors
+
     def clipped(shift: Tensor) -> Tensor:
-        return (logs + shift).exp().clamp(min_weight, max_weight) * mask
+        return clip((logs + shift).exp()) * mask
 
     for _ in range(60):
         middle = (low + high) / 2
@@ -189,5 +194,4 @@ def clipped_mean(log_weights: Tensor, mask: Tensor, min_weight: float, max_weigh
     free = (weights > min_weight) & (weights < max_weight) & mask
     missing = total - (weights * ~free).sum(1, keepdim=True)
     scale = missing / (weights * free).sum(1, keepdim=True).clamp(min=1e-300)
-    exact = torch.where(free & (scale > 0), weights * scale, weights).clamp(min_weight, max_weight)
-    return exact * mask
+    return clip(torch.where(free & (scale > 0), weights * scale, weights)) * mask
