@@ -23,7 +23,7 @@ from wmtp.config import ConfigError, ConfigReader, StopTraining, build
 from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
-from wmtp.loss import HeadTraining, mtp_loss
+from wmtp.loss import HeadTraining, ReferenceReading, mtp_loss
 from wmtp.models import (
     checkpoint_activations,
     export_hf,
@@ -165,9 +165,10 @@ class LoRARecipeWMTP:
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
         self._data = self._pack(self._dataset_cfg, "dataset")
         self._eval_data = held_out_sets(self._eval_dataset_cfg, self._pack)
-        models = {"reference_ce": self._reference_cfg, "values": self._value_model_path}
+        models = {"reference_model": self._reference_cfg, "value_model": self._value_model_path}
         self._frozen_signals = frozen_signals(self._weighting.needs, self._data, models)
         self._weighting.prepare(self._tokenizer, self._data)
+        self._reading = ReferenceReading(self._frozen_signals, self._heads.soft_targets)
         ranks = {"rank": self._world.rank, "world_size": self._world.size}
         self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
         step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}
@@ -249,7 +250,7 @@ class LoRARecipeWMTP:
 
     def _build_reference(self):
         """Builds the frozen reference model beside the policy; None where weighting or data need none."""
-        if "reference_ce" not in self._frozen_signals and self._heads.teacher != "reference":
+        if not self._reading.asked:
             return None
         if self._reference_checkpoint is None:
             raise ConfigError("reference_model has no weights: set reference_checkpoint")
@@ -372,8 +373,9 @@ class LoRARecipeWMTP:
         batch |= self._trunk_state(batch, self._data)
         if self._reference is not None:
             named = {k: batch[k] for k in ("labels", "targets")}
-            ce, batch["teacher"] = self._reference(**inputs, loss_fn=self._heads.score, **named)
-            batch["signals"]["reference_ce"] = ce[0]
+            found = self._reference(**inputs, loss_fn=self._reading, **named)
+            batch["signals"] |= found.pop("signals")
+            batch |= found
         if self._value_model is not None:
             batch["signals"]["values"] = self._value_model(**inputs)
         if self._epoch_ce is not None:

@@ -26,9 +26,10 @@ from tqdm import tqdm
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
-from wmtp.data import SCORES, PackedDataset
+from wmtp.data import PackedDataset
 from wmtp.data.parts import Part, PartReader, column_of, prefetch, require_finite, rows_to_score
 from wmtp.data.scored_dataset import (
+    COLUMNS,
     MANIFEST,
     TornPart,
     data_sha256,
@@ -44,7 +45,7 @@ from wmtp.data.scored_dataset import (
 )
 from wmtp.distributed import SharedCounters, end_world, gather_objects, on_rank_0, start_world, wait_for_all
 from wmtp.errors import UserError, clear_errors, ending
-from wmtp.loss import token_cross_entropy
+from wmtp.loss import ReferenceReading
 from wmtp.models import load_checkpoint, shard_model
 from wmtp.models.value import load_value_model, value_tokenizer
 from wmtp.pretrained import checkpoint_sha256, hf_tokenizer, require_same_vocabulary, resolve_checkpoint
@@ -69,7 +70,7 @@ class ScoreReferenceRecipe:
         self._device_name = read.choice("device", {"cpu": "cpu", "cuda": "cuda", "auto": "auto"}, "auto")
         self._dtype_name = read.choice("dtype", {name: name for name in DTYPES}, "fp32")
 
-        self._column = read.choice("column", {name: name for name in SCORES}, "reference_ce")
+        self._column = read.choice("column", {name: name for name in COLUMNS}, "reference_ce")
         self._model_cfg = read.section("model", optional=True)
         self._checkpoint = read.get("checkpoint", None)
         self._value_model_path = read.get("value_model", None)
@@ -86,8 +87,8 @@ class ScoreReferenceRecipe:
         read.done()
 
         reference = (self._model_cfg, self._checkpoint)
-        if self._column == "reference_ce" and (None in reference or self._value_model_path is not None):
-            raise ConfigError("column=reference_ce needs model and checkpoint, and value_model=null")
+        if self._column != "values" and (None in reference or self._value_model_path is not None):
+            raise ConfigError(f"column={self._column} needs model and checkpoint, and value_model=null")
         if self._column == "values" and (reference != (None, None) or self._value_model_path is None):
             raise ConfigError("column=values needs value_model, and model=null checkpoint=null")
 
@@ -103,12 +104,16 @@ class ScoreReferenceRecipe:
         resumed = self._check_output_dir()
         path = resolve_checkpoint(self._checkpoint or self._value_model_path)
         self._tokenizer = build(self._tokenizer_cfg, where="tokenizer")
-        role = "reference" if self._column == "reference_ce" else "value model"
-        theirs = hf_tokenizer(path) if self._column == "reference_ce" else value_tokenizer(path)
-        require_same_vocabulary(self._tokenizer, theirs, role)
+        of_value = self._column == "values"
+        theirs = value_tokenizer(path) if of_value else hf_tokenizer(path)
+        require_same_vocabulary(self._tokenizer, theirs, "value model" if of_value else "reference")
         self._dataset = build(self._dataset_cfg, self._tokenizer, where="dataset")
         if next(self._dataset.read(lambda index: index == 0), None) is None:
             raise UserError(f"{self._dataset.name}: the dataset is empty")
+        if self._seq_len > (getattr(self._dataset, "scored_len", None) or self._seq_len):
+            raise UserError(
+                f"{self._dataset.name} was scored with seq_len {self._dataset.scored_len}; lower seq_len to it"
+            )
         self._model = self._build_model(path)
         self._binding = self._what_decides_a_score(path)
         self._complete = self._check_parts()
@@ -243,7 +248,7 @@ class ScoreReferenceRecipe:
             path.unlink()
             return None
         require_same_binding(binding, self._binding, path)
-        if data_sha256(part.documents) != header["data_sha256"]:
+        if data_sha256(part.documents, self._column) != header["data_sha256"]:
             first, last = part.documents[0].id, part.documents[-1].id
             raise UserError(
                 f"cannot resume: documents {first} to {last} of {self._dataset.name} are not those that {path} was "
@@ -260,9 +265,11 @@ class ScoreReferenceRecipe:
             scores.append(self._forward(batch))
             self._counters.add("tokens", int((batch["document_ids"] >= 0).sum()))
             self._show_progress()
-        everything = torch.cat(scores).float().cpu().numpy() if scores else None  # [R, S]
-        columns = column_of(part.documents, rows, everything)
-        require_finite(part.documents, columns, self._column)
+        columns = {}
+        for number, name in enumerate(COLUMNS[self._column]):
+            everything = torch.cat([of[number] for of in scores]).float().cpu().numpy() if scores else None  # [R, S]
+            columns[name] = column_of(part.documents, rows, everything)
+            require_finite(part.documents, columns[name], name)
         return write_part(part_path(self._output_dir, part.number), part.documents, columns, self._binding)
 
     def _batches(self, rows: PackedDataset | None) -> Iterator[dict]:
@@ -271,15 +278,15 @@ class ScoreReferenceRecipe:
 
     @torch.no_grad()
     def _forward(self, batch: dict) -> torch.Tensor:
-        """Returns [B, S] float32: the CE of head 1 for each target token, or the value of each prefix."""
+        """Returns [columns, B, S] float32: CE (and mass) of head 1 for each target, or the value of each prefix."""
         tokens, labels, document_ids = (
             batch[key].to(self._world.device) for key in ("tokens", "labels", "document_ids")
         )
         if self._column == "values":
-            return self._model(tokens, document_ids=document_ids)
-        return self._model(tokens, document_ids=document_ids, num_heads=1, loss_fn=token_cross_entropy, labels=labels)[
-            0
-        ]
+            return self._model(tokens, document_ids=document_ids)[None]
+        reading = ReferenceReading(COLUMNS[self._column])
+        read = self._model(tokens, document_ids=document_ids, num_heads=1, loss_fn=reading, labels=labels)
+        return torch.stack([read["signals"][name] for name in COLUMNS[self._column]])
 
     def _any_rank_works(self, works: bool) -> bool:
         """Returns whether any rank has a batch: a sharded model's forward is a collective, which all ranks join."""
@@ -321,7 +328,7 @@ class ScoreReferenceRecipe:
         )
         data, scored_now = manifest["data"], self._counters.add("tokens")
         kept = self._counters.add("kept_parts")
-        name = "mean CE" if self._column == "reference_ce" else "mean value"
+        name = "mean value" if self._column == "values" else "mean CE"
         line = f"{data['documents']} documents, {data['tokens']} tokens, {data['targets']} targets in {len(entries)} "
         line += f"parts{f' ({kept} were there)' * bool(kept)}, {name} {manifest['mean']:.4f}"
         if data["cut_documents"]:

@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -13,7 +15,9 @@ from wmtp.data import DocumentStream, pack, prompt_completion, prompt_completion
 from wmtp.data.document_files import in_files
 from wmtp.data.documents import collecting
 from wmtp.data.weights import over_characters, over_tokens
+from wmtp.loss import mtp_loss
 from wmtp.pretrained import byte_tokenizer, hf_tokenizer
+from wmtp.weighting import given as given_weights
 
 BYTES = byte_tokenizer()
 ROW = {"prompt": "ab", "completion": "cdé"}  # tokens: a b c d and two bytes of é, EOS
@@ -129,6 +133,31 @@ def test_wrong_weights_are_named_by_file_line_and_field(row, message, tmp_path):
 def test_a_prompt_weight_is_a_share(value, tmp_path):
     with pytest.raises(ValueError, match=r"prompt_weight must be in \[0, 1\], got"):
         prompt_completion(BYTES, source=write(tmp_path / "w.jsonl", ROW), prompt_weight=value)
+
+
+@pytest.mark.parametrize(("of_prompt", "of_answer"), [(0.3, 1.0), (0.3, 0.6), (0.0, 0.6)])
+def test_wit_is_the_given_weights_of_prompts_and_answers(tmp_path, of_prompt, of_answer):
+    """WIT (arXiv 2507.07817): its two sums over all tokens of the sides that count at all."""
+    rows = [{"prompt": "ab", "completion": "cde"}, {"prompt": "f" * 9, "completion": "g"}]
+    rows = [row | {"weight": of_answer} for row in rows]
+    data = prompt_completion(
+        BYTES, source=write(tmp_path / "w.jsonl", *rows), prompt_weight=of_prompt / of_answer or None
+    )
+    batch = pack(data, 16, pad_id=0, packed=False).batch([0, 1])
+    generator = torch.Generator().manual_seed(0)
+    hidden, unembedding = torch.randn(1, 2, 16, 4, generator=generator), torch.randn(259, 4, generator=generator)
+    labels, ids = batch["labels"], batch["document_ids"]
+    out = mtp_loss(hidden, unembedding, labels, given_weights(), document_ids=ids, signals=batch["signals"])
+    log_p = F.log_softmax(hidden[0].double() @ unembedding.double().T, -1)
+    total, count = 0.0, 0
+    for b, row in enumerate(rows):
+        prompt = len(row["prompt"])
+        for j in range(1, prompt + len(row["completion"]) + 1):  # nothing predicts the first token
+            weight = of_prompt if j < prompt else of_answer
+            total -= weight * log_p[b, j - 1, batch["tokens"][b, j]].item()
+            count += weight > 0
+    assert out.num_targets.item() == count
+    assert (out.loss_sum / out.num_targets).item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_column_that_a_config_names_must_be_there(tmp_path):

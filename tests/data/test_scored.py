@@ -30,7 +30,14 @@ from wmtp.data import (
 from wmtp.data.document_files import in_files
 from wmtp.data.documents import collecting
 from wmtp.data.parts import PartReader, column_of, prefetch, require_finite, rows_to_score
-from wmtp.data.scored_dataset import part_path, read_part, require_same_binding, write_column_manifest, write_part
+from wmtp.data.scored_dataset import (
+    COLUMNS,
+    part_path,
+    read_part,
+    require_same_binding,
+    write_column_manifest,
+    write_part,
+)
 from wmtp.errors import UserError
 from wmtp.models import llama_mtp
 from wmtp.models.export import export_hf
@@ -61,33 +68,58 @@ def folder(tmp_path):
     return write_scored(tmp_path / "scored")
 
 
-def write_scored(folder, column="reference_ce", seq_len=8, vocab_hash=None, checkpoint="0" * 64, values=None):
+def write_scored(
+    folder, column="reference_ce", seq_len=8, vocab_hash=None, checkpoint="0" * 64, values=None, documents=None
+):
     binding = {
         "column": column,
         "tokenizer": {"vocab_hash": vocab_hash or TOKENIZER.vocab_hash()},
         "model": {"checkpoint_sha256": checkpoint, "section": None},
         "seq_len": seq_len,
     }
-    documents = make_documents()
+    documents = documents or make_documents()
     values = scores(documents) if values is None else values
     entries = [
-        write_part(part_path(folder, number), documents.items[place], values[place], binding)
+        write_part(
+            part_path(folder, number), documents.items[place], {n: values[place] for n in COLUMNS[column]}, binding
+        )
         for number, place in enumerate((slice(0, 2), slice(2, 4)))
     ]
     write_column_manifest(folder, binding, entries)
     return folder
 
 
-@pytest.mark.parametrize("column", ["reference_ce", "values"])
+@pytest.mark.parametrize("column", COLUMNS)
 def test_a_scored_dataset_comes_back_bit_for_bit(tmp_path, column):
     read = scored(TOKENIZER, source=str(write_scored(tmp_path / "s", column)))
-    expected = make_documents(**{column: lambda i, n: np.arange(n) / 8 + i})
+    expected = make_documents(**dict.fromkeys(COLUMNS[column], lambda i, n: np.arange(n) / 8 + i))
     assert read.fingerprint == expected.fingerprint
     assert [d.id for d in read] == [d.id for d in expected]
-    assert read.signals == (column,) and read[3].tokens.dtype == np.int32
+    assert read.signals == COLUMNS[column] and read[3].tokens.dtype == np.int32
     packed = pack(read, 8, pad_id=0)
-    assert set(packed.signals) == {column}
+    assert set(packed.signals) == set(COLUMNS[column])
     assert packed.fingerprint == pack(expected, 8, pad_id=0).fingerprint
+
+
+def test_what_the_data_had_for_each_token_stays_beside_the_column(tmp_path):
+    """A second model's column beside the first one's, under its new name, and a weight; each bound by its hash."""
+    first = make_documents(reference_ce=lambda i, n: np.arange(n) * i, weight=lambda i, n: np.full(n, i))
+    write_scored(tmp_path / "first", documents=first)
+    renamed = scored(TOKENIZER, source=str(tmp_path / "first"), rename={"reference_ce": "base_ce"})
+    assert renamed.signals == ("base_ce", "weight")
+    both = scored(TOKENIZER, source=str(write_scored(tmp_path / "second", documents=renamed)))
+    columns = {"base_ce": lambda i, n: np.arange(n) / 8 + i, "weight": lambda i, n: np.full(n, i)}
+    assert both.fingerprint == make_documents(**columns, reference_ce=columns["base_ce"]).fingerprint
+    path = tmp_path / "second" / "data" / "part-00001.parquet"
+    table = pyarrow.parquet.read_table(path)
+    lists = [[0.0] * 2, [1.0] * 7]
+    lists = pyarrow.array(lists, pyarrow.list_(pyarrow.float32()))
+    pyarrow.parquet.write_table(table.set_column(table.column_names.index("base_ce"), "base_ce", lists), path)
+    with pytest.raises(ValueError, match="its tokens and labels are not those that its record names"):
+        read_part(path)
+    for rename in ({"values": "base_ce"}, {"reference_ce": "weight"}):
+        with pytest.raises(ValueError, match=r"rename: .* to .*, but .* has the columns reference_ce, weight"):
+            scored(TOKENIZER, source=str(tmp_path / "first"), rename=rename)
 
 
 def test_any_parquet_reader_reads_the_parts(folder, tmp_path):

@@ -125,6 +125,34 @@ def test_the_column_is_the_plain_forward_of_each_document_alone(score_config, mo
 
 
 @torch.no_grad()
+def test_the_mass_comes_with_the_ce_in_one_pass_and_earlier_columns_stay(score_config, models, tmp_path):
+    run_here(score_config())
+    base = {
+        "_component_": "wmtp.data.scored",
+        "source": score_config().output_dir,
+        "rename": {"reference_ce": "base_ce"},
+    }
+    cfg = score_config(column="reference_mass", output_dir=str(tmp_path / "both"), dataset=base)
+    manifest = run_here(cfg)
+    documents = scored(byte_tokenizer(), source=cfg.output_dir)
+    assert documents.signals == ("base_ce", "reference_ce", "reference_mass")
+    model, total = reference(models, torch.float64), 0.0
+    for document in documents:
+        tokens = torch.from_numpy(document.tokens).long()[None, :SEQ_LEN]
+        p = model(tokens)[0, 0, :-1].softmax(-1)
+        of_target = p.gather(1, tokens[0, 1:, None])
+        mass = of_target[:, 0] + torch.where(p < of_target, p, 0.0).sum(1)
+        expected = torch.zeros(len(document), dtype=torch.float64)
+        expected[1 : tokens.shape[1]] = torch.where(torch.from_numpy(document.labels[1:SEQ_LEN]) == -100, 0.0, mass)
+        np.testing.assert_allclose(document.signals["reference_mass"], expected, atol=2e-5)
+        np.testing.assert_allclose(document.signals["reference_ce"], document.signals["base_ce"], atol=2e-5)
+        total += float(document.signals["reference_ce"].sum(dtype=np.float64))
+    assert manifest["mean"] == pytest.approx(total / manifest["data"]["targets"], rel=1e-6)
+    with pytest.raises(ValueError, match="was scored with seq_len 64; lower seq_len to it"):
+        run_here(score_config(output_dir="longer", dataset=base, seq_len=65))
+
+
+@torch.no_grad()
 def test_values_are_scored_at_every_position_of_every_document(score_config, models):
     cfg = score_config(**NO_MODEL, value_model=str(models / "value_model"))
     run_here(cfg)
@@ -263,7 +291,7 @@ def test_a_score_that_is_no_number_names_the_document_and_keeps_earlier_parts(sc
         ({"seq_len": 512}, "seq_len 512 is longer than model.max_seq_len 256"),
         ({"checkpoint": None}, "column=reference_ce needs model and checkpoint"),
         ({"column": "values"}, "column=values needs value_model, and model=null"),
-        ({"column": "ce"}, "column must be one of reference_ce, values, got 'ce'"),
+        ({"column": "ce"}, "column must be one of reference_ce, reference_mass, values, got 'ce'"),
         ({"checkpoint": "no/such/model"}, "no/such/model does not exist"),
         ({"dataset__source": "no/such.jsonl"}, "no/such.jsonl does not exist"),
         ({"dataset__source": "empty.jsonl"}, "empty.jsonl: the dataset is empty"),

@@ -17,6 +17,7 @@ from wmtp.errors import UserError
 from wmtp.training.checkpoint import complete_checkpoints
 
 RHO1, SHUFFLED = ({"_component_": f"wmtp.weighting.{name}"} for name in ("rho1", "shuffled"))
+MASS = {"_component_": "wmtp.weighting.prift", "signal": "mass"}
 PAGES = {"_component_": "wmtp.report.TokenWeightPages"}
 BRIEF = {"save_every": None, "eval_every": None, "eval_dataset": None, "export_dtype": "none", "token_view": None}
 
@@ -50,11 +51,14 @@ def assert_close(ours, theirs):
         assert mine == pytest.approx(other, rel=1e-4, abs=1e-5)
 
 
-def test_a_scored_column_trains_as_the_reference_beside_the_policy(train, tiny_config, models):
-    dataset = score(tiny_config("score_reference", checkpoint=str(models / "reference")))
+@pytest.mark.parametrize(
+    ("column", "weighting"), [("reference_ce", RHO1 | {"mode": "soft"}), ("reference_mass", MASS)], ids=["ce", "mass"]
+)
+def test_a_scored_column_trains_as_the_reference_beside_the_policy(train, tiny_config, models, column, weighting):
+    dataset = score(tiny_config("score_reference", checkpoint=str(models / "reference"), column=column))
     dataset["checkpoint"] = str(models / "reference")
-    beside = train("rho1", "beside", max_steps=3, weighting__mode="soft")
-    column = train("rho1_scored", "column", max_steps=3, weighting__mode="soft", dataset=dataset)
+    beside = train("rho1", "beside", max_steps=3, weighting=weighting)
+    column = train("rho1_scored", "column", max_steps=3, weighting=weighting, dataset=dataset)
     assert_close(column, beside)
     assert beside[0]["weights/effective_sample_size"] < 0.95  # there is something to agree about
 

@@ -3,6 +3,7 @@
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -44,6 +45,7 @@ METHODS = {
 }
 # Each takes normalize, strength and scope.
 PUBLISHED = {"eaft": eaft, "profit": profit, "infosft": infosft, "talr": talr, "prift": prift}
+PUBLISHED |= {"prift_mass": partial(prift, "mass")}
 METHODS |= {
     "sstoken": lambda min_weight=0, max_weight=1, **common: sstoken(**common),
 }
@@ -70,6 +72,7 @@ def random_signals(seed, heads=3, batch=3, seq=24, scale=1.0):
         "policy_top20_entropy": rand(1, batch, seq) * min(3.0, 5 * scale),
         "reference_ce": rand(batch, seq) * 5 * scale,
         "values": rand(batch, seq) * scale,
+        "reference_mass": rand(batch, seq),
     }
     return Signals(labels, valid, document_ids, named, step=7)
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from random_signals import CONTROLS, PUBLISHED, changed, one_row, quiet, random_signals, ready, scopes
 
 from wmtp.errors import UserError
-from wmtp.loss import mtp_loss
-from wmtp.weighting import dft, eaft, infosft, prift, profit, sstoken, talr
+from wmtp.loss import ReferenceReading, mtp_loss
+from wmtp.weighting import Signals, dft, eaft, infosft, prift, profit, sstoken, talr
+from wmtp.weighting.targets import valid_targets
 
 seeds, names = st.integers(0, 2**31), st.sampled_from(list(PUBLISHED))
 
@@ -43,6 +44,17 @@ def test_prift_is_the_initial_models_probability():
     signals = one_row(reference_ce=[-math.log(p) for p in (0.25, 1.0, 0.5)])
     assert weights(prift(), signals) == pytest.approx([0.25, 1.0, 0.5])
     assert weights(prift(normalize="mean"), signals) == pytest.approx([3 / 7, 12 / 7, 6 / 7])
+
+
+def test_prift_mass_keeps_what_few_tokens_crowd_out():
+    """The docstring's example, from the logits: the third of four tokens has mass 0.2 + 0.1, the second 0.3 + 0.3."""
+    unembedding = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()[:, None]
+    labels = torch.tensor([[0, 2, 1, 0, 3]])
+    read = ReferenceReading({"reference_mass"})(torch.ones(1, 1, 5, 1), unembedding, labels)["signals"]
+    assert read["reference_mass"][0].tolist() == pytest.approx([0, 0.3, 0.6, 1.0, 0.1])
+    signals = Signals(labels, valid_targets(labels, 1), None, read)
+    assert weights(prift("mass"), signals) == [0, 1, 1, 0]
+    assert weights(prift("mass", threshold=0.25), signals) == [1, 1, 1, 0]
 
 
 def test_the_published_dft_is_the_probability_itself():
@@ -114,7 +126,8 @@ def test_neither_order_nor_what_is_no_target_counts(seed, name, scope):
         weighting(changed(signals, lambda x, n: x[..., order, :])), w[order], rtol=1e-5, atol=1e-6
     )
     first = signals.valid[0]
-    read = {"policy_ce": signals.valid, "policy_top20_entropy": first[None], "reference_ce": first}
+    read = {"policy_ce": signals.valid, "policy_top20_entropy": first[None]}
+    read |= {"reference_ce": first, "reference_mass": first}
     junk = changed(signals, lambda x, n: torch.where(read[n], x, torch.nan) if n in read else x)
     assert torch.equal(weighting(junk), w)
 
@@ -126,6 +139,8 @@ def test_neither_order_nor_what_is_no_target_counts(seed, name, scope):
         (lambda: infosft(ceiling=0.5), r"ceiling must be in \(0.5, 1\), got 0.5"),
         (lambda: talr(floor=-0.1), r"floor must be in \[0, 1\]"),
         (lambda: eaft(alpha=0), "alpha must be > 0, got 0"),
+        (lambda: prift("rank"), "signal must be one of prob, mass, got 'rank'"),
+        (lambda: prift("mass", threshold=0), r"threshold must be in \(0, 1\], got 0"),
         (lambda: prift(normalize="sum"), "normalize must be one of mean, raw, got 'sum'"),
         (lambda: sstoken(percentile=0), r"percentile must be in \(0, 1\]"),
     ],

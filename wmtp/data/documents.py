@@ -19,7 +19,7 @@ from wmtp.errors import UserError
 IGNORE = -100  # the label of a token that is no target
 _MOST = 8  # columns that a line names
 _AT_ONCE = 64  # documents that a thread makes before it asks for more
-SCORES = ("reference_ce", "values")  # the signals that frozen models give, and `recipes/score_reference.py` writes
+SCORES = ("reference_ce", "reference_mass", "values")  # the signals that frozen models give
 WEIGHT = "weight"  # the signal of weights that the data carry: 1 in documents without any (wmtp.data.weights)
 
 
@@ -32,8 +32,8 @@ class Document:
         labels: [T] int32, unshifted: ``labels[j]`` is ``tokens[j]``, or -100 where the token is no target (prompt).
         id: names the document in messages.
         signals: [T] float32 by name: a number for each token, for a weighting to read. ``reference_ce`` is a reference
-            model's CE of the token, ``values`` a value model's value of the prefix that ends with it; a column of the
-            data has its own name.
+            model's CE of the token, ``reference_mass`` how much it holds no likelier than the token, ``values`` a value
+            model's value of the prefix that ends with it; a column of the data has its own name.
     """
 
     tokens: np.ndarray

@@ -69,7 +69,7 @@ def rows_to_score(documents: Sequence[Document], column: str, seq_len: int, pad_
     """Packs the documents that need a forward pass; returns None where none does.
 
     Args:
-        column: ``reference_ce`` needs the documents with a target within seq_len tokens, ``values`` needs all.
+        column: ``values`` needs all documents, any other those with a target within seq_len tokens.
     """
     every = column == "values"
     if not every and not any((document.labels[1:seq_len] != IGNORE).any() for document in documents):

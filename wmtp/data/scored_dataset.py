@@ -1,8 +1,8 @@
-"""Scored datasets: documents with a column of scores by a frozen model, in a folder with a manifest.
+"""Scored datasets: documents with columns of scores by a frozen model, in a folder with a manifest.
 
-    <folder>/data/part-00000.parquet, ...   id, tokens, labels and the column (reference_ce or values), and weight where
-                                            the data have weights, one row a document; a part that has its name is
-                                            complete
+    <folder>/data/part-00000.parquet, ...   id, tokens, labels, the columns of :data:`COLUMNS`, and the numbers that the
+                                            data had for each token before (weight, an earlier scoring), one row a
+                                            document; a part that has its name is complete
     <folder>/manifest.json                  hashes of the tokenizer, the model and the data, and every part's; it
                                             appears only when all parts are there
 
@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wmtp.data.documents import IGNORE, SCORES, WEIGHT, Columns, Document, Documents, collect, comes_from, digest_tokens
+from wmtp.data.documents import IGNORE, WEIGHT, Columns, Document, Documents, collect, comes_from, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
 from wmtp.files import file_sha256, publish, unfinished, write_whole
@@ -30,6 +30,12 @@ from wmtp.storage import local_copy
 MANIFEST = "manifest.json"
 FORMAT = 1
 _HEADER = b"wmtp"  # key of a part's own record in its parquet metadata
+# What `column` of `recipes/score_reference.py` writes; the first is the one whose mean the manifest has.
+COLUMNS = {
+    "reference_ce": ("reference_ce",),
+    "reference_mass": ("reference_ce", "reference_mass"),
+    "values": ("values",),
+}
 
 
 class TornPart(UserError):
@@ -52,8 +58,10 @@ def _model_sha256(checkpoint: str | None) -> str | None:
 
 
 @comes_from(_manifest_state)
-def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Documents:
-    """The documents of a scored dataset with their column, for training; every hash of the manifest is checked.
+def scored(
+    tokenizer, *, source: str, checkpoint: str | None = None, rename: Mapping[str, str] | None = None
+) -> Documents:
+    """The documents of a scored dataset with their columns, for training; every hash of the manifest is checked.
 
     A document that was longer than the scoring's seq_len has zeros from there on; :func:`wmtp.data.pack` refuses longer
     rows.
@@ -62,11 +70,13 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
         source: output_dir of `recipes/score_reference.py`, local or ``s3://``.
         checkpoint: the model that must have written the column, in any form that
             :func:`wmtp.pretrained.resolve_checkpoint` takes; None accepts every model.
+        rename: other names of columns, such as ``{reference_ce: base_ce}`` before another model scores the documents.
 
     Raises:
         FileNotFoundError: no such folder.
         ValueError: the scoring is not complete, or was made with another vocabulary or model; a part is missing, has
-            changed, lacks the column or holds a number that is not finite.
+            changed, lacks a column or holds a number that is not finite; a name to change that no column has, or to one
+            that another has.
     """
     with reading(source):
         folder = local_copy(source)
@@ -83,7 +93,7 @@ def scored(tokenizer, *, source: str, checkpoint: str | None = None) -> Document
             f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
             "; score again with this checkpoint, or name the one that was used"
         )
-    items = collect(_read_parts(folder, manifest))
+    items = collect(_read_parts(folder, manifest, rename or {}))
     must_read = tuple(manifest.get("must_read", ()))
     return Documents(f"scored {folder}", items, scored_len=manifest["seq_len"], must_read=must_read)
 
@@ -103,38 +113,40 @@ def part_paths(folder: Path) -> list[Path]:
 
 
 def write_part(
-    path: Path, documents: Sequence[Document], values: Sequence[np.ndarray], binding: dict[str, Any]
+    path: Path, documents: Sequence[Document], values: Mapping[str, Sequence[np.ndarray]], binding: dict[str, Any]
 ) -> dict[str, Any]:
-    """Writes documents with their column; the file gets its name only once it is whole and on disk.
+    """Writes documents with their columns; the file gets its name only once it is whole and on disk.
 
     Args:
-        values: for each document, [T] float32.
+        values: for each of the columns that the binding's ``column`` stands for, and each document, [T] float32.
         binding: all that the values depend on beside the documents: column, tokenizer, model, seq_len, dtype, ...
 
     Returns:
         the part's entry in the manifest.
     """
-    column, seq_len = binding["column"], binding["seq_len"]
-    flat = np.concatenate(values)
+    names, seq_len = COLUMNS[binding["column"]], binding["seq_len"]
+    flat = {name: np.concatenate(values[name]).astype(np.float32) for name in names}
+    first = flat[names[0]]
     targets = sum(int((d.labels[1:seq_len] != IGNORE).sum()) for d in documents)
     header = {
         "documents": len(documents),
-        "tokens": len(flat),
+        "tokens": len(first),
         "targets": targets,  # of head 1, within seq_len
         "cut_documents": sum(len(d) > seq_len for d in documents),
-        "scores": targets if column == "reference_ce" else sum(min(len(d), seq_len) for d in documents),
-        "sum": float(flat.sum(dtype=np.float64)),
-        "data_sha256": data_sha256(documents),
-        "column_sha256": _column_sha256(flat),
+        "scores": sum(min(len(d), seq_len) for d in documents) if names == ("values",) else targets,
+        "sum": float(first.sum(dtype=np.float64)),
+        "data_sha256": data_sha256(documents, binding["column"]),
+        "column_sha256": _column_sha256(flat[name] for name in names),
     }
     offsets = np.concatenate([[0], np.cumsum([len(d) for d in documents])]).astype(np.int32)
     lists = {
         "tokens": np.concatenate([d.tokens for d in documents]).astype(np.int32),
         "labels": np.concatenate([d.labels for d in documents]).astype(np.int32),
-        column: flat.astype(np.float32),
+        **flat,
     }
-    if any(WEIGHT in d.signals for d in documents):
-        lists[WEIGHT] = np.concatenate([d.signal(WEIGHT) for d in documents])
+    weighted = [WEIGHT] * any(WEIGHT in d.signals for d in documents)
+    for name in (*weighted, *_carried(documents, binding["column"])):
+        lists[name] = np.concatenate([d.signal(name) for d in documents])
     arrays = {name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()}
     table = pa.table({"id": pa.array([d.id for d in documents], pa.string()), **arrays})
     table = table.replace_schema_metadata({_HEADER: json.dumps({"binding": binding, **header})})
@@ -160,20 +172,19 @@ def read_part(path: Path) -> tuple[Columns, dict[str, Any], dict[str, Any]]:
         table = pq.read_table(path).combine_chunks()
     except (pa.ArrowException, OSError) as error:
         raise TornPart(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    column = binding["column"]
-    if column not in table.column_names:
-        raise TornPart(f"{path} has no column {column!r}; it has {', '.join(table.column_names)}")
+    names = COLUMNS.get(binding["column"], (binding["column"],))
+    for name in names:
+        if name not in table.column_names:
+            raise TornPart(f"{path} has no column {name!r}; it has {', '.join(table.column_names)}")
     lengths = table["tokens"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-    weight = [WEIGHT] if WEIGHT in table.column_names else []
-    flat = {name: _flat(table[name]) for name in ("tokens", "labels", column, *weight)}
-    tokens, labels = flat["tokens"], flat["labels"]
-    signals = {name: flat[name] for name in (column, *weight)}
-    documents = Columns(table["id"].combine_chunks(), lengths, tokens, labels, signals)
+    flat = {name: _flat(table[name]) for name in table.column_names if name != "id"}
+    signals = {name: values for name, values in flat.items() if name not in ("tokens", "labels")}
+    documents = Columns(table["id"].combine_chunks(), lengths, flat["tokens"], flat["labels"], signals)
     whole = len({len(values) for values in flat.values()}) == 1
-    if not whole or data_sha256(documents) != header["data_sha256"]:
+    if not whole or data_sha256(documents, binding["column"]) != header["data_sha256"]:
         raise TornPart(f"{path}: its tokens and labels are not those that its record names")
-    if _column_sha256(flat[column]) != header["column_sha256"]:
-        raise TornPart(f"{path}: its column {column} is not the one that its record names")
+    if _column_sha256(flat[name] for name in names) != header["column_sha256"]:
+        raise TornPart(f"{path}: its column {' or '.join(names)} is not the one that its record names")
     return documents, binding, header
 
 
@@ -202,15 +213,24 @@ def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Pa
             )
 
 
-def data_sha256(documents: Iterable[Document]) -> str:
-    """Returns the SHA-256 of the documents' lengths, tokens, labels and weights, in order; of weights 1 as of none."""
-    digest = hashlib.sha256()
+def data_sha256(documents: Sequence[Document], column: str) -> str:
+    """Returns the SHA-256 of what a scoring with this `column` is told: the documents' lengths, tokens, labels, weights
+    and other signals, in order; of weights 1 as of none."""
+    digest, carried = hashlib.sha256(), _carried(documents, column)
     for document in documents:
         digest_tokens(digest, document)
         weights = document.signal(WEIGHT)
         if (weights != 1).any():
             digest.update(weights.astype("<f4").tobytes())
+        for name in carried:
+            digest.update(name.encode() + document.signal(name).astype("<f4").tobytes())
     return digest.hexdigest()
+
+
+def _carried(documents: Sequence[Document], column: str) -> list[str]:
+    """Returns the signals, but weights, that each document has and that this `column` does not write anew."""
+    shared = set.intersection(*(set(document.signals) for document in documents)) if len(documents) else set()
+    return sorted(shared - {WEIGHT, "id", "tokens", "labels", *COLUMNS.get(column, (column,))})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,24 +274,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         known = False
     if not known:
         raise UserError(f"{file} is not the manifest of a scored dataset (format {FORMAT}); score again")
-    if column not in SCORES:
-        raise UserError(f"{file}: column must be one of {', '.join(SCORES)}, got {column!r:.40}; score again")
+    if column not in COLUMNS:
+        raise UserError(f"{file}: column must be one of {', '.join(COLUMNS)}, got {column!r:.40}; score again")
     return manifest
 
 
-def _read_parts(folder: Path, manifest: dict[str, Any]) -> Iterator[Callable[[], Document]]:
+def _read_parts(folder: Path, manifest: dict[str, Any], rename: Mapping[str, str]) -> Iterator[Callable[[], Document]]:
     """Yields a function for each document that makes it, part by part, each held against the manifest first."""
-    column, totals, entries = manifest["column"], manifest["data"], manifest["parts"]
+    totals, entries = manifest["data"], manifest["parts"]
     if _all_sha256(entries) != totals["sha256"]:
         raise UserError(f"{folder / MANIFEST}: its parts do not make up its data hash; score again")
     for entry in entries:
         with reading(folder):
-            part = _read_as_recorded(folder, entry, column)
+            part = _read_as_recorded(folder, entry)
+        part.signals = _renamed(part.signals, rename, folder)
         for i in range(len(part)):
             yield partial(part.__getitem__, i)
 
 
-def _read_as_recorded(folder: Path, entry: dict[str, Any], column: str) -> Columns:
+def _renamed(signals: Mapping[str, np.ndarray], rename: Mapping[str, str], folder: Path) -> dict[str, np.ndarray]:
+    for old, new in rename.items():
+        if old not in signals or new in signals or new in ("id", "tokens", "labels"):
+            raise UserError(f"rename: {old} to {new}, but {folder} has the columns {', '.join(signals)}")
+    return {rename.get(name, name): values for name, values in signals.items()}
+
+
+def _read_as_recorded(folder: Path, entry: dict[str, Any]) -> Columns:
     """Reads a part and holds it against its entry in the manifest."""
     path = folder / entry["file"]
     if not path.exists():
@@ -281,9 +309,10 @@ def _read_as_recorded(folder: Path, entry: dict[str, Any], column: str) -> Colum
     part, _, header = read_part(path)
     if any(header[key] != entry.get(key) for key in header if key != "sum"):  # the column's hash binds the sum
         raise UserError(f"{path}: {MANIFEST} records other hashes or counts of it; restore it, or score again")
-    if not np.isfinite(part.signals[column]).all():
-        bad = next(d for d in part if not np.isfinite(d.signals[column]).all())
-        raise UserError(f"{path}: {column} of document {bad.id} must be finite numbers, got {column} with NaN or inf")
+    for name, column in part.signals.items():
+        if not np.isfinite(column).all():
+            bad = next(d for d in part if not np.isfinite(d.signals[name]).all())
+            raise UserError(f"{path}: {name} of document {bad.id} must be finite numbers, got {name} with NaN or inf")
     return part
 
 
@@ -291,8 +320,11 @@ def _all_sha256(entries: Sequence[dict[str, Any]]) -> str:
     return hashlib.sha256("".join(entry["data_sha256"] for entry in entries).encode()).hexdigest()
 
 
-def _column_sha256(values: np.ndarray) -> str:
-    return hashlib.sha256(values.astype("<f4").tobytes()).hexdigest()
+def _column_sha256(columns: Iterable[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for values in columns:
+        digest.update(values.astype("<f4").tobytes())
+    return digest.hexdigest()
 
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:

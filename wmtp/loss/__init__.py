@@ -9,12 +9,14 @@ from wmtp.loss.fused import (
 )
 from wmtp.loss.heads import HeadTraining
 from wmtp.loss.multi_token import mtp_loss, top_tokens
+from wmtp.loss.reference import ReferenceReading
 from wmtp.loss.soft_targets import SoftTargets, TopTokens
 from wmtp.loss.target_logits import of_each_target
 
 __all__ = [
     "HeadTraining",
     "MTPLoss",
+    "ReferenceReading",
     "SoftTargets",
     "TopTokens",
     "head_weight_tensor",

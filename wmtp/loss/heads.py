@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from wmtp.errors import UserError
-from wmtp.loss.fused import head_weight_tensor, token_cross_entropy
-from wmtp.loss.multi_token import top_tokens
-from wmtp.loss.soft_targets import SoftTargets, TopTokens
+from wmtp.loss.fused import head_weight_tensor
+from wmtp.loss.soft_targets import SoftTargets
 
 _TARGETS = {"hard": (1.0, 0.0), "soft": (0.0, 1.0), "both": (1.0, 1.0)}
 
@@ -127,17 +126,6 @@ class HeadTraining:
         if set(self._factors) - {1.0}:
             found["trunk_gradient"] = (1.0, *self._factors)
         return found | ({} if self._sums is None else {"agreement": self._sums})
-
-    def score(
-        self, hidden: Tensor, unembedding: Tensor, labels: Tensor, **named: Any
-    ) -> tuple[Tensor, TopTokens | None]:
-        """Gives a frozen model's CE [1, B, S] for each target, and its distributions where it is the teacher.
-
-        It is the ``loss_fn`` of that model's forward pass, with the arguments of :func:`token_cross_entropy`.
-        """
-        if self.soft_targets is None or self.teacher != "reference":
-            return token_cross_entropy(hidden[:1], unembedding, labels, **named), None
-        return top_tokens(hidden, unembedding, labels, self.soft_targets, targets=named["targets"])
 
     def end_step(self, all_reduce_sum: Callable[[Tensor], Tensor]) -> None:
         """Takes the step's gradients into the average agreement, over all ranks; once per optimizer step."""

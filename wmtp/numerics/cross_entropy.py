@@ -58,6 +58,18 @@ def cross_entropy_and_entropy_(logits: Tensor, label: Tensor) -> tuple[Tensor, T
     return exp_sum.log() + top - target_logit, (exp_sum.log() - mean).clamp(min=0)
 
 
+def cross_entropy_and_mass_(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Computes CE, and p[label] + the sum of p over the columns where it is less, p = softmax(z): [C] float32 each.
+
+    Columns with the very logit of the label, other than it, are not counted. Arguments as in :func:`cross_entropy_`.
+    """
+    below = logits < logits.gather(1, label[:, None])
+    exp = (logits - logits.amax(dim=1, keepdim=True)).exp_()
+    total, own = exp.sum(dim=1), exp.gather(1, label[:, None]).squeeze(1)
+    mass = (exp.mul_(below).sum(dim=1) + own) / total
+    return cross_entropy_(logits, label)[0], mass.clamp(max=1.0)
+
+
 def softmax_rows(
     logits: Tensor,
     label: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from wmtp.config import build
-from wmtp.loss import HeadTraining
+from wmtp.loss import HeadTraining, ReferenceReading
 from wmtp.models.value import load_value_model
 from wmtp.numerics.fork import scaled_gradient
 from wmtp.pretrained import resolve_checkpoint
@@ -46,7 +46,7 @@ def flops_per_step(cfg: DictConfig) -> float:
     factors = options.get("trunk_gradient", (1.0,) * policy.num_future_tokens)
     loss = _loss(weighting, factors, teacher=heads.teacher)
     frozen: list[tuple[Any, dict]] = []
-    asked = "reference_ce" in weighting.needs or heads.teacher == "reference"
+    asked = ReferenceReading(weighting.needs, heads.soft_targets).asked
     if asked and cfg.get("reference_model") is not None:
         with torch.device("meta"):
             reference = build(cfg.reference_model, where="reference_model")

@@ -22,7 +22,7 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
 
     Args:
         needs: the weighting's.
-        models: for each signal that a model can give, what the config sets for that model, or None.
+        models: by their keys, what the config sets for the models that can give signals, or None.
 
     Raises:
         ConfigError: nothing gives a signal, or two things do.
@@ -31,7 +31,7 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
     data.require_read(needs)
     beside = set()
     for name in sorted(needs):
-        model = models.get(name)
+        model = models.get(FROM_A_MODEL.get(name, ""))
         if name in data.signals and name in OF_THE_POLICY:
             raise ConfigError(f"the dataset has a {name} column, which the loss computes; rename the column")
         if name in data.signals and model is not None:
@@ -39,7 +39,7 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
         if model is not None:
             beside.add(name)
         elif name not in data.signals and name not in OF_THE_POLICY:
-            near = difflib.get_close_matches(name, [*OF_THE_POLICY, *models, *data.signals], n=1)
+            near = difflib.get_close_matches(name, [*OF_THE_POLICY, *FROM_A_MODEL, *data.signals], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             if name in data.unread:
                 hint = f"; its column {name} has not one finite number for each token in every row"

@@ -18,7 +18,8 @@ from wmtp.weighting.targets import Targets
 
 NORMALIZE = ("mean", "raw")  # weights scaled to mean 1, or as they are
 OF_THE_POLICY = ("policy_ce", "policy_entropy", "policy_top20_entropy")  # the signals that wmtp.loss.mtp_loss computes
-FROM_A_MODEL = {"reference_ce": "reference_model", "values": "value_model"}  # the key of the model that gives it
+# The key of the model that gives a signal.
+FROM_A_MODEL = {"reference_ce": "reference_model", "reference_mass": "reference_model", "values": "value_model"}
 _FIRST, _EVERY = 3, 20  # steps whose weights are checked
 _MEAN_TOLERANCE, _BOUND_TOLERANCE = 1e-3, 1e-4  # far above what float32 weights and their sums are off
 
@@ -43,6 +44,7 @@ class Signals:
         policy_entropy  [1, B, S] float32, entropy of head 1's distribution for target j, in nats
         policy_top20_entropy  [1, B, S] float32, the same of its 20 likeliest tokens alone, scaled to sum 1
         reference_ce    [B, S] float32, the reference's CE for target j
+        reference_mass  [B, S] float32, p0(j) and what the reference holds less likely than it (wmtp.loss.reference)
         values          [B, S] float32, V_j: value of the prefix x_<=j, at every position of a document
         any other       [B, S] float32, the data's column of that name, 0 for padding
     """

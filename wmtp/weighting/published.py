@@ -114,25 +114,34 @@ def talr(floor: float = 0.01, normalize: str = "raw", strength: float = 1.0, sco
     return Weighting(score, needs={"policy_ce"}, **_scaled(normalize, strength, scope, 1.0))
 
 
-def prift(normalize: str = "raw", strength: float = 1.0, scope: str = "batch") -> Weighting:
-    """Weights equal to the initial model's probability of the target (PriFT's "prob", arXiv 2606.09396).
+def prift(
+    signal: str = "prob", normalize: str = "raw", strength: float = 1.0, scope: str = "batch", threshold: float = 0.5
+) -> Weighting:
+    """Weights by what the initial model held likely (PriFT, arXiv 2606.09396).
 
-        w = p0
+        prob    w = p0(y)
+        mass    w = 1 where u >= threshold, else 0;    u = p0(y) + sum of p0(v) over the tokens v with p0(v) < p0(y)
 
-    The reference is the model that training starts from, frozen; weights from the policy itself would reinforce
-    themselves, as its authors say of DFT.
+    for the target y: u is 1 for the likeliest token and small for one that others crowd out. Of p0 = (0.4, 0.3, 0.2,
+    0.1), the third token has u = 0.3 and weight 0, the second u = 0.6 and weight 1. Tokens exactly as likely as y are
+    no part of u. The reference is the model that training starts from, frozen; weights from the policy itself would
+    reinforce themselves, as its authors say of DFT.
 
     Args:
+        signal: ``prob``, which reads ``reference_ce``, or ``mass``, which reads ``reference_mass``.
         normalize, strength, scope: as in :func:`eaft`.
+        threshold: of ``mass``, in (0, 1]; 0.5 in the paper.
 
     Raises:
         ValueError: a value out of its range.
     """
-    return Weighting(
-        lambda signals: torch.exp(-signals.reference_ce)[None],
-        needs={"reference_ce"},
-        **_scaled(normalize, strength, scope, 1.0),
-    )
+    check_choice("signal", signal, ("prob", "mass"))
+    check_range("threshold", threshold, 0 < threshold <= 1, "in (0, 1]")
+    if signal == "mass":
+        score, needs = lambda signals: (signals.reference_mass >= threshold).float()[None], {"reference_mass"}
+    else:
+        score, needs = lambda signals: torch.exp(-signals.reference_ce)[None], {"reference_ce"}
+    return Weighting(score, needs=needs, **_scaled(normalize, strength, scope, 1.0))
 
 
 def sstoken(percentile: float = 0.6, strength: float = 1.0, scope: str = "sequence") -> Weighting:

@@ -23,7 +23,7 @@ from wmtp.generation.cached_decoder import KVCache
 from wmtp.generation.generate import Batch, _Prompt
 from wmtp.generation.kv_memory import FREE_SHARE, check_kv_memory, kv_bytes_per_token, kv_positions
 from wmtp.generation.requests import DecodingStats
-from wmtp.loss import token_cross_entropy
+from wmtp.loss.reference import SIGNALS, ReferenceReading
 from wmtp.models import shard_model
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.teacher_forced import TeacherForced
@@ -48,7 +48,7 @@ def simulate_frozen(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = No
         ConfigError, UserError: a model that cannot be built, or decodes not even one row.
     """
     if cfg.get("column") == "values":
-        raise ConfigError("plan_memory plans column=reference_ce: a value model's shape is in its folder alone")
+        raise ConfigError("plan_memory plans no column=values: a value model's shape is in its folder alone")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
         return _of_rows(cfg, mesh, depth) if "seq_len" in cfg else _of_answers(cfg, mesh, depth)
@@ -120,7 +120,7 @@ def _of_rows(cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> SimulatedS
         simulation.reset()
         with simulation.phase("forward", "activations"):
             if "column" in cfg:
-                model(**batch, num_heads=1, loss_fn=token_cross_entropy, labels=labels)
+                model(**batch, num_heads=1, loss_fn=ReferenceReading([*SIGNALS[:1], cfg.column]), labels=labels)
             else:
                 model(**batch, loss_fn=score_heads, labels=labels)
                 TeacherForced(model, heads)(**batch, num_heads=1, loss_fn=score_heads, labels=labels)

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtune.training import scale_grads
 
 from wmtp.config import build
-from wmtp.loss import HeadTraining, mtp_loss
+from wmtp.loss import HeadTraining, ReferenceReading, mtp_loss
 from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.models.value import ValueModel
@@ -273,25 +273,25 @@ class _Finetuning(_Step):
         self.mark_backward(self.model)
         self.heads = build(cfg.get("heads"), where="heads") or HeadTraining()
         self.heads.prepare(model.num_future_tokens, cfg.get("head_weights"), "cpu")
-        self._freeze("reference_ce", "reference_model", lambda model: model)
-        self._freeze("values", "value_model", lambda model: ValueModel(model, "mlp"))
+        self.reading = ReferenceReading(self.weighting.needs, self.heads.soft_targets)
+        self._freeze("reference_model", lambda model: model, asked=self.reading.asked)
+        self._freeze("value_model", lambda model: ValueModel(model, "mlp"), asked="values" in self.weighting.needs)
         rows = cfg.batch_size * self.world_size
         self.micro_batches = cfg.get("gradient_accumulation_steps") or math.ceil(
             cfg.tokens_per_step / (rows * cfg.seq_len)
         )
         self.tokens = self.micro_batches * rows * cfg.seq_len
 
-    def _freeze(self, signal: str, key: str, shaped: Callable) -> None:
-        """Places the frozen model of a signal beside the policy, if the config names one."""
-        teaches = key == "reference_model" and self.heads.teacher == "reference"
-        if not (teaches or signal in self.weighting.needs) or self.cfg.get(key) is None:
+    def _freeze(self, key: str, shaped: Callable, *, asked: bool) -> None:
+        """Places a frozen model beside the policy, if it is asked something and the config names one."""
+        if not asked or self.cfg.get(key) is None:
             return
         section = (
             self.cfg[key] if key == "reference_model" else OmegaConf.merge(self.cfg.model, {"num_future_tokens": 1})
         )
         with torch.device("meta"):
             model = shaped(build(section, where=key))  # type: ignore[arg-type]
-        self.frozen[signal] = self.place(model.requires_grad_(False).eval().to(DTYPES[self.cfg.dtype]))
+        self.frozen[key] = self.place(model.requires_grad_(False).eval().to(DTYPES[self.cfg.dtype]))
 
     def groups(self) -> list[dict[str, Any]]:
         decay_all = bool(self.cfg.get("decay_norms_and_embeddings"))
@@ -303,14 +303,14 @@ class _Finetuning(_Step):
         with as_on_cuda(False):
             targets = Targets(labels, self.batch["document_ids"])
         named = {name: torch.rand(labels.shape) for name in self.weighting.needs if not name.startswith("policy")}
-        scored, teacher = {"labels": labels, "targets": targets}, None
-        for signal, model in self.frozen.items():
+        scored, read = {"labels": labels, "targets": targets}, {}
+        for key, model in self.frozen.items():
             with simulation.phase("frozen models", "activations"), torch.no_grad():
-                if signal == "reference_ce":
-                    ce, teacher = model(**self.batch, loss_fn=self.heads.score, **scored)
-                    named[signal] = ce[0]
+                if key == "reference_model":
+                    read = model(**self.batch, loss_fn=self.reading, **scored)
+                    named |= read.pop("signals")
                 else:
-                    named[signal] = model(**self.batch)
+                    named["values"] = model(**self.batch)
         with simulation.phase("forward", "activations"):
             out = self.model(
                 **self.batch,
@@ -319,7 +319,7 @@ class _Finetuning(_Step):
                 weighting=self.weighting,
                 signals=named,
                 targets=targets,
-                teacher=teacher,
+                **read,
                 **self.heads.at(_STEP),
                 step=_STEP,
             )
