@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, build
+from wmtp.data.conversations import conversation_of, spoken
 from wmtp.data.rows import read_rows, take
 from wmtp.distributed import start_world
 from wmtp.errors import ExistsError, UserError, clear_errors
@@ -45,6 +46,7 @@ class GenerateRecipe:
         self._prompt = read.get("prompt", None)
         self._prompts_file = read.text("prompts", None)
         self._chat = read.flag("chat", False)
+        self._template = {"arguments": read.plain("template_arguments", None), "date": read.text("date", None)}
         self._checkpoint = read.get("checkpoint", None)
         self._model_cfg = read.section("model")
         self._tokenizer_cfg = read.section("tokenizer")
@@ -124,18 +126,15 @@ class GenerateRecipe:
             if name in seen:
                 raise UserError(f"{where}: id {name!r} is there twice; give each prompt its own, or none an id")
             seen.add(name)
-            messages = row.get("messages")
-            if messages is None:
+            if row.get("messages") is None and row.get("conversations") is None:
                 text = take(row, where, "prompt", str)
                 if not self._chat:
                     yield name, (text, self._tokenizer.encode_prompt(text))
                     continue
-                messages = [{"role": "user", "content": text}]
-            if not isinstance(messages, list) or not all(
-                isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages
-            ):
-                raise UserError(f"{where}: messages must be a list of {{role, content}}, got {messages!r:.60}")
-            yield name, (messages, self._tokenizer.apply_chat_template(messages, where=where))
+                row = {"messages": [{"role": "user", "content": text}]}
+            _, messages, tools = conversation_of(row, where)
+            ids = self._tokenizer.chat.prompt(spoken(messages), tools, where=where, **self._template)
+            yield name, (messages, ids)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Generation

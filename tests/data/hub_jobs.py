@@ -1,5 +1,7 @@
 """What processes of test_hub.py do (`HubProcesses`): they have the test's server as their hub."""
 
+from pathlib import Path
+
 import datasets
 from omegaconf import OmegaConf
 
@@ -9,13 +11,15 @@ from wmtp.errors import clear_errors
 from wmtp.pretrained import byte_tokenizer
 from wmtp.training.packed_data import packed_data
 
-TOKENIZER = byte_tokenizer()
+TOKENIZER = byte_tokenizer(chat_template=Path(__file__).with_name("chat_templates") / "qwen_2_5.jinja")
 
 
-def pack(cache: str | None, seconds_a_part: float = 5.0, tries: int = 20, workers: int = 1, **keys):
+def pack(
+    cache: str | None, builder="prompt_completion", seconds_a_part: float = 5.0, tries: int = 20, workers=1, **keys
+):
     """Packs a data set as a recipe does, and tells what distinguishes the rows."""
     document_files._SECONDS_A_PART, datasets.config.STREAMING_READ_MAX_RETRIES = seconds_a_part, tries
-    section = OmegaConf.create({"_component_": "wmtp.data.prompt_completion", **keys})
+    section = OmegaConf.create({"_component_": f"wmtp.data.{builder}", **keys})
     with clear_errors():
         rows = {"packed": True, "cache": cache, "workers": workers}
         made = packed_data(section, TOKENIZER, "dataset", 64, **rows)

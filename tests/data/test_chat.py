@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from chat_families import FAMILIES, backends, family_tokenizer, template
 
-from wmtp.data import chat, chat_stream
-from wmtp.data.conversations import to_messages
+from wmtp.data import chat, chat_stream, pack
+from wmtp.data.conversations import conversation_of
 from wmtp.data.document_files import in_files
 from wmtp.data.documents import collecting
+from wmtp.eval import chat_protocol, packaged_function_tasks
 from wmtp.pretrained import byte_tokenizer, hf_tokenizer
 
 REFUSED = {"qwen_3", "deepseek_r1", "last_two"}
@@ -196,15 +197,30 @@ def test_threads_and_files_give_the_same_documents(tokenizer_of, tmp_path):
     assert together.fingerprint == alone.fingerprint and together.signals == ("weight",)
 
 
-def test_a_prompt_is_that_of_transformers(tokenizer_of):
+def test_a_prompt_is_that_of_transformers_and_of_training(tokenizer_of, monkeypatch):
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
     for family in FAMILIES:
-        if family in DATED:
-            continue
         tokenizer, messages = tokenizer_of(family), talk(family)[:-1]
         theirs = tokenizer._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        assert tokenizer.apply_chat_template(messages) == theirs
+        date = Fixed.now().strftime("%d %b %Y" if family == "llama_3_2" else "%B %d, %Y")
+        prompt = tokenizer.chat.prompt(messages, date=date)
+        assert prompt == theirs
+        if family not in REFUSED:
+            whole = tokenizer.chat.conversation(talk(family), last=True, date=date)
+            assert whole.ids[: whole.turns[0].start] == prompt
     with pytest.raises(ValueError, match="prompt: the chat template of gemma refuses the conversation of system"):
-        tokenizer_of("gemma").apply_chat_template([{"role": "system", "content": "s"}])
+        tokenizer_of("gemma").chat.prompt([{"role": "system", "content": "s"}])
+    with pytest.raises(ValueError, match=r"it writes today's date, .* set date to the text"):
+        tokenizer_of("llama_3_2").chat.prompt(TALK[:1])
+
+
+def test_a_task_is_asked_in_evaluation_as_in_training(tokenizer_of, tmp_path):
+    task = packaged_function_tasks()[0]
+    for family, options in (("qwen_2_5", {}), ("granite", {"date": "May 1, 2026"})):
+        tokenizer, protocol = tokenizer_of(family), chat_protocol(**options)
+        messages = [*protocol.render(task), {"role": "assistant", "content": "a"}]
+        [document] = chat(tokenizer, source=write(tmp_path / "t.jsonl", {"messages": messages}), **options)
+        assert protocol.prompt(task, tokenizer) == list(document.prompt)
 
 
 def test_tools_and_their_calls_reach_the_template_untouched(tokenizer_of, tmp_path):
@@ -214,6 +230,8 @@ def test_tools_and_their_calls_reach_the_template_untouched(tokenizer_of, tmp_pa
     messages = [TALK[0], call, {"role": "tool", "content": "3"}, TALK[1]]
     [document] = chat(tokenizer, source=write(tmp_path / "t.jsonl", {"messages": messages, "tools": tools}))
     assert document.tokens.tolist() == tokenizer._hf.apply_chat_template(messages, tools=tools, return_dict=False)
+    asked = write(tmp_path / "s.jsonl", {"messages": messages, "tools": json.dumps(tools)})
+    assert chat(tokenizer, source=asked)[0].tokens.tolist() == document.tokens.tolist()
     learnt = tokenizer._hf.decode(document.labels[document.labels != -100].tolist())
     assert learnt == '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>Sure.<|im_end|>'
 
@@ -243,6 +261,21 @@ def test_a_tokenizer_gets_a_template_from_a_file_and_keeps_it(tokenizer_of, tmp_
         ({"messages": "hi"}, "field 'messages' must be a list, got str"),
         ({"messages": ["hi"]}, r"messages\[0\] must be an object with role and content, got 'hi'"),
         ({"messages": [{"content": "a"}]}, r"messages\[0\] must have role and content, or .*; it has content"),
+        (
+            {"messages": [TALK[0], {"role": "gpt", "content": "a"}]},
+            r"messages\[1\]: role is 'gpt', another name of 'as",
+        ),
+        (
+            {"messages": [TALK[0], {"role": "Assistant", "content": "a"}]},
+            r"messages\[1\]: role is 'Assistant', another",
+        ),
+        ({"messages": [{"role": "user", "value": "a"}]}, r"messages\[0\] has no content; give .*; it has role, value"),
+        (
+            {"messages": [TALK[0], {"role": "assistant", "content": None}]},
+            r"messages\[1\] has no content; give it a te",
+        ),
+        ({"messages": TALK[:2], "tools": "[{"}, "field 'tools' is a string, and no JSON: Expecting"),
+        ({"messages": TALK[:2], "tools": "3"}, "field 'tools' must be a list, got int 3"),
         (
             {"conversations": [{"from": "alien", "value": "a"}]},
             r"conversations\[0\]: from must be one of human, gpt, .*'al",
@@ -306,4 +339,66 @@ def test_the_prompt_counts_at_its_weight(smollm2, tmp_path):
 
 def test_messages_keep_what_a_template_may_read():
     turn = {"role": "assistant", "content": "a", "name": "bob", "reasoning_content": "b", "tool_calls": None}
-    assert to_messages([turn], "m") == [{key: value for key, value in turn.items() if value is not None}]
+    said = {key: value for key, value in turn.items() if value is not None}
+    assert conversation_of({"messages": [turn]}, "m") == ("messages", [said], None)
+
+
+# Ends of turns as templates have them, <pad> for a turn's and <eos> for a conversation's.
+SPOKEN = "{% for m in messages %}{{ m.role[0] + ':' + m.content }}{% if m.role == 'assistant' %}"
+ENDINGS = {
+    "both": SPOKEN + "<pad>{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% else %}<eos>{% endif %}",
+    "another": SPOKEN + "{{ '<eos>' if loop.last and not add_generation_prompt else '<pad>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}",
+    "last": SPOKEN + "{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% else %}<eos>{% endif %}",
+}
+
+
+@pytest.mark.parametrize(("ending", "end"), [("both", 258), ("another", 257), ("last", 257)])
+def test_the_last_turn_keeps_the_token_that_ends_it(ending, end, tmp_path):
+    """A conversation's end behind the turn's is none; another end than in the middle (gpt-oss) is refused there."""
+    (tmp_path / "t.jinja").write_text(ENDINGS[ending])
+    tokenizer = byte_tokenizer(chat_template=tmp_path / "t.jinja")
+    [turn] = tokenizer.chat.conversation(TALK[:4], last=True).turns
+    ids = tokenizer.chat.conversation(TALK[:4]).ids if ending == "both" else tokenizer.chat.prompt(TALK[:3])
+    assert turn.start == len(tokenizer.chat.prompt(TALK[:3]))
+    learnt = tokenizer.chat.conversation(TALK[:2], last=True)
+    assert learnt.ids[learnt.turns[0].start : learnt.turns[0].end] == [*b"Sure.", end]
+    if ending == "both":
+        assert len(tokenizer.chat.conversation(TALK[:4]).turns) == 2 and ids[turn.end - 1 :] == [258, 257]
+    else:
+        with pytest.raises(ValueError, match=r"messages\[1\]: .* renders this one otherwise in the whole"):
+            tokenizer.chat.conversation(TALK[:4])
+
+
+def test_what_a_template_would_write_as_python_does_is_refused(tokenizer_of, tmp_path):
+    parts = [{"type": "text", "text": "Hi"}]
+    messages = [{"role": "user", "content": parts}, TALK[1]]
+    with pytest.raises(
+        ValueError, match=r"c: messages\[0\]: the chat template of llama_3 knows no content that is a lis"
+    ):
+        tokenizer_of("llama_3").chat.conversation(messages, where="c")
+    knowing = "{% for m in messages %}{{ m.content if m.content is string else m.content[0].text }}{% endfor %}"
+    (tmp_path / "t.jinja").write_text(knowing)
+    assert bytes(byte_tokenizer(chat_template=tmp_path / "t.jinja").chat.prompt(messages)) == b"HiSure."
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"template_arguments": {"tools": []}},
+            "template_arguments must be names and values, none of them .* tools, got",
+        ),
+        ({"template_arguments": "thinking"}, "template_arguments must be names and values, .* got thinking"),
+        ({"date": 2026}, "date must be a text in quotes, got 2026"),
+    ],
+)
+def test_a_wrong_key_of_the_template_is_one_line(options, message, smollm2, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        chat(smollm2, source=write(tmp_path / "a.jsonl", {"messages": TALK[:2]}), **options)
+
+
+def test_nobody_s_turn_is_said(smollm2, tmp_path):
+    documents = chat(smollm2, source=write(tmp_path / "a.jsonl", {"messages": TALK[:1]}))
+    with pytest.raises(ValueError, match=r"a\.jsonl: no document has a target; in a chat: a message of the role assi"):
+        pack(documents, 64, pad_id=0)

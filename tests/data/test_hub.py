@@ -273,6 +273,50 @@ def test_what_is_in_the_cache_of_datasets_is_read_where_the_hub_does_not_answer(
     assert same(client.run(source=hub.name, split="train"), client.file(made_rows()))
 
 
+def made_chats():
+    """Conversations with tools of different arguments, which Parquet keeps as one struct, and weights."""
+    for i in range(2 * ROWS):
+        call = {"function": {"name": "f", "arguments": {f"a{i % 3}": i}}}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {f"a{i % 3}": {"type": "integer"}}}}]
+        turn = {"role": "assistant", "content": f"It is {i}.", "weights": [{"start": 6, "end": 7, "weight": 3}]}
+        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        yield {"messages": [*said, {"role": "tool", "content": str(i)}, turn], "tools": tools, "weight": 1 + i % 2}
+
+
+def test_the_other_builders_and_a_mixture_of_them_read_the_hub_as_they_do_files(hub, client):
+    """Killed in the first part's second file, it goes on there."""
+    rows = {
+        "chat": list(made_chats()),
+        "instruct": [{"instruction": f"Say {i}.", "output": str(i), "weight": 2} for i in range(ROWS)],
+        "text": [{"text": f"{i}: " + "text " * (i % 9)} for i in range(ROWS)],
+    }
+    keys = {"chat": {"prompt_weight": 0.5}, "instruct": {}, "text": {"piece_len": 64, "joined": True}}
+    shards = [f"train-{i}.parquet" for i in range(2)]
+
+    def mixture(source_of):
+        parts = {n: {"_component_": f"wmtp.data.{n}", **k, **source_of(n)} for n, k in keys.items()}
+        return {"builder": "mixture", "parts": parts, "shares": {"chat": 2, "instruct": 1, "text": 1}}
+
+    def local(name):
+        (client.folder / f"{name}.jsonl").write_bytes(jsonl(rows[name]))
+        return {"source": str(client.folder / f"{name}.jsonl")}
+
+    for name, made in rows.items():
+        files = dict(zip(shards, (parquet(made[: len(made) // 2]), parquet(made[len(made) // 2 :])), strict=True))
+        hub.publish(f"{hub.name}-{name}", files if name != "instruct" else {"train.jsonl": jsonl(made)})
+    of_hub = mixture(lambda name: {"source": f"{hub.name}-{name}", "split": "train"})
+    hub.held.add(shards[1])
+    started = client.start(**of_hub, seconds_a_part=0)
+    wait_until(lambda: shards[1] in hub.waiting, "the chats' second shard is not asked for")
+    os.kill(started[0], signal.SIGKILL)
+    client.end(started, code=-signal.SIGKILL)
+    hub.release()
+    log = client.end(client.start(**of_hub))
+    assert f"{ROWS} documents are there from an earlier start; it goes on there" in log
+    found = json.loads(log.splitlines()[-1])
+    assert found["signals"] == ["weight"] and same(found, client.run(**mixture(local)))
+
+
 def test_what_the_hub_does_not_have_is_one_line(hub, client):
     for source, split, said in (
         ("owner/absent", "train", "dataset 'owner/absent' cannot be loaded ("),

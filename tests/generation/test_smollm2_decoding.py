@@ -18,7 +18,7 @@ def prompts(tokenizer):
     texts = ["What is the capital of France? Answer with one word.", *(t["text"] for t in packaged_functions()[:2])]
     chats = [[{"role": "user", "content": text}] for text in texts]
     functions = python_functions(tokenizer, split="heldout", max_functions=3, max_body_lines=12)
-    return [tokenizer.apply_chat_template(chat) for chat in chats] + [list(f.prompt) for f in functions]
+    return [tokenizer.chat.prompt(chat) for chat in chats] + [list(f.prompt) for f in functions]
 
 
 @torch.inference_mode()

@@ -183,13 +183,13 @@ def test_different_vocabularies_are_refused_by_the_first_id(sentencepiece_folder
 def test_chat_template(tmp_path):
     tokenizer = byte_tokenizer()
     with pytest.raises(ValueError, match="byte_tokenizer has no chat template"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+        tokenizer.chat.prompt([{"role": "user", "content": "hi"}])
     tokenizer.save(tmp_path)
     template = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}<eos>{% endfor %}"
     template += "{% if add_generation_prompt %}>{% endif %}"
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    ids = hf_tokenizer(tmp_path).apply_chat_template([{"role": "user", "content": "hi"}])
+    ids = hf_tokenizer(tmp_path).chat.prompt([{"role": "user", "content": "hi"}])
     assert ids == [256, *b"user: hi", 257, *b">"]
 
 

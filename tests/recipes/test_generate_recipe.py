@@ -11,6 +11,7 @@ from random_models import random_decoder
 
 from recipes.generate import GenerateRecipe
 from wmtp.config import ConfigError
+from wmtp.data import chat
 from wmtp.errors import UserError
 from wmtp.generation.text import StopStrings, TextStream
 from wmtp.models import export_hf
@@ -90,6 +91,32 @@ def test_a_file_of_prompts_and_chats_and_samples(generated, folder, tmp_path):
     assert texts[0] == texts[1] != texts[2] and texts[0][0] != texts[0][1] and "== prompt" not in sampled[0].err
 
 
+def test_a_chat_is_asked_as_it_was_trained(folder, tmp_path):
+    """ShareGPT's names, tools, a template's arguments and its date; weights are not the template's."""
+    (tmp_path / "t.jinja").write_text(
+        "{{ strftime_now('%d') }}{{ style }}{{ tools | tojson }}{% for m in messages %}<{{ m.role }}>{{ m | tojson }}"
+        "{% if m.role == 'assistant' %}<eos>{% endif %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = [
+        {"from": "human", "value": "é"},
+        {"from": "gpt", "value": "b", "weight": 2},
+        {"from": "human", "value": "c"},
+    ]
+    row = {"conversations": asked, "tools": '[{"type": "function", "function": {"name": "f"}}]'}
+    (tmp_path / "p.jsonl").write_text(json.dumps(row))
+    row["conversations"] = [*asked, {"from": "gpt", "value": "d"}]
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    tokenizer = {"_component_": "wmtp.pretrained.byte_tokenizer", "chat_template": str(tmp_path / "t.jinja")}
+    template = {"template_arguments": {"style": "short"}, "date": "today"}
+    model = {"_component_": "wmtp.models.llama_mtp", "vocab_size": 259, "max_seq_len": 512, "num_future_tokens": 1}
+    keys = {"model": model | SIZES, "tokenizer": tokenizer, "prompts": str(tmp_path / "p.jsonl"), "device": "cpu"}
+    recipe = GenerateRecipe(OmegaConf.create(keys | template))
+    recipe.setup()
+    [(_, ids)] = recipe._asked.values()
+    [document] = chat(recipe._tokenizer, source=str(tmp_path / "c.jsonl"), turns="last", **template)
+    assert tuple(ids) == document.prompt and b"weight" not in bytes(i for i in ids if i < 256)
+
+
 def test_what_the_heads_proposed_is_shown_by_marks_and_in_colour_only_to_a_terminal(generated, tmp_path, monkeypatch):
     page = tmp_path / "heads.html"
     plain = generated(prompt="x < y", show="heads", page=str(page))
@@ -130,7 +157,8 @@ def test_bad_input_is_one_line_before_the_model_is_read(generated, tmp_path):
     file = tmp_path / "bad.jsonl"
     for row, says in (
         ({"text": "a"}, r"bad.jsonl:1: field 'prompt' is missing; the row has text"),
-        ({"messages": "a"}, r"bad.jsonl:1: messages must be a list of {role, content}, got 'a'"),
+        ({"messages": "a"}, r"bad.jsonl:1: field 'messages' must be a list, got str 'a'"),
+        ({"messages": [{"role": "user"}]}, r"bad.jsonl:1: messages\[0\] has no content; give it a text"),
         (
             {"messages": [{"role": "u", "content": "a"}] * 3},
             r"bad.jsonl:1: the chat template of .* refuses the conversation of u, u, u: no",

@@ -1,6 +1,7 @@
 """Builders for conversations, rendered by the tokenizer's own chat template; the assistant's turns are the targets."""
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from wmtp.data.completions import Rows, Source, row_name, with_signals
 from wmtp.data.documents import IGNORE, Document, Documents, DocumentStream, collect, comes_from
 from wmtp.data.rows import fields_of, rows_state, take
 from wmtp.data.weights import GivenWeights, is_spans, number, over_characters, over_tokens
-from wmtp.errors import UserError
+from wmtp.errors import UserError, one_line
 
 _TURNS = ("all", "last")
 # ShareGPT's names of the roles, and OpenAI's.
@@ -52,7 +53,7 @@ def chat(
             ``messages``, or ``conversations`` where a row has no such field. What else a message has, such as
             tool_calls, is the template's. ``weight`` (a number) and ``weights`` (spans ``{start, end, weight}`` of the
             content's characters) are those of an assistant's turn.
-        tools_column: optional field: a list of tools, for the template.
+        tools_column: optional field: a list of tools, or its JSON as a string, for the template.
         id_column: optional field that names the document in messages; its place in source otherwise, or where null.
         turns: ``all`` of the assistant's, or the ``last`` alone: what comes before it is its prompt.
         template_arguments: further variables of the template, such as ``{enable_thinking: false}``.
@@ -107,15 +108,40 @@ def chat_stream(
     return Source(source, split, subset, max_rows).stream(of_rows, must_read=weights.must_read)
 
 
-def to_messages(turns: Sequence[object], what: str) -> list[dict[str, Any]]:
-    """Returns a conversation in OpenAI's shape; ShareGPT's ``{from, value}`` become ``{role, content}``.
+def conversation_of(
+    row: dict, where: str, messages_column: str | None = None, tools_column: str | None = "tools"
+) -> tuple[str, list[dict[str, Any]], list | None]:
+    """Returns the column of a row's conversation, its messages and its tools; columns as in :func:`chat`.
+
+    Messages are in OpenAI's shape: ShareGPT's ``{from, value}`` become ``{role, content}``.
 
     Raises:
-        UserError: no turn, one that is no object or has no role, an unknown ``from``, or a misspelt key.
+        UserError: no such column, tools that are no list, no turn, one that is no object or has no role or content, an
+            unknown ``from``, or a misspelt key.
     """
+    column = messages_column or ("conversations" if row.get("messages") is None else "messages")
+    if column not in row and messages_column is None:
+        raise UserError(f"{where}: a row needs messages, or ShareGPT's conversations; it has {fields_of(row)}")
+    turns = take(row, where, column, list)
     if not turns:
-        raise UserError(f"{what} is empty; leave the row out")
-    return [_message(turn, f"{what}[{number}]") for number, turn in enumerate(turns)]
+        raise UserError(f"{where}: {column} is empty; leave the row out")
+    messages = [_message(turn, f"{where}: {column}[{number}]") for number, turn in enumerate(turns)]
+    return column, messages, None if tools_column is None else _tools(row, where, tools_column)
+
+
+def spoken(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns messages as a template sees them: without weights."""
+    return [{key: value for key, value in message.items() if key not in _OF_A_TURN} for message in messages]
+
+
+def _tools(row: dict, where: str, column: str) -> list | None:
+    tools = row.get(column)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools or "null")
+        except ValueError as error:
+            raise UserError(f"{where}: field {column!r} is a string, and no JSON: {one_line(error)}") from None
+    return None if tools is None else take({column: tools}, where, column, list)
 
 
 def _message(turn: object, what: str) -> dict[str, Any]:
@@ -129,6 +155,9 @@ def _message(turn: object, what: str) -> dict[str, Any]:
             raise UserError(f"{what}: nobody reads the key {key!r}; did you mean {near[0]!r}? Rename or remove it")
     if "role" in turn:
         role = take(turn, what, "role", str)
+        meant = _ROLES.get(role.lower(), role)
+        if meant != role and meant in ("user", "assistant"):
+            raise UserError(f"{what}: role is {role!r}, another name of {meant!r}; rename it")
     elif "from" in turn:
         speaker = take(turn, what, "from", str)
         if speaker not in _ROLES:
@@ -138,6 +167,8 @@ def _message(turn: object, what: str) -> dict[str, Any]:
         turn = {"role": role, "content": take(turn, what, "value", str), **others}
     else:
         raise UserError(f"{what} must have role and content, or ShareGPT's from and value; it has {fields_of(turn)}")
+    if not turn.keys() & {"content", "tool_calls", "function_call"}:
+        raise UserError(f"{what} has no content; give it a text ('' for none), or tool_calls; it has {fields_of(turn)}")
     if isinstance(turn.get("content"), str):
         take(turn, what, "content", str)  # refuses half a character
     weighted = [key for key in _OF_A_TURN if key in turn]
@@ -178,14 +209,9 @@ class _Makers:
             yield partial(self._document, tokenizer, where, row)
 
     def _document(self, tokenizer, where: str, row: dict) -> Document:
-        column = self.messages or ("conversations" if row.get("messages") is None else "messages")
-        if column not in row and self.messages is None:
-            raise UserError(f"{where}: a row needs messages, or ShareGPT's conversations; it has {fields_of(row)}")
-        messages = to_messages(take(row, where, column, list), f"{where}: {column}")
-        tools = None if self.tools is None or row.get(self.tools) is None else take(row, where, self.tools, list)
-        shown = [{key: value for key, value in m.items() if key not in _OF_A_TURN} for m in messages]
+        column, messages, tools = conversation_of(row, where, self.messages, self.tools)
         options = {"arguments": self.arguments, "date": self.date, "last": self.turns == "last", "where": where}
-        found = tokenizer.chat.conversation(shown, tools, **options)
+        found = tokenizer.chat.conversation(spoken(messages), tools, **options)
         tokens = np.array(found.ids, np.int32)
         labels = np.full_like(tokens, IGNORE)
         for turn in found.turns:

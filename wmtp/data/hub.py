@@ -9,17 +9,17 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any
 
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from wmtp.data.document_files import FetchError
+from wmtp.data.parquet_rows import ROWS, open_parquet
+from wmtp.data.parquet_rows import rows_of as rows_in
 from wmtp.errors import UserError, one_line
 from wmtp.files import cache_folder, locked, write_whole
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SECONDS = 10.0  # to wait for the hub's word on a dataset
-_ROWS = 256  # out of a file at a time
 
 
 def is_name(source: object) -> bool:
@@ -143,12 +143,12 @@ def _of_row_groups(url: str, columns: list[str] | None, behind: int) -> Iterator
     from datasets.utils.file_utils import xopen  # tries again for some minutes
 
     with xopen(url, "rb") as file:
-        found = pq.ParquetFile(file, pre_buffer=True)
+        found = open_parquet(file, url, pre_buffer=True)
         for group in range(found.num_row_groups):
             rows = found.metadata.row_group(group).num_rows
             if behind < rows:
-                for batch in found.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                    yield from batch.slice(min(behind, len(batch))).to_pylist()
+                for batch in found.iter_batches(ROWS, row_groups=[group], columns=columns):
+                    yield from rows_in(batch.slice(min(behind, len(batch))))
                     behind = max(0, behind - len(batch))
             else:
                 behind -= rows
@@ -156,7 +156,7 @@ def _of_row_groups(url: str, columns: list[str] | None, behind: int) -> Iterator
 
 def _of_file(stream: Any, number: int, behind: int) -> Iterator[dict]:
     """Yields the rows of a file of any format that `datasets` reads; a batch never reaches into the next file."""
-    for batch in stream.shard(stream.num_shards, number).iter(batch_size=_ROWS):
+    for batch in stream.shard(stream.num_shards, number).iter(batch_size=ROWS):
         rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
         yield from rows[behind:]
         behind = max(0, behind - len(rows))
@@ -172,7 +172,14 @@ def rows_of(source: str, subset: str | None, split: str | None, max_rows: int | 
     at = source if commit is None else f"{source.partition('@')[0]}@{commit}"
     if split is not None and "[" not in split and commit is not None:
         return HubRows(at, subset, split, max_rows)
-    return numbered(islice(load(at, subset, split), max_rows), f"{source}[{split}]")
+    return islice(loaded(at, subset, split), max_rows)
+
+
+def loaded(source: str, subset: str | None, split: str | None) -> Iterator[tuple[str, dict]]:
+    """Yields (where, row) of a whole copy in the cache of `datasets`."""
+    batches = load(source, subset, split).with_format("arrow").iter(ROWS)
+    name = source.partition("@")[0]
+    return numbered((row for batch in batches for row in rows_in(batch)), f"{name}[{split}]")
 
 
 def numbered(rows: Any, name: str) -> Iterator[tuple[str, dict]]:

@@ -195,7 +195,11 @@ def plan(
             )
     kept = np.flatnonzero(targets > 0) if require_targets else np.arange(len(documents))
     if not len(kept):
-        raise UserError(f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len")
+        if any((document.labels[1:] != IGNORE).any() for document in documents):
+            raise UserError(
+                f"{documents.name}: no document has a target within seq_len {seq_len} tokens; raise seq_len"
+            )
+        raise UserError(f"{documents.name}: no document has a target; in a chat: a message of the role assistant")
     fitting = np.minimum(lengths, seq_len)
     row = _best_fit(fitting[kept], seq_len) if packed else np.arange(len(kept))
     members, starts = kept[np.argsort(row, kind="stable")], np.cumsum([0, *np.bincount(row)])

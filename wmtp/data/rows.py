@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from wmtp.data import hub
 from wmtp.data.documents import printable
+from wmtp.data.parquet_rows import ROWS, open_parquet, rows_of
 from wmtp.errors import MissingError, UserError, cannot_be_read
 from wmtp.files import content_sha256
 from wmtp.storage import local_copy
 
 T = TypeVar("T")
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
-_PARQUET_ROWS = 256  # rows of a parquet file in memory at a time
 _LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
 _OF_TESTS = re.compile(r"(?:^|_)(?:test|testcase|assert|assertion|input|output)s?(?:$|_)")  # a column's name
 _NAMED = 20  # fields that a message names
@@ -64,7 +63,7 @@ def read_rows(
     if path is None and streaming:
         return hub.rows_of(str(source), subset, split, max_rows)
     if path is None:
-        rows = hub.numbered(hub.load(str(source), subset, split), f"{source}[{split}]")
+        rows = hub.loaded(str(source), subset, split)
     else:
         parquet = path.suffix == ".parquet"
         rows = hub.numbered(_from_parquet(path), printable(path)) if parquet else _from_json(path, lists)
@@ -87,7 +86,7 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
     with reading(path):
         if path.suffix == ".parquet":
             with path.open("rb") as file:
-                return _parquet_file(file, path).metadata.num_rows
+                return open_parquet(file, printable(path)).metadata.num_rows
         with _open(path) as file:
             first = next((line for line in file if line.strip()), "")
             return None if first.lstrip().startswith("[") else bool(first) + sum(1 for line in file if line.strip())
@@ -285,17 +284,8 @@ def reading(path: str | Path) -> Iterator[None]:
 def _from_parquet(path: Path) -> Iterator[dict]:
     """Yields the rows of an open file, because readers that are given a name take it for a pattern."""
     with reading(path), path.open("rb") as file:
-        for batch in _parquet_file(file, path).iter_batches(batch_size=_PARQUET_ROWS):
-            yield from batch.to_pylist()
-
-
-def _parquet_file(file, path: Path):
-    found = pq.ParquetFile(file)
-    names = found.schema_arrow.names
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise UserError(f"{printable(path)}: the column {twice!r} is there twice; leave one of them out")
-    return found
+        for batch in open_parquet(file, printable(path)).iter_batches(ROWS):
+            yield from rows_of(batch)
 
 
 def _parse(text: str, name: str, line: int) -> object:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from wmtp.errors import DiskError, ExistsError, UserError
 from wmtp.eval.protocols import Protocol, Task
@@ -26,9 +27,10 @@ def write_prompts(
     """Writes a JSON line for each task and temperature; returns their number.
 
     Beside ``task_id`` and ``token_ids`` a line has the fields of a request to an OpenAI-compatible server: ``prompt``
-    (a text to continue) or ``messages`` (of a chat), ``n``, ``temperature``, ``top_p``, ``max_tokens``, ``stop``,
-    ``seed``. ``token_ids`` is the prompt as this project's tokenizer has it, a beginning-of-text token included where
-    the model expects one: servers take it in the place of ``prompt``, and add nothing to it.
+    (a text to continue) or ``messages`` (of a chat, with ``chat_template_kwargs`` where the protocol has any), ``n``,
+    ``temperature``, ``top_p``, ``max_tokens``, ``stop``, ``seed``. ``token_ids`` is the prompt as this project's
+    tokenizer has it, a beginning-of-text token included where the model expects one: servers take it in the place of
+    ``prompt``, and add nothing to it.
 
     Raises:
         UserError: the path is a folder or not local, a file that is not to be replaced, or cannot be written.
@@ -42,12 +44,14 @@ def write_prompts(
     lines = []
     for task in tasks:
         rendered = protocol.render(task)
-        asked = {
+        asked: dict[str, Any] = {
             "task_id": task.task_id,
             "prompt" if isinstance(rendered, str) else "messages": rendered,
             "token_ids": protocol.prompt(task, tokenizer),
             "n": num_samples,
         }
+        if protocol.chat.get("arguments"):
+            asked["chat_template_kwargs"] = dict(protocol.chat["arguments"])
         rest = {"top_p": top_p, "max_tokens": max_new_tokens, "stop": list(protocol.stop), "seed": seed}
         lines += [json.dumps(asked | {"temperature": temperature} | rest) + "\n" for temperature in temperatures]
     try:

@@ -11,8 +11,9 @@ Each builder below returns a :class:`Protocol` and can be named as `_component_`
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from wmtp.data.contest_rows import alphacode_prompt
 from wmtp.data.mbpp_rows import mbpp_prompt
@@ -41,12 +42,14 @@ class Protocol:
         stop: an answer ends before the first of these strings, beside EOS.
         render: the text to continue, or the messages of a conversation.
         extract: the program that an answer to a task is.
+        chat: of messages: the template's further ``arguments``, and the ``date`` that it writes.
     """
 
     name: str
     stop: tuple[str, ...]
     render: Callable[[Task], str | Messages]
     extract: Callable[[Task, str], str]
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt(self, task: Task, tokenizer) -> list[int]:
         """Returns the token ids after which the answer starts.
@@ -57,7 +60,7 @@ class Protocol:
         rendered = self.render(task)
         if isinstance(rendered, str):
             return tokenizer.encode_prompt(rendered)
-        return tokenizer.apply_chat_template(rendered)
+        return tokenizer.chat.prompt(rendered, **self.chat)
 
     def program(self, task: Task, completion: str) -> str:
         """Returns the program to judge; an answer that was not yet cut at a stop string is cut here."""
@@ -152,13 +155,16 @@ def alphacode_protocol(rating: int | None = None, tags: Sequence[str] | None = N
     return Protocol("code_contests 0-shot (AlphaCode)", stop, render, _continued)
 
 
-def chat_protocol() -> Protocol:
+def chat_protocol(template_arguments: Mapping[str, Any] | None = None, date: str | None = None) -> Protocol:
     """One user message; the program is the first fenced code block of the answer, or all of it where there is none.
 
     The block of a HumanEval task follows the task's prompt, so that its imports and helper functions are there; a
     function in the block replaces the prompt's unfinished one.
+
+    Args:
+        template_arguments, date: as in :func:`wmtp.data.chat`; give those that the model was trained with.
     """
-    return Protocol("chat", (), _message, _from_chat)
+    return Protocol("chat", (), _message, _from_chat, {"arguments": template_arguments, "date": date})
 
 
 def first_code_block(answer: str) -> str:

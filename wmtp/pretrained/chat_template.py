@@ -19,6 +19,8 @@ from wmtp.errors import UserError, one_line
 Message = Mapping[str, Any]  # role, content, and whatever else the template reads
 _RENDERING = Lock()  # `transformers` shares a template's compiled form, which tracks one rendering at a time
 _MASK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_OURS = frozenset(("messages", "conversations", "tools", "chat_template", "add_generation_prompt"))
+_OURS |= {"continue_final_message", "return_assistant_tokens_mask"}
 _WAY_OUT = (
     "train on the last turn alone (turns=last), one row for each turn, or mark the assistant's turns in the template "
     "with {% generation %}"
@@ -86,22 +88,12 @@ class ChatTemplate:
         Raises:
             UserError: the template refuses the messages, or the turns are not certain.
         """
-        spoken = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        template = self._dated(self._hf.get_chat_template(None, tools), date)
-        options = {**self._hf.special_tokens_map, **(arguments or {})}
-        masked = _MASK.search(template) is not None
-
-        def render(count: int, prompt: bool = False, masked: bool = False) -> tuple[str, list[list[tuple[int, int]]]]:
-            return self._render(
-                [spoken[:count]], where, tools=tools, chat_template=template, add_generation_prompt=prompt,
-                return_assistant_tokens_mask=masked, **options,
-            )  # fmt: skip
-
-        text, blocks = render(len(spoken), masked=masked)
+        render, marks = self._renderer(messages, tools, arguments, date, where)
+        text, blocks = render(len(messages), masked=marks)
         encoded = self._backend.encode(text, add_special_tokens=False)
         whole = Conversation(text, encoded.ids, encoded.offsets, [])  # an encoding makes its lists anew each time
-        numbers = [i for i, message in enumerate(spoken) if message.get("role") == "assistant"]
-        if masked:
+        numbers = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+        if marks:
             turns = _marked(blocks[0], whole.offsets, numbers)
             return whole._replace(turns=turns[-1:] if last else turns)
 
@@ -110,23 +102,50 @@ class ChatTemplate:
             return shown, self._ids(shown)
 
         wanted = numbers[-1:] if last else numbers
-        return whole._replace(turns=[self._proven(number, spoken, whole, beginning, where) for number in wanted])
+        return whole._replace(turns=[self._proven(number, messages, whole, beginning, where) for number in wanted])
 
     def prompt(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, where: str = "prompt"
+        self,
+        messages: Sequence[Message],
+        tools: list | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        where: str = "prompt",
     ) -> list[int]:
         """Returns the ids of messages, and of what the template puts before an answer to them.
 
-        Args:
-            where: names the conversation in the message that the template refuses it.
-
-        Raises:
-            UserError: the template refuses the messages.
+        Args, Raises: as in :meth:`conversation`.
         """
-        template = self._hf.get_chat_template(None, None)
-        options = {"chat_template": template, "add_generation_prompt": add_generation_prompt}
-        spoken = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        return self._ids(self._render([spoken], where, **options, **self._hf.special_tokens_map)[0])
+        return self._ids(self._renderer(messages, tools, arguments, date, where)[0](len(messages), True)[0])
+
+    def _renderer(
+        self,
+        messages: Sequence[Message],
+        tools: list | None,
+        arguments: Mapping[str, Any] | None,
+        date: str | None,
+        where: str,
+    ) -> tuple[Callable[..., tuple[str, Any]], bool]:
+        """Returns what renders the first so many messages, and whether the template marks the assistant's turns."""
+        if not isinstance(arguments, Mapping | None) or _OURS & (arguments or {}).keys():
+            raise UserError(
+                f"template_arguments must be names and values, none of them {', '.join(sorted(_OURS))}, got {arguments}"
+            )
+        if not isinstance(date, str | None):
+            raise UserError(f"date must be a text in quotes, got {date!r}")
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        template = self._dated(self._hf.get_chat_template(None, tools), date)
+        variables = {**self._hf.special_tokens_map, **(arguments or {})}
+
+        def render(count: int, prompt: bool = False, masked: bool = False) -> tuple[str, Any]:
+            return self._render(
+                said[:count], where,
+                {**variables, "tools": tools, "chat_template": template, "add_generation_prompt": prompt,
+                 "return_assistant_tokens_mask": masked},
+            )  # fmt: skip
+
+        return render, _MASK.search(template) is not None
 
     def _ids(self, text: str) -> list[int]:
         # Unlike `encode`, a batch is encoded without the interpreter's lock.
@@ -143,23 +162,31 @@ class ChatTemplate:
         # The line end behind the macro is removed by trim_blocks, and the template begins a line as it did.
         return f"{{% macro strftime_now(format='') %}}{shown}{{% endmacro %}}\n{template}"
 
-    def _render(self, conversations: list, where: str, **options: Any) -> tuple[str, Any]:
+    def _render(self, messages: list[dict], where: str, options: Mapping[str, Any]) -> tuple[str, Any]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
             with _RENDERING:
-                rendered: Any = render_jinja_template(conversations, **options)
+                rendered: Any = render_jinja_template([messages], **options)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            [messages] = conversations
             roles = ", ".join(str(message.get("role")) for message in messages[:8]) + ", ..." * (len(messages) > 8)
             raise UserError(
                 f"{where}: the chat template of {self._name} refuses the conversation of {roles}: {one_line(error)}"
             ) from error
         [text], blocks = rendered
+        for number, message in enumerate(messages):
+            content = message.get("content")
+            if content and isinstance(content, list | dict) and str(content) in text:
+                raise UserError(
+                    f"{where}: messages[{number}]: the chat template of {self._name} knows no content that is a "
+                    f"{type(content).__name__}, and would write its brackets; make it a string"
+                )
         return text, blocks
 
-    def _proven(self, number: int, messages: list[dict], whole: Conversation, beginning: Callable, where: str) -> Turn:
+    def _proven(
+        self, number: int, messages: Sequence[Message], whole: Conversation, beginning: Callable, where: str
+    ) -> Turn:
         """Returns a turn by the prefix rule of this module."""
         turn = f"{where}: messages[{number}]"
         if number == 0:
@@ -175,13 +202,15 @@ class ChatTemplate:
         through = whole.ids if number + 1 == len(messages) else beginning(number + 1, False)[1]
         # What stands behind a whole conversation (Phi-3's end of text) is not the turn's: a prompt does not follow it.
         end = _common(through, beginning(number + 1, True)[1])
+        if end < len(through) and through[end] in self._special and not self._closed(whole, len(before), end):
+            end += 1  # the turn's only end is another where the conversation goes on (gpt-oss)
         content = messages[number].get("content")
-        learnt = whole.text[whole.offsets[len(before)][0] : whole.offsets[end - 1][1]] if end > len(before) else ""
-        if isinstance(content, str) and content.strip() not in learnt:
-            end = len(through)
+        if isinstance(content, str) and len(before) < end <= len(whole.ids):
+            learnt = whole.text[whole.offsets[len(before)][0] : whole.offsets[end - 1][1]]
+            end = end if content.strip() in learnt else len(through)
         if whole.ids[:end] != through[:end] or end <= len(before):
             raise self._uncertain(turn, "this one", through, whole)
-        return Turn(number, len(before), self._ended(whole, len(before), end))
+        return Turn(number, len(before), self._closed(whole, len(before), end) or end)
 
     def _uncertain(self, turn: str, what: str, beginning: list[int], whole: Conversation) -> UserError:
         return UserError(
@@ -189,12 +218,12 @@ class ChatTemplate:
             f"conversation than where it ends (from token {_common(whole.ids, beginning)} on); {_WAY_OUT}"
         )
 
-    def _ended(self, whole: Conversation, start: int, end: int) -> int:
-        """Returns where a turn ends: at its last special token if white space alone follows, which nobody generates."""
-        special = [i for i in range(start, end) if whole.ids[i] in self._special]
+    def _closed(self, whole: Conversation, start: int, end: int) -> int | None:
+        """Returns the end of a turn's last special token if white space alone follows, which nobody generates."""
+        special = [i for i in range(start, end) if whole.ids[i] in self._special] if end <= len(whole.ids) else []
         if special and not whole.text[whole.offsets[special[-1]][1] : whole.offsets[end - 1][1]].strip():
             return special[-1] + 1
-        return end
+        return None
 
 
 def _marked(blocks: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], numbers: list[int]) -> list[Turn]:

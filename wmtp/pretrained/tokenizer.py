@@ -96,16 +96,6 @@ class Tokenizer:
         """Returns the text of the ids, with nothing stripped or cleaned up; special tokens appear by name."""
         return self._exact.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def apply_chat_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True, where: str = "prompt"
-    ) -> list[int]:
-        """Returns the ids of a conversation of {role, content}, in the format the chat model was trained on.
-
-        Args:
-            where: names the conversation in the message that the template refuses it.
-        """
-        return self.chat.prompt(messages, add_generation_prompt=add_generation_prompt, where=where)
-
     @cached_property
     def chat(self) -> "ChatTemplate":
         """Returns the chat template; refuses a tokenizer without one."""

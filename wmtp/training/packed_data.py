@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 import wmtp.data
+import wmtp.pretrained
 from wmtp.config import build, checked
 from wmtp.data import Documents, PackedDataset, pack
 from wmtp.data.documents import collecting, state_of
@@ -131,6 +132,7 @@ def _key(section: DictConfig, tokenizer: Any, where: str, **rows: Any) -> str | 
         return None
     code = hashlib.sha256()
     files = {Path(__file__), Path(inspect.getfile(builder)), *Path(wmtp.data.__file__).parent.glob("*.py")}
+    files |= {Path(wmtp.pretrained.__file__).with_name(f"{name}.py") for name in ("tokenizer", "chat_template")}
     for file in sorted(files):
         code.update(file.read_bytes())
     named = {**_named(partial(builder, **values)), "source": source}
