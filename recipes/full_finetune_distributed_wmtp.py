@@ -86,6 +86,7 @@ class FullFinetuneRecipeWMTP:
         self._weighting_cfg = read.section("weighting")
         self._head_weights = read.numbers("head_weights", None, distinct=False)
         self._heads_cfg = read.section("heads", optional=True)
+        self._anchor_cfg = read.section("anchor", optional=True)
         self._reference_cfg = read.section("reference_model", optional=True)
         self._reference_checkpoint = read.get("reference_checkpoint", None)
         self._value_model_path = read.get("value_model", None)
@@ -146,6 +147,9 @@ class FullFinetuneRecipeWMTP:
         self._weighting = any_weighting(build(self._weighting_cfg, where="weighting"))
         self._heads = build(self._heads_cfg, where="heads") or HeadTraining()
         self._heads.require_teacher(self._reference_cfg)
+        self._anchor = build(self._anchor_cfg, where="anchor")
+        if self._anchor is not None:
+            self._anchor.require_model(self._reference_cfg)
         self._token_view = build(self._token_view_cfg, where="token_view")
         if self._token_view is not None:
             self._token_view.check(self._weighting.needs)
@@ -155,7 +159,7 @@ class FullFinetuneRecipeWMTP:
         models = {"reference_model": self._reference_cfg, "value_model": self._value_model_path}
         self._frozen_signals = frozen_signals(self._weighting.needs, self._data, models)
         self._weighting.prepare(self._tokenizer, self._data)
-        self._reading = ReferenceReading(self._frozen_signals, self._heads.soft_targets)
+        self._reading = ReferenceReading(self._frozen_signals, self._heads.soft_targets, self._anchor)
         ranks = {"rank": self._world.rank, "world_size": self._world.size}
         self._stream = BatchStream(self._data, batch_size=self._batch_size, **ranks, seed=self._seed)
         step = {"micro_batches": self._accumulation_steps, "target_tokens": self._tokens_per_step}
@@ -277,7 +281,7 @@ class FullFinetuneRecipeWMTP:
                     weighting=self._weighting,
                     signals=batch["signals"],
                     targets=batch["targets"],
-                    teacher=batch.get("teacher"),
+                    **batch.get("found", {}),
                     step=self._step,
                     **self._heads.at(self._step),
                 )
@@ -310,7 +314,7 @@ class FullFinetuneRecipeWMTP:
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
                 metrics["train/targets"] = self._stream.num_targets
                 metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
-                metrics |= {f"train/kl_head{k}": kl for k, kl in enumerate(sums.divergence, start=2)}
+                metrics |= {f"train/{name}": kl for name, kl in sums.divergence.items()}
                 metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
@@ -340,7 +344,7 @@ class FullFinetuneRecipeWMTP:
             named = {k: batch[k] for k in ("labels", "targets")}
             found = self._reference(**inputs, loss_fn=self._reading, **named)
             batch["signals"] |= found.pop("signals")
-            batch |= found
+            batch["found"] = found
         if self._value_model is not None:
             batch["signals"]["values"] = self._value_model(**inputs)
         if self._epoch_ce is not None:

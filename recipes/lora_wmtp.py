@@ -15,6 +15,7 @@ from pathlib import Path
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torchtune.modules.peft import disable_adapter
 from torchtune.training import scale_grads
 from tqdm import tqdm
 
@@ -98,6 +99,7 @@ class LoRARecipeWMTP:
         self._weighting_cfg = read.section("weighting")
         self._head_weights = read.numbers("head_weights", None, distinct=False)
         self._heads_cfg = read.section("heads", optional=True)
+        self._anchor_cfg = read.section("anchor", optional=True)
         self._reference_cfg = read.section("reference_model", optional=True)
         self._reference_checkpoint = read.get("reference_checkpoint", None)
         self._value_model_path = read.get("value_model", None)
@@ -159,6 +161,7 @@ class LoRARecipeWMTP:
         self._weighting = any_weighting(build(self._weighting_cfg, where="weighting"))
         self._heads = build(self._heads_cfg, where="heads") or HeadTraining()
         self._heads.require_teacher(self._reference_cfg)
+        self._anchor = build(self._anchor_cfg, where="anchor")
         self._token_view = build(self._token_view_cfg, where="token_view")
         if self._token_view is not None:
             self._token_view.check(self._weighting.needs)
@@ -229,6 +232,8 @@ class LoRARecipeWMTP:
             model = build(section, where=where)
             if adapters is not None:
                 build(adapters, model, where="adapters", seed=self._seed, quantize_from=self._dtype)
+                if self._anchor is not None:
+                    self._anchor.require_adapters(model.adapters)
                 if self._cache_trunk is not None and model.adapters.trunk != "frozen":
                     raise ConfigError("cache_trunk needs adapters.trunk=frozen: set that, or cache_trunk=none")
                 if self._merged_dtype is not None:
@@ -311,7 +316,7 @@ class LoRARecipeWMTP:
                     weighting=self._weighting,
                     signals=batch["signals"],
                     targets=batch["targets"],
-                    teacher=batch.get("teacher"),
+                    **batch.get("found", {}),
                     step=self._step,
                     **self._heads.at(self._step),
                 )
@@ -344,7 +349,7 @@ class LoRARecipeWMTP:
                 metrics = {"train/loss": loss, "train/grad_norm": grad_norm, "train/lr": lr}
                 metrics["train/targets"] = self._stream.num_targets
                 metrics |= {f"train/ce_head{k}": ce for k, ce in enumerate(sums.ce, start=1)}
-                metrics |= {f"train/kl_head{k}": kl for k, kl in enumerate(sums.divergence, start=2)}
+                metrics |= {f"train/{name}": kl for name, kl in sums.divergence.items()}
                 metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
@@ -375,7 +380,11 @@ class LoRARecipeWMTP:
             named = {k: batch[k] for k in ("labels", "targets")}
             found = self._reference(**inputs, loss_fn=self._reading, **named)
             batch["signals"] |= found.pop("signals")
-            batch |= found
+            batch["found"] = found
+        if self._anchor is not None:
+            with disable_adapter(self._model):
+                states = self._model(**inputs, num_heads=1, loss_fn=self._anchor.of_adapted)
+            batch["found"] = batch.get("found", {}) | {"anchor": states}
         if self._value_model is not None:
             batch["signals"]["values"] = self._value_model(**inputs)
         if self._epoch_ce is not None:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wmtp.config import build
 from wmtp.config.files import load
-from wmtp.loss import SoftTargets, mtp_loss
+from wmtp.loss import AnchorStates, SoftTargets, mtp_loss
 from wmtp.training.flops import _loss, flops_per_step, kept_share
 from wmtp.training.performance import model_flops
 from wmtp.weighting import any_weighting, dft, protect, random_matched, rho1, token_cleaning, uniform
@@ -57,8 +57,9 @@ def products(weighting, heads=3, seq=201, dim=8, vocab=50, **options):
     unembedding = torch.randn((vocab, dim), generator=generator, requires_grad=True)
     labels = torch.randint(0, vocab, (1, seq), generator=generator)
     signals = {"reference_ce": torch.rand((1, seq), generator=generator)}
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    counts = {torch.ops.aten.bmm: lambda *_, **__: 0}  # a sum of products of two rows, not of matrices
+    counts |= {torch.ops.aten.addmm_: lambda total, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=counts) as counter:
         mtp_loss(hidden, unembedding, labels, any_weighting(weighting), signals=signals, **options).loss_sum.backward()
     targets = sum(seq - k for k in range(1, heads + 1))
     return counter.get_total_flops() / (2 * dim * vocab * targets)
@@ -74,7 +75,9 @@ METHODS = {
 }
 
 
+ANCHOR = AnchorStates(torch.zeros(1, 201, 8), torch.zeros(50, 8), 0.1)
 OPTIONS = {"joint": {}, "detached": {"trunk_gradient": (1.0, 0.0, 0.0)}, "soft": {"head_targets": SoftTargets(top_k=4)}}
+OPTIONS |= {"anchored": {"anchor": ANCHOR}}
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -89,7 +92,8 @@ def test_the_products_are_those_of_the_fused_loss(method, options):
     unembedding = torch.zeros((50, model.embed_dim), device="meta", requires_grad=True)
     factors = chosen.get("trunk_gradient", (1.0,) * heads)
     with FlopCounterMode(display=False) as counter:
-        _loss(weighting, factors, "head1" if "head_targets" in chosen else None)(hidden, unembedding).backward()
+        teacher = "head1" if "head_targets" in chosen else None
+        _loss(weighting, factors, teacher, "anchor" in chosen)(hidden, unembedding).backward()
     ours = counter.get_total_flops() / (2 * model.embed_dim * 50 * 1000 * heads)
     assert ours == pytest.approx(products(METHODS[method], **chosen), rel=0.02)
 
@@ -102,6 +106,22 @@ def test_options_of_the_heads_and_methods_that_want_preparation_are_counted():
     assert kept_share(rehearsed(token_cleaning(0.6)), 2) == pytest.approx(0.6, abs=0.03)
     assert kept_share(rehearsed(token_cleaning(0.2)), 2) == pytest.approx(0.2, abs=0.03)
     assert kept_share(rehearsed(protect(rho1(percentile=0.3))), 2) == 1.0, "all labels are the protected token there"
+
+
+def test_an_anchor_is_counted_with_the_model_that_it_is_held_against():
+    anchor = ("anchor", {"_component_": "wmtp.loss.Anchor"})
+    cfg = config("tiny/uniform")
+    reference = config("tiny/rho1").reference_model
+    tokens = cfg.seq_len * cfg.batch_size * cfg.gradient_accumulation_steps
+    logits = 2 * tokens * cfg.model.embed_dim * cfg.model.vocab_size
+    forward = model_flops(model_of(config("tiny/uniform", ("model", reference))).requires_grad_(False))
+    beside = flops_per_step(config("tiny/uniform", anchor, ("reference_model", reference)))
+    assert beside == pytest.approx(flops_per_step(cfg) + forward.of(tokens, cfg.seq_len) + logits, rel=1e-9)
+    adapted = config("tiny/lora_rho1", ("weighting", cfg.weighting))
+    off = model_of(config("tiny/uniform", ("model", {**adapted.model, "num_future_tokens": 1})))  # trunk and head 1
+    adapted_forward = model_flops(off.requires_grad_(False)).of(tokens, cfg.seq_len)
+    with_anchor = flops_per_step(config("tiny/lora_rho1", ("weighting", cfg.weighting), anchor))
+    assert with_anchor - flops_per_step(adapted) == pytest.approx(adapted_forward + logits, rel=1e-9)
 
 
 def rehearsed(weighting):

@@ -37,6 +37,7 @@ from wmtp.critic.summary import critic_report
 
 __getattr__ = on_demand(
     __name__,
+    differences="near_misses",
     localise="line_of_tokens value_drop_by_line",
     pairs="code_contests_pairs condefects_pairs jsonl_pairs packaged_pairs",
 )

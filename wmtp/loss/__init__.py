@@ -1,5 +1,6 @@
 """The multi-token loss: fused, token-weighted, with hard or soft targets for the extra heads."""
 
+from wmtp.loss.anchor import Anchor, AnchorStates
 from wmtp.loss.fused import (
     MTPLoss,
     head_weight_tensor,
@@ -14,6 +15,8 @@ from wmtp.loss.soft_targets import SoftTargets, TopTokens
 from wmtp.loss.target_logits import of_each_target
 
 __all__ = [
+    "Anchor",
+    "AnchorStates",
     "HeadTraining",
     "MTPLoss",
     "ReferenceReading",

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from wmtp.errors import UserError
+from wmtp.loss.anchor import AnchorRows, AnchorStates
 from wmtp.loss.soft_targets import SoftTargets, TopTokens
 from wmtp.loss.target_logits import chunked_logits, default_chunk, of_each_target, rows_of
 from wmtp.numerics.cross_entropy import cross_entropy_, cross_entropy_and_entropy_
@@ -40,6 +41,7 @@ class MTPLoss(NamedTuple):
     valid: Tensor  # [H, B, S] bool: where head k predicts target j
     weights: Tensor | None  # [B, S] or [H, B, S] as given, None for all ones
     divergence: Tensor | None = None  # [H] float32: sum of the divergences from soft targets; None without them
+    anchor_kl: Tensor | None = None  # scalar, float32: sum of head 1's divergences from the anchor; None without one
 
 
 def head_weight_tensor(
@@ -70,6 +72,7 @@ def weighted_mtp_cross_entropy(
     targets: Targets | None = None,
     soft_targets: tuple[SoftTargets, TopTokens] | None = None,
     trunk_gradient: Sequence[float] | None = None,
+    anchor: AnchorStates | None = None,
     chunk_tokens: int | None = None,
 ) -> MTPLoss:
     """Computes the sum of the weighted cross-entropies of all heads, and its gradients in the same pass.
@@ -94,7 +97,9 @@ def weighted_mtp_cross_entropy(
         soft_targets: what heads 2 to H learn beside, or in place of, the labels, and the distributions; CE_k above is
             then hard * CE_k + soft * KL_k (:mod:`wmtp.loss.soft_targets`). The returned ``ce`` is that of the labels.
         trunk_gradient: H factors of the gradient that a head gives to the unembedding. Rows of a head with 0 take no
-            part in its GEMM; a decoder applies the same factors to trunk and norm.
+            part in its GEMM; a decoder applies the same factors to trunk and norm. Head 1's is not 0.
+        anchor: adds a divergence to head 1's loss (:mod:`wmtp.loss.anchor`), for one more GEMM in the forward pass for
+            each of its targets, all of which have a gradient then.
         chunk_tokens: rows per chunk; by default chosen by device and V.
 
     Raises:
@@ -125,16 +130,19 @@ def weighted_mtp_cross_entropy(
     ce = hidden.new_zeros(valid.shape, dtype=torch.float32)
     row_weight = b[:, None, None] if weights is None else b[:, None, None] * weights.float()
     factors = tuple(trunk_gradient or (1.0,) * num_heads)
-    if len(factors) != num_heads:
-        raise ValueError(f"trunk_gradient must have one factor per head, {num_heads}, got {factors}")
+    if len(factors) != num_heads or not factors[0]:
+        raise ValueError(f"trunk_gradient must have one factor per head, {num_heads}, head 1's > 0, got {factors}")
     if weights is None and head_weights is None and known_ce is None and all(factors):
-        place = (targets or Targets(labels, document_ids)).place(num_heads, labels.device)
-        ends = len(place), len(place)
+        targets = targets or Targets(labels, document_ids)
+        place = targets.place(num_heads, labels.device)
+        ends = 0 if anchor is None else len(targets.place(1, labels.device)), len(place), len(place)
     else:
         # The valid (head, target) pairs become rows: first those with a gradient (before the others those that give the
-        # unembedding one), so that chunks are of one kind, then those whose CE alone is still to be found. The host
-        # waits for the device once, for how many there are of each.
+        # unembedding one, of which head 1's come first), so that chunks are of one kind, then those whose CE alone is
+        # still to be found. The host waits for the device once, for how many there are of each.
         has_gradient = valid & (row_weight != 0)
+        if anchor is not None:
+            has_gradient[0] = valid[0]
         wanted = valid
         if known_ce is not None:
             known = known_ce.detach().float().reshape(-1, batch, seq)
@@ -144,8 +152,8 @@ def weighted_mtp_cross_entropy(
             wanted[len(known) :] = valid[len(known) :]
         bad = valid & ~row_weight.isfinite()
         joint = has_gradient[[head for head, factor in enumerate(factors) if factor]]
-        counts = torch.stack([x.sum() for x in (joint, has_gradient, wanted, bad)]).tolist()
-        ends, num_rows, num_bad = (counts[0], counts[1]), counts[2], counts[3]
+        counts = torch.stack([x.sum() for x in (has_gradient[0], joint, has_gradient, wanted, bad)]).tolist()
+        *ends, num_rows, num_bad = counts
         if num_bad:
             raise UserError(f"{num_bad} weights of targets are not finite; {LOOK_AT}")
         kind = torch.where(has_gradient, 0, torch.where(wanted, 2, 3)).to(torch.int8)
@@ -154,13 +162,14 @@ def weighted_mtp_cross_entropy(
                 kind[head] += has_gradient[head]
         place = kind.flatten().argsort(stable=True)[:num_rows]  # [N], in [H*B*S]
 
-    if chunk_tokens is None:
-        chunk_tokens = default_chunk(hidden, unembedding)
+    if chunk_tokens is None:  # an anchored row has three buffers of float32
+        chunk_tokens = max(1, default_chunk(hidden, unembedding) // (1 if anchor is None else 2))
     row_factor = None
     if not set(factors) <= {0.0, 1.0}:
         row_factor = torch.tensor(factors, device=hidden.device)[place // labels.numel()]
     soft_rows = None if soft_targets is None else soft_targets[0].of_rows(soft_targets[1], place)
-    loss_sum, row_ce, row_divergence = _FusedLinearCrossEntropy.apply(
+    anchored = None if anchor is None else AnchorRows(anchor, unembedding, b[0])
+    loss_sum, row_ce, row_divergence, anchor_kl = _FusedLinearCrossEntropy.apply(
         hidden,
         unembedding,
         rows_of(place, labels),
@@ -168,6 +177,7 @@ def weighted_mtp_cross_entropy(
         row_weight.expand(valid.shape).flatten()[place],
         soft_rows,
         row_factor,
+        anchored,
         ends,
         chunk_tokens,
     )
@@ -175,7 +185,7 @@ def weighted_mtp_cross_entropy(
     by_head = None
     if soft_rows is not None:
         by_head = row_divergence.new_zeros(num_heads).index_add_(0, place // labels.numel(), row_divergence)
-    return MTPLoss(loss_sum, num_targets, ce, valid, weights, by_head)
+    return MTPLoss(loss_sum, num_targets, ce, valid, weights, by_head, anchor_kl)
 
 
 @torch.no_grad()
@@ -223,21 +233,27 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     """The sum of weighted CE and the CE of each row; the forward pass computes the gradients too."""
 
     @staticmethod
-    def forward(ctx, hidden, unembedding, source, label, weight, soft, factor, ends, chunk_tokens):
+    def forward(ctx, hidden, unembedding, source, label, weight, soft, factor, anchor, ends, chunk_tokens):
         flat_hidden = hidden.reshape(-1, hidden.shape[-1])  # [H*B*S, D]
         needs_hidden, needs_unembedding = ctx.needs_input_grad[:2]
         d_hidden = torch.zeros_like(flat_hidden) if needs_hidden else None
         d_unembedding = None  # [V, D] float32
         # The first rows give the unembedding a gradient too, the next the hidden states alone, the others their CE.
-        joint, split = ends if needs_hidden or needs_unembedding else (0, 0)
+        first, joint, split = ends if needs_hidden or needs_unembedding else (ends[0], 0, 0)
+        first = 0 if anchor is None else first  # rows that are anchored
         row_ce = torch.empty(source.numel(), dtype=torch.float32, device=hidden.device)
         row_divergence = None if soft is None else torch.zeros_like(row_ce)
+        anchor_kl = None if anchor is None else row_ce.new_zeros(())
         matrix = operand(unembedding)  # [V, D]
 
-        for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, (joint, split)):
+        kinds = sorted((first, joint, split))
+        for part, h, logits in chunked_logits(hidden, unembedding, source, chunk_tokens, kinds):
             w = weight[part] if part.start < split else None
             # d loss / d logits = w * (softmax - onehot), in float32; rounded once where the operands are bfloat16.
-            if soft is None:
+            if part.start < first:
+                row_ce[part], divergence, d_logits = anchor.losses_(logits, label[part], w, source[part], h.dtype)
+                anchor_kl += divergence.sum()
+            elif soft is None:
                 row_ce[part], d_logits = cross_entropy_(logits, label[part], w, h.dtype)
             else:
                 row_ce[part], row_divergence[part], d_logits = soft.losses_(logits, label[part], w, part, h.dtype)
@@ -253,8 +269,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             d_unembedding = torch.zeros_like(unembedding, dtype=torch.float32)
         ctx.gradients = None if d_hidden is None else d_hidden.view(hidden.shape), d_unembedding, unembedding.dtype
         losses = row_ce if soft is None else soft.hard * row_ce + soft.soft * row_divergence
-        ctx.mark_non_differentiable(*(x for x in (row_ce, row_divergence) if x is not None))
-        return (losses[: ends[1]] * weight[: ends[1]]).sum(), row_ce, row_divergence
+        ctx.mark_non_differentiable(*(x for x in (row_ce, row_divergence, anchor_kl) if x is not None))
+        loss_sum = (losses[: ends[2]] * weight[: ends[2]]).sum()
+        loss_sum = loss_sum if anchor is None else loss_sum + anchor.weight * anchor_kl
+        return loss_sum, row_ce, row_divergence, anchor_kl
 
     @staticmethod
     @once_differentiable
@@ -268,4 +286,4 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if d_unembedding is not None:
             scaled = d_unembedding if dtype == torch.float32 else torch.empty_like(d_unembedding, dtype=dtype)
             d_unembedding = torch.mul(d_unembedding, grad_loss, out=scaled)
-        return d_hidden, d_unembedding, *(None,) * 7
+        return d_hidden, d_unembedding, *(None,) * 8

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from wmtp.loss.anchor import AnchorStates
 from wmtp.loss.fused import (
     MTPLoss,
     token_cross_entropy,
@@ -31,6 +32,7 @@ def mtp_loss(
     head_targets: SoftTargets | None = None,
     teacher: TopTokens | None = None,
     trunk_gradient: Sequence[float] | None = None,
+    anchor: AnchorStates | None = None,
     step: int = 0,
 ) -> MTPLoss:
     """Computes the loss with the weights of ``weighting`` (see wmtp.weighting), which gets the signals that it needs.
@@ -50,7 +52,7 @@ def mtp_loss(
         head_targets: what heads 2 to H learn; by default the labels alone. The distributions of head 1 cost one more
             GEMM a target of head 1, unless the weighting has its CE taken anyway.
         teacher: the distributions of a frozen model, in place of head 1's.
-        trunk_gradient: as in :func:`weighted_mtp_cross_entropy`.
+        trunk_gradient, anchor: as in :func:`weighted_mtp_cross_entropy`.
         step: optimizer step, for weightings that draw anew each step. In the first three and every 20th the weights
             are held against what the weighting promises (:func:`~wmtp.weighting.check_weights`).
 
@@ -98,6 +100,7 @@ def mtp_loss(
         targets=targets,
         soft_targets=None if head_targets is None or teacher is None else (head_targets, teacher),
         trunk_gradient=trunk_gradient,
+        anchor=anchor,
     )
 
 

@@ -242,6 +242,8 @@ class _BiasedDoRALinear(DoRALinear):
     """torchtune's layer for a projection with a bias, which it would scale by m / |W + alpha / r * B A| too."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.disabled:
+            return F.linear(x, self.weight, self.bias)
         base, low = F.linear(x, self.weight, self.bias), self.lora_b(self.lora_a(self.dropout(x)))
         turned = self.weight.to(x.dtype) + self.scaling * (self.lora_b.weight @ self.lora_a.weight).detach()
         share = self.magnitude / torch.linalg.norm(turned, dim=1)

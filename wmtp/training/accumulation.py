@@ -43,7 +43,7 @@ class StepSums(NamedTuple):
     tokens: float
     targets: list[float]  # N_k, of each head
     ce: list[float]  # mean cross-entropy of each head, nats per target, unweighted
-    divergence: list[float]  # of heads 2 to H from their soft targets, likewise; empty without
+    divergence: dict[str, float]  # kl_head2 to kl_headH, from soft targets, and anchor_kl of head 1, likewise; if there
 
 
 class Accumulation:
@@ -88,17 +88,21 @@ class Accumulation:
         scalars += [tokens.double(), torch.full_like(scalars[0], float(stop is not None and stop.wanted()))]
         soft = [out.divergence.double() for out in self.outs if out.divergence is not None]
         divergence = torch.stack(soft).sum(0) if soft else ce[:0]
+        anchor = [out.anchor_kl.double() for out in self.outs if out.anchor_kl is not None]
+        anchored = torch.stack(anchor).sum()[None] if anchor else ce[:0]
         loss_sum, num_targets, tokens, wanted, *sums = all_reduce_sum(
-            torch.cat([torch.stack(scalars), ce, count, divergence])
+            torch.cat([torch.stack(scalars), ce, count, divergence, anchored])
         ).tolist()
         if stop is not None:
             stop.agree(wanted)
         heads = len(ce)
         targets = sums[heads : 2 * heads]
-        ce_means, divergences = (
-            [s / max(n, 1) for s, n in zip(part, targets, strict=False)] for part in (sums[:heads], sums[2 * heads :])
-        )
-        return StepSums(loss_sum, num_targets, tokens, targets, ce_means, divergences[1:])
+        mean = lambda part: [s / max(n, 1) for s, n in zip(part, targets, strict=False)]
+        found = {f"kl_head{k}": kl for k, kl in enumerate(mean(sums[2 * heads :][: len(divergence)]), start=1)}
+        found.pop("kl_head1", None)  # it has no soft targets
+        if anchor:
+            found["anchor_kl"] = sums[-1] / max(targets[0], 1)
+        return StepSums(loss_sum, num_targets, tokens, targets, mean(sums[:heads]), found)
 
     def weight_statistics(self) -> dict[str, float]:
         """Describes the weights of all target tokens of the step, over all ranks (wmtp.weighting.weight_statistics)."""

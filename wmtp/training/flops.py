@@ -7,6 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from torchtune.modules.peft import disable_adapter
 
 from wmtp.config import build
 from wmtp.loss import HeadTraining, ReferenceReading
@@ -24,7 +25,7 @@ def flops_per_step(cfg: DictConfig) -> float:
     A step of the config's models runs on the meta device, which knows shapes and no numbers, so 7B takes seconds and no
     memory. Counted are forward and backward of the policy with its frozen parts, the unembedding's products as
     :func:`wmtp.loss.mtp_loss` makes them (a first pass for weights that read the policy, no gradient for a target of
-    weight zero, what `heads` adds and saves), and the frozen models beside it. Not counted: what activation
+    weight zero, what `heads` and `anchor` add and save), and the frozen models beside it. Not counted: what activation
     checkpointing computes again, and what is not a product of matrices. Every position counts as a target.
 
     Args:
@@ -44,14 +45,15 @@ def flops_per_step(cfg: DictConfig) -> float:
     heads.prepare(policy.num_future_tokens, cfg.get("head_weights"), "meta")
     options = heads.at(0)
     factors = options.get("trunk_gradient", (1.0,) * policy.num_future_tokens)
-    loss = _loss(weighting, factors, teacher=heads.teacher)
+    anchor, adapted = build(cfg.get("anchor"), where="anchor"), cfg.get("adapters") is not None
+    loss = _loss(weighting, factors, teacher=heads.teacher, anchored=anchor is not None)
     frozen: list[tuple[Any, dict]] = []
-    asked = ReferenceReading(weighting.needs, heads.soft_targets).asked
-    if asked and cfg.get("reference_model") is not None:
+    scores = ReferenceReading(weighting.needs, heads.soft_targets).asked
+    if (scores or (anchor is not None and not adapted)) and cfg.get("reference_model") is not None:
         with torch.device("meta"):
             reference = build(cfg.reference_model, where="reference_model")
         reference.attention = "sdpa"
-        frozen.append((reference, {"num_heads": 1, "loss_fn": _forward}))
+        frozen.append((reference, {"num_heads": 1, "loss_fn": _forward if scores else _states}))
     if "values" in weighting.needs and cfg.get("value_model") is not None:
         frozen.append((load_value_model(resolve_checkpoint(cfg.value_model)).to("meta"), {}))
 
@@ -63,15 +65,21 @@ def flops_per_step(cfg: DictConfig) -> float:
         with torch.no_grad():
             for model, options in frozen:
                 model(tokens, **options)
+            if anchor is not None and adapted:
+                with disable_adapter(policy):
+                    policy(tokens, num_heads=1, loss_fn=_states)
     return counter.get_total_flops() * rows
 
 
-def _loss(weighting: AnyWeighting, factors: Sequence[float], teacher: str | None = None) -> Callable[..., Tensor]:
+def _loss(
+    weighting: AnyWeighting, factors: Sequence[float], teacher: str | None = None, anchored: bool = False
+) -> Callable[..., Tensor]:
     """Returns a `loss_fn` that makes the products of the fused loss, on all positions.
 
     Args:
         factors: of each head's gradient in the unembedding.
         teacher: whose distributions are soft targets, if any are.
+        anchored: whether head 1 has an anchor, whose logits are those of its states.
     """
     heads = len(factors)
     kept = kept_share(weighting, heads)
@@ -84,7 +92,9 @@ def _loss(weighting: AnyWeighting, factors: Sequence[float], teacher: str | None
         if teacher == "head1" and first_pass > 1:
             _forward(hidden[:1], unembedding)
         for head, states in enumerate(hidden.flatten(1, 2)):
-            weighted = round(kept * len(states))
+            weighted = len(states) if anchored and head == 0 else round(kept * len(states))
+            if anchored and head == 0:
+                _forward(states[None, None], unembedding)
             if head < first_pass:
                 _forward(states[None, None], unembedding)
             if head >= known:
@@ -93,6 +103,10 @@ def _loss(weighting: AnyWeighting, factors: Sequence[float], teacher: str | None
         return total
 
     return products
+
+
+def _states(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
+    return hidden
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import DeviceMesh
+from torchtune.modules.peft import disable_adapter
 from torchtune.training import scale_grads
 
 from wmtp.config import build
@@ -34,10 +35,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # Of a config, all that a simulated step reads.
-READ = ("model", "adapters", "backbone", "lora", "head", "weighting", "head_weights", "heads", "reference_model",
-        "value_model", "batch_size", "seq_len", "gradient_accumulation_steps", "tokens_per_step", "dtype", "compile",
-        "activation_checkpointing", "optimizer", "extra_heads_lr", "head_lr", "decay_norms_and_embeddings",
-        "max_grad_norm")  # fmt: skip
+READ = ("model", "adapters", "backbone", "lora", "head", "weighting", "head_weights", "heads", "anchor",
+        "reference_model", "value_model", "batch_size", "seq_len", "gradient_accumulation_steps", "tokens_per_step",
+        "dtype", "compile", "activation_checkpointing", "optimizer", "extra_heads_lr", "head_lr",
+        "decay_norms_and_embeddings", "max_grad_norm")  # fmt: skip
 
 
 class SimulatedStep(NamedTuple):
@@ -273,7 +274,9 @@ class _Finetuning(_Step):
         self.mark_backward(self.model)
         self.heads = build(cfg.get("heads"), where="heads") or HeadTraining()
         self.heads.prepare(model.num_future_tokens, cfg.get("head_weights"), "cpu")
-        self.reading = ReferenceReading(self.weighting.needs, self.heads.soft_targets)
+        self.anchor = build(cfg.get("anchor"), where="anchor")
+        beside = self.anchor if cfg.get("adapters") is None else None
+        self.reading = ReferenceReading(self.weighting.needs, self.heads.soft_targets, beside)
         self._freeze("reference_model", lambda model: model, asked=self.reading.asked)
         self._freeze("value_model", lambda model: ValueModel(model, "mlp"), asked="values" in self.weighting.needs)
         rows = cfg.batch_size * self.world_size
@@ -311,6 +314,9 @@ class _Finetuning(_Step):
                     named |= read.pop("signals")
                 else:
                     named["values"] = model(**self.batch)
+        if self.anchor is not None and self.cfg.get("adapters") is not None:
+            with simulation.phase("adapters off", "activations"), torch.no_grad(), disable_adapter(self.model):
+                read["anchor"] = self.model(**self.batch, num_heads=1, loss_fn=self.anchor.of_adapted)
         with simulation.phase("forward", "activations"):
             out = self.model(
                 **self.batch,
