@@ -136,7 +136,8 @@ def test_cuda_s_products_of_bf16_operands_give_float32():
         u = torch.empty(50, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         labels, rows = torch.empty(12, dtype=torch.long, device="cuda"), source.to("cuda")
         weight = torch.ones(12, device="cuda")
-        _, ce, _ = _FusedLinearCrossEntropy.apply(h, u, rows, labels, weight, None, None, (12, 12), 12)
+        ends = (0, 12, 12)
+        _, ce, *_ = _FusedLinearCrossEntropy.apply(h, u, rows, labels, weight, None, None, None, ends, 12)
         logits = times(u)(h[0, 0])
     bf16, fp32 = torch.bfloat16, torch.float32
     assert ce.dtype == logits.dtype == fp32

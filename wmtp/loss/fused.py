@@ -153,7 +153,7 @@ def weighted_mtp_cross_entropy(
         bad = valid & ~row_weight.isfinite()
         joint = has_gradient[[head for head, factor in enumerate(factors) if factor]]
         counts = torch.stack([x.sum() for x in (has_gradient[0], joint, has_gradient, wanted, bad)]).tolist()
-        *ends, num_rows, num_bad = counts
+        ends, num_rows, num_bad = (counts[0], counts[1], counts[2]), counts[3], counts[4]
         if num_bad:
             raise UserError(f"{num_bad} weights of targets are not finite; {LOOK_AT}")
         kind = torch.where(has_gradient, 0, torch.where(wanted, 2, 3)).to(torch.int8)
