@@ -16,7 +16,7 @@ _KINDS = (
     (
         "Token weights and controls: `weighting`, `weighting.method`",
         "wmtp.weighting",
-        ("Weighting", "Control", "Given"),
+        ("Weighting", "Control", "Given", "Protected"),
     ),
     ("Models: `model`, `reference_model`", "wmtp.models", ("MTPDecoder",)),
 )

@@ -46,6 +46,13 @@ METHODS = {
 # Each takes normalize, strength and scope.
 PUBLISHED = {"eaft": eaft, "profit": profit, "infosft": infosft, "talr": talr, "prift": prift}
 PUBLISHED |= {"prift_mass": partial(prift, "mass")}
+# One threshold for the data set: take strength and percentile.
+OVER_DATA = {
+    "rho1": partial(rho1, scope="dataset"),
+    "rho1_reference": partial(rho1, score="reference", scope="dataset"),
+    "entropy": partial(entropy, scope="dataset"),
+    "sstoken": partial(sstoken, scope="dataset"),
+}
 METHODS |= {
     "sstoken": lambda min_weight=0, max_weight=1, **common: sstoken(**common),
 }

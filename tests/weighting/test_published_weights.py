@@ -1,6 +1,7 @@
 """Weights of other papers: worked examples, and what must hold of the published form and of the one with mean 1."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -113,6 +114,47 @@ def test_bounds_mask_mean_and_no_gradient(seed, name, control, normalize, scope,
         if normalize == "mean":
             mean = values.mean().item()
             assert mean == pytest.approx(1, abs=1e-5) or mean == pytest.approx(1 - strength, abs=1e-6)
+
+
+def on_paper(name, document, every):
+    """The raw weights of a document's targets, in Python's own float64: rows of (CE, top-20 entropy, CE_ref, mass)."""
+    means = sorted(sum(ce for ce, *_ in other) / len(other) for other in every)
+    tau = means[(len(means) - 1) // 2]
+    logit = lambda p: math.log(p / (1 - p)) if p < 1 else math.inf
+    rules = {
+        "eaft": lambda ce, top, ref, mass: top / 3.0,
+        "profit": lambda ce, top, ref, mass: float(math.exp(-ce) > 0.1),
+        "infosft": lambda ce, top, ref, mass: math.exp(-ce) * max(0.0, 1 - logit(math.exp(-ce)) / logit(0.93)),
+        "talr": lambda ce, top, ref, mass: max(0.01, math.exp(-ce) ** (1 / tau)),
+        "prift": lambda ce, top, ref, mass: math.exp(-ref),
+        "prift_mass": lambda ce, top, ref, mass: float(mass >= 0.5),
+        "dft": lambda ce, top, ref, mass: math.exp(-ce),
+    }
+    return [rules[name](*row) for row in document]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=seeds,
+    name=st.sampled_from([*PUBLISHED, "dft"]),
+    normalize=st.sampled_from(["mean", "raw"]),
+    scope=st.sampled_from(["sequence", "batch"]),
+)
+def test_weights_are_those_of_the_formula_in_float64(seed, name, normalize, scope):
+    signals = random_signals(seed, scale=0.6)
+    columns = (signals.policy_ce[0], signals.policy_top20_entropy[0], signals.reference_ce, signals.reference_mass)
+    groups = scopes(signals, 0, "sequence")
+    every = [torch.stack([column[mask] for column in columns], dim=1).double().tolist() for mask in groups]
+    found = {id(mask): on_paper(name, document, every) for mask, document in zip(groups, every, strict=True)}
+    build = partial(dft, max_weight=1e6) if name == "dft" else PUBLISHED[name]
+    weights = build(normalize=normalize, scope=scope)(signals)
+    for mask in groups:
+        expected = found[id(mask)]
+        if normalize == "mean":
+            among = expected if scope == "sequence" else [w for document in found.values() for w in document]
+            mean = sum(among) / len(among)
+            expected = [w / mean if mean else 0.0 for w in expected]
+        assert weights[mask].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 @settings(max_examples=40, deadline=None)

@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,12 @@ def _model_sha256(checkpoint: str | None) -> str | None:
 
 @comes_from(_manifest_state)
 def scored(
-    tokenizer, *, source: str, checkpoint: str | None = None, rename: Mapping[str, str] | None = None
+    tokenizer,
+    *,
+    source: str,
+    checkpoint: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    part: Sequence[int] | None = None,
 ) -> Documents:
     """The documents of a scored dataset with their columns, for training; every hash of the manifest is checked.
 
@@ -71,6 +77,7 @@ def scored(
         checkpoint: the model that must have written the column, in any form that
             :func:`wmtp.pretrained.resolve_checkpoint` takes; None accepts every model.
         rename: other names of columns, such as ``{reference_ce: base_ce}`` before another model scores the documents.
+        part: [p, n]: only every n-th document, from the p-th, p = 1 to n; null for all.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -93,7 +100,12 @@ def scored(
             f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
             "; score again with this checkpoint, or name the one that was used"
         )
-    items = collect(_read_parts(folder, manifest, rename or {}))
+    makers = _read_parts(folder, manifest, rename or {})
+    if part is not None:
+        if len(part) != 2 or not all(type(n) is int for n in part) or not 1 <= part[0] <= part[1]:
+            raise UserError(f"part must be [p, n] with 1 <= p <= n, got {list(part)}; null for all documents")
+        makers = islice(makers, part[0] - 1, None, part[1])
+    items = collect(makers)
     must_read = tuple(manifest.get("must_read", ()))
     return Documents(f"scored {folder}", items, scored_len=manifest["seq_len"], must_read=must_read)
 

@@ -39,9 +39,9 @@ from wmtp.weighting.rows import clipped_mean, clipped_mean_one, spread, top_shar
 __getattr__ = on_demand(
     __name__,
     from_data="given",
-    cleaning="token_cleaning",
     controls="random_matched shuffled",
     methods="dft entropy rho1 uniform",
+    over_data="token_cleaning",
     protected="protect",
     published="eaft infosft prift profit sstoken talr",
     statistics="target_table weight_statistics",

@@ -1,13 +1,16 @@
 """Methods that weigh a token by the policy's loss or entropy and a reference model's loss."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from wmtp.errors import UserError
 from wmtp.weighting.base import NORMALIZE, Signals, Weighting, check_choice, check_clip, check_range
-from wmtp.weighting.rows import clipped_mean_one, is_flat, top_share, z_score
+from wmtp.weighting.over_data import DataThreshold
+from wmtp.weighting.rows import SCOPES, clipped_mean_one, is_flat, top_share, z_score
 
 
 def uniform() -> Weighting:
@@ -43,7 +46,9 @@ def rho1(
         boost: factor of the top share in ``emphasis``, >= 1.
         min_weight, max_weight: clip of the continuous modes, 0 <= min <= 1 <= max. Mean 1 and the clip hold together.
         strength: lambda in [0, 1]; the loss uses (1 - lambda) + lambda * w. 0 is plain MTP.
-        scope: ``sequence`` or ``batch``.
+        scope: ``sequence`` or ``batch``; ``dataset``: one threshold over the whole data set, in mode ``select``: exact
+            where a column gives the score (``reference``), else in each epoch that of the epoch before, and in the
+            first one that of each micro-batch (:class:`wmtp.weighting.over_data.DataThreshold`).
         per_head: score every head by its own CE, weights [H, B, S]. For k > 1 the score also measures the context that
             the head lacks.
 
@@ -51,18 +56,11 @@ def rho1(
         ValueError: a value out of its range.
     """
     check_choice("score", score, tuple(_SCORES))
-    to_weights, bounds = by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
     needs = {"reference_ce"} if score == "reference" else {"policy_ce", "reference_ce"}
-    return Weighting(
-        _SCORES[score],
-        to_weights,
-        needs=needs,
-        scope=scope,
-        strength=strength,
-        per_head=per_head,
-        bounds=bounds,
-        why_flat="the policy equals its reference there",
-    )
+    rule = by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
+    why_flat = "the policy equals its reference there"
+    ranked = ranked_in(scope, _SCORES[score], needs, rule, mode, percentile, why_flat, per_head=per_head)
+    return Weighting(**ranked, strength=strength)
 
 
 _SCORES: dict[str, Callable[[Signals], Tensor]] = {
@@ -139,16 +137,40 @@ def entropy(
     Raises:
         ValueError: a value out of its range.
     """
-    to_weights, bounds = by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
-    return Weighting(
-        lambda signals: signals.policy_entropy,
-        to_weights,
-        why_flat="the policy is equally certain there",
-        needs={"policy_entropy"},
-        scope=scope,
-        strength=strength,
-        bounds=bounds,
-    )
+    rule = by_rank(mode, percentile, temperature, boost, min_weight, max_weight)
+    score = lambda signals: signals.policy_entropy
+    ranked = ranked_in(
+        scope, score, {"policy_entropy"}, rule, mode, percentile, "the policy is equally certain there"
+    )  # fmt: skip
+    return Weighting(**ranked, strength=strength)
+
+
+def ranked_in(
+    scope: str,
+    score: Callable[[Signals], Tensor],
+    needs: Collection[str],
+    rule: tuple[Callable[[Tensor, Tensor], Tensor], tuple[float, float]],
+    mode: str,
+    percentile: float,
+    why_flat: str,
+    *,
+    per_head: bool = False,
+) -> dict[str, Any]:
+    """Returns the arguments of a weighting that ranks scores in a scope by a rule of :func:`by_rank`, or over the data.
+
+    Raises:
+        ValueError: an unknown scope, or what one threshold for a data set cannot be.
+    """
+    check_choice("scope", scope, (*SCOPES, "dataset"))
+    if scope != "dataset":
+        to_weights, bounds = rule
+        common = {"needs": needs, "scope": scope, "per_head": per_head, "why_flat": why_flat}
+        return {"score": score, "to_weights": to_weights, "bounds": bounds, **common}
+    if mode != "select" or per_head:
+        said = "per_head=true" if per_head else f"mode={mode}"
+        raise UserError(f"scope dataset keeps a share of all targets by one threshold: mode must be select, got {said}")
+    threshold = DataThreshold(score, needs, percentile)
+    return {"score": threshold.score, "to_weights": threshold.weigh, "needs": needs, **threshold.of_weighting}
 
 
 def by_rank(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from wmtp.weighting.base import NORMALIZE, Signals, Weighting, check_choice, check_range
-from wmtp.weighting.methods import by_rank
+from wmtp.weighting.methods import by_rank, ranked_in
 from wmtp.weighting.rows import mean_one_unless_zero
 
 
@@ -154,21 +154,15 @@ def sstoken(percentile: float = 0.6, strength: float = 1.0, scope: str = "sequen
 
     Args:
         percentile: rho, in (0, 1]; 0.6 in the paper.
-        strength, scope: as in :func:`eaft`; the paper ranks in a sequence.
+        strength, scope: as in :func:`wmtp.weighting.rho1`; the paper ranks in a sequence.
 
     Raises:
         ValueError: a value out of its range.
     """
-    to_weights, bounds = by_rank("select", percentile)
-    return Weighting(
-        lambda signals: signals.reference_ce - signals.policy_ce,
-        to_weights,
-        needs={"policy_ce", "reference_ce"},
-        scope=scope,
-        strength=strength,
-        bounds=bounds,
-        why_flat="the policy equals its earlier self there",
-    )
+    score = lambda signals: signals.reference_ce - signals.policy_ce
+    needs, rule = {"policy_ce", "reference_ce"}, by_rank("select", percentile)
+    ranked = ranked_in(scope, score, needs, rule, "select", percentile, "the policy equals its earlier self there")
+    return Weighting(**ranked, strength=strength)
 
 
 def _scaled(normalize: str, strength: float, scope: str, most: float) -> dict[str, Any]:
