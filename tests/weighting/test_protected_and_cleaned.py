@@ -35,6 +35,16 @@ def test_a_protected_token_keeps_at_least_1_and_the_mean_stays(name, scope, seed
                 torch.testing.assert_close(share[used], share[used][:1].expand(int(used.sum())), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_of_raw_weights_the_protected_ones_are_raised_and_the_others_stay(seed):
+    signals = random_signals(seed)
+    weighting = protect(dft(normalize="raw"), [3, 7])
+    plain, w = dft(normalize="raw")(signals), weighting(signals)
+    check_weights(w, signals, weighting)
+    kept = signals.valid[0] & ((signals.labels == 3) | (signals.labels == 7))
+    assert kept.any() and torch.equal(w, torch.where(kept, plain.clamp(min=1.0), plain))
+
+
 def test_eos_is_the_tokenizers_and_plain_weights_stay_none():
     tokenizer = byte_tokenizer()
     labels = torch.tensor([[-100, 5, 6, tokenizer.eos_id]])

@@ -60,6 +60,7 @@ def test_prift_mass_keeps_what_few_tokens_crowd_out():
 
 def test_the_published_dft_is_the_probability_itself():
     assert weights(dft(normalize="raw"), of(0.5, 0.25)) == pytest.approx([0.5, 0.25])
+    assert weights(dft(2.0, normalize="raw"), of(0.25, 0.09)) == pytest.approx([0.5, 0.3])
     assert dft(normalize="raw", max_weight=7.0).bounds == (0.0, 1.0)
     with pytest.raises(UserError, match="normalize must be one of mean, raw"):
         dft(normalize="none")
