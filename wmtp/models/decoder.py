@@ -7,6 +7,10 @@
 Every head is one full transformer block on the same trunk state; norm and unembedding are shared (Gloeckle et al. 2024,
 arXiv 2404.19737, section 2). With H = 1 this is an ordinary decoder. `wmtp.generation` decodes with cached keys and
 values, over the same modules.
+
+With looped heads there is one extra block for all of heads 2 to H, which runs in rounds: head 2 reads its output on the
+trunk state, head k + 1 its output on its own output for head k. The idea is FastMTP's (arXiv 2509.18362), whose block
+also reads, in each round, the embedding of the token before the one to predict; this one sees what the trunk saw alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +22,7 @@ from torch import Tensor, nn
 
 from wmtp.errors import UserError
 from wmtp.models.block import Block, RMSNorm
+from wmtp.models.new_heads import HEAD_INITS, start_value
 from wmtp.models.rope import RoPE
 from wmtp.numerics.documents import positions_in_documents
 from wmtp.numerics.fork import fork
@@ -32,13 +37,17 @@ class MTPDecoder(nn.Module):
     Args:
         config: the model's sizes; kept as ``model.config`` and written by the export.
         attention: ``sdpa``, or ``flex`` (CUDA only), which skips blocks of the mask that are empty.
+        head_init: how extra heads start that no checkpoint gives, see :mod:`wmtp.models.new_heads`.
     """
 
-    def __init__(self, config: DecoderShape, *, attention: str = "sdpa") -> None:
+    def __init__(self, config: DecoderShape, *, attention: str = "sdpa", head_init: str = "copies") -> None:
         super().__init__()
         if attention not in ("sdpa", "flex"):
             raise UserError(f"attention must be 'sdpa' or 'flex', got {attention!r}")
-        self.config = config
+        if head_init not in HEAD_INITS:
+            raise UserError(f"head_init must be one of {', '.join(HEAD_INITS)}, got {head_init!r}")
+        self.config, self.head_init = config, head_init
+        self.num_new_heads = 0  # blocks of extra heads that its checkpoint lacked
         self.source: Source | None = None  # facts from the files of the checkpoint that it is built or read from
         self.attention = attention
         # One module for all blocks of a kind, so its cache exists once.
@@ -79,10 +88,16 @@ class MTPDecoder(nn.Module):
         """Returns the unembedding [V, D]: a tied model's embedding. FSDP2 has it whole only in the forward pass."""
         return self.tok_embeddings.weight if self.config.tie_word_embeddings else self.output.weight
 
+    @property
+    def heads(self) -> list[nn.Module]:
+        """Returns the block of each head, 1 to H; looped heads share one."""
+        rounds = self.num_future_tokens - 1 if self.config.looped_heads else 1
+        return [self.layers[-1], *list(self.extra_heads) * rounds]
+
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Draws weights from a normal with standard deviation 0.02, and sets norms to one and biases to zero. Call it
-        before sharding."""
+        """Draws weights from a normal with standard deviation 0.02, and sets norms to one and biases to zero; with
+        ``head_init`` zero_residual, extra heads as that says. Call it before sharding."""
         for name, parameter in self.named_parameters():
             if name.endswith("norm.scale"):
                 parameter.fill_(0.0 if self.config.norm_offset else 1.0)
@@ -90,6 +105,8 @@ class MTPDecoder(nn.Module):
                 parameter.zero_()
             else:
                 parameter.normal_(std=0.02)
+            if (value := start_value(name, self)) is not None:
+                parameter.fill_(value)
 
     def reset_rope(self, device: torch.device | str | None = None) -> None:
         """Computes the RoPE cache anew, in float32, on ``device`` (by default its own)."""
@@ -136,8 +153,9 @@ class MTPDecoder(nn.Module):
             trunk_state: [B, S, D], the result of ``return_trunk`` for these tokens: the trunk does not run again.
             return_trunk: return the trunk's state [B, S, D], which all heads read, and compute no head.
             trunk_gradient: a factor for each head of the gradient that it gives to what all heads use: trunk and norm
-                here, and the unembedding, as an argument of ``loss_fn``. By default 1.
-            agreement: [2, H], to which the backward pass adds, see :func:`wmtp.numerics.fork.fork`.
+                here, and the unembedding, as an argument of ``loss_fn``. By default 1. Looped heads have one for all.
+            agreement: [2, H] (looped heads: [2, 2], as they give the trunk one gradient), to which the backward pass
+                adds, see :func:`wmtp.numerics.fork.fork`.
             loss_fn: called as ``loss_fn(hidden, unembedding, document_ids=document_ids, **loss_inputs)``.
 
         Returns:
@@ -182,11 +200,14 @@ class MTPDecoder(nn.Module):
             raise UserError(f"num_heads must be between 1 and the model's {self.num_future_tokens}, got {num_heads}")
         masks, input_pos = self._attention_inputs(tokens, document_ids, input_pos, mask)
         h = self._run_trunk(tokens, masks, input_pos) if trunk_state is None else trunk_state.to(self.norm.scale.dtype)
-        heads = [self.layers[-1], *self.extra_heads][:num_heads]
+        heads, looped = self.heads[:num_heads], self.config.looped_heads
         factors = (1.0,) * len(heads) if trunk_gradient is None else trunk_gradient
-        states = zip(heads, fork(h, factors, agreement), factors, strict=True)
-        outs = [(block(h, mask=masks[block.slides], input_pos=input_pos), factor) for block, h, factor in states]
-        return torch.stack([self.norm(out, factor) for out, factor in outs])
+        states = fork(h, factors[:2] if looped else factors, agreement)
+        outs: list[Tensor] = []
+        for k, block in enumerate(heads):
+            state = outs[-1] if looped and k > 1 else states[k]
+            outs.append(block(state, mask=masks[block.slides], input_pos=input_pos))
+        return torch.stack([self.norm(out, factor) for out, factor in zip(outs, factors, strict=True)])
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns what the first block reads: [..., D] for token ids [...]."""

@@ -19,7 +19,7 @@ from wmtp.files import publish, unfinished
 from wmtp.models.load import compute_device, reshard, without_adapters
 from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
 from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, stored_together, to_half_split
-from wmtp.pretrained.config_files import MODELING, MTP_CONFIG, MTP_WEIGHTS, exported_configs
+from wmtp.pretrained.config_files import MODELING, MTP_CONFIG, MTP_WEIGHTS, declared_heads, exported_configs
 
 
 @torch.no_grad()
@@ -144,7 +144,7 @@ def write_hf(
         _name_files(writing, files + 1, weight_map, total)
         if heads:
             save_file(heads, writing / MTP_WEIGHTS, metadata={"format": "pt"})
-            (writing / MTP_CONFIG).write_text(json.dumps({"num_future_tokens": model.num_future_tokens}) + "\n")
+            (writing / MTP_CONFIG).write_text(json.dumps(declared_heads(model.config)) + "\n")
             shutil.copyfile(Path(__file__).with_name(MODELING), writing / MODELING)
         _write_configs(writing, model, dtype or parameters["norm.scale"].dtype, tokenizer)
 

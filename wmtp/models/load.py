@@ -1,7 +1,7 @@
 """Loading of a checkpoint into a model, sharded or not: each rank reads its own part."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from wmtp.models.new_heads import check_new_heads, start_value
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
 from wmtp.pretrained.checkpoint_formats import Checkpoint, open_checkpoint, refuse_wrapped
 from wmtp.pretrained.config_files import CheckpointError, read_source
@@ -18,18 +19,25 @@ from wmtp.pretrained.shape import DecoderShape
 
 # Constants of the computation that no tensor's shape shows: all but these.
 _FREE = ("vocab_size", "num_layers", "embed_dim", "intermediate_dim", "max_seq_len", "num_future_tokens")
-_CONSTANTS = [f.name for f in fields(DecoderShape) if f.name not in (*_FREE, "tie_word_embeddings")]
+_CONSTANTS = [f.name for f in fields(DecoderShape) if f.name not in (*_FREE, "tie_word_embeddings", "looped_heads")]
 
 
 @torch.no_grad()
-def load_checkpoint(model: Any, path: str | Path, *, device: torch.device | str = "cpu") -> None:
+def load_checkpoint(
+    model: Any,
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    log: Callable[[str], None] | None = None,
+) -> None:
     """Fills an :class:`~wmtp.models.MTPDecoder` from an HF or Meta checkpoint.
 
     A model on the meta device is materialised on ``device``. Of a model sharded with FSDP2, each rank cuts its own
     shard out of one tensor after another, without a collective, and never holds more than its shards and one full
     tensor. Values are cast to the parameters' dtype.
 
-    Heads that the checkpoint lacks start as copies of head 1, its last block; heads that the model lacks are left out.
+    Heads that the checkpoint lacks start as the model's ``head_init`` says (:mod:`wmtp.models.new_heads`); heads that
+    the model lacks are left out. Looped heads may run another number of rounds than the checkpoint's.
     An untied model takes a tied checkpoint's embedding as its unembedding too. Low-rank adapters are no part of a
     checkpoint: on the meta device they become NaN, until :func:`~wmtp.models.init_lora` sets them. Weights that
     `add_lora` marked for quantisation are quantised one by one as they are read, on the device of the computation.
@@ -39,16 +47,25 @@ def load_checkpoint(model: Any, path: str | Path, *, device: torch.device | str 
         path: a folder, see :func:`~wmtp.pretrained.resolve_checkpoint`.
         device: of the parameters of a model on the meta device. RoPE's cache goes to the device of the computation, so
             with CPU-offloaded shards give ``cpu``.
+        log: told which heads are new.
 
     Raises:
         CheckpointError: one line, before anything is changed: a file missing or truncated, a parameter missing, unknown
             or of another shape, or constants (RoPE base, norm epsilon, ...) other than the model's.
+        UserError: new heads that the model's adapters could not train.
     """
     checkpoint = open_checkpoint(Path(path))
     source = read_source(checkpoint.path, checkpoint.form, checkpoint.shape.max_seq_len)
     reshard(model)
     parameters = without_adapters(model)
     sources = _sources(model.config, checkpoint, parameters)
+    new = {name: start_value(name, model) for name in parameters if _is_new(name, checkpoint.shape)}
+    if new:
+        check_new_heads(model)
+    model.num_new_heads = len({name.split(".")[1] for name in new})
+    if new and log is not None:
+        first = 1 + checkpoint.shape.num_future_tokens
+        log(f"heads {first} to {model.num_future_tokens} are new, {path} lacks them: head_init {model.head_init}")
     quantized: dict[str, Any] = {f"{own_name(name)}.weight": module for name, module in quantized_modules(model)}
 
     if any(parameter.is_meta for parameter in parameters.values()):
@@ -64,6 +81,9 @@ def load_checkpoint(model: Any, path: str | Path, *, device: torch.device | str 
         # No variable holds the tensor that was read, so it is freed before the next one is read.
         if name in quantized:
             quantized[name].weight = quantize_nf4(checkpoint.read(sources[name]).to(target, parameter.dtype), name)
+            continue
+        if (value := new.get(name)) is not None:
+            local_tensor(parameter).fill_(value)
             continue
         local_tensor(parameter).copy_(local_part(checkpoint.read(sources[name]), parameter))
     model.reset_rope(target)
@@ -134,6 +154,12 @@ def local_part(full: Tensor, parameter: Tensor) -> Tensor:
 def _sources(model: DecoderShape, checkpoint: Checkpoint, parameters: dict[str, nn.Parameter]) -> dict[str, str]:
     """Returns, for each parameter, the name of its values in the checkpoint, after all checks."""
     stored = checkpoint.shape
+    if model.looped_heads != stored.looped_heads and min(model.num_future_tokens, stored.num_future_tokens) > 1:
+        theirs, ours = ("one looped block", "separate ones") if stored.looped_heads else ("separate ones", "one block")
+        raise CheckpointError(
+            f"{checkpoint.path} has {theirs} for its heads 2 to {stored.num_future_tokens}, the model {ours} "
+            f"(looped_heads {str(model.looped_heads).lower()}); set looped_heads to {str(stored.looped_heads).lower()}"
+        )
     if model.tie_word_embeddings and not stored.tie_word_embeddings:
         raise CheckpointError(
             f"{checkpoint.path} has an unembedding of its own, the model's is tied to the embedding; "
@@ -183,20 +209,23 @@ def _sources(model: DecoderShape, checkpoint: Checkpoint, parameters: dict[str, 
 
 
 def _source(name: str, model: DecoderShape, stored: DecoderShape) -> str:
-    place, _, rest = name.partition(".")
-    index, _, inside = rest.partition(".")
-    if place == "extra_heads" and int(index) >= stored.num_future_tokens - 1:
-        return f"layers.{model.num_layers - 1}.{inside}"
+    if _is_new(name, stored):
+        return f"layers.{model.num_layers - 1}.{name.split('.', 2)[2]}"
     if name == "output.weight" and stored.tie_word_embeddings:
         return "tok_embeddings.weight"
     return name
+
+
+def _is_new(name: str, stored: DecoderShape) -> bool:
+    """Tells a parameter of an extra head that the checkpoint lacks."""
+    return name.startswith("extra_heads.") and int(name.split(".")[1]) >= stored.num_extra_blocks
 
 
 def _may_be_left_out(key: str, model: DecoderShape, stored: DecoderShape) -> bool:
     """Tells heads beyond the model's, RoPE frequencies of older files, and a tied unembedding stored twice."""
     place, _, rest = key.partition(".")
     if place == "extra_heads":
-        return model.num_future_tokens - 1 <= int(rest.partition(".")[0]) < stored.num_future_tokens - 1
+        return model.num_extra_blocks <= int(rest.partition(".")[0]) < stored.num_extra_blocks
     return key.endswith("rotary_emb.inv_freq") or key == "rope.freqs" or (
         key == "lm_head.weight" and stored.tie_word_embeddings
     )  # fmt: skip

@@ -6,6 +6,7 @@
 
 Trunk and head 1 are the family's own class, `LlamaForCausalLM` for one. An extra head is one more decoder layer of that
 class beside the last one, on the same input; norm and unembedding are shared (Gloeckle et al. 2024, arXiv 2404.19737).
+With looped_heads one layer serves heads 2 to H: head 2 reads its output, head k + 1 its output on that for head k.
 Without trust_remote_code the folder is head 1 alone. This file needs torch and transformers, and nothing else.
 """
 
@@ -63,9 +64,10 @@ class MTPHeads:
         super().__init__(config, *args, **kwargs)
         last = len(self.model.layers) - 1
         self.extra_heads = torch.nn.ModuleList()
-        for j in range(getattr(config, "num_future_tokens", 1) - 1):
+        self._looped = getattr(config, "looped_heads", False)
+        self._further = getattr(config, "num_future_tokens", 1) - 1  # heads beside the first
+        for _ in range(min(self._further, 1) if self._looped else self._further):
             head = type(self.model.layers[last])(config, last)  # of the last layer's kind: full or sliding attention
-            head.self_attn.layer_idx = last + 1 + j  # its place in the cache of keys and values
             self.extra_heads.append(head)
         self.extra_heads.apply(self._init_weights)
 
@@ -97,7 +99,8 @@ class MTPHeads:
             return
         folder = Path(save_directory)
         save_file(heads, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps({"num_future_tokens": 1 + len(self.extra_heads)}) + "\n")
+        about = {"num_future_tokens": 1 + self._further, **({"looped_heads": True} if self._looped else {})}
+        (folder / CONFIG).write_text(json.dumps(about) + "\n")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Logits
@@ -110,10 +113,8 @@ class MTPHeads:
         """
         if num_heads is None or num_heads == 1:
             return super().forward(*args, **kwargs)
-        if not 1 <= num_heads <= 1 + len(self.extra_heads):
-            raise ValueError(
-                f"num_heads must be between 1 and the model's {1 + len(self.extra_heads)}, got {num_heads}"
-            )
+        if not 1 <= num_heads <= 1 + self._further:
+            raise ValueError(f"num_heads must be between 1 and the model's {1 + self._further}, got {num_heads}")
         if kwargs.get("labels") is not None:
             raise ValueError("labels are for head 1; leave num_heads out, or take the loss of head_logits yourself")
         if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
@@ -122,9 +123,14 @@ class MTPHeads:
         def beside(layer, inputs, options, output):
             # Heads become rows of the batch: what follows the last layer in the family's code serves them all.
             states = [output if torch.is_tensor(output) else output[0]]
-            for head in self.extra_heads[: num_heads - 1]:
+            for j in range(num_heads - 1):
+                head = self.extra_heads[0 if self._looped else j]
+                head.self_attn.layer_idx = len(self.model.layers) + j  # its place in the cache of keys and values
                 state = head(*inputs, **options)
-                states.append((state if torch.is_tensor(state) else state[0]).to(states[0].device))
+                state = state if torch.is_tensor(state) else state[0]
+                states.append(state.to(states[0].device))
+                if self._looped:
+                    inputs = (state, *inputs[1:])
             rows = torch.cat(states)
             return rows if torch.is_tensor(output) else (rows, *output[1:])
 
@@ -146,7 +152,7 @@ class MTPHeads:
         Heads 2 to num_heads (by default all) draft the tokens after the next, and one forward verifies them. Each token
         is head 1's choice after the tokens before it, so the text is that of plain decoding.
         """
-        num_heads = 1 + len(self.extra_heads) if num_heads is None else num_heads
+        num_heads = 1 + self._further if num_heads is None else num_heads
         if num_heads > 1 and (why := self._plainly(input_ids, args, kwargs)):
             logger.warning_once(f"plain decoding, without the extra heads: {why}")
             num_heads = 1

@@ -34,7 +34,7 @@ _HF_KEYS = {
     "head_dim": "head_dim",
 }
 # Wrong for an export: code that is not copied, weights that are no longer quantised, another H.
-_NOT_EXPORTED = ("auto_map", "quantization_config", "num_future_tokens")
+_NOT_EXPORTED = ("auto_map", "quantization_config", "num_future_tokens", "looped_heads")
 OTHER_MODEL = "use a checkpoint of a family in docs/models.md"
 
 
@@ -97,13 +97,14 @@ def hf_shape(path: Path) -> DecoderShape:
     known = known_keys()[CONFIG]
     own = {"read": {*known["read"], *family.keys}, "fixed": {**known["fixed"], **family.fixed}}
     refuse_unknown(file, raw, {**known, **own})
-    heads = _num_heads(path, raw)
+    heads, looped = _num_heads(path, raw)
     with _values_of(file):
         ropes = _hf_rope(file, raw, family)
         hf: Any = CONFIG_MAPPING[name].from_dict({k: v for k, v in raw.items() if not k.startswith("rope_")})
         sizes: dict[str, Any] = {field: getattr(hf, key, None) for field, key in _HF_KEYS.items()}
         read = {field: value(hf) for field, value in family.read.items()}
-        return DecoderShape(**sizes, **ropes, **read, **family.constants, num_future_tokens=heads, family=name)
+        beside = {"num_future_tokens": heads, "looped_heads": looped, "family": name}
+        return DecoderShape(**sizes, **ropes, **read, **family.constants, **beside)
 
 
 def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> DecoderShape:
@@ -210,13 +211,13 @@ def _same(file: Path, values: Mapping[str, Any], default: Any) -> Any:
     return first[1]
 
 
-def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
-    """Returns H, which mtp_config.json gives and config.json may declare too."""
-    heads, there = 1, (path / MTP_WEIGHTS).is_file()
+def _num_heads(path: Path, raw: Mapping[str, Any]) -> tuple[int, bool]:
+    """Returns H, and whether they are looped, which mtp_config.json gives and config.json may declare too."""
+    heads, looped, there = 1, False, (path / MTP_WEIGHTS).is_file()
     if (path / MTP_CONFIG).is_file():
         about = read_json(path / MTP_CONFIG, "num_future_tokens")
         refuse_unknown(path / MTP_CONFIG, about, known_keys()[MTP_CONFIG])
-        heads = about["num_future_tokens"]
+        heads, looped = about["num_future_tokens"], about.get("looped_heads", False)
     elif there:
         raise CheckpointError(f"{path / MTP_CONFIG} is missing, {MTP_WEIGHTS} lies there; copy the checkpoint again")
     declared = raw.get("num_future_tokens")
@@ -225,6 +226,11 @@ def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
             f"{path / CONFIG} declares num_future_tokens {declared}, {MTP_CONFIG} "
             f"{f'gives {heads}' if (path / MTP_CONFIG).is_file() else 'is missing'}; copy the checkpoint again, whole"
         )
+    if raw.get("looped_heads") not in (None, looped):
+        raise CheckpointError(
+            f"{path / CONFIG} declares looped_heads {raw['looped_heads']}, {MTP_CONFIG} gives {looped}; copy the "
+            "checkpoint again, whole"
+        )
     if heads != 1 and not there:
         raise CheckpointError(f"{path / MTP_WEIGHTS} is missing, {MTP_CONFIG} declares {heads} heads; copy it again")
     if heads == 1 and there:
@@ -232,7 +238,7 @@ def _num_heads(path: Path, raw: Mapping[str, Any]) -> int:
             f"{path / MTP_WEIGHTS} holds extra heads, {MTP_CONFIG} declares 1 head, which needs none; copy both again, "
             "or remove both to use head 1 alone"
         )
-    return heads
+    return heads, looped
 
 
 def _meta_scaling(file: Path, params: Mapping[str, Any]) -> dict | None:
@@ -279,6 +285,11 @@ def read_source(path: Path, form: str, max_seq_len: int) -> Source:
     return Source(config | read_json(path / CONFIG), read_json(generation) if generation.is_file() else None)
 
 
+def declared_heads(shape: DecoderShape) -> dict[str, Any]:
+    """Returns what an export's config files say of its extra heads."""
+    return {"num_future_tokens": shape.num_future_tokens, **({"looped_heads": True} if shape.looped_heads else {})}
+
+
 def exported_configs(
     source: Source | None, shape: DecoderShape, dtype: torch.dtype, token_ids: dict[str, int | None]
 ) -> dict[str, dict[str, Any]]:
@@ -319,7 +330,7 @@ def exported_configs(
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if shape.num_future_tokens > 1:
-        config["num_future_tokens"] = shape.num_future_tokens
+        config |= declared_heads(shape)
         config["auto_map"] = {"AutoModelForCausalLM": f"{Path(MODELING).stem}.{config['architectures'][0]}"}
     files = {CONFIG: config}
     if source is not None and source.generation_config is not None:

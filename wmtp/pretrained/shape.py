@@ -53,6 +53,7 @@ class DecoderShape:
     sliding_window: int | None = None  # a token sees itself and so many - 1 before it, in blocks of the sliding kind
     layer_types: tuple[str, ...] | None = None  # of each layer, FULL or SLIDING; None: SLIDING if there is a window
     local_rope_base: float | None = None  # RoPE's base of sliding blocks, unscaled; None: the same RoPE in all
+    looped_heads: bool = False  # one block for all extra heads: head k is its output after k - 1 rounds
     family: str = "llama"  # model_type of HF's config.json: how checkpoints of this model are spelt
 
     def __post_init__(self) -> None:
@@ -65,6 +66,8 @@ class DecoderShape:
                 raise UserError(f"{name} must be a whole number >= 1, got {value!r}")
             if float in types and not (number and isinstance(value, int | float) and 0 < value < math.inf):
                 raise UserError(f"{name} must be a number > 0, got {value!r}")
+            if name == "looped_heads" and not isinstance(value, bool):
+                raise UserError(f"looped_heads must be true or false, got {value!r}")
             if name in _CHOICES and value not in _CHOICES[name]:
                 raise UserError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}")
         if self.embed_dim % self.num_heads:
@@ -75,6 +78,7 @@ class DecoderShape:
             object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
         if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
             raise UserError(f"head_dim must be an even number >= 2 (RoPE turns pairs), got {self.head_dim!r}")
+        object.__setattr__(self, "looped_heads", self.looped_heads and self.num_future_tokens > 1)
         object.__setattr__(self, "rope_base", float(self.rope_base))
         object.__setattr__(self, "rope_scaling", checked_scaling(self.rope_scaling))
         self._check_layer_types()
@@ -89,10 +93,15 @@ class DecoderShape:
             raise UserError(f"layer_types has {SLIDING}, but sliding_window is null; give its length")
 
     @property
+    def num_extra_blocks(self) -> int:
+        """Returns how many blocks there are beside the last layer: one for each extra head, or one for all."""
+        return 1 if self.looped_heads else self.num_future_tokens - 1
+
+    @property
     def slides(self) -> tuple[bool, ...]:
-        """Returns, for each layer and then each extra head (of the last layer's kind), whether it has the window."""
+        """Returns, for each layer and then each extra block (of the last layer's kind), whether it has the window."""
         kinds = self.layer_types or (FULL if self.sliding_window is None else SLIDING,) * self.num_layers
-        return tuple(kind == SLIDING for kind in (*kinds, *kinds[-1:] * (self.num_future_tokens - 1)))
+        return tuple(kind == SLIDING for kind in (*kinds, *kinds[-1:] * self.num_extra_blocks))
 
 
 def checked_scaling(scaling: Mapping | None) -> dict | None:

@@ -169,8 +169,9 @@ def _backbone(model: MTPDecoder, trunk: bool, heads: bool = True) -> tuple[Model
         cost, grad = _block(block, grad)
         token, position = token + cost.token, position + cost.position
     ends = [grad]
-    for block in (model.layers[-1], *model.extra_heads) if heads else ():
-        cost, end = _block(block, grad)
+    looped = model.config.looped_heads
+    for k, block in enumerate(model.heads if heads else ()):
+        cost, end = _block(block, ends[-1] if looped and k > 1 else grad)
         token, position, ends = token + cost.token, position + cost.position, [*ends, end]
     return ModelFlops(token, position), any(ends) or (heads and _trained(model.norm))
 

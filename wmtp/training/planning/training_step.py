@@ -273,7 +273,7 @@ class _Finetuning(_Step):
         self.model = self.place(model, recompute(cfg)).train()
         self.mark_backward(self.model)
         self.heads = build(cfg.get("heads"), where="heads") or HeadTraining()
-        self.heads.prepare(model.num_future_tokens, cfg.get("head_weights"), "cpu")
+        self.heads.prepare(model.num_future_tokens, cfg.get("head_weights"), "cpu", model=model)
         self.anchor = build(cfg.get("anchor"), where="anchor")
         beside = self.anchor if cfg.get("adapters") is None else None
         self.reading = ReferenceReading(self.weighting.needs, self.heads.soft_targets, beside)
