@@ -120,6 +120,43 @@ def test_loading_and_export_equal_the_unsharded_models(tmp_path, mesh_shape):
     run(same_as_unsharded, world_size, tmp_path, mesh_shape)
 
 
+def after_the_rounds(model, seen, *args, **named):
+    seen.append(isinstance(next(model.extra_heads.parameters()), DTensor))  # freed again
+    return mtp_loss(*args, **named)
+
+
+def rounds_are_as_unsharded(folder):
+    """A block that runs three times in a forward pass: gathered and freed each time, or kept, or recomputed."""
+    mesh = init_device_mesh("cpu", (2,))
+    for recompute, reshard, factor in ((None, True, 0.5), ("selective", False, 0.0), (1, True, 0.0)):
+        with torch.device("meta"):
+            model = from_checkpoint(folder / "source", num_future_tokens=4, looped_heads=True)
+        if recompute is not None:
+            checkpoint_activations(model, recompute)
+        shard_model(model, mesh, param_dtype=torch.float32, reshard_after_forward=reshard)
+        load_checkpoint(model, folder / "source")
+        plain, seen = load_plain(folder / "source", num_future_tokens=4, looped_heads=True), []
+        for each in (model, plain):
+            for tokens in (TOKENS, 12 - TOKENS):  # two micro-batches
+                options = {"labels": tokens, "weighting": uniform(), "trunk_gradient": (1.0, *[factor] * 3)}
+                each(tokens, loss_fn=partial(after_the_rounds, each, seen), **options).loss_sum.backward()
+        seen = seen[:2]
+        for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
+            scale = float(full.grad.abs().max())
+            torch.testing.assert_close(
+                sharded.grad.full_tensor() / scale, full.grad / scale, atol=1e-5, rtol=0, msg=name
+            )
+        assert seen == [reshard, reshard] and all(isinstance(p, DTensor) for p in model.extra_heads.parameters())
+        torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_looped_heads_are_sharded_once_and_run_in_rounds(tmp_path):
+    torch.manual_seed(0)
+    export_hf(llama_mtp(**UNEVEN, num_future_tokens=2, looped_heads=True), tmp_path / "source")
+    run(rounds_are_as_unsharded, 2, tmp_path)
+
+
 def float32_stays(folder):
     """Mixed precision: weights gathered as bfloat16, the loss's inputs as they were, the shards float32 afterwards."""
     mesh = init_device_mesh("cpu", (2,))
