@@ -27,7 +27,8 @@ model:
 checkpoint: checkpoints/Qwen2.5-Coder-1.5B
 ```
 
-Extra heads are in Meta's layout whatever the family: full blocks of its own kind beside the last one. Training, LoRA,
+Extra heads are in Meta's layout whatever the family: full blocks of its own kind beside the last one, or one such block
+that runs in rounds ([method.md](method.md#model)). Training, LoRA,
 NF4, FSDP2, cached and self-speculative decoding, scoring and the critic take any of them; an export is the family's own
 HF folder.
 
