@@ -169,7 +169,7 @@ class FullFinetuneRecipeWMTP:
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
-        fitting = {"looped": self._model.config.looped_heads, "num_steps": self._total_steps}
+        fitting = {"model": self._model, "num_steps": self._total_steps}
         self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device, **fitting)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None

@@ -186,7 +186,7 @@ class LoRARecipeWMTP:
             self._base["quantized_from"] = str(self._dtype)
         self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
         self._log.info("trained: {:,} of {:,} parameters".format(*parameter_counts(self._model)))
-        fitting = {"looped": self._model.config.looped_heads, "num_steps": self._total_steps}
+        fitting = {"model": self._model, "num_steps": self._total_steps}
         self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device, **fitting)
         self._reference = self._build_reference()
         path = self._value_model_path if "values" in self._frozen_signals else None

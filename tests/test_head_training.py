@@ -126,6 +126,7 @@ def test_weights_over_time():
         ({"targets": "firm"}, 3, "targets must be one of hard, soft, both, got 'firm'"),
         ({"top_k": 0}, 3, "top_k must be a whole number >= 1"),
         ({"decay": 0.0}, 3, "decay must be a number > 0"),
+        ({"trunk_gradient": [0.5, 0.5], "decay": 0.5}, 2, "trunk_gradient has 2 factors, the model 1 extra heads"),
         ({"warm_up_steps": -1}, 3, "warm_up_steps must be a whole number >= 0"),
         ({"floor": 1.0}, 3, r"floor must be in \[0, 1\), got 1.0"),
         ({"adaptive": True, "trunk_gradient": 0.0}, 3, "adaptive needs trunk_gradient > 0"),
@@ -134,6 +135,22 @@ def test_weights_over_time():
 def test_what_cannot_be_is_refused(options, num_heads, message):
     with pytest.raises(UserError, match=message):
         HeadTraining(**options).prepare(num_heads, None, "cpu")
+
+
+def test_what_a_run_or_a_model_has_not_is_refused():
+    with pytest.raises(UserError, match="warm_up_steps 9 is longer than the run's 8 steps: heads 2 to 3 would never"):
+        HeadTraining(warm_up_steps=9).prepare(3, None, "cpu", num_steps=8)
+    for num_steps in (9, 0, None):  # 0: an adapter is evaluated
+        HeadTraining(warm_up_steps=9).prepare(3, None, "cpu", num_steps=num_steps)
+    with pytest.raises(UserError, match="compares gradients in the trunk's state, and head_weights is 0 for head 1"):
+        HeadTraining(adaptive=True).prepare(3, [0.0, 1.0, 1.0], "cpu")
+    model = small_model()
+    HeadTraining(adaptive=True).prepare(3, None, "cpu", model=model)
+    model.requires_grad_(False).extra_heads.requires_grad_(True)
+    with pytest.raises(UserError, match="compares gradients in the trunk's state, and the trunk is frozen; set"):
+        HeadTraining(adaptive=True).prepare(3, None, "cpu", model=model)
+    with pytest.raises(UserError, match="the model has one head, so that no option of extra heads can count"):
+        HeadTraining(targets="soft").prepare(1, None, "cpu")
 
 
 def test_a_frozen_teacher_needs_its_model():

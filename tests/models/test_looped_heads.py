@@ -173,7 +173,7 @@ def test_what_has_no_place_for_them_says_so(tiny, tmp_path):
 
 def gradients(model, **options):
     heads = HeadTraining(**options)
-    heads.prepare(H, None, "cpu", looped=True)
+    heads.prepare(H, None, "cpu", model=model)
     model.zero_grad(set_to_none=True)
     out = model(TOKENS, loss_fn=mtp_loss, labels=TOKENS, weighting=uniform(), **heads.at(0))
     out.loss_sum.backward()
@@ -206,7 +206,7 @@ def test_options_of_the_heads(tiny):
     assert heads.state_dict()["agreement"] == pytest.approx([1.0, cosine], abs=1e-5)
     assert heads.at(1)["head_weights"].tolist() == pytest.approx([1.0] + [max(0.05, cosine)] * (H - 1), abs=1e-5)
     with pytest.raises(UserError, match="looped heads give the trunk one gradient together; give one factor"):
-        HeadTraining(trunk_gradient=[1.0, 0.5, 0.5]).prepare(H, None, "cpu", looped=True)
+        HeadTraining(trunk_gradient=[1.0, 0.5, 0.5]).prepare(H, None, "cpu", model=model)
 
 
 @torch.no_grad()

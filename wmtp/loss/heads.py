@@ -94,19 +94,21 @@ class HeadTraining:
         head_weights: Sequence[float] | None,
         device: torch.device | str,
         *,
-        looped: bool = False,
+        model: Any = None,
         num_steps: int | None = None,
     ) -> None:
         """Fits the options to a model with H heads and its `head_weights`.
 
         Args:
-            looped: heads 2 to H are looped heads.
+            model: the :class:`~wmtp.models.MTPDecoder`, which says whether heads are looped and the trunk is trained;
+                by default separate heads, and a trained trunk.
             num_steps: of the run, where its length is known.
 
         Raises:
-            ValueError: another number of factors or weights than heads, several factors for looped heads, or a warm-up
-                that the run would not reach the end of.
+            ValueError: another number of factors or weights than heads, several factors for looped heads, agreement of
+                gradients that are not there, or a warm-up that the run would not reach the end of.
         """
+        looped = model is not None and model.config.looped_heads
         given, extra = len(self._factors), num_heads - 1
         if given not in (1, extra) or (extra == 0 and self._changes_extra_heads):
             raise UserError(
@@ -126,6 +128,11 @@ class HeadTraining:
             )
         self._factors = self._factors * (extra if given == 1 else 1)
         base = head_weight_tensor(head_weights, num_heads, device)
+        frozen = model is not None and not _trains_trunk(model)
+        unweighted = head_weights is not None and not head_weights[0]
+        if self._adaptive and (frozen or unweighted):
+            why = "the trunk is frozen" if frozen else "head_weights is 0 for head 1"
+            raise UserError(f"heads: adaptive compares gradients in the trunk's state, and {why}; set adaptive=false")
         if self._decay is not None:
             decay = self._decay ** torch.arange(num_heads, device=device, dtype=torch.float32)
             base = decay if base is None else base * decay
@@ -168,3 +175,8 @@ class HeadTraining:
         """Restores a :meth:`state_dict`."""
         if "agreement" in state and self._adaptive:
             self._average = torch.tensor(state["agreement"], dtype=torch.float64, device=self._average.device)
+
+
+def _trains_trunk(model: Any) -> bool:
+    below = (model.tok_embeddings, *model.layers[:-1])  # the state that all heads read
+    return any(parameter.requires_grad for module in below for parameter in module.parameters())

@@ -42,7 +42,7 @@ def flops_per_step(cfg: DictConfig) -> float:
         if cfg.get("adapters") is not None:
             build(cfg.adapters, policy, where="adapters", seed=0)
     policy.attention = "sdpa"  # flex attention needs CUDA
-    heads.prepare(policy.num_future_tokens, cfg.get("head_weights"), "meta", looped=policy.config.looped_heads)
+    heads.prepare(policy.num_future_tokens, cfg.get("head_weights"), "meta", model=policy)
     options = heads.at(0)
     factors = options.get("trunk_gradient", (1.0,) * policy.num_future_tokens)
     anchor, adapted = build(cfg.get("anchor"), where="anchor"), cfg.get("adapters") is not None
