@@ -118,6 +118,10 @@ def test_the_cache_knows_a_mixture_by_its_parts(section, tmp_path, capsys):
         ({"shares": {"long": 1, "shrt": 1}}, "shares names 'shrt', which is none of the parts .*; did you mean"),
         ({"shares": {"long": 1, "short": 0}}, "shares.short must be a number > 0, got 0"),
         ({"shares": {"long": "a", "short": 1}}, "shares.long must be a number > 0, got 'a'"),
+        (
+            {"shares": {"long": 1e-6, "short": 1}, "stopping_strategy": "all_exhausted"},
+            r"shares.short: .*short.jsonl would be there 2,666,\d+ times; give it a smaller share",
+        ),
         ({"stopping_strategy": "never"}, "stopping_strategy must be one of .*, got 'never'"),
         ({"parts": {}}, "parts must name at least one data set"),
         ({"parts": {"a": {"source": "x"}}}, "parts.a must be a section with the _component_"),

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from wmtp.data import read_rows
+from wmtp.data.rows import count_rows, rows_state
 
 
 def tool(**properties):
@@ -51,3 +52,42 @@ def test_lists_of_every_kind_are_searched(list_of, tmp_path):
     kind = list_of(pa.struct({"a": pa.int64(), "b": pa.struct({"c": pa.int64()})}))
     values = [[{"a": 1}], [{"b": {}}]]
     assert [row["x"] for row in rows_of(tmp_path / "x.parquet", pa.table({"x": pa.array(values, kind)}))] == values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders as `hf download` leaves them
+
+
+def shard(folder, name, *texts):
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table({"text": list(texts)}), folder / name)
+
+
+def texts_of(folder, *split):
+    return [row["text"] for _, row in read_rows(folder, *split)]
+
+
+def test_a_copy_of_a_hub_s_data_set_is_a_folder_with_splits(tmp_path):
+    for number, text in enumerate("ab"):
+        shard(tmp_path / "data", f"train-0000{number}-of-00002.parquet", text)
+    shard(tmp_path / "data", "test-00000-of-00001.parquet", "c")
+    shard(tmp_path / "small", "tiny-00000-of-00001.parquet", "d")
+    (tmp_path / "README.md").write_text("---\n")
+    assert texts_of(tmp_path, "train") == ["a", "b"] and texts_of(tmp_path, "test") == ["c"]
+    assert texts_of(tmp_path, "all") == ["c", "a", "b"] and texts_of(tmp_path, "tiny", "small") == ["d"]
+    assert count_rows(tmp_path, "train") == 2
+    assert [row for _, row in read_rows(tmp_path, "train", max_rows=1)] == [{"text": "a"}]
+    with pytest.raises(
+        FileNotFoundError, match=r"has no tiny\.jsonl.* for split 'tiny'; it holds README.md, data, small"
+    ):
+        texts_of(tmp_path, "tiny")
+    arguments = {"source": str(tmp_path), "split": "train", "subset": None}
+    before = rows_state(arguments)
+    shard(tmp_path / "data", "train-00001-of-00002.parquet", "other")
+    assert rows_state(arguments) != before
+    (tmp_path / "data" / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="has 1 of the 2 shards of split 'train'; copy them all"):
+        texts_of(tmp_path, "train")
+    shard(tmp_path, "train.parquet", "e")
+    with pytest.raises(ValueError, match=r"holds train\.parquet and train-00000-of-00002\.parquet; set source to one"):
+        texts_of(tmp_path, "train")

@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
+from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.score_reference import ScoreReferenceRecipe
-from runs import ROOT, series
+from runs import ROOT, read_metrics, series
 from wmtp.config import load
 from wmtp.data.scored_dataset import read_manifest
 from wmtp.training.checkpoint import complete_checkpoints
@@ -44,6 +46,55 @@ def test_a_weighted_run_on_chats_resumes_bit_for_bit(train, capsys):
     train("cut", **options)
     shutil.rmtree(complete_checkpoints(Path("cut/checkpoints"))[-1])  # as if killed after step 4
     assert train("cut", **options, resume=True) == whole
+
+
+def test_the_run_s_loss_is_the_one_computed_by_hand(tiny_config, tmp_path):
+    """Two heads, packed rows, a document that is cut: documents one by one, with weights written for each byte.
+
+    A mixture of chats whose prompts count, prompts with a span, and texts; `é` has two bytes.
+    """
+    chats = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Sé!", "weight": 2,
+              "weights": [{"start": 1, "end": 2, "weight": 3}]}], "weight": 0.5}]  # fmt: skip
+    pairs = [
+        {"prompt": "aé", "completion": "béc", "weights": [{"start": 1, "end": 3, "weight": 4}]},
+        {"prompt": "q", "completion": "r"},
+    ]
+    texts = [{"text": "x" * 100, "weights": [0.5] * 70 + [9] * 31}]
+    parts = {}
+    for name, rows in (("chat", chats), ("prompt_completion", pairs), ("text", texts)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        parts[name] = {"_component_": f"wmtp.data.{name}", "source": str(tmp_path / f"{name}.jsonl")}
+    parts["chat"]["prompt_weight"] = 0.25
+    asked, said = (
+        b"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "Sé!<|im_end|>\n".encode(),
+    )  # the template marks no line end
+    eos, seq_len = 257, 72
+    by_hand = [  # ids, and the weight of each target
+        ([*asked, *said], [None] + [0.125] * (len(asked) - 1) + [1, 3, 3] + [1] * (len(said) - 4) + [0.125]),
+        ([*"aébéc".encode(), eos], [None, None, None, 1, 4, 4, 4, 1]),
+        ([*b"qr", eos], [None, 1, 1]),
+        ([*b"x" * 100, eos], [None] + [0.5] * 69 + [9] * 31),
+    ]
+    data = {"_component_": "wmtp.data.mixture", "parts": parts}
+    cfg = tiny_config(output_dir="hand", **BRIEF, seq_len=seq_len, batch_size=3, max_steps=1)
+    for key, value in {"tokenizer": BYTES, "dataset": data, "weighting": GIVEN}.items():
+        OmegaConf.update(cfg, key, value, merge=False)
+    recipe = FullFinetuneRecipeWMTP(cfg)
+    recipe.setup()
+    loss = num = 0.0
+    for ids, weights in by_hand:
+        ids, weights = ids[:seq_len], weights[:seq_len]
+        with torch.no_grad():
+            logits = recipe._model(torch.tensor([ids]))[:, 0].double()  # [H, T, V]
+        for k in (1, 2):
+            for t, weight in enumerate(weights[k:]):
+                if weight is not None:
+                    loss += weight * float(torch.logsumexp(logits[k - 1, t], 0) - logits[k - 1, t, ids[t + k]])
+                    num += 1
+    recipe.train()
+    [line] = [line for line in read_metrics("hand") if "train/loss" in line]
+    assert line["train/loss"] == pytest.approx(loss / num, rel=1e-5)
 
 
 def test_weights_of_1_train_as_no_weights_and_others_do_not(train, tmp_path):
@@ -128,3 +179,28 @@ def test_a_mixture_trains_by_its_shares(train, tmp_path, capsys):
     assert "mixture of chat (8 of 8 documents, 34.8%" in shown and "text (" in shown
     assert figures == train("again", max_steps=2, dataset=data)  # from the cache
     assert figures == train("in_memory", max_steps=2, dataset=data, data_cache=None)
+
+
+@pytest.mark.long
+def test_a_weighted_mixture_on_two_processes_resumes_bit_for_bit(tiny_config, run_distributed, tmp_path):
+    """Given weights times a method's, mean 1; the mixture repeats its smaller part, and the run begins it again."""
+    texts = "".join(json.dumps({"text": f"text {i} " * 20}) + "\n" for i in range(20))
+    (tmp_path / "t.jsonl").write_text(texts)
+    text = {"_component_": "wmtp.data.text", "source": str(tmp_path / "t.jsonl"), "piece_len": 128, "joined": True}
+    data = {"_component_": "wmtp.data.mixture", "parts": {"chat": CHAT, "text": text}}
+    data |= {"shares": {"chat": 3, "text": 1}, "stopping_strategy": "all_exhausted"}
+    weighting = GIVEN | {"combine": "multiply", "method": {"_component_": "wmtp.weighting.dft"}, "normalize": "mean"}
+
+    def config(name, **more):
+        cfg = tiny_config(output_dir=name, **BRIEF, seq_len=256, batch_size=1, max_steps=12)
+        for key, value in ({"tokenizer": BYTES, "dataset": data, "weighting": weighting} | more).items():
+            OmegaConf.update(cfg, key, value, merge=False)
+        cfg.output_dir, cfg.save_every = str(tmp_path / name), 4
+        return cfg
+
+    losses = lambda lines: series([line for line in lines if "train/loss" in line])
+    whole, _ = run_distributed(2, config("whole"), config("cut"))
+    shutil.rmtree(complete_checkpoints(tmp_path / "cut" / "checkpoints")[-1])
+    [cut] = run_distributed(2, config("cut", resume=True))
+    assert losses(cut) == losses(whole) and len(losses(whole)) == 12
+    assert any(line["weights/max"] > 1.2 for line in losses(whole))

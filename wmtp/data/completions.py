@@ -56,8 +56,8 @@ def prompt_completion(
     """One document a row: prompt + completion + EOS, where completion and EOS are the targets.
 
     Args:
-        source: a JSON, JSONL (.gz too) or parquet file, a folder with `{split}.jsonl`, or a hub name, which may end
-            with `@revision`.
+        source: a JSON, JSONL (.gz too) or parquet file; a folder with `{split}.jsonl`, or with the split's shards as a
+            copy of a hub dataset has them; or a hub name, which may end with `@revision`.
         split, subset: of a folder or a hub dataset.
         max_rows: read the first rows alone; of a hub dataset no more is fetched. Null for all.
         prompt_column, completion_column: text fields, taken as they are: nothing is stripped or put between them.

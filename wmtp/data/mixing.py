@@ -16,6 +16,7 @@ from wmtp.data.documents import IGNORE, Document, Documents, comes_from, state_o
 from wmtp.data.rows import is_number
 from wmtp.errors import UserError
 
+_MOST = 1000  # times that a document is there
 _STOPS = {"first_exhausted": min, "all_exhausted": max}
 
 
@@ -72,6 +73,12 @@ def mixture(
             raise UserError(f"parts.{empty}: {sets[empty].name} has no target, so it cannot have a share of them")
         total = _STOPS[stopping_strategy](targets[name].sum() / share for name, share in wanted.items())
         for number, (name, share) in enumerate(wanted.items()):
+            times = share * total / targets[name].sum()
+            if times > _MOST:
+                raise UserError(
+                    f"shares.{name}: {sets[name].name} would be there {times:,.0f} times; give it a "
+                    "smaller share, or set stopping_strategy to first_exhausted"
+                )
             order = np.random.Generator(np.random.PCG64([seed, number])).permutation(len(targets[name]))
             chosen[name] = _drawn(targets[name], share * total, order)
     counts = {name: int(targets[name][chosen[name]].sum()) for name in sets}

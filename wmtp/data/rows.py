@@ -22,6 +22,8 @@ from wmtp.storage import local_copy
 
 T = TypeVar("T")
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".parquet")
+# A file of a split, whole or one of its shards as the hub names them.
+_OF_SPLIT = re.compile(r"(?P<split>.+?)(?:-\d+-of-(?P<shards>\d+))?\.(?:jsonl?(?:\.gz)?|parquet)")
 _LARGEST = 3.4028234663852886e38  # of float32, in which columns are kept
 _OF_TESTS = re.compile(r"(?:^|_)(?:test|testcase|assert|assertion|input|output)s?(?:$|_)")  # a column's name
 _NAMED = 20  # fields that a message names
@@ -41,10 +43,11 @@ def read_rows(
     Args:
         source: a ``.json`` (one array, or one object a line), ``.jsonl`` or ``.parquet`` file, the first two also with
             ``.gz``; a pipe with the content of one of the first two; a folder with a file ``{split}`` of one of these
-            endings; or a hub name ``owner/name``, or ``owner/name@revision`` of a commit, tag or branch. Files and
-            folders may be local or ``s3://``, see :func:`wmtp.storage.local_copy`.
+            endings, or its shards ``{split}-00000-of-00002``, in it, in its ``data`` or in ``subset`` below, as a copy
+            of a hub dataset has them; or a hub name ``owner/name``, or ``owner/name@revision`` of a commit, tag or
+            branch. Files and folders may be local or ``s3://``, see :func:`wmtp.storage.local_copy`.
         split: the file of a folder, or the split of a hub dataset; unused for a file. ``all``: every one.
-        subset: the hub dataset's configuration, such as ``sanitized``.
+        subset: the hub dataset's configuration, such as ``sanitized``; of a folder, one below it.
         max_rows: read the first rows alone.
         streaming: fetch the rows of a hub dataset while they are read (:func:`wmtp.data.hub.rows_of`), without a copy
             in the cache of `datasets`. Files are always read so, except that one JSON array is read as a whole.
@@ -57,16 +60,15 @@ def read_rows(
     """
     if max_rows is not None and max_rows < 1:
         raise UserError(f"max_rows must be >= 1, or null for all rows, got {max_rows}")
-    if split == "all" and (splits := _splits(source)):
+    if split == "all" and (splits := _splits(source, subset)):
         return islice((row for each in splits for row in read_rows(source, each, subset)), max_rows)
-    path = _local_file(source, split)
-    if path is None and streaming:
+    paths = _local_files(source, split, subset)
+    if paths is None and streaming:
         return hub.rows_of(str(source), subset, split, max_rows)
-    if path is None:
+    if paths is None:
         rows = hub.loaded(str(source), subset, split)
     else:
-        parquet = path.suffix == ".parquet"
-        rows = hub.numbered(_from_parquet(path), printable(path)) if parquet else _from_json(path, lists)
+        rows = (row for path in paths for row in _of_file(path, lists))
     return islice(rows, max_rows)
 
 
@@ -76,13 +78,18 @@ def count_rows(source: str | Path, split: str | None = None, subset: str | None 
     Raises:
         FileNotFoundError, ValueError: as in :func:`read_rows`.
     """
-    if split == "all" and (splits := _splits(source)):
+    if split == "all" and (splits := _splits(source, subset)):
         counts = [count_rows(source, each, subset) for each in splits]
         return None if None in counts else sum(counts)
-    path = _local_file(source, split)
-    if path is None:
+    paths = _local_files(source, split, subset)
+    if paths is None:
         info = hub.load(str(source), subset, split, streaming=True).info
         return info.splits[split].num_examples if info.splits and split in info.splits else None
+    counts = [_count(path) for path in paths]
+    return None if None in counts else sum(counts)
+
+
+def _count(path: Path) -> int | None:
     with reading(path):
         if path.suffix == ".parquet":
             with path.open("rb") as file:
@@ -108,12 +115,12 @@ def rows_state(arguments: Mapping[str, Any]) -> str | None:
     with reading(source):
         folder = local_copy(source)
         if folder.is_dir():
-            files = sorted(file for file in folder.iterdir() if file.is_file() and file.name.endswith(_SUFFIXES))
-        elif (path := _local_file(source, split)) is None:
+            files = sorted(file for of_split in _files_by_split(folder, subset).values() for file, _ in of_split)
+        elif (paths := _local_files(source, split, subset)) is None:
             commit = hub.commit_of(str(source))
             return commit or getattr(hub.load(str(source), subset, split), "_fingerprint", None)
         else:
-            files = [path]
+            files = paths
         if not all(file.is_file() for file in files):
             return None
         return " ".join(f"{file.name} {content_sha256(file)}" for file in files)
@@ -193,26 +200,36 @@ def _unicode(text: str, what: str) -> str:
 # Files
 
 
-def _local_file(source: str | Path, split: str | None) -> Path | None:
-    """Returns the file that source and split name; None for a name on the hub."""
+def _local_files(source: str | Path, split: str | None, subset: str | None) -> list[Path] | None:
+    """Returns the files that source, split and subset name; None for a name on the hub."""
     with reading(source):
         path = local_copy(source)
         if path.is_dir():
-            return _file_of_split(path, split)
+            return _files_of_split(path, split, subset)
         if path.exists():
-            return path
+            return [path]
     if str(source).endswith(_SUFFIXES) or not hub.is_name(source):
         raise missing(source, "give a file, a folder, or a hub name owner/name as source")
     return None
 
 
-def _splits(source: str | Path) -> list[str]:
+def _splits(source: str | Path, subset: str | None) -> list[str]:
     """Returns the splits of a folder by name; none where it has a file for a split `all`, or is no folder."""
     with reading(source):
         folder = local_copy(source)
-        names = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-    splits = {name.removesuffix(suffix) for name in names for suffix in _SUFFIXES if name.endswith(suffix)}
+        splits = _files_by_split(folder, subset) if folder.is_dir() else {}
     return [] if "all" in splits else sorted(splits)
+
+
+def _files_by_split(folder: Path, subset: str | None) -> dict[str, list[tuple[Path, int | None]]]:
+    """Returns the files of each split of a folder, with the number of shards that a file's name says."""
+    found: dict[str, list[tuple[Path, int | None]]] = {}
+    for place in (folder, folder / "data", *([folder / subset] if subset else [])):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            if file.is_file() and (named := _OF_SPLIT.fullmatch(file.name)):
+                shards = named["shards"] and int(named["shards"])
+                found.setdefault(named["split"], []).append((file, shards))
+    return found
 
 
 def missing(path: str | Path, way_out: str, key: str = "") -> MissingError:
@@ -225,16 +242,26 @@ def missing(path: str | Path, way_out: str, key: str = "") -> MissingError:
     return MissingError(f"{key}{path} does not exist; {way_out}")
 
 
-def _file_of_split(folder: Path, split: str | None) -> Path:
+def _files_of_split(folder: Path, split: str | None, subset: str | None) -> list[Path]:
     if split is None:
         raise UserError(f"{folder} is a folder; set split to the name of one of its files, or source to a file")
-    found = [folder / f"{split}{suffix}" for suffix in _SUFFIXES if (folder / f"{split}{suffix}").is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise UserError(f"{folder} holds {' and '.join(f.name for f in found)}; set source to one of these files")
-    there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
-    raise MissingError(f"{folder} has no {split}{'|'.join(_SUFFIXES)} for split {split!r}; it holds {there}")
+    found = _files_by_split(folder, subset).get(split, [])
+    files, shards = [file for file, _ in found], {number for _, number in found}
+    if len(files) == 1 and shards <= {None, 1}:
+        return files
+    if not files:
+        there = ", ".join(sorted(f.name for f in folder.iterdir())[:10]) or "nothing"
+        raise MissingError(f"{folder} has no {split}{'|'.join(_SUFFIXES)} for split {split!r}; it holds {there}")
+    if shards == {len(files)}:
+        return files
+    if len(shards) == 1 and None not in shards:
+        raise MissingError(f"{folder} has {len(files)} of the {shards.pop()} shards of split {split!r}; copy them all")
+    raise UserError(f"{folder} holds {' and '.join(f.name for f in files)}; set source to one of these files")
+
+
+def _of_file(path: Path, lists: bool) -> Iterator[tuple[str, dict]]:
+    parquet = path.suffix == ".parquet"
+    return hub.numbered(_from_parquet(path), printable(path)) if parquet else _from_json(path, lists)
 
 
 def _from_json(path: Path, lists: bool) -> Iterator[tuple[str, dict]]:
