@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from chat_families import FAMILIES, backends, family_tokenizer, template
+from omegaconf import OmegaConf
 
 from wmtp.data import chat, chat_stream, pack
 from wmtp.data.conversations import conversation_of
@@ -13,6 +14,7 @@ from wmtp.data.document_files import in_files
 from wmtp.data.documents import collecting
 from wmtp.eval import chat_protocol, packaged_function_tasks
 from wmtp.pretrained import byte_tokenizer, hf_tokenizer
+from wmtp.training.packed_data import packed_data
 
 REFUSED = {"qwen_3", "deepseek_r1", "last_two"}
 DATED = {"llama_3_2", "granite"}
@@ -402,3 +404,27 @@ def test_nobody_s_turn_is_said(smollm2, tmp_path):
     documents = chat(smollm2, source=write(tmp_path / "a.jsonl", {"messages": TALK[:1]}))
     with pytest.raises(ValueError, match=r"a\.jsonl: no document has a target; in a chat: a message of the role assi"):
         pack(documents, 64, pad_id=0)
+
+
+def test_the_cache_keeps_weights_and_knows_all_that_they_and_the_ids_depend_on(tmp_path):
+    file, rows = tmp_path / "t.jinja", [{"messages": TALK[:4], "weight": 2.0}] * 9
+    file.write_text(template("chatml"))
+    section = {"_component_": "wmtp.data.chat", "source": write(tmp_path / "a.jsonl", *rows)}
+
+    def start(**keys):
+        cfg, tokenizer = OmegaConf.create(section | keys), byte_tokenizer(chat_template=file)
+        packed = packed_data(cfg, tokenizer, "dataset", 256, packed=True, cache=str(tmp_path / "cache"), workers=3)
+        return packed, len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()])
+
+    first, _ = start()
+    again, folders = start()
+    shown = again.batch([0])
+    assert folders == 1 and set(shown["signals"]["weight"][shown["document_ids"] >= 0].tolist()) == {2.0}
+    assert again.fingerprint == first.fingerprint
+    changes = [{"prompt_weight": 0.5}, {"weight_column": None}, {"turns": "last"}, {"date": "d"}, {"max_rows": 8}]
+    for number, keys in enumerate([*changes, {"template_arguments": {"a": 1}}], start=2):
+        assert start(**keys)[1] == number
+    write(tmp_path / "a.jsonl", *[row | {"weight": 3.0} for row in rows])  # of the same length
+    assert start()[0].batch([0])["signals"]["weight"].max() == 3
+    file.write_text(template("zephyr"))
+    assert start()[0].rows_sha256 != first.rows_sha256

@@ -132,7 +132,7 @@ class Learnt:
     name: str
 
 
-def number(value: object, what: str, way_out: str = "give a finite number >= 0") -> float:
+def number(value: object, what: str, way_out: str = "leave it out for 1") -> float:
     """Returns a weight; the UserError of what is none names it."""
     if not is_number(value) or value < 0:  # type: ignore[operator]
         raise UserError(f"{what} must be a finite number >= 0, got {value!r:.40}; {way_out}")
