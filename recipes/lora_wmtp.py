@@ -39,7 +39,7 @@ from wmtp.models import (
 from wmtp.models.adapter_folder import load_adapter, save_adapter
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.report.preview import preview
-from wmtp.training.acceptance import held_out_acceptance
+from wmtp.training.acceptance import HeldOutAcceptance
 from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.cached_states import keep_states, trunk_states
 from wmtp.training.checkpoint import (
@@ -125,8 +125,8 @@ class LoRARecipeWMTP:
 
         self._log_every = read.integer("log_every", 1, minimum=1)
         self._eval_every = read.integer("eval_every", None, minimum=1)
-        self._accept = {"prompts": read.integer("accept_prompts", 0, minimum=0)}
-        self._accept["max_new_tokens"] = read.integer("accept_tokens", 64, minimum=1)
+        accept = [read.integer("accept_prompts", 0, minimum=0), read.integer("accept_tokens", 64, minimum=1)]
+        self._acceptance = HeldOutAcceptance(*accept)
         self._save_every = read.integer("save_every", None, minimum=1)
         self._stop = StopFlag(read.number("max_minutes", None, above=0))
         self._keep_checkpoints = read.integer("keep_checkpoints", 2, minimum=1)
@@ -271,6 +271,7 @@ class LoRARecipeWMTP:
         load_sharded(checkpoint, self._model, self._torch_optimizer, trained_only=True, changes=changes)
         self._weighting.load_state_dict(state["weighting"])
         self._heads.load_state_dict(state.get("heads", {}))
+        self._acceptance.load_state_dict(state.get("acceptance", {}))
         self._epoch_ce = state["epoch_ce"] if self._refresh_policy_ce == "epoch" else None
         restore_rng(state["rng"], self._world.rank)
         self._step = self._checkpointer.saved_step = state["step"]
@@ -425,9 +426,11 @@ class LoRARecipeWMTP:
     def evaluate(self) -> None:
         """Logs the held-out CE of each head, in nats per target, over each set of eval_dataset and each document."""
         inputs = lambda batch, data: self._inputs(batch) | self._trunk_state(batch, data)
-        found = validate(self._model, self._eval_data, inputs, self._batch_size, self._world)
-        accept = held_out_acceptance(self._model, self._eval_data, self._tokenizer, world=self._world, **self._accept)
-        found.metrics.update(accept)
+        choices = {"choices": self._acceptance.prompts > 0}
+        found = validate(self._model, self._eval_data, inputs, self._batch_size, self._world, **choices)
+        when = {"first": self._step == 0, "last": self._step == self._total_steps, "log": self._log.info}
+        measured = self._model, self._eval_data, self._tokenizer, self._world
+        found.metrics.update(self._acceptance.measure(*measured, **when))
         self._log.held_out(found, self._step)
 
     def save_checkpoint(self) -> None:
@@ -437,6 +440,7 @@ class LoRARecipeWMTP:
             "config": OmegaConf.to_container(self._cfg, resolve=True),
             "weighting": self._weighting.state_dict(),
             "heads": self._heads.state_dict(),
+            "acceptance": self._acceptance.state_dict(),
             "epoch_ce": self._epoch_ce,
             "base": self._base,
             "run_id": self._log.run_id,

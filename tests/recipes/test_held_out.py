@@ -164,3 +164,22 @@ def test_a_set_that_cannot_be_built_is_named(tiny_config, run_recipe, section, m
     cfg.eval_dataset = section
     with pytest.raises(ConfigError, match=message):
         run_recipe(cfg)
+
+
+def test_acceptance_and_accuracy_are_those_of_eval_heads(named_config, run_recipe, tiny_config):
+    from recipes.eval_heads import EvalHeadsRecipe
+
+    cfg = named_config(output_dir="run", accept_prompts=6, accept_tokens=20, optimizer__lr=1e-3)
+    cfg.model.num_future_tokens, cfg.eval_dataset = 3, {"code": NAMED["code"]}
+    trained = run_recipe(cfg)[-1]
+    of_heads = tiny_config("eval_heads", checkpoint="run/export", seq_len=128, speed_prompts=6, max_new_tokens=20)
+    of_heads.dataset, of_heads.model = NAMED["code"], {**cfg.model, "max_seq_len": 4096}
+    recipe = EvalHeadsRecipe(of_heads)
+    recipe.setup()
+    heads, speed = recipe.evaluate()["heads"], recipe.measure_speed()["drafts_2"]
+    assert trained["eval/code/accept_length"] == speed["tokens_per_forward"]
+    for k in (1, 2, 3):
+        assert trained[f"eval/code/accuracy_head{k}"] == heads[f"accuracy_head{k}"]
+        if k > 1:
+            assert trained.get(f"eval/code/acceptance_head{k}") == speed.get(f"acceptance_head{k}")
+            assert heads[f"accuracy_head{k}"] <= trained[f"eval/code/agreement_head{k}"] + heads["accuracy_head1"] <= 2

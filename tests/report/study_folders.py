@@ -70,6 +70,12 @@ def write_run(
         share = math.exp(-4 * step / steps)
         if step % 5 == 0 or step == steps:
             lines.append({"step": step, "time": 1e9 + step, **{k: v + (start[k] - v) * share for k, v in last.items()}})
+        if step in (0, steps) and heads > 1:
+            length, change = "eval/code/accept_length", 0.1 + gain
+            lines[-1][length] = 1.2 + change * (step == steps)
+            if step:
+                ends = {"": change, "_low": change - 0.12, "_high": change + 0.12}
+                lines[-1] |= {f"{length}_change{end}": value for end, value in ends.items()}
         if step == steps:
             lines[-1] |= last
         if step:

@@ -7,7 +7,7 @@ from wmtp.report.runs import Run
 
 
 def run_summary(run: Run) -> str:
-    """Returns a run's CE on held-out data of each head, before and after, and its median speed."""
+    """Returns a run's held-out CE of each head and its accept length, before and after training, and its median speed."""
     speeds = [value for _, value in run.metrics.get("train/tokens_per_second", ())]
     steps = max((points[-1][0] for points in run.metrics.values()), default=0)
     text = [f"{run.name}: {steps} steps, {statistics.median(speeds):.0f} tokens/s"] if speeds else []
@@ -18,4 +18,8 @@ def run_summary(run: Run) -> str:
             ends = [f"step {step}" for step in (first, last)]
             text.append(f"{'held-out CE, nats per token':30}{ends[0]:>10}{ends[1]:>10}")
         text.append(f"  {name.removeprefix('eval/').replace('ce_', ''):28}{before:>10.4f}{after:>10.4f}")
+    for name in sorted(key.removesuffix("_change") for key in run.metrics if key.endswith("accept_length_change")):
+        before, after = (run.metrics[name][place][1] for place in (0, -1))
+        low, high = (run.metrics[f"{name}_change_{end}"][-1][1] for end in ("low", "high"))
+        text.append(f"  {name.removeprefix('eval/'):28}{before:>10.4f}{after:>10.4f}  change [{low:+.4f}, {high:+.4f}]")
     return "\n".join(text)

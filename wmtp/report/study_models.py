@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from wmtp.numerics.bootstrap import Interval
 from wmtp.report import figures
 from wmtp.report.comparison import acceptance as accepted_drafts
@@ -42,8 +44,31 @@ def heads(study: Study) -> Part:
         rows = [[cell, *(interval(found.get(k)) for k in ks)] for cell, found in of.items()]
         shown.append(Shown(svg, caption, Table(["cell", *(f"head {k}" for k in ks)], rows)))
     lead = "Acceptance: no evaluation by recipes/eval_heads.py of a model with several heads in this study."
-    lead = "" if accepted else lead
-    return Part("heads", title, lead, shown=shown, missing="" if shown else "No run has held-out CE of its heads.")
+    lead, lengths = "" if accepted else lead, accept_lengths(study)
+    if lengths is not None:
+        lead += (
+            " Accept length: tokens that a forward pass yields on held-out prompts, greedy, before and after training, "
+            "mean and range over seeds; longer and shorter: runs whose 95 % interval over prompts leaves out no change."
+        )
+    missing = "" if shown else "No run has held-out CE of its heads."
+    return Part("heads", title, lead.strip(), shown=shown, table=lengths, missing=missing)
+
+
+def accept_lengths(study: Study) -> Table | None:
+    """Returns each cell's accept length before and after training, where runs have measured it (`accept_prompts`)."""
+    name = study.target[0]
+    metric = f"eval/{name}/accept_length" if name else "eval/accept_length"
+    rows: list[list[Cell]] = []
+    for cell, runs in study.cells.items():
+        known = [run.metrics for run in runs if run.metrics.get(f"{metric}_change")]
+        if known:
+            before, after = (over([of[metric][place][1] for of in known]) for place in (0, -1))
+            low, high = (np.array([of[f"{metric}_change_{end}"][-1][1] for of in known]) for end in ("low", "high"))
+            change = over([of[f"{metric}_change"][-1][1] for of in known])
+            signs = int((low > 0).sum()), int((high < 0).sum())
+            counts: list[Cell] = [(f"{n} of {len(known)}", n) for n in signs]
+            rows.append([cell, *(interval(found, 3) for found in (before, after, change)), *counts])
+    return Table(["cell", "accept length before", "after", "change", "longer", "shorter"], rows) if rows else None
 
 
 def weights(study: Study) -> Part:

@@ -5,18 +5,21 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from torch import Tensor, nn
 
 from wmtp.config import ConfigError
 from wmtp.data import PackedDataset, validation_batches
 from wmtp.distributed import World, all_reduce_sum
 from wmtp.files import publish, unfinished
-from wmtp.loss import token_cross_entropy, weighted_mtp_cross_entropy
+from wmtp.loss import of_each_target, token_cross_entropy, weighted_mtp_cross_entropy
 from wmtp.models import MTPDecoder
+from wmtp.numerics.cross_entropy import cross_entropy_
+from wmtp.weighting.targets import Targets, valid_targets
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ def validate(
     inputs: Callable[[dict, PackedDataset], dict],
     batch_size: int,
     world: World,
+    choices: bool = False,
 ) -> HeldOut:
     """Computes the CE of each head, in nats per target token, over all of each data set and over each document.
 
@@ -100,25 +104,33 @@ def validate(
         sets: by name; "" for one that needs none.
         inputs: what the model reads of a batch of a set, on its device.
         batch_size: rows of one rank's batch.
+        choices: also ``accuracy_head{k}``, the share of targets that are the head's likeliest token, and
+            ``agreement_head{k}``, k > 1, of those at which its likeliest token is head 1's: the share of drafts that
+            would be accepted if each text were the data's own, and each draft verified.
     """
     model.eval()
+    loss_fn = _ce_and_choices if choices else weighted_mtp_cross_entropy
     found = HeldOut({}, {name: [] for name in ("set", "document", "number", "head", "targets", "ce")}, {})
     for name, data in sorted(sets.items()):
-        heads = torch.zeros(2, model.num_future_tokens, dtype=torch.float64, device=world.device)
+        heads = torch.zeros(4 if choices else 2, model.num_future_tokens, dtype=torch.float64, device=world.device)
         numbers = torch.from_numpy(data.members)
         firsts = torch.from_numpy(data.starts[:-1, None])  # of each row
-        documents = torch.zeros(*heads.shape, len(numbers), dtype=torch.float64)
+        documents = torch.zeros(2, len(heads[0]), len(numbers), dtype=torch.float64)
         for batch in validation_batches(data, batch_size, world.rank, world.size):
             labels = batch["labels"].to(world.device)
-            out = model(**inputs(batch, data), labels=labels, loss_fn=weighted_mtp_cross_entropy)
-            heads += torch.stack([part.double().sum(dim=(1, 2)) for part in (out.ce, out.valid)])
+            out = model(**inputs(batch, data), labels=labels, loss_fn=loss_fn)
+            parts = (out.ce, out.valid, *((out.right, out.agreed) if choices else ()))
+            heads += torch.stack([part.double().sum(dim=(1, 2)) for part in parts])
             rows = batch["rows"]
             of_token = firsts[rows] + batch["document_ids"][: len(rows)].clamp(min=0)  # padding has CE and count 0
             for total, part in zip(documents, (out.ce, out.valid), strict=True):
                 total.index_add_(1, of_token.flatten(), part[:, : len(rows)].cpu().double().flatten(1))
-        ce, count = all_reduce_sum(heads)
+        ce, count, *shares = all_reduce_sum(heads)
         prefix = f"eval/{name}/" if name else "eval/"
-        found.metrics.update({f"{prefix}ce_head{k}": mean for k, mean in enumerate((ce / count).tolist(), start=1)})
+        for figure, total in {"ce": ce, **dict(zip(("accuracy", "agreement"), shares, strict=False))}.items():
+            means = {f"{prefix}{figure}_head{k}": mean for k, mean in enumerate((total / count).tolist(), start=1)}
+            found.metrics.update(means)
+        found.metrics.pop(f"{prefix}agreement_head1", None)  # with itself
         # Every document was scored by one rank, and is 0 on the others.
         ce, count = all_reduce_sum(documents.to(world.device)).cpu()
         ids = data.ids.to_pylist()
@@ -130,6 +142,25 @@ def validate(
                     column.append(value)
         found.sha256[name] = data.rows_sha256
     return found
+
+
+class _Scores(NamedTuple):
+    """What `validate` adds up, of each head and target, by the target's position: [H, B, S]."""
+
+    ce: Tensor
+    valid: Tensor
+    right: Tensor
+    agreed: Tensor
+
+
+def _ce_and_choices(
+    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
+) -> _Scores:
+    """Finds the CE and whether the likeliest token is the target, or head 1's, by one GEMM a target."""
+    figures = lambda logits, label: (logits.argmax(1), cross_entropy_(logits, label)[0])  # the second overwrites them
+    choice, ce = of_each_target(figures, hidden, unembedding, labels, Targets(labels, document_ids))
+    valid = valid_targets(labels, len(hidden), document_ids)
+    return _Scores(ce, valid, valid & (choice == labels), valid & (choice == choice[:1]))
 
 
 @torch.no_grad()
