@@ -170,7 +170,8 @@ def test_the_plans_in_7b_configs_are_fresh_and_fit_their_cards():
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("study", ["ablation", "heads"])
 @pytest.mark.parametrize("model, cards", [("smollm2_135m", 1), ("meta_mtp_7b", 4)])
-def test_every_arm_of_the_shipped_ablations_can_be_simulated_and_fits_its_card(model, cards, in_process):
-    for name, held in in_process(arms, str(ROOT / "configs" / model / "ablation.yaml"), cards).items():
+def test_every_arm_of_the_shipped_ablations_can_be_simulated_and_fits_its_card(model, cards, study, in_process):
+    for name, held in in_process(arms, str(ROOT / "configs" / model / f"{study}.yaml"), cards).items():
         assert 1e9 < held < 40e9, name

@@ -7,7 +7,7 @@ from wmtp.report.runs import Run
 
 
 def run_summary(run: Run) -> str:
-    """Returns a run's held-out CE of each head and its accept length, before and after training, and its median speed."""
+    """Returns a run's held-out CE of each head and accept length, before and after training, and its median speed."""
     speeds = [value for _, value in run.metrics.get("train/tokens_per_second", ())]
     steps = max((points[-1][0] for points in run.metrics.values()), default=0)
     text = [f"{run.name}: {steps} steps, {statistics.median(speeds):.0f} tokens/s"] if speeds else []
