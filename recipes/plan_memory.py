@@ -110,6 +110,7 @@ def _recipe_of(cfg: DictConfig) -> str:
         "column": "score_reference.py",
         "speed_prompts": "eval_heads.py",
         "n_at_k": "eval_codecontests.py",
+        "programs": "score_rollouts.py",
     }
     return next((recipe for key, recipe in marks.items() if key in cfg), "eval_mbpp.py")
 

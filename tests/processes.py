@@ -26,6 +26,7 @@ _IMPORTED = [
     "recipes.eval_mbpp",
     "recipes.eval_heads",
     "recipes.score_reference",
+    "recipes.score_rollouts",
     "recipes.sweep_wmtp",
     "warm",
 ]

@@ -1,5 +1,6 @@
 """Plans of runs, from simulations of their steps: memory, work and time, before a card is rented."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,14 +26,14 @@ def why_unplanned(error: Exception) -> str:
     return f"a simulated step ended with {type(error).__name__}: {one_line(error):.200}"
 
 
-def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], None]) -> None:
+def plan_run(cfg: DictConfig, world: World, steps: int | None, log: Callable[[str], None], *, tokens: int = 0) -> None:
     """Prints the plan of a run that is about to start; every rank calls it, and the first one simulates a step.
 
     A run goes on without a plan where the simulation cannot take what the user has put in, and says so.
 
     Args:
         cfg: the run's; nothing is planned for a small model.
-        steps: of the whole run.
+        steps: of the whole run; None: as many as it takes for so many ``tokens``.
         log: prints a line.
     """
     group = dist.new_group(backend="fake")  # sends nothing, so that a step can be simulated within a run
@@ -47,7 +48,8 @@ def plan_run(cfg: DictConfig, world: World, steps: int, log: Callable[[str], Non
         try:
             if not is_worth_a_plan(cfg):
                 return
-            line = plan_config(cfg, mesh_of(group, world.size, replicas), present_card(world.device)).line(steps)
+            plan = plan_config(cfg, mesh_of(group, world.size, replicas), present_card(world.device))
+            line = plan.line(math.ceil(tokens / plan.tokens) if steps is None else steps)
         except Exception as error:  # of a user's own parts too: they were built for data, which a simulation has not
             line = f"no plan of this run: {why_unplanned(error)}"
     log(line)

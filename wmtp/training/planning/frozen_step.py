@@ -32,8 +32,8 @@ from wmtp.training.performance import model_flops
 from wmtp.training.planning.simulation import Simulation
 from wmtp.training.planning.training_step import DTYPES, SimulatedStep, cut_down, packed_tokens
 
-READ = ("model", "column", "fully_shard", "dtype", "seq_len", "batch_size", "num_samples", "temperatures", "top_p",
-        "max_new_tokens", "num_drafts", "kv_memory", "prompt_tokens", "speed_prompts", "speed_batch_size")  # fmt: skip
+READ = ("model", "column", "fully_shard", "dtype", "seq_len", "batch_size", "num_samples", "temperatures",
+        "temperature", "top_p", "max_new_tokens", "num_drafts", "kv_memory", "prompt_tokens", "speed_prompts", "speed_batch_size")  # fmt: skip
 
 
 def simulate_frozen(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = None) -> SimulatedStep:
@@ -134,7 +134,8 @@ def _of_answers(cfg: DictConfig, mesh: DeviceMesh, depth: int | None) -> Simulat
     samples, new = cfg.get("num_samples") or 1, cfg.max_new_tokens
     simulation = Simulation(small=max(4096, 8 * rows))
     model, blocks = _placed(cfg, mesh, depth, simulation)
-    sampling = Sampling(new, max(cfg.get("temperatures") or [0.0]), cfg.get("top_p") or 1.0)
+    temperature = cfg.get("temperature") or max(cfg.get("temperatures") or [0.0])
+    sampling = Sampling(new, temperature, cfg.get("top_p") or 1.0)
     requests = [Request(row, (1 + row % prompts,) * length, (0, row)) for row in range(rows)]
     requests.sort(key=lambda request: request.prompt)
     batch = Batch(model, byte_tokenizer(), sampling, rows, cfg.get("num_drafts") or 0, 2**62, DecodingStats())
