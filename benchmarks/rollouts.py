@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ("top-1", "auc", "mean rank")
-STEPS, TUNING_STEPS, TUNING_LR = 900, 40, 5e-4
+STEPS, TUNING_STEPS, TUNING_LR = 700, 40, 1e-3
 SEQ_LEN, FOLDS, REPEATS = 256, 5, 2000
 PROMPT = "wmtp.eval.docstring_protocol"
 
@@ -93,7 +93,7 @@ class Study:
         if not folder.exists():
             model = new_model(self.tokenizer)
             data = self._packed(self._documents([(task, task.code) for task in self.training], "training"))
-            train(model, data, steps=STEPS, lr=3e-3, seed=0, tell=100)
+            train(model, data, steps=STEPS, lr=6e-3, seed=0, tell=50)
             export_hf(model, folder, tokenizer_source=self.tokenizer)
         model = from_checkpoint(str(folder), max_seq_len=256)
         load_checkpoint(model, folder)
@@ -109,7 +109,7 @@ class Study:
                 tokenizer={"_component_": "wmtp.pretrained.hf_tokenizer", "path": str(self.out / "model")},
                 tasks=self._tasks_section("tasks"),
                 programs={
-                    "_component_": "wmtp.eval.task_programs.paired_programs",
+                    "_component_": "wmtp.eval.paired_programs",
                     "source": str(self.out / "faulty.jsonl"),
                 },
                 num_samples=self.args.samples, temperature=0.8, top_p=1.0, max_new_tokens=80, batch_size=64,
@@ -397,7 +397,7 @@ class Study:
         return float(signals(model, data, batch_size=16)[0].sum() / data.num_targets)
 
 
-LAYERS = (1, 2, 3, 4)  # the last is the state that the language model's head reads
+LAYERS = (1, 2, 3)  # the last is the state that the language model's head reads
 
 
 def critics() -> dict:
@@ -436,7 +436,7 @@ def train(model, data, *, steps: int, lr: float, seed: int, weighting=None, tell
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if tell and (step + 1) % tell == 0:
-            print(f"# step {step + 1} of {steps}: loss {float(loss):.3f}", flush=True)
+            print(f"# step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
     model.eval()
 
 
@@ -457,8 +457,8 @@ def new_model(tokenizer):
 
     torch.manual_seed(0)
     return llama_mtp(
-        vocab_size=tokenizer.vocab_size, num_layers=4, num_heads=4, num_kv_heads=4, embed_dim=128,
-        intermediate_dim=384, max_seq_len=256, num_future_tokens=1, tie_word_embeddings=True,
+        vocab_size=tokenizer.vocab_size, num_layers=3, num_heads=4, num_kv_heads=4, embed_dim=64,
+        intermediate_dim=192, max_seq_len=256, num_future_tokens=1, tie_word_embeddings=True,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ _KINDS = (
     ("Data to be scored: `dataset` of score_reference", "wmtp.data", ("DocumentStream",)),
     ("Pairs of programs: `dataset` of critic_stage1", "wmtp.critic", ("Pairs",)),
     ("Evaluation tasks", "wmtp.eval", ("tuple[AssertionTask, ...]", "tuple[StdioTask, ...]")),
+    ("Programs of tasks: `programs` of score_rollouts", "wmtp.eval", ("tuple[TaskProgram, ...]",)),
     ("Evaluation protocols", "wmtp.eval", ("Protocol",)),
     ("Tokenizers: `tokenizer`", "wmtp.pretrained", ("Tokenizer",)),
     (
@@ -22,7 +23,7 @@ _KINDS = (
 )
 _REST = "What else a config builds"
 # By the recipe, not by the config.
-_PASSED = {"self", "tokenizer", "model", "optimizer", "num_training_steps", "quantize_from"}
+_PASSED = {"self", "tokenizer", "tasks", "model", "optimizer", "num_training_steps", "quantize_from"}
 _INTRO = """## Builders
 
 What a `_component_` may name in this project, and its keys, from the docstrings. A key whose value is built itself is a

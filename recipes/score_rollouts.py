@@ -96,7 +96,7 @@ class ScoreRolloutsRecipe:
     # Set-up
 
     def setup(self) -> None:
-        """Builds everything in the order in which a mistake is cheapest to find: files, programs, the judge, the model."""
+        """Builds everything in the order in which a mistake is cheapest to find: files, programs, model, judge."""
         self._world = start_world(self._device_name)
         self._output = open_output(self._output_name, self._cfg, resume=self._resume)
         self._output_dir = self._output.folder
@@ -360,7 +360,7 @@ class ScoreRolloutsRecipe:
         for number, start in enumerate(range(0, len(columns), DOCUMENTS_PER_PART)):
             some = slice(start, start + DOCUMENTS_PER_PART)
             path = part_path(self._output_dir, number)
-            entries.append(write_part(path, self._documents[some], columns[some], binding))
+            entries.append(write_part(path, self._documents[some], {"values": columns[some]}, binding))
         labelled = {}
         for sample in programs:
             task_id = sample.task_id.rpartition(" ")[0]

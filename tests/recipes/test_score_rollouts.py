@@ -36,7 +36,7 @@ def one_task(tiny_config, tmp_path):
         cfg.judges = 1
         cfg.tasks = {"_component_": "wmtp.eval.assertion_tasks", "source": str(tmp_path / "tasks.jsonl")}
         cfg.programs = {
-            "_component_": "wmtp.eval.task_programs.paired_programs", "source": str(tmp_path / "pairs.jsonl")
+            "_component_": "wmtp.eval.paired_programs", "source": str(tmp_path / "pairs.jsonl")
         }  # fmt: skip
         for key, value in overrides.items():
             OmegaConf.update(cfg, key.replace("__", "."), value, merge=False)

@@ -127,8 +127,8 @@ def rollout_report(rows: Sequence[dict], stats: Sequence[dict], num_samples: int
         f"- value of their prompts: {prompts.mean():.3f} on average, 0 for {float((prompts == 0).mean()):.0%} of them: "
         "a task that the model never solves gives no value anything to fall from",
         f"- value at {len(inner)} line ends: {inner.mean():.3f} on average, strictly between 0 and 1 at "
-        f"{metrics['rollouts/undecided']:.0%} of them; the standard error of one is at most {0.5 / num_samples**0.5:.2f} "
-        f"({num_samples} completions)",
+        f"{metrics['rollouts/undecided']:.0%} of them; the standard error of one is at most "
+        f"{0.5 / num_samples**0.5:.2f} ({num_samples} completions)",
         f"- sampled: {tokens} tokens in {seconds:.0f} s",
     ]
     if found := [_rank_of_fault(row) for row in rows if row["fault_line"] in row["lines"]]:

@@ -2,7 +2,8 @@
 
 A task builder is a plain function `builder(**config keys)`, named as `_component_` in a config: `mbpp_tasks`,
 `humaneval_tasks`, `assertion_tasks`, `packaged_function_tasks`, `bigcodebench_tasks`, `live_code_bench`,
-`code_contests`, `packaged_program_tasks`; a `*_protocol` says how a model is asked.
+`code_contests`, `packaged_program_tasks`; a `*_protocol` says how a model is asked; `solutions`,
+`packaged_function_programs` and `paired_programs` give programs of tasks.
 """
 
 from wmtp.eval.assertion_tasks import (
@@ -25,3 +26,4 @@ from wmtp.eval.protocols import (
     three_shot_protocol,
 )
 from wmtp.eval.stdio_tasks import StdioTask, code_contests, packaged_program_tasks
+from wmtp.eval.task_programs import TaskProgram, packaged_function_programs, paired_programs, solutions

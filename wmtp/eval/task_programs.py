@@ -47,7 +47,7 @@ def solutions(tasks: Sequence[Task]) -> tuple[TaskProgram, ...]:
 
 
 def packaged_function_programs(tasks: Sequence[Task]) -> tuple[TaskProgram, ...]:
-    """The solutions of :func:`wmtp.eval.packaged_function_tasks` and their faulty variants, one line of which is wrong."""
+    """The solutions of :func:`wmtp.eval.packaged_function_tasks`, and a variant of each with one wrong line."""
     rows, by_id = packaged_functions(), {task.task_id: task for task in tasks}
     named = [(by_id[f"packaged/{row['task_id']}"], row) for row in rows if f"packaged/{row['task_id']}" in by_id]
     right = [(task, row["code"], "solution", None) for task, row in named]

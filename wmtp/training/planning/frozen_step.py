@@ -33,7 +33,8 @@ from wmtp.training.planning.simulation import Simulation
 from wmtp.training.planning.training_step import DTYPES, SimulatedStep, cut_down, packed_tokens
 
 READ = ("model", "column", "fully_shard", "dtype", "seq_len", "batch_size", "num_samples", "temperatures",
-        "temperature", "top_p", "max_new_tokens", "num_drafts", "kv_memory", "prompt_tokens", "speed_prompts", "speed_batch_size")  # fmt: skip
+        "temperature", "top_p", "max_new_tokens", "num_drafts", "kv_memory", "prompt_tokens", "speed_prompts",
+        "speed_batch_size")  # fmt: skip
 
 
 def simulate_frozen(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = None) -> SimulatedStep:
