@@ -118,7 +118,7 @@ class Study:
 
     def _tasks_section(self, name: str) -> dict:
         source = str(self.out / f"{name}.jsonl")
-        return {"_component_": "wmtp.eval.assertion_tasks.assertion_tasks", "source": source, "challenge_tests": True}
+        return {"_component_": "wmtp.eval.assertion_tasks", "source": source, "challenge_tests": True}
 
     def _run(self, recipe: str, output: str, **settings) -> None:
         from omegaconf import OmegaConf

@@ -70,7 +70,7 @@ def paired_programs(
             and line.
     """
     ids, by_id = TaskIds(task.task_id for task in tasks), {task.task_id: task for task in tasks}
-    found = []
+    found: list[tuple[Task, str, str, int | None]] = []
     for number, (where, row) in enumerate(read_rows(source, split, subset), start=1):
         if (named := _first(row, _ID)) is None or not any(_first(row, both) for both in (_RIGHT, _FAULTY)):
             raise UserError(
