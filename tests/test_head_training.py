@@ -107,6 +107,12 @@ def test_the_agreement_is_the_cosine_of_gradients_in_the_trunks_state():
     assert torch.equal(resumed.at(1)["head_weights"], heads.at(1)["head_weights"])
 
 
+def test_the_agreement_is_over_all_ranks():
+    _, heads = gradients(small_model(), adaptive=True, momentum=0.0)
+    heads.end_step(lambda sums: torch.tensor([[4.0, 1.0, -4.0], [4.0, 1.0, 16.0]]))  # what the ranks have together
+    assert heads.state_dict()["agreement"] == pytest.approx([1.0, 0.5, -0.5])
+
+
 def test_weights_over_time():
     heads = HeadTraining(decay=0.5, warm_up_steps=4)
     heads.prepare(4, [1.0, 2.0, 2.0, 2.0], "cpu")
