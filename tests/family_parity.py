@@ -211,8 +211,9 @@ def lora(case: Case) -> None:
 
 @torch.no_grad()
 def heads(case: Case) -> None:
-    """4 heads in Meta's layout: new ones copy the last block; trained ones leave in the export, come back, and give the
-    same logits in `transformers` by the folder's code."""
+    """4 heads in Meta's layout: new ones copy the last block; trained ones leave in the export and come back. In
+    `transformers`, by the folder's code, they give the same logits, draft greedy texts that plain decoding has too, and
+    are saved again bit for bit."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -223,11 +224,22 @@ def heads(case: Case) -> None:
     part_from_head_1(model)
     export_hf(model, case.root / "heads")
     near(hf_logits(case.root / "heads"), model(TOKENS)[0])
-    theirs = AutoModelForCausalLM.from_pretrained(case.root / "heads", trust_remote_code=True, dtype=torch.float32)
-    near(theirs.eval()(TOKENS, num_heads=4).head_logits, model(TOKENS))
     again = case.model(4, case.root / "heads")
     assert torch.equal(again(TOKENS), model(TOKENS)) and not torch.equal(model(TOKENS)[1], model(TOKENS)[0])
     assert torch.equal(case.model(1, case.root / "heads")(TOKENS), model(TOKENS, num_heads=1))
+    theirs, alone = (
+        AutoModelForCausalLM.from_pretrained(case.root / "heads", trust_remote_code=code, dtype=torch.float32).eval()
+        for code in (True, False)
+    )
+    near(theirs(TOKENS, num_heads=4).head_logits, model(TOKENS))
+    drafts = []
+    theirs.extra_heads[0].register_forward_hook(lambda *_: drafts.append(1))
+    for prompt in (TOKENS[:1, :3], TOKENS[1:, :20]):  # below and above the window
+        texts = [each.generate(prompt, max_new_tokens=12, do_sample=False) for each in (theirs, alone)]
+        assert torch.equal(*texts) and drafts
+        drafts.clear()
+    theirs.save_pretrained(case.root / "saved")
+    assert torch.equal(case.model(4, case.root / "saved")(TOKENS), model(TOKENS))
 
 
 @torch.no_grad()

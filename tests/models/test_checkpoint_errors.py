@@ -87,6 +87,17 @@ def test_another_shape(tiny_hf):
     refused(model, folder, f"{key} is [41, 24], the model's layers.1.mlp.w3.weight is [40, 24]", "from_checkpoint")
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_weights_without_their_scales(tiny_hf, tmp_path, dtype):
+    _, folder = tiny_hf()
+    model, key = on_meta(folder), "model.layers.1.mlp.up_proj.weight"
+    edit_weights(folder, lambda weights: weights.update({key: weights[key].to(dtype)}))
+    refused(model, folder, f"model.safetensors: {key} is stored as", "model's checkpoint in float32")
+    (tmp_path / "params.json").write_text("{}")
+    torch.save({"tok_embeddings.weight": torch.ones(2, 2, dtype=dtype)}, tmp_path / "consolidated.pth")
+    refused(model, tmp_path, f"tok_embeddings.weight is stored as {str(dtype).removeprefix('torch.')}, as quantised")
+
+
 def test_missing_and_unknown_keys(tiny_hf):
     _, folder = tiny_hf()
     model = on_meta(folder)
@@ -136,6 +147,14 @@ def test_a_tied_model_refuses_an_untied_checkpoint(tiny_hf, tiny):
         (
             {"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}},
             "got 'longrope'; this decoder has no other, and without its scaling the model would be another one",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "has no partial_rotary_factor, got 0.5; this decoder computes no default with it",
+        ),
+        (
+            {"num_future_tokens": 4},
+            "declares num_future_tokens 4, mtp_config.json is missing; copy the checkpoint again, whole, or take",
         ),
     ],
 )

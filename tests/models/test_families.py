@@ -46,6 +46,7 @@ ROPES = {
         "qwen3",
         {**YARN, "attention_factor": 0.7, "beta_fast": 4.0, "beta_slow": 2.0, "truncate": False, "rope_theta": 500.0},
     ),
+    "yarn of a length in which nothing turns": ("mistral", {**YARN, "beta_fast": 1.0, "beta_slow": 32.0}),
     "llama3": ("granite", LLAMA3),
     "two bases": (
         "gemma3_text",

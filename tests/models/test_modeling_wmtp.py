@@ -1,14 +1,12 @@
 """Exports with all heads, as `transformers` alone reads them: `trust_remote_code=True` and modeling_wmtp.py."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer, pipeline
+from family_parity import write_case
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer, pipeline
 
 from wmtp.generation import Request, Sampling, generate
 from wmtp.models import export_hf, from_checkpoint, load_checkpoint
@@ -19,17 +17,6 @@ SIZES = {"vocab_size": 259, "num_layers": 3, "max_seq_len": 128, "num_future_tok
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
 PROMPTS = [TOKENS[:1, :length] for length in (1, 17)]
 GREEDY = {"max_new_tokens": 16, "do_sample": False}
-# Of every family that differs from Llama in what an extra head needs: a window, norms, biases, scales, fused tensors.
-FAMILIES = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 8},
-    "Qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-    "Qwen3": {"head_dim": 16},
-    "Gemma3": {"sliding_window": 8, "head_dim": 16, "query_pre_attn_scalar": 16},
-    "Olmo2": {},
-    "Granite": {"logits_scaling": 2.0, "attention_multiplier": 0.2, "residual_multiplier": 0.5},
-    "Phi3": {"sliding_window": 8},
-}
 
 
 @pytest.fixture
@@ -114,6 +101,9 @@ def test_what_does_not_draft_says_so_and_is_transformers_own(exported, caplog, c
         tokenizer.decode(PROMPTS[1][0]), return_full_text=False, **GREEDY
     )
     assert "not supported" not in capsys.readouterr().err and text[0]["generated_text"]
+    places = torch.arange(17)[None] // 2
+    positioned = (model.generate(PROMPTS[1], position_ids=places, **GREEDY) for model in (heads, alone))
+    assert torch.equal(*positioned) and "positions of your own" in capsys.readouterr().err + caplog.text
     with pytest.raises(ValueError, match="num_heads must be between 1 and the model's 4, got 5"):
         heads(TOKENS, num_heads=5)
     with pytest.raises(ValueError, match="labels are for head 1"):
@@ -145,35 +135,36 @@ def test_saving_again_keeps_the_heads_for_transformers_and_wmtp(exported, tmp_pa
         first.save_pretrained(tmp_path / "other", push_to_hub=True)
 
 
-@pytest.fixture(scope="module")
-def modeling():
-    file = Path(__file__).parents[2] / "wmtp" / "models" / "modeling_wmtp.py"
-    spec = importlib.util.spec_from_file_location("modeling_wmtp", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_a_cache_has_every_head_from_its_first_token_on(exported):
+    heads = with_heads(exported[1])
+    whole, cache = heads(TOKENS, num_heads=HEADS).head_logits, DynamicCache()
+    parts = [heads(part, past_key_values=cache, num_heads=HEADS).head_logits for part in TOKENS.split(9, 1)]
+    torch.testing.assert_close(torch.cat(parts, 2), whole, atol=1e-5, rtol=1e-5)
+    plain = DynamicCache()
+    heads(TOKENS, past_key_values=plain)
+    with pytest.raises(ValueError, match="head 2 has 0 of the cache's 24 tokens; pass num_heads=4 from the first"):
+        heads(TOKENS[:, :1], past_key_values=plain, num_heads=HEADS)
+    with pytest.raises(ValueError, match=r"no room for the heads; pass a DynamicCache\(\) without a config"):
+        heads(TOKENS, past_key_values=DynamicCache(config=heads.config), num_heads=HEADS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_heads_of_every_family_are_its_own_layers(modeling, tmp_path, family, monkeypatch):
-    monkeypatch.setitem(sys.modules, "modeling_wmtp", modeling)
-    config = getattr(transformers, "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config")(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, num_future_tokens=HEADS,
-        pad_token_id=0, bos_token_id=2, eos_token_id=1, **FAMILIES[family],
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = getattr(modeling, f"{family}ForCausalLM")(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn_like(parameter))
-    type(model).register_for_auto_class("AutoModelForCausalLM")
-    model.save_pretrained(tmp_path)
-    heads, alone = with_heads(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).requires_grad_(False)
-    tokens = TOKENS % 94 + 3
-    logits = heads(tokens, num_heads=HEADS).head_logits
-    assert torch.equal(logits[0], alone(tokens).logits)
-    for prompt in (tokens[:1, :3], tokens[:1, :20]):  # below and above the window
-        assert torch.equal(heads.generate(prompt, **GREEDY), alone.generate(prompt, **GREEDY))
-    for k, head in enumerate(heads.extra_heads, 1):
-        alone.model.layers[-1].load_state_dict(head.state_dict())
-        torch.testing.assert_close(logits[k], alone(tokens).logits, atol=1e-5, rtol=1e-5)
+def test_fewer_heads_are_saved_for_transformers_and_wmtp_and_more_are_refused(exported, tmp_path):
+    for count in (1, 2):
+        with_heads(exported[1], num_future_tokens=count).save_pretrained(tmp_path / str(count))
+        again, ours = with_heads(tmp_path / str(count)), from_checkpoint(tmp_path / str(count))
+        load_checkpoint(ours, tmp_path / str(count))
+        assert len(again.extra_heads) == count - 1 and ours.num_future_tokens == count
+        assert torch.equal(ours(TOKENS), exported[0](TOKENS)[:count])
+    with pytest.raises(ValueError, match=r"num_future_tokens must be at most the 4 of .*mtp_heads\.safetensors, got 5"):
+        with_heads(exported[1], num_future_tokens=5)
+
+
+def test_a_kind_of_layer_whose_rope_depends_on_the_length_decodes_plainly(tmp_path, caplog, capsys):
+    ropes = {"full_attention": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}
+    ropes["sliding_attention"] = {"rope_type": "default", "rope_theta": 500.0}
+    folder = write_case(tmp_path, "gemma3_text", {"rope_parameters": ropes}).folder
+    model = from_checkpoint(folder, num_future_tokens=2)
+    load_checkpoint(model, folder)
+    export_hf(model, tmp_path / "export")
+    with_heads(tmp_path / "export").generate(PROMPTS[0] % 97, **GREEDY)
+    assert "RoPE that depends on the length" in capsys.readouterr().err + caplog.text

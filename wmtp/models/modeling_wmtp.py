@@ -26,6 +26,11 @@ WEIGHTS, CONFIG = "mtp_heads.safetensors", "mtp_config.json"
 _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Kinds of RoPE whose angles depend on the longest sequence so far, and so on how far a window of drafts reaches.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
+# What `generate` hands over and drafting heeds; any other input is left to the family's own decoding.
+_HEEDED = {
+    "attention_mask", "cache_position", "generation_config", "logits_processor", "logits_to_keep", "num_logits_to_keep",
+    "past_key_values", "position_ids", "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "use_cache",
+}  # fmt: skip
 logger = logging.get_logger(__name__)
 
 
@@ -78,12 +83,19 @@ class MTPHeads:
     def from_pretrained(cls, name, *args, **kwargs):
         loaded = super().from_pretrained(name, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if not model.extra_heads:
+            return loaded
         file = cached_file(name, WEIGHTS, **{key: kwargs[key] for key in _OF_THE_HUB if key in kwargs})
         if any(parameter.is_meta for parameter in model.extra_heads.parameters()):
             raise ValueError("the extra heads do not load offloaded; give a device_map that holds extra_heads whole")
         # With num_future_tokens below the file's, the further heads stay there.
         heads = {key.removeprefix("extra_heads."): tensor for key, tensor in load_file(file).items()}
         wanted = {key: tensor for key, tensor in heads.items() if int(key.split(".")[0]) < len(model.extra_heads)}
+        stored = 1 + len({key.split(".")[0] for key in heads})
+        if stored <= len(model.extra_heads):
+            raise ValueError(
+                f"num_future_tokens must be at most the {stored} of {file}, got {1 + len(model.extra_heads)}"
+            )
         model.extra_heads.load_state_dict(wanted)
         return loaded
 
@@ -95,7 +107,7 @@ class MTPHeads:
         heads = {key: tensor.contiguous() for key, tensor in state.items() if key.startswith("extra_heads.")}
         state = {key: tensor for key, tensor in state.items() if key not in heads}
         super().save_pretrained(save_directory, is_main_process, state, **kwargs)
-        if not is_main_process:
+        if not is_main_process or not heads:
             return
         folder = Path(save_directory)
         save_file(heads, folder / WEIGHTS, metadata={"format": "pt"})
@@ -109,7 +121,8 @@ class MTPHeads:
         """Runs the family's forward, with the logits of heads 1 to num_heads as ``head_logits`` [num_heads, B, S, V].
 
         None or 1 is the family's forward alone. A cache that is passed with more must be a ``DynamicCache()`` without
-        a config, which has room for the heads' layers; ``labels`` are for head 1, without num_heads.
+        a config, which has room for the heads' layers, and be passed with as many from its first token on; ``labels``
+        are for head 1, without num_heads. The last of ``hidden_states`` has the heads' states one after another.
         """
         if num_heads is None or num_heads == 1:
             return super().forward(*args, **kwargs)
@@ -117,8 +130,18 @@ class MTPHeads:
             raise ValueError(f"num_heads must be between 1 and the model's {1 + self._further}, got {num_heads}")
         if kwargs.get("labels") is not None:
             raise ValueError("labels are for head 1; leave num_heads out, or take the loss of head_logits yourself")
-        if kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False:
+        cache = kwargs.get("past_key_values")
+        if cache is None and kwargs.get("use_cache") is not False:
             kwargs["past_key_values"] = DynamicCache()
+        for k, head in enumerate(self.extra_heads[: num_heads - 1] if hasattr(cache, "get_seq_length") else (), 2):
+            layer = head.self_attn.layer_idx
+            if layer >= len(getattr(cache, "layers", ())) and getattr(cache, "layer_class_to_replicate", 1) is None:
+                raise ValueError("the cache has no room for the heads; pass a DynamicCache() without a config")
+            if cache.get_seq_length(layer) != cache.get_seq_length():
+                raise ValueError(
+                    f"head {k} has {cache.get_seq_length(layer)} of the cache's {cache.get_seq_length()} tokens; pass "
+                    f"num_heads={num_heads} from the first token on"
+                )
 
         def beside(layer, inputs, options, output):
             # Heads become rows of the batch: what follows the last layer in the family's code serves them all.
@@ -187,15 +210,22 @@ class MTPHeads:
         config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
         mask, rope = kwargs.get("attention_mask"), getattr(self.config, "rope_parameters", None)
         rope = rope or getattr(self.config, "rope_scaling", None) or {}
+        ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each kind of layer
+        places = kwargs.get("position_ids")
+        others = [key for key in kwargs.keys() - _HEEDED if kwargs[key] is not None and kwargs[key] is not False]
         reasons = {
             "this release of transformers is too old": args or config is None or not hasattr(DynamicCache, "crop"),
             "sampling": config is not None and config.do_sample,
             "several prompts": input_ids.shape[0] != 1,
             "a padded prompt": mask is not None and not bool(mask.all()),
+            "use_cache is false": kwargs.get("use_cache") is False,
             "a cache that has tokens, or is not dynamic": type(cache) is not DynamicCache or cache.get_seq_length() > 0,
-            "inputs_embeds": kwargs.get("inputs_embeds") is not None,
             "return_dict_in_generate": config is not None and config.return_dict_in_generate,
+            ", ".join(sorted(others)): bool(others),
+            "positions of your own": places is not None and places.flatten().tolist() != [*range(input_ids.shape[1])],
             "synced_gpus": kwargs.get("synced_gpus"),
-            "RoPE that depends on the length": rope.get("rope_type", rope.get("type")) in _LENGTH_DEPENDENT,
+            "RoPE that depends on the length": any(
+                each.get("rope_type", each.get("type")) in _LENGTH_DEPENDENT for each in ropes
+            ),
         }
         return next((why for why, holds in reasons.items() if holds), None)

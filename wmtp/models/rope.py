@@ -66,4 +66,4 @@ class RoPE(RotaryPositionalEmbeddings):
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, self.dim - 1)
         index = torch.arange(len(theta), dtype=torch.float32, device=theta.device)
-        return ((index - first) / max(last - first, 1e-3)).clamp(0, 1)
+        return ((index - first) / (last - first or 1e-3)).clamp(0, 1)  # it falls where the last comes before the first

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -32,6 +32,7 @@ from wmtp.pretrained.shape import DecoderShape
 
 HF_WEIGHTS, HF_INDEX = "model.safetensors", "model.safetensors.index.json"
 _HF_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # that are read
 _ADAPTERS = {"adapter_config.json", "wmtp_adapter.json"}
 
 # Parts of names that torch.compile, DDP, FSDP and activation checkpointing put in, and peft puts in front.
@@ -278,8 +279,12 @@ def open_safetensors(file: Path) -> dict[str, StoredTensor]:
         handle = safe_open(file, framework="pt")  # maps the file, and checks its length against its header
     except Exception as error:
         raise unreadable(file, error) from error
-    shapes = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118
-    return {key: StoredTensor(file, shape, partial(handle.get_tensor, key)) for key, shape in shapes.items()}
+    tensors = {}
+    for key in handle.keys():  # noqa: SIM118
+        stored = handle.get_slice(key)
+        _refuse_quantized(file, key, _DTYPES.get(stored.get_dtype(), stored.get_dtype()))
+        tensors[key] = StoredTensor(file, tuple(stored.get_shape()), partial(handle.get_tensor, key))
+    return tensors
 
 
 def _open_pth(file: Path) -> dict[str, StoredTensor]:
@@ -289,7 +294,18 @@ def _open_pth(file: Path) -> dict[str, StoredTensor]:
         raise unreadable(file, error) from error
     if not isinstance(state, dict) or not all(torch.is_tensor(tensor) for tensor in state.values()):
         raise CheckpointError(f"{file} is no state dict of tensors; expected Meta's consolidated.pth")
+    for key, tensor in state.items():
+        _refuse_quantized(file, key, tensor.dtype)
     return {key: StoredTensor(file, tuple(tensor.shape), lambda t=tensor: t) for key, tensor in state.items()}
+
+
+def _refuse_quantized(file: Path, key: str, dtype: Any) -> None:
+    """Refuses whole numbers and 8 bits: without their scales, which no name here has, they are no weights."""
+    if dtype not in _DTYPES.values():
+        raise CheckpointError(
+            f"{file}: {key} is stored as {str(dtype).removeprefix('torch.')}, as quantised weights are; use the "
+            "model's checkpoint in float32, bfloat16 or float16"
+        )
 
 
 def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> DecoderShape:

@@ -222,10 +222,10 @@ def _num_heads(path: Path, raw: Mapping[str, Any]) -> tuple[int, bool]:
         raise CheckpointError(f"{path / MTP_CONFIG} is missing, {MTP_WEIGHTS} lies there; copy the checkpoint again")
     declared = raw.get("num_future_tokens")
     if declared not in (None, heads):
-        raise CheckpointError(
-            f"{path / CONFIG} declares num_future_tokens {declared}, {MTP_CONFIG} "
-            f"{f'gives {heads}' if (path / MTP_CONFIG).is_file() else 'is missing'}; copy the checkpoint again, whole"
-        )
+        gives, way_out = f"gives {heads}", "copy the checkpoint again, whole"
+        if not (path / MTP_CONFIG).is_file():  # what `transformers` saves of an export that it read without its code
+            gives, way_out = "is missing", f"{way_out}, or take the key out to use head 1 alone"
+        raise CheckpointError(f"{path / CONFIG} declares num_future_tokens {declared}, {MTP_CONFIG} {gives}; {way_out}")
     if raw.get("looped_heads") not in (None, looped):
         raise CheckpointError(
             f"{path / CONFIG} declares looped_heads {raw['looped_heads']}, {MTP_CONFIG} gives {looped}; copy the "

@@ -127,7 +127,7 @@ def checked_scaling(scaling: Mapping | None) -> dict | None:
     for key, value in given.items():
         whole = key == "partial_rotary_factor" and value == 1
         if not whole and key not in ("rope_type", "type", *required, *optional):
-            way_out = "give it as rope_base" if key == "rope_theta" else "take it out, or mend the type"
+            way_out = "give it as rope_base" if key == "rope_theta" else f"this decoder computes no {kind} with it"
             raise UserError(f"rope_scaling of type {kind!r} has no {key}, got {value!r}; {way_out}")
     missing = [key for key in required if key not in given]
     if missing:
