@@ -124,6 +124,22 @@ def test_livecodebench_problems_of_both_kinds_are_judged_as_their_harness_does(s
     assert method.job("").inside is False
 
 
+def test_each_call_of_a_livecodebench_function_has_the_limit_for_itself(sandbox, tmp_path):
+    method = live_code_bench(write(tmp_path / "lcb.jsonl", METHOD))[0]
+    slow = """import time
+class Solution:
+  def places(self, numbers, number):
+    seconds = {seconds}
+    while time.process_time() < seconds: pass
+    return [i for i, n in enumerate(numbers) if n == number]
+"""
+    limits = Limits(cpu_seconds=1.0, memory_bytes=2 << 30)
+    programs = slow.format(seconds="time.process_time() + 0.6"), slow.format(seconds="5 if not numbers else 0")
+    patient, stuck = sandbox.judge(method.job(program, limits=limits) for program in programs)
+    assert patient.tests == ("passed",) * 3 and patient.cpu_seconds > 1.8
+    assert stuck.tests == ("passed", "timeout") and stuck.detail.startswith("test 1: more than 1 s of CPU time")
+
+
 def test_livecodebench_prompts_show_the_statement_and_no_hidden_test(tmp_path):
     tasks = live_code_bench(write(tmp_path / "lcb.jsonl", PROBLEM, METHOD))
     stdin, method = (chat_protocol().render(task)[0]["content"] for task in tasks)

@@ -43,6 +43,7 @@ class AssertionTask:
         plus_tests: judged last, never shown: EvalPlus's additions, without which a program passes the base tests.
         unused_tests: number of the dataset's tests that are not judged.
         inside: judged with the tests inside the program's process, see :class:`wmtp.sandbox.AssertionJob`.
+        apart: each test has the limits for itself, see :class:`wmtp.sandbox.AssertionJob`.
         header: code that the benchmark runs before every program, in its namespace.
         gold_seconds: CPU time that the solution took here, once it was judged (:func:`wmtp.eval.golds.settle_tests`).
     """
@@ -59,6 +60,7 @@ class AssertionTask:
     plus_tests: tuple[str, ...] = ()
     unused_tests: int = 0
     inside: bool = False
+    apart: bool = False
     header: str = ""
     gold_seconds: float | None = None
 
@@ -76,6 +78,7 @@ class AssertionTask:
             entry_point=self.entry_point,
             limits=limits,
             inside=self.inside,
+            apart=self.apart,
         )
 
     def passes_base(self, outcome: Outcome) -> bool | None:

@@ -101,6 +101,7 @@ def _task(row: dict, where: str) -> AssertionTask | StdioTask:
         preamble=_LISTED,
         tests=(),
         challenge_tests=tuple(_assertion(test, where) for test in public + private),
+        apart=True,
         header=_HEADER,
     )
 

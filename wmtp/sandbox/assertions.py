@@ -26,8 +26,8 @@ class TestStuck(BaseException):
         self.by_clock = by_clock
 
 
-def judge_assertions(job: AssertionJob, session: Session) -> Failure | None:
-    """Runs the tests in bounded time one after the other until one fails; counts those that pass.
+def judge_assertions(job: AssertionJob, session: Session, first: int = 0) -> Failure | None:
+    """Runs the tests from the number ``first`` on, in bounded time, until one fails; counts those that pass.
 
     While the judge waits for the program nothing is raised: the program's own limits hold there, so that its lateness
     is its own whichever clock strikes first.
@@ -42,7 +42,7 @@ def judge_assertions(job: AssertionJob, session: Session) -> Failure | None:
     try:
         try:
             _limit_tests(session.process.limits)
-            return _run_inside(job, session) if job.inside else _run_tests(job, session)
+            return _run_inside(job, session, first) if job.inside else _run_tests(job, session, first)
         finally:
             _limit_tests(None)
     except TestStuck as stuck:  # between two tests, or while the limit was being lifted
@@ -65,18 +65,18 @@ def _limit_tests(limits: Limits | None) -> None:
         signal.setitimer(timer, seconds, _OWN_GRACE_SECONDS if seconds else 0)
 
 
-def _run_tests(job: AssertionJob, session: Session) -> Failure | None:
+def _run_tests(job: AssertionJob, session: Session, first: int) -> Failure | None:
     random.seed(0)
     with warnings.catch_warnings():  # a test's filters are not the next job's
         warnings.showwarning = lambda *args, **kwargs: None
         step = "loading"
         try:
-            codes = [compiled(test, f"test {index}") for index, test in enumerate(job.tests)]
+            codes = [compiled(test, f"test {index}") for index, test in enumerate(job.tests, first)]
             namespace = make_namespace(job, session)
             session.request("load", job.program, job.setup, job.entry_point, False)
             session.process.flag[0] = 0  # nothing of it is left; from the next byte on all is the program's doing
             name_exceptions(job, session, namespace)
-            for index, code in enumerate(codes):
+            for index, code in enumerate(codes, first):
                 step = f"test {index}"
                 exec(code, namespace)
                 if session.failure is not None:  # the test caught it
@@ -111,17 +111,17 @@ def _explain(error: BaseException, session: Session) -> Failure:
     return Failure("wrong_answer", f"the answer does not fit the test: {detail}")
 
 
-def _run_inside(job: AssertionJob, session: Session) -> Failure | None:
+def _run_inside(job: AssertionJob, session: Session, first: int) -> Failure | None:
     """Has the tests run in the program's process."""
     step = "preamble"
     try:
-        for index, test in enumerate(job.tests):
+        for index, test in enumerate(job.tests, first):
             compiled(test, f"test {index}")
         session.request("execute", job.preamble)
         step = "loading"
         session.process.flag[0] = ANSWERED  # whatever ends this judge from here on is the program's doing
         session.request("load", job.program, job.setup, job.entry_point, True)
-        for index, test in enumerate(job.tests):
+        for index, test in enumerate(job.tests, first):
             step = f"test {index}"
             session.request("execute", test)
             session.passed += 1

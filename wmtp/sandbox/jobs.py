@@ -10,7 +10,7 @@ Verdict = Literal[
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program (assertion job) or one test (stdio job) may use.
+    """What one program (assertion job) or one test (stdio job, or assertion job with `apart`) may use.
 
     Fields:
         cpu_seconds: CPU time of all its threads; the kernel kills at the next whole second, the verdict is exact.
@@ -58,6 +58,7 @@ class AssertionJob:
         inside: the tests run in the confined process, in one namespace with the program (preamble, program, set-up,
             tests), as other harnesses do. Every limit holds and ending early never passes, but a program that sets out
             to fool these tests can. For tests that the protected judge cannot express, and to be flagged as such.
+        apart: each test gets a process of its own, with the limits of its own, as in benchmarks that limit a call.
 
     The program gets copies of the arguments: a test that looks for a change made in place fails.
     """
@@ -70,6 +71,7 @@ class AssertionJob:
     limits: Limits | None = None
     # Not in the repr, by which tasks are hashed: runs are of the same tasks however these are judged.
     inside: bool = field(default=False, repr=False)
+    apart: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.tests or isinstance(self.tests, str):

@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import IO
 
 from wmtp.sandbox import compare, confine, filesystem, wire
@@ -125,11 +125,21 @@ class Judge:
         self._cpu_seconds += process.report.get("cpu", 0.0)
 
     def _assertions(self, job: AssertionJob) -> Failure | None:
+        for first in range(len(job.tests)) if job.apart else (0,):
+            part = replace(job, tests=job.tests[first : first + 1]) if job.apart else job
+            failure = self._assertions_of_process(part, first)
+            if failure is not None:
+                self._tests[first + len(part.tests) - 1 :] = [failure.verdict]
+                return failure
+        return None
+
+    def _assertions_of_process(self, job: AssertionJob, first: int) -> Failure | None:
         process = self._start(job, None)
+        self._flag[0] = 0
         session = Session(process)
         try:
             _await_ready(process)
-            failure = judge_assertions(job, session)
+            failure = judge_assertions(job, session, first)
         finally:
             self._tests += ["passed"] * session.passed
             spoke = session.failure is None and process.unasked()
@@ -137,9 +147,7 @@ class Judge:
         if failure is None and spoke:
             failure = Failure("violation", "the program sent an answer that was not asked for")
         failure = failure or process.exceeded()
-        if failure is not None:
-            self._starved = failure.by_clock and process.starved()
-            self._tests[len(job.tests) - 1 :] = [failure.verdict]
+        self._starved = failure is not None and failure.by_clock and process.starved()
         return failure
 
     def _stdio(self, job: StdioJob) -> Failure | None:

@@ -203,7 +203,7 @@ class _Worker:
 
         A judge that dies or hangs is replaced.
         """
-        runs = 1 if isinstance(job, AssertionJob) else len(job.tests)
+        runs = 1 if isinstance(job, AssertionJob) and not job.apart else len(job.tests)
         start = time.monotonic()
         try:
             self._flag[0] = 0
