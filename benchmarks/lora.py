@@ -27,7 +27,7 @@ from wmtp.config import build, load  # noqa: E402
 from wmtp.data import pack, python_functions  # noqa: E402
 from wmtp.distributed import start_world  # noqa: E402
 from wmtp.loss import mtp_loss, weighted_mtp_cross_entropy  # noqa: E402
-from wmtp.models import load_checkpoint, parameter_counts, shard_model, smollm2_135m  # noqa: E402
+from wmtp.models import from_checkpoint, load_checkpoint, parameter_counts, shard_model  # noqa: E402
 from wmtp.models.lora import init_lora  # noqa: E402
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint  # noqa: E402
 from wmtp.training.checkpoint import Checkpointer  # noqa: E402
@@ -44,7 +44,7 @@ class Contender:
     def __init__(self, job: str, world, dtype: torch.dtype, batch: dict) -> None:
         cfg = load(ROOT / "configs" / "smollm2_135m" / f"{job}.yaml")
         with torch.device("meta"):
-            self.model = smollm2_135m(num_future_tokens=HEADS)
+            self.model = from_checkpoint(CHECKPOINT, num_future_tokens=HEADS)
             if "adapters" in cfg:
                 build(cfg.adapters, self.model, where="adapters")
         shard_model(self.model, world.mesh, param_dtype=dtype)

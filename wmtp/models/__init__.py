@@ -1,7 +1,7 @@
 """Decoder with multi-token-prediction heads, value model, their builders, sharding, adapters and exports."""
 
 from wmtp import on_demand
-from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, require_fit, smollm2_135m
+from wmtp.models.builders import codellama_7b, from_checkpoint, llama_mtp, meta_mtp_7b, require_fit
 from wmtp.models.decoder import MTPDecoder
 from wmtp.models.export import export_hf
 from wmtp.models.load import load_checkpoint

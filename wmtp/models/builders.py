@@ -76,6 +76,7 @@ def llama_mtp(
     return MTPDecoder(config, attention=attention, head_init=head_init)
 
 
+<<<<<<< HEAD
 def smollm2_135m(
     num_future_tokens: int = 1,
     max_seq_len: int = 2048,
@@ -108,6 +109,9 @@ def smollm2_135m(
 def meta_mtp_7b(
     num_future_tokens: int = 4, max_seq_len: int = 4096, head_init: str = "copies", attention: str = "sdpa"
 ) -> MTPDecoder:
+=======
+def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: str = "sdpa") -> MTPDecoder:
+>>>>>>> 9e31c5b (A checkpoint's shape is in its files: the builder of SmolLM2's is gone; what an export's code leaves to transformers, as it is)
     """Meta's 7B_200B_4 and 7B_1T_4: 32 blocks, of which 28 are trunk and 4 are heads.
 
     With ``num_future_tokens=1`` it is their head 1 alone (29 blocks), not the separately trained 7B_*_1 of 32 blocks:

@@ -133,8 +133,8 @@ class MTPHeads:
         cache = kwargs.get("past_key_values")
         if cache is None and kwargs.get("use_cache") is not False:
             kwargs["past_key_values"] = DynamicCache()
-        for k, head in enumerate(self.extra_heads[: num_heads - 1] if hasattr(cache, "get_seq_length") else (), 2):
-            layer = head.self_attn.layer_idx
+        for k in range(2, num_heads + 1) if hasattr(cache, "get_seq_length") else ():
+            layer = len(self.model.layers) + k - 2
             if layer >= len(getattr(cache, "layers", ())) and getattr(cache, "layer_class_to_replicate", 1) is None:
                 raise ValueError("the cache has no room for the heads; pass a DynamicCache() without a config")
             if cache.get_seq_length(layer) != cache.get_seq_length():
