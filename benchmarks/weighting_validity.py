@@ -1,9 +1,9 @@
-"""Are the weights right? Three measurements against known truth: noise, learning under noise, fault localisation.
+"""Are the weights right? Noise, learning under noise, fault localisation, and all weightings side by side.
 
-    python benchmarks/weighting_validity.py [noise|learning|faults|all] [--full] [--fresh] [--out runs/validity]
+    python benchmarks/weighting_validity.py [noise|learning|faults|side_by_side|all] [--full] [--fresh] [--out FOLDER]
     python benchmarks/weighting_validity.py --write-docs      # tables and figures of docs/validity.md from the results
 
-The reduced form takes about 15 minutes on 2 cores, the full form about an hour; docs/validity.md explains them and
+The reduced form takes under half an hour on 2 cores, the full form about two hours; docs/validity.md explains them and
 shows what the full form gave. A finished stage, a trained model and a finished fine-tuning are kept under --out and not
 computed again unless --fresh. Everything is seeded. One JSON line per figure: name, value, unit, against.
 """
@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("noise", "learning", "faults")
+STAGES = ("noise", "learning", "faults", "side_by_side")
 
 
 def main() -> None:
@@ -31,7 +31,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="of the learning stage")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "validity")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--write-docs", action="store_true", help="only write docs/validity.md's tables and figures")
+    parser.add_argument(
+        "--write-docs",
+        action="store_true",
+        help="only write the tables and figures of docs/validity.md and docs/methods.md, from the full form",
+    )
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error(f"--seeds must be >= 2 for an interval, got {args.seeds}")
@@ -53,10 +57,10 @@ def main() -> None:
 
 def run_stage(stage: str, form: Path, args) -> None:
     """Compute a stage unless its result is there for the same settings, then print its figures."""
-    from validity import faults, learning, noise
+    from validity import faults, learning, noise, side_by_side
     from validity.docs import print_figures
 
-    module = {"noise": noise, "learning": learning, "faults": faults}[stage]
+    module = {"noise": noise, "learning": learning, "faults": faults, "side_by_side": side_by_side}[stage]
     settings = module.FULL if args.full else module.REDUCED
     if stage == "learning":
         settings = dataclasses.replace(settings, seeds=tuple(range(args.seeds)))

@@ -1,12 +1,10 @@
-"""From results to what is read: JSON lines, the tables and bars of docs/validity.md, its three figures."""
+"""From results to what is read: JSON lines, the tables and bars of docs/validity.md, its figures; docs/methods.md."""
 
 import json
 import re
 from pathlib import Path
 
-from figures import report
-
-from . import plots
+from . import methods_page, plots
 from .faults import ALL, BALANCED
 
 INTERVAL = "95 % interval"
@@ -15,50 +13,70 @@ _FAR = "far behind"  # how the policies are named that Rho-1 is for
 
 def print_figures(stage: str, result: dict) -> None:
     """One JSON line per figure, the stage's bars last."""
-    for name, value, unit, against in {"noise": _noise, "learning": _learning, "faults": _faults}[stage](result):
+    from figures import report  # of benchmarks/, which is on the path of its own scripts alone
+
+    for name, value, unit, against in _FIGURES[stage](result):
         report(f"{stage}: {name}", value, unit, against)
     for words, holds, shown in bars(stage, result):
         report(f"{stage}, bar: {words}", float(holds), "1 holds, 0 does not", shown)
 
 
 def write_docs(out: Path, docs: Path) -> None:
-    """Fill docs/validity.md's marked blocks and write its figures, from the full form where it has been run.
+    """Fill docs/validity.md's marked blocks and docs/methods.md, and write their figures, from the full form's results.
+
+    What has no result in ``out`` stays as it is.
 
     Raises:
-        FileNotFoundError: a stage has no result.
-        ValueError: the page lacks a block.
+        FileNotFoundError: no stage has a result.
+        ValueError: a page lacks a block.
     """
+    results = {
+        stage: json.loads(path.read_text()) for stage in _FIGURES if (path := out / "full" / f"{stage}.json").exists()
+    }
+    if not results:
+        raise FileNotFoundError(f"{out}/full has no result; run python benchmarks/weighting_validity.py all --full")
     page = (docs / "validity.md").read_text(encoding="utf-8")
     (docs / "figures").mkdir(exist_ok=True)
-    for stage in ("noise", "learning", "faults"):
-        form = next((f for f in ("full", "reduced") if (out / f / f"{stage}.json").exists()), None)
-        if form is None:
-            raise FileNotFoundError(f"{out} has no {stage}.json; run python benchmarks/weighting_validity.py {stage}")
-        result = json.loads((out / form / f"{stage}.json").read_text())
-        blocks = {"tables": tables(stage, result), "bars": _bar_table(stage, result), "run": _run_line(form, result)}
-        for block, text in blocks.items():
-            pattern = rf"(<!-- {stage} {block} -->\n).*?(<!-- end -->)"
-            page, count = re.subn(pattern, lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.DOTALL)
-            if count != 1:
-                raise ValueError(f"validity.md must have one block <!-- {stage} {block} --> ... <!-- end -->")
+    for stage, result in results.items():
+        page = filled(page, stage, result)
         getattr(plots, stage)(result, docs / "figures" / f"validity_{stage}.svg")
     (docs / "validity.md").write_text(page, encoding="utf-8")
+    if "side_by_side" in results:
+        methods_page.write(results["side_by_side"], results.get("noise"), docs)
+
+
+def filled(page: str, stage: str, result: dict) -> str:
+    """docs/validity.md with a stage's blocks written anew.
+
+    Raises:
+        ValueError: the page lacks a block.
+    """
+    blocks = {"tables": tables(stage, result), "bars": _bar_table(stage, result), "run": _run_line(result)}
+    for block, text in blocks.items():
+        pattern = rf"(<!-- {stage} {block} -->\n).*?(<!-- end -->)"
+        page, count = re.subn(pattern, lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"validity.md must have one block <!-- {stage} {block} --> ... <!-- end -->")
+    return page
 
 
 def tables(stage: str, result: dict) -> str:
-    return {"noise": _noise_tables, "learning": _learning_tables, "faults": _fault_tables}[stage](result)
+    return _TABLES[stage](result)
 
 
 def bars(stage: str, result: dict) -> list[tuple[str, bool, str]]:
     """What was expected, whether it holds with its whole interval, and the figure it rests on."""
-    return {"noise": _noise_bars, "learning": _learning_bars, "faults": _fault_bars}[stage](result)
+    return _BARS[stage](result)
 
 
-def _run_line(form: str, result: dict) -> str:
+def _run_line(result: dict) -> str:
     on = ", ".join(
         f"{value} {name}" if name == "threads" else f"{name} {value}" for name, value in result["versions"].items()
     )
-    return f"{form.capitalize()} form, `{result['command']}`, {result['seconds'] / 60:.0f} minutes on {on}."
+    took = f"{result['seconds'] / 60:.0f} minutes"
+    if "cpu_seconds" in result:  # of all runs, whenever they were made
+        took = f"{result['cpu_seconds'] / 60:.0f} minutes of a core"
+    return f"Full form, `{result['command']}`, {took} on {on}."
 
 
 def _bar_table(stage: str, result: dict) -> str:
@@ -257,3 +275,78 @@ def _fault_tables(result: dict) -> str:
             _table(["fold", "pairs", "layers", "loss", "tokens", "rule"], chosen),
         ]
     )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Side by side
+
+
+def _side_by_side(result: dict):
+    for name, found in result["methods"].items():
+        for text in ("code", "prose"):
+            minus = _show(found[f"{text} minus uniform"]["mean"], sign=True)
+            yield f"{text} CE after {name}", found[text][0], "nats", f"minus uniform {minus}"
+        if "accept length" in found:
+            against = _show(found["accept length minus uniform"]["mean"], sign=True)
+            yield f"tokens a forward after {name}", found["accept length"][0], "tokens", f"minus uniform {against}"
+    for name, share in result["ends"]["shares"].items():
+        yield f"texts that run to the limit after {name}", share[0], "share", f"[{share[1]:.3f}, {share[2]:.3f}]"
+
+
+def _side_by_side_bars(result: dict) -> list[tuple[str, bool, str]]:
+    """Expectations of before the first run."""
+    out = []
+    methods = result["methods"]
+    below = ["oracle", "select excess", "protect(select excess)", "soft excess", "emphasis excess", "token_cleaning"]
+    for name, sign in [*((name, -1) for name in below), ("dft", 1), ("dft, raw", 1)]:
+        if name in methods:
+            found = methods[name]["code minus uniform"]
+            words = f"clean code: {name} {'below' if sign < 0 else 'above'} uniform, after Holm"
+            out.append((words, found["p"] < 0.05 and sign * found["mean"][0] > 0, _show(found["mean"], sign=True)))
+    for other in ("shuffled(select excess)", "random_matched(select excess)"):
+        pair = result["pairs"].get(f"select excess minus {other}")
+        if pair:
+            mean = pair["code"]["mean"]
+            out.append((f"clean code: select excess below {other}", mean[2] < 0, _show(mean, sign=True)))
+    found = methods["select excess"]["prose minus uniform"]
+    out.append(("prose: select excess below uniform", found["mean"][2] < 0, _show(found["mean"], sign=True)))
+    gaps = result["ends"]["gaps"]
+    for name, sign in (("select excess minus uniform", 1), ("protect(select excess) minus select excess", -1)):
+        mean = gaps[name]["mean"]
+        words = f"texts that run to the limit: {name} {'above' if sign > 0 else 'below'} zero"
+        out.append((words, (mean[1] if sign > 0 else -mean[2]) > 0, _show(mean, sign=True)))
+    return out
+
+
+def _side_by_side_tables(result: dict) -> str:
+    settings, code, prose = result["settings"], result["held_out"]["code"], result["held_out"]["prose"]
+    shares, gaps = result["ends"]["shares"], result["ends"]["gaps"]
+    rows = [[f"`{name}`", _show(share)] for name, share in shares.items()]
+    rows += [[" minus ".join(f"`{part}`" for part in name.split(" minus ")), _show(gap["mean"], sign=True)]
+             for name, gap in gaps.items()]  # fmt: skip
+    pairs = [
+        [" minus ".join(f"`{part}`" for part in name.split(" minus "))]
+        + [_show(found[column]["mean"], sign=True) for column in ("code", "prose", "to the limit")]
+        for name, found in result["pairs"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"{len(settings['seeds'])} seeds, {settings['steps']} steps of {settings['batch_size']} rows of 256 "
+            f"tokens. Held out: {code[1]} targets of {code[0]} functions, {prose[1]} of {prose[0]} pieces of prose; "
+            f"{result['prompts']} functions' signatures and docstrings, continued greedily by up to "
+            f"{settings['max_new_tokens']} tokens. Differences that are not with `uniform`, in nats and in shares:",
+            _table(["difference", "clean code", "prose", "texts that run to the limit"], pairs),
+            f"Texts that run to the limit, {len(settings['end_seeds'])} seeds and {result['prompts']} prompts:",
+            _table(["weights", f"share and {INTERVAL}"], rows),
+        ]
+    )
+
+
+_FIGURES = {"noise": _noise, "learning": _learning, "faults": _faults, "side_by_side": _side_by_side}
+_BARS = {"noise": _noise_bars, "learning": _learning_bars, "faults": _fault_bars, "side_by_side": _side_by_side_bars}
+_TABLES = {
+    "noise": _noise_tables,
+    "learning": _learning_tables,
+    "faults": _fault_tables,
+    "side_by_side": _side_by_side_tables,
+}

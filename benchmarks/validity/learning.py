@@ -21,13 +21,12 @@ import torch
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from wmtp.data import IGNORE, BatchStream, Documents, PackedDataset, pack, python_functions
-from wmtp.loss import mtp_loss
+from wmtp.data import IGNORE, Documents, PackedDataset, pack, python_functions
 from wmtp.models import MTPDecoder, llama_mtp
 from wmtp.pretrained import Tokenizer, byte_tokenizer
 from wmtp.weighting import Weighting, dft, entropy, random_matched, rho1, shuffled, uniform
 
-from .models import all_targets, cut, kept, schedule, signals, train, with_noise
+from .models import all_targets, cut, fine_tune, kept, signals, train, with_noise
 from .statistics import interval, resamples, t_interval, weighted_mean
 
 VOCAB_SIZE = 2048
@@ -141,7 +140,10 @@ def run(settings: LearningSettings, folder: Path, *, fresh: bool = False) -> dic
                 path = parts / f"{policy}-{name}-{seed}.npy".replace(" ", "_")
                 if not path.exists():
                     model.load_state_dict(start)
-                    _fine_tune(model, data.get(name, data["noisy"]), weightings()[name], settings, seed)
+                    fine_tune(
+                        model, data.get(name, data["noisy"]), weightings()[name], steps=settings.steps,
+                        batch_size=BATCH_SIZE, lr=settings.lr, seed=seed, warmup=5,
+                    )  # fmt: skip
                     parts.mkdir(parents=True, exist_ok=True)
                     np.save(path, _held_out_ce(model, held_out))
                     print(f"# {policy}, {name}, seed {seed}: {_mean(np.load(path)):.3f}", flush=True)
@@ -169,31 +171,6 @@ def _summary(runs: dict[str, list[np.ndarray]], settings: LearningSettings) -> d
             "by_seed": differences,
         }
     return {"methods": out}
-
-
-def _fine_tune(model: MTPDecoder, data: PackedDataset, weighting, settings: LearningSettings, seed: int) -> None:
-    """The recipe's training step, on one process and without anything that a measurement does not need."""
-    stream = BatchStream(data, batch_size=BATCH_SIZE, rank=0, world_size=1, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    model.train()
-    for step in range(settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * schedule(step, settings.steps, warmup=5)
-        batch = stream.next_batch()
-        out = model(
-            batch["tokens"],
-            document_ids=batch["document_ids"],
-            loss_fn=mtp_loss,
-            labels=batch["labels"],
-            weighting=weighting,
-            signals=batch["signals"],
-            step=step,
-        )
-        (out.loss_sum / out.num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    model.eval()
 
 
 def _tuning_data(settings, tokenizer: Tokenizer, tuning: Documents, reference: MTPDecoder, seed: int) -> dict:

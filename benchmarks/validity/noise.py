@@ -1,12 +1,14 @@
 """Does low weight find the noise? A known share of the target tokens of held-out code is replaced by random ids.
 
-Every weighting is called as training calls it, on signals of real models, and its weights are read as a detector: the
-AUC with which a low weight tells a replaced token from a kept one. The raw score of each method is read the same way,
-because the ties of `select` cap its weights' AUC. The reference is SmolLM2-135M fine-tuned on clean code. The policies
-are a small decoder early in its training (far behind the reference) and SmolLM2-135M itself (close to it).
+Every weighting of :mod:`.methods` is called as training calls it, on signals of real models, and its weights are read
+as a detector: the AUC with which a low weight tells a replaced token from a kept one. The raw score of each method is
+read the same way, because the ties of `select` cap its weights' AUC. The reference is SmolLM2-135M fine-tuned on clean
+code. The policies are a small decoder early in its training (far behind the reference) and SmolLM2-135M itself (close).
 """
 
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +17,14 @@ import torch
 from wmtp.data import Documents, PackedDataset, pack, python_functions
 from wmtp.models import MTPDecoder, llama_mtp
 from wmtp.pretrained import hf_tokenizer
-from wmtp.weighting import Signals, dft, entropy, random_matched, rho1, shuffled
+from wmtp.weighting import Signals, any_weighting
 from wmtp.weighting.targets import valid_targets
 
-from .models import SMOLLM2, all_targets, cut, kept, signals, smollm2, train, with_noise
+from .methods import METHODS
+from .models import SMOLLM2, all_signals, all_targets, cut, kept, name_of, smollm2, train, with_noise
 from .statistics import auc, interval, resamples
 
 SEQ_LEN = 512  # of a packed row
-RHO1_SCORES = ("excess", "abs_excess", "relative_excess", "reference")
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,6 @@ FULL = NoiseSettings(
 )
 
 
-def methods() -> dict:
-    """Every weighting measured, by the name in the tables."""
-    select = rho1(mode="select", score="excess")
-    return {
-        **{f"select {score}": rho1(mode="select", score=score) for score in RHO1_SCORES},
-        "select excess, 0.7": rho1(mode="select", score="excess", percentile=0.7),
-        **{f"{mode} {score}": rho1(mode=mode, score=score) for mode in ("soft", "emphasis") for score in RHO1_SCORES},
-        "dft": dft(),
-        "entropy, top 0.2": entropy(mode="select", percentile=0.2),
-        "entropy, soft": entropy(mode="soft"),
-        "shuffled(select excess)": shuffled(select),
-        "random_matched(select excess)": random_matched(select),
-        "random_matched(soft excess)": random_matched(rho1(mode="soft", score="excess")),
-    }
-
-
 def raw_scores(policy_ce: np.ndarray, policy_entropy: np.ndarray, reference_ce: np.ndarray) -> dict[str, np.ndarray]:
     """What the methods rank by, before a scope, a clip or a threshold: [N] each."""
     excess = policy_ce - reference_ce
@@ -86,13 +72,12 @@ def run(settings: NoiseSettings, models: Path, *, fresh: bool = False) -> dict:
     data = pack(Documents(held_out.name, noisy), SEQ_LEN, pad_id=tokenizer.pad_id)
     noise = _lay_out(data, {d.id: mask for d, mask in zip(noisy, masks, strict=True)})
 
-    reference = _reference(settings, models, tokenizer)
-    reference_ce, _ = signals(reference, data)
-    del reference
-    policies = {}
-    for name, steps in settings.policies.items():
-        policies[name] = signals(_small_policy(settings, steps, models, tokenizer), data)
-    policies["close"] = signals(smollm2(SEQ_LEN), data)
+    made = {
+        name: partial(_small_policy, settings, steps, models, tokenizer) for name, steps in settings.policies.items()
+    }
+    made |= {"close": partial(smollm2, SEQ_LEN), "reference": partial(_reference, settings, models, tokenizer)}
+    policies = {name: _kept_signals(settings, name, make, data, models) for name, make in made.items()}
+    reference = policies.pop("reference")
 
     valid = valid_targets(data.labels.long(), 1, data.document_ids)  # [1, R, S]
     targets = valid[0].numpy()
@@ -105,21 +90,54 @@ def run(settings: NoiseSettings, models: Path, *, fresh: bool = False) -> dict:
     result = {"settings": asdict(settings), "targets": int(targets.sum()), "documents": int(document.max()) + 1}
     result["noise_share"] = float(noise[targets].mean())
     result["policies"] = {}
-    for name, (policy_ce, policy_entropy) in policies.items():
-        named = {
-            "policy_ce": torch.from_numpy(policy_ce)[None],
-            "policy_entropy": torch.from_numpy(policy_entropy)[None],
-            "reference_ce": torch.from_numpy(reference_ce),
+    for name, policy in policies.items():
+        arrays = {
+            **{name: figure for name, figure in policy.items() if name.startswith("policy")},
+            "base_ce": policy["policy_ce"],  # training begins here
         }
-        batch = Signals(data.labels.long(), valid, data.document_ids.long(), named)
-        flat = [x[targets] for x in (policy_ce, policy_entropy, reference_ce)]
+        of_reference = {
+            "trained": {"reference_ce": reference["policy_ce"], "reference_mass": reference["reference_mass"]},
+            "initial": {"reference_ce": policy["policy_ce"], "reference_mass": policy["reference_mass"]},
+        }
+        flat = [x[targets] for x in (policy["policy_ce"], policy["policy_entropy"], reference["policy_ce"])]
         detectors = {("score", key): score for key, score in raw_scores(*flat).items()}
-        detectors |= {("weight", key): method(batch).numpy()[targets] for key, method in methods().items()}
+        for key, method in METHODS.items():
+            signals = {k: torch.from_numpy(x) for k, x in (arrays | of_reference[method.reference]).items()}
+            weights = _weights(method.weighting(), replace(data, signals=signals), valid, tokenizer)
+            if weights is not None:
+                detectors["weight", key] = weights[targets]
         result["policies"][name] = {
             "ce": _describe(flat, noise[targets]),
             "auc": _detect(detectors, noise[targets], groups, counts),
         }
     return result
+
+
+def _weights(method, data: PackedDataset, valid: torch.Tensor, tokenizer) -> np.ndarray | None:
+    """[R, S] weights as training would call for them; None of a method that asks for more, or gives all the same."""
+    weighting = any_weighting(method)
+    if not weighting.needs <= data.signals.keys():
+        return None
+    weighting.prepare(tokenizer, data)
+    with warnings.catch_warnings(action="ignore"):  # scores without spread, where the reference is the policy
+        named = {name: x[None] if name.startswith("policy") else x for name, x in data.signals.items()}
+        weights = weighting(Signals(data.labels.long(), valid, data.document_ids.long(), named))
+    return None if weights is None else weights.numpy()
+
+
+def _kept_signals(settings: NoiseSettings, who: str, make, data: PackedDataset, folder: Path) -> dict[str, np.ndarray]:
+    """What a model says of each target, kept in ``folder``, so that a method that is added later costs no forward."""
+    what = {k: v for k, v in asdict(settings).items() if k != "repeats"} | {"of": who, "rows": data.rows_sha256}
+    path = folder / f"signals-{name_of(what)}.npz"
+    if not path.exists():
+        found = all_signals(make(), data)
+        partial_path = path.with_suffix(".partial")
+        with partial_path.open("wb") as file:
+            np.savez(file, **found)
+        partial_path.rename(path)
+        print(f"# signals of {who}", flush=True)
+    with np.load(path) as kept_arrays:
+        return dict(kept_arrays)
 
 
 def _detect(detectors: dict, noise: np.ndarray, groups: dict, counts: np.ndarray) -> dict:

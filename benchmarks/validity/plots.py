@@ -1,4 +1,4 @@
-"""The three figures of docs/validity.md, as small SVG files."""
+"""The figures of docs/validity.md and docs/methods.md, as small SVG files."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+
+from .methods import METHODS
 
 _STYLE = {
     "svg.fonttype": "none",  # text stays text: small files, and they can be searched
@@ -72,6 +74,28 @@ def faults(result: dict, path: Path) -> None:
         _dots(axes, dict(sorted(aucs.items(), key=lambda item: item[1][0])))
         axes.axvline(0.5, color="black", linewidth=0.8, linestyle=":")
         axes.set_xlabel("AUC of the faulty line among the non-blank lines")
+        _save(figure, path)
+
+
+def side_by_side(facts: dict, path: Path) -> None:
+    """What each method learnt against what it forgot, both minus uniform, with intervals."""
+    marked = {"oracle": "#1d4e89", "rho1": "#0b6e4f", "protect": "#5fa777", "controls": "#c1121f"}
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(7.5, 5.2), layout="constrained")
+        for name, found in facts["methods"].items():
+            if name == "uniform":
+                continue
+            x, y = (found[f"{text} minus uniform"]["mean"] for text in ("code", "prose"))
+            color = marked.get(METHODS[name].section, "#777777")
+            spread = {"xerr": [[x[0] - x[1]], [x[2] - x[0]]], "yerr": [[y[0] - y[1]], [y[2] - y[0]]]}
+            axes.errorbar([x[0]], [y[0]], **spread, marker="o", markersize=4, linewidth=0.7, color=color)
+            axes.annotate(name, (x[0], y[0]), xytext=(4, 3), textcoords="offset points", fontsize=7, color=color)
+        for line in (axes.axhline, axes.axvline):
+            line(0, color="black", linewidth=0.8)
+        axes.set_xscale("symlog", linthresh=0.1, linscale=2)  # methods that fail must not hide the others
+        axes.set_yscale("symlog", linthresh=0.1, linscale=2)
+        axes.set_xlabel("clean code: CE minus uniform's (nats); left is better")
+        axes.set_ylabel("prose: CE minus uniform's (nats); below is better")
         _save(figure, path)
 
 
