@@ -152,8 +152,8 @@ def test_the_measurement_runs_and_goes_on_where_it_was_stopped(tmp_path):
     )  # fmt: skip
     first = run(tiny, tmp_path)
     assert first["methods"]["oracle"]["auc"][0][0] == 1.0
-    assert first["methods"]["uniform"]["code"][0] == pytest.approx(np.log(4096), rel=0.2)
+    assert first["methods"]["uniform"]["code"][0] == pytest.approx(np.log(len(tokenizer.vocab())), rel=0.1)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
     again = run(replace(tiny, methods=(*tiny.methods, "dft")), tmp_path)
-    assert again["methods"]["oracle"] == first["methods"]["oracle"]
+    assert again["methods"]["oracle"]["code"] == first["methods"]["oracle"]["code"]
     assert {path: path.stat().st_mtime_ns for path in made} == made

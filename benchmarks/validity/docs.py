@@ -37,12 +37,12 @@ def write_docs(out: Path, docs: Path) -> None:
         raise FileNotFoundError(f"{out}/full has no result; run python benchmarks/weighting_validity.py all --full")
     page = (docs / "validity.md").read_text(encoding="utf-8")
     (docs / "figures").mkdir(exist_ok=True)
+    if "side_by_side" in results:
+        results["side_by_side"] = methods_page.write(results["side_by_side"], results.get("noise"), docs)
     for stage, result in results.items():
         page = filled(page, stage, result)
         getattr(plots, stage)(result, docs / "figures" / f"validity_{stage}.svg")
     (docs / "validity.md").write_text(page, encoding="utf-8")
-    if "side_by_side" in results:
-        methods_page.write(results["side_by_side"], results.get("noise"), docs)
 
 
 def filled(page: str, stage: str, result: dict) -> str:

@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
     "select excess, 0.7": Method(lambda: rho1("select", percentile=0.7), "rho1", trains=False),
     **{f"soft {s}": Method(lambda s=s: rho1("soft", s), "rho1", trains=s == "excess") for s in RHO1_SCORES},
     **{f"emphasis {s}": Method(lambda s=s: rho1("emphasis", s), "rho1", trains=s == "excess") for s in RHO1_SCORES},
+    "select excess, scope dataset": Method(lambda: rho1("select", scope="dataset"), "rho1"),
     "protect(select excess)": Method(lambda: protect(rho1("select")), "protect"),
     "shuffled(select excess)": Method(lambda: shuffled(rho1("select")), "controls"),
     "random_matched(select excess)": Method(lambda: random_matched(rho1("select")), "controls"),

@@ -15,12 +15,13 @@ SETTINGS = ("far behind, 20 steps", "far behind, 60 steps", "between, 240 steps"
 _COLUMNS = {"code": "code minus uniform", "prose": "prose minus uniform"}
 
 
-def write(side_by_side: dict, noise: dict | None, docs: Path) -> None:
-    """Keeps the facts and fills docs/methods.md's blocks; without the noise stage's result its column is left out."""
+def write(side_by_side: dict, noise: dict | None, docs: Path) -> dict:
+    """Keeps the facts, fills docs/methods.md, returns the facts; without the noise stage they lack its column."""
     facts = facts_of(side_by_side, noise)
     (docs / "figures" / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
     page = docs / "methods.md"
     page.write_text(filled(page.read_text(encoding="utf-8"), facts), encoding="utf-8")
+    return facts
 
 
 def facts_of(side_by_side: dict, noise: dict | None) -> dict:
