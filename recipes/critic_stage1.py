@@ -36,7 +36,7 @@ from wmtp.critic.rewards import reward_pairs
 from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
-from wmtp.models import checkpoint_activations, init_lora, load_checkpoint, require_fit, shard_model
+from wmtp.models import checkpoint_activations, init_lora, load_checkpoint, require_fit, shard_model, store_frozen
 from wmtp.models.value import ValueModel, save_value_model
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.training.cached_states import keep_states
@@ -226,7 +226,8 @@ class CriticStage1Recipe:
 
     def _build_model(self, path: Path | None) -> ValueModel:
         """Builds the sharded value model. From a checkpoint it is built on the meta device, each rank reads its shard;
-        adapters and head start from the seed alone, the same full tensors on every rank, then cut."""
+        adapters and head start from the seed alone, the same full tensors on every rank, then cut. What is frozen is
+        stored in the dtype of the computation."""
         with torch.device("cpu" if path is None else "meta"):
             backbone = build(self._model_cfg, where="model")
             if self._backbone == "lora":
@@ -235,7 +236,7 @@ class CriticStage1Recipe:
                 backbone.requires_grad_(False)
             elif not backbone.config.tie_word_embeddings:
                 backbone.output.requires_grad_(False)  # the value does not depend on it
-            model = ValueModel(backbone, self._head)
+            model = store_frozen(ValueModel(backbone, self._head), self._dtype)
         largest = max(data.max_token_id for data in (self._data, self._heldout, self._test) if data is not None)
         require_fit(model, largest, self._seq_len)
         if self._recompute is not None and self._backbone != "frozen":

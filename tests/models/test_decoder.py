@@ -5,7 +5,7 @@ from counted import Counted
 
 from wmtp.loss import weighted_mtp_cross_entropy
 from wmtp.models import checkpoint_activations
-from wmtp.models.decoder import block_mask, dense_mask
+from wmtp.models.masks import block_mask, dense_mask
 from wmtp.numerics.documents import positions_in_documents
 
 HEADS = 3

@@ -14,7 +14,7 @@ from family_parity import CHECKS, FAMILIES, LLAMA3, TOKENS, WINDOW, YARN, case_o
 from wmtp.errors import UserError
 from wmtp.generation.cached_decoder import CachedDecoder, Prompts
 from wmtp.models import MTPDecoder, add_lora, export_hf, from_checkpoint, load_checkpoint
-from wmtp.models.decoder import block_mask, dense_mask
+from wmtp.models.masks import block_mask, dense_mask
 from wmtp.pretrained import CheckpointError, read_shape
 from wmtp.pretrained.families import FAMILIES as TABLE
 

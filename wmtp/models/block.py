@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import FeedForward
 from torchtune.modules import RMSNorm as RMSNormFloat32
 
+from wmtp.models.masks import Documents, dense_mask
 from wmtp.numerics.fork import scaled_gradient
 from wmtp.pretrained.shape import DecoderShape
 
@@ -67,7 +68,11 @@ class Attention(nn.Module):
         if self.num_heads != self.num_kv_heads:
             group = (-1, -1, self.num_heads // self.num_kv_heads, -1, -1)
             k, v = (t.unsqueeze(2).expand(group).flatten(1, 2) for t in (k, v))
-        if isinstance(mask, BlockMask):
+        if isinstance(mask, Documents) and torch.compiler.is_compiling():
+            mask = dense_mask(mask.ids, mask.window)  # one graph for all lengths
+        if isinstance(mask, Documents):
+            out = mask.attend(q, k, v, self.scale)
+        elif isinstance(mask, BlockMask):
             out = _flex_attention(q, k, v, mask, self.scale)
         else:
             mask = None if mask is None else mask[:, None]  # [B, 1, S, S]
@@ -120,7 +125,8 @@ class Block(nn.Module):
 
         Args:
             x: [B, S, D].
-            mask: [B, S, S] bool, True where a query may look, or a BlockMask; None is plain causal attention.
+            mask: [B, S, S] bool, True where a query may look, or another of wmtp.models.masks; None is plain causal
+                attention.
             input_pos: [B, S] positions; None: as in a row of one document.
         """
         h = self.add(x, self.sa_post_norm(self.attn(self.sa_norm(x), mask=mask, input_pos=input_pos)))

@@ -14,6 +14,7 @@ also reads, in each round, the embedding of the token before the one to predict;
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from wmtp.errors import UserError
 from wmtp.models.block import Block, RMSNorm
+from wmtp.models.masks import block_mask, dense_mask, document_mask
 from wmtp.models.new_heads import HEAD_INITS, start_value
 from wmtp.models.rope import RoPE
 from wmtp.numerics.documents import positions_in_documents
@@ -244,7 +246,10 @@ class MTPDecoder(nn.Module):
             document_ids = torch.zeros_like(tokens)
         if input_pos is None:
             input_pos = positions_in_documents(document_ids)
-        build = block_mask if self.attention == "flex" else dense_mask
+        if self.attention == "flex":
+            build = block_mask
+        else:  # a document at a time would make the host wait for CUDA
+            build = dense_mask if plain or on_cuda(tokens) else partial(document_mask, width=self.embed_dim)
         whole = None if plain or (narrow and all(self.config.slides)) else build(document_ids)
         return (whole, build(document_ids, window) if narrow else whole), input_pos
 
@@ -261,24 +266,3 @@ def _unembed(hidden: Tensor, unembedding: Tensor, loss_fn: Callable | None, **lo
     # of its own, or a tied one in the root's. The fused loss multiplies by it chunk by chunk and returns its gradient
     # whole.
     return F.linear(hidden, unembedding) if loss_fn is None else loss_fn(hidden, unembedding, **loss_inputs)
-
-
-def dense_mask(document_ids: Tensor, window: int | None = None) -> Tensor:
-    """Returns [B, S, S] bool: query i sees key j <= i of its document (padding, -1, sees padding: no row is empty), of
-    the last ``window`` alone if that is given."""
-    same = document_ids[:, :, None] == document_ids[:, None, :]
-    return same.tril_() if window is None else same.tril_().triu_(1 - window)
-
-
-def block_mask(document_ids: Tensor, window: int | None = None) -> Any:
-    """Returns the mask of :func:`dense_mask` as flex attention's BlockMask."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    batch, seq = document_ids.shape
-    reach = seq if window is None else window
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        near = (key <= query) & (query - key < reach)
-        return near & (document_ids[batch, query] == document_ids[batch, key])
-
-    return create_block_mask(visible, batch, None, seq, seq, device=document_ids.device)

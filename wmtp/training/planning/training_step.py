@@ -349,7 +349,7 @@ class _Critic(_Step):
                 backbone.requires_grad_(False)
             elif not backbone.config.tie_word_embeddings:
                 backbone.output.requires_grad_(False)
-            model = ValueModel(backbone, cfg.head)
+            model = store_frozen(ValueModel(backbone, cfg.head), DTYPES[cfg.dtype])
         self.model = self.place(model, recompute(cfg) if cfg.backbone != "frozen" else None).train()
         self.mark_backward(self.model)
         self.micro_batches = cfg.gradient_accumulation_steps
