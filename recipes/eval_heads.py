@@ -22,6 +22,7 @@ from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.eval.heads import head_sums, score_heads, summarize_heads
 from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.generation.requests import check_memory
 from wmtp.models import load_checkpoint, require_fit
 from wmtp.models.teacher_forced import TeacherForced
 from wmtp.pretrained import model_tags, resolve_checkpoint
@@ -54,6 +55,7 @@ class EvalHeadsRecipe:
         self._speed_prompts = read.integer("speed_prompts", 8)
         self._speed_batch_size = read.integer("speed_batch_size", 1, minimum=1)
         self._max_new_tokens = read.integer("max_new_tokens", 64, minimum=1)
+        self._kv_memory = read.num_bytes("kv_memory", None)
         self._compile = read.flag("compile", False)
         self._tracking_cfg = read.section("tracking", optional=True)
         read.done()
@@ -102,8 +104,19 @@ class EvalHeadsRecipe:
                 f"max_new_tokens {self._max_new_tokens} leaves no room for a prompt in model.max_seq_len {longest}; "
                 "lower it, or set speed_prompts=0"
             )
-        if not any(document.prompt for document in self._documents):
+        requests = self._speed_requests()
+        if not requests:
             raise ConfigError("no document of dataset has a prompt to measure speed with; set speed_prompts=0")
+        if self._kv_memory is not None:
+            sampling, num_drafts = Sampling(self._max_new_tokens), self._model.num_future_tokens - 1
+            for request in requests:
+                check_memory(request, self._model, sampling, num_drafts, self._kv_memory)
+
+    def _speed_requests(self) -> list[Request]:
+        """Returns the prompts that speed is measured with, cut off where they leave no room for an answer."""
+        prompted = [document for document in self._documents if document.prompt][: self._speed_prompts]
+        room = self._model.max_seq_len - self._max_new_tokens
+        return [Request(document.id, document.prompt[:room], (self._seed, document.id, 0)) for document in prompted]
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, dict[str, float]]:
@@ -126,11 +139,7 @@ class EvalHeadsRecipe:
         """Times greedy decoding of the same prompts with 0 (plain) to H - 1 drafts a forward, in turn, on rank 0."""
         if not self._world.is_main or self._speed_prompts == 0 or self._model.num_future_tokens == 1:
             return {}
-        requests = []
-        for document in [document for document in self._documents if document.prompt][: self._speed_prompts]:
-            room = self._model.max_seq_len - self._max_new_tokens
-            requests.append(Request(document.id, document.prompt[:room], (self._seed, document.id, 0)))
-        sampling = Sampling(self._max_new_tokens)
+        requests, sampling = self._speed_requests(), Sampling(self._max_new_tokens)
         contenders = range(self._model.num_future_tokens)
         stats, texts = [DecodingStats() for _ in contenders], [{} for _ in contenders]
         parts = [
@@ -144,7 +153,7 @@ class EvalHeadsRecipe:
                 for done in generate(
                     self._model, self._tokenizer, part, sampling,
                     batch_size=self._speed_batch_size, num_drafts=num_drafts,
-                    compile=self._compile, stats=counts[num_drafts],
+                    kv_memory=self._kv_memory, compile=self._compile, stats=counts[num_drafts],
                 ):  # fmt: skip
                     texts[num_drafts][done.id] = done.text
         figures = {}

@@ -22,7 +22,7 @@ from services import new_store
 
 from recipes.eval_mbpp import EvalMBPPRecipe
 from runs import ROOT
-from wmtp.config import ConfigError, build, load, read_command_line
+from wmtp.config import build, load, read_command_line
 from wmtp.data import packaged_functions, packaged_programs
 from wmtp.eval.results_page import headline
 from wmtp.generation import Request, Sampling, generate
@@ -426,10 +426,11 @@ def test_what_speed_cannot_be_measured_with_is_refused_before_the_evaluation(tin
     for overrides, message in (
         ({"max_new_tokens": 4096}, "max_new_tokens 4096 leaves no room for a prompt in model.max_seq_len 4096; lower"),
         ({"dataset": plain}, "no document of dataset has a prompt to measure speed with; set speed_prompts=0"),
+        ({"kv_memory": 1000}, "keys and values, and kv_memory is 1e-06 GB; raise it, lower max_new_tokens"),
     ):
         cfg = tiny_config("eval_heads")
         cfg.update(overrides)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ValueError, match=message):
             EvalHeadsRecipe(cfg).setup()
         assert not Path(cfg.output_dir).exists()
 

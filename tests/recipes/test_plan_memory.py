@@ -74,6 +74,20 @@ def test_what_is_planned_is_what_decoding_holds(drafts, tmp_path, in_process):
     assert planned == pytest.approx(in_process(decoded, str(tmp_path / "answers.yaml")), rel=0.1)
 
 
+@pytest.mark.slow
+def test_heads_are_planned_with_the_caches_of_the_rows_whose_speed_is_measured(tmp_path, in_process):
+    paths = {rows: str(tmp_path / f"{rows}.yaml") for rows in (1, 8)}
+    for rows, path in paths.items():
+        cfg = load(ROOT / "configs/tiny/eval_heads.yaml")
+        cfg.model.update(SIZES["wide"] | {"max_seq_len": 1024})
+        cfg.update({"seq_len": 64, "batch_size": 1, "speed_prompts": 8, "speed_batch_size": rows})
+        OmegaConf.save(cfg, path)
+    one, more = in_process(plans, *paths.values())
+    positions = 7 * (1024 + 128)  # of prompts and answers, in whole steps of 128
+    caches = positions * 4 * 2 * 2 * 128 * 4  # blocks, keys and values, heads, their size, bytes
+    assert caches < more - one < 1.4 * caches  # one block's cache is there twice while it grows
+
+
 @pytest.mark.parametrize(
     "weighting", ["rho1", *(pytest.param(w, marks=pytest.mark.long) for w in ("uniform", "dft", "entropy", "critic"))]
 )

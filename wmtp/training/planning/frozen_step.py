@@ -52,7 +52,23 @@ def simulate_frozen(cfg: DictConfig, mesh: DeviceMesh, *, depth: int | None = No
         raise ConfigError("plan_memory plans no column=values: a value model's shape is in its folder alone")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(0)
-        return _of_rows(cfg, mesh, depth) if "seq_len" in cfg else _of_answers(cfg, mesh, depth)
+        if "seq_len" not in cfg:
+            return _of_answers(cfg, mesh, depth)
+        batch, speed = _of_rows(cfg, mesh, depth), _with_all_heads(cfg)
+        if speed is None:
+            return batch
+        answers = _of_answers(speed, mesh, depth).figures.items()  # after the last batch: it counts if it holds more
+        return batch._replace(figures=batch.figures | {key: size for key, size in answers if key[0] == "held"})
+
+
+def _with_all_heads(cfg: DictConfig) -> DictConfig | None:
+    """Returns the config of the decoding by which `eval_heads.py` measures the heads' speed, if it does."""
+    heads = _whole(cfg).num_future_tokens
+    prompts = cfg.get("speed_prompts", 0 if "column" in cfg else 8)
+    if heads == 1 or prompts == 0:
+        return None
+    rows = min(prompts, cfg.get("speed_batch_size") or 1)
+    return DictConfig({**cfg, "batch_size": rows, "num_drafts": heads - 1, "num_samples": 1})
 
 
 def with_kv_memory(cfg: DictConfig, memory: float) -> DictConfig:
