@@ -173,6 +173,22 @@ def test_memory_options_change_nothing_but_memory(critic_config):
     assert norms[2] == pytest.approx(norms[0], rel=0.05) and norms[2] != norms[0]
 
 
+@pytest.mark.parametrize("backbone", ["frozen", pytest.param("lora", marks=pytest.mark.long)])
+def test_a_backbone_stored_in_bf16_gives_the_values_of_one_that_is_rounded_when_gathered(
+    backbone, critic_config, monkeypatch
+):
+    section, found = {"_component_": "wmtp.models.add_lora"} if backbone == "lora" else None, []
+    for name in ("stored", "rounded"):
+        cfg = critic_config(output_dir=name, backbone=backbone, lora=section, dtype="bf16", max_steps=3)
+        recipe, metrics = run(cfg)
+        stored = {p.dtype for p in recipe._model.parameters() if not p.requires_grad}
+        assert stored == {torch.bfloat16 if name == "stored" else torch.float32}
+        assert all(p.dtype == torch.float32 for p in recipe._model.parameters() if p.requires_grad)
+        found.append((losses(metrics), files_of(recipe._output_dir / "value_model")["value_head.safetensors"]))
+        monkeypatch.setattr("recipes.critic_stage1.store_frozen", lambda model, dtype: model)
+    assert found[0] == found[1]
+
+
 def test_kept_hidden_states_train_the_same_and_are_used_again(critic_config, monkeypatch):
     options = {"backbone": "frozen", "head": "mlp", "max_steps": 6, "save_every": None}
     _, plain = run(critic_config(**options, output_dir="plain"))
