@@ -1,6 +1,7 @@
 """A training step beside that of torchtune and of transformers, on the same shape, rows and optimizer, in one process.
 
     python benchmarks/step.py [--rows 4] [--seq 512] [--heads 1,4] [--rounds 5]
+    python benchmarks/step.py --heads 1 --only wmtp --packed 4
     python benchmarks/step.py --device cuda --dtype bfloat16 --rows 16 --seq 2048 --heads 1,2,4,8
     python benchmarks/step.py --device cuda --dtype bfloat16 --model meta_mtp_7b --heads 4 --only wmtp --recompute
 
@@ -52,7 +53,9 @@ class Contender:
         self.seconds.append(time.perf_counter() - started)
 
 
-def ours(args, world: World, num_heads: int, *, weighting=None, attention: str = "sdpa", signals=()) -> Contender:
+def ours(
+    args, world: World, num_heads: int, *, weighting=None, attention: str = "sdpa", signals=(), ids="document_ids"
+) -> Contender:
     """The recipe's model and loss."""
     with torch.device(world.device):
         model = built(args, num_heads, max_seq_len=args.seq, attention=attention)
@@ -67,7 +70,7 @@ def ours(args, world: World, num_heads: int, *, weighting=None, attention: str =
 
     def loss(model: nn.Module, batch: dict) -> torch.Tensor:
         found = {name: batch[name] for name in signals}
-        inputs = {"document_ids": batch["document_ids"], "labels": batch["tokens"], "signals": found}
+        inputs = {"document_ids": batch[ids], "labels": batch["tokens"], "signals": found}
         out = model(batch["tokens"], loss_fn=mtp_loss, weighting=weighting or uniform(), **inputs)
         return out.loss_sum / batch["tokens"].numel()
 
@@ -148,6 +151,9 @@ def build_all(args, world: World) -> dict[str, Contender]:
     heads = [int(k) for k in args.heads.split(",")]
     flex = {"attention": "flex"} if args.attention == "flex" else {}
     found = {f"wmtp, H {k}": ours(args, world, k, **flex) for k in heads}
+    if args.packed:
+        name = f"wmtp, H {heads[0]}, {args.packed} documents a row"
+        found[name] = ours(args, world, heads[0], ids="packed_ids", **flex)
     if args.only == "wmtp":
         return found
     scored = {"weighting": rho1(percentile=0.6), "signals": ("reference_ce",)}
@@ -164,6 +170,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--documents", type=int, default=1, help="in a row; with more, attention stops at their edges")
+    parser.add_argument("--packed", type=int, help="also H, the first of --heads, with so many documents a row")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -179,11 +186,15 @@ def main() -> None:
     vocab = next(iter(contenders.values())).model.vocab_size
     with torch.device(world.device):
         tokens = torch.randint(0, vocab, (args.rows, args.seq))
-        edges = torch.arange(args.seq) * args.documents // args.seq
+
+        def documents(number: int) -> torch.Tensor:
+            return (torch.arange(args.seq) * number // args.seq).expand(args.rows, args.seq).contiguous()
+
         batch = {
             "tokens": tokens,
             "shifted": nn.functional.pad(tokens[:, 1:], (0, 1), value=-100),
-            "document_ids": edges.expand(args.rows, args.seq).contiguous(),
+            "document_ids": documents(args.documents),
+            "packed_ids": documents(args.packed or 1),
             "reference_ce": torch.rand(args.rows, args.seq) * 5,
         }
     for turn in range(args.rounds + 1):  # the first warms up

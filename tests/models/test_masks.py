@@ -11,7 +11,7 @@ from wmtp.models.masks import Documents, dense_mask, document_mask
 from wmtp.numerics.documents import positions_in_documents
 
 SEQ = 32
-MODELS = ("Llama 2, CodeLlama", "Mistral, with its window", "Gemma 3, text")  # no window, windows of 8, and some of both
+MODELS = ("Llama 2, CodeLlama", "Mistral, with its window", "Gemma 3, text")  # no window, windows of 8, some of both
 
 
 @pytest.fixture(scope="module", autouse=True)
