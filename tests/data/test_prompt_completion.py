@@ -179,5 +179,5 @@ def test_a_source_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="is a folder; set split"):
         read_rows(tmp_path)
     (tmp_path / "train.json").touch()
-    with pytest.raises(ValueError, match=r"holds train.jsonl and train.json; set source to one"):
+    with pytest.raises(ValueError, match=r"holds train.json and train.jsonl; set source to one"):
         read_rows(tmp_path, "train")
