@@ -52,10 +52,11 @@ class Documents:
         outs = []
         for lengths, *row in zip(self.lengths, *(t.split(1) for t in (q, k, v)), strict=True):
             for document in zip(*(t.split(lengths, dim=2) for t in row), strict=True):
-                mask, length = None, document[0].shape[2]
+                queries, keys, values = document
+                mask, length = None, queries.shape[2]
                 if self.window is not None and length > self.window:
                     mask = dense_mask(self.ids.new_zeros(1, length), self.window)[:, None]
-                out = F.scaled_dot_product_attention(*document, mask, is_causal=mask is None, scale=scale)
+                out = F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, scale=scale)
                 outs.append(out.transpose(1, 2))  # as the kernel lays it out
         return torch.cat(outs, dim=1).view(len(q), -1, *outs[0].shape[2:]).transpose(1, 2)
 
