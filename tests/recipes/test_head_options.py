@@ -96,11 +96,11 @@ def test_looped_heads_train_compiled_and_recomputed_and_are_evaluated(tiny_confi
     export = Path(cfg.output_dir) / "export"
     assert json.loads((export / "mtp_config.json").read_text()) == {"num_future_tokens": 3, "looped_heads": True}
 
-    evaluation = tiny_config("eval_heads", checkpoint=str(export))
+    evaluation = tiny_config("eval_heads", checkpoint=str(export), seq_len=256)
     evaluation.model = {"_component_": "wmtp.models.from_checkpoint", "path": str(export)}
     recipe = EvalHeadsRecipe(evaluation)
     recipe.setup()
-    recipe.evaluate()
+    recipe.report(recipe.evaluate(), recipe.measure_speed())
     results = json.loads((Path(evaluation.output_dir) / "heads.json").read_text())
     assert "acceptance" in json.dumps(results)
 
