@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # Title, package, and what a function of it returns that is a builder of this kind.
 _KINDS = (
-    ("Training data: `dataset`, `eval_dataset`", "wmtp.data", ("Documents",)),
+    ("Training data: `dataset`, `eval_dataset`", "wmtp.data", ("Documents", "Reading")),
     ("Data to be scored: `dataset` of score_reference", "wmtp.data", ("DocumentStream",)),
     ("Pairs of programs: `dataset` of critic_stage1", "wmtp.critic", ("Pairs",)),
     ("Evaluation tasks", "wmtp.eval", ("tuple[AssertionTask, ...]", "tuple[StdioTask, ...]")),

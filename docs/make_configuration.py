@@ -12,6 +12,7 @@ builders, with every key that their docstrings name (see builder_tables.py). Not
 
 import argparse
 import ast
+import copy
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -310,7 +311,27 @@ def _as_yaml(default: ast.expr) -> str:
 
 @cache
 def _tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text())
+    """A file's syntax tree, with a function in place of each `name = streamed(builder, key=...)` of wmtp.data."""
+    tree = ast.parse(file.read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    tree.body = [_streamed(node, functions) or node for node in tree.body]
+    return tree
+
+
+def _streamed(node: ast.stmt, functions: dict[str, ast.FunctionDef]) -> ast.FunctionDef | None:
+    if not isinstance(node, ast.Assign) or getattr(getattr(node.value, "func", None), "id", None) != "streamed":
+        return None
+    builder, fixed = functions[node.value.args[0].id], {keyword.arg for keyword in node.value.keywords}
+    both = zip(builder.args.kwonlyargs, builder.args.kw_defaults, strict=True)
+    kept = [(argument, default) for argument, default in both if argument.arg not in fixed]
+    keys = ", ".join(argument.arg for argument, _ in kept)
+    text = f"The documents of :func:`{builder.name}` without the dataset in memory; weights are kept beside the scores."
+    docstring = f"{text}\n\nArgs:\n    {keys}: as in :func:`{builder.name}`."
+    stream = copy.deepcopy(builder)
+    stream.name, stream.returns = node.targets[0].id, ast.Name("DocumentStream")
+    stream.args.kwonlyargs, stream.args.kw_defaults = map(list, zip(*kept, strict=True))
+    stream.body = [ast.Expr(ast.Constant(docstring))]
+    return stream
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class ReadColumns:
     Args:
         optional: columns that are read and that a row may lack, with the type of their values, such as
             ``list[float]``.
-        read: the other columns that are read; needed for :attr:`unread`.
+        read: the other columns that are read, without those that are None; needed for :attr:`unread`.
         way_out: the advice in the message about a refused column.
 
     Attributes:
@@ -30,7 +30,7 @@ class ReadColumns:
         self,
         rows: Iterable[tuple[str, dict]],
         optional: Mapping[str, Any],
-        read: Collection[str] = (),
+        read: Collection[str | None] = (),
         *,
         way_out: str = "Rename or remove it",
     ) -> None:

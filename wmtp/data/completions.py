@@ -1,43 +1,28 @@
 """Builders for your own data: prompts and completions as text, or documents of token ids.
 
-Each has two forms: `Documents` in memory, for training, and a `DocumentStream` of any size, for scoring.
-
 A column of any name that holds a finite number for each token of its row's document is a signal, for a weighting that
 names it in ``needs``.
 """
 
 import gzip
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from wmtp.data.columns import ReadColumns
-from wmtp.data.documents import (
-    IGNORE,
-    SCORES,
-    Document,
-    Documents,
-    DocumentStream,
-    collect,
-    comes_from,
-    document_from_text,
-)
-from wmtp.data.rows import count_rows, is_number, read_rows, rows_state, take
-from wmtp.data.weights import GivenWeights, Learnt
+from wmtp.data.documents import IGNORE, SCORES, Document, Documents
+from wmtp.data.reading import Reading, completed, in_memory, row_name, streamed, with_signals
+from wmtp.data.rows import take
+from wmtp.data.weights import GivenWeights
 from wmtp.errors import UserError
 from wmtp.files import publish, unfinished
 
-Rows = Iterable[tuple[str, dict]]  # of read_rows
 _TOKEN_ROW = {"tokens": list[int], "labels": list[int], "vocab_hash": str, **dict.fromkeys(SCORES, list[float])}
-_FIRST_ROWS = 1000  # of a stream: one of them must have the column that the config names
 
 
-@comes_from(rows_state)
+@in_memory
 def prompt_completion(
     tokenizer,
     *,
@@ -52,7 +37,7 @@ def prompt_completion(
     weight_column: str | None = "weight",
     weights_column: str | None = "weights",
     prompt_weight: float | None = None,
-) -> Documents:
+) -> Reading:
     """One document a row: prompt + completion + EOS, where completion and EOS are the targets.
 
     Args:
@@ -73,56 +58,27 @@ def prompt_completion(
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
     weights = GivenWeights(weight_column, weights_column, prompt_weight)
-    columns = (prompt_column, completion_column, reference_ce_column, id_column)
+    missed = {} if reference_ce_column is None else {reference_ce_column: list[float]}
     way_out = "Set reference_ce_column, weight_column or weights_column to it, or to null if the data has none"
-    missed = {reference_ce_column: list[float]} if reference_ce_column is not None else {}
-    read = [column for column in columns if column is not None]
-    given = Source(source, split, subset, max_rows)
-    rows = ReadColumns(given.rows(), missed | weights.columns, read, way_out=way_out)
-    items = collect(_of_text(rows, tokenizer, columns, weights), rows)
-    weights.require(rows, source)
-    named = {"reference_ce_column": (reference_ce_column, "reference_ce"), "id_column": (id_column, "id")}
-    for key, (column, default) in named.items():
-        if items and column not in (None, default):  # the data of a user who sets the key have such a column
-            rows.require(key, column, source)
-    return Documents(str(source), items, unread=rows.unread, must_read=weights.must_read)
+    read = (prompt_column, completion_column, id_column, *weights.columns)
+    columns = partial(ReadColumns, optional=missed | weights.columns, read=read, way_out=way_out)
+
+    def document(where: str, row: dict) -> Document:
+        texts = take(row, where, prompt_column, str), take(row, where, completion_column, str)
+        row = {**row, "reference_ce": row.get(reference_ce_column)}
+        others = {*read, reference_ce_column} - {"reference_ce"}
+        return completed(tokenizer, where, row, *texts, row.get(id_column), others, weights)
+
+    defaults = {"reference_ce_column": "reference_ce", "id_column": "id"}
+    set_to = {"reference_ce_column": reference_ce_column, "id_column": id_column}
+    named = {key: column for key, column in set_to.items() if column not in (None, defaults[key])}
+    return Reading(source, split, subset, max_rows, columns, document, weights, named)
 
 
-def prompt_completion_stream(
-    tokenizer,
-    *,
-    source: str,
-    split: str | None = None,
-    subset: str | None = None,
-    max_rows: int | None = None,
-    prompt_column: str = "prompt",
-    completion_column: str = "completion",
-    id_column: str | None = "id",
-    weight_column: str | None = "weight",
-    weights_column: str | None = "weights",
-    prompt_weight: float | None = None,
-) -> DocumentStream:
-    """The documents of :func:`prompt_completion` without the dataset in memory; a hub dataset is not downloaded whole.
-
-    Args:
-        source, split, subset, max_rows, prompt_column, completion_column, id_column: as in :func:`prompt_completion`.
-        weight_column, weights_column, prompt_weight: as in :func:`prompt_completion`; they are kept beside the scores.
-
-    Raises:
-        FileNotFoundError, ValueError: source unreadable, or an id_column of another name that none of the first 1,000
-            rows has; a wrong row raises when it is read.
-    """
-    if id_column not in (None, "id"):
-        rows = ReadColumns(read_rows(source, split, subset, streaming=True), {})
-        if all(id_column not in row for _, row in islice(rows, _FIRST_ROWS)) and rows.there:
-            rows.require("id_column", id_column, f"the first {_FIRST_ROWS:,} rows of {source}")
-    columns = (prompt_column, completion_column, None, id_column)
-    weights = GivenWeights(weight_column, weights_column, prompt_weight)
-    makers = partial(_of_text, tokenizer=tokenizer, columns=columns, weights=weights)
-    return Source(source, split, subset, max_rows).stream(makers, must_read=weights.must_read)
+prompt_completion_stream = streamed(prompt_completion, reference_ce_column=None)
 
 
-@comes_from(rows_state)
+@in_memory
 def tokenized(
     tokenizer,
     *,
@@ -133,7 +89,7 @@ def tokenized(
     weight_column: str | None = "weight",
     weights_column: str | None = "weights",
     prompt_weight: float | None = None,
-) -> Documents:
+) -> Reading:
     """Documents that are token ids already, such as those of :func:`save_tokenized`; nothing is added to them.
 
     A row is {"tokens": [...], "labels": [...], "reference_ce": [...], "values": [...], "id": ..., "vocab_hash": ...}.
@@ -148,37 +104,12 @@ def tokenized(
         FileNotFoundError, ValueError: source unreadable or empty, or a wrong row; the message names file and line.
     """
     weights = GivenWeights(weight_column, weights_column, prompt_weight)
-    rows = _token_columns(Source(source, split, subset, max_rows).rows(), weights)
-    items = collect(_of_tokens(rows, tokenizer, weights), rows)
-    weights.require(rows, source)
-    return Documents(str(source), items, unread=rows.unread, must_read=weights.must_read)
+    columns = partial(ReadColumns, optional=_TOKEN_ROW | weights.columns, read=("id",))
+    document = partial(_token_document, tokenizer, tokenizer.vocab_hash(), weights)
+    return Reading(source, split, subset, max_rows, columns, document, weights)
 
 
-def tokenized_stream(
-    tokenizer,
-    *,
-    source: str,
-    split: str | None = None,
-    subset: str | None = None,
-    max_rows: int | None = None,
-    weight_column: str | None = "weight",
-    weights_column: str | None = "weights",
-    prompt_weight: float | None = None,
-) -> DocumentStream:
-    """The documents of :func:`tokenized` without the dataset in memory.
-
-    Args:
-        source, split, subset, max_rows, weight_column, weights_column, prompt_weight: as in :func:`tokenized`.
-
-    Raises:
-        FileNotFoundError, ValueError: source unreadable; a wrong row raises when it is read.
-    """
-    weights = GivenWeights(weight_column, weights_column, prompt_weight)
-
-    def makers(rows: Rows) -> Iterator[Callable[[], Document]]:
-        return _of_tokens(_token_columns(rows, weights), tokenizer, weights)
-
-    return Source(source, split, subset, max_rows).stream(makers, must_read=weights.must_read)
+tokenized_stream = streamed(tokenized)
 
 
 def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
@@ -203,88 +134,7 @@ def save_tokenized(documents: Documents, path: str | Path, tokenizer) -> None:
     publish(torn, path)
 
 
-@dataclass(frozen=True)
-class Source:
-    """The rows that a builder's keys of these names say, as of :func:`wmtp.data.read_rows`."""
-
-    source: str
-    split: str | None
-    subset: str | None
-    max_rows: int | None
-
-    def rows(self) -> Rows:
-        """Starts a reading; of a hub dataset rows are fetched while they are read."""
-        return read_rows(self.source, self.split, self.subset, max_rows=self.max_rows, streaming=True)
-
-    def stream(self, makers: Callable[[Rows], Iterator], *, must_read: tuple[str, ...] = ()) -> DocumentStream:
-        """Returns the stream of the documents that ``makers`` makes of the rows, read anew in each reading."""
-
-        def count() -> int | None:
-            total = count_rows(self.source, self.split, self.subset)
-            return total if total is None or self.max_rows is None else min(total, self.max_rows)
-
-        self.rows()  # refuses at once a source that cannot be opened
-        return DocumentStream(str(self.source), lambda: makers(self.rows()), count, must_read)
-
-
-def _of_text(
-    rows: Rows, tokenizer, columns: tuple[str, str, str | None, str | None], weights: GivenWeights
-) -> Iterator[Callable[[], Document]]:
-    for where, row in rows:
-        yield partial(_text_document, tokenizer, where, row, *columns, weights)
-
-
-def _text_document(
-    tokenizer,
-    where: str,
-    row: dict,
-    prompt: str,
-    completion: str,
-    reference_ce: str | None,
-    id: str | None,
-    weights: GivenWeights,
-) -> Document:
-    read = (prompt, completion, reference_ce, "reference_ce", id, *weights.columns)
-    columns = {name: column for name, column in row.items() if name not in read}
-    columns["reference_ce"] = row.get(reference_ce)
-    texts = take(row, where, prompt, str), take(row, where, completion, str)
-    return completed(tokenizer, where, row, *texts, id=row.get(id), columns=columns, weights=weights)
-
-
-def completed(
-    tokenizer,
-    where: str,
-    row: dict,
-    prompt: str,
-    completion: str,
-    *,
-    id: object,
-    columns: Mapping[str, object],
-    weights: GivenWeights,
-) -> Document:
-    """Makes a row's document of a prompt and a completion, with signals from other columns and the row's weights."""
-    document = document_from_text(tokenizer, prompt, completion, row_name(id, where))
-    document = with_signals(document, columns, where, ("reference_ce",))
-    learnt = lambda: Learnt(completion, tokenizer.offsets(completion), len(document.prompt), "completion")
-    return weights.add(document, row, where, learnt)
-
-
-def row_name(id: object, where: str) -> str:
-    """Returns the name of a row's document: its id, or its place where it has none."""
-    return where if id is None or id == "" else str(id)
-
-
-def _token_columns(rows: Rows, weights: GivenWeights) -> ReadColumns:
-    return ReadColumns(rows, _TOKEN_ROW | weights.columns, ("id",))
-
-
-def _of_tokens(rows: Rows, tokenizer, weights: GivenWeights) -> Iterator[Callable[[], Document]]:
-    vocab_hash = tokenizer.vocab_hash()
-    for where, row in rows:
-        yield partial(_token_document, tokenizer, vocab_hash, where, row, weights)
-
-
-def _token_document(tokenizer, vocab_hash: str, where: str, row: dict, weights: GivenWeights) -> Document:
+def _token_document(tokenizer, vocab_hash: str, weights: GivenWeights, where: str, row: dict) -> Document:
     if row.get("vocab_hash") not in (None, vocab_hash):
         raise UserError(
             f"{where}: tokenized with another vocabulary (vocab_hash {row['vocab_hash']!r:.14}..., that of "
@@ -309,34 +159,4 @@ def _token_document(tokenizer, vocab_hash: str, where: str, row: dict, weights: 
             )
     document = Document(np.array(tokens, np.int32), np.array(labels, np.int32), row_name(row.get("id"), where))
     read = ("tokens", "labels", "id", "vocab_hash", *weights.columns)
-    columns = {name: column for name, column in row.items() if name not in read}
-    return weights.add(with_signals(document, columns, where, SCORES), row, where)
-
-
-def with_signals(document: Document, columns: Mapping[str, object], where: str, known: Collection[str]) -> Document:
-    """Adds to a document those columns of its row that hold a finite number for each of its tokens.
-
-    Columns of another content are passed over; a ``known`` one is refused.
-    """
-    for name in known:
-        if columns.get(name) is not None:
-            _require_numbers(columns[name], len(document), f"{where}: {name}")
-    signals = {
-        str(name): np.array(column, np.float32)
-        for name, column in columns.items()
-        if isinstance(column, list) and len(column) == len(document) and all(map(is_number, column))
-    }
-    return replace(document, signals=signals) if signals else document
-
-
-def _require_numbers(column: object, length: int, what: str) -> None:
-    if not isinstance(column, list):
-        raise UserError(f"{what} must be a list of numbers, got {type(column).__name__}")
-    if len(column) != length:
-        raise UserError(
-            f"{what} has {len(column)} values, the document has {length} tokens "
-            "(prompt, completion and EOS); score it with this tokenizer"
-        )
-    for position, value in enumerate(column):
-        if not is_number(value):
-            raise UserError(f"{what}[{position}] must be a finite number, got {value!r:.40}")
+    return weights.add(with_signals(document, row, where, read, SCORES), row, where)

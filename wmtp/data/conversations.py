@@ -2,17 +2,16 @@
 
 import difflib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from wmtp.data.columns import ReadColumns
-from wmtp.data.completions import Rows, Source, row_name, with_signals
-from wmtp.data.documents import IGNORE, Document, Documents, DocumentStream, collect, comes_from
-from wmtp.data.rows import fields_of, rows_state, take
+from wmtp.data.documents import IGNORE, Document
+from wmtp.data.reading import SET_THE_KEY, Reading, in_memory, row_name, streamed, with_signals
+from wmtp.data.rows import fields_of, take
 from wmtp.data.weights import GivenWeights, is_spans, number, over_characters, over_tokens
 from wmtp.errors import UserError, one_line
 
@@ -23,7 +22,7 @@ _ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
 _OF_A_TURN = ("weight", "weights")
 
 
-@comes_from(rows_state)
+@in_memory
 def chat(
     tokenizer,
     *,
@@ -40,7 +39,7 @@ def chat(
     weight_column: str | None = "weight",
     weights_column: str | None = "weights",
     prompt_weight: float | None = None,
-) -> Documents:
+) -> Reading:
     """One document a conversation, as the tokenizer's chat template renders it; the assistant's turns are the targets.
 
     A turn includes the token that ends it. Turns are those that the template marks by ``{% generation %}``, else they
@@ -66,46 +65,30 @@ def chat(
             a wrong row; the message names file and line.
     """
     weights = GivenWeights(weight_column, weights_column, prompt_weight)
-    makers = _Makers(messages_column, tools_column, id_column, turns, template_arguments, date, weights)
-    makers.check(tokenizer)
-    rows = makers.columns(Source(source, split, subset, max_rows).rows())
-    items = collect(makers(rows, tokenizer), rows)
-    weights.require(rows, source)
-    return Documents(str(source), items, unread=rows.unread, must_read=weights.must_read)
+    if turns not in _TURNS:
+        raise UserError(f"turns must be one of {', '.join(_TURNS)}, got {turns!r}")
+    template = tokenizer.chat
+    optional = weights.columns | ({} if tools_column is None else {tools_column: list})
+    read = ("messages", "conversations", id_column) if messages_column is None else (messages_column, id_column)
+    columns = partial(ReadColumns, optional=optional, read=read, way_out=SET_THE_KEY)
+    options = {"arguments": template_arguments, "date": date, "last": turns == "last"}
+
+    def document(where: str, row: dict) -> Document:
+        column, messages, tools = conversation_of(row, where, messages_column, tools_column)
+        found = template.conversation(spoken(messages), tools, **options, where=where)
+        tokens = np.array(found.ids, np.int32)
+        labels = np.full_like(tokens, IGNORE)
+        for turn in found.turns:
+            labels[turn.start : turn.end] = tokens[turn.start : turn.end]
+        whole = Document(tokens, labels, row_name(row.get(id_column), where))
+        whole = with_signals(whole, row, where, (column, tools_column, id_column, *weights.columns))
+        of_row = weights.of_row(row, len(found.ids), where)
+        return weights.finish(whole, _weights(of_row, messages, found, f"{where}: {column}"), where)
+
+    return Reading(source, split, subset, max_rows, columns, document, weights)
 
 
-def chat_stream(
-    tokenizer,
-    *,
-    source: str,
-    split: str | None = None,
-    subset: str | None = None,
-    max_rows: int | None = None,
-    messages_column: str | None = None,
-    tools_column: str | None = "tools",
-    id_column: str | None = "id",
-    turns: str = "all",
-    template_arguments: Mapping[str, Any] | None = None,
-    date: str | None = None,
-    weight_column: str | None = "weight",
-    weights_column: str | None = "weights",
-    prompt_weight: float | None = None,
-) -> DocumentStream:
-    """The documents of :func:`chat` without the dataset in memory.
-
-    Args:
-        source, split, subset, max_rows, messages_column, tools_column, id_column, turns: as in :func:`chat`.
-        template_arguments, date: as in :func:`chat`.
-        weight_column, weights_column, prompt_weight: as in :func:`chat`; they are kept beside the scores.
-
-    Raises:
-        FileNotFoundError, ValueError: source unreadable, or no chat template; a wrong row raises when it is read.
-    """
-    weights = GivenWeights(weight_column, weights_column, prompt_weight)
-    makers = _Makers(messages_column, tools_column, id_column, turns, template_arguments, date, weights)
-    makers.check(tokenizer)
-    of_rows = lambda rows: makers(makers.columns(rows), tokenizer)
-    return Source(source, split, subset, max_rows).stream(of_rows, must_read=weights.must_read)
+chat_stream = streamed(chat)
 
 
 def conversation_of(
@@ -180,60 +163,18 @@ def _message(turn: object, what: str) -> dict[str, Any]:
     return turn
 
 
-@dataclass(frozen=True)
-class _Makers:
-    """How each row becomes a document: what both forms of the builder share."""
-
-    messages: str | None
-    tools: str | None
-    id: str | None
-    turns: str
-    arguments: Mapping[str, Any] | None
-    date: str | None
-    weights: GivenWeights
-
-    def check(self, tokenizer) -> None:
-        """Refuses an unknown choice of turns, and a tokenizer without a chat template."""
-        if self.turns not in _TURNS:
-            raise UserError(f"turns must be one of {', '.join(_TURNS)}, got {self.turns!r}")
-        tokenizer.chat  # noqa: B018
-
-    def columns(self, rows: Rows) -> ReadColumns:
-        lists = {name: list for name in (self.tools,) if name is not None}
-        read = ["messages", "conversations"] if self.messages is None else [self.messages]
-        way_out = "Set the key that names it to this column, or to null if the data has none"
-        return ReadColumns(rows, self.weights.columns | lists, (*read, *filter(None, [self.id])), way_out=way_out)
-
-    def __call__(self, rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
-        for where, row in rows:
-            yield partial(self._document, tokenizer, where, row)
-
-    def _document(self, tokenizer, where: str, row: dict) -> Document:
-        column, messages, tools = conversation_of(row, where, self.messages, self.tools)
-        options = {"arguments": self.arguments, "date": self.date, "last": self.turns == "last", "where": where}
-        found = tokenizer.chat.conversation(spoken(messages), tools, **options)
-        tokens = np.array(found.ids, np.int32)
-        labels = np.full_like(tokens, IGNORE)
-        for turn in found.turns:
-            labels[turn.start : turn.end] = tokens[turn.start : turn.end]
-        document = Document(tokens, labels, row_name(row.get(self.id), where))
-        read = (column, self.tools, self.id, *self.weights.columns)
-        document = with_signals(document, {n: c for n, c in row.items() if n not in read}, where, ("reference_ce",))
-        return self.weights.finish(document, self._weights(row, messages, found, where, column), where)
-
-    def _weights(self, row: dict, messages: list[dict], found: Any, where: str, column: str) -> np.ndarray | None:
-        """Returns the product of the weights of the row, its turns and their spans, for each token; None for none."""
-        of_row = self.weights.of_row(row, len(found.ids), where)
-        parts = [] if of_row is None else [of_row]
-        weighted = [i for i, message in enumerate(messages) if any(key in message for key in _OF_A_TURN)]
-        if weighted and any(turn.message is None for turn in found.turns):
-            raise UserError(
-                f"{where}: {column}[{weighted[0]}] has a weight, and the chat template marks {len(found.turns)} turns, "
-                "which are not the assistant's one by one; give a number for each token of the row instead"
-            )
-        for turn in found.turns if weighted else ():
-            parts.append(_of_turn(messages[turn.message], turn, found, f"{where}: {column}[{turn.message}]"))
-        return np.prod(parts, axis=0) if parts else None
+def _weights(of_row: np.ndarray | None, messages: list[dict], found: Any, what: str) -> np.ndarray | None:
+    """Returns the product of the weights of the row, its turns and their spans, for each token; None for none."""
+    parts = [] if of_row is None else [of_row]
+    weighted = [i for i, message in enumerate(messages) if any(key in message for key in _OF_A_TURN)]
+    if weighted and any(turn.message is None for turn in found.turns):
+        raise UserError(
+            f"{what}[{weighted[0]}] has a weight, and the chat template marks {len(found.turns)} turns, which are not "
+            "the assistant's one by one; give a number for each token of the row instead"
+        )
+    for turn in found.turns if weighted else ():
+        parts.append(_of_turn(messages[turn.message], turn, found, f"{what}[{turn.message}]"))
+    return np.prod(parts, axis=0) if parts else None
 
 
 def _of_turn(message: dict, turn: Any, found: Any, what: str) -> np.ndarray:

@@ -2,14 +2,13 @@
 
 import difflib
 import string
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 
 from wmtp.data.columns import ReadColumns
-from wmtp.data.completions import Rows, Source, completed
-from wmtp.data.documents import Document, Documents, DocumentStream, collect, comes_from
-from wmtp.data.rows import fields_of, rows_state, take
+from wmtp.data.documents import Document
+from wmtp.data.reading import SET_THE_KEY, Reading, completed, in_memory, streamed
+from wmtp.data.rows import fields_of, take
 from wmtp.data.weights import GivenWeights
 from wmtp.errors import UserError
 
@@ -22,7 +21,7 @@ _ALPACA_WITH_INPUT = (
 )
 
 
-@comes_from(rows_state)
+@in_memory
 def instruct(
     tokenizer,
     *,
@@ -36,7 +35,7 @@ def instruct(
     weight_column: str | None = "weight",
     weights_column: str | None = "weights",
     prompt_weight: float | None = None,
-) -> Documents:
+) -> Reading:
     """One document a row: a prompt that a template makes of its columns; the answer and EOS are the targets.
 
     Args:
@@ -52,75 +51,24 @@ def instruct(
         FileNotFoundError, ValueError: source unreadable or empty, a template that is malformed or names a column which
             a row lacks, or a wrong row; the message names file and line.
     """
-    makers = _Makers(template, completion_column, id_column, GivenWeights(weight_column, weights_column, prompt_weight))
-    rows = makers.columns(Source(source, split, subset, max_rows).rows())
-    items = collect(makers(rows, tokenizer), rows)
-    makers.weights.require(rows, source)
-    return Documents(str(source), items, unread=rows.unread, must_read=makers.weights.must_read)
+    weights = GivenWeights(weight_column, weights_column, prompt_weight)
+    if template is not None and not columns_of(template):
+        raise UserError(f"template must name a column as {{column}}, got {template!r:.60}")
+    named = ["instruction"] if template is None else columns_of(template)
+    optional = weights.columns | ({"input": str} if template is None else {})
+    read = (*named, completion_column, id_column)
+    columns = partial(ReadColumns, optional=optional, read=read, way_out=SET_THE_KEY)
+
+    def document(where: str, row: dict) -> Document:
+        filled_in = template or (_ALPACA if row.get("input") in (None, "") else _ALPACA_WITH_INPUT)
+        completion, prompt = take(row, where, completion_column, str), filled(filled_in, row, where)
+        others = (*columns_of(filled_in), completion_column, id_column, *weights.columns)
+        return completed(tokenizer, where, row, prompt, completion, row.get(id_column), others, weights)
+
+    return Reading(source, split, subset, max_rows, columns, document, weights)
 
 
-def instruct_stream(
-    tokenizer,
-    *,
-    source: str,
-    split: str | None = None,
-    subset: str | None = None,
-    max_rows: int | None = None,
-    template: str | None = None,
-    completion_column: str = "output",
-    id_column: str | None = "id",
-    weight_column: str | None = "weight",
-    weights_column: str | None = "weights",
-    prompt_weight: float | None = None,
-) -> DocumentStream:
-    """The documents of :func:`instruct` without the dataset in memory.
-
-    Args:
-        source, split, subset, max_rows, template, completion_column, id_column: as in :func:`instruct`.
-        weight_column, weights_column, prompt_weight: as in :func:`instruct`; they are kept beside the scores.
-
-    Raises:
-        FileNotFoundError, ValueError: source unreadable, or a malformed template; a wrong row raises when it is read.
-    """
-    makers = _Makers(template, completion_column, id_column, GivenWeights(weight_column, weights_column, prompt_weight))
-    of_rows = lambda rows: makers(makers.columns(rows), tokenizer)
-    return Source(source, split, subset, max_rows).stream(of_rows, must_read=makers.weights.must_read)
-
-
-@dataclass(frozen=True)
-class _Makers:
-    """How each row becomes a document: what both forms of the builder share."""
-
-    template: str | None
-    completion: str
-    id: str | None
-    weights: GivenWeights
-
-    def __post_init__(self) -> None:
-        if self.template is not None and not columns_of(self.template):
-            raise UserError(f"template must name a column as {{column}}, got {self.template!r:.60}")
-
-    def columns(self, rows: Rows) -> ReadColumns:
-        named = ["instruction"] if self.template is None else columns_of(self.template)
-        optional = self.weights.columns | ({"input": str} if self.template is None else {})
-        way_out = "Set the key that names it to this column, or to null if the data has none"
-        return ReadColumns(rows, optional, (*named, self.completion, *filter(None, [self.id])), way_out=way_out)
-
-    def __call__(self, rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
-        for where, row in rows:
-            yield partial(self._document, tokenizer, where, row)
-
-    def _document(self, tokenizer, where: str, row: dict) -> Document:
-        template = self.template
-        if template is None:
-            template = _ALPACA if row.get("input") in (None, "") else _ALPACA_WITH_INPUT
-        completion = take(row, where, self.completion, str)
-        read = (*columns_of(template), self.completion, self.id, *self.weights.columns)
-        others = {name: column for name, column in row.items() if name not in read}
-        prompt = filled(template, row, where)
-        return completed(
-            tokenizer, where, row, prompt, completion, id=row.get(self.id), columns=others, weights=self.weights
-        )
+instruct_stream = streamed(instruct)
 
 
 def columns_of(template: str) -> list[str]:

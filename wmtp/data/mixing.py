@@ -26,7 +26,7 @@ def _states(arguments: Mapping[str, Any]) -> str | None:
     for name, part in arguments["parts"].items():
         if not isinstance(part, partial) or (state := state_of(part.func, part.keywords)) is None:
             return None
-        code = hashlib.sha256(Path(inspect.getfile(part.func)).read_bytes()).hexdigest()
+        code = hashlib.sha256(Path(inspect.getfile(inspect.unwrap(part.func))).read_bytes()).hexdigest()
         states[name] = [state, code]
     return json.dumps(states)
 

@@ -1,32 +1,20 @@
 """Builders for plain texts, of which every token is a target: continued pre-training."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
 from wmtp.data.columns import ReadColumns
-from wmtp.data.completions import Rows, Source, row_name, with_signals
-from wmtp.data.documents import (
-    IGNORE,
-    WEIGHT,
-    Columns,
-    Document,
-    Documents,
-    DocumentStream,
-    Tally,
-    collect,
-    comes_from,
-    printable,
-)
-from wmtp.data.rows import rows_state, take
+from wmtp.data.documents import IGNORE, WEIGHT, Columns, Document, Tally, printable
+from wmtp.data.reading import SET_THE_KEY, Reading, in_memory, row_name, streamed, with_signals
+from wmtp.data.rows import take
 from wmtp.data.weights import GivenWeights, Learnt
 from wmtp.errors import UserError
 
 
-@comes_from(rows_state)
+@in_memory
 def text(
     tokenizer,
     *,
@@ -40,7 +28,7 @@ def text(
     joined: bool = False,
     weight_column: str | None = "weight",
     weights_column: str | None = "weights",
-) -> Documents:
+) -> Reading:
     """One document a row: its text and EOS; every token is a target but BOS, and the first, which nothing predicts.
 
     Packing alone cuts a text at ``seq_len`` and leaves the rest out: ``piece_len`` makes documents of all of it.
@@ -60,65 +48,24 @@ def text(
         FileNotFoundError, ValueError: source unreadable or empty, joined without piece_len, or a wrong row; the message
             names file and line.
     """
-    makers = _Makers(text_column, id_column, GivenWeights(weight_column, weights_column))
+    weights = GivenWeights(weight_column, weights_column)
     check_pieces(piece_len, joined)
-    rows = makers.columns(Source(source, split, subset, max_rows).rows())
-    items = collect(makers(rows, tokenizer), rows)
-    makers.weights.require(rows, source)
-    documents = Documents(str(source), items, unread=rows.unread)
-    return replace(documents, items=pieces(items, piece_len, joined=joined))
+    read = (text_column, id_column, *weights.columns)
+    columns = partial(ReadColumns, optional=weights.columns, read=read, way_out=SET_THE_KEY)
 
-
-def text_stream(
-    tokenizer,
-    *,
-    source: str,
-    split: str | None = None,
-    subset: str | None = None,
-    max_rows: int | None = None,
-    text_column: str = "text",
-    id_column: str | None = "id",
-    weight_column: str | None = "weight",
-    weights_column: str | None = "weights",
-) -> DocumentStream:
-    """The documents of :func:`text`, each whole, without the dataset in memory.
-
-    Args:
-        source, split, subset, max_rows, text_column, id_column: as in :func:`text`.
-        weight_column, weights_column: as in :func:`text`; they are kept beside the scores.
-
-    Raises:
-        FileNotFoundError, ValueError: source unreadable; a wrong row raises when it is read.
-    """
-    makers = _Makers(text_column, id_column, GivenWeights(weight_column, weights_column))
-    return Source(source, split, subset, max_rows).stream(lambda rows: makers(makers.columns(rows), tokenizer))
-
-
-@dataclass(frozen=True)
-class _Makers:
-    """How each row becomes a document: what both forms of the builder share."""
-
-    text: str
-    id: str | None
-    weights: GivenWeights
-
-    def columns(self, rows: Rows) -> ReadColumns:
-        way_out = "Set the key that names it to this column, or to null if the data has none"
-        return ReadColumns(rows, self.weights.columns, (self.text, *filter(None, [self.id])), way_out=way_out)
-
-    def __call__(self, rows: Rows, tokenizer) -> Iterator[Callable[[], Document]]:
-        for where, row in rows:
-            yield partial(self._document, tokenizer, where, row)
-
-    def _document(self, tokenizer, where: str, row: dict) -> Document:
-        text, start = take(row, where, self.text, str), tokenizer.encode_prompt("")
+    def document(where: str, row: dict) -> Document:
+        text, start = take(row, where, text_column, str), tokenizer.encode_prompt("")
         tokens = np.array([*start, *tokenizer.encode(text), tokenizer.eos_id], np.int32)
         labels = tokens.copy()
         labels[: len(start)] = IGNORE
-        document = Document(tokens, labels, row_name(row.get(self.id), where))
-        others = {n: c for n, c in row.items() if n not in (self.text, self.id, *self.weights.columns)}
-        document = with_signals(document, others, where, ("reference_ce",))
-        return self.weights.add(document, row, where, lambda: Learnt(text, tokenizer.offsets(text), len(start), "text"))
+        whole = with_signals(Document(tokens, labels, row_name(row.get(id_column), where)), row, where, read)
+        return weights.add(whole, row, where, lambda: Learnt(text, tokenizer.offsets(text), len(start), "text"))
+
+    cut = partial(pieces, piece_len=piece_len, joined=joined)
+    return Reading(source, split, subset, max_rows, columns, document, weights, cut=cut)
+
+
+text_stream = streamed(text, piece_len=None, joined=False)
 
 
 def check_pieces(piece_len: int | None, joined: bool) -> None:

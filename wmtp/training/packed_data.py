@@ -131,7 +131,8 @@ def _key(section: DictConfig, tokenizer: Any, where: str, **rows: Any) -> str | 
     if source is None:
         return None
     code = hashlib.sha256()
-    files = {Path(__file__), Path(inspect.getfile(builder)), *Path(wmtp.data.__file__).parent.glob("*.py")}
+    written = inspect.getfile(inspect.unwrap(builder))
+    files = {Path(__file__), Path(written), *Path(wmtp.data.__file__).parent.glob("*.py")}
     files |= {Path(wmtp.pretrained.__file__).with_name(f"{name}.py") for name in ("tokenizer", "chat_template")}
     for file in sorted(files):
         code.update(file.read_bytes())
