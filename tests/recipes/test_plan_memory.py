@@ -20,7 +20,7 @@ from wmtp.config import load
 SIZES = {
     "narrow": {"embed_dim": 128, "intermediate_dim": 256, "num_layers": 3, "vocab_size": 512},
     "wide": {"embed_dim": 512, "intermediate_dim": 1024, "num_layers": 3, "vocab_size": 4096},
-    "deep": {"embed_dim": 256, "intermediate_dim": 512, "num_layers": 11, "vocab_size": 1024},
+    "deep": {"embed_dim": 256, "intermediate_dim": 512, "num_layers": 15, "vocab_size": 1024},
 }
 RECIPES = {"uniform": FullFinetuneRecipeWMTP, "lora_rho1": LoRARecipeWMTP}
 
@@ -108,6 +108,14 @@ def test_two_shallow_models_tell_what_the_whole_one_does(recomputed, saved, in_p
     for (what, phase, *_), size in whole.items():
         held[phase] += size if what == "held" else 0
     assert held.pop("backward of blocks") <= max(held.values())
+
+
+def test_the_first_blocks_gather_their_weights_when_their_backward_pass_begins(saved, in_process):
+    found = in_process(depths, saved("uniform", "deep", activation_checkpointing=True))["whole"]
+    gathered = {row[1]: row[-1] for row in found if row[0] == "held" and row[2] == "gathered weights"}
+    block = gathered["backward of block 1"]
+    assert all(gathered[f"backward of block {number}"] == block for number in range(2, 5))
+    assert gathered["backward of block 5"] > 1.5 * block  # and the next one's
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(saved, in_process):

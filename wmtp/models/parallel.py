@@ -16,6 +16,10 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from wmtp.models.nf4 import quantized_modules
 
+# So many of the first blocks gather their weights when their backward pass begins, not during the one before: there
+# nearly all gradients are held, so that a block less of weights lowers the peak of a step, by 0.4 of 32 GB at 7B.
+GATHERED_LATE = 3
+
 _ATEN = torch.ops.aten
 _KEPT = [  # what is dear to compute again
     _ATEN.mm.default,
@@ -74,6 +78,8 @@ def shard_model(
         fully_shard(decoder.output, **options)
     for block in (*model.layers, *model.extra_heads):  # type: ignore[misc]
         fully_shard(block, **options)
+    for after in model.layers[1 : GATHERED_LATE + 1]:  # type: ignore[index]
+        after.set_modules_to_backward_prefetch([after])  # which is there: none ahead
     fully_shard(model, **options)
     return model
 

@@ -3,7 +3,7 @@
 The step is the recipes' own, in their order. Blocks of a trunk are alike, so two shallow models tell what a deep one
 holds and does: every figure of a phase is a constant and so much a block (a test holds it against the whole model). In
 the backward pass that is so at its two ends, between which bytes rise or fall evenly: the blocks there are phases of
-their own, as many as the period of recomputation, and the first block besides, for which nothing is gathered ahead.
+their own, as many as the period of recomputation, and the first ones besides, before which nothing is gathered ahead.
 """
 
 import math
@@ -22,6 +22,7 @@ from wmtp.config import build
 from wmtp.loss import HeadTraining, ReferenceReading, mtp_loss
 from wmtp.models import checkpoint_activations, shard_model, store_frozen
 from wmtp.models.nf4 import quantize_nf4, quantized_modules
+from wmtp.models.parallel import GATHERED_LATE
 from wmtp.models.value import ValueModel
 from wmtp.numerics.products import as_on_cuda
 from wmtp.training.optimizers import build_optimizer, parameter_groups
@@ -127,7 +128,7 @@ def two_depths(cfg: DictConfig) -> tuple[int, int]:
     """Returns the depths of two shallow models with all phases of the backward pass, in the whole one's pattern."""
     with torch.device("meta"):
         whole = len(build(cfg.model, where="model").layers)
-    least = 2 * period(cfg) + 2
+    least = GATHERED_LATE + 2 * period(cfg) + 2
     least += (whole - least) % period(cfg)
     return least, least + period(cfg)
 
@@ -242,7 +243,7 @@ class _Step:
             name = "blocks"
             if number >= trunk:
                 name = "heads"
-            elif number <= period(self.cfg):
+            elif number <= GATHERED_LATE + period(self.cfg):
                 name = f"block {number + 1}"
             elif number >= trunk - period(self.cfg):
                 name = f"block {trunk - number} from the end"
