@@ -36,6 +36,7 @@ def test_the_pages_show_the_kept_facts():
 def test_every_method_has_a_section_and_is_in_the_table_or_named_as_missing():
     page = (PAGES / "methods.md").read_text()
     assert set(facts()["methods"]) <= set(FULL.methods)
+    assert facts()["settings"]["seeds"] == list(FULL.seeds)
     table = page[page.index("<!-- table -->") : page.index("## `uniform`")]
     assert all(f"`{name}`" in table for name in FULL.methods)
     for section in {method.section for method in METHODS.values()}:

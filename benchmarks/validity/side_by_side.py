@@ -93,7 +93,7 @@ REDUCED = SideBySideSettings(
     base_steps=150,
 )
 FULL = SideBySideSettings(
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     end_seeds=(0, 1, 2, 3, 4),
     methods=tuple(name for name, method in METHODS.items() if method.trains),
     study="runs/study",
