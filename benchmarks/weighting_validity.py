@@ -75,9 +75,10 @@ def run_stage(stage: str, form: Path, args) -> None:
     if not args.fresh and path.exists() and json.loads(path.read_text())["settings"] == wanted:
         result = json.loads(path.read_text())
     else:
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         result = module.run(settings, args.out / "kept", fresh=args.fresh)
         result["seconds"] = round(time.perf_counter() - started, 1)
+        result.setdefault("cpu_seconds", round(time.process_time() - cpu_started, 1))  # a machine may be shared
         result["command"] = shlex.join(["python", *sys.argv])
         result["versions"] = {"python": platform.python_version(), "torch": version("torch"), "threads": args.threads}
         form.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,13 @@ def test_every_method_has_a_section_and_is_in_the_table_or_named_as_missing():
         assert page.count(f"<!-- here {section} -->") == 1, section
 
 
+def test_the_noise_column_has_all_that_weigh_by_what_models_say():
+    """Missing are equal weights, those of the data's own columns, and what is told the noise."""
+    missing = {name for name, method in METHODS.items() if method.section in ("uniform", "oracle", "wit")}
+    assert set(facts()["noise"]) == METHODS.keys() - missing
+    assert all(list(found) == list(methods_page.SETTINGS) for found in facts()["noise"].values())
+
+
 def test_settings_name_methods_that_exist():
     named = {*REDUCED.methods, *FULL.methods, *ENDS, *(name for pair in PAIRS for name in pair)}
     assert named <= METHODS.keys()

@@ -4,6 +4,8 @@ Every weighting of :mod:`.methods` is called as training calls it, on signals of
 as a detector: the AUC with which a low weight tells a replaced token from a kept one. The raw score of each method is
 read the same way, because the ties of `select` cap its weights' AUC. The reference is SmolLM2-135M fine-tuned on clean
 code. The policies are a small decoder early in its training (far behind the reference) and SmolLM2-135M itself (close).
+Methods that ask for the model that training began from get the small decoder as it was at the policy before; the first
+of these, and SmolLM2, have just begun: they are it.
 """
 
 import warnings
@@ -90,14 +92,17 @@ def run(settings: NoiseSettings, models: Path, *, fresh: bool = False) -> dict:
     result = {"settings": asdict(settings), "targets": int(targets.sum()), "documents": int(document.max()) + 1}
     result["noise_share"] = float(noise[targets].mean())
     result["policies"] = {}
+    steps = sorted(settings.policies, key=settings.policies.__getitem__)
+    earlier = dict(zip(steps[1:], steps, strict=False))
     for name, policy in policies.items():
+        initial = policies[earlier.get(name, name)]
         arrays = {
             **{name: figure for name, figure in policy.items() if name.startswith("policy")},
-            "base_ce": policy["policy_ce"],  # training begins here
+            "base_ce": initial["policy_ce"],
         }
         of_reference = {
-            "trained": {"reference_ce": reference["policy_ce"], "reference_mass": reference["reference_mass"]},
-            "initial": {"reference_ce": policy["policy_ce"], "reference_mass": policy["reference_mass"]},
+            who: {"reference_ce": model["policy_ce"], "reference_mass": model["reference_mass"]}
+            for who, model in (("trained", reference), ("initial", initial))
         }
         flat = [x[targets] for x in (policy["policy_ce"], policy["policy_entropy"], reference["policy_ce"])]
         detectors = {("score", key): score for key, score in raw_scores(*flat).items()}
