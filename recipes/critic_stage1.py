@@ -37,18 +37,11 @@ from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, gather_objects, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.models import checkpoint_activations, init_lora, load_checkpoint, require_fit, shard_model, store_frozen
+from wmtp.models.adapter_folder import describe_base, require_same_base
 from wmtp.models.value import ValueModel, save_value_model
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.training.cached_states import keep_states
-from wmtp.training.checkpoint import (
-    Checkpointer,
-    checkpoint_to_resume,
-    describe_base,
-    load_sharded,
-    load_trainer,
-    require_same_base,
-    restore_rng,
-)
+from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output

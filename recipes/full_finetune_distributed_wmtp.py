@@ -23,25 +23,13 @@ from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.loss import HeadTraining, ReferenceReading, mtp_loss
-from wmtp.models import (
-    checkpoint_activations,
-    export_hf,
-    load_checkpoint,
-    require_fit,
-    shard_model,
-)
-from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
+from wmtp.models import checkpoint_activations, export_hf, load_checkpoint, require_fit, shard_model
+from wmtp.pretrained import resolve_checkpoint
 from wmtp.report.preview import preview
 from wmtp.training.acceptance import HeldOutAcceptance
 from wmtp.training.accumulation import Accumulation, num_training_steps
-from wmtp.training.checkpoint import (
-    Checkpointer,
-    checkpoint_to_resume,
-    load_sharded,
-    load_trainer,
-    restore_rng,
-)
-from wmtp.training.frozen_models import OFFLOAD, frozen_signals, frozen_value_model
+from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.frozen_models import OFFLOAD, frozen_reference, frozen_signals, frozen_value_model
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
@@ -168,12 +156,15 @@ class FullFinetuneRecipeWMTP:
         plan_run(self._cfg, self._world, self._total_steps, self._log.info)
         self._profiler = build_profiler(self._profiler_cfg, self._output_dir, self._world, self._total_steps)
 
-        self._model = self._build_model(self._model_cfg, self._checkpoint, "model")
+        self._model = self._build_model()
         fitting = {"model": self._model, "num_steps": self._total_steps}
         self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device, **fitting)
-        self._reference = self._build_reference()
-        path = self._value_model_path if "values" in self._frozen_signals else None
         into = {"dtype": self._dtype, "cpu_offload": "frozen" in self._cpu_offload}
+        self._reference = None
+        if self._reading.asked:
+            named = self._reference_cfg, self._reference_checkpoint, self._tokenizer, self._data, self._world
+            self._reference = frozen_reference(*named, **into, compile=self._compile, log=self._log.info)
+        path = self._value_model_path if "values" in self._frozen_signals else None
         self._value_model = frozen_value_model(path, self._tokenizer, self._seq_len, self._world, **into)
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
         groups = parameter_groups(self._model, self._model.extra_heads, self._extra_heads_lr, self._decay_all)
@@ -204,35 +195,23 @@ class FullFinetuneRecipeWMTP:
         self._log.info(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 
-    def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, *, frozen: bool = False):
+    def _build_model(self):
         """Builds the sharded model. From a checkpoint it is built on the meta device, each rank reads its own shard;
-        without one it starts random, from one seed on every rank: the same full model, then cut. A frozen one is stored
-        in the dtype of the computation: its weights would be rounded to that when they are gathered."""
-        path = None if checkpoint is None else resolve_checkpoint(checkpoint)
+        without one it starts random, from one seed on every rank: the same full model, then cut."""
+        path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         with torch.device("cpu" if path is None else "meta"):
-            model = build(section, where=where)
-        require_fit(model, self._data.max_token_id, self._seq_len, where)
-        if frozen:
-            model.requires_grad_(False).eval().to(self._dtype)
-        elif self._recompute is not None:
+            model = build(self._model_cfg, where="model")
+        require_fit(model, self._data.max_token_id, self._seq_len, "model")
+        if self._recompute is not None:
             checkpoint_activations(model, self._recompute)
         if self._compile:
             for block in (*model.layers, *model.extra_heads):
                 block.compile()
-        offload = ("frozen" if frozen else "model") in self._cpu_offload
+        offload = "model" in self._cpu_offload
         shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=offload)
         if path is not None:
             load_checkpoint(model, path, device="cpu" if offload else self._world.device, log=self._log.info)
         return model
-
-    def _build_reference(self):
-        """Builds the frozen reference model beside the policy; None where weighting or data need none."""
-        if not self._reading.asked:
-            return None
-        if self._reference_checkpoint is None:
-            raise ConfigError("reference_model has no weights: set reference_checkpoint")
-        require_same_vocabulary(self._tokenizer, hf_tokenizer(resolve_checkpoint(self._reference_checkpoint)))
-        return self._build_model(self._reference_cfg, self._reference_checkpoint, "reference_model", frozen=True)
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continues where the checkpoint was saved; returns the MLflow run id."""
@@ -320,8 +299,9 @@ class FullFinetuneRecipeWMTP:
                 metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
-            if self._token_view is not None and self._step % self._token_view.every == 0:
-                self._write_token_view(accumulated)
+            if self._token_view is not None and self._step % self._token_view.every == 0 and self._world.is_main:
+                shown = self._data, accumulated.batches[0], accumulated.outs[0], self._step, self._weighting_cfg
+                self._log.page(*self._token_view.page(self._tokenizer, *shown))
             last = self._step == self._total_steps
             if self._eval_data and (last or (self._eval_every and self._step % self._eval_every == 0)):
                 self.evaluate()
@@ -353,15 +333,6 @@ class FullFinetuneRecipeWMTP:
             batch["signals"]["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
         return batch
 
-    def _write_token_view(self, accumulated: Accumulation) -> None:
-        """Writes code of this step's first micro-batch on rank 0, shaded by its weights."""
-        if self._world.is_main:
-            batch, out = accumulated.batches[0], accumulated.outs[0]
-            ids = [self._data.row_ids(row) for row in batch["rows"]]
-            named = {"step": self._step, "ids": ids, "settings": dict(self._weighting_cfg)}
-            page = self._token_view.html(self._tokenizer, batch, out, **named)
-            self._log.page(f"token_weights/step_{self._step:08d}.html", page)
-
     def _inputs(self, batch: dict) -> dict:
         """Returns what a model reads of a batch."""
         return {key: batch[key].to(self._world.device) for key in ("tokens", "document_ids")}
@@ -379,9 +350,8 @@ class FullFinetuneRecipeWMTP:
 
     def evaluate(self) -> None:
         """Logs the held-out CE of each head, in nats per target, over each set of eval_dataset and each document."""
-        inputs = lambda batch, data: self._inputs(batch)
         choices = {"choices": self._acceptance.prompts > 0}
-        found = validate(self._model, self._eval_data, inputs, self._batch_size, self._world, **choices)
+        found = validate(self._model, self._eval_data, self._inputs, self._batch_size, self._world, **choices)
         when = {"first": self._step == 0, "last": self._step == self._total_steps, "log": self._log.info}
         measured = self._model, self._eval_data, self._tokenizer, self._world
         found.metrics.update(self._acceptance.measure(*measured, **when))

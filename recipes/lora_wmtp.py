@@ -25,33 +25,16 @@ from wmtp.data import BatchStream
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
 from wmtp.loss import HeadTraining, ReferenceReading, mtp_loss
-from wmtp.models import (
-    checkpoint_activations,
-    export_hf,
-    init_lora,
-    load_checkpoint,
-    parameter_counts,
-    refuse_quantized,
-    require_fit,
-    shard_model,
-    store_frozen,
-)
-from wmtp.models.adapter_folder import load_adapter, save_adapter
-from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
+from wmtp.models import checkpoint_activations, export_hf, load_checkpoint, require_fit, shard_model
+from wmtp.models.adapter_folder import describe_base, load_adapter, require_same_base, save_adapter
+from wmtp.models.lora import init_lora, parameter_counts, refuse_quantized, store_frozen
+from wmtp.pretrained import resolve_checkpoint
 from wmtp.report.preview import preview
 from wmtp.training.acceptance import HeldOutAcceptance
 from wmtp.training.accumulation import Accumulation, num_training_steps
 from wmtp.training.cached_states import keep_states, trunk_states
-from wmtp.training.checkpoint import (
-    Checkpointer,
-    checkpoint_to_resume,
-    describe_base,
-    load_sharded,
-    load_trainer,
-    require_same_base,
-    restore_rng,
-)
-from wmtp.training.frozen_models import OFFLOAD, frozen_signals, frozen_value_model
+from wmtp.training.checkpoint import Checkpointer, checkpoint_to_resume, load_sharded, load_trainer, restore_rng
+from wmtp.training.frozen_models import OFFLOAD, frozen_reference, frozen_signals, frozen_value_model
 from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
@@ -184,13 +167,16 @@ class LoRARecipeWMTP:
         self._base = describe_base(self._checkpoint, shaping, seed=self._seed)
         if self._adapters_cfg.get("quantize") and self._dtype != torch.float32:
             self._base["quantized_from"] = str(self._dtype)
-        self._model = self._build_model(self._model_cfg, self._checkpoint, "model", self._adapters_cfg)
+        self._model = self._build_model()
         self._log.info("trained: {:,} of {:,} parameters".format(*parameter_counts(self._model)))
         fitting = {"model": self._model, "num_steps": self._total_steps}
         self._heads.prepare(self._model.num_future_tokens, self._head_weights, self._world.device, **fitting)
-        self._reference = self._build_reference()
-        path = self._value_model_path if "values" in self._frozen_signals else None
         into = {"dtype": self._dtype, "cpu_offload": "frozen" in self._cpu_offload}
+        self._reference = None
+        if self._reading.asked:
+            named = self._reference_cfg, self._reference_checkpoint, self._tokenizer, self._data, self._world
+            self._reference = frozen_reference(*named, **into, compile=self._compile, log=self._log.info)
+        path = self._value_model_path if "values" in self._frozen_signals else None
         self._value_model = frozen_value_model(path, self._tokenizer, self._seq_len, self._world, **into)
         self._epoch_ce = None  # with refresh_policy_ce=epoch: {"epoch": number, "ce": [1 or H, rows, S]}
         groups = parameter_groups(self._model, self._model.extra_heads, self._extra_heads_lr, self._decay_all)
@@ -224,44 +210,33 @@ class LoRARecipeWMTP:
         self._log.info(f"{where}: {data.summary(self._weighting.needs)}")
         return data
 
-    def _build_model(self, section: DictConfig, checkpoint: str | None, where: str, adapters: DictConfig | None = None):
+    def _build_model(self):
         """Builds the sharded model. From a checkpoint it is built on the meta device, each rank reads its own shard;
         without one it starts random, from one seed on every rank: the same full model, then cut. It is frozen but for
         what the section adapters says, and what is frozen is stored in the dtype of the computation."""
-        path = None if checkpoint is None else resolve_checkpoint(checkpoint)
+        path = None if self._checkpoint is None else resolve_checkpoint(self._checkpoint)
         with torch.device("cpu" if path is None else "meta"):
-            model = build(section, where=where)
-            if adapters is not None:
-                build(adapters, model, where="adapters", seed=self._seed, quantize_from=self._dtype)
-                if self._anchor is not None:
-                    self._anchor.require_adapters(model.adapters)
-                if self._cache_trunk is not None and model.adapters.trunk != "frozen":
-                    raise ConfigError("cache_trunk needs adapters.trunk=frozen: set that, or cache_trunk=none")
-                if self._merged_dtype is not None:
-                    refuse_quantized(model, self._merge_quantized)
-        require_fit(model, self._data.max_token_id, self._seq_len, where)
-        store_frozen(model if adapters is not None else model.requires_grad_(False).eval(), self._dtype)
-        if adapters is not None and self._recompute is not None:
+            model = build(self._model_cfg, where="model")
+            build(self._adapters_cfg, model, where="adapters", seed=self._seed, quantize_from=self._dtype)
+        if self._anchor is not None:
+            self._anchor.require_adapters(model.adapters)
+        if self._cache_trunk is not None and model.adapters.trunk != "frozen":
+            raise ConfigError("cache_trunk needs adapters.trunk=frozen: set that, or cache_trunk=none")
+        if self._merged_dtype is not None:
+            refuse_quantized(model, self._merge_quantized)
+        require_fit(model, self._data.max_token_id, self._seq_len, "model")
+        store_frozen(model, self._dtype)
+        if self._recompute is not None:
             checkpoint_activations(model, self._recompute)
         if self._compile:
             for block in (*model.layers, *model.extra_heads):
                 block.compile()
-        offload = ("frozen" if adapters is None else "model") in self._cpu_offload
+        offload = "model" in self._cpu_offload
         shard_model(model, self._world.mesh, param_dtype=self._dtype, cpu_offload=offload)
         if path is not None:
             load_checkpoint(model, path, device="cpu" if offload else self._world.device, log=self._log.info)
-        if adapters is not None:
-            init_lora(model, seed=self._seed)
+        init_lora(model, seed=self._seed)
         return model
-
-    def _build_reference(self):
-        """Builds the frozen reference model beside the policy; None where weighting or data need none."""
-        if not self._reading.asked:
-            return None
-        if self._reference_checkpoint is None:
-            raise ConfigError("reference_model has no weights: set reference_checkpoint")
-        require_same_vocabulary(self._tokenizer, hf_tokenizer(resolve_checkpoint(self._reference_checkpoint)))
-        return self._build_model(self._reference_cfg, self._reference_checkpoint, "reference_model")
 
     def _restore(self, checkpoint: Path) -> str | None:
         """Continues where the checkpoint was saved; returns the MLflow run id."""
@@ -312,7 +287,7 @@ class LoRARecipeWMTP:
                 out = model(
                     batch["tokens"],
                     document_ids=batch["document_ids"],
-                    trunk_state=batch["trunk_state"],
+                    trunk_state=batch.get("trunk_state"),
                     loss_fn=mtp_loss,
                     labels=batch["labels"],
                     weighting=self._weighting,
@@ -355,8 +330,9 @@ class LoRARecipeWMTP:
                 metrics |= {f"weights/{name}": value for name, value in accumulated.weight_statistics().items()}
                 metrics |= meter.metrics(sums.tokens, self._seq_len, sums.targets)
                 self._log.metrics(metrics, self._step)
-            if self._token_view is not None and self._step % self._token_view.every == 0:
-                self._write_token_view(accumulated)
+            if self._token_view is not None and self._step % self._token_view.every == 0 and self._world.is_main:
+                shown = self._data, accumulated.batches[0], accumulated.outs[0], self._step, self._weighting_cfg
+                self._log.page(*self._token_view.page(self._tokenizer, *shown))
             last = self._step == self._total_steps
             if self._eval_data and (last or (self._eval_every and self._step % self._eval_every == 0)):
                 self.evaluate()
@@ -376,8 +352,8 @@ class LoRARecipeWMTP:
     def _next_batch(self, batch: dict) -> dict:
         """Moves a batch to the device and adds what frozen models, or the epoch's start, say about its tokens."""
         batch = moved(batch, self._world.device)
-        inputs = self._inputs(batch)
-        batch |= self._trunk_state(batch, self._data)
+        inputs = {key: batch[key] for key in ("tokens", "document_ids")}
+        batch |= self._inputs(batch)
         if self._reference is not None:
             named = {k: batch[k] for k in ("labels", "targets")}
             found = self._reference(**inputs, loss_fn=self._reading, **named)
@@ -393,41 +369,28 @@ class LoRARecipeWMTP:
             batch["signals"]["policy_ce"] = self._epoch_ce["ce"][:, batch["rows"]].to(self._world.device)
         return batch
 
-    def _write_token_view(self, accumulated: Accumulation) -> None:
-        """Writes code of this step's first micro-batch on rank 0, shaded by its weights."""
-        if self._world.is_main:
-            batch, out = accumulated.batches[0], accumulated.outs[0]
-            ids = [self._data.row_ids(row) for row in batch["rows"]]
-            named = {"step": self._step, "ids": ids, "settings": dict(self._weighting_cfg)}
-            page = self._token_view.html(self._tokenizer, batch, out, **named)
-            self._log.page(f"token_weights/step_{self._step:08d}.html", page)
-
     def _inputs(self, batch: dict) -> dict:
-        """Returns what a model reads of a batch."""
-        return {key: batch[key].to(self._world.device) for key in ("tokens", "document_ids")}
-
-    def _trunk_state(self, batch: dict, data) -> dict:
-        """Returns the trunk's kept state of a batch, with cache_trunk: the trunk need not run."""
-        states = self._trunk_states.get(data.fingerprint)
-        return {"trunk_state": None if states is None else states.of(batch).to(self._world.device)}
+        """Returns what the policy reads of a batch; with cache_trunk also its trunk's kept state: it need not run."""
+        read = {key: batch[key] for key in ("tokens", "document_ids")}
+        if (states := self._trunk_states.get(batch["of"])) is not None:
+            read["trunk_state"] = states.of(batch)
+        return {key: tensor.to(self._world.device) for key, tensor in read.items()}
 
     def _score_epoch(self) -> None:
         """Scores every row by the policy as an epoch begins, with refresh_policy_ce=epoch; kept until the next one."""
         if self._refresh_policy_ce == "epoch" and "policy_ce" in self._weighting.needs:
             heads = self._model.num_future_tokens if self._weighting.per_head else 1
-            inputs = lambda batch: self._inputs(batch) | self._trunk_state(batch, self._data)
             scored = {"heads": heads, "batch_size": self._batch_size, "world": self._world}
             kept, epoch = self._epoch_ce, int(self._stream.epoch)
-            self._epoch_ce = epoch_cross_entropy(kept, epoch, self._model, self._data, inputs, **scored)
+            self._epoch_ce = epoch_cross_entropy(kept, epoch, self._model, self._data, self._inputs, **scored)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Evaluation, checkpoints, export
 
     def evaluate(self) -> None:
         """Logs the held-out CE of each head, in nats per target, over each set of eval_dataset and each document."""
-        inputs = lambda batch, data: self._inputs(batch) | self._trunk_state(batch, data)
         choices = {"choices": self._acceptance.prompts > 0}
-        found = validate(self._model, self._eval_data, inputs, self._batch_size, self._world, **choices)
+        found = validate(self._model, self._eval_data, self._inputs, self._batch_size, self._world, **choices)
         when = {"first": self._step == 0, "last": self._step == self._total_steps, "log": self._log.info}
         measured = self._model, self._eval_data, self._tokenizer, self._world
         found.metrics.update(self._acceptance.measure(*measured, **when))

@@ -129,7 +129,7 @@ class PackedDataset:
             )
 
     def batch(self, rows: list[int], *, size: int | None = None) -> dict[str, Any]:
-        """Returns the rows as int64 tensors [B, S], their `signals` by name, float32, and the list `rows`.
+        """Returns rows as int64 tensors [B, S], `signals` by name, float32, the list `rows`, and `of`, the fingerprint.
 
         With `size`, rows of padding, without document and target, fill the batch up to so many rows.
         """
@@ -145,6 +145,7 @@ class PackedDataset:
             "document_ids": take(self.document_ids, -1).long(),
             "signals": {name: take(signal, 0.0) for name, signal in self.signals.items()},
             "rows": list(rows),
+            "of": self.fingerprint,
         }
 
 

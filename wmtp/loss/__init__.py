@@ -13,20 +13,3 @@ from wmtp.loss.multi_token import mtp_loss, top_tokens
 from wmtp.loss.reference import ReferenceReading
 from wmtp.loss.soft_targets import SoftTargets, TopTokens
 from wmtp.loss.target_logits import of_each_target
-
-__all__ = [
-    "Anchor",
-    "AnchorStates",
-    "HeadTraining",
-    "MTPLoss",
-    "ReferenceReading",
-    "SoftTargets",
-    "TopTokens",
-    "head_weight_tensor",
-    "mtp_loss",
-    "of_each_target",
-    "token_cross_entropy",
-    "token_cross_entropy_and_entropy",
-    "top_tokens",
-    "weighted_mtp_cross_entropy",
-]

@@ -11,14 +11,18 @@ one have one adapter there, of rank r each: their A below each other, their B as
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wmtp.config import ConfigError, differences
+from wmtp.distributed import on_rank_0
 from wmtp.models.export import full_parameter, whole_folder
 from wmtp.models.load import local_part, local_tensor, named_parameters
 from wmtp.models.lora import Adapters
@@ -31,6 +35,7 @@ from wmtp.pretrained.checkpoint_formats import (
     to_interleaved,
 )
 from wmtp.pretrained.config_files import CheckpointError, read_json
+from wmtp.pretrained.resolve import checkpoint_sha256, resolve_checkpoint
 
 ADAPTER = "wmtp_adapter.json"
 HEADS_WEIGHTS = "wmtp_heads.safetensors"
@@ -264,3 +269,36 @@ def _peft_config(model: nn.Module, base_name: str | None, whole_base: bool) -> d
 
 def _inside(target: str) -> str:
     return f"{'mlp' if target.startswith('w') else 'attn'}.{target}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which base they belong to
+
+
+def describe_base(checkpoint: str | None, sections: Mapping[str, DictConfig], *, seed: int) -> dict[str, str]:
+    """Returns what a checkpoint of an adapter does not hold: which base its parameters belong to.
+
+    That is ``base_weights``, the SHA-256 of the base's files, and the config sections that shape the model,
+    as JSON. Every rank calls it; rank 0 reads the files.
+
+    Args:
+        checkpoint: as `resolve_checkpoint` takes it; None for random weights, which the seed names.
+    """
+    weights = f"random, seed {seed}"
+    if checkpoint is not None:
+        path = resolve_checkpoint(checkpoint)
+        weights = on_rank_0(lambda: checkpoint_sha256(path))
+    plain = {name: OmegaConf.to_container(section, resolve=True) for name, section in sections.items()}
+    return {"base_weights": weights, **{name: json.dumps(value, sort_keys=True) for name, value in plain.items()}}
+
+
+def require_same_base(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raises ConfigError where a checkpoint was saved on another base than the run would go on with."""
+    before, after = ({key: _plain(value) for key, value in base.items()} for base in (saved, now))
+    changed = differences(before, after)
+    if changed:
+        raise ConfigError(f"cannot resume with {', '.join(changed)}; restore it, or start a new run")
+
+
+def _plain(value: str) -> object:
+    return json.loads(value) if value.startswith("{") else value

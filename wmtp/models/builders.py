@@ -11,6 +11,8 @@ from wmtp.pretrained.config_files import read_source
 from wmtp.pretrained.resolve import resolve_checkpoint
 from wmtp.pretrained.shape import DecoderShape
 
+_WIDTHS_7B: Any = {"num_heads": 32, "num_kv_heads": 32, "embed_dim": 4096, "intermediate_dim": 11_008}
+
 
 def llama_mtp(
     *,
@@ -90,10 +92,7 @@ def meta_mtp_7b(
     return llama_mtp(
         vocab_size=32_000,
         num_layers=29,
-        num_heads=32,
-        num_kv_heads=32,
-        embed_dim=4096,
-        intermediate_dim=11_008,
+        **_WIDTHS_7B,
         max_seq_len=max_seq_len,
         num_future_tokens=num_future_tokens,
         head_init=head_init,
@@ -117,10 +116,7 @@ def codellama_7b(
     return llama_mtp(
         vocab_size=vocab_size,
         num_layers=32,
-        num_heads=32,
-        num_kv_heads=32,
-        embed_dim=4096,
-        intermediate_dim=11_008,
+        **_WIDTHS_7B,
         max_seq_len=max_seq_len,
         num_future_tokens=num_future_tokens,
         rope_base=1_000_000,

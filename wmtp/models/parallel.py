@@ -38,7 +38,6 @@ def shard_model(
     mesh: DeviceMesh,
     *,
     param_dtype: torch.dtype,
-    reduce_dtype: torch.dtype = torch.float32,
     cpu_offload: bool = False,
     reshard_after_forward: bool = True,
 ) -> nn.Module:
@@ -51,8 +50,7 @@ def shard_model(
             parameters keep their dtype. Its ``float32_modules`` compute in float32. Quantised weights are not sharded:
             every process holds them whole.
         mesh: one dimension (FSDP), or two: replicate, shard (HSDP).
-        param_dtype: of the gathered weights and so of the computation.
-        reduce_dtype: of the gradients' reduction.
+        param_dtype: of the gathered weights and so of the computation; gradients are reduced in float32.
         cpu_offload: keep the shards in host memory; load with ``device="cpu"``.
         reshard_after_forward: free gathered weights after the forward pass and gather them again for the backward.
     """
@@ -60,16 +58,14 @@ def shard_model(
     # float32 weights. Activations need no cast: they take param_dtype from the gathered embedding.
     options: dict[str, Any] = {
         "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False
-        ),
+        "mp_policy": MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
         # For the root too: with its default, an evaluation would leave whole, rounded weights registered.
         "reshard_after_forward": reshard_after_forward,
         "ignored_params": {module.weight for _, module in quantized_modules(model)},
     }
     # This is for a value model's head, whose small differences would be lost in bfloat16.
-    full_precision = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
+    full_precision = MixedPrecisionPolicy(torch.float32, torch.float32, cast_forward_inputs=False)
     for module in getattr(model, "float32_modules", ()):
         fully_shard(module, **(options | {"mp_policy": full_precision}))
     if not model.config.tie_word_embeddings:  # type: ignore[union-attr]

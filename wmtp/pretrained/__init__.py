@@ -5,16 +5,3 @@ from wmtp.pretrained.config_files import CheckpointError
 from wmtp.pretrained.resolve import checkpoint_sha256, model_tags, resolve_checkpoint
 from wmtp.pretrained.shape import DecoderShape
 from wmtp.pretrained.tokenizer import Tokenizer, byte_tokenizer, hf_tokenizer, require_same_vocabulary
-
-__all__ = [
-    "CheckpointError",
-    "DecoderShape",
-    "Tokenizer",
-    "byte_tokenizer",
-    "checkpoint_sha256",
-    "hf_tokenizer",
-    "model_tags",
-    "read_shape",
-    "require_same_vocabulary",
-    "resolve_checkpoint",
-]

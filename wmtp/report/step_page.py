@@ -1,10 +1,11 @@
 """Pages that show micro-batches of a training run with the weights that the loss used."""
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from torch import Tensor
 
+from wmtp.data import PackedDataset
 from wmtp.errors import UserError
 from wmtp.loss import MTPLoss
 from wmtp.report.token_views import token_views
@@ -52,23 +53,16 @@ class TokenWeightPages:
                     "leave it out"
                 )
 
-    def html(
-        self,
-        tokenizer,
-        batch: Mapping[str, Any],
-        out: MTPLoss,
-        *,
-        step: int,
-        ids: Sequence[Sequence[str]],
-        settings: dict | None = None,
-    ) -> str:
-        """Returns a page of the documents of a micro-batch, shaded by the weights that the loss used.
+    def page(
+        self, tokenizer, data: PackedDataset, batch: Mapping[str, Any], out: MTPLoss, step: int, settings: Mapping
+    ) -> tuple[str, str]:
+        """Returns the name and HTML of a page of a micro-batch's documents, shaded by the weights that the loss used.
 
         Args:
-            batch: tokens, labels and document_ids [B, S], and the run's signals.
+            data: whose rows the batch has.
+            batch: tokens, labels and document_ids [B, S], the run's signals, and `rows`.
             out: the result of :func:`wmtp.loss.mtp_loss` for the batch.
             step: the step's number, from 1; random controls draw the numbers of that step.
-            ids: the names of each row's documents.
             settings: listed above the documents, such as the run's weighting.
         """
         named = batch["signals"] | {"policy_ce": out.ce}
@@ -76,5 +70,7 @@ class TokenWeightPages:
         weights = {"this run": out.weights, **{name: method(signals) for name, method in self._beside.items()}}
         shown = {"CE": out.ce[0]}
         shown |= {_TITLES.get(name, name): signal for name, signal in batch["signals"].items() if name != "policy_ce"}
+        ids = [data.row_ids(row) for row in batch["rows"]]
         views = token_views(tokenizer, batch, weights, shown, ids=ids, limit=self._documents)
-        return token_weights_html(views, title=f"Token weights of step {step}", settings=settings)
+        page = token_weights_html(views, title=f"Token weights of step {step}", settings=dict(settings))
+        return f"token_weights/step_{step:08d}.html", page

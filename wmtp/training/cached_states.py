@@ -19,71 +19,6 @@ from wmtp.distributed import World, gather_objects, wait_for_all
 States = Callable[[nn.Module, dict, torch.device | str], Tensor]
 
 
-class StateFile:
-    """[tokens, D] states in a file that is named by what its content depends on.
-
-    It counts once a note beside it says that it is complete; what a killed process left is written anew.
-
-    Args:
-        folder: where the file is, or is to be; shared by all ranks.
-        key: names all that the states depend on: the data, the weights, the dtype of their computation.
-        num_tokens: rows of the file.
-        embed_dim: D.
-        dtype: of the stored states.
-    """
-
-    def __init__(self, folder: Path, key: str, *, num_tokens: int, embed_dim: int, dtype: torch.dtype) -> None:
-        key = f"{key} {embed_dim} {dtype}"
-        self._file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
-        self._note = self._file.with_suffix(".json")
-        self._tokens, self._dim, self._dtype = num_tokens, embed_dim, dtype
-        self._states: Tensor | None = None
-
-    @property
-    def num_bytes(self) -> int:
-        return self._tokens * self._dim * self._dtype.itemsize
-
-    def complete(self, world: World | None) -> bool:
-        """Returns whether an earlier run has written it all, as every rank sees it."""
-        done = self._note.exists() and self._file.exists() and self._file.stat().st_size == self.num_bytes
-        return all(gather_objects(done)) if world is not None and world.size > 1 else done
-
-    @contextmanager
-    def written(self, world: World | None) -> Iterator[Callable[[int, Tensor], None]]:
-        """Gives ``write(start, states [n, D])``; the file is complete when the last rank leaves the block."""
-        alone, is_main = world is None or world.size == 1, world is None or world.is_main
-        if is_main:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            self._note.unlink(missing_ok=True)
-            self._file.touch()
-            os.truncate(self._file, self.num_bytes)
-        if not alone:
-            wait_for_all()
-        with self._file.open("r+b") as file:
-
-            def write(start: int, states: Tensor) -> None:
-                file.seek(int(start) * self._dim * self._dtype.itemsize)
-                file.write(states.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().tobytes())
-
-            yield write
-            file.flush()
-            os.fsync(file.fileno())
-        if not alone:
-            wait_for_all()
-        if is_main:
-            self._note.write_text(json.dumps({"tokens": self._tokens, "embed_dim": self._dim}) + "\n")
-        if not alone:
-            wait_for_all()
-
-    def read(self, start: int, end: int) -> Tensor:
-        """Returns [end - start, D] states, mapped from the file."""
-        if self._states is None:
-            size = self._tokens * self._dim
-            flat = torch.from_file(str(self._file), shared=True, size=size, dtype=self._dtype)
-            self._states = flat.view(-1, self._dim)
-        return self._states[start:end]
-
-
 class Dataset(Protocol):
     """What the states are computed of: packed rows, or the pairs of a critic."""
 
@@ -94,9 +29,9 @@ class Dataset(Protocol):
 
 
 class CachedStates:
-    """What a frozen model gives for each row of a data set, in a file.
+    """What a frozen model gives for each row of a data set, in a file that is named by what its content depends on.
 
-    The file is named by what its content depends on, and counts once a note beside it says that it is complete.
+    It counts once a note beside it says that it is complete; what a killed process left is written anew.
 
     Args:
         folder: where the file is, or is to be; shared by all ranks.
@@ -126,18 +61,20 @@ class CachedStates:
         self._dataset, self._states, self._kept, self._dim, self._dtype = dataset, states, kept, embed_dim, dtype
         self._order = range(len(dataset)) if order is None else order
         self._starts = np.concatenate([[0], np.cumsum(counts)])
-        self._file = StateFile(folder, key, num_tokens=int(self._starts[-1]), embed_dim=embed_dim, dtype=dtype)
+        self._file = folder / f"{hashlib.sha256(f'{key} {embed_dim} {dtype}'.encode()).hexdigest()[:24]}.bin"
+        self._note = self._file.with_suffix(".json")
+        self._mapped: Tensor | None = None
 
     @torch.no_grad()
     def compute(self, model: nn.Module, world: World | None = None, *, batch_size: int) -> None:
         """Runs the model over the data set, unless that is done; every rank calls this and writes its share."""
-        if self._file.complete(world):
+        if self._complete(world):
             return
         rank, world_size, device = (0, 1, "cpu") if world is None else (world.rank, world.size, world.device)
         model.eval()
         per_step = batch_size * world_size
         firsts = range(rank * batch_size, -(-len(self._order) // per_step) * per_step, per_step)
-        with self._file.written(world) as write:
+        with self._written(world) as write:
             for first in tqdm(firsts, disable=rank != 0, desc="frozen states", unit="batch", leave=False):
                 # A rank that runs out gets empty rows, so that collectives inside the model stay in step.
                 batch = self._dataset.batch(list(self._order[first : first + batch_size]), size=batch_size)
@@ -150,8 +87,50 @@ class CachedStates:
         kept = self._kept(batch).cpu()
         states = torch.zeros(*kept.shape, self._dim, dtype=self._dtype)
         for i, row in enumerate(batch["rows"]):
-            states[i][kept[i]] = self._file.read(self._starts[row], self._starts[row + 1])
+            states[i][kept[i]] = self._read(self._starts[row], self._starts[row + 1])
         return states
+
+    @property
+    def _num_bytes(self) -> int:
+        return int(self._starts[-1]) * self._dim * self._dtype.itemsize
+
+    def _complete(self, world: World | None) -> bool:
+        """Returns whether an earlier run has written it all, as every rank sees it."""
+        done = self._note.exists() and self._file.exists() and self._file.stat().st_size == self._num_bytes
+        return all(gather_objects(done)) if world is not None and world.size > 1 else done
+
+    @contextmanager
+    def _written(self, world: World | None) -> Iterator[Callable[[int, Tensor], None]]:
+        """Gives ``write(start, states [n, D])``; the file is complete when the last rank leaves the block."""
+        wait = (lambda: None) if world is None or world.size == 1 else wait_for_all
+        is_main = world is None or world.is_main
+        if is_main:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._note.unlink(missing_ok=True)
+            self._file.touch()
+            os.truncate(self._file, self._num_bytes)
+        wait()
+        with self._file.open("r+b") as file:
+
+            def write(start: int, states: Tensor) -> None:
+                file.seek(int(start) * self._dim * self._dtype.itemsize)
+                file.write(states.to("cpu", self._dtype).contiguous().view(torch.uint8).numpy().tobytes())
+
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+        wait()
+        if is_main:
+            self._note.write_text(json.dumps({"tokens": int(self._starts[-1]), "embed_dim": self._dim}) + "\n")
+        wait()
+
+    def _read(self, start: int, end: int) -> Tensor:
+        """Returns [end - start, D] states, mapped from the file."""
+        if self._mapped is None:
+            size = int(self._starts[-1]) * self._dim
+            flat = torch.from_file(str(self._file), shared=True, size=size, dtype=self._dtype)
+            self._mapped = flat.view(-1, self._dim)
+        return self._mapped[start:end]
 
 
 def trunk_states(folder: Path, dataset: PackedDataset, model_key: str, **stored: Any) -> CachedStates:

@@ -10,12 +10,10 @@ hashes the files, writes the manifest, syncs, and renames. Whatever is killed at
 checkpoints and a `.tmp` folder that the next run removes.
 """
 
-import json
 import random
 import re
 import shutil
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from wmtp.config import ConfigError, config_changes, differences
+from wmtp.config import ConfigError, config_changes
 from wmtp.distributed import gather_objects, on_rank_0, share_out, wait_for_all
 from wmtp.errors import DiskError, UserError, disk_fault
 from wmtp.files import (
@@ -43,7 +41,6 @@ from wmtp.files import (
     write_whole,
 )
 from wmtp.models.load import named_parameters
-from wmtp.pretrained.resolve import checkpoint_sha256, resolve_checkpoint
 from wmtp.storage import Output
 from wmtp.training.optimizers import load_optimizer_state
 
@@ -311,32 +308,3 @@ def _clone(value):
     if isinstance(value, list):
         return [_clone(child) for child in value]
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-
-def describe_base(checkpoint: str | None, sections: Mapping[str, DictConfig], *, seed: int) -> dict[str, str]:
-    """Returns what a checkpoint of an adapter does not hold: which base its parameters belong to.
-
-    That is ``base_weights``, the SHA-256 of the base's files, and the config sections that shape the model,
-    as JSON. Every rank calls it; rank 0 reads the files.
-
-    Args:
-        checkpoint: as `resolve_checkpoint` takes it; None for random weights, which the seed names.
-    """
-    weights = f"random, seed {seed}"
-    if checkpoint is not None:
-        path = resolve_checkpoint(checkpoint)
-        weights = on_rank_0(lambda: checkpoint_sha256(path))
-    plain = {name: OmegaConf.to_container(section, resolve=True) for name, section in sections.items()}
-    return {"base_weights": weights, **{name: json.dumps(value, sort_keys=True) for name, value in plain.items()}}
-
-
-def require_same_base(saved: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raises ConfigError where a checkpoint was saved on another base than the run would go on with."""
-    before, after = ({key: _plain(value) for key, value in base.items()} for base in (saved, now))
-    changed = differences(before, after)
-    if changed:
-        raise ConfigError(f"cannot resume with {', '.join(changed)}; restore it, or start a new run")
-
-
-def _plain(value: str) -> object:
-    return json.loads(value) if value.startswith("{") else value

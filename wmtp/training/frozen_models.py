@@ -1,15 +1,17 @@
 """Frozen models that run beside the policy, for weightings whose signals the data do not bring."""
 
 import difflib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 
-from wmtp.config import ConfigError
+from wmtp.config import ConfigError, build
 from wmtp.data import PackedDataset
 from wmtp.distributed import World
+from wmtp.models import load_checkpoint, require_fit, shard_model
 from wmtp.pretrained import hf_tokenizer, require_same_vocabulary, resolve_checkpoint
 from wmtp.weighting.base import FROM_A_MODEL, OF_THE_POLICY, way_to
 
@@ -45,6 +47,46 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
                 hint = f"; its column {name} has not one finite number for each token in every row"
             raise ConfigError(f"this weighting needs {name}: {way_to(name)}{hint}")
     return beside
+
+
+def frozen_reference(
+    section: DictConfig | None,
+    checkpoint: str | None,
+    tokenizer: Any,
+    data: PackedDataset,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    cpu_offload: bool = False,
+    compile: bool = False,
+    log: Callable[[str], None] = print,
+) -> nn.Module:
+    """Builds the frozen reference model of a config's section, sharded as the policy is; each rank reads its own shard.
+
+    It is stored in the dtype of the computation: its weights would be rounded to that when they are gathered.
+
+    Args:
+        checkpoint, tokenizer, dtype: as ``path``, ``tokenizer`` and ``dtype`` of :func:`frozen_value_model`.
+        data: what it will read.
+        compile: its blocks.
+        log: called with what is to be said of its weights.
+
+    Raises:
+        ValueError: no checkpoint, one of other token ids, or a model that does not fit it or the data.
+    """
+    if checkpoint is None:
+        raise ConfigError("reference_model has no weights: set reference_checkpoint")
+    path = resolve_checkpoint(checkpoint)
+    require_same_vocabulary(tokenizer, hf_tokenizer(path))
+    with torch.device("meta"):
+        model = build(section, where="reference_model")
+    require_fit(model, data.max_token_id, data.seq_len, "reference_model")
+    model.requires_grad_(False).eval().to(dtype)
+    for block in (*model.layers, *model.extra_heads) if compile else ():
+        block.compile()
+    shard_model(model, world.mesh, param_dtype=dtype, cpu_offload=cpu_offload)
+    load_checkpoint(model, path, device="cpu" if cpu_offload else world.device, log=log)
+    return model
 
 
 def frozen_value_model(

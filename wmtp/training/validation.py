@@ -92,7 +92,7 @@ def _plain(data: PackedDataset) -> PackedDataset:
 def validate(
     model: MTPDecoder,
     sets: Mapping[str, PackedDataset],
-    inputs: Callable[[dict, PackedDataset], dict],
+    inputs: Callable[[dict], dict],
     batch_size: int,
     world: World,
     choices: bool = False,
@@ -102,7 +102,7 @@ def validate(
     Args:
         model: an :class:`~wmtp.models.MTPDecoder`, which is left in evaluation mode.
         sets: by name; "" for one that needs none.
-        inputs: what the model reads of a batch of a set, on its device.
+        inputs: what the model reads of a batch, on its device.
         batch_size: rows of one rank's batch.
         choices: also ``accuracy_head{k}``, the share of targets that are the head's likeliest token, and
             ``agreement_head{k}``, k > 1, of those at which its likeliest token is head 1's: the share of drafts that
@@ -118,7 +118,7 @@ def validate(
         documents = torch.zeros(2, len(heads[0]), len(numbers), dtype=torch.float64)
         for batch in validation_batches(data, batch_size, world.rank, world.size):
             labels = batch["labels"].to(world.device)
-            out = model(**inputs(batch, data), labels=labels, loss_fn=loss_fn)
+            out = model(**inputs(batch), labels=labels, loss_fn=loss_fn)
             parts = (out.ce, out.valid, *((out.right, out.agreed) if choices else ()))
             heads += torch.stack([part.double().sum(dim=(1, 2)) for part in parts])
             rows = batch["rows"]
