@@ -20,9 +20,10 @@ from wmtp.config import ConfigError, ConfigReader, build
 from wmtp.data import pack, validation_batches
 from wmtp.distributed import all_reduce_sum, end_world, on_rank_0, start_world
 from wmtp.errors import clear_errors, ending
-from wmtp.eval.heads import head_sums, score_heads, summarize_heads
+from wmtp.eval.heads import head_sums, summarize_heads
 from wmtp.generation import DecodingStats, Request, Sampling, generate
 from wmtp.generation.requests import check_memory
+from wmtp.loss import score_heads
 from wmtp.models import load_checkpoint, require_fit
 from wmtp.models.teacher_forced import TeacherForced
 from wmtp.pretrained import model_tags, resolve_checkpoint

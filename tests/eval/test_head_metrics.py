@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from wmtp.eval.heads import head_sums, score_heads, summarize_heads
-from wmtp.loss import weighted_mtp_cross_entropy
+from wmtp.eval.heads import head_sums, summarize_heads
+from wmtp.loss import score_heads, weighted_mtp_cross_entropy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -238,7 +238,8 @@ def balance_lengths(dataset: PairDataset, *, seed: int = 0) -> PairDataset:
     difference = dataset.lengths[:, 0] - dataset.lengths[:, 1]
     size = np.abs(difference)
     bins = np.where(size == 0, -1, np.ceil(np.log2(np.maximum(size, 1))).astype(int))
-    order = sorted(range(len(dataset)), key=lambda i: _pair_hash(seed, dataset.pairs[i]))
+    hashes = [text_hash(str(seed), pair.problem, pair.correct, pair.incorrect) for pair in dataset.pairs]
+    order = sorted(range(len(dataset)), key=hashes.__getitem__)
     room = {b: min(((bins == b) & (difference > 0)).sum(), ((bins == b) & (difference < 0)).sum()) for b in set(bins)}
     used: Counter = Counter()
     kept = []
@@ -286,7 +287,3 @@ def pair_splits(
     named = {name: replace(part, name=f"{name} part of {part.name}") for name, part in parts.items()}
     encoded = {name: encode_pairs(tokenizer, part, seq_len=seq_len) for name, part in named.items()}
     return {name: balance_lengths(data, seed=seed) if balance else data for name, data in encoded.items()}
-
-
-def _pair_hash(seed: int, pair: Pair) -> int:
-    return text_hash(str(seed), pair.problem, pair.correct, pair.incorrect)

@@ -208,7 +208,8 @@ class _Builder:
                 )
             self.skipped["problems of one class"] += 1
             return
-        first, second = (self._shuffled(programs.problem, side) for side in (correct, incorrect))
+        by_hash = lambda text: text_hash(f"{self._seed} {programs.problem}", text)
+        first, second = sorted(correct, key=by_hash), sorted(incorrect, key=by_hash)
         for i, j in _combinations(len(first), len(second), self._max):
             good, bad = first[i], second[j]
             rewards = (correct[good], incorrect[bad])
@@ -230,9 +231,6 @@ class _Builder:
             else:
                 found[text] = reward
         return found
-
-    def _shuffled(self, problem: str, programs: Iterable[str]) -> list[str]:
-        return sorted(programs, key=lambda text: text_hash(f"{self._seed} {problem}", text))
 
 
 def _combinations(first: int, second: int, limit: int) -> Iterator[tuple[int, int]]:

@@ -65,7 +65,8 @@ def mixture(
         raise UserError("parts must name at least one data set: a name, and a section with a _component_")
     wanted = _checked_shares(parts, shares)
     sets = {name: _built(name, part, tokenizer) for name, part in parts.items()}
-    targets = {name: np.array([_num_targets(d) for d in documents], np.int64) for name, documents in sets.items()}
+    count = lambda document: np.count_nonzero(document.labels[1:] != IGNORE)
+    targets = {name: np.array([count(d) for d in documents], np.int64) for name, documents in sets.items()}
     chosen = {name: np.arange(len(documents)) for name, documents in sets.items()}
     if wanted is not None:
         empty = next((name for name, counts in targets.items() if not counts.sum()), None)
@@ -144,10 +145,6 @@ def _built(name: str, part: object, tokenizer) -> Documents:
             "training data (without _stream)"
         )
     return documents
-
-
-def _num_targets(document: Document) -> int:
-    return int(np.count_nonzero(document.labels[1:] != IGNORE))
 
 
 def _drawn(targets: np.ndarray, goal: float, order: np.ndarray) -> np.ndarray:

@@ -40,13 +40,9 @@ def _mend(kind: pa.DataType) -> Callable[[Any], Any] | None:
     if isinstance(kind, pa.JsonType):
         return lambda value: value if value is None else json.loads(value)
     if pa.types.is_struct(kind):
-        inside = {field.name: _mend(field.type) or _same for field in kind}
+        inside = {field.name: _mend(field.type) or (lambda value: value) for field in kind}
         return lambda value: value and {k: inside[k](v) for k, v in value.items() if v is not None}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         each = _mend(kind.value_type)
         return each and (lambda values: values and [each(value) for value in values])
     return None
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -1,40 +1,9 @@
-"""How well each head predicts held-out text: cross-entropy and top-1 accuracy per target, without [B, S, V] logits."""
-
-from typing import NamedTuple
+"""How well each head predicts held-out text: cross-entropy and top-1 accuracy per target, from sums of batches."""
 
 import torch
 from torch import Tensor
 
-from wmtp.loss import of_each_target
-from wmtp.weighting.targets import Targets, valid_targets
-
-
-class HeadScores(NamedTuple):
-    """Per head and target; as everywhere, the position is the *target's*."""
-
-    ce: Tensor  # [H, B, S] float32, nats; 0 where the head has no target
-    correct: Tensor  # [H, B, S] bool: the head's most likely token is the target
-    valid: Tensor  # [H, B, S] bool: where head k predicts target j
-
-
-def score_heads(
-    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
-) -> HeadScores:
-    """Computes CE and correctness of every head's prediction of every target; a `loss_fn` for a model's forward.
-
-    Args:
-        hidden: [H, B, S, D] normed hidden states.
-        unembedding: [V, D], same dtype and device.
-        labels: [B, S] token ids, -100 where a token is no target.
-        document_ids: [B, S]; a head never predicts across a document's edge.
-    """
-    valid = valid_targets(labels, hidden.shape[0], document_ids)
-    ce, correct = of_each_target(_ce_and_correct, hidden, unembedding, labels, Targets(labels, document_ids))
-    return HeadScores(ce, correct, valid)
-
-
-def _ce_and_correct(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.nn.functional.cross_entropy(logits, label, reduction="none"), logits.argmax(dim=1) == label
+from wmtp.loss import HeadScores
 
 
 def summarize_heads(sums: Tensor) -> dict[str, float]:

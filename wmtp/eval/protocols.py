@@ -184,14 +184,11 @@ def _from_chat(task: Task, answer: str) -> str:
     code = first_code_block(answer)
     if isinstance(task, StdioTask) or not task.prompt:
         return code
-    if not re.search(rf"^\s*(?:async\s+def|def|class)\s+{re.escape(_first_name(task))}\b", code, re.MULTILINE):
+    name = re.match(r"\w*", task.entry_point or "").group()
+    if not re.search(rf"^\s*(?:async\s+def|def|class)\s+{name}\b", code, re.MULTILINE):
         return task.program(code)  # the body alone, or a class's methods
     # `from __future__` must stay the first statement of the program.
     return "".join(FUTURE_IMPORT.findall(code)) + task.program("\n" + FUTURE_IMPORT.sub("", code))
-
-
-def _first_name(task: AssertionTask) -> str:
-    return re.match(r"\w*", task.entry_point or "").group()
 
 
 def _message(task: Task) -> Messages:

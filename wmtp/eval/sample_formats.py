@@ -71,7 +71,9 @@ def _of_lm_eval(rows: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
                 f"{where}: its doc has neither task_id nor question_id, so that nothing says which task it answers; it "
                 f"has {fields_of(doc)}"
             )
-        answers = [answer for of_request in take(row, where, "resps", list) for answer in _listed(of_request)]
+        answers = []
+        for given in take(row, where, "resps", list):
+            answers += given if isinstance(given, list) else [given]
         yield from _one_each(answers, where, "resps", {"task_id": ids[0]}, "completion")
 
 
@@ -96,10 +98,6 @@ def _by_order(rows: Iterable, path: str | Path, tasks: Sequence[Task]) -> Iterat
         )
     for (where, programs), task in zip(lists, tasks, strict=True):
         yield from _one_each(programs, where, "the list", {"task_id": task.task_id}, "solution")
-
-
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def _one_each(texts: object, where: str, column: str, row: dict, name: str) -> Iterator[tuple[str, dict]]:

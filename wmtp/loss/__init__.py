@@ -12,4 +12,4 @@ from wmtp.loss.heads import HeadTraining
 from wmtp.loss.multi_token import mtp_loss, top_tokens
 from wmtp.loss.reference import ReferenceReading
 from wmtp.loss.soft_targets import SoftTargets, TopTokens
-from wmtp.loss.target_logits import of_each_target
+from wmtp.loss.target_logits import HeadScores, of_each_target, score_heads

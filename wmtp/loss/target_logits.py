@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wmtp.numerics.cross_entropy import cross_entropy_
 from wmtp.numerics.products import mm_float32, on_cuda, operand
-from wmtp.weighting.targets import Targets
+from wmtp.weighting.targets import Targets, valid_targets
 
 # Bytes of float32 logits alive at a time. On CPU small enough to leave the peak to the [V, D] gradient accumulator,
 # on CUDA large enough to fill the device with one GEMM. Each chunk reads and writes that accumulator, which a GPU's
@@ -48,6 +50,28 @@ def of_each_target(
         result.view(-1, *result.shape[3:])[place] = torch.cat(column)
         results.append(result)
     return results
+
+
+class HeadScores(NamedTuple):
+    """How each head predicts each target, by the *target's* position: [H, B, S]."""
+
+    ce: Tensor  # float32, nats; 0 where the head has no target
+    valid: Tensor  # bool: where head k predicts target j
+    correct: Tensor  # bool: the head's likeliest token is the target
+    agreed: Tensor  # bool: the head's likeliest token is head 1's
+
+
+def score_heads(
+    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
+) -> HeadScores:
+    """Computes CE and choice of every head for every target by one GEMM each; a ``loss_fn`` for a model's forward.
+
+    Arguments as in :func:`weighted_mtp_cross_entropy`.
+    """
+    figures = lambda logits, label: (logits.argmax(1), cross_entropy_(logits, label)[0])  # the second overwrites them
+    choice, ce = of_each_target(figures, hidden, unembedding, labels, Targets(labels, document_ids))
+    valid = valid_targets(labels, len(hidden), document_ids)
+    return HeadScores(ce, valid, valid & (choice == labels), valid & (choice == choice[:1]))
 
 
 def chunked_logits(

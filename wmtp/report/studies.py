@@ -75,14 +75,11 @@ class Study:
         named = self.sweep.get("controls") or {}
         found: dict[str, list[str]] = {}
         for cell, runs in self.cells.items():
-            keys = [key for key in named if cell == key or self._of_grid(cell, key)]
+            keys = [key for key in named if cell == key or (self.axes_of(cell) and cell.startswith(f"{key}_"))]
             own = list(named[max(keys, key=len)]) if keys else None  # of rho1 and rho1_lora the nearer one
             needed = [] if runs[0].method in PLAIN else [f"a {kind} control of it" for kind in CONTROLS]
             found[cell] = needed if own is None else own
         return found if named else None
-
-    def _of_grid(self, cell: str, name: str) -> bool:
-        return bool(self.axes_of(cell)) and cell.startswith(f"{name}_")
 
     @cached_property
     def axes(self) -> dict[str, list]:

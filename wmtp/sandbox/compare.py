@@ -1,6 +1,7 @@
 """When two outputs of a program are the same."""
 
 import re
+from collections.abc import Callable
 from decimal import Decimal
 
 _INT = re.compile(rb"[+-]?[0-9]+")
@@ -16,17 +17,7 @@ def exact_match(output: bytes, expected: bytes) -> bool:
 
 def decimal_match(output: bytes, expected: bytes) -> bool:
     """Applies LiveCodeBench's rule, but for line breaks: tokens equal, or the same decimal number, as 1 and 1.0 are."""
-    left, right = output.split(), expected.split()
-    return len(left) == len(right) and all(map(_same_decimal, left, right))
-
-
-def _same_decimal(left: bytes, right: bytes) -> bool:
-    if left == right:
-        return True
-    if max(len(left), len(right)) > _MAX_NUMBER_LENGTH:
-        return False
-    numbers = _DOUBLE.fullmatch(left.lower()) and _DOUBLE.fullmatch(right.lower())
-    return bool(numbers) and Decimal(left.decode()) == Decimal(right.decode())
+    return _tokens_match(output, expected, _same_decimal)
 
 
 def lenient_match(output: bytes, expected: bytes) -> bool:
@@ -35,15 +26,23 @@ def lenient_match(output: bytes, expected: bytes) -> bool:
     Two tokens that both fit a 32-bit integer must be equal; otherwise both are read as doubles, so that
     9007199254740993 "equals" 9007199254740992.
     """
-    left, right = output.lower().split(), expected.lower().split()
-    return len(left) == len(right) and all(map(_tokens_match, left, right))
+    return _tokens_match(output.lower(), expected.lower(), _near)
 
 
-def _tokens_match(left: bytes, right: bytes) -> bool:
-    if left == right:
-        return True
-    if max(len(left), len(right)) > _MAX_NUMBER_LENGTH:
-        return False
+def _tokens_match(output: bytes, expected: bytes, alike: Callable[[bytes, bytes], bool]) -> bool:
+    """Returns whether tokens are equal, or numbers that are alike."""
+    left, right = output.split(), expected.split()
+    return len(left) == len(right) and all(
+        a == b or (max(len(a), len(b)) <= _MAX_NUMBER_LENGTH and alike(a, b)) for a, b in zip(left, right, strict=True)
+    )
+
+
+def _same_decimal(left: bytes, right: bytes) -> bool:
+    numbers = _DOUBLE.fullmatch(left.lower()) and _DOUBLE.fullmatch(right.lower())
+    return bool(numbers) and Decimal(left.decode()) == Decimal(right.decode())
+
+
+def _near(left: bytes, right: bytes) -> bool:
     if _is_int32(left) and _is_int32(right):
         return int(left) == int(right)
     numbers = _DOUBLE.fullmatch(left) and _DOUBLE.fullmatch(right)

@@ -34,16 +34,13 @@ def plan(cfg: DictConfig, cells: Iterable[Cell]) -> dict[str, Any]:
     """
     settings = OmegaConf.to_container(cfg, resolve=True)
     cells = list(cells)
+    configs = [(cell.config, loaded(cell.config)) for cell in cells]
     return {
         **{key: value for key, value in json.loads(json.dumps(settings)).items() if key not in _SCHEDULING},
-        "configs": {cell.config: json.loads(json.dumps(_contents(cell.config), default=str)) for cell in cells},
+        "configs": {file: json.loads(json.dumps(OmegaConf.to_container(cfg), default=str)) for file, cfg in configs},
         "code": _code({cell.recipe for cell in cells}),
         "data": {source: _sha256(Path(source)) for source in sorted(_sources(cells))},
     }
-
-
-def _contents(config_file: str) -> Any:
-    return OmegaConf.to_container(loaded(config_file))
 
 
 def _code(recipes: Iterable[str]) -> str:

@@ -104,7 +104,8 @@ class RunLog:
                 names = {"method": method, "dataset": dataset, "training_run_id": tags.get("wmtp.training_run_id")}
                 self._tracker.connect(self._output_dir, **names, run_id=run_id, resumed=resumed, log=self.info)
             replaced = () if resumed else (*replaces, _CODE, FOLDER, self._file.name)
-            if not resumed and (steps := _last_step(self._file)):
+            steps = max((line["step"] for line in read_metrics(self._file)), default=0)
+            if not resumed and steps:
                 self.info(f"{self._output_dir} held a run of {steps} steps, which this one replaces")
             self._prepare_folder(cfg, step, replaced)
             kept = {f"{_CODE}/{self._facts['own_code_sha256'][:12]}/{name}": file for name, file in own.items()}
@@ -227,10 +228,6 @@ class RunLog:
 def held_out_file(step: int) -> str:
     """Returns the name below output_dir of the file of an evaluation after so many steps."""
     return f"held_out/step_{step:08d}.parquet"
-
-
-def _last_step(metrics: Path) -> int:
-    return max((line["step"] for line in read_metrics(metrics)), default=0)
 
 
 def read_metrics(metrics: Path) -> list[dict]:

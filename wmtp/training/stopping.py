@@ -130,10 +130,6 @@ class _Ended(Stopped):
     exit_status = 1
 
 
-def _is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _on_signal(number: int, frame: object) -> None:
     global _seen
     if _seen is not None:
@@ -147,7 +143,7 @@ def _on_signal(number: int, frame: object) -> None:
         if not _resumes:
             stopped.exit_status = 128 + number
         raise stopped
-    if _is_main():
+    if os.environ.get("RANK", "0") == "0":
         os.write(2, f"\n{_seen}: stopping after this step; a second signal ends it at once\n".encode())
 
 

@@ -5,21 +5,18 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from wmtp.config import ConfigError
 from wmtp.data import PackedDataset, validation_batches
 from wmtp.distributed import World, all_reduce_sum
 from wmtp.files import publish, unfinished
-from wmtp.loss import of_each_target, token_cross_entropy, weighted_mtp_cross_entropy
+from wmtp.loss import score_heads, token_cross_entropy, weighted_mtp_cross_entropy
 from wmtp.models import MTPDecoder
-from wmtp.numerics.cross_entropy import cross_entropy_
-from wmtp.weighting.targets import Targets, valid_targets
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,7 @@ def validate(
             would be accepted if each text were the data's own, and each draft verified.
     """
     model.eval()
-    loss_fn = _ce_and_choices if choices else weighted_mtp_cross_entropy
+    loss_fn = score_heads if choices else weighted_mtp_cross_entropy
     found = HeldOut({}, {name: [] for name in ("set", "document", "number", "head", "targets", "ce")}, {})
     for name, data in sorted(sets.items()):
         heads = torch.zeros(4 if choices else 2, model.num_future_tokens, dtype=torch.float64, device=world.device)
@@ -119,7 +116,7 @@ def validate(
         for batch in validation_batches(data, batch_size, world.rank, world.size):
             labels = batch["labels"].to(world.device)
             out = model(**inputs(batch), labels=labels, loss_fn=loss_fn)
-            parts = (out.ce, out.valid, *((out.right, out.agreed) if choices else ()))
+            parts = (out.ce, out.valid, *((out.correct, out.agreed) if choices else ()))
             heads += torch.stack([part.double().sum(dim=(1, 2)) for part in parts])
             rows = batch["rows"]
             of_token = firsts[rows] + batch["document_ids"][: len(rows)].clamp(min=0)  # padding has CE and count 0
@@ -142,25 +139,6 @@ def validate(
                     column.append(value)
         found.sha256[name] = data.rows_sha256
     return found
-
-
-class _Scores(NamedTuple):
-    """What `validate` adds up, of each head and target, by the target's position: [H, B, S]."""
-
-    ce: Tensor
-    valid: Tensor
-    right: Tensor
-    agreed: Tensor
-
-
-def _ce_and_choices(
-    hidden: Tensor, unembedding: Tensor, labels: Tensor, *, document_ids: Tensor | None = None
-) -> _Scores:
-    """Finds the CE and whether the likeliest token is the target, or head 1's, by one GEMM a target."""
-    figures = lambda logits, label: (logits.argmax(1), cross_entropy_(logits, label)[0])  # the second overwrites them
-    choice, ce = of_each_target(figures, hidden, unembedding, labels, Targets(labels, document_ids))
-    valid = valid_targets(labels, len(hidden), document_ids)
-    return _Scores(ce, valid, valid & (choice == labels), valid & (choice == choice[:1]))
 
 
 @torch.no_grad()

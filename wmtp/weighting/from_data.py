@@ -52,7 +52,7 @@ class Given(AnyWeighting):
     """
 
     def __init__(self, method: Callable[[Signals], Tensor | None] | None, normalize: str, scope: str) -> None:
-        inner = any_weighting(_ones if method is None else method)
+        inner = any_weighting((lambda signals: None) if method is None else method)
         super().__init__(inner)
         self.needs = inner.needs | {"weight"}
         self.name = "given" if method is None else f"given({inner.name})"
@@ -79,10 +79,6 @@ class Given(AnyWeighting):
                 _warn_of_lost(rows.lay(product[rows.place]), rows)
             product = weigh_rows(product, rows, mean_one_unless_zero)
         return product if by_head else product[0]
-
-
-def _ones(signals: Signals) -> None:
-    return None
 
 
 def _warn_of_lost(weights: Tensor, rows: ScopeRows) -> None:

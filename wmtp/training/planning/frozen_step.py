@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from wmtp.config import ConfigError, ConfigReader, build
-from wmtp.eval.heads import score_heads
 from wmtp.generation import Request, Sampling, linear
 from wmtp.generation.cached_decoder import KVCache
 from wmtp.generation.generate import Batch, _Prompt
 from wmtp.generation.kv_memory import FREE_SHARE, check_kv_memory, kv_bytes_per_token, kv_positions
 from wmtp.generation.requests import DecodingStats
+from wmtp.loss import score_heads
 from wmtp.loss.reference import SIGNALS, ReferenceReading
 from wmtp.models import shard_model
 from wmtp.models.decoder import MTPDecoder
