@@ -39,7 +39,7 @@ from wmtp.eval.journal import Journal, read_journals
 from wmtp.eval.judging import Judging
 from wmtp.eval.samples import Sample
 from wmtp.files import write_whole
-from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.generation import DecodingStats, Request, Sampling, check_decoder, generate
 from wmtp.generation.kv_memory import check_kv_memory
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import hf_tokenizer, model_tags, require_same_vocabulary, resolve_checkpoint
@@ -177,7 +177,8 @@ class ScoreRolloutsRecipe:
             model.to(self._world.device)
         else:
             load_checkpoint(model, path, device=self._world.device)
-        return model.requires_grad_(False).eval()
+        check_decoder(model.requires_grad_(False).eval(), self._num_drafts)
+        return model
 
     def _read_programs(self) -> None:
         """Tokenizes the programs and finds their prefixes, each once; leaves out what the context has no room for."""
@@ -223,9 +224,10 @@ class ScoreRolloutsRecipe:
 
     def _tell_cost(self) -> None:
         """Says what is to be sampled and judged, and by the planner how long that takes at most."""
-        missing = sum(len(unit) for unit in self._units())
+        units = self._units()
+        missing = sum(map(len, units))
         tokens = missing * self._max_new_tokens
-        prefilled = sum(len(tokens) for _, tokens, _ in self._prefixes.values())
+        prefilled = sum(len(self._prefixes[name][1]) for name in {unit[0][0] for unit in units})
         line = (
             f"{len(self._programs)} programs of {len(self._tasks)} tasks: {len(self._prefixes)} different prefixes x "
         )
@@ -333,10 +335,11 @@ class ScoreRolloutsRecipe:
             rows.append(line_row(document, ends, values, program.fault_line))
             programs.append(whole)
         numbers = range(self._num_samples)
-        keys = ((name, self._temperature, number) for name in self._prefixes for number in numbers)
+        keys = [(name, self._temperature, number) for name in self._prefixes for number in numbers]
         programs += [kept.samples[key] for key in keys if key in passed]
+        cut_off = sum(kept.samples[key].finish_reason == "length" for key in keys) / len(keys)
         manifest = self._write(columns, rows, programs, passed)
-        self._log_results(manifest, rows, stats)
+        self._log_results(manifest, rows, stats, cut_off)
         return manifest
 
     def _value(self, name: str, passed: dict) -> float:
@@ -370,8 +373,8 @@ class ScoreRolloutsRecipe:
             write_whole(self._output_dir / file, "".join(json.dumps(line) + "\n" for line in lines))
         return write_column_manifest(self._output_dir, binding, entries)
 
-    def _log_results(self, manifest: dict, rows: list[dict], stats: list[dict]) -> None:
-        metrics, page = rollout_report(rows, stats, self._num_samples)
+    def _log_results(self, manifest: dict, rows: list[dict], stats: list[dict], cut_off: float) -> None:
+        metrics, page = rollout_report(rows, stats, self._num_samples, cut_off)
         write_whole(self._output_dir / "report.md", page)
         self._log.info(f"{page}\nwrote {self._output_dir / MANIFEST}, programs.jsonl, lines.jsonl, report.md")
         files = (self._output_dir / name for name in (MANIFEST, "report.md", "lines.jsonl"))

@@ -9,6 +9,7 @@ import random
 from dataclasses import dataclass
 
 RARE = 0.04  # share of the statements that base programs write in a rare form
+NAMES = "xabcde"  # of the argument and of each statement's variable: one token each
 
 Step = tuple[str, tuple]  # the kind, its variables and constants
 
@@ -36,14 +37,14 @@ class TinyTask:
 
 
 WORDS = {
-    "add": ("{u} plus {c}", "{c} more than {u}"),
-    "sub": ("{u} minus {c}", "{c} less than {u}"),
-    "mul": ("{u} times {c}",),
-    "mod": ("{u} modulo {c}",),
-    "max": ("{u} but at least {c}",),
-    "min": ("{u} but at most {c}",),
-    "plus": ("{u} plus {w}",),
-    "minus": ("{u} minus {w}",),
+    "add": "{u} plus {c}",
+    "sub": "{u} minus {c}",
+    "mul": "{u} times {c}",
+    "mod": "{u} modulo {c}",
+    "max": "{u} but at least {c}",
+    "min": "{u} but at most {c}",
+    "plus": "{u} plus {w}",
+    "minus": "{u} minus {w}",
 }
 CODE = {  # the usual forms, then the rare ones
     "add": (("{u} + {c}",), ("{c} + {u}", "{u} - -{c}")),
@@ -62,8 +63,8 @@ def tiny_tasks(count: int, seed: int, first_id: int = 0, rare: float = RARE) -> 
     draw, tasks, seen = random.Random(seed), [], set()
     while len(tasks) < count:
         steps = tuple(_step(draw, number) for number in range(1, draw.randint(3, 5) + 1))
-        words = [f"{dict(step[1])['v']} is {draw.choice(WORDS[step[0]]).format(**dict(step[1]))}" for step in steps]
-        text = f"f of x0: {'; '.join(words)}."
+        words = [f"{dict(values)['v']} is {WORDS[kind].format(**dict(values))}" for kind, values in steps]
+        text = f"f of x: {'; '.join(words)}."
         if text in seen:
             continue
         seen.add(text)
@@ -95,10 +96,17 @@ def planted(task: TinyTask, seed: int) -> dict | None:
     return None
 
 
+def written(task: TinyTask, mistakes: float, seed: int) -> str:
+    """Returns the task's program as someone writes it who gets a share of the statements wrong, rare forms included."""
+    draw = random.Random(f"{seed} {task.task_id}")
+    steps = [_mutated(step, draw) if draw.random() < mistakes else step for step in task.steps]
+    return program([_statement(step, draw, draw.random() < RARE) for step in steps])
+
+
 def program(statements: list[str]) -> str:
     """Returns the function whose last statement's variable is the answer."""
     last = statements[-1].partition(" ")[0]
-    return "\n".join(["def f(x0):", *(f"    {statement}" for statement in statements), f"    return {last}"])
+    return "\n".join(["def f(x):", *(f"    {statement}" for statement in statements), f"    return {last}"])
 
 
 def answers(code: str, inputs: list[int]) -> list[int]:
@@ -111,8 +119,8 @@ def answers(code: str, inputs: list[int]) -> list[int]:
 def _step(draw: random.Random, number: int) -> Step:
     """Returns step `number`, from 1, which reads the variable before it and maybe another one."""
     kinds = list(WORDS) if number > 1 else [kind for kind in WORDS if kind not in ("plus", "minus")]
-    other = f"x{draw.randrange(max(number - 1, 1))}"
-    values = {"v": f"x{number}", "u": f"x{number - 1}", "w": other, "c": draw.randint(2, 9)}
+    other = NAMES[draw.randrange(max(number - 1, 1))]
+    values = {"v": NAMES[number], "u": NAMES[number - 1], "w": other, "c": draw.randint(2, 9)}
     return draw.choice(kinds), tuple(values.items())
 
 

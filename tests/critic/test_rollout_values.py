@@ -63,13 +63,16 @@ def test_the_weighting_critic_finds_the_fall_on_every_token_of_its_line(document
 def test_the_report_ranks_the_faulty_line_with_ties_at_half(document):
     ends = line_ends(byte_tokenizer(), document, PROGRAM)
     rows = [line_row(document, ends, VALUES, 3), line_row(document, ends, (0.5, 0.5, 0.5, 0.0), 1)]
-    metrics, page = rollout_report(rows, [{"new_tokens": 7, "seconds": 2.0}, {"new_tokens": 5, "seconds": 3.0}], 4)
+    metrics, page = rollout_report(
+        rows, [{"new_tokens": 7, "seconds": 2.0}, {"new_tokens": 5, "seconds": 3.0}], 4, 0.25
+    )
     assert rows[0] == {
         "program": "p", "fault_line": 3, "passes": False, "prompt_value": 0.5,
         "lines": [1, 3, 4], "values": [0.8, 0.2, 0.0], "tokens": 9,
     }  # fmt: skip
     assert metrics["rollouts/fault_first"] == 0.5 and metrics["rollouts/fault_mean_rank"] == (1 + 2.5) / 2
     assert metrics["rollouts/new_tokens"] == 12 and metrics["rollouts/seconds"] == 3.0
+    assert metrics["rollouts/cut_off"] == 0.25 and "25% of the completions were cut off" in page
     assert "standard error of one is at most 0.25" in page
 
 

@@ -99,13 +99,16 @@ def line_row(document: Document, ends: LineEnds, values: Sequence[float], fault_
     }
 
 
-def rollout_report(rows: Sequence[dict], stats: Sequence[dict], num_samples: int) -> tuple[dict[str, float], str]:
+def rollout_report(
+    rows: Sequence[dict], stats: Sequence[dict], num_samples: int, cut_off: float
+) -> tuple[dict[str, float], str]:
     """Writes the figures of all programs: for MLflow, and as Markdown.
 
     Args:
         rows: of :func:`line_row`.
         stats: of each rank, what decoding counted, and its ``seconds``.
         num_samples: completions at each line's end.
+        cut_off: share of the completions that ended at max_new_tokens or where the context was full.
     """
     prompts = np.array([row["prompt_value"] for row in rows])
     passing = np.array([row["passes"] for row in rows])
@@ -117,6 +120,7 @@ def rollout_report(rows: Sequence[dict], stats: Sequence[dict], num_samples: int
         "rollouts/mean_value": float(inner.mean()),
         "rollouts/mean_prompt_value": float(prompts.mean()),
         "rollouts/undecided": float(((inner > 0) & (inner < 1)).mean()),
+        "rollouts/cut_off": cut_off,
         "rollouts/new_tokens": tokens,
         "rollouts/seconds": seconds,
     }
@@ -129,7 +133,8 @@ def rollout_report(rows: Sequence[dict], stats: Sequence[dict], num_samples: int
         f"- value at {len(inner)} line ends: {inner.mean():.3f} on average, strictly between 0 and 1 at "
         f"{metrics['rollouts/undecided']:.0%} of them; the standard error of one is at most "
         f"{0.5 / num_samples**0.5:.2f} ({num_samples} completions)",
-        f"- sampled: {tokens} tokens in {seconds:.0f} s",
+        f"- sampled: {tokens} tokens in {seconds:.0f} s; {cut_off:.0%} of the completions were cut off by max_new_tokens "
+        "or the context's end, and a program without its end seldom passes",
     ]
     if found := [_rank_of_fault(row) for row in rows if row["fault_line"] in row["lines"]]:
         first = sum(rank <= 1 for rank in found) / len(found)

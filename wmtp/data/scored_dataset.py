@@ -96,8 +96,9 @@ def scored(
         )
     ours, theirs = _model_sha256(checkpoint), manifest["model"]["checkpoint_sha256"]
     if ours not in (None, theirs):
+        found = "none: random weights" if theirs is None else f"{theirs:.12}..."
         raise UserError(
-            f"{folder} was scored by another model (SHA-256 {theirs:.12}..., that of {checkpoint} is {ours:.12}...)"
+            f"{folder} was scored by another model (SHA-256 {found}, that of {checkpoint} is {ours:.12}...)"
             "; score again with this checkpoint, or name the one that was used"
         )
     makers = _read_parts(folder, manifest, rename or {})

@@ -83,7 +83,7 @@ def generate(
         raise UserError(f"batch_size must be a whole number >= 1, got {batch_size!r}")
     if kv_memory is not None and (isinstance(kv_memory, bool) or not isinstance(kv_memory, int) or kv_memory < 1):
         raise UserError(f"kv_memory must be a number of bytes >= 1, got {kv_memory!r}")
-    _check_model(model, num_drafts)
+    check_decoder(model, num_drafts)
     if isinstance(requests, Sequence):
         for request in requests:
             check_request(request, model)
@@ -95,7 +95,8 @@ def generate(
     return batch.run(iter(requests))
 
 
-def _check_model(model: nn.Module, num_drafts: int) -> None:
+def check_decoder(model: nn.Module, num_drafts: int) -> None:
+    """Refuses a model, or a number of drafts, that :func:`generate` would refuse."""
     if not isinstance(model, MTPDecoder):
         raise ValueError(f"generate needs an MTPDecoder, got {type(model).__name__}")
     if isinstance(num_drafts, bool) or not isinstance(num_drafts, int) or not 0 <= num_drafts < model.num_future_tokens:
