@@ -17,7 +17,7 @@ LAYERS = (1, 2, 3)  # the last is the state that the language model's head reads
 
 
 def new_model(tokenizer: Tokenizer) -> nn.Module:
-    """Returns a model whose matrices start at 1 / sqrt(width): 0.02, for wide models, leaves attention flat for long."""
+    """Returns a model whose matrices start at 1 / sqrt(width): at 0.02, as wide ones have, attention stays flat."""
     torch.manual_seed(0)
     model = llama_mtp(
         vocab_size=tokenizer.vocab_size, num_layers=len(LAYERS), num_heads=4, num_kv_heads=4, embed_dim=64,

@@ -199,6 +199,9 @@ def test_another_reference_model_is_refused(tmp_path):
     export_hf(llama_mtp(vocab_size=259, max_seq_len=8, **sizes), tmp_path / "model")
     with pytest.raises(ValueError, match=r"scored by another model \(SHA-256 0000"):
         scored(TOKENIZER, source=str(write_scored(tmp_path / "s")), checkpoint=str(tmp_path / "model"))
+    random = write_scored(tmp_path / "r", checkpoint=None)
+    with pytest.raises(ValueError, match=r"scored by another model \(SHA-256 none: random weights, that of"):
+        scored(TOKENIZER, source=str(random), checkpoint=str(tmp_path / "model"))
     with pytest.raises(FileNotFoundError, match=r"does not exist; score it with recipes/score_reference\.py"):
         scored(TOKENIZER, source=str(tmp_path / "absent"))
 

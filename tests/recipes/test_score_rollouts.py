@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from processes import run_recipe_file, start
 
+from recipes.critic_stage1 import CriticStage1Recipe
 from recipes.score_rollouts import ScoreRolloutsRecipe
 from wmtp.config import ConfigError, build
 from wmtp.critic.pairs import jsonl_pairs
@@ -101,6 +102,39 @@ def test_values_are_the_pass_rates_that_python_finds_and_training_reads_them(one
     assert len(pairs) == 4 and pairs[0].prompt == prompt and pairs[0].problem == "Mbpp/1"
 
 
+def test_the_critics_first_stage_learns_from_every_program_that_was_judged(one_task, tiny_config, tmp_path):
+    tasks = [
+        {
+            "task_id": n,
+            "text": f"Return {n}.",
+            "code": f"def f():\n    return {n}\n",
+            "test_list": [f"assert f() == {n}"],
+        }
+        for n in range(4)
+    ]
+    pairs = [
+        {"task_id": n, "correct": task["code"], "incorrect": f"def f():\n    return {n} +\n"}
+        for n, task in enumerate(tasks)
+    ]
+    for name, rows in (("tasks", tasks), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_here(one_task(num_samples=2))
+    (judged := lines_of(tmp_path / "alone", "programs.jsonl")).sort(key=lambda row: row["completion"])
+    assert sum(row["is_correct"] for row in judged) >= 4 and len(judged) > 8  # the given ones, and sampled ones
+
+    source = {"_component_": "wmtp.critic.jsonl_pairs", "source": str(tmp_path / "alone" / "programs.jsonl")}
+    cfg = tiny_config(
+        "critic_stage1", dataset=source, loss="mse", reward_spread="uniform", heldout_fraction=0.25, seq_len=128,
+        balance_lengths=False, batch_size=2, max_steps=3, eval_every=None, save_every=None,
+    )  # fmt: skip
+    critic = CriticStage1Recipe(cfg)
+    critic.setup()
+    critic.train()
+    critic.finish()
+    assert {pair.problem for pair in (*critic._data.pairs, *critic._heldout.pairs)} == {f"Mbpp/{n}" for n in range(4)}
+    assert (tmp_path / "critic_stage1" / "value_model").is_dir()
+
+
 def test_processes_batches_and_interruptions_change_nothing(one_task, tmp_path):
     run_here(one_task())
     expected = written(tmp_path / "alone")
@@ -136,6 +170,8 @@ def test_processes_batches_and_interruptions_change_nothing(one_task, tmp_path):
         ({"model__max_seq_len": 40}, "all 2 programs are longer than model.max_seq_len 40; raise it"),
         ({"model__vocab_size": 100}, "the tokenizer has 259 ids, the model 100"),
         ({"kv_memory": "1KB"}, "the longest prefix has "),
+        ({"num_samples": 0}, "num_samples must be a whole number >= 1, got 0"),
+        ({"num_drafts": 5}, "num_drafts must be a whole number between 0 and the model's extra heads"),
         ({"resume": True}, "holds no run to go on with"),
     ],
 )

@@ -133,8 +133,8 @@ def rollout_report(
         f"- value at {len(inner)} line ends: {inner.mean():.3f} on average, strictly between 0 and 1 at "
         f"{metrics['rollouts/undecided']:.0%} of them; the standard error of one is at most "
         f"{0.5 / num_samples**0.5:.2f} ({num_samples} completions)",
-        f"- sampled: {tokens} tokens in {seconds:.0f} s; {cut_off:.0%} of the completions were cut off by max_new_tokens "
-        "or the context's end, and a program without its end seldom passes",
+        f"- sampled: {tokens} tokens in {seconds:.0f} s; {cut_off:.0%} of the completions were cut off by "
+        "max_new_tokens or the context's end, and a program without its end seldom passes",
     ]
     if found := [_rank_of_fault(row) for row in rows if row["fault_line"] in row["lines"]]:
         first = sum(rank <= 1 for rank in found) / len(found)
