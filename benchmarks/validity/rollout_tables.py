@@ -13,44 +13,63 @@ def print_figures(result: dict) -> None:
     for name, figures in result["faults"]["methods"].items():
         against = f"AUC of the faulty line, 95 % {show(figures['auc'])}"
         report(f"rollouts, faults: {name}", figures["auc"][0], "AUC", against)
-    for name, figures in result["learning"]["methods"].items():
+    for name, figures in result.get("learning", {}).get("methods", {}).items():
         against = f"clean held-out CE minus uniform's, 95 % {show(figures['ce minus uniform'], 4, sign=True)}"
         report(f"rollouts, learning: {name}", figures["ce minus uniform"][0], "nats", against)
 
 
 def tables(result: dict) -> str:
     """Returns the tables of docs/validity.md."""
-    model, faults, learning = result["model"], result["faults"], result["learning"]
+    return "\n".join(_faults(result) + (_learning(result) if "learning" in result else []))
+
+
+def _faults(result: dict) -> list[str]:
+    model, faults = result["model"], result["faults"]
     lines = [
-        f"{faults['programs']} faulty programs with {faults['lines']:.1f} statements on average, "
-        f"{result['samples']} completions at each line's end. The model ({model['parameters'] / 1e6:.1f} million "
-        f"parameters) solves {model['greedy_pass_rate']:.0%} of held-out tasks greedily; its mean pass rate at the "
-        f"prompts is {model['prompt_value']:.2f}, and 0 in {model['never_solved']:.0%} of the tasks. The faulty line "
-        "among the statements, 95 % interval over programs:",
+        f"{faults['programs']} faulty programs with {faults['lines']:.1f} lines to rank on average, "
+        f"{result['samples']} completions at each line's end ({model['completions']} in all, {model['new_tokens']} "
+        f"tokens, {model['seconds']} s on one thread of a busy machine). The model ({model['parameters'] / 1e6:.1f} "
+        f"million parameters; {result['mistakes']:.0%} of the statements that it has read were wrong) solves "
+        f"{model['greedy_pass_rate']:.0%} of held-out tasks greedily; its mean pass rate at the prompts is "
+        f"{model['prompt_value']:.2f}, and 0 in {model['never_solved']:.0%} of the tasks. The faulty line among the "
+        "lines, 95 % interval over programs:",
         "",
         "| ranked by | top-1 | AUC | mean rank | rollouts' AUC minus it |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, figures in sorted(faults["methods"].items(), key=lambda item: item[1]["auc"][0]):
-        gap = show(figures["rollouts' auc minus it"], sign=True)
+        gap = "" if name == "rollouts" else show(figures["rollouts' auc minus it"], sign=True)
         lines.append(f"| {name} | {' | '.join(show(figures[f]) for f in FIGURES)} | {gap} |")
+    return lines
+
+
+def _learning(result: dict) -> list[str]:
+    learning = result["learning"]
     ce, passing = learning["before"]
-    lines += [
+    lines = [
         "",
         f"Fine-tuning on these programs, {learning['steps']} steps, {result['seeds']} seeds; before it CE {ce:.4f} and "
-        f"pass rate {passing:.3f}. Student's t over seeds, paired with uniform:",
+        f"pass rate {passing:.3f} (four samples of each held-out task, temperature 1). Student's t over seeds, paired "
+        "with uniform:",
         "",
         "| weights | clean held-out CE | minus uniform | pass rate | minus uniform |",
         "| --- | --- | --- | --- | --- |",
     ]
     for name, figures in sorted(learning["methods"].items(), key=lambda item: item[1]["ce"][0]):
-        of_ce = f"{show(figures['ce'], 4)} | {show(figures['ce minus uniform'], 4, sign=True)}"
-        of_tasks = f"{show(figures['pass rate'])} | {show(figures['pass rate minus uniform'], sign=True)}"
-        lines.append(f"| {name} | {of_ce} | {of_tasks} |")
+        of_ce, of_tasks = (
+            show(figures["ce minus uniform"], 4, sign=True),
+            show(figures["pass rate minus uniform"], sign=True),
+        )
+        if name == "uniform":
+            of_ce = of_tasks = ""
+        lines.append(f"| {name} | {show(figures['ce'], 4)} | {of_ce} | {show(figures['pass rate'])} | {of_tasks} |")
     lines += ["", "Rollouts minus, paired by seed:", "", "| | CE | pass rate |", "| --- | --- | --- |"]
     for name, (of_ce, of_tasks) in learning["rollouts minus"].items():
         lines.append(f"| {name} | {show(of_ce, 4, sign=True)} | {show(of_tasks, sign=True)} |")
-    return "\n".join(lines)
+    lines += ["", "Mean weight of a token:", "", "| | wrong line | right line in a rare form | other lines |"]
+    lines.append("| --- | --- | --- | --- |")
+    lines += [f"| {name} | {' | '.join(f'{w:.2f}' for w in three)} |" for name, three in learning["weights"].items()]
+    return lines
 
 
 def show(triple, digits: int = 3, sign: bool = False) -> str:
@@ -59,15 +78,16 @@ def show(triple, digits: int = 3, sign: bool = False) -> str:
 
 
 def write_docs(out: Path, page: Path) -> None:
-    """Fills the page's block of tables.
+    """Fills the page's block of tables for a model trained so.
 
     Raises:
         FileNotFoundError: there is no result.
         ValueError: the page lacks the block.
     """
-    shown = tables(json.loads((out / "result.json").read_text()))
-    pattern = r"(<!-- rollouts tables -->\n).*?(<!-- end -->)"
-    text, count = re.subn(pattern, lambda m: f"{m[1]}\n{shown}\n\n{m[2]}", page.read_text(), flags=re.DOTALL)
+    result = json.loads((out / "result.json").read_text())
+    mark = f"<!-- rollouts tables, steps {result['steps']}, mistakes {result['mistakes']:g} -->"
+    pattern = rf"({re.escape(mark)}\n).*?(<!-- end -->)"
+    text, count = re.subn(pattern, lambda m: f"{m[1]}\n{tables(result)}\n\n{m[2]}", page.read_text(), flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"{page} must have one block <!-- rollouts tables --> ... <!-- end -->")
+        raise ValueError(f"{page} must have one block {mark} ... <!-- end -->")
     page.write_text(text)

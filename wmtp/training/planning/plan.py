@@ -92,16 +92,18 @@ class Plan:
         return self.tokens / self.step_seconds
 
     def line(self, steps: int | None = None) -> str:
-        """Says it in one line; with the number of steps also the hours."""
+        """Says it in one line; with the number of steps also how long they take."""
         largest = sorted(self.held.items(), key=lambda item: -item[1])
         kinds = ", ".join(f"{name} {short(size / 1e9)}" for name, size in largest if size >= 1e-3 * self.memory)
         mfu = f", MFU {self.mfu:.0%}" if self.flops else ""
-        hours = "" if steps is None else f", {steps * self.step_seconds / 3600:.1f} h for {steps} steps"
+        hours = 0.0 if steps is None else steps * self.step_seconds / 3600
+        length = f"{hours:.1f} h" if hours >= 0.1 else f"{60 * hours:.1f} min"
+        length = "" if steps is None else f", {length} for {steps} steps"
         saved = f"; a checkpoint is {short(self.checkpoint / 1e9)} GB" if self.checkpoint else ""
         return (
             f"plan: {short(self.memory / 1e9)} of {self.card.memory / 1e9:.0f} GB on each of {self.cards} x "
             f"{self.card.name} in the {self.moment} ({kinds}); {short(self.step_seconds)} s a {self.unit}, "
-            f"{self.tokens_per_second:,.0f} tokens/s{mfu}{hours}{saved}"
+            f"{self.tokens_per_second:,.0f} tokens/s{mfu}{length}{saved}"
         )
 
 
