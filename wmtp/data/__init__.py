@@ -1,7 +1,8 @@
 """Training data: builders of documents from a source, packing into rows, and streams of batches.
 
 A builder is a plain function `builder(tokenizer, **config keys) -> Documents`, named as `_component_` in a config. To
-add one, write such a function; `document_from_text` makes a document of a prompt and a completion.
+add one, write such a function; `document_from_text` makes a document of a prompt and a completion. One that reads rows
+may say how in :mod:`wmtp.data.reading`, and has both forms: in memory, for training, and a stream, for scoring.
 """
 
 from wmtp import on_demand

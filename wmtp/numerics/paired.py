@@ -15,7 +15,7 @@ from scipy import optimize, special, stats
 from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
 
-_AT_ONCE = 1000  # resamples drawn at once: bounds memory
+_RESAMPLES, _AT_ONCE = 10_000, 1000  # of a bootstrap; those drawn at once: bounds memory
 _DRAWS = 4000  # of true and estimated errors: power is then right to about half a point
 _MOST_SEEDS = 200
 
@@ -177,20 +177,15 @@ def mean_difference(differences: np.ndarray, weights: np.ndarray | None = None) 
 
 def crossed_bootstrap(
     differences: np.ndarray,
-    seed: int = 0,
     *,
     weights: np.ndarray | None = None,
     groups: Sequence | np.ndarray | None = None,
-    resamples: int = 10_000,
-    level: float = 0.95,
 ) -> Interval:
-    """Returns the percentile interval of the mean, with seeds and units drawn anew, each by itself (Owen 2007).
+    """Returns the 95 % percentile interval of the mean, with seeds and units drawn anew, each by itself (Owen 2007).
 
     Args:
         differences, weights: as in :func:`mean_difference`.
-        seed: equal seeds give equal intervals.
         groups: [U] the cluster of each unit, drawn instead of units: documents of one repository, tasks of one problem.
-        resamples, level: as in :func:`wmtp.numerics.bootstrap.bootstrap_interval`.
 
     With few seeds it is too narrow, by about sqrt((S - 1) / S) and the tails of t: a claim uses
     :func:`mean_difference`.
@@ -203,18 +198,17 @@ def crossed_bootstrap(
         total = np.stack([np.bincount(group, weights=row) for row in total])
         size = np.bincount(group, weights=size).astype(np.float64)
     num_seeds, num_units = total.shape
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # equal differences give equal intervals
     means = []
-    for start in range(0, resamples, _AT_ONCE):
-        count = min(_AT_ONCE, resamples - start)
-        of_seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=count)
-        of_units = rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=count)
+    for _ in range(_RESAMPLES // _AT_ONCE):
+        of_seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=_AT_ONCE)
+        of_units = rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=_AT_ONCE)
         means.append(((of_seeds @ total) * of_units).sum(axis=1) / (num_seeds * (of_units @ size)))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Interval(float(total.sum() / (num_seeds * size.sum())), float(low), float(high))
 
 
-def sign_flip(values: np.ndarray, seed: int = 0, *, resamples: int = 10_000) -> float:
+def sign_flip(values: np.ndarray) -> float:
     """Returns the two-sided p of a mean of zero if both signs are equally likely; exact for up to 13 values."""
     values = np.asarray(values, dtype=np.float64)
     found = stats.permutation_test(
@@ -222,8 +216,8 @@ def sign_flip(values: np.ndarray, seed: int = 0, *, resamples: int = 10_000) -> 
         lambda x, axis: x.mean(axis=axis),
         permutation_type="samples",
         vectorized=True,
-        n_resamples=resamples,
-        rng=np.random.default_rng(seed),
+        n_resamples=_RESAMPLES,
+        rng=np.random.default_rng(0),
     )
     return float(found.pvalue)
 

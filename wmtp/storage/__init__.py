@@ -38,17 +38,13 @@ def local_copy(path: str | Path) -> Path:
     return mirrored(f"{mirror.rstrip('/')}/{local.as_posix()}", otherwise=local)
 
 
-def output_of(output_dir: str, folder: Path | None = None) -> Output:
-    """Returns the output folder of a run: local, or ``s3://bucket/prefix`` with a local folder below the cache.
-
-    Args:
-        folder: another local folder.
-    """
+def output_of(output_dir: str) -> Output:
+    """Returns the output folder of a run: local, or ``s3://bucket/prefix`` with a local folder below the cache."""
     if not is_remote(output_dir):
-        return Output(folder or Path(output_dir))
+        return Output(output_dir)
     from wmtp.storage.remote_output import RemoteOutput
 
-    return RemoteOutput(output_dir, folder)
+    return RemoteOutput(output_dir)
 
 
 def check_inputs(cfg: DictConfig | None) -> None:
