@@ -126,9 +126,13 @@ def after_the_rounds(model, seen, *args, **named):
 
 
 def rounds_are_as_unsharded(folder):
-    """A block that runs three times in a forward pass: gathered and freed each time, or kept, or recomputed."""
-    mesh = init_device_mesh("cpu", (2,))
-    for recompute, reshard, factor in ((None, True, 0.5), ("selective", False, 0.0), (1, True, 0.0)):
+    """A block that runs three times in a forward pass: gathered and freed each time, or kept, or recomputed; of shards
+    and of replicas. Each process has rows of its own, so that a gradient which is its own alone is another one."""
+    shards, replicas = (
+        init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]) for shape in ((2,), (2, 1))
+    )
+    cases = ((shards, None, True, 0.5), (replicas, "selective", False, 0.0), (replicas, 1, True, 0.5))
+    for mesh, recompute, reshard, factor in cases:
         with torch.device("meta"):
             model = from_checkpoint(folder / "source", num_future_tokens=4, looped_heads=True)
         if recompute is not None:
@@ -136,16 +140,17 @@ def rounds_are_as_unsharded(folder):
         shard_model(model, mesh, param_dtype=torch.float32, reshard_after_forward=reshard)
         load_checkpoint(model, folder / "source")
         plain, seen = load_plain(folder / "source", num_future_tokens=4, looped_heads=True), []
-        for each in (model, plain):
-            for tokens in (TOKENS, 12 - TOKENS):  # two micro-batches
+        micro_batches = [[TOKENS, 12 - TOKENS], [TOKENS.flip(0, 1), 3 * TOKENS % 13]]  # of each process
+        for each, batches in ((model, micro_batches[dist.get_rank()]), (plain, sum(micro_batches, []))):
+            for tokens in batches:
+                if each is model:
+                    model.set_requires_all_reduce(tokens is batches[-1])
                 options = {"labels": tokens, "weighting": uniform(), "trunk_gradient": (1.0, *[factor] * 3)}
                 each(tokens, loss_fn=partial(after_the_rounds, each, seen), **options).loss_sum.backward()
         seen = seen[:2]
         for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
-            scale = float(full.grad.abs().max())
-            torch.testing.assert_close(
-                sharded.grad.full_tensor() / scale, full.grad / scale, atol=1e-5, rtol=0, msg=name
-            )
+            scale, mean = float(full.grad.abs().max()), sharded.grad.full_tensor()  # of two processes
+            torch.testing.assert_close(2 * mean / scale, full.grad / scale, atol=1e-5, rtol=0, msg=name)
         assert seen == [reshard, reshard] and all(isinstance(p, DTensor) for p in model.extra_heads.parameters())
         torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=1e-6, rtol=1e-5)
 
