@@ -239,7 +239,8 @@ class FullFinetuneRecipeWMTP:
             self._log.info(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data and self._step == 0:
             self.evaluate()
-        flops = [model_flops(model) for model in (self._model, self._reference, self._value_model)]
+        flops = [model_flops(model, trunk_gradient=self._heads.at(self._step).get("trunk_gradient"))]
+        flops += [model_flops(frozen) for frozen in (self._reference, self._value_model)]
         meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
         self._profiler.start(self._step)
         model.train()

@@ -39,7 +39,7 @@ from wmtp.training.lr_schedule import build_schedule
 from wmtp.training.optimizers import build_optimizer, parameter_groups
 from wmtp.training.output_dir import check_output_dir, open_output
 from wmtp.training.packed_data import packed_data
-from wmtp.training.performance import StepMeter, build_profiler, model_flops
+from wmtp.training.performance import StepMeter, adapters_off_flops, build_profiler, model_flops
 from wmtp.training.planning import plan_run
 from wmtp.training.run_log import RunLog, builder_name
 from wmtp.training.stopping import StopFlag, stopping
@@ -268,8 +268,10 @@ class LoRARecipeWMTP:
             self._log.info(preview(self._preview, model, self._data, self._next_batch, self._weighting, **shown))
         if self._eval_data and self._step == 0:
             self.evaluate()
-        flops = [model_flops(model, trunk=self._cache_trunk is None)]
+        factors = self._heads.at(self._step).get("trunk_gradient")
+        flops = [model_flops(model, trunk=self._cache_trunk is None, trunk_gradient=factors)]
         flops += [model_flops(frozen) for frozen in (self._reference, self._value_model)]
+        flops += [adapters_off_flops(model)] * (self._anchor is not None)
         meter = StepMeter(self._world, self._dtype, flops, self._peak_flops)
         self._profiler.start(self._step)
         model.train()

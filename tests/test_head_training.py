@@ -11,6 +11,7 @@ from wmtp.weighting import dft, uniform
 
 SHAPE = {"vocab_size": 61, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32, "intermediate_dim": 48}
 H = 3
+UNIFORM = uniform()
 TOKENS = torch.randint(0, 61, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
@@ -19,7 +20,7 @@ def small_model(num_heads=H, seed=0):
     return llama_mtp(**SHAPE, max_seq_len=16, num_future_tokens=num_heads)
 
 
-def gradients(model, *, head_weights=None, weighting=uniform(), **options):
+def gradients(model, *, head_weights=None, weighting=UNIFORM, **options):
     """Takes the gradients of one step: {parameter: gradient or None}, and the options with what they gathered."""
     heads = HeadTraining(**options)
     heads.prepare(model.num_future_tokens, head_weights, "cpu")

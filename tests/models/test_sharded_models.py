@@ -141,7 +141,7 @@ def rounds_are_as_unsharded(folder):
         load_checkpoint(model, folder / "source")
         plain, seen = load_plain(folder / "source", num_future_tokens=4, looped_heads=True), []
         micro_batches = [[TOKENS, 12 - TOKENS], [TOKENS.flip(0, 1), 3 * TOKENS % 13]]  # of each process
-        for each, batches in ((model, micro_batches[dist.get_rank()]), (plain, sum(micro_batches, []))):
+        for each, batches in ((model, micro_batches[dist.get_rank()]), (plain, micro_batches[0] + micro_batches[1])):
             for tokens in batches:
                 if each is model:
                     model.set_requires_all_reduce(tokens is batches[-1])

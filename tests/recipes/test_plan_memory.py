@@ -22,6 +22,7 @@ SIZES = {
     "wide": {"embed_dim": 512, "intermediate_dim": 1024, "num_layers": 3, "vocab_size": 4096},
     "deep": {"embed_dim": 256, "intermediate_dim": 512, "num_layers": 15, "vocab_size": 1024},
 }
+SIZES["looped"] = SIZES["wide"] | {"num_future_tokens": 4, "looped_heads": True}
 RECIPES = {"uniform": FullFinetuneRecipeWMTP, "lora_rho1": LoRARecipeWMTP}
 
 
@@ -29,9 +30,9 @@ RECIPES = {"uniform": FullFinetuneRecipeWMTP, "lora_rho1": LoRARecipeWMTP}
 def in_process(tmp_path):
     """Call a function of `planned` in a process of its own, and return what it wrote."""
 
-    def call(function, *arguments):
+    def call(function, *arguments, timeout=300):
         result = tmp_path / f"{function.__name__}.json"
-        start(function, str(result), *arguments, size=1, log=tmp_path / "log.txt").join()
+        start(function, str(result), *arguments, size=1, log=tmp_path / "log.txt").join(timeout)
         return json.loads(result.read_text())
 
     return call
@@ -56,7 +57,7 @@ def saved(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize("job", RECIPES)
-@pytest.mark.parametrize("size", ["wide", *(pytest.param(size, marks=pytest.mark.long) for size in ("narrow", "deep"))])
+@pytest.mark.parametrize("size", [pytest.param(s, marks=pytest.mark.long) if s != "wide" else s for s in SIZES])
 def test_what_is_planned_is_what_a_run_holds(job, size, saved, in_process):
     path = saved(job, size)
     (planned,) = in_process(plans, path)
@@ -196,5 +197,6 @@ def test_the_plans_in_7b_configs_are_fresh_and_fit_their_cards():
 @pytest.mark.parametrize("study", ["ablation", "heads"])
 @pytest.mark.parametrize("model, cards", [("smollm2_135m", 1), ("meta_mtp_7b", 4)])
 def test_every_arm_of_the_shipped_ablations_can_be_simulated_and_fits_its_card(model, cards, study, in_process):
-    for name, held in in_process(arms, str(ROOT / "configs" / model / f"{study}.yaml"), cards).items():
+    config = str(ROOT / "configs" / model / f"{study}.yaml")
+    for name, held in in_process(arms, config, cards, timeout=1800).items():  # two simulations for each of 12 arms
         assert 1e9 < held < 40e9, name

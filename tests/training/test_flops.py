@@ -8,7 +8,7 @@ from wmtp.config import build
 from wmtp.config.files import load
 from wmtp.loss import AnchorStates, SoftTargets, mtp_loss
 from wmtp.training.flops import _loss, flops_per_step, kept_share
-from wmtp.training.performance import model_flops
+from wmtp.training.performance import adapters_off_flops, model_flops
 from wmtp.weighting import any_weighting, dft, protect, random_matched, rho1, token_cleaning, uniform
 
 
@@ -101,6 +101,10 @@ def test_the_products_are_those_of_the_fused_loss(method, options):
 def test_options_of_the_heads_and_methods_that_want_preparation_are_counted():
     joint = config("tiny/uniform")
     detached = config("tiny/uniform", ("heads", {"_component_": "wmtp.loss.HeadTraining", "trunk_gradient": 0.0}))
+    tokens, model = joint.batch_size * joint.gradient_accumulation_steps * joint.seq_len, model_of(joint)
+    factors = (1.0,) + (0.0,) * (model.num_future_tokens - 1)
+    by_hand = model_flops(model, trunk_gradient=factors).of(tokens, joint.seq_len, [tokens] * model.num_future_tokens)
+    assert flops_per_step(detached) == by_hand
     soft = config("tiny/uniform", ("heads", {"_component_": "wmtp.loss.HeadTraining", "targets": "soft"}))
     assert flops_per_step(detached) < flops_per_step(joint) < flops_per_step(soft)
     assert kept_share(rehearsed(token_cleaning(0.6)), 2) == pytest.approx(0.6, abs=0.03)
@@ -122,6 +126,8 @@ def test_an_anchor_is_counted_with_the_model_that_it_is_held_against():
     adapted_forward = model_flops(off.requires_grad_(False)).of(tokens, cfg.seq_len)
     with_anchor = flops_per_step(config("tiny/lora_rho1", ("weighting", cfg.weighting), anchor))
     assert with_anchor - flops_per_step(adapted) == pytest.approx(adapted_forward + logits, rel=1e-9)
+    by_hand = adapters_off_flops(model_of(adapted)).of(tokens, cfg.seq_len, [tokens] * 4)
+    assert by_hand == pytest.approx(adapted_forward + logits, rel=1e-9)
 
 
 def rehearsed(weighting):

@@ -6,7 +6,7 @@ import torch
 from wmtp.distributed import World
 from wmtp.training.performance import ModelFlops, StepMeter, peak_flops
 
-SPEED = ModelFlops(token=100, position=2, target=50, heads=2)
+SPEED = ModelFlops(token=100, position=2, targets=(50, 50))
 
 
 def measured(*times, models=(SPEED,), peak=None):

@@ -45,37 +45,45 @@ class ModelFlops:
     Attributes:
         token: for each token: the projections.
         position: for each token and each position of its row, also outside a sliding window: attention.
-        target: for each target of each head: the unembedding.
-        heads: whose targets count.
+        targets: for each target of head 1, head 2 and so on: the unembedding.
     """
 
     token: float
     position: float
-    target: float = 0
-    heads: int = 0
+    targets: tuple[float, ...] = ()
 
     def of(self, tokens: float, seq_len: float, targets: Sequence[float] = ()) -> float:
         """Operations of so many tokens in rows of ``seq_len``, and of so many targets of each head."""
-        return tokens * (self.token + seq_len * self.position) + self.target * sum(targets[: self.heads])
+        blocks = tokens * (self.token + seq_len * self.position)
+        return blocks + sum(cost * number for cost, number in zip(self.targets, targets, strict=False))
 
 
-def model_flops(model: Any, *, trunk: bool = True) -> ModelFlops:
+def model_flops(model: Any, *, trunk: bool = True, trunk_gradient: Sequence[float] | None = None) -> ModelFlops:
     """Counts a decoder or a value model by what of it requires a gradient; not a number for any other model.
 
     Args:
         model: None costs nothing.
         trunk: whether it runs; False where its states are kept (of a value model: those of the whole backbone).
+        trunk_gradient: H factors as in the decoder's forward pass; one of 0 saves gradients.
     """
     if hasattr(model, "value_head"):  # a ValueModel
-        backbone, grad = _backbone(model.backbone, trunk, heads=trunk)
+        backbone, grad = _backbone(model.backbone, trunk, (1.0,) if trunk else ())
         layers = [layer for layer in (model.value_head.hidden, model.value_head.out) if layer is not None]
         head = sum(_linear(layer, grad or i > 0) for i, layer in enumerate(layers))
         return ModelFlops(backbone.token + head, backbone.position)
     if not isinstance(model, MTPDecoder):
         return ModelFlops(0 if model is None else math.nan, 0)
-    blocks, grad = _backbone(model, trunk)
-    unembedding = 2 * model.vocab_size * model.embed_dim * (1 + grad + model.unembedding.requires_grad)
-    return ModelFlops(blocks.token, blocks.position, unembedding, model.num_future_tokens)
+    factors = tuple(trunk_gradient or (1.0,) * model.num_future_tokens)
+    blocks, grad = _backbone(model, trunk, factors)
+    passes = [1 + grad + (model.unembedding.requires_grad and factor > 0) for factor in factors]
+    return ModelFlops(blocks.token, blocks.position, tuple(2 * model.vocab_size * model.embed_dim * n for n in passes))
+
+
+def adapters_off_flops(model: Any) -> ModelFlops:
+    """Counts what an anchor asks of a model with adapters: trunk and head 1 without them, and its targets' logits."""
+    sizes = [p.numel() for name, p in model.layers.named_parameters() if p.dim() == 2 and "lora_" not in name]
+    position = sum(4 * block.attn.num_heads * block.attn.head_dim for block in model.layers)
+    return ModelFlops(2 * sum(sizes), position, (2 * model.vocab_size * model.embed_dim,))
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -161,19 +169,18 @@ def build_profiler(section: DictConfig | None, output_dir: Path, world: World, n
     return build(section, output_dir, world, num_training_steps, where="profiler") or NoProfiler()
 
 
-def _backbone(model: MTPDecoder, trunk: bool, heads: bool = True) -> tuple[ModelFlops, bool]:
-    """Returns the cost of the blocks, and whether something in them or in the last norm is trained."""
+def _backbone(model: MTPDecoder, trunk: bool, factors: Sequence[float]) -> tuple[ModelFlops, bool]:
+    """Returns the cost of trunk and heads, as many as factors, and whether something up to the last norm is trained."""
     token = position = 0.0
     grad = _trained(model.tok_embeddings) and trunk
     for block in model.layers[:-1] if trunk else ():
         cost, grad = _block(block, grad)
         token, position = token + cost.token, position + cost.position
     ends = [grad]
-    looped = model.config.looped_heads
-    for k, block in enumerate(model.heads if heads else ()):
-        cost, end = _block(block, ends[-1] if looped and k > 1 else grad)
+    for k, (block, factor) in enumerate(zip(model.heads, factors, strict=False)):
+        cost, end = _block(block, ends[-1] if model.config.looped_heads and k > 1 else grad and factor > 0)
         token, position, ends = token + cost.token, position + cost.position, [*ends, end]
-    return ModelFlops(token, position), any(ends) or (heads and _trained(model.norm))
+    return ModelFlops(token, position), any(ends) or (bool(factors) and _trained(model.norm))
 
 
 def _block(block: Any, grad: bool) -> tuple[ModelFlops, bool]:

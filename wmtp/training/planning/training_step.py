@@ -7,7 +7,7 @@ their own, as many as the period of recomputation, and the first ones besides, b
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from wmtp.models.parallel import GATHERED_LATE
 from wmtp.models.value import ValueModel
 from wmtp.numerics.products import as_on_cuda
 from wmtp.training.optimizers import build_optimizer, parameter_groups
-from wmtp.training.performance import model_flops
+from wmtp.training.performance import ModelFlops, adapters_off_flops, model_flops
 from wmtp.training.planning.simulation import Figures, Simulation, local_parts
 from wmtp.weighting import any_weighting
 from wmtp.weighting.targets import Targets
@@ -188,12 +188,18 @@ class _Step:
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def place(self, model: nn.Module, recompute: int | str | None = None) -> nn.Module:
-        """Cuts a model on the meta device down to the depth, shards it, and gives it fake weights."""
+    def place(
+        self, model: nn.Module, recompute: int | str | None = None, needed: Sequence[ModelFlops] = ()
+    ) -> nn.Module:
+        """Cuts a model on the meta device down to the depth, shards it, and gives it fake weights.
+
+        Args:
+            needed: the operations that it needs in a step; by default as it is.
+        """
         decoder = _decoder(model)
         rows, seq_len = self.batch["tokens"].shape
-        heads = decoder.num_future_tokens
-        self.flops += model_flops(model).of(rows * seq_len, seq_len, [rows * seq_len] * heads)
+        targets = [rows * seq_len] * decoder.num_future_tokens
+        self.flops += sum(each.of(rows * seq_len, seq_len, targets) for each in needed or [model_flops(model)])
         self.depths = (self.depths[0] or len(decoder.layers), len(decoder.layers))
         cut_down(decoder, self.depth)
         fused = None
@@ -271,11 +277,13 @@ class _Finetuning(_Step):
             model = build(cfg.model, where="model")
             if cfg.get("adapters") is not None:
                 store_frozen(build(cfg.adapters, model, where="adapters", seed=0), DTYPES[cfg.dtype])
-        self.model = self.place(model, recompute(cfg)).train()
-        self.mark_backward(self.model)
         self.heads = build(cfg.get("heads"), where="heads") or HeadTraining()
         self.heads.prepare(model.num_future_tokens, cfg.get("head_weights"), "cpu", model=model)
         self.anchor = build(cfg.get("anchor"), where="anchor")
+        needed = [model_flops(model, trunk_gradient=self.heads.at(0).get("trunk_gradient"))]
+        needed += [adapters_off_flops(model)] * (self.anchor is not None and cfg.get("adapters") is not None)
+        self.model = self.place(model, recompute(cfg), needed).train()
+        self.mark_backward(self.model)
         beside = self.anchor if cfg.get("adapters") is None else None
         self.reading = ReferenceReading(self.weighting.needs, self.heads.soft_targets, beside)
         self._freeze("reference_model", lambda model: model, asked=self.reading.asked)
