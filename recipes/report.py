@@ -34,6 +34,7 @@ class ReportRecipe:
         self._baseline = read.text("baseline", None)
         self._objective = read.text("objective", None)
         self._other_data = read.plain("other_data", None)
+        self._factors = read.plain("factors", None)
         self._allow_mixed = read.flag("allow_mixed", False)
         self._log_artifact = read.flag("log_artifact", True)
         self._output_dir = Path(read.text("output_dir", "runs/report"))
@@ -46,6 +47,7 @@ class ReportRecipe:
     def load(self) -> None:
         """Reads all runs; refuses those that cannot be compared."""
         named = {"baseline": self._baseline, "objective": self._objective, "other_data": self._other_data}
+        named["factors"] = self._factors
         self._study = load_study(self._names, **named, allow_mixed=self._allow_mixed)
 
     def write(self) -> None:

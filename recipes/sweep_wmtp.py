@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import wmtp  # noqa: F401  # isort: skip  # first: it silences what torchtune says when it is imported
@@ -69,6 +70,7 @@ class SweepRecipe:
         self._baseline = read.text("baseline", None)
         self._controls = read.plain("controls", {})
         self._other_data = read.plain("other_data", [])
+        self._factors = read.plain("factors", {})
         self._margin = read.number("margin", None, above=0)
         self._max_parallel = read.integer("max_parallel", 1, minimum=1)
         self._devices = read.plain("devices", [])
@@ -188,10 +190,14 @@ class SweepRecipe:
             if not isinstance(own, list):
                 raise ConfigError(f"controls.{name} must be a list of cells, got {own!r}")
             told += own
+        if not all(isinstance(levels, list) and len(levels) > 1 for levels in self._factors.values()):
+            raise ConfigError(f"factors must name two levels or more of each factor, got {self._factors}")
+        told += ["_".join(map(str, levels)) for levels in product(*self._factors.values()) if levels]
         for name in [*told, *self._other_data]:
             if name not in names:
                 known = ", ".join(names)
-                raise SweepError(f"baseline, controls and other_data name cells; there is no {name!r}, but {known}")
+                keys = "baseline, controls, other_data and factors"
+                raise SweepError(f"{keys} name cells; there is no {name!r}, but {known}")
         for name in self._controls:
             if name not in {*names, *groups, "search"}:
                 raise SweepError(f"controls: there is no cell or group {name!r}, but {', '.join([*names, *groups])}")

@@ -107,12 +107,7 @@ def metrics_of(study: Study) -> dict[str, Arms]:
     found = {f"code head {k}": held_out_arms(study.runs, "code", k) for k in (1, 2, 3, 4)}
     found["prose head 1"] = held_out_arms(study.runs, "prose", 1)
     of_head = {f"acceptance of head {k}": evaluation_arms(study.runs, "heads", f"acceptance_head{k}") for k in (2, 3)}
-    lengths = {
-        cell: np.array([[run.evaluations["heads"]["speed"]["drafts_3"]["tokens_per_forward"]] for run in runs])
-        for cell, runs in study.cells.items()
-    }
-    seeds = of_head["acceptance of head 2"].seeds
-    return found | {"accept length": Arms("accept length", lengths, seeds, ("all prompts",), "")} | of_head
+    return found | {"accept length": evaluation_arms(study.runs, "heads", "tokens_per_forward")} | of_head
 
 
 def complete(study: Study, seeds: int) -> list[str]:

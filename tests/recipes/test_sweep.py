@@ -245,7 +245,7 @@ def test_prepared_runs_come_first_and_once_and_evaluations_after_each_training(t
         ({"axes": {}, "cells": [{"nam": "a"}]}, "cells: each entry has a name"),
         (
             {"baseline": "uniform"},
-            "baseline, controls and other_data name cells; there is no 'uniform', but lr-0.1, lr-0.3, lr-0.5",
+            "baseline, controls, other_data and factors name cells; there is no 'uniform', but lr-0.1, lr-0.3, lr-0.5",
         ),
         ({"search": {"lr": [1]}}, "search and trials go together"),
         ({"search": {"lr": {"low": 1, "high": 0}}, "trials": 2}, "search.lr: "),

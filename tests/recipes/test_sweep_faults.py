@@ -252,7 +252,9 @@ def test_a_cells_own_tracking_keys_outlive_the_sweeps_section():
         ({"evaluations": {"a/b": {}}}, "cell 'a/b': a name consists of"),
         ({"prepare": 3}, "prepare must be a list, got 3"),
         ({"controls": {"lr-0.1": "lr-0.3"}}, "controls.lr-0.1 must be a list of cells, got 'lr-0.3'"),
-        ({"other_data": ["clean"]}, "baseline, controls and other_data name cells; there is no 'clean'"),
+        ({"other_data": ["clean"]}, "baseline, controls, other_data and factors name cells; there is no 'clean'"),
+        ({"factors": {"a": ["x", "y"], "b": [1, 2]}}, "factors name cells; there is no 'x_1'"),
+        ({"factors": {"a": ["x"]}}, "factors must name two levels or more of each factor, got {'a': ['x']}"),
         (
             {
                 **SEARCH,

@@ -114,7 +114,13 @@ def write_evaluations(folder: Path, rng: np.random.Generator, gain: float, heads
     """Evaluations of heads and of 65 tasks, with a sample each, of which the easier ones pass."""
     (folder / "evaluations" / "heads").mkdir(parents=True)
     quality = {f"ce_head{k}": 2 - gain + 0.4 * k for k in range(1, heads + 1)}
-    speed = {f"drafts_{heads - 1}": {"speedup": 1.3, "acceptance_head2": 0.5 + gain + float(rng.normal(0, 0.001))}}
+    speed = {
+        f"drafts_{heads - 1}": {
+            "speedup": 1.3,
+            "tokens_per_forward": 1.5 + gain,
+            "acceptance_head2": 0.5 + gain + float(rng.normal(0, 0.001)),
+        }
+    }
     heads_json = {"heads": quality, "teacher_forced": quality, "speed": speed}
     (folder / "evaluations" / "heads" / "heads.json").write_text(json.dumps(heads_json))
     (folder / "evaluations" / "mbpp").mkdir()

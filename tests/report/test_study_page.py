@@ -4,8 +4,10 @@ import datetime
 import html
 import json
 import re
+import shutil
 from collections import Counter
 from html.parser import HTMLParser
+from itertools import product
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,7 @@ from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.report import ReportRecipe
 from wmtp.config import ConfigError, load
 from wmtp.errors import UserError
+from wmtp.numerics.paired import mean_difference
 from wmtp.report import study_parts
 from wmtp.report.comparison import compare_runs, held_out_arms
 from wmtp.report.figures import Curve, curves, looks, short
@@ -155,6 +158,34 @@ def test_no_program_passed_and_other_tasks_are_no_claims(tmp_path):
     assert "No claim: no program passed in any arm (zero pass@1)." in missing
     assert re.search(r"No claim: \S+ and \S+ cannot be compared by other: tasks_sha256 rho1 and uniform", missing)
     assert "takes two seeds in common" in missing  # acceptance
+
+
+def test_a_design_of_factors_is_compared_by_levels_over_its_matched_cells(tmp_path):
+    gains = {"uniform_joint": 0.0, "uniform_detached": 0.02, "rho1_joint": 0.03, "rho1_detached": 0.05}
+    for (cell, gain), seed in product(gains.items(), range(3)):
+        place = tmp_path / "cells" / cell / f"seed-{seed}"
+        write_run(place, seed=seed, method=cell.partition("_")[0], gain=gain)
+    factors = {"weights": ["uniform", "rho1"], "heads": ["joint", "detached"]}
+    sweep = {"study": "factors", "baseline": "uniform_joint", "objective": "eval/code/ce_head1", "margin": None}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep | {"factors": factors}, sort_keys=False))
+    (tmp_path / "table.json").write_text(json.dumps({"rows": []}))
+    study = load_study([str(tmp_path)])
+    sections = parts_of(study_report(study)[0])
+    claims, second = sections["claims"], sections["claims_2"]
+    arms = held_out_arms(study.runs, "code")
+    by_hand = sum(arms.arms[f"{w}_detached"] - arms.arms[f"{w}_joint"] for w in factors["weights"]) / 2
+    found = mean_difference(by_hand, arms.weights)
+    assert f"heads detached better than heads joint by {-found.mean:.4f} nats [{-found.interval().high:.4f}" in claims
+    assert re.search("weights rho1 better than weights uniform by .*; uncontrolled: the study lacks a shuffled", claims)
+    assert "heads detached better than heads joint in CE of code head 2" in second and "10 comparisons" in claims
+    assert "Claims on CE of code head 2" in second and "detached" in sections["axes"]
+    assert sections["axes"].count("<svg") == 4, "both heads, prose, acceptance"
+    assert study.shown(3) == ["uniform_joint", "uniform_detached", "rho1_joint"]
+    shutil.rmtree(tmp_path / "cells" / "rho1_joint")
+    claims = parts_of(study_report(load_study([str(tmp_path)]))[0])["claims"]
+    assert "No claim: factors names cells without runs to compare, rho1_joint." in claims
+    with pytest.raises(UserError, match="factors must name two levels or more of each factor, got"):
+        study_report(load_study([str(tmp_path)], factors={"heads": "joint"}))
 
 
 def test_a_win_without_controls_is_uncontrolled(folder):

@@ -1,7 +1,7 @@
 """Runs beside each other: a table of their cells, and what of it is a finding. A cell is a config without its seed."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -134,7 +134,8 @@ def evaluation_arms(runs: Sequence[Run], evaluation: str, figure: str | None = N
 
     Args:
         figure: as in :func:`~wmtp.eval.results.figure_by_task`; of heads the share of drafts that verification
-            accepted, with all heads drafting. None is ``pass_at_1``, or ``acceptance_head2``.
+            accepted, with all heads drafting, or another figure of that decoding, as the accept length
+            ``tokens_per_forward``. None is ``pass_at_1``, or ``acceptance_head2``.
 
     Raises:
         UserError: no run has this evaluation or figure, or two of them have evaluated something else or otherwise.
@@ -149,11 +150,12 @@ def evaluation_arms(runs: Sequence[Run], evaluation: str, figure: str | None = N
             raise UserError(f"{evaluated[0].name} and {run.name} cannot be compared by {evaluation}: {reason}")
     if "temperatures" not in first:
         figure = figure or "acceptance_head2"
-        accepted = {(run.cell, run.seed): acceptance(run.evaluations[evaluation]) for run in evaluated}
-        values = {key: np.array([of[figure]]) for key, of in accepted.items() if figure in of}
+        drafted = {(run.cell, run.seed): _all_drafting(run.evaluations[evaluation]) for run in evaluated}
+        values = {key: np.array([of[figure]]) for key, of in drafted.items() if figure in of}
         if not values:
-            raise UserError(f"{evaluation} has no figure {figure!r}; there are {', '.join(acceptance(first))}")
-        name = f"{figure.replace('_head', ' of head ')} ({evaluation})"
+            raise UserError(f"{evaluation} has no figure {figure!r}; there are {', '.join(_all_drafting(first))}")
+        name = "accept length" if figure == "tokens_per_forward" else figure.replace("_head", " of head ")
+        name = f"{name} ({evaluation})"
         return Arms(name, *_stacked(values), ("all prompts",), "", nothing="no draft was accepted")
     figure = figure or "pass_at_1"
     by_task = {(run.cell, run.seed): figure_by_task(run.evaluations[evaluation], figure) for run in evaluated}
@@ -173,8 +175,12 @@ def evaluations_of(runs: Sequence[Run]) -> list[str]:
 
 def acceptance(evaluation: dict) -> dict[str, float]:
     """Returns ``acceptance_head{k}`` of heads.json, with all heads drafting; {} of other evaluations."""
-    drafts = [figures for name, figures in evaluation.get("speed", {}).items() if name.startswith("drafts_")]
-    return {name: share for name, share in (drafts[-1] if drafts else {}).items() if name.startswith("acceptance_head")}
+    drafted = _all_drafting(evaluation)
+    return {name: share for name, share in drafted.items() if name.startswith("acceptance_head")}
+
+
+def _all_drafting(evaluation: dict) -> dict[str, float]:
+    return next((of for name, of in reversed(evaluation.get("speed", {}).items()) if name.startswith("drafts_")), {})
 
 
 def _why_not_alike(ours: dict, theirs: dict) -> str | None:
@@ -258,24 +264,70 @@ def compare_runs(
     controls = controls_of(cells) if controls is None else controls
     pairs = [(cell, base) for cell in cells if cell != base]
     pairs += [(cell, control) for cell, _ in pairs for control in controls.get(cell, ()) if control != base]
-    found: list[list[Comparison]] = []
-    for number, metric in enumerate(metrics):
-        known = [pair for pair in pairs if metric.arms.keys() >= set(pair)]
-        if not metric.sample:  # totals of one seed, or equal ones of few, say nothing about their error
-            known = [(a, b) for a, b in known if np.nanstd(metric.arms[a] - metric.arms[b]) > _ROUNDING]
-        if metric.all_zero or not known:
-            found.append([])
-            continue
-        ce = metric.unit == "nats"
-        found.append(
-            compare_all(
-                metric.arms, known, weights=metric.weights, controls=controls, sample=metric.sample, unit=metric.unit,
-                metric="" if ce and not number else metric.title, lower_is_better=ce,
-                margin=margin if ce else None,
-            )
-        )  # fmt: skip
+    return _adjusted([_compared(metric, pairs, controls, margin, named=n > 0) for n, metric in enumerate(metrics)])
+
+
+def _compared(
+    metric: Arms, pairs: Sequence[tuple[str, str]], controls: Mapping[str, Sequence[str]], margin: float | None, *,
+    named: bool,
+) -> list[Comparison]:  # fmt: skip
+    """Returns the comparisons that a metric has of pairs of arms."""
+    known = [pair for pair in pairs if metric.arms.keys() >= set(pair)]
+    if not metric.sample:  # totals of one seed, or equal ones of few, say nothing about their error
+        known = [(a, b) for a, b in known if np.nanstd(metric.arms[a] - metric.arms[b]) > _ROUNDING]
+    if metric.all_zero or not known:
+        return []
+    ce = metric.unit == "nats"
+    return compare_all(
+        metric.arms, known, weights=metric.weights, controls=controls, sample=metric.sample, unit=metric.unit,
+        metric=metric.title if named or not ce else "", lower_is_better=ce, margin=margin if ce else None,
+    )  # fmt: skip
+
+
+def _adjusted(found: Sequence[Sequence[Comparison]]) -> list[list[Comparison]]:
     adjusted = iter(adjust(c for of_metric in found for c in of_metric))
     return [[next(adjusted) for _ in of_metric] for of_metric in found]
+
+
+def compare_levels(
+    runs: Sequence[Run],
+    metrics: Sequence[Arms],
+    factors: Mapping[str, Sequence[str]],
+    design: Mapping[str, Mapping[str, str]],
+    *,
+    margin: float | None = None,
+) -> list[list[Comparison]]:
+    """Compares each level of each factor with the factor's first one, in the mean over a design's cells that differ in
+    nothing else, on the same seeds and units.
+
+    Args:
+        runs, metrics, margin: as in :func:`compare_runs`.
+        factors: name to levels.
+        design: cell to its level by factor; every cell has runs.
+
+    Returns:
+        The comparisons of each metric, adjusted for those of all metrics together; none of a metric that is zero in all
+        arms, or that a cell lacks. A weighting, held against plain training, needs its controls among the levels.
+    """
+    method = {run.cell: run.method for run in runs}
+    cells: dict[str, list[str]] = {}
+    pairs, controls = [], {}
+    for factor, levels in factors.items():
+        names = [f"{factor} {level}" for level in levels]
+        cells |= {n: [c for c, of in design.items() if of[factor] == v] for n, v in zip(names, levels, strict=True)}
+        pairs += [(name, names[0]) for name in names[1:]]
+        methods = {name: {method[cell] for cell in cells[name]} for name in names}
+        of_kind = {kind: name for name in names for kind in CONTROLS if methods[name] == {kind}}
+        for name in names:
+            if methods[names[0]] <= set(PLAIN) and not methods[name] & set(PLAIN):
+                pairs += [(name, control) for control in of_kind.values()]
+                controls[name] = [of_kind.get(kind, f"a {kind} control of it") for kind in CONTROLS]
+    found = []
+    for number, metric in enumerate(metrics):
+        known = {name: of for name, of in cells.items() if metric.arms.keys() >= set(of)}
+        means = {name: np.mean([metric.arms[cell] for cell in of], axis=0) for name, of in known.items()}
+        found.append(_compared(replace(metric, arms=means), pairs, controls, margin, named=number > 0))
+    return _adjusted(found)
 
 
 def table_text(runs: Sequence[Run], metrics: Sequence[Arms] = ()) -> str:

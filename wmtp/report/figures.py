@@ -175,11 +175,15 @@ def scatter(points: Mapping[str, tuple[float, float]], named: Mapping[str, Look]
 
 @matplotlib.rc_context(_STYLE)
 def heatmaps(panels: Mapping[str, np.ndarray], columns: Sequence[str], rows: Sequence[str], *,
-             x: str, y: str, label: str) -> str:  # fmt: skip
-    """Draws matrices [rows, columns] beside each other on one scale, with their numbers; the lowest has a frame."""
+             x: str, y: str, label: str, lower: bool = True) -> str:  # fmt: skip
+    """Draws matrices [rows, columns] beside each other on one scale, with their numbers; the best has a frame.
+
+    Args:
+        lower: is better.
+    """
     every = np.stack(list(panels.values()))
     low, high = np.nanmin(every), np.nanmax(every)
-    palette = matplotlib.colormaps["viridis_r"]
+    palette = matplotlib.colormaps["viridis_r" if lower else "viridis"]
     per_row = min(3, len(panels))
     lines = -(-len(panels) // per_row)
     height = (0.75 + 0.34 * len(rows)) * lines + 0.3
@@ -194,7 +198,7 @@ def heatmaps(panels: Mapping[str, np.ndarray], columns: Sequence[str], rows: Seq
                 continue
             share = (value - low) / (high - low) if high > low else 0.5
             color = palette(share)
-            best = value == low
+            best = value == (low if lower else high)
             ax.add_patch(matplotlib.patches.Rectangle((column - 0.48, row - 0.46), 0.96, 0.92, fc=color,
                                                       ec=INK if best else "none", lw=2 if best else 0))  # fmt: skip
             dark = np.dot(color[:3], (0.299, 0.587, 0.114)) < 0.55
@@ -297,11 +301,17 @@ def _svg(figure: Figure, ax: Axes | None, label: str, ends: Sequence[tuple[float
     svg = re.sub(r"(?<=font: )(.*?px) [^;\"]*", r"\1 inherit", svg)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", svg)
     svg = re.sub(r"<g id=\"(?!m[0-9a-f]{10})[^\"]*\">", "<g>", svg)
-    name = f"f{zlib.crc32(label.encode()):08x}"
+    for marker, style in dict(re.findall(r'<use xlink:href="#(\w+)"[^>]*style="([^"]*)"', svg)).items():
+        # The style of a marker, once where it is defined and not at each of its places; bands are defined without one.
+        svg, defined = re.subn(rf'(<path id="{marker}"[^>]*style=")[^"]*', rf"\g<1>{style}", svg)
+        svg = re.sub(rf'(<use xlink:href="#{marker}"[^>]*?) style="[^"]*"', r"\1", svg) if defined else svg
+    for _ in range(2):
+        svg = re.sub(r"<g>\s*(<(?:use|path)[^>]*/>)\s*</g>", r"\1", svg)
+    name, ids = f"f{zlib.crc32(label.encode()):08x}", dict[str, int]()
 
     def tag(found: re.Match) -> str:
         text = re.sub(r"(\d\.\d)\d+", r"\1", found[0])  # tenths of a point
-        text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}", text)
+        text = re.sub(r'(id="|href="#|url\(#)(\w+)', lambda at: f"{at[1]}{name}{ids.setdefault(at[2], len(ids))}", text)
         return re.sub(r"#0f0f\d\d", lambda color: f"var(--{_VARIABLES.get(color[0], 'ink')})", text)
 
     svg = re.sub(r"<[^>]*>", tag, svg)  # not the text between them

@@ -2,9 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -83,18 +84,36 @@ class Study:
 
     @cached_property
     def axes(self) -> dict[str, list]:
-        """Config keys that the sweep varies, with the values that its cells have, in order."""
+        """Config keys that the sweep varies, with the values that its cells have, in order; or its factors."""
+        if self.factors:
+            return dict(self.factors)
         values: dict[str, set[float | str]] = {}
         for cell in self.cells:
             for key, value in self.axes_of(cell).items():
                 values.setdefault(key, set()).add(value)
         return {key: sorted(of, key=numbers_first) for key, of in values.items() if len(of) > 1}
 
+    @cached_property
+    def factors(self) -> dict[str, list[str]]:
+        """Factor to its levels, the first of which the others are held against, where cells are a design of factors."""
+        given = self.sweep.get("factors") or {}
+        if not isinstance(given, Mapping) or not all(isinstance(of, list) and len(of) > 1 for of in given.values()):
+            raise UserError(f"factors must name two levels or more of each factor, got {given}")
+        return {name: list(map(str, levels)) for name, levels in given.items()}
+
+    @cached_property
+    def design(self) -> dict[str, dict[str, str]]:
+        """The cells of the factors' design, by the levels that their names join, each with its level by factor."""
+        every = product(*self.factors.values()) if self.factors else ()
+        return {"_".join(levels): dict(zip(self.factors, levels, strict=True)) for levels in every}
+
     def axes_of(self, cell: str) -> dict[str, float | str]:
-        """Returns a cell's values of the keys that its sweep varies; {} for a cell outside of the grid.
+        """Returns a cell's values of the keys or factors that its sweep varies; {} for a cell outside of the grid.
 
         What is no number is a text, JSON if it is none: lists, sections and null.
         """
+        if cell in self.design:
+            return dict(self.design[cell])
         own: dict = next((row["axes"] for (name, _), row in self.rows.items() if name == cell), {})
         return {key: value if type(value) in (int, float, str) else json.dumps(value) for key, value in own.items()}
 
@@ -110,9 +129,12 @@ class Study:
         return sorted(found, key=lambda cell: (known.get(cell, np.inf), cell))
 
     def shown(self, limit: int) -> list[str]:
-        """Returns the cells that figures name: the baseline, the best, its controls, and the next best ones."""
+        """Returns the cells that figures name: the baseline, cells of a design that differ from it by one factor, the
+        best, its controls, and the next best ones."""
         ranked = [cell for cell in self.ranked() if cell != self.baseline]
-        first = [self.baseline, *ranked[:1]]
+        base = self.design.get(self.baseline, {})
+        near = (cell for cell, own in self.design.items() if len(own.items() - base.items()) == 1 and cell in ranked)
+        first = [self.baseline, *near, *ranked[:1]]
         first += [cell for cell in (self.controls or {}).get(ranked[0], ()) if cell in self.cells] if ranked else []
         return list(dict.fromkeys([*first, *ranked]))[:limit]
 
@@ -154,13 +176,13 @@ def held_out_interval(runs: Sequence[Run], metric: str) -> Interval | None:
 
 def load_study(
     names: Sequence[str], *, baseline: str | None = None, objective: str | None = None,
-    other_data: Sequence[str] | None = None, allow_mixed: bool = False,
+    other_data: Sequence[str] | None = None, factors: Mapping | None = None, allow_mixed: bool = False,
 ) -> Study:  # fmt: skip
     """Reads a study from a sweep's folder or MLflow run (by id or by the study's name), or from runs.
 
     Args:
         names: one sweep, or runs: folders or MLflow ids.
-        baseline, objective, other_data: instead of what the sweep's config names.
+        baseline, objective, other_data, factors: instead of what the sweep's config names.
         allow_mixed: take runs that cannot be compared; the claims are then about those that can, with the baseline.
 
     Raises:
@@ -205,7 +227,7 @@ def load_study(
         baseline=first,
         objective=_objective(runs, objective, sweep.get("objective")),
         other_data=tuple(other_data),
-        sweep=sweep,
+        sweep=sweep if factors is None else {**sweep, "factors": factors},
         rows={(row["cell"], row["seed"]): row for row in table.get("rows", ())},
         parent_id=parent_id or (runs[0].config.get("tracking") or {}).get("parent_run_id") if sweep else None,
     )

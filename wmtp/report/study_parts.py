@@ -1,6 +1,7 @@
 """The parts of a report on what a study found: claims, the table of cells, curves, the axes, quality against cost."""
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,7 +9,15 @@ from wmtp.errors import UserError
 from wmtp.numerics.bootstrap import Interval
 from wmtp.report import figures
 from wmtp.report.claims import Comparison
-from wmtp.report.comparison import Arms, compare_runs, evaluation_arms, evaluations_of, held_out_arms, sets_and_heads
+from wmtp.report.comparison import (
+    Arms,
+    compare_levels,
+    compare_runs,
+    evaluation_arms,
+    evaluations_of,
+    held_out_arms,
+    sets_and_heads,
+)
 from wmtp.report.costs import cost
 from wmtp.report.figures import Curve
 from wmtp.report.parts import (
@@ -45,18 +54,26 @@ def claims(study: Study) -> list[Part]:
         return [Part("claims", title, missing="No claim: no run has the CE of single held-out documents (held_out/).")]
     if len(study.cells) == 1:
         return [Part("claims", title, missing=f"No claim: there is nothing to hold {study.baseline} against.")]
-    metrics, refused = [], {}
+    if lacking := study.design.keys() - {run.cell for run in runs}:
+        cells = ", ".join(sorted(lacking))
+        return [Part("claims", title, missing=f"No claim: factors names cells without runs to compare, {cells}.")]
+    metrics, refused, margin = [], {}, study.sweep.get("margin")
     for name in evaluations_of(runs):
         try:
             metrics.append(evaluation_arms(runs, name))
+            if study.factors and not metrics[-1].sample:
+                metrics.append(evaluation_arms(runs, name, "tokens_per_forward"))
         except UserError as error:
             refused[name] = f"No claim: {error}."
     try:
-        others = [(name, k) for name, k in sets_and_heads(runs) if k == head and name != held_out_set]
+        known = sets_and_heads(runs)
+        others = [(name, k) for name, k in known if study.factors and name == held_out_set and k != head]
+        others += [(name, k) for name, k in known if k == head and name != held_out_set]
         metrics = [*(held_out_arms(runs, *key) for key in ((held_out_set, head), *others)), *metrics]
-        found = compare_runs(
-            runs, metrics, baseline=study.baseline, margin=study.sweep.get("margin"), controls=study.controls
-        )
+        if study.factors:
+            found = compare_levels(runs, metrics, study.factors, study.design, margin=margin)
+        else:
+            found = compare_runs(runs, metrics, baseline=study.baseline, margin=margin, controls=study.controls)
     except UserError as error:
         return [Part("claims", title, missing=f"No claim: {error}.")]
     apart = ", ".join(sorted({run.cell for run in study.runs if run not in runs}))
@@ -64,9 +81,13 @@ def claims(study: Study) -> list[Part]:
     if sum(map(bool, found)) > 1:
         names = ", ".join(metric.title for metric, of in zip(metrics, found, strict=True) if of)
         lead = f" All {sum(map(len, found))} comparisons of this page are adjusted together: {names}.{lead}"
+    if study.factors:
+        lead = f" Each level is the mean of all cells that have it, against those that differ in nothing else.{lead}"
     parts = [_claims_on(study, metrics[0], found[0], "claims", title, lead)]
     for place, (metric, of) in enumerate(zip(metrics[1:], found[1:], strict=True), 2):
-        if metric.unit:
+        if metric.unit and metric.name.startswith(f"{held_out_set} head ".lstrip()):
+            title, lead = f"Claims on {metric.title}", ""
+        elif metric.unit:
             title = f"Claims on what was forgotten: {metric.title}"
             lead = " Worse than the baseline: more forgotten than by it, or less learnt; better: less forgotten."
         elif metric.sample:
@@ -99,11 +120,11 @@ def _claims_on(study: Study, metric: Arms, found: list[Comparison], key: str, ti
                  for of in map(statistics.get, names)]  # fmt: skip
         table.append([f"{c.arm} - {c.baseline}", interval(c.interval), *shown])
     over = f"seeds and {metric.sample}s" if metric.sample else "seeds"
-    side = "left" if metric.unit else "right"
+    side, what = "left" if metric.unit else "right", "level" if study.factors else "cell"
     caption = (
-        f"Difference in {metric.title} of each cell from what it is held against, with its 95 % interval over {over}: "
-        f"{side} of zero is better. Filled: a difference was found after Holm's adjustment; hollow: none was. Of the "
-        "numbers, p (Holm) alone makes a claim: the other tests see units or seeds alone."
+        f"Difference in {metric.title} of each {what} from what it is held against, with its 95 % interval over "
+        f"{over}: {side} of zero is better. Filled: a difference was found after Holm's adjustment; hollow: none was. "
+        "Of the numbers, p (Holm) alone makes a claim: the other tests see units or seeds alone."
     )
     x = "difference in held-out CE, nats per token" if metric.unit else f"difference in {metric.name}"
     svg = figures.forest(rows, x=x, label=f"Differences in {metric.title}")
@@ -184,40 +205,59 @@ def _differences(study: Study) -> dict[str, Curve]:
 
 
 def axes(study: Study) -> Part:
-    """Heatmaps of the objective over two axes, one for each value of a third."""
+    """Heatmaps over two axes, one for each value of a third: of the objective, and of a design's other metrics."""
     title = "The axes"
     if not study.axes:
         return Part("axes", title, missing="This study varies no config key over several values (axes of its sweep).")
-    keys = sorted(study.axes, key=lambda key: -len(study.axes[key]))[:3]
-    keys += [""] * (3 - len(keys))  # an axis that is not there has one value
+    keys = list(study.axes) if study.factors else sorted(study.axes, key=lambda key: -len(study.axes[key]))
+    keys, rest = [*keys[:3], *[""] * (3 - len(keys))], keys[3:]  # an axis that is not there has one value
+    means = {study.objective: {cell: over_seeds(runs, study.objective) for cell, runs in study.cells.items()}}
+    if study.factors:
+        ours, head = study.target
+        for metric in sorted({m for run in study.runs for m in run.metrics}):
+            if (of := parse_ce(metric)) and (of[0] == ours or of[1] == head):
+                means[metric] = {cell: over_seeds(runs, metric) for cell, runs in study.cells.items()}
+        accepted = acceptance(study)
+        means |= {
+            f"acceptance of head {k}": {cell: of.get(k) for cell, of in accepted.items()} for k in (2,) if accepted
+        }
+    shown = [_heatmaps(study, metric, of, keys, rest) for metric, of in means.items()]
+    found = [one for one in shown if one is not None]
+    if not found:
+        return Part("axes", title, missing=f"No cell with values of {', '.join(study.axes)} has the objective yet.")
+    return Part("axes", title, shown=found)
+
+
+def _heatmaps(
+    study: Study, metric: str, of_cells: Mapping[str, Interval | None], keys: Sequence[str], rest: Sequence[str]
+) -> Shown | None:
+    """Returns a metric's means by the values of three keys, of which "" has one; None where no cell has any."""
     values = [study.axes.get(key, [None]) for key in keys]
     grid: dict[tuple, list[float]] = defaultdict(list)
-    for cell, runs in study.cells.items():
+    for cell, found in of_cells.items():
         own = study.axes_of(cell)
         place = tuple(own.get(key) if key else None for key in keys)
-        found = over_seeds(runs, study.objective)
         if found is not None and all(v in of for v, of in zip(place, values, strict=True)):
             grid[place].append(found.estimate)
     mean = {place: float(np.mean(of)) for place, of in grid.items()}
+    if not mean:
+        return None
     last = [key.rpartition(".")[2] for key in keys]
     panels = {}
     for panel in values[2]:
         name = f"{last[2]} {panel}" if keys[2] else ""
         panels[name] = np.array([[mean.get((a, b, panel), np.nan) for a in values[0]] for b in values[1]])
-    if not mean:
-        return Part("axes", title, missing=f"No cell with values of {', '.join(study.axes)} has the objective yet.")
     names = [[figures.short(str(value)) for value in of] for of in values]
-    rest = [key for key in study.axes if key not in keys]
-    over_all = f" and over {', '.join(rest)}" if rest else ""
+    over_all, lower = f" and over {', '.join(rest)}" if rest else "", parse_ce(metric) is not None
     caption = (
-        f"Mean of {study.objective} over seeds{over_all}, by {', '.join(filter(None, last))}; "
-        "the frame marks the lowest, bright is better."
+        f"Mean of {metric} over seeds{over_all}, by {', '.join(filter(None, last))}; "
+        f"the frame marks the {'lowest' if lower else 'highest'}, bright is better."
     )
-    label, lines = f"Heatmaps of {study.objective}", names[1] if keys[1] else [""]
-    svg = figures.heatmaps(panels, names[0], lines, x=last[0], y=last[1], label=label)
-    number_of_axes, places = len(keys) - keys.count(""), sorted(mean, key=lambda place: [*map(numbers_first, place)])
-    rows = [[*map(str, place[:number_of_axes]), number(mean[place])] for place in places]
-    return Part("axes", title, shown=[Shown(svg, caption, Table([*filter(None, keys), study.objective], rows))])
+    label, lines = f"Heatmaps of {metric}", names[1] if keys[1] else [""]
+    svg = figures.heatmaps(panels, names[0], lines, x=last[0], y=last[1], label=label, lower=lower)
+    count, places = len(list(filter(None, keys))), sorted(mean, key=lambda place: [*map(numbers_first, place)])
+    rows = [[*map(str, place[:count]), number(mean[place])] for place in places]
+    return Shown(svg, caption, Table([*filter(None, keys), metric], rows))
 
 
 def pareto(study: Study) -> Part:
