@@ -1,7 +1,7 @@
 """Do values from rollouts know where a program is wrong, and does a model learn better by them?
 
     python benchmarks/rollouts.py [--out runs/rollouts] [--tasks 160] [--seeds 5] [--threads 1]
-    python benchmarks/rollouts.py --write-docs       # the table of docs/validity.md from the results
+    python benchmarks/rollouts.py --write-docs       # the tables of docs/validity.md from the results
 
 Tiny tasks with tests (benchmarks/validity/tiny_tasks.py), a small model trained on programs of other such tasks, a few
 of whose statements are wrong or in a rare form as people's are, and programs with one planted wrong line.
@@ -40,14 +40,15 @@ def main() -> None:
     parser.add_argument("--mistakes", type=float, default=0.04, help="share of the statements it reads that are wrong")
     parser.add_argument("--seeds", type=int, default=5, help="of the fine-tuning; 0: only where the fault is")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--write-docs", action="store_true", help="only write docs/validity.md's table")
+    parser.add_argument("--write-docs", action="store_true", help="only write docs/validity.md's tables, from --out")
+    parser.add_argument("--others", type=Path, nargs="*", default=[], help="of --write-docs: other models' --out")
     args = parser.parse_args()
     if args.seeds < 0 or args.seeds == 1:
         parser.error(f"--seeds must be 0, or >= 2 for an interval, got {args.seeds}")
     if args.write_docs:
         from validity.rollout_tables import write_docs
 
-        return write_docs(args.out, ROOT / "docs" / "validity.md")
+        return write_docs([args.out, *args.others], ROOT / "docs" / "validity.md")
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     import torch
     from validity.rollout_tables import print_figures

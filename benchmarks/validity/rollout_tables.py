@@ -77,17 +77,36 @@ def show(triple, digits: int = 3, sign: bool = False) -> str:
     return f"{triple[0]:{kind}} [{triple[1]:{kind}}, {triple[2]:{kind}}]"
 
 
-def write_docs(out: Path, page: Path) -> None:
-    """Fills the page's block of tables for a model trained so.
+def models(results: list[dict]) -> str:
+    """Returns a table of models, one row each, that were trained otherwise: who finds the faulty line."""
+    rivals = ("rollouts", "max surprisal", "pair critic, chosen", "position")
+    lines = [
+        f"| steps, share of mistakes | solves | prompts' value | {' | '.join(rivals)} | rollouts minus max surprisal |",
+        f"| --- | --- | --- |{' --- |' * (len(rivals) + 1)}",
+    ]
+    for result in sorted(results, key=lambda result: result["model"]["prompt_value"]):
+        model, methods = result["model"], result["faults"]["methods"]
+        aucs = " | ".join(show(methods[name]["auc"]) for name in rivals)
+        gap = show(methods["max surprisal"]["rollouts' auc minus it"], sign=True)
+        lines.append(
+            f"| {result['steps']}, {result['mistakes']:.0%} | {model['greedy_pass_rate']:.0%} | "
+            f"{model['prompt_value']:.2f} | {aucs} | {gap} |"
+        )
+    return "\n".join(lines)
+
+
+def write_docs(folders: list[Path], page: Path) -> None:
+    """Fills the page's blocks: the tables of the first folder's result, and the models of all.
 
     Raises:
         FileNotFoundError: there is no result.
-        ValueError: the page lacks the block.
+        ValueError: the page lacks a block.
     """
-    result = json.loads((out / "result.json").read_text())
-    mark = f"<!-- rollouts tables, steps {result['steps']}, mistakes {result['mistakes']:g} -->"
-    pattern = rf"({re.escape(mark)}\n).*?(<!-- end -->)"
-    text, count = re.subn(pattern, lambda m: f"{m[1]}\n{tables(result)}\n\n{m[2]}", page.read_text(), flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"{page} must have one block {mark} ... <!-- end -->")
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    text = page.read_text()
+    for mark, shown in (("rollouts tables", tables(results[0])), ("rollouts models", models(results))):
+        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, shown=shown: f"{m[1]}\n{shown}\n\n{m[2]}", text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{page} must have one block <!-- {mark} --> ... <!-- end -->")
     page.write_text(text)
