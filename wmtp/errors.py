@@ -78,6 +78,8 @@ _OF_THE_DISK = {
 _OF_A_PATH = {
     errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
+# What torch says of memory, mostly as its OutOfMemoryError, a RuntimeError.
+_OF_MEMORY = re.compile("CUDA out of memory|error: out of memory|'out of memory'|_ALLOC_FAILED|DefaultCPUAllocator")
 _BY_HAND = (KeyboardInterrupt, BdbQuit)  # Ctrl-C, and a debugger's `q`
 _SECONDS_FOR_RANK_0 = 1.0
 _WMTP = str(Path(__file__).parent) + os.sep
@@ -91,6 +93,9 @@ _MASK = "***"
 _output_dir: Path | None = None
 _resumes = False
 _other_folders: set[Path] = set()  # that this process may write to
+_advice: Callable[[], str] = lambda: (
+    "recipes/plan_memory.py, given the same config, says what it holds and what each lever buys"
+)
 
 
 def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:
@@ -101,6 +106,12 @@ def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:
     """
     global _output_dir, _resumes
     _output_dir, _resumes = output_dir, resumes
+
+
+def advise(advice: Callable[[], str]) -> None:
+    """Sets what the line of a run that is out of memory ends with; it is asked for when that happens."""
+    global _advice
+    _advice = advice
 
 
 def may_fill(folder: Path) -> Path:
@@ -288,14 +299,9 @@ def line_for_user(error: BaseException) -> str | None:
             f"another rank did not come to a collective operation in time ({one_line(error)[-120:]}): see what it said "
             "last; timeout_minutes gives it more time"
         )
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which this module does not import
-        config = f"--config {_output_dir}/config.yaml " if _output_dir is not None else ""
-        cards = os.environ.get("WORLD_SIZE", "1")
+    if isinstance(error, RuntimeError) and _OF_MEMORY.search(str(error)):
         said = ". ".join(one_line(error).split(". ")[:2])  # the rest is about the allocator
-        return (
-            f"{said}; `python recipes/plan_memory.py {config}gpus={cards} gpu=...` says what the run holds, and what "
-            "each lever buys"
-        )
+        return f"{said}; {_advice()}"
     if fault := disk_fault(error):
         return f"{fault}; make room{f', then {resume}' * goes_on}"
     if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_A_PATH:

@@ -96,6 +96,23 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[b
             os.close(descriptor)
 
 
+@contextmanager
+def locked_cache(path: Path, where: str, way_out: str) -> Iterator[None]:
+    """Holds :func:`take_lock` on a file of a cache for a block.
+
+    Raises:
+        UserError: the cache, which is named by ``where``, cannot be written to.
+    """
+    try:
+        descriptor = take_lock(path)
+    except OSError as error:
+        raise UserError(f"{where}: {path.parent} cannot be written ({error.strerror}); {way_out}") from error
+    try:
+        yield
+    finally:
+        os.close(descriptor)  # type: ignore[arg-type]  # with waiting, always a descriptor
+
+
 def file_state(file: Path) -> list[int]:
     """Returns the facts that change when a file is written or replaced; programs can set mtime, but not ctime."""
     stat = file.stat()
@@ -106,9 +123,9 @@ def content_sha256(file: Path) -> str:
     """Returns the SHA-256 of a large file: one process of a host reads it, and notes the hash until it changes."""
     state = file_state(file)
     note = cache_folder() / "sha256" / hashlib.sha256(str(state).encode()).hexdigest()
-    with locked(note.with_name("lock")):
-        if note.is_file():
-            return note.read_text()
+    with locked_cache(note.with_name("lock"), "WMTP_CACHE", "give it another folder"):
+        if note.is_file() and re.fullmatch(rb"[0-9a-f]{64}", known := note.read_bytes()):
+            return known.decode()
         steady = time.time_ns() - state[-1] > _RACY_NS
         digest = file_sha256(file)
         if steady and file_state(file) == state:
@@ -134,7 +151,8 @@ def flat_manifest(file: Path) -> dict[str, dict] | None:
         entries = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return None
-    flat = isinstance(entries, dict) and all(isinstance(e, dict) and "sha256" in e for e in entries.values())
+    whole = lambda entry: isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys()
+    flat = isinstance(entries, dict) and all(map(whole, entries.values()))
     return entries if flat else None
 
 

@@ -49,8 +49,9 @@ def test_kept_states_give_the_same_values(tmp_path, model, data):
     torch.testing.assert_close(halves.of(batch), states.of(batch).bfloat16())
 
 
-def test_they_are_computed_once_for_the_same_data_and_weights(tmp_path, model, data):
+def test_they_are_computed_once_for_the_same_data_and_weights(tmp_path, model, data, capfd):
     states_of(tmp_path, data).compute(model, batch_size=3)
+    note = next(tmp_path.glob("*.json")).read_text()
 
     def never(*args, **kwargs):
         raise AssertionError("the backbone ran again")
@@ -66,9 +67,14 @@ def test_they_are_computed_once_for_the_same_data_and_weights(tmp_path, model, d
             with pytest.raises(AssertionError, match="ran again"):
                 other.compute(model, batch_size=3)
     torn = next(tmp_path.glob("*.json")).with_suffix(".bin")
-    torn.write_bytes(torn.read_bytes()[:-1])
-    with pytest.raises(AssertionError, match="ran again"):
-        states_of(tmp_path, data).compute(model, batch_size=3)
+    whole = torn.read_bytes()
+    for content in (whole[:-1], bytes([whole[0] ^ 1]) + whole[1:]):
+        torn.write_bytes(content)
+        capfd.readouterr()
+        with pytest.raises(AssertionError, match="ran again"):
+            states_of(tmp_path, data).compute(model, batch_size=3)
+        assert f"{torn} is not what was written into it; it is made again\n" in capfd.readouterr().err
+        torn.with_suffix(".json").write_text(note)
 
 
 def test_scores_are_those_of_each_program_alone(model, data):

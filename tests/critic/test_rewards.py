@@ -14,6 +14,7 @@ from transformers import (
 
 from wmtp.critic import Pair, Pairs, encode_pairs
 from wmtp.critic.rewards import hf_reward_model, reward_pairs
+from wmtp.errors import UserError
 from wmtp.pretrained import byte_tokenizer
 
 
@@ -98,6 +99,10 @@ def test_another_model_or_a_torn_file_is_scored_again(write_model, tmp_path):
     assert scored == 2 and np.array_equal(again.rewards, first)
     kept = [json.loads(line) for line in model.file.read_text().splitlines()]
     assert len({row["text_sha256"] for row in kept}) == len(kept) == 4
+    for wrong in (b"{}\n", b"\xff\n", lines[1].replace(b'"reward": ', b'"reward": x')):
+        model.file.write_bytes(lines[0] + wrong + b"".join(lines[2:]))
+        with pytest.raises(UserError, match=rf"{model.file}:2 is no reward that was written there; remove the file"):
+            reward_pairs(hf_reward_model(write_model(), cache=cache), DATA)
 
 
 def test_a_reward_that_is_no_number_is_refused_by_the_problems_name(write_model, tmp_path):

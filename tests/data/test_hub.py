@@ -189,16 +189,17 @@ def test_after_a_kill_only_what_was_not_kept_is_fetched(hub, client):
     assert not list(client.cache.glob("*.documents"))
 
 
-def test_what_was_kept_and_has_changed_since_is_told_and_made_again(hub, client):
+@pytest.mark.parametrize("name", ["labels", pytest.param("state.json", marks=pytest.mark.long)])
+def test_what_was_kept_and_has_changed_since_is_told_and_made_again(name, hub, client):
     hub.refused[SHARDS[1]] = 0
     client.refused(source=hub.name, split="train", seconds_a_part=0)
     (kept,) = client.cache.glob("*.documents")
-    content = bytearray((kept / "labels").read_bytes())
-    content[10] ^= 1
-    (kept / "labels").write_bytes(content)
+    content = bytearray((kept / name).read_bytes())
+    content[-10] ^= 1
+    (kept / name).write_bytes(content)
     hub.refused.clear()
     log = client.end(client.start(source=hub.name, split="train"))
-    assert f"dataset: {kept} is not whole: the content of labels has changed; it is made again" in log
+    assert f"dataset: {kept} is not whole: the content of {name} has changed; it is made again" in log
     assert same(json.loads(log.splitlines()[-1]), client.file(made_rows()))
 
 

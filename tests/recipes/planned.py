@@ -13,8 +13,10 @@ from omegaconf import OmegaConf
 from run_configs import run_configs
 from torch.profiler import ProfilerActivity, profile
 
+from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from runs import ROOT
-from wmtp.config import build, load
+from wmtp.config import build, changed, load
+from wmtp.errors import line_for_user
 from wmtp.generation import Request, Sampling, generate
 from wmtp.models import llama_mtp
 from wmtp.pretrained import byte_tokenizer
@@ -106,6 +108,17 @@ def largest(result, config, memory):
     Path(result).write_text(json.dumps([rows, *held]))
 
 
+def ways_out(result, config, memory):
+    """Write what would make a config fit one small card, each with the bytes that a config so changed holds."""
+    cfg, mesh = OmegaConf.load(config), fake_world(1)
+    card = Card("small", memory, 1e14, 1e13, 1e12, 1e11, 1e11, 1.0)
+    found = {}
+    for way in planning.ways_out(cfg, mesh, card):
+        so_changed = changed(cfg.copy(), way.partition(" (")[0].split(" "))
+        found[way] = planning.plan_config(so_changed, mesh, card).memory
+    Path(result).write_text(json.dumps(found))
+
+
 def arms(result, config, cards):
     """Write the bytes that each cell of a sweep's config would hold on so many A100s."""
     os.chdir(ROOT)
@@ -123,6 +136,21 @@ def run(config, smallest):
     """Run the full fine-tuning recipe, with plans for models of so many parameters and more."""
     with patch("wmtp.training.planning.SMALLEST", smallest):
         run_configs(config)
+
+
+def run_out_of_memory(config):
+    """Run the full fine-tuning recipe until a card has no memory for its first update; print the line for the user."""
+
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    recipe = FullFinetuneRecipeWMTP(OmegaConf.load(config))
+    recipe.setup()
+    recipe._torch_optimizer.step = refuse
+    try:
+        recipe.train()
+    except torch.OutOfMemoryError as error:
+        print(line_for_user(error), flush=True)
 
 
 def needs_numbers(**sizes):

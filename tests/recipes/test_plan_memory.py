@@ -9,13 +9,16 @@ from collections import defaultdict
 
 import pytest
 from omegaconf import OmegaConf
-from planned import arms, decoded, depths, largest, measured, plans, run, waits
+from planned import arms, decoded, depths, largest, measured, plans, run, run_out_of_memory, waits, ways_out
 from processes import start
 
 from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.lora_wmtp import LoRARecipeWMTP
+from recipes.plan_memory import _check, _recipe_of
 from runs import ROOT, read_metrics
-from wmtp.config import load
+from wmtp.config import changed, load
+from wmtp.training.planning.cards import CARDS
+from wmtp.training.planning.plan import levers
 
 SIZES = {
     "narrow": {"embed_dim": 128, "intermediate_dim": 256, "num_layers": 3, "vocab_size": 512},
@@ -122,6 +125,41 @@ def test_the_first_blocks_gather_their_weights_when_their_backward_pass_begins(s
 def test_the_largest_micro_batch_fits_and_the_next_does_not(saved, in_process):
     rows, fits, more = in_process(largest, saved("uniform", "wide"), 1e9)
     assert rows > 8 and fits <= 1e9 < more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "memory, first",
+    [
+        (0.35e9, "batch_size=2 gradient_accumulation_steps=6"),
+        pytest.param(0.2e9, "activation_checkpointing=true cpu_offload=true", marks=pytest.mark.long),
+        pytest.param(0.001e9, "", marks=pytest.mark.long),
+    ],
+)
+def test_what_would_fit_does_with_room_and_in_as_many_tokens_a_step(memory, first, saved, in_process):
+    ways = in_process(ways_out, saved("uniform", "wide", gradient_accumulation_steps=3), memory)
+    assert re.fullmatch(first, next(iter(ways), ""))
+    assert all(held <= 0.97 * memory for held in ways.values())
+
+
+def test_a_change_that_is_advised_is_one_that_its_recipe_takes(monkeypatch):
+    """Where a frozen model is asked for by more than the weights, its column does not replace it."""
+    monkeypatch.chdir(ROOT)
+    for job in ("meta_mtp_7b/rho1", "smollm2_135m/asft", "smollm2_135m/lora_rho1", "smollm2_135m/critic_stage1"):
+        cfg = load(ROOT / f"configs/{job}.yaml")
+        found = levers(cfg, CARDS["a100_80gb"])
+        for changes in found.values():
+            so_changed = changed(cfg.copy(), changes)
+            _check(so_changed, ROOT / "recipes" / _recipe_of(so_changed))
+        assert any("scored column" in name for name in found) == job.endswith("rho1") and len(found) >= 4
+
+
+def test_each_rank_without_memory_ends_with_its_plan_and_what_holds_less(saved, tmp_path):
+    log = tmp_path / "log.txt"
+    start(run_out_of_memory, saved("uniform", "narrow"), size=2, log=log).join()
+    said = r"CUDA out of memory\. Tried to allocate 2\.00 GiB; plan: 0\.\d+ of \d+ GB on each of 2 x CPU.* in the .*"
+    said += r"what would hold less: batch_size=\d gradient_accumulation_steps=\d \| activation_checkpointing=true \("
+    assert len(re.findall(said, log.read_text(), re.MULTILINE)) == 2
 
 
 @pytest.mark.parametrize("replicas", [1, pytest.param(2, marks=pytest.mark.long)])

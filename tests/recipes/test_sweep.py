@@ -197,8 +197,9 @@ def test_a_cell_that_cannot_fit_is_refused_with_the_nearest_change_and_the_other
     table, said = Sweep(tmp_path, axes={}, cells=cells, seeds=[0], max_parallel=places).run()
     refused, ran = table["rows"]
     assert ran["state"] == "done" and refused["state"] == "failed"
-    line = r"this run lacks [\d.]+ GB on each CPU, \d+ threads; what would fit: batch_size=\d+"
-    assert re.fullmatch(line, refused["error"])
+    line = r"this run lacks [\d.]+ GB on each CPU, \d+ threads; what would fit: batch_size=(\d+) "
+    rows, steps = map(int, re.fullmatch(f"{line}gradient_accumulation_steps=(\\d+)", refused["error"]).groups())
+    assert rows * steps == 64  # as many tokens a step as before
     assert f"large/seed-0: failed: {refused['error']}" in said
     assert not (tmp_path / "sweep" / "cells" / "large").exists()
 

@@ -19,7 +19,7 @@ from processes import start
 from wmtp.data import Document, Documents, comes_from, document_from_text, pack, save_tokenized
 from wmtp.data.documents import collect, collecting
 from wmtp.errors import UserError, line_for_user
-from wmtp.files import MANIFEST
+from wmtp.files import MANIFEST, write_manifest
 from wmtp.pretrained import byte_tokenizer
 from wmtp.training.packed_data import packed_data, read_packed, write_packed
 
@@ -200,6 +200,8 @@ def test_what_can_be_read_only_once_or_says_nothing_of_its_source_is_not_kept(ki
         (lambda f: _flip(f / "ids.arrow"), "the content of ids.arrow has changed"),
         (lambda f: (f / MANIFEST).write_text('{"tokens'), "it has no manifest.json"),
         (lambda f: (f / MANIFEST).unlink(), "it has no manifest.json"),
+        (lambda f: (f / MANIFEST).write_text("{}"), "manifest.json does not name document_ids.npy"),
+        (lambda f: ((f / "key.json").write_text("{}\n"), write_manifest(f)), "it holds the rows of another key.json"),
     ],
 )
 def test_what_is_not_whole_is_told_in_one_line_and_made_again(spoil, why, rows, tmp_path, capfd):
@@ -243,6 +245,23 @@ def test_a_folder_that_cannot_be_written_has_a_way_out(rows, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"data_cache: .*file/cache cannot be written \(Not a directory\)"):
         packed(section("prompt_completion", source=str(rows)), tmp_path / "file" / "cache")
+
+
+def test_the_hash_of_a_source_is_kept_where_that_can_be_and_is_found_again_where_it_is_not_whole(
+    rows, tmp_path, monkeypatch
+):
+    data, cache = section("prompt_completion", source=str(rows)), tmp_path / "cache"
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "hashes"))
+    monkeypatch.setattr("wmtp.files._RACY_NS", 0)
+    first = packed(data, cache)
+    (note,) = (path for path in (tmp_path / "hashes" / "sha256").iterdir() if path.name != "lock")
+    for torn in (b"", b"\xff", note.read_bytes()[:-1]):
+        note.write_bytes(torn)
+        assert packed(data, cache).fingerprint == first.fingerprint and len(entries(cache)) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"WMTP_CACHE: .*file/sha256 cannot be written \(Not a directory\); give it"):
+        packed(data, cache)
 
 
 @comes_from(lambda arguments: Path(arguments["source"]).read_text())

@@ -127,11 +127,16 @@ class HFRewardModel:
     def _read(self) -> dict[str, float]:
         """Reads the rewards by text hash; a torn line of a killed run is ignored."""
         known = {}
-        if self.file.exists():
-            for line in self.file.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
+        for number, line in enumerate(self.file.read_bytes().splitlines(True) if self.file.exists() else (), start=1):
+            if line.endswith(b"\n"):
+                try:
                     row = json.loads(line)
-                    known[row["text_sha256"]] = row["reward"]
+                    known[row["text_sha256"]] = float(row["reward"])
+                except (ValueError, KeyError, TypeError) as error:
+                    raise UserError(
+                        f"{self.file}:{number} is no reward that was written there; remove the file, and its rewards "
+                        "are computed again"
+                    ) from error
         return known
 
     def _append(self, rewards: dict[str, float]) -> None:

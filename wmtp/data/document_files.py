@@ -79,7 +79,8 @@ class _Files:
     """Documents in files: without a name, gone with the process however it ends; or, of rows, in a folder.
 
     What such a folder holds reaches as far as its `state.json` says: to a place of the rows, with the bytes of each
-    file and their CRC-32. Only what was on disk before is in it, so what a killed process wrote last does not count.
+    file and their CRC-32, below a line with its own. Only what was on disk before is in it, so what a killed process
+    wrote last does not count.
     """
 
     def __init__(self, folder: Path, what: str, rows: Resumable | None) -> None:
@@ -121,7 +122,8 @@ class _Files:
             os.fsync(file.fileno())
         files = {name: (file.tell(), self._sums[name]) for name, file in self._files.items()}
         state = {"rows": self._rows.state(), "tally": vars(self._tally), "signals": self._signals, "files": files}
-        write_whole(self._folder / _STATE, json.dumps(state))
+        text = json.dumps(state)
+        write_whole(self._folder / _STATE, f"{zlib.crc32(text.encode())}\n{text}")
         self.kept = len(self)
 
     def columns(self) -> Sequence[Document]:
@@ -160,7 +162,10 @@ class _Files:
         state, note = None, self._folder / _STATE
         if note.is_file():
             try:
-                state = json.loads(note.read_text())
+                crc, _, text = note.read_text().partition("\n")
+                if crc != str(zlib.crc32(text.encode())):
+                    raise ValueError(f"the content of {_STATE} has changed")
+                state = json.loads(text)
                 for name, (size, crc) in state["files"].items():
                     if size and zlib.crc32(np.memmap(self._folder / name, mode="r", shape=(size,)).data) != crc:
                         raise ValueError(f"the content of {name} has changed")

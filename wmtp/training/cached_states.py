@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from wmtp.data import PackedDataset
 from wmtp.distributed import World, gather_objects, wait_for_all
+from wmtp.files import content_sha256
 
 States = Callable[[nn.Module, dict, torch.device | str], Tensor]
 
@@ -31,7 +33,7 @@ class Dataset(Protocol):
 class CachedStates:
     """What a frozen model gives for each row of a data set, in a file that is named by what its content depends on.
 
-    It counts once a note beside it says that it is complete; what a killed process left is written anew.
+    It counts as long as the note beside it has its hash; what a killed process left is written anew.
 
     Args:
         folder: where the file is, or is to be; shared by all ranks.
@@ -96,8 +98,18 @@ class CachedStates:
 
     def _complete(self, world: World | None) -> bool:
         """Returns whether an earlier run has written it all, as every rank sees it."""
-        done = self._note.exists() and self._file.exists() and self._file.stat().st_size == self._num_bytes
+        noted = self._note.exists()
+        done = noted and self._note.read_bytes() == self._record()
+        if noted and not done and (world is None or world.is_main):
+            tqdm.write(f"{self._file} is not what was written into it; it is made again", file=sys.stderr)
         return all(gather_objects(done)) if world is not None and world.size > 1 else done
+
+    def _record(self) -> bytes | None:
+        """Returns what the note of the file as it is would say; None for a file of another size."""
+        if not self._file.exists() or self._file.stat().st_size != self._num_bytes:
+            return None
+        facts = {"tokens": int(self._starts[-1]), "embed_dim": self._dim, "sha256": content_sha256(self._file)}
+        return json.dumps(facts).encode() + b"\n"
 
     @contextmanager
     def _written(self, world: World | None) -> Iterator[Callable[[int, Tensor], None]]:
@@ -121,7 +133,7 @@ class CachedStates:
             os.fsync(file.fileno())
         wait()
         if is_main:
-            self._note.write_text(json.dumps({"tokens": int(self._starts[-1]), "embed_dim": self._dim}) + "\n")
+            self._note.write_bytes(self._record() or b"")
         wait()
 
     def _read(self, start: int, end: int) -> Tensor:

@@ -18,9 +18,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -43,7 +42,7 @@ from wmtp.files import (
     cache_folder,
     file_sha256,
     flat_manifest,
-    locked,
+    locked_cache,
     publish,
     unfinished,
     write_manifest,
@@ -80,8 +79,8 @@ def packed_data(
     folder = kept / hashlib.sha256(key.encode()).hexdigest()[:24]
     documents_kept = folder.with_name(f"{folder.name}.documents")
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        with _locked(folder):
-            fault = fault_of(folder) if folder.exists() else None
+        with locked_cache(folder.with_name(f"{folder.name}.lock"), "data_cache", "give another folder, or null"):
+            fault = fault_of(folder, key) if folder.exists() else None
             if fault is not None:
                 tqdm.write(f"{where}: {folder} is not whole: {fault}; it is made again", file=sys.stderr)
                 shutil.rmtree(folder)
@@ -96,20 +95,6 @@ def packed_data(
             shutil.rmtree(documents_kept, ignore_errors=True)
     wait_for_all()
     return read_packed(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Lets one process of all runs in: it makes the folder, and the others find it made."""
-    with ExitStack() as held:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(locked(folder.with_name(f"{folder.name}.lock")))
-        except OSError as error:
-            raise UserError(
-                f"data_cache: {folder.parent} cannot be written ({error.strerror}); give another folder, or null"
-            ) from error
-        yield
 
 
 def _write(folder: Path, documents: Documents, seq_len: int, key: str, **rows: Any) -> None:
@@ -207,11 +192,13 @@ def read_packed(folder: Path) -> PackedDataset:
     return PackedDataset(**facts, ids=ids)
 
 
-def fault_of(folder: Path) -> str | None:
-    """Returns what is wrong with the files of :func:`write_packed`, each held against its hash; None for nothing."""
+def fault_of(folder: Path, key: str) -> str | None:
+    """Returns what is wrong with the kept rows of a key, each file held against its hash; None for nothing."""
     manifest = flat_manifest(folder / MANIFEST)
     if manifest is None:
         return f"it has no {MANIFEST}"
+    if unnamed := {path.name for path in folder.iterdir()} - {MANIFEST} - manifest.keys():
+        return f"{MANIFEST} does not name {min(unnamed)}"
 
     def fault(name: str) -> str | None:
         path = folder / name
@@ -221,4 +208,6 @@ def fault_of(folder: Path) -> str | None:
         return None if file_sha256(path) == manifest[name]["sha256"] else f"the content of {name} has changed"
 
     with ThreadPoolExecutor(thread_name_prefix="verify") as pool:
-        return next(filter(None, pool.map(fault, manifest)), None)
+        if found := next(filter(None, pool.map(fault, manifest)), None):
+            return found
+    return None if (folder / "key.json").read_text() == key + "\n" else "it holds the rows of another key.json"

@@ -8,7 +8,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,6 +25,7 @@ from wmtp.training.planning.training_step import SimulatedStep, shape_of, two_de
 # Shares of the peak: attention, memory, and links under NCCL.
 ATTENTION, MEMORY, LINK = 0.5, 0.75, 0.75
 KERNEL_SECONDS = 2e-6  # of the shortest kernel
+ADVISED = 0.97  # of a card's memory: runs held up to 2 % more than their plans (docs/planning.md)
 _simulated: dict[tuple, tuple[Figures, SimulatedStep]] = {}
 _OFFLOADED = {"model": ("weights", "gradients", "optimizer"), "frozen": ("frozen models",)}  # held by the host
 _CARRIED = {"frozen models": {"frozen models"}, "forward": {"weights"}, "backward": {"weights", "gradients"}}
@@ -223,8 +224,10 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
         most = most_rows(cfg, card.memory)
         more = {"as many answers as fit": [f"batch_size={most}"]} if most > cfg.batch_size else {}
         return more | ({"a budget by free memory": ["kv_memory=null"]} if cfg.get("kv_memory") else {})
-    if cfg.get("reference_model") is not None:
-        found["scored column instead of a reference model"] = ["reference_model=null", "reference_checkpoint=null"]
+    asked = cfg.get("anchor") is not None or (cfg.get("heads") or {}).get("teacher") == "reference"
+    if cfg.get("reference_model") is not None and not asked:
+        scored = "scored column, by score_reference.py, instead of a reference model"
+        found[scored] = ["reference_model=null", "reference_checkpoint=null"]
     if "activation_checkpointing" in cfg:
         ways = {"true": "every block recomputed", "2": "every second block recomputed",
                 "selective": "all but products and attention recomputed", "false": "all activations kept"}  # fmt: skip
@@ -237,7 +240,8 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
     if card.is_gpu and cfg.get("cpu_offload") is not True:
         found["weights and optimizer in host memory"] = ["cpu_offload=true"]
     if "backbone" not in cfg and cfg.get("adapters") is None:
-        found["LoRA, rank 16"] = ["adapters._component_=wmtp.models.add_lora"]
+        without = ["~export_dtype"] * ("export_dtype" in cfg)  # a key of the other recipe
+        found["LoRA, rank 16, by lora_wmtp.py"] = ["adapters._component_=wmtp.models.add_lora", *without]
     return found
 
 
@@ -264,17 +268,65 @@ def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
 
 
 def ways_out(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Iterator[str]:
-    """Yields the changes that would make a config fit its card, the nearest first."""
-    if "seq_len" in cfg and (rows := largest_batch(cfg, mesh, card)):
-        yield f"batch_size={rows}"
-    for name, changes in levers(cfg, card).items():
-        if plan_config(changed(cfg.copy(), changes), mesh, card).fits:
+    """Yields the changes that would make a config fit its card with some room, the nearest first.
+
+    Fewer rows keep the tokens of a step. Where no change is enough, one line has several that together are.
+    """
+    card = replace(card, memory=ADVISED * card.memory)
+
+    def planned(*parts: list[str]) -> Plan:
+        return plan_config(changed(cfg.copy(), [change for part in parts for change in part]), mesh, card)
+
+    single, found = levers(cfg, card), False
+    if rows := _fewer_rows(cfg, mesh, card):
+        found = True
+        yield " ".join(rows)
+    for name, changes in single.items():
+        if planned(changes).fits:
+            found = True
             yield f"{' '.join(changes)} ({name})"
+    if found or "optimizer" not in cfg:
+        return
+    together: list[list[str]] = []
+    held = planned().memory
+    for changes in (_with_rows(cfg, 1), *single.values()):
+        plan = planned(*together, changes)
+        if plan.memory < held:
+            together, held = [*together, changes], plan.memory
+        if plan.fits:
+            break
+    else:
+        return
+    for changes in together[:-1]:  # what the later ones have made needless
+        others = [other for other in together if other is not changes]
+        if planned(*others).fits:
+            together = others
+    yield " ".join(change for part in together for change in part)
+
+
+def _fewer_rows(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> list[str]:
+    """Returns the changes to the most rows that fit; none where one row is too much, or where a batch has no rows."""
+    if "seq_len" not in cfg:
+        return []
+    if not (steps := cfg.get("gradient_accumulation_steps")):
+        rows = largest_batch(cfg, mesh, card)
+    else:  # gradients stay from one micro-batch to the next
+        several = changed(cfg.copy(), [f"gradient_accumulation_steps={max(2, steps)}"])
+        most, total = largest_batch(several, mesh, card), steps * cfg.batch_size
+        rows = max((rows for rows in range(1, min(most, total) + 1) if total % rows == 0), default=0)
+    return _with_rows(cfg, rows) if rows else []
+
+
+def _with_rows(cfg: DictConfig, rows: int) -> list[str]:
+    """Returns the changes to so many rows, a divisor of those of a step, which has as many tokens as before."""
+    steps = cfg.get("gradient_accumulation_steps")
+    more = [f"gradient_accumulation_steps={steps * cfg.batch_size // rows}"] if steps else []
+    return [f"batch_size={rows}", *more]
 
 
 def lack(plan: Plan, ways: list[str]) -> str:
     """Says by how much a run does not fit its card, and which changes would make it fit."""
     over = (plan.memory - plan.card.memory) / 1e9
-    more = "cards" if plan.card.is_gpu else "memory"
-    way = f"what would fit: {' | '.join(ways)}" if ways else f"no single change would fit; use more {more}"
+    more = "larger cards or, to train, more of them" if plan.card.is_gpu else "more memory"
+    way = f"what would fit: {' | '.join(ways)}" if ways else f"no change would fit; use {more}"
     return f"this run lacks {short(over)} GB on each {plan.card.name}; {way}"
