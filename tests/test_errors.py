@@ -118,7 +118,7 @@ def test_an_error_of_code_keeps_its_traceback_on_the_screen_and_in_output_dir(ru
         ("raise OSError(30, 'ro', '/data/x')", "/data/x: the file system is read-only ("),
         (
             "import torch; raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. On')",
-            "CUDA out of memory. Tried to allocate 2.00 GiB; recipes/plan_memory.py, given the same config, says",
+            "CUDA out of memory. Tried to allocate 2.00 GiB; recipes/plan_memory.py, given its config, tells",
         ),
         ("import torch; torch.empty(2**50)", "you tried to allocate 4503599627370496 bytes; recipes/plan_memory.py, "),
     ],

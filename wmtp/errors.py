@@ -93,9 +93,7 @@ _MASK = "***"
 _output_dir: Path | None = None
 _resumes = False
 _other_folders: set[Path] = set()  # that this process may write to
-_advice: Callable[[], str] = lambda: (
-    "recipes/plan_memory.py, given the same config, says what it holds and what each lever buys"
-)
+_advice: Callable[[], str] = lambda: "recipes/plan_memory.py, given its config, tells what would hold less"
 
 
 def keep_tracebacks(output_dir: Path, *, resumes: bool) -> None:

@@ -109,7 +109,7 @@ class CachedStates:
         if not self._file.exists() or self._file.stat().st_size != self._num_bytes:
             return None
         facts = {"tokens": int(self._starts[-1]), "embed_dim": self._dim, "sha256": content_sha256(self._file)}
-        return json.dumps(facts).encode() + b"\n"
+        return json.dumps(facts).encode()
 
     @contextmanager
     def _written(self, world: World | None) -> Iterator[Callable[[int, Tensor], None]]:
