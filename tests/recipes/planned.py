@@ -134,7 +134,7 @@ def arms(result, config, cards):
 
 def run(config, smallest):
     """Run the full fine-tuning recipe, with plans for models of so many parameters and more."""
-    with patch("wmtp.training.planning.SMALLEST", smallest):
+    with patch("wmtp.training.planning.worth.SMALLEST", smallest):
         run_configs(config)
 
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 
 from wmtp.sweep.cells import Cell, SweepError
-from wmtp.training.planning import is_worth_a_plan, why_unplanned
 from wmtp.training.planning.cards import Card, present_card
+from wmtp.training.planning.worth import is_worth_a_plan, why_unplanned
 
 
 class CannotFit(SweepError):

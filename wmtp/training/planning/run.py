@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 from torch.distributed.device_mesh import DeviceMesh
 
 from wmtp.distributed import World
-from wmtp.training.planning import is_worth_a_plan, why_unplanned
 from wmtp.training.planning.cards import Card, present_card
 from wmtp.training.planning.plan import lack, plan_config, ways_out
 from wmtp.training.planning.simulation import mesh_of
+from wmtp.training.planning.worth import is_worth_a_plan, why_unplanned
 
 
 def say_plan(
