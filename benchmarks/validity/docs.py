@@ -74,7 +74,7 @@ def _run_line(result: dict) -> str:
         f"{value} {name}" if name == "threads" else f"{name} {value}" for name, value in result["versions"].items()
     )
     took = f"{result['seconds'] / 60:.0f} minutes"
-    if "cpu_seconds" in result:  # of all runs, whenever they were made
+    if "cpu_seconds" in result:  # of what was computed, on however busy a machine
         took = f"{result['cpu_seconds'] / 60:.0f} minutes of a core"
     return f"Full form, `{result['command']}`, {took} on {on}."
 
