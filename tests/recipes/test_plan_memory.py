@@ -16,8 +16,10 @@ from recipes.full_finetune_distributed_wmtp import FullFinetuneRecipeWMTP
 from recipes.lora_wmtp import LoRARecipeWMTP
 from recipes.plan_memory import _check, _recipe_of
 from runs import ROOT, read_metrics
-from wmtp.config import changed, load
+from wmtp.config import build, changed, load
+from wmtp.errors import UserError
 from wmtp.training.planning.cards import CARDS
+from wmtp.training.planning.frozen_step import with_kv_memory
 from wmtp.training.planning.plan import levers
 
 SIZES = {
@@ -120,6 +122,15 @@ def test_the_first_blocks_gather_their_weights_when_their_backward_pass_begins(s
     block = gathered["backward of block 1"]
     assert all(gathered[f"backward of block {number}"] == block for number in range(2, 5))
     assert gathered["backward of block 5"] > 1.5 * block  # and the next one's
+
+
+def test_an_evaluation_whose_weights_fill_the_card_says_so():
+    cfg = load(ROOT / "configs/tiny/eval_mbpp.yaml")
+    weights = sum(p.numel() * p.element_size() for p in build(cfg.model, where="model").parameters())
+    for dtype, way in (("fp32", "dtype=bf16 halves them"), ("bf16", "use a larger card")):
+        cfg.dtype = dtype
+        with pytest.raises(UserError, match=rf"this run lacks .* GB for its weights alone, .*; {way}"):
+            with_kv_memory(cfg, weights / 3)
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not(saved, in_process):

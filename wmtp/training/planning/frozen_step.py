@@ -72,14 +72,24 @@ def _with_all_heads(cfg: DictConfig) -> DictConfig | None:
 
 
 def with_kv_memory(cfg: DictConfig, memory: float) -> DictConfig:
-    """Returns a config whose budget of keys and values is set: by default what weights leave, as decoding takes it."""
+    """Returns a config whose budget of keys and values is set: by default what weights leave, as decoding takes it.
+
+    Raises:
+        ConfigError: weights leave nothing.
+    """
     if "max_new_tokens" not in cfg:
         return cfg
     size = ConfigReader(cfg).num_bytes("kv_memory", None)
     if size is None:
         model = _whole(cfg)
         weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-        size = max(1, int(FREE_SHARE * (memory - weights)))
+        size = int(FREE_SHARE * (memory - weights))
+        if size < 1:
+            half = "dtype=bf16 halves them" if cfg.dtype == "fp32" else "use a larger card"
+            raise ConfigError(
+                f"this run lacks {(weights - memory) / 1e9:.1f} GB for its weights alone, {weights / 1e9:.1f} GB on each "
+                f"card: an evaluation does not shard them; {half}"
+            )
     cfg = cfg.copy()
     cfg.kv_memory = size
     return cfg
