@@ -87,8 +87,8 @@ def with_kv_memory(cfg: DictConfig, memory: float) -> DictConfig:
         if size < 1:
             half = "dtype=bf16 halves them" if cfg.dtype == "fp32" else "use a larger card"
             raise ConfigError(
-                f"this run lacks {(weights - memory) / 1e9:.1f} GB for its weights alone, {weights / 1e9:.1f} GB on each "
-                f"card: an evaluation does not shard them; {half}"
+                f"this run lacks {(weights - memory) / 1e9:.1f} GB for its weights alone, {weights / 1e9:.1f} GB on "
+                f"each card: an evaluation does not shard them; {half}"
             )
     cfg = cfg.copy()
     cfg.kv_memory = size
