@@ -33,7 +33,7 @@ from wmtp.eval.prompts import write_prompts
 from wmtp.eval.results import check_samples, evaluation_results
 from wmtp.eval.results_page import headline, logged, results_page, write_results, write_tasks
 from wmtp.eval.samples import Sample, find_samples, read_samples, write_samples
-from wmtp.generation import DecodingStats, Request, Sampling, generate
+from wmtp.generation import DecodingStats, Request, Sampling, check_decoder, generate
 from wmtp.generation.kv_memory import check_kv_memory
 from wmtp.models import load_checkpoint
 from wmtp.pretrained import model_tags, resolve_checkpoint
@@ -222,6 +222,7 @@ class EvalCodeContestsRecipe:
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):
             model = build(self._model_cfg, where="model").to(self._dtype)
+        check_decoder(model, self._num_drafts)
         if self._tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self._tokenizer.vocab_size} ids, the model {model.vocab_size}; "

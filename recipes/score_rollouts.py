@@ -167,6 +167,7 @@ class ScoreRolloutsRecipe:
         torch.manual_seed(self._seed)
         with torch.device("cpu" if path is None else "meta"):
             model = build(self._model_cfg, where="model").to(self._dtype)
+        check_decoder(model, self._num_drafts)
         if self._tokenizer.vocab_size > model.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {self._tokenizer.vocab_size} ids, the model {model.vocab_size}; "
@@ -177,8 +178,7 @@ class ScoreRolloutsRecipe:
             model.to(self._world.device)
         else:
             load_checkpoint(model, path, device=self._world.device)
-        check_decoder(model.requires_grad_(False).eval(), self._num_drafts)
-        return model
+        return model.requires_grad_(False).eval()
 
     def _read_programs(self) -> None:
         """Tokenizes the programs and finds their prefixes, each once; leaves out what the context has no room for."""

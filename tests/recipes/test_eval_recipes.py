@@ -321,6 +321,7 @@ def test_mlflow_holds_the_figures_and_the_report(tiny_config, gold, tmp_path):
         ({"pass_at": [1.5]}, "pass_at must be different whole numbers"),
         ({"fixed_temperature": 0.3}, "fixed_temperature 0.3 is not among temperatures"),
         ({"fixed_temperature": None}, "set fixed_temperature"),
+        ({"num_drafts": 5}, "num_drafts must be a whole number between 0 and the model's extra heads"),
         ({"tokenizer": None}, "or samples=FILE"),
         ({"kv_memory": -1}, "kv_memory must be a number of bytes >= 1 or a size such as 20GB, got -1"),
         ({"kv_memory": "much"}, "kv_memory must be a number of bytes >= 1 or a size such as 20GB, got 'much'"),
