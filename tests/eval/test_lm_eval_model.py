@@ -67,6 +67,24 @@ def test_the_harness_own_command_line_takes_it_and_mistakes_are_one_line(asked):
     assert done.returncode == 1 and "num_drafts must be 0 to 2, one less than" in done.stderr.splitlines()[-1]
 
 
+SPACES = """
+import sys
+from lm_eval.api.instance import Instance
+from wmtp.eval.lm_eval_model import WMTPModel
+asked = [Instance("loglikelihood", {}, pair, 0) for pair in [("", " ab"), (" ", "ab"), ("of", " another row")]]
+print(*(score for score, _ in WMTPModel(sys.argv[1], device="cpu", batch_size=3).loglikelihood(asked)))
+"""
+
+
+@pytest.mark.long
+def test_a_context_of_spaces_alone_is_an_empty_one(asked):
+    """The harness' own model fails there, for a tokenizer that adds no BOS."""
+    harness, folder, _ = asked
+    done = run(["-c", SPACES, folder / "export"], harness)
+    empty, spaces, _ = map(float, done.stdout.split())
+    assert spaces == pytest.approx(empty, abs=1e-4)
+
+
 @pytest.mark.slow
 def test_without_the_harness_one_line_says_what_to_install():
     hidden = "import runpy, sys; sys.modules['lm_eval'] = None; "

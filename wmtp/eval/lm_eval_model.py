@@ -152,7 +152,9 @@ class WMTPModel(TemplateLM):
         for _, continuation in pairs:
             if not 0 < len(continuation) <= self.max_length:
                 raise UserError(f"a continuation has {len(continuation)} tokens, of 1 to max_length {self.max_length}")
-        rows = [(context + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
+        # The harness moves a context's last spaces into the continuation: of one of spaces alone nothing is left.
+        first = [self.prefix_token_id]
+        rows = [((context or first) + continuation)[-(self.max_length + 1) :] for context, continuation in pairs]
         width = max(map(len, rows)) - 1
         tokens = torch.tensor([row[:-1] + [_PAD] * (width - len(row) + 1) for row in rows])
         counts = [len(continuation) for _, continuation in pairs]
