@@ -216,6 +216,7 @@ def test_the_recipe_prints_tables_and_writes_a_page(tmp_path):
         (["gpu=a100"], "gpu must be one of a100_40gb, a100_80gb, h100_80gb, h200_141gb or cpu, got 'a100'"),
         (["model=null"], "plan_memory plans what runs a model; this config has none"),
         (["batch_sise=8"], "unknown key 'batch_sise' in config; did you mean"),
+        (["batch_size=100000"], "a micro-batch of 25,600,000 tokens: at most 1,048,576 are planned; lower batch_size"),
         (["hsdp_replicas=2", "gpus=3"], "hsdp_replicas must divide gpus=3, got 2"),
         pytest.param(
             ["model.embed_dim=16384", "model.intermediate_dim=65536", "model.num_layers=24"],

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed.device_mesh import DeviceMesh
 
-from wmtp.config import changed
+from wmtp.config import ConfigError, changed
 from wmtp.training.frozen_models import OFFLOAD
 from wmtp.training.planning import frozen_step, training_step
 from wmtp.training.planning.cards import Card
@@ -26,6 +26,7 @@ from wmtp.training.planning.training_step import SimulatedStep, shape_of, two_de
 ATTENTION, MEMORY, LINK = 0.5, 0.75, 0.75
 KERNEL_SECONDS = 2e-6  # of the shortest kernel
 ADVISED = 0.97  # of a card's memory: runs held up to 2 % more than their plans (docs/planning.md)
+MOST_TOKENS = 2**20  # of a micro-batch: a simulation keeps some numbers of each, 0.4 KB in all
 _simulated: dict[tuple, tuple[Figures, SimulatedStep]] = {}
 _OFFLOADED = {"model": ("weights", "gradients", "optimizer"), "frozen": ("frozen models",)}  # held by the host
 _CARRIED = {"frozen models": {"frozen models"}, "forward": {"weights"}, "backward": {"weights", "gradients"}}
@@ -156,6 +157,8 @@ def plan_config(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
 
 def _measured(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
     """Returns a step's figures, simulated once for all configs of one shape."""
+    if (tokens := cfg.batch_size * cfg.get("seq_len", 0)) > MOST_TOKENS:
+        raise ConfigError(f"a micro-batch of {tokens:,} tokens: at most {MOST_TOKENS:,} are planned; lower batch_size")
     cfg = shape_of(cfg, (training_step if "optimizer" in cfg else frozen_step).READ)
     key = OmegaConf.to_yaml(cfg), mesh.shape, on_gpu
     if key not in _simulated:
@@ -246,7 +249,7 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
 
 
 def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
-    """Returns the rows of the largest micro-batch that fits the card; 0 where one row is too much.
+    """Returns the rows of the largest micro-batch that fits the card, of those that are planned; 0: one is too much.
 
     In each phase, what is held grows with the rows, the faster the more there are: two plans tell where it meets the
     card's memory at the latest, and plans from there on downwards where it does.
@@ -258,7 +261,8 @@ def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
     few, more = sorted({cfg.batch_size, 1 if cfg.batch_size > 1 else 2})
     planned = phases(few), phases(more)
     a_row = {name: max(1.0, (planned[1].get(name, size) - size) / (more - few)) for name, size in planned[0].items()}
-    rows = math.floor(min(few + (card.memory - size) / a_row[name] for name, size in planned[0].items()))
+    most = min(few + (card.memory - size) / a_row[name] for name, size in planned[0].items())
+    rows = math.floor(min(most, MOST_TOKENS / cfg.seq_len))
     while rows > 0:
         over = max((size - card.memory) / a_row.get(name, size) for name, size in phases(rows).items())
         if over <= 0:
