@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from recipes.lora_wmtp import LoRARecipeWMTP
 from runs import ROOT, read_metrics, series, write_own_rules
 from wmtp.config import ConfigError, load
+from wmtp.files import content_sha256
 from wmtp.models import export_hf, from_checkpoint, llama_mtp, load_checkpoint
 from wmtp.training.checkpoint import complete_checkpoints, latest_checkpoint
 
@@ -188,6 +189,8 @@ def test_kept_trunk_states_change_nothing(lora_config):
     # They are used, and used again by a later run of the same base and data.
     for file in files:
         file.write_bytes(b"\0" * file.stat().st_size)
+        note = file.with_suffix(".json")  # else they are no longer what was written, and made again
+        note.write_text(json.dumps(json.loads(note.read_text()) | {"sha256": content_sha256(file)}))
     _, zeros = run(lora_config(output_dir="kept", overwrite=True, cache_trunk="fp32", **options))
     assert losses(zeros)[0] != pytest.approx(losses(plain)[0], rel=1e-3)
     _, rounded = run(lora_config(output_dir="rounded", cache_trunk="bf16", **options))
