@@ -1,11 +1,11 @@
 """From results to what is read: JSON lines, the tables and bars of docs/validity.md, its figures; docs/methods.md."""
 
 import json
-import re
 from pathlib import Path
 
 from . import methods_page, plots
 from .faults import ALL, BALANCED
+from .marked_blocks import with_blocks
 
 INTERVAL = "95 % interval"
 _FAR = "far behind"  # how the policies are named that Rho-1 is for
@@ -52,12 +52,7 @@ def filled(page: str, stage: str, result: dict) -> str:
         ValueError: the page lacks a block.
     """
     blocks = {"tables": tables(stage, result), "bars": _bar_table(stage, result), "run": _run_line(result)}
-    for block, text in blocks.items():
-        pattern = rf"(<!-- {stage} {block} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, text=text: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"validity.md must have one block <!-- {stage} {block} --> ... <!-- end -->")
-    return page
+    return with_blocks(page, {f"{stage} {block}": f"\n{text}\n" for block, text in blocks.items()}, "validity.md")
 
 
 def tables(stage: str, result: dict) -> str:

@@ -1,13 +1,13 @@
 """docs/methods.md from the results: one table of all weightings, and what each of them did here.
 
-What it and the fourth section of docs/validity.md show is kept in
+What it and the fifth section of docs/validity.md show is kept in
 `docs/figures/validity_methods.json`, so that a test holds both pages against it without a run.
 """
 
 import json
-import re
 from pathlib import Path
 
+from .marked_blocks import with_blocks
 from .methods import METHODS
 
 FACTS = "validity_methods.json"
@@ -55,12 +55,7 @@ def filled(page: str, facts: dict) -> str:
     sections = dict.fromkeys(method.section for method in METHODS.values())
     blocks = {"table": table(facts)}
     blocks |= {f"here {section}": here(facts, section) for section in sections}
-    for name, text in blocks.items():
-        pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, text=text: f"{m[1]}{text}\n{m[2]}", page, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"methods.md must have one block <!-- {name} --> ... <!-- end -->, it has {count}")
-    return page
+    return with_blocks(page, blocks, "methods.md")
 
 
 def show(triple: list[float], digits: int = 3, *, sign: bool = True) -> str:

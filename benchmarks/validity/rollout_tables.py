@@ -1,8 +1,9 @@
 """The figures of benchmarks/rollouts.py: as lines, and as the tables of docs/validity.md."""
 
 import json
-import re
 from pathlib import Path
+
+from .marked_blocks import with_blocks
 
 FIGURES = ("top-1", "auc", "mean rank")
 
@@ -103,10 +104,6 @@ def write_docs(folders: list[Path], page: Path) -> None:
         ValueError: the page lacks a block.
     """
     results = [json.loads((folder / "result.json").read_text()) for folder in folders]
-    text = page.read_text()
-    for mark, shown in (("rollouts tables", tables(results[0])), ("rollouts models", models(results))):
-        pattern = rf"(<!-- {mark} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, shown=shown: f"{m[1]}\n{shown}\n\n{m[2]}", text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"{page} must have one block <!-- {mark} --> ... <!-- end -->")
-    page.write_text(text)
+    blocks = {"rollouts tables": tables(results[0]), "rollouts models": models(results)}
+    blocks = {mark: f"\n{shown}\n" for mark, shown in blocks.items()}
+    page.write_text(with_blocks(page.read_text(), blocks, page.name))
