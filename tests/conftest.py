@@ -2,7 +2,10 @@ import functools
 import os
 import re
 import signal
+import threading
 from pathlib import Path
+
+import pytest
 
 # A script starts its background jobs with SIGINT ignored, and what is ignored is inherited: tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,6 +28,18 @@ def pytest_configure(config):
 def pytest_ignore_collect(collection_path, config):
     """With --fast, a file that starts processes is not even imported: so neither is what only such files need."""
     return True if config.getoption("--fast") and _starts_processes(collection_path) else None
+
+
+# Those of wmtp that write lines, or hold files, leases and processes: in the next test they would go on doing so.
+THREADS = {"upload", "lease", "tracking", "judge", "second-signal"}
+
+
+@pytest.fixture(autouse=True)
+def no_thread_outlives_its_test():
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread not in before and thread.name in THREADS]
+    assert not left, f"threads that this test leaves behind: {left}"
 
 
 # Each takes minutes: one that begins last runs alone at the end, beside idle cores.

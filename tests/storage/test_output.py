@@ -103,6 +103,7 @@ def test_saves_during_one_round_of_uploads_share_the_next(output, monkeypatch):
     go_on.set()
     output.wait()
     assert len(rounds) == 2
+    output.close()
 
 
 def test_everything_is_there_at_the_end_and_old_checkpoints_are_not(bucket, output):
