@@ -30,8 +30,8 @@ def pytest_ignore_collect(collection_path, config):
     return True if config.getoption("--fast") and _starts_processes(collection_path) else None
 
 
-# Those of wmtp that write lines, or hold files, leases and processes: in the next test they would go on doing so.
-THREADS = {"upload", "lease", "tracking", "judge", "second-signal"}
+# Those of wmtp that write lines, or hold files and leases: in the next test they would go on doing so.
+THREADS = {"upload", "lease", "tracking", "second-signal"}
 
 
 @pytest.fixture(autouse=True)

@@ -92,9 +92,7 @@ class Sandbox:
         self._jobs: queue.SimpleQueue[tuple[Callable, Job, Future] | None] = queue.SimpleQueue()
         self._closed, self._closing = False, threading.Lock()
         # Daemons: an interpreter that ends, on an error say, waits for no job.
-        self._threads = [
-            threading.Thread(target=_work, args=(self._jobs,), name="judge", daemon=True) for _ in range(workers)
-        ]
+        self._threads = [threading.Thread(target=_work, args=(self._jobs,), daemon=True) for _ in range(workers)]
         self._finalizer = weakref.finalize(self, _clean_up, self._workers, self._jobs, root, owned)
         try:
             for _ in range(workers):
