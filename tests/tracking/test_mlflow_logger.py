@@ -321,18 +321,6 @@ def test_a_closed_spool_takes_nothing_since_another_process_may_have_it(tmp_path
     assert not (tmp_path / FOLDER / "records.jsonl").exists()
 
 
-def test_a_spool_of_an_earlier_version_goes_on_or_is_refused_by_name(tmp_path):
-    folder = tmp_path / FOLDER
-    folder.mkdir()
-    (folder / "sent.json").write_text('{"0": 31}')  # all was sent
-    spool = Spool(tmp_path)
-    assert spool.unsent(10) == []
-    spool.close()
-    (folder / "000001.jsonl").write_text("{}\n")
-    with pytest.raises(ValueError, match=r"000001\.jsonl is of an earlier version of WMTP; send it with that version"):
-        Spool(tmp_path)
-
-
 def test_a_model_exported_before_its_run_had_an_id_is_told_it(store, tmp_path):
     file = tmp_path / "run" / "export" / "wmtp_run.json"
     file.parent.mkdir(parents=True)

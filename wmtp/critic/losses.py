@@ -55,7 +55,7 @@ def spread_rewards(
         targets [B, S] (0 where there is none), and has_target [B, S] bool.
 
     Raises:
-        ValueError: an unknown spread, or ``gae`` without values or with a factor outside [0, 1].
+        ValueError: an unknown spread, or ``gae`` without values.
     """
     if spread not in SPREADS:
         raise UserError(f"reward_spread must be one of {', '.join(SPREADS)}, got {spread!r}")
@@ -71,7 +71,14 @@ def spread_rewards(
         return rewards * place / length.clamp(min=1) * response, response
     if values is None:
         raise UserError("reward_spread gae needs the current values to bootstrap from")
-    return _lambda_return(rewards[:, 0], response, values.detach(), gamma, gae_lambda), response
+    values, targets = values.detach(), torch.zeros_like(values)
+    after = rewards[:, 0]  # the return of the response token that follows; after the last one, the reward itself
+    for j in range(values.shape[1] - 1, -1, -1):
+        here = response[:, j]
+        targets[:, j] = torch.where(here, after, 0.0)
+        before = gamma * ((1 - gae_lambda) * values[:, j] + gae_lambda * after)
+        after = torch.where(here, before, after)
+    return targets, response
 
 
 def mse_loss(values: Tensor, targets: Tensor, has_target: Tensor) -> ValueLoss:
@@ -127,16 +134,16 @@ def critic_loss(
         raise UserError(f"loss pairwise spreads no reward: set reward_spread to null, got {reward_spread!r}")
     if loss == "mse" and reward_spread not in SPREADS:
         raise UserError(f"loss mse needs a reward_spread, one of {', '.join(SPREADS)}, got {reward_spread!r}")
-    for name, factor in (("gamma", gamma), ("gae_lambda", gae_lambda)):
-        if factor is not None and reward_spread != "gae":
+    factors = {name: of for name, of in (("gamma", gamma), ("gae_lambda", gae_lambda)) if of is not None}
+    for name, factor in factors.items():
+        if reward_spread != "gae":
             raise UserError(f"{name} is read by reward_spread gae alone: set it to null, got {factor!r}")
-        if factor is not None and not 0 <= factor <= 1:
+        if not 0 <= factor <= 1:
             raise UserError(f"{name} must be in [0, 1], got {factor!r}")
     if loss == "pairwise":
         return lambda values, response, rewards: pairwise_loss(
             values[:, 0], response[:, 0], values[:, 1], response[:, 1]
         )
-    factors = {"gamma": 1.0 if gamma is None else gamma, "gae_lambda": 0.95 if gae_lambda is None else gae_lambda}
 
     def mse(values: Tensor, response: Tensor, rewards: Tensor) -> ValueLoss:
         values, response = values.flatten(0, 1), response.flatten(0, 1)  # [2P, S]
@@ -144,16 +151,3 @@ def critic_loss(
         return mse_loss(values, *targets)
 
     return mse
-
-
-def _lambda_return(rewards: Tensor, response: Tensor, values: Tensor, gamma: float, lam: float) -> Tensor:
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise UserError(f"gamma and gae_lambda must be in [0, 1], got {gamma!r} and {lam!r}")
-    targets = torch.zeros_like(values)
-    after = rewards  # the return of the response token that follows; after the last one, the reward itself
-    for j in range(values.shape[1] - 1, -1, -1):
-        here = response[:, j]
-        targets[:, j] = torch.where(here, after, 0.0)
-        before = gamma * ((1 - lam) * values[:, j] + lam * after)
-        after = torch.where(here, before, after)
-    return targets

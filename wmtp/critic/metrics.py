@@ -78,14 +78,10 @@ def fit_length_baseline(lengths: np.ndarray) -> tuple[float, float]:
     return float(model.coef_[0, 0]), float(model.intercept_[0])
 
 
-def length_scores(lengths: np.ndarray, weight: float, bias: float) -> np.ndarray:
-    """Returns the log-odds of being correct by length alone, [P, 2]."""
-    return weight * np.log(lengths.astype(np.float64)) + bias
-
-
 def length_report(train_lengths: np.ndarray, lengths: np.ndarray, problems: np.ndarray, *, seed: int = 0) -> dict:
     """Returns :func:`score_report` of the length-only rule, fitted on training pairs and applied to others."""
-    scores = length_scores(lengths, *fit_length_baseline(train_lengths))
+    weight, bias = fit_length_baseline(train_lengths)
+    scores = weight * np.log(lengths.astype(np.float64)) + bias  # [P, 2]: log-odds of being correct
     return score_report(scores, problems, _sigmoid(scores), seed=seed)
 
 

@@ -113,16 +113,6 @@ def evaluated_export(client, evaluation: Evaluation, training_run: str | None = 
     return Export(run, reference["uri"] if reference else source, folder, sha256)
 
 
-def require_comparable(ours: Evaluation, theirs: Evaluation) -> None:
-    """Refuses to compare evaluations of different tasks, or under different protocols.
-
-    The RegistryError names the first setting that differs, and both values.
-    """
-    pair = f"evaluations {ours.run.run_id} and {theirs.run.run_id} ({ours.name}) cannot be compared"
-    if reason := why_not_alike(ours.results, theirs.results):
-        raise RegistryError(f"{pair}: {reason}")
-
-
 def not_worse(
     ours: Evaluation,
     theirs: Evaluation,
@@ -146,9 +136,11 @@ def not_worse(
         The decision, the reason in words, and the figures.
 
     Raises:
-        ValueError: the two cannot be compared, or have too few samples for k.
+        ValueError: the two are of other tasks or protocols, and so cannot be compared, or have too few samples for k.
     """
-    require_comparable(ours, theirs)
+    if reason := why_not_alike(ours.results, theirs.results):
+        pair = f"evaluations {ours.run.run_id} and {theirs.run.run_id} ({ours.name})"
+        raise RegistryError(f"{pair} cannot be compared: {reason}")
     difference = compare_results(ours.results, theirs.results, k, seed=seed, resamples=resamples)
     # Over all tasks, for any k: the evaluation may have reported others.
     scores = [

@@ -63,14 +63,8 @@ def environment_tags(own: Collection[Path] = ()) -> dict[str, str]:
 def config_sha256(cfg: dict) -> str:
     """Returns the SHA-256 of a resolved config without the keys that only say where a run is written."""
     kept = {key: value for key, value in cfg.items() if key not in _NO_PART_OF_THE_RESULT}
-    return hashlib.sha256(json.dumps(_named(kept), sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _named(value):
-    """Returns a value whose keys are all strings: YAML's may be of several types, which have no order."""
-    if isinstance(value, dict):
-        return {str(key): _named(child) for key, child in value.items()}
-    return [_named(child) for child in value] if isinstance(value, list) else value
+    named = json.loads(json.dumps(kept, default=str))  # YAML's keys may be of several types, which have no order
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def mlflow_fields(cfg: dict, facts: Mapping[str, object], recipe: str) -> dict[str, str]:

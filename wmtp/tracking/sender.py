@@ -31,7 +31,6 @@ class Sender:
         self._last_success = time.monotonic()
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
-
         self._wait(lambda: self._connected)
 
     def start(self, spool: Spool) -> None:

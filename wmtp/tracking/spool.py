@@ -31,11 +31,6 @@ class Spool:
 
     def __init__(self, output_dir: Path) -> None:
         self.output_dir, self.folder = output_dir, output_dir / FOLDER
-        if old := sorted(self.folder.glob("[0-9]*.jsonl")):
-            raise UserError(
-                f"{old[0]} is of an earlier version of WMTP; send it with that version: python -m wmtp.tracking replay "
-                f"{output_dir}"
-            )
         lock = take_lock(self.folder / "spool.lock", wait=False)
         if lock is None:
             raise UserError(f"{self.folder} is in use by another process; wait until its run has ended")
@@ -44,8 +39,6 @@ class Spool:
         self._file: io.FileIO | None = None
         self._closed = False
         self._sent = _read_json(self.folder / "sent.json")
-        if "0" in self._sent:  # of an earlier version, whose records are all sent
-            self._sent = {"metrics": self._sent["0"]}
         for name in self._sent:  # steps that a resumed run cut off are repeated after this position
             path = self._files[name]
             self._sent[name] = min(self._sent[name], path.stat().st_size if path.exists() else 0)
