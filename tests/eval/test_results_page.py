@@ -137,7 +137,6 @@ def test_tasks_judged_inside_are_counted_apart_and_said_first():
     page = results_page(results, TASKS, samples, judgements)
     assert f"> {caution}" in page and "Of these judged inside: passed 2. Tasks: Mbpp/11." in page
     assert "### passed (judged inside): Mbpp/11" in page and "### passed: Mbpp/2" in page
-    del protected["judged_inside"]  # as in results that were written before there was such a mode
     assert compare_results(protected, protected).estimate == 0 and headline(protected)[0].startswith("pass@1")
     with pytest.raises(ValueError, match="Mbpp/11 is judged inside in one of the runs and protected in the other"):
         compare_results(results, protected)

@@ -3,12 +3,15 @@
 import ast
 import importlib.util
 from collections.abc import Sequence
+from functools import partial
 
 from wmtp.data.rows import read_rows, refuse_unread_tests, take
 from wmtp.errors import UserError
 from wmtp.eval.assertion_tasks import AssertionTask
 from wmtp.eval.task_ids import Tasks, select_tasks
 from wmtp.eval.trusted_code import with_calls
+
+_task_id = partial(take, column="task_id", kind=str)
 
 
 def bigcodebench_tasks(
@@ -55,10 +58,6 @@ def bigcodebench_tasks(
     tasks = Tasks(task for task in found if task.task_id not in lacking)
     tasks.left_out = getattr(found, "left_out", frozenset()) | lacking.keys()
     return tasks
-
-
-def _task_id(row: dict, where: str) -> str:
-    return take(row, where, "task_id", str)
 
 
 def _libraries(row: dict, where: str) -> set[str]:

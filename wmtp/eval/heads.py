@@ -15,13 +15,10 @@ def summarize_heads(sums: Tensor) -> dict[str, float]:
     Returns:
         ``ce_head{k}`` (nats per target token), ``perplexity_head{k}`` and ``accuracy_head{k}``.
     """
-    ce, correct, count = sums
-    names = {}
-    for k in range(1, sums.shape[1] + 1):
-        mean = ce[k - 1] / count[k - 1]
-        names[f"ce_head{k}"] = mean.item()
-        names[f"perplexity_head{k}"] = mean.exp().item()
-        names[f"accuracy_head{k}"] = (correct[k - 1] / count[k - 1]).item()
+    names: dict[str, float] = {}
+    for k, (ce, correct, count) in enumerate(sums.T, start=1):
+        figures = {"ce": ce / count, "perplexity": (ce / count).exp(), "accuracy": correct / count}
+        names |= {f"{name}_head{k}": figure.item() for name, figure in figures.items()}
     return names
 
 

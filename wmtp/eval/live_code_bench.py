@@ -10,6 +10,7 @@ import json
 import pickle
 import zlib
 from collections.abc import Sequence
+from functools import partial
 
 from wmtp.data.rows import read_rows, take
 from wmtp.errors import UserError
@@ -24,12 +25,9 @@ _MODULES = (
     *("string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics"),
     *("itertools", "functools", "operator", "io", "sys", "json", "builtins", "typing"),
 )
-_HEADER = "".join(
-    [
-        *(f"from {name} import *\n" for name in _MODULES),
-        f"import {', '.join(_MODULES)}\nsys.setrecursionlimit(50_000)\n",
-    ]
-)
+_HEADER = "".join(f"from {name} import *\n" for name in _MODULES)
+_HEADER += f"import {', '.join(_MODULES)}\nsys.setrecursionlimit(50_000)\n"
+_question_id = partial(take, column="question_id", kind=str)
 _LISTED = "def listed(answer):\n    return list(answer) if isinstance(answer, tuple) else answer\n"
 
 
@@ -63,10 +61,6 @@ def live_code_bench(
     if start_date is not None or end_date is not None:
         rows = ((where, row) for where, row in rows if first <= _day(row, where) <= last)
     return select_tasks(rows, _question_id, _task, f"{source} (split {split})", ids, exclude, limit)
-
-
-def _question_id(row: dict, where: str) -> str:
-    return take(row, where, "question_id", str)
 
 
 def _day(row: dict, where: str) -> str:

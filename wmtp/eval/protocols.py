@@ -13,6 +13,7 @@ Each builder below returns a :class:`Protocol` and can be named as `_component_`
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from wmtp.data.contest_rows import alphacode_prompt
@@ -103,20 +104,12 @@ def three_shot_protocol(
 
 def bigcode_protocol() -> Protocol:
     """MBPP's 0-shot prompt and stop strings of the BigCode evaluation harness."""
-
-    def render(task: Task) -> str:
-        return mbpp_prompt(_mbpp_row(task, "bigcode_protocol"), "bigcode")
-
-    return Protocol("mbpp 0-shot (BigCode)", _BIGCODE_MBPP_STOP, render, _continued)
+    return Protocol("mbpp 0-shot (BigCode)", _BIGCODE_MBPP_STOP, partial(_of_mbpp, "bigcode"), _continued)
 
 
 def docstring_protocol() -> Protocol:
     """The prompt that :func:`wmtp.data.mbpp` trains on, and stop strings for models that do not end by themselves."""
-
-    def render(task: Task) -> str:
-        return mbpp_prompt(_mbpp_row(task, "docstring_protocol"), "docstring")
-
-    return Protocol("docstring", _DOCSTRING_STOP, render, _continued)
+    return Protocol("docstring", _DOCSTRING_STOP, partial(_of_mbpp, "docstring"), _continued)
 
 
 def humaneval_protocol() -> Protocol:
@@ -142,12 +135,11 @@ def alphacode_protocol(rating: int | None = None, tags: Sequence[str] | None = N
     """
 
     def render(task: Task) -> str:
-        contest = _stdio(task, "alphacode_protocol")
-        stated = {
-            "rating": contest.rating if rating is None else rating,
-            "tags": contest.tags if tags is None else tags,
-        }
-        return alphacode_prompt(contest.description, **stated)
+        if not isinstance(task, StdioTask):
+            for_stdin = "alphacode_protocol is for programs that read stdin"
+            raise UserError(f"{for_stdin}; task {task.task_id} asks for a function")
+        its_rating, its_tags = task.rating if rating is None else rating, task.tags if tags is None else tags
+        return alphacode_prompt(task.description, rating=its_rating, tags=its_tags)
 
     stop = tuple(
         f"\n# {line}" for line in ("RATING:", "TAGS:", "LANGUAGE IS", "CORRECT SOLUTION", "INCORRECT SOLUTION")
@@ -207,6 +199,10 @@ def _message(task: Task) -> Messages:
     return [{"role": "user", "content": text}]
 
 
+def _of_mbpp(style: str, task: Task) -> str:
+    return mbpp_prompt(_mbpp_row(task, f"{style}_protocol"), style)
+
+
 def _mbpp_row(task: Task, protocol: str) -> dict:
     if not isinstance(task, AssertionTask) or task.prompt or not task.tests:
         raise UserError(
@@ -214,9 +210,3 @@ def _mbpp_row(task: Task, protocol: str) -> dict:
             f"task {task.task_id} is of another benchmark: use its protocol, or chat_protocol"
         )
     return {"text": task.text, "test_list": list(task.tests), "code": task.solution}
-
-
-def _stdio(task: Task, protocol: str) -> StdioTask:
-    if not isinstance(task, StdioTask):
-        raise UserError(f"{protocol} is for programs that read stdin; task {task.task_id} asks for a function")
-    return task

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, get_args
 
 from wmtp.errors import UserError
@@ -78,25 +79,20 @@ def evaluation_results(
             raise ValueError(f"sample {sample.sample} of task {sample.task_id} was not judged; judge it first")
     judged_inside = [sample for sample in samples if judgements[sample.key].judged == "inside"]
     inside = {sample.task_id for sample in judged_inside}
-    tables = {}
+    tables, over = {}, partial(_over_tasks, seed=seed, resamples=resamples)
     for temperature, by_task in _by_temperature(tasks, samples).items():
         counts = [_counts(task_id, of_task, judgements) for task_id, of_task in by_task.items()]
+        figures = list(_metrics(counts, ks, n_at_ks))
         tables[temperature] = {
             "samples_per_task": [min(map(len, by_task.values())), max(map(len, by_task.values()))],
-            "metrics": {
-                name: _over_tasks(name, counts, k, value, seed, resamples)
-                for name, k, value in _metrics(counts, ks, n_at_ks)
-            },
+            "metrics": {name: over(name, counts, k, value) for name, k, value in figures},
             **_totals([sample for of_task in by_task.values() for sample in of_task], judgements),
             "per_task": counts,
         }
         protected = [c for c in counts if c["task_id"] not in inside]
         if inside and protected:
-            tables[temperature]["protected_metrics"] = {
-                name: _over_tasks(name, protected, k, value, seed, resamples)
-                for name, k, value in _metrics(counts, ks, n_at_ks)
-                if any(c["n"] >= k for c in protected)
-            }
+            known = [figure for figure in figures if any(c["n"] >= figure[1] for c in protected)]
+            tables[temperature]["protected_metrics"] = {name: over(name, protected, k, of) for name, k, of in known}
     oracle = {}
     for name in tables[fixed_temperature]["metrics"]:
         scores = {t: table["metrics"][name]["estimate"] for t, table in tables.items() if name in table["metrics"]}
@@ -262,12 +258,10 @@ def _counts(task_id: str, samples: Sequence[Sample], judgements: Mapping[Key, Ju
     all_judged = [judgements[sample.key] for sample in samples]
     judged = [judgement for judgement in all_judged if judgement.verdict != "harness_error"]
     counts = {"task_id": task_id, "n": len(judged), "correct": sum(j.verdict == "passed" for j in judged)}
-    if all(j.passes_public is not None for j in judged):
-        counts["public"] = sum(bool(j.passes_public) for j in judged)
-    if all(j.passes_lenient is not None for j in judged):
-        counts["lenient"] = sum(bool(j.passes_lenient) for j in judged)
-    if all(j.passes_base is not None for j in judged):
-        counts["base"] = sum(bool(j.passes_base) for j in judged)
+    for kind in ("public", "lenient", "base"):
+        passes = [getattr(judgement, f"passes_{kind}") for judgement in judged]
+        if None not in passes:
+            counts[kind] = sum(passes)
     return counts | {"verdicts": _verdicts(all_judged)}
 
 

@@ -144,8 +144,7 @@ def cautions(results: dict) -> list[str]:
             f"WARNING: {excluded} of {results['samples']} samples are excluded: the judge itself failed on them "
             "(harness_error). They count neither for nor against the model."
         )
-    inside = results.get("judged_inside", {"tasks": 0})["tasks"]  # older results have none
-    if inside:
+    if inside := results["judged_inside"]["tasks"]:
         protected = results["temperatures"][results["fixed_temperature"]].get("protected_metrics", {})
         without = ", ".join(f"{_metric(name)} = {_percent(each['estimate'])} %" for name, each in protected.items())
         lines.append(
@@ -159,7 +158,7 @@ def cautions(results: dict) -> list[str]:
             f"programs: {unreadable['likely_cause']}."
         )
     lines += _unfinished(results)
-    if results.get("of_tasks", results["tasks"]) > results["tasks"]:  # older results do not say
+    if results["of_tasks"] > results["tasks"]:
         lines.append(
             f"Only {results['tasks']} of {results['of_tasks']} tasks are judged, those with samples "
             "(tasks.only=with_samples): these are not figures of the whole set."
@@ -246,7 +245,7 @@ def _verdict_table(results: dict) -> list[str]:
         if count:
             cut = results["cut_at_max_tokens"].get(verdict, 0)
             rows.append([verdict, str(count), f"{100 * count / results['samples']:.1f} %", str(cut), _MEANING[verdict]])
-    inside = results.get("judged_inside", {"tasks": 0})
+    inside = results["judged_inside"]
     parts = ["## Verdicts", table(["verdict", "samples", "share", "of them cut at max_new_tokens", "meaning"], rows)]
     if inside["tasks"]:
         counted = ", ".join(f"{verdict} {count}" for verdict, count in inside["verdicts"].items())

@@ -174,6 +174,7 @@ def read_samples(
         if temperature is not None and not (is_number(temperature) and temperature >= 0):
             raise UserError(f"{where}: temperature must be a number >= 0, got {temperature}")
         number = _count(row, where, "sample")
+        raw = row["raw"] if isinstance(row.get("raw"), str) else None  # another file's may be anything
         sample = Sample(
             task_id=task.task_id,
             sample=counts[task.task_id, temperature] if number is None else number,
@@ -183,7 +184,7 @@ def read_samples(
             finish_reason=_optional(row, where, "finish_reason", (str,)),
             tokens=_count(row, where, "tokens"),
             forwards=_count(row, where, "forwards"),
-            raw=solution if solution not in (None, program) else _raw(row),
+            raw=solution if solution not in (None, program) else raw,
         )
         counts[task.task_id, temperature] += 1
         if sample.key in samples:
@@ -250,11 +251,6 @@ def asked_names(task: Task) -> set[str]:
         return set()
     job = task.job("")
     return open_names("\n".join([*job.tests, job.setup]))
-
-
-def _raw(row: dict) -> str | None:
-    """Returns the raw answer of a row that was written here; another file's column of that name may hold anything."""
-    return row["raw"] if isinstance(row.get("raw"), str) else None
 
 
 def write_samples(

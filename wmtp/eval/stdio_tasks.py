@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 from wmtp.data.columns import ReadColumns
@@ -19,6 +20,7 @@ _JUDGING = {**dict.fromkeys((*_KINDS, "tests", "time_limit"), dict), "memory_lim
 # Contests set their memory limits for compiled languages, and where only the address space can be limited, stacks and
 # arenas that are never touched count too.
 _MEMORY_FACTOR = 4
+_name = partial(take, column="name", kind=str)
 _COLUMNS = frozenset({*_JUDGING, "input_file", "output_file"})  # the last two are CodeContests' own
 
 
@@ -162,10 +164,6 @@ def packaged_program_tasks(
     return select_tasks(rows, _name, _stdio_task, "packaged programs", ids, exclude, limit)
 
 
-def _name(row: dict, where: str) -> str:
-    return take(row, where, "name", str)
-
-
 def _stdio_task(row: dict, where: str) -> StdioTask:
     refuse_unread_tests(row, where, _COLUMNS, "tests, or public_tests, private_tests or generated_tests")
     if row.get("tests") is not None and all(row.get(kind) is None for kind in _KINDS):
@@ -176,7 +174,7 @@ def _stdio_task(row: dict, where: str) -> StdioTask:
     if not public + private + generated:
         raise UserError(f"{where}: no tests; a problem needs tests, or public_tests, private_tests or generated_tests")
     return StdioTask(
-        name=take(row, where, "name", str),
+        name=_name(row, where),
         description=take(row, where, "description", str),
         public_tests=public,
         private_tests=private,
