@@ -16,7 +16,7 @@ from statsmodels.stats.multitest import multipletests
 from wmtp.errors import UserError
 from wmtp.report.__main__ import main
 from wmtp.report.comparison import compare_runs, evaluation_arms, held_out_arms, table_text
-from wmtp.report.runs import load_run, load_runs, require_comparable
+from wmtp.report.runs import load_run, require_comparable
 from wmtp.training.validation import HeldOut
 
 RHO1 = {"_component_": "wmtp.weighting.rho1", "percentile": 0.3}
@@ -106,7 +106,7 @@ def test_mlflow_gives_the_same_run_as_its_folder(run, tmp_path, monkeypatch):
     for start, share in ((2, 0.5), (1, 0.1)):  # the later one took the earlier one's place in the folder
         evaluation = client.create_run(experiment, start_time=start, tags=tags).info.run_id
         client.log_text(evaluation, json.dumps({"pass@1": share}), "results.json")
-    here, there = load_runs([str(folder), logged.info.run_id])
+    here, there = map(load_run, [str(folder), logged.info.run_id])
     assert there.held_out.equals(here.held_out) and there.held_out.attrs == here.held_out.attrs
     assert {key: there.metrics[key] for key in here.metrics} == here.metrics
     assert (there.config, there.facts, there.cell, there.state) == (here.config, here.facts, here.cell, here.state)
@@ -180,7 +180,7 @@ def test_totals_are_compared_over_seeds_alone(evaluated, capsys):
 
 
 def test_metrics_of_one_call_are_one_family(evaluated):
-    runs = load_runs(evaluated)
+    runs = [*map(load_run, evaluated)]
     metrics = [held_out_arms(runs, "code"), held_out_arms(runs, "prose"), evaluation_arms(runs, "mbpp")]
     found = compare_runs(runs, metrics)
     alone = compare_runs(runs, metrics[:1])[0]
@@ -201,19 +201,19 @@ def test_evaluations_that_cannot_be_paired_are_refused(evaluated, run):
         ("mbpp", "pass_at_11", "no task of mbpp has pass_at_11 in all runs"),
     ]:
         with pytest.raises(UserError, match=message):
-            evaluation_arms(load_runs(evaluated), evaluation, figure)
+            evaluation_arms([*map(load_run, evaluated)], evaluation, figure)
     heads = Path(evaluated[-1], "evaluations", "heads", "heads.json")
     heads.write_text(json.dumps(json.loads(heads.read_text()) | {"settings": {"speed_prompts": 9}}))
     with pytest.raises(UserError, match="cannot be compared by heads: speed_prompts null -> 9"):
-        evaluation_arms(load_runs(evaluated), "heads")
+        evaluation_arms([*map(load_run, evaluated)], "heads")
     results = Path(evaluated[-1], "evaluations", "mbpp", "results.json")
     found = json.loads(results.read_text())
     results.write_text(json.dumps(found | {"settings": {"top_p": 0.9}}))
     with pytest.raises(UserError, match=r"cannot be compared by mbpp: top_p None and 0\.9; evaluate alike"):
-        evaluation_arms(load_runs(evaluated), "mbpp")
+        evaluation_arms([*map(load_run, evaluated)], "mbpp")
     found["temperatures"]["0.2"]["per_task"][7]["n"] = 0  # the judge failed on its samples
     results.write_text(json.dumps(found))
-    assert len(evaluation_arms(load_runs(evaluated), "mbpp").units) == 39
+    assert len(evaluation_arms([*map(load_run, evaluated)], "mbpp").units) == 39
 
 
 def test_the_baseline_is_a_run_or_a_cell(study, capsys):
@@ -240,10 +240,10 @@ def test_details_are_all_statistics_of_each_comparison(study, capsys):
 def test_seeds_that_one_arm_lacks_are_left_out_and_told(study, run, capsys):
     main([*study, run("uniform", 7), "set=code"])
     assert "3 seeds x 30 documents (1 more seed that only one of them has)" in capsys.readouterr().out
-    runs = load_runs([study[0], run("rho1", 8)])
+    runs = [load_run(study[0]), load_run(run("rho1", 8))]
     with pytest.raises(UserError, match=r"rho1-\w+ and uniform-\w+ have no seed in common"):
         compare_runs(runs, [held_out_arms(runs, "code")])
-    arms = held_out_arms(load_runs(study[:4]), "code")
+    arms = held_out_arms([*map(load_run, study[:4])], "code")
     assert np.isnan(arms.arms[load_run(study[3]).cell][1:]).all() and arms.seeds == (0, 1, 2)
 
 
@@ -251,7 +251,7 @@ def test_cells_with_fewer_heads_are_compared_by_those_they_have(run):
     alone = held_out("rho1", 0)
     kept = [i for i, head in enumerate(alone.documents["head"]) if head == 1]
     alone = HeldOut({}, {name: [values[i] for i in kept] for name, values in alone.documents.items()}, alone.sha256)
-    runs = load_runs([run(), run("rho1", of_set=alone)])
+    runs = [*map(load_run, [run(), run("rho1", of_set=alone)])]
     both, alone = compare_runs(runs, [held_out_arms(runs, "code", head) for head in (1, 2)])
     assert len(both) == 1 and alone == []
     assert [line.count("[") for line in table_text(runs).splitlines()[2:]] == [4, 2]
@@ -318,10 +318,10 @@ def test_without_the_hash_of_the_data_their_configs_are_compared(run):
     names = [run(dataset="a"), run("rho1", dataset="a"), run("shuffled", dataset="b")]
     for name in names[1:]:
         Path(name, "tags.json").unlink()
-    assert len(require_comparable(load_runs(names[:2]))) == 1
+    assert len(require_comparable([*map(load_run, names[:2])])) == 1
     for first in names[:2]:
         with pytest.raises(UserError, match="their training data differ"):
-            require_comparable(load_runs([first, names[2]]))
+            require_comparable([*map(load_run, [first, names[2]])])
 
 
 def test_a_run_that_diverged_is_named(run):

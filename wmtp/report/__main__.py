@@ -20,7 +20,7 @@ from wmtp.config import ConfigError, ConfigReader
 from wmtp.errors import clear_errors
 from wmtp.report.comparison import compare_runs, evaluation_arms, held_out_arms, require_one_config, table_text
 from wmtp.report.run_summary import run_summary
-from wmtp.report.runs import load_runs, require_comparable
+from wmtp.report.runs import load_run, require_comparable
 
 
 def main(arguments: list[str]) -> None:
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"figure={figure} is of an evaluation: say of which, evaluation=NAME")
     if not names:
         raise ConfigError("no run is given: python -m wmtp.report RUN RUN ..., of output folders or MLflow run ids")
-    runs = load_runs(names)
+    runs = list(map(load_run, names))
     if len(runs) == 1:
         print(run_summary(runs[0]))
         return

@@ -8,7 +8,7 @@
         5 seeds x 500 tasks
 
 A claim is made where the p of the mean difference over seeds and documents (:mod:`wmtp.numerics.paired`), adjusted for
-all comparisons of the study, is at most alpha. A weighting that wins without its controls in the same study, and
+all comparisons of the study, is at most 0.05. A weighting that wins without its controls in the same study, and
 without being held against them, is called uncontrolled: sparser or merely different weights may do the same.
 """
 
@@ -31,6 +31,8 @@ from wmtp.numerics.paired import (
     signed_rank,
 )
 
+_ALPHA = 0.05  # the probability of any false finding in a study without true differences
+_POWER = 0.8  # of `Comparison.smallest`
 _SHOWN_AS_SMALL = 0.001
 
 
@@ -51,7 +53,7 @@ class Comparison:
         unit: of the metric, such as ``nats``.
         sample: what a unit is, ``document`` or ``task``; "" where runs keep totals, so that seeds alone are compared.
         lower_is_better: of the metric.
-        alpha, power, margin: of the study.
+        margin: of the study; differences up to it do not matter; None tests no equivalence.
     """
 
     arm: str
@@ -67,19 +69,17 @@ class Comparison:
     unit: str
     sample: str
     lower_is_better: bool
-    alpha: float
-    power: float
     margin: float | None
 
     @property
     def interval(self) -> Interval:
         """Returns the interval of the difference, without adjustment."""
-        return self.difference.interval(1 - self.alpha)
+        return self.difference.interval(1 - _ALPHA)
 
     @cached_property
     def smallest(self) -> float:
-        """Returns the true difference that would have been found, at the level adjusted for all, with ``power``."""
-        return self.difference.smallest_effect(self.power, self.alpha / self.comparisons)
+        """Returns the true difference that would have been found with a probability of 0.8, at the adjusted level."""
+        return self.difference.smallest_effect(_POWER, _ALPHA / self.comparisons)
 
     @property
     def p_equivalent(self) -> float | None:
@@ -104,7 +104,7 @@ class Comparison:
             "difference": self.difference.mean,
             "interval": [self.interval.low, self.interval.high], "p": self.difference.p_value(), "p_holm": self.p,
             "comparisons": self.comparisons, "errors_and_freedom": self.difference.errors,
-            "smallest_found": self.smallest, "power": self.power, "margin": self.margin, "p_tost": self.p_equivalent,
+            "smallest_found": self.smallest, "power": _POWER, "margin": self.margin, "p_tost": self.p_equivalent,
             "bootstrap_interval": [bootstrap.low, bootstrap.high],
             "difference_by_seed": over_seeds.tolist(), "missing_controls": list(self.missing_controls),
         }  # fmt: skip
@@ -118,7 +118,7 @@ class Comparison:
     @property
     def found(self) -> bool:
         """Whether the study may claim a difference."""
-        return self.p <= self.alpha
+        return self.p <= _ALPHA
 
     @property
     def better(self) -> bool:
@@ -147,9 +147,9 @@ class Comparison:
         else:
             line = f"no difference found between {self.arm} and {self.baseline}{metric}: {d.mean:.4f}{unit} "
             line += f"[{low:.4f}, {high:.4f}], {sample}; "
-            seen = f"{self.smallest:.4f} would have been found with a probability of {self.power:g}"
+            seen = f"{self.smallest:.4f} would have been found with a probability of {_POWER:g}"
             line += seen if self.smallest else "they never differ, so what would have been found is not known"
-        if self.p_equivalent is not None and self.p_equivalent <= self.alpha:
+        if self.p_equivalent is not None and self.p_equivalent <= _ALPHA:
             line += f"; within +-{self.margin:g} of each other (TOST, p {self.p_equivalent:.3f})"
         if d.seeds == 1:
             line += "; one seed: its luck is part of the difference"
@@ -166,8 +166,6 @@ def compare_all(
     unit: str = "nats",
     sample: str = "document",
     lower_is_better: bool = True,
-    alpha: float = 0.05,
-    power: float = 0.8,
     margin: float | None = None,
 ) -> list[Comparison]:
     """Makes a study's comparisons, all at once: the adjustment needs their number, so none may be left out of it.
@@ -178,10 +176,7 @@ def compare_all(
         comparisons: (arm, baseline) by name.
         weights: [U], as in :func:`~wmtp.numerics.paired.mean_difference`.
         controls: arm to the names of its controls; what wins is controlled only if it is compared with each of them.
-        metric, unit, sample, lower_is_better: as in :class:`Comparison`.
-        alpha: the probability of any false finding in a study without true differences.
-        power: of :attr:`Comparison.smallest`.
-        margin: differences up to it do not matter; None tests no equivalence.
+        metric, unit, sample, lower_is_better, margin: as in :class:`Comparison`.
 
     Raises:
         UserError: no comparison, a name that no arm has, or arms that are not paired or have no seed in common.
@@ -201,7 +196,7 @@ def compare_all(
             raise UserError(f"{arm} and {baseline} have no seed in common: run both with the same seeds")
         differences.append((a - b)[ours & theirs])
         left_out.append(int((ours ^ theirs).sum()))
-    of_metric = (metric, unit, sample, lower_is_better, alpha, power, margin)
+    of_metric = (metric, unit, sample, lower_is_better, margin)
     made, found = set(comparisons), []
     for (arm, baseline), d, lacking in zip(comparisons, differences, left_out, strict=True):
         needed = (controls or {}).get(arm, ())

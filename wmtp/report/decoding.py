@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 from wmtp.generation import Step
-from wmtp.report.token_weights import escaped, token_html
+from wmtp.report.token_weights import escaped, token_html, token_page
 from wmtp.report.tokens import token_pieces
 
 # Of a draft: its mark, its words, the terminal's code and the page's class. None rests on its colour alone.
@@ -46,17 +46,14 @@ def decoding_html(
     """
     heads = 1 + max(len(step.drafts) for _, steps in texts.values() for step in steps)
     forwards = max(len(steps) for _, steps in texts.values())
-    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in settings.items())
     key = "".join(f"<li><b class=h{k}>head {k}</b></li> " for k in range(2, heads + 1))
     sections = "".join(_section(name, *text, tokenizer, heads) for name, text in texts.items())
-    return (
-        "<!DOCTYPE html>\n<html lang=en>\n<meta charset=utf-8>\n"
-        f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
-        f"<style>\n{_style(heads, forwards)}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
+    legend = (
         f"<div class=legend><ol>{key}</ol><div class=key>A numbered token is that head&#8217;s draft, which "
         "head 1 agreed with; head 1&#8217;s own are plain, the prompt is grey. In the tables: "
-        f"{step_marks()}.</div></div>\n<main>\n{sections}</main>\n</body>\n</html>\n"
+        f"{step_marks()}.</div></div>\n"
     )
+    return token_page(title, settings, _style(heads, forwards), legend, sections)
 
 
 def step_marks() -> str:
@@ -99,8 +96,7 @@ def _section(name: str, prompt: str, steps: Sequence[Step], tokenizer, heads: in
 
 
 def _style(heads: int, forwards: int) -> str:
-    """Returns the sheet of pages of tokens, with rules for the heads and forwards."""
-    rules = [files("wmtp.report").joinpath("token_weights.css").read_text(encoding="utf-8"), _SHEET]
+    rules = ["\n", files("wmtp.report").joinpath("decoding.css").read_text(encoding="utf-8")]
     lines = ("solid", "double", "dotted", "dashed")
     for k in range(2, heads + 1):
         shade = 0.15 + 0.45 * (k - 2) / max(heads - 2, 1)
@@ -108,22 +104,3 @@ def _style(heads: int, forwards: int) -> str:
         rules.append(f'.h{k} {{ {look} }}\n.h{k}::before {{ content: "{k}" !important; }}\n')
     chosen = ",".join(f"section:has(.f{n}:hover) .f{n}" for n in range(1, forwards + 1))
     return "".join(rules) + (f"{chosen} {{ outline: 2px solid; }}\n" if chosen else "")
-
-
-_SHEET = """
-pre b[class], .legend b { color: var(--ink); font-weight: normal; }
-b[class^="h"]:not(.h1)::before { font-size: .65em; vertical-align: super; color: var(--ink); opacity: 1; }
-.legend li { padding: 0 .5rem; font-size: .85rem; }
-main table, main section:has(pre b:hover) table { display: table; position: static; transform: none; width: 100%;
-  max-width: none; pointer-events: auto; box-shadow: none; background: none; border: 0; border-radius: 0;
-  border-top: 1px solid var(--line); }
-main section { overflow-x: auto; }
-main article { display: block; border: 0; }
-main tbody tr { display: table-row; }
-main th, main td { text-align: left; }
-td i { font-style: normal; font-weight: bold; }
-.r { text-decoration: line-through; background: rgba(var(--high), .25); }
-.r i { text-decoration: none; display: inline-block; }
-.n { color: var(--quiet); }
-.a { background: rgba(var(--low), .20); }
-"""

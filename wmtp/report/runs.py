@@ -105,11 +105,6 @@ class Run:
         return int(self.metrics.get("train/targets", [(0, 0.0)])[-1][1])
 
 
-def load_runs(names: Sequence[str]) -> list[Run]:
-    """Loads runs as :func:`load_run` does."""
-    return [load_run(name) for name in names]
-
-
 def load_run(name: str) -> Run:
     """Loads a run from its output_dir, or by its id from the MLflow store of ``$MLFLOW_TRACKING_URI``.
 

@@ -22,7 +22,7 @@ from wmtp.report.comparison import (
     require_one_config,
     sets_and_heads,
 )
-from wmtp.report.runs import Run, load_runs, require_comparable
+from wmtp.report.runs import Run, load_run, require_comparable
 from wmtp.tracking.store import artifact_text, clear_store_errors, existing_client, store_uri
 
 
@@ -202,7 +202,7 @@ def load_study(
             parent_id, sweep, table, sources = found
     title = str(sweep.get("study") or ", ".join(Path(name).name for name in names))
     # What still runs, was pruned or failed has seen fewer tokens: the sweep's table says what became of it.
-    runs = [run for run in load_runs(sources) if run.state == "FINISHED" or not sweep]
+    runs = [run for run in map(load_run, sources) if run.state == "FINISHED" or not sweep]
     if not runs:
         raise UserError(f"study {title} has no finished run yet: wait for a first cell of recipes/sweep_wmtp.py")
     runs.sort(key=lambda run: (run.cell, run.seed))

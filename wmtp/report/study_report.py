@@ -2,13 +2,13 @@
 
 import datetime
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from wmtp.eval.markdown import cell as escaped
-from wmtp.eval.markdown import fenced
+from wmtp.eval.markdown import fenced, table
 from wmtp.report import study_models, study_parts
 from wmtp.report.parts import Part, Table
 from wmtp.report.studies import Study
@@ -63,7 +63,6 @@ def _facts(study: Study) -> dict[str, str]:
     return {name: text for name, text in found.items() if text}
 
 
-def _markdown_table(table: Table) -> str:
-    texts = [[escaped(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in table.rows]
-    lines: Sequence[Sequence[str]] = [[escaped(name) for name in table.head], ["---"] * len(table.head), *texts]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _markdown_table(of: Table) -> str:
+    rows = [[escaped(cell if isinstance(cell, str) else cell[0]) for cell in row] for row in of.rows]
+    return table(list(map(escaped, of.head)), rows)

@@ -4,7 +4,7 @@ import html
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 
 import numpy as np
@@ -58,18 +58,13 @@ def token_weights_html(documents: Sequence[TokenView], *, title: str, settings: 
                     f"{expected}; show the same for every document of a page"
                 )
     longest = max(len(document.pieces) for document in documents)
-    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in (settings or {}).items())
     switches = "".join(
         f"<input type=checkbox id=m{n} checked><label for=m{n}>{escaped(method)}</label>\n"
         for n, method in enumerate(methods)
     )
-    return (
-        f"<!DOCTYPE html>\n<html lang=en>\n<meta charset=utf-8>\n"
-        f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
-        f"<style>\n{_style(len(methods), longest)}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
-        f"{_LEGEND}{switches}<input type=checkbox id=numbers><label for=numbers>numbers of all tokens</label>\n"
-        f"<main>\n{''.join(_section(document) for document in documents)}</main>\n</body>\n</html>\n"
-    )
+    switches += "<input type=checkbox id=numbers><label for=numbers>numbers of all tokens</label>\n"
+    sections = "".join(map(_section, documents))
+    return token_page(title, settings or {}, _style(len(methods), longest), f"{_LEGEND}{switches}", sections)
 
 
 def read_token_weights(page: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
@@ -136,8 +131,8 @@ def _column(document: TokenView, number: int, method: str, texts: list[str]) -> 
 
 
 def _style(methods: int, longest: int) -> str:
-    """Returns the style sheet, with rules for the scale, the number of methods and the longest document."""
-    rules = [files("wmtp.report").joinpath("token_weights.css").read_text(encoding="utf-8")]
+    """Returns the rules for the scale, the number of methods and the longest document."""
+    rules = []
     for name, _, _, side, opacity in _SCALE:
         if side is not None:
             rules.append(f".{name} {{ background: rgba(var(--{side}), {opacity}); }}\n")
@@ -160,6 +155,18 @@ def _legend() -> str:
 
 
 _LEGEND = _legend()
+
+
+def token_page(title: str, settings: Mapping[str, object], style: str, above: str, sections: str) -> str:
+    """Returns a page of tokens; ``style`` is added to the sheet of all such pages."""
+    sheet = files("wmtp.report").joinpath("token_weights.css").read_text(encoding="utf-8")
+    listed = "".join(f"<div><dt>{escaped(k)}<dd>{escaped(v)}</div>" for k, v in settings.items())
+    return (
+        "<!DOCTYPE html>\n<html lang=en>\n<meta charset=utf-8>\n"
+        f'<meta name=viewport content="width=device-width, initial-scale=1">\n<title>{escaped(title)}</title>\n'
+        f"<style>\n{sheet}{style}</style>\n<body>\n<h1>{escaped(title)}</h1>\n<dl>{listed}</dl>\n"
+        f"{above}<main>\n{sections}</main>\n</body>\n</html>\n"
+    )
 
 
 def token_html(piece: str) -> str:
