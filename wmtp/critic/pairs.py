@@ -8,7 +8,7 @@ empty programs, repeated ones, and pairs whose programs differ only in white spa
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from wmtp.critic.pair_dataset import Pair, Pairs
 from wmtp.data.columns import ReadColumns
@@ -158,8 +158,6 @@ def jsonl_pairs(
 
 @dataclass
 class _Programs:
-    """A problem with its programs and their rewards."""
-
     problem: str
     prompt: str
     correct: list[tuple[str, float]]
@@ -179,20 +177,18 @@ class _Builder:
 
     def add(self, pair: Pair) -> None:
         """Adds a pair, unless a program is empty, both are the same, or the pair is there already."""
-        texts = [lf(text) for text in (pair.prompt, pair.correct, pair.incorrect)]
-        _, correct, incorrect = texts
-        key = (pair.problem, correct, incorrect)
-        if not correct.strip() or not incorrect.strip():
+        pair = replace(pair, prompt=lf(pair.prompt), correct=lf(pair.correct), incorrect=lf(pair.incorrect))
+        key = (pair.problem, pair.correct, pair.incorrect)
+        if not pair.correct.strip() or not pair.incorrect.strip():
             self.skipped[_NO_PROGRAM] += 1
-        elif correct.rstrip() == incorrect.rstrip():
+        elif pair.correct.rstrip() == pair.incorrect.rstrip():
             self.skipped[_SAME] += 1
         elif key in self._seen:
             self.skipped[_REPEATED] += 1
         else:
             self._seen.add(key)
             self.problems.add(pair.problem)
-            rewards = (pair.correct_reward, pair.incorrect_reward)
-            self._pairs.append(Pair(pair.problem, *texts, pair.fault_line, *rewards))
+            self._pairs.append(pair)
 
     def add_programs(self, programs: _Programs, where: str) -> None:
         """Adds pairs of a problem's correct and incorrect programs, up to max_pairs_per_problem."""
@@ -212,8 +208,7 @@ class _Builder:
         first, second = sorted(correct, key=by_hash), sorted(incorrect, key=by_hash)
         for i, j in _combinations(len(first), len(second), self._max):
             good, bad = first[i], second[j]
-            rewards = (correct[good], incorrect[bad])
-            self.add(Pair(programs.problem, programs.prompt, good, bad, None, *rewards))
+            self.add(Pair(programs.problem, programs.prompt, good, bad, None, correct[good], incorrect[bad]))
 
     def done(self, rows: ReadColumns | None = None) -> Pairs:
         skipped = {reason: count for reason, count in self.skipped.items() if count}

@@ -164,21 +164,17 @@ def check_samples(
     return fixed_temperature
 
 
-def compare_results(
-    ours: dict, theirs: dict, k: int = 1, *, temperature: float | None = None, seed: int = 0, resamples: int = 10_000
-) -> Interval:
+def compare_results(ours: dict, theirs: dict, k: int = 1, *, seed: int = 0, resamples: int = 10_000) -> Interval:
     """Computes the paired difference in pass@k, ours - theirs, from the results.json of two evaluations alike.
 
-    Args:
-        temperature: None takes each run's fixed temperature.
+    Each is taken at its fixed temperature.
 
     Raises:
-        ValueError: the runs have other tasks than each other, judged some in other modes, have no such temperature, or
-            too few samples for k.
+        ValueError: the runs have other tasks than each other, judged some in other modes, or too few samples for k.
     """
     if reason := _judged_apart(ours, theirs):
         raise UserError(reason)
-    values = [figure_by_task(results, f"pass_at_{k}", temperature) for results in (ours, theirs)]
+    values = [figure_by_task(results, f"pass_at_{k}") for results in (ours, theirs)]
     return paired_difference(*values, seed, resamples=resamples)
 
 
@@ -205,27 +201,24 @@ def why_not_alike(ours: dict, theirs: dict) -> str | None:
     return _judged_apart(ours, theirs)
 
 
-def figure_by_task(results: dict, figure: str = "pass_at_1", temperature: float | None = None) -> dict[str, float]:
-    """Returns a figure of each task that has samples enough for it, from results.json.
+def figure_by_task(results: dict, figure: str) -> dict[str, float]:
+    """Returns a figure of each task that has samples enough for it, from results.json, at the fixed temperature.
 
     Args:
         figure: such as ``pass_at_10``, ``5_at_10`` or ``base_pass_at_1``; k need not be one that was reported.
-        temperature: None takes the run's fixed temperature.
 
     Raises:
-        UserError: no such temperature or figure.
+        UserError: no such figure.
     """
-    name = results["fixed_temperature"] if temperature is None else temperature_name(temperature)
-    if name not in results["temperatures"]:
-        raise UserError(f"no temperature {name} in these results, which have {', '.join(results['temperatures'])}")
-    counts = results["temperatures"][name]["per_task"]
+    fixed = results["temperatures"][results["fixed_temperature"]]
+    counts = fixed["per_task"]
     if parsed := re.fullmatch(r"(?:(\d+)|\w*pass)_at_(\d+)", figure):
         n, k = (int(number or 0) for number in parsed.groups())
         n_at_ks = [(n, k)] if n and all("public" in c for c in counts) else []
         for known, needed, value in _metrics(counts, [k], n_at_ks):
             if known == figure and k:
                 return {c["task_id"]: value(c) for c in counts if c["n"] >= needed}
-    there = ", ".join(results["temperatures"][name]["metrics"])
+    there = ", ".join(fixed["metrics"])
     raise UserError(f"these results have no figure {figure!r}; there are {there}")
 
 
@@ -285,7 +278,6 @@ def _over_tasks(name: str, counts: list[dict], k: int, value: Callable, seed: in
 
 
 def _totals(samples: Sequence[Sample], judgements: Mapping[Key, Judgement]) -> dict:
-    """Counts verdicts, exceptions and tokens of some samples."""
     judged = [judgements[sample.key] for sample in samples]
     cut = Counter(judgements[s.key].verdict for s in samples if s.finish_reason == "length")
     exceptions = Counter(

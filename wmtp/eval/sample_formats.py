@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,12 @@ def sample_rows(path: str | Path, tasks: Sequence[Task]) -> tuple[str, Iterator[
     first = next(rows, None)
     if first is None:
         return _ROWS, iter(())
-    kind = _format_of(*first)
-    by_order = partial(_by_order, path=path, tasks=tasks)
-    read = {_LM_EVAL: _of_lm_eval, _LIVE_CODE_BENCH: _of_live_code_bench, _BIGCODE: by_order}.get(kind, iter)
-    return kind, read(_checked(itertools.chain([first], rows), kind))
+    kind, rows = _format_of(*first), itertools.chain([first], rows)
+    if kind == _ROWS:
+        return kind, _checked(rows, kind)
+    if kind == _BIGCODE:
+        return kind, _by_order(_checked(rows, kind), path, tasks)
+    return kind, (_of_lm_eval if kind == _LM_EVAL else _of_live_code_bench)(_checked(rows, kind))
 
 
 def _format_of(where: str, row: dict | list) -> str:
