@@ -110,7 +110,6 @@ def _settled(tasks: Sequence[AssertionTask], sandbox: Sandbox, tests: str, limit
 
 
 def _judge_golds(tasks: Sequence[AssertionTask], sandbox: Sandbox, limits: Limits | None) -> dict[str, Outcome]:
-    """Returns the outcomes of the tasks' own solutions, by task id."""
     outcomes = sandbox.judge(task.job(task.program(task.solution), limits=limits) for task in tasks)
     return {task.task_id: outcome for task, outcome in zip(tasks, outcomes, strict=True)}
 

@@ -191,7 +191,6 @@ def _expanded(text: str, size: int) -> str:
 
 
 def _error(text: str) -> Exception | None:
-    """Says why a text is no program."""
     try:
         compile(text, "program.py", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: no Unicode text

@@ -121,7 +121,6 @@ def publish_card(client, run_id: str, name: str, version: str, card: str) -> str
 
 
 def _header(name: str, heads: int | str, evaluations: Sequence[Evaluation], statements: Statements) -> ModelCardData:
-    """Returns the Hub's metadata."""
     results = [
         EvalResult("text-generation", evaluation.name, evaluation.name, metric, figure["estimate"], metric_name=metric)
         for evaluation in evaluations

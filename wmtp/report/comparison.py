@@ -271,7 +271,6 @@ def _compared(
     metric: Arms, pairs: Sequence[tuple[str, str]], controls: Mapping[str, Sequence[str]], margin: float | None, *,
     named: bool,
 ) -> list[Comparison]:  # fmt: skip
-    """Returns the comparisons that a metric has of pairs of arms."""
     known = [pair for pair in pairs if metric.arms.keys() >= set(pair)]
     if not metric.sample:  # totals of one seed, or equal ones of few, say nothing about their error
         known = [(a, b) for a, b in known if np.nanstd(metric.arms[a] - metric.arms[b]) > _ROUNDING]

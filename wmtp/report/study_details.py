@@ -45,7 +45,6 @@ def tokens(study: Study) -> Part:
 
 
 def _last_page(run: Run) -> str | None:
-    """Returns the last page of token weights that a run has written."""
     if run.run_id != run.source:  # read from its folder
         files = sorted((Path(run.source) / _FOLDER).glob("step_*.html"))
         return files[-1].read_text(encoding="utf-8") if files else None

@@ -112,7 +112,6 @@ def _explain(error: BaseException, session: Session) -> Failure:
 
 
 def _run_inside(job: AssertionJob, session: Session, first: int) -> Failure | None:
-    """Has the tests run in the program's process."""
     step = "preamble"
     try:
         for index, test in enumerate(job.tests, first):

@@ -178,7 +178,6 @@ class Decoder:
         return value
 
     def _make_record(self, names: list, values: list, type_name: str) -> tuple:
-        """Returns a tuple whose items can also be reached by name."""
         if not type(names) is type(values) is list or len(names) != len(values):
             raise ValueError("a record is a list of names and one of items")
         if not all(type(name) is str for name in [*names, type_name]):

@@ -30,7 +30,6 @@ def lenient_match(output: bytes, expected: bytes) -> bool:
 
 
 def _tokens_match(output: bytes, expected: bytes, alike: Callable[[bytes, bytes], bool]) -> bool:
-    """Returns whether tokens are equal, or numbers that are alike."""
     left, right = output.split(), expected.split()
     return len(left) == len(right) and all(
         a == b or (max(len(a), len(b)) <= _MAX_NUMBER_LENGTH and alike(a, b)) for a, b in zip(left, right, strict=True)

@@ -248,7 +248,6 @@ class Server:
         return {"X": [self._classes[cls], _name_of(cls), bases]}
 
     def _describe(self, error: BaseException, causes: int = _MAX_CAUSES) -> dict:
-        """Returns an exception as its class, message, arguments and attributes."""
         cls = type(error)
         described: dict = {"class": self._exception_class(cls), "message": text_of(error)}
         if is_refused_memory(error):

@@ -20,6 +20,7 @@ _MAX_CONTAINERS = 2_000_000  # each costs tens of bytes once parsed, whatever it
 _ANSWERS_PER_LIMIT = 4  # all answers of a program together, in units of the size of one
 _LAST_WORDS = 4096  # bytes of output that are kept to tell what a program died of
 _NEAR = 0.9  # of the memory limit: a fault there comes from memory that was refused
+_FAULTS = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT)
 
 # In the flag: a byte has come from the program; it has ended, and what it left is being removed.
 ANSWERED, ENDED = 1, 2
@@ -153,14 +154,13 @@ class Process:
         self.report: dict = {}  # how it ended, once it has
         self.usage_at_start: Usage = {}  # of the confined process, as it says before it is given a program
         self._wall, self._own = 0.0, Usage()
-        self._keep_stdout = stdin is not None
         self._last_words = b""
         self._output_bytes = self._answer_bytes = 0
         self._inbox, self._outbox = bytearray(), b""
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
         self._channel_open = True
-        pipes = [os.pipe() for _ in range(2 if self._keep_stdout else 1)]
+        pipes = [os.pipe() for _ in range(1 if stdin is None else 2)]
         self._streams = [reader for reader, _ in pipes]
         descriptors = [theirs.fileno(), pipes[0][1], pipes[-1][1]] + ([] if stdin is None else [stdin])
         try:
@@ -172,7 +172,7 @@ class Process:
             theirs.close()
             for _, writer in pipes:
                 os.close(writer)
-        self._stdout_stream = self._streams[0]
+        self._kept_stream = None if stdin is None else self._streams[0]  # stdout
         self._poll = select.poll()
         for source in (self._channel, zygote.control, *self._streams):
             self._poll.register(source, select.POLLIN)
@@ -221,11 +221,7 @@ class Process:
         if number == signal.SIGKILL and report["cpu"] > 0.5 * limits.cpu_seconds:
             # The kernel kills on a count of timer ticks, which can run well ahead of the exact one that it reports.
             return _too_slow(limits)
-        near = report["peak"] > _NEAR * limits.memory_bytes and number in (
-            signal.SIGSEGV,
-            signal.SIGBUS,
-            signal.SIGABRT,
-        )
+        near = report["peak"] > _NEAR * limits.memory_bytes and number in _FAULTS
         if near or (number == signal.SIGABRT and b"bad_alloc" in self._last_words):
             return _too_large(limits)
         if number:
@@ -273,7 +269,6 @@ class Process:
             os.close(self._streams.pop())
 
     def _step(self) -> None:
-        """Waits for the next event and takes it in."""
         events = self._poll.poll(1000 * max(0, self.deadline - time.monotonic()))
         if not events:
             seconds = self.limits.wall_seconds if self._has_program else _START_SECONDS
@@ -320,7 +315,7 @@ class Process:
         self._last_words = (self._last_words + data)[-_LAST_WORDS:]
         if self._has_program:
             self.flag[0] = ANSWERED
-        if self._keep_stdout and descriptor == self._stdout_stream:
+        if descriptor == self._kept_stream:
             self.stdout += data
         if self._output_bytes > self.limits.output_bytes:
             raise Failure("output_limit", f"more than {self.limits.output_bytes} bytes of output")

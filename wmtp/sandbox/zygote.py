@@ -181,7 +181,6 @@ class Zygote:
                 os.close(ended)
 
     def _clear_scratch(self) -> None:
-        """Leaves an empty scratch folder to the next program."""
         if not self._own_root:
             filesystem.clear_folder(self._scratch)
         elif os.listdir(self._scratch):
