@@ -290,22 +290,6 @@ def test_what_is_wrong_inside_is_named_with_its_full_key(method, message):
         build(control(**method), where="weighting")
 
 
-@pytest.mark.parametrize(
-    ("before", "now"),
-    [
-        ("wmtp.data.mbpp_tasks", "wmtp.eval.mbpp_tasks"),
-        ("wmtp.data.hf_tokenizer", "wmtp.pretrained.hf_tokenizer"),
-        ("wmtp.data.jsonl_pairs", "wmtp.critic.jsonl_pairs"),
-        ("wmtp.lr_schedule.cosine_with_warmup", "wmtp.training.lr_schedule.cosine_with_warmup"),
-        ("wmtp.rewards.hf_reward_model", "wmtp.critic.rewards.hf_reward_model"),
-        ("wmtp.model_card.Statements", "wmtp.registry.card.Statements"),
-    ],
-)
-def test_where_a_component_is_that_moved(before, now):
-    with pytest.raises(ConfigError, match=f"'{before}' cannot be found: it is {now} now"):
-        build(OmegaConf.create({"_component_": before}), where="part")
-
-
 def test_a_component_beside_where_the_recipe_is_started(tmp_path, monkeypatch):
     (tmp_path / "my_weights.py").write_text("def half(strength):\n    return strength / 2\n")
     monkeypatch.chdir(tmp_path)

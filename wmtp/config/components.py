@@ -1,7 +1,6 @@
 """Building of the components that a config's sections name, with their keys checked by name."""
 
 import functools
-import importlib
 import inspect
 import os
 import sys
@@ -15,13 +14,6 @@ from torchtune.config._utils import _get_component_from_path
 
 from wmtp.config.reader import ConfigError, as_number, unknown_key, whole_number
 from wmtp.errors import UserError, one_line, raised_in
-
-_MOVED_TO = {  # earlier modules of components, and the rooms that have them now
-    "wmtp.data": ("wmtp.eval", "wmtp.critic", "wmtp.pretrained"),
-    "wmtp.lr_schedule": ("wmtp.training.lr_schedule",),
-    "wmtp.model_card": ("wmtp.registry.card",),
-    "wmtp.rewards": ("wmtp.critic.rewards",),
-}
 
 
 def build(section: DictConfig | None, *args: Any, where: str, **kwargs: Any) -> Any:
@@ -128,8 +120,7 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
         cause = error.__cause__ or error
         absent = isinstance(cause, ModuleNotFoundError) and f"{path}.".startswith(f"{cause.name}.")
         if absent or (raised_in(cause) in (__file__, "") and not isinstance(cause, SyntaxError | ModuleNotFoundError)):
-            why = _moved(path) or one_line(error)
-            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {why}") from error
+            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {one_line(error)}") from error
         raise cause from None
     try:
         _parameters(component)
@@ -137,15 +128,6 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
         kind = type(component).__name__
         raise ConfigError(f"{where}._component_ {path!r} is a {kind}, not a class or function with keys") from None
     return component
-
-
-def _moved(path: str) -> str | None:
-    """Returns the new place of a component that an older config names; None if WMTP has not moved it."""
-    folder, _, name = path.rpartition(".")
-    for room in _MOVED_TO.get(folder, ()):
-        if hasattr(importlib.import_module(room), name):
-            return f"it is {room}.{name} now"
-    return None
 
 
 def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

@@ -116,8 +116,7 @@ def read_adapter(folder: str | Path) -> dict[str, Any]:
     file = Path(folder) / ADAPTER
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no adapter ({ADAPTER}); train one with lora_wmtp.py")
-    about = read_json(file, "base_weights", "adapters", "num_future_tokens")
-    return {"looped_heads": False, "head_init": "copies"} | about  # which older ones do not say
+    return read_json(file, "base_weights", "adapters", "num_future_tokens", "looped_heads")
 
 
 @torch.no_grad()

@@ -224,19 +224,11 @@ def load_trainer(checkpoint: Path, cfg: DictConfig) -> tuple[dict, str]:
         The state, and what the config says otherwise than the checkpoint's (:func:`wmtp.config.config_changes`).
 
     Raises:
-        UserError: a file is not the manifest's, or weight decay would leave norms and embeddings from here on because
-            the checkpoint is older than the key that says so.
+        UserError: a file is not the manifest's.
     """
     verify_together(checkpoint)
     state = torch.load(checkpoint / TRAINER, weights_only=False, map_location="cpu")
-    before = state.get("config")
-    older = before is not None and "decay_norms_and_embeddings" not in before
-    if older and before["optimizer"].get("weight_decay", True) and not cfg.get("decay_norms_and_embeddings"):
-        raise ConfigError(
-            f"cannot resume: checkpoint {checkpoint} is older than the key decay_norms_and_embeddings, its run had "
-            "weight decay on norms and embeddings too; set decay_norms_and_embeddings=true to go on so"
-        )
-    return state, config_changes(before, cfg)
+    return state, config_changes(state.get("config"), cfg)
 
 
 def load_sharded(
