@@ -1,19 +1,15 @@
-"""Operations of an optimizer step, counted by torch on tensors without data: what equal compute means in a study."""
+"""Operations of an optimizer step, from shapes alone: what equal compute means in a study."""
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
-from torchtune.modules.peft import disable_adapter
 
 from wmtp.config import build
 from wmtp.loss import HeadTraining, ReferenceReading
 from wmtp.models.value import load_value_model
-from wmtp.numerics.fork import scaled_gradient
 from wmtp.pretrained import resolve_checkpoint
+from wmtp.training.performance import adapters_off_flops, model_flops
 from wmtp.weighting.base import OF_THE_POLICY, AnyWeighting, Signals, any_weighting
 
 _SAMPLE = 4096  # targets of the sample that tells how many a weighting leaves out
@@ -22,7 +18,7 @@ _SAMPLE = 4096  # targets of the sample that tells how many a weighting leaves o
 def flops_per_step(cfg: DictConfig) -> float:
     """Counts the floating-point operations of one process's optimizer step of a training config.
 
-    A step of the config's models runs on the meta device, which knows shapes and no numbers, so 7B takes seconds and no
+    The config's models are built on the meta device, which knows shapes and no numbers, so 7B takes seconds and no
     memory. Counted are forward and backward of the policy with its frozen parts, the unembedding's products as
     :func:`wmtp.loss.mtp_loss` makes them (a first pass for weights that read the policy, no gradient for a target of
     weight zero, what `heads` and `anchor` add and save), and the frozen models beside it. Not counted: what activation
@@ -41,77 +37,45 @@ def flops_per_step(cfg: DictConfig) -> float:
         policy = build(cfg.model, where="model")
         if cfg.get("adapters") is not None:
             build(cfg.adapters, policy, where="adapters", seed=0)
-    policy.attention = "sdpa"  # flex attention needs CUDA
     heads.prepare(policy.num_future_tokens, cfg.get("head_weights"), "meta", model=policy)
-    options = heads.at(0)
-    factors = options.get("trunk_gradient", (1.0,) * policy.num_future_tokens)
+    factors = heads.at(0).get("trunk_gradient")
     anchor, adapted = build(cfg.get("anchor"), where="anchor"), cfg.get("adapters") is not None
-    loss = _loss(weighting, factors, teacher=heads.teacher, anchored=anchor is not None)
-    frozen: list[tuple[Any, dict]] = []
+    tokens = cfg.get("tokens_per_step") or cfg.batch_size * (cfg.get("gradient_accumulation_steps") or 1) * cfg.seq_len
+
+    trained, read = products(weighting, policy.num_future_tokens, teacher=heads.teacher, anchored=anchor is not None)
+    flops = model_flops(policy, trunk_gradient=factors).of(tokens, cfg.seq_len, [tokens * share for share in trained])
+    flops += 2 * policy.vocab_size * policy.embed_dim * tokens * read
     scores = ReferenceReading(weighting.needs, heads.soft_targets).asked
     if (scores or (anchor is not None and not adapted)) and cfg.get("reference_model") is not None:
         with torch.device("meta"):
-            reference = build(cfg.reference_model, where="reference_model")
-        reference.attention = "sdpa"
-        frozen.append((reference, {"num_heads": 1, "loss_fn": _forward if scores else _states}))
+            reference = build(cfg.reference_model, where="reference_model").requires_grad_(False)
+        flops += model_flops(reference, trunk_gradient=(1.0,)).of(tokens, cfg.seq_len, [tokens] * scores)
     if "values" in weighting.needs and cfg.get("value_model") is not None:
-        frozen.append((load_value_model(resolve_checkpoint(cfg.value_model)).to("meta"), {}))
-
-    rows = cfg.get("tokens_per_step") or cfg.batch_size * (cfg.get("gradient_accumulation_steps") or 1) * cfg.seq_len
-    rows = rows / cfg.seq_len
-    tokens = torch.zeros((1, cfg.seq_len), dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        policy(tokens, loss_fn=loss, trunk_gradient=factors).backward()
-        with torch.no_grad():
-            for model, options in frozen:
-                model(tokens, **options)
-            if anchor is not None and adapted:
-                with disable_adapter(policy):
-                    policy(tokens, num_heads=1, loss_fn=_states)
-    return counter.get_total_flops() * rows
+        flops += model_flops(load_value_model(resolve_checkpoint(cfg.value_model))).of(tokens, cfg.seq_len)
+    if anchor is not None and adapted:
+        flops += adapters_off_flops(policy).of(tokens, cfg.seq_len)
+    return flops
 
 
-def _loss(
-    weighting: AnyWeighting, factors: Sequence[float], teacher: str | None = None, anchored: bool = False
-) -> Callable[..., Tensor]:
-    """Returns a `loss_fn` that makes the products of the fused loss, on all positions.
+def products(
+    weighting: AnyWeighting, heads: int, *, teacher: str | None = None, anchored: bool = False
+) -> tuple[list[float], float]:
+    """Returns what the fused loss multiplies by the unembedding, as shares of a head's targets.
 
     Args:
-        factors: of each head's gradient in the unembedding.
         teacher: whose distributions are soft targets, if any are.
         anchored: whether head 1 has an anchor, whose logits are those of its states.
+
+    Returns:
+        the share of each head's targets that have a gradient, and the sum of those whose logits alone are computed.
     """
-    heads = len(factors)
     kept = kept_share(weighting, heads)
     of_policy = bool(weighting.needs.intersection(OF_THE_POLICY))
     first_pass = heads if of_policy and weighting.per_head else int(of_policy or teacher == "head1")
     known = min(first_pass, 1) if teacher else first_pass  # heads whose targets of weight zero are known by it
-
-    def products(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
-        total = hidden.new_zeros(())
-        if teacher == "head1" and first_pass > 1:
-            _forward(hidden[:1], unembedding)
-        for head, states in enumerate(hidden.flatten(1, 2)):
-            weighted = len(states) if anchored and head == 0 else round(kept * len(states))
-            if anchored and head == 0:
-                _forward(states[None, None], unembedding)
-            if head < first_pass:
-                _forward(states[None, None], unembedding)
-            if head >= known:
-                _forward(states[None, None, weighted:], unembedding)
-            total = total + (states[:weighted] @ scaled_gradient(unembedding, factors[head]).T).sum()
-        return total
-
-    return products
-
-
-def _states(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
-    return hidden
-
-
-@torch.no_grad()
-def _forward(hidden: Tensor, unembedding: Tensor, **_: object) -> Tensor:
-    return hidden.flatten(0, 2) @ unembedding.T
+    trained = [1.0 if anchored and head == 0 else kept for head in range(heads)]
+    read = first_pass + anchored + (teacher == "head1" and first_pass > 1)
+    return trained, read + sum(1 - share for share in trained[known:])
 
 
 def kept_share(weighting: AnyWeighting, heads: int) -> float:
