@@ -1,4 +1,4 @@
-"""The operations of a step, counted on tensors without data, beside a count by hand and the real loss's products."""
+"""The operations of a step, beside torch's own count on tensors without data and the real loss's products."""
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from wmtp.config import build
 from wmtp.config.files import load
 from wmtp.loss import AnchorStates, SoftTargets, mtp_loss
-from wmtp.training.flops import _loss, flops_per_step, kept_share
+from wmtp.numerics.fork import scaled_gradient
+from wmtp.training.flops import flops_per_step, kept_share, loss_products
 from wmtp.training.performance import adapters_off_flops, model_flops
 from wmtp.weighting import any_weighting, dft, protect, random_matched, rho1, token_cleaning, uniform
 
@@ -27,21 +28,31 @@ def model_of(cfg):
     return model
 
 
-@pytest.mark.parametrize("name", ["tiny/uniform", "smollm2_135m/uniform"])
-def test_plain_training_is_the_count_by_hand(name):
-    cfg = config(name)
-    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
+def counted(cfg, factors=None):
+    """Counts a step with the logits of all heads, as torch counts one of tensors without data."""
     model = model_of(cfg)
-    assert flops_per_step(cfg) == model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
+    factors = factors or (1.0,) * model.num_future_tokens
+
+    def logits(hidden, unembedding, **_):
+        each = zip(hidden.flatten(1, 2), factors, strict=True)
+        return sum((states @ scaled_gradient(unembedding, factor).T).sum() for states, factor in each)
+
+    with FlopCounterMode(display=False) as counter:
+        model(
+            torch.zeros((1, cfg.seq_len), dtype=torch.int64, device="meta"), loss_fn=logits, trunk_gradient=factors
+        ).backward()
+    return counter.get_total_flops() * cfg.batch_size * cfg.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("name", ["tiny/uniform", "smollm2_135m/uniform"])
+def test_plain_training_is_torch_s_count(name):
+    assert flops_per_step(config(name)) == counted(config(name))
 
 
 def test_adapters_save_the_gradients_of_what_is_frozen():
     cfg = config("tiny/lora_rho1", ("weighting", config("tiny/uniform").weighting))
-    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.seq_len
-    model = model_of(cfg)
-    by_hand = model_flops(model).of(tokens, cfg.seq_len, [tokens] * model.num_future_tokens)
-    assert flops_per_step(cfg) == pytest.approx(by_hand, rel=1e-12)
-    assert by_hand < flops_per_step(config("tiny/uniform"))
+    assert flops_per_step(cfg) == pytest.approx(counted(cfg), rel=1e-12)
+    assert flops_per_step(cfg) < flops_per_step(config("tiny/uniform"))
 
 
 def test_a_step_of_so_many_targets_is_so_many_positions():
@@ -84,27 +95,19 @@ OPTIONS |= {"anchored": {"anchor": ANCHOR}}
 @pytest.mark.parametrize("method", METHODS)
 def test_the_products_are_those_of_the_fused_loss(method, options):
     """GEMMs a target, of the real loss: ours are counted on all positions, so they agree to the documents' edges."""
-    weighting, heads, chosen = any_weighting(METHODS[method]), 3, OPTIONS[options]
-    cfg = config("tiny/uniform")
-    cfg.model.num_future_tokens = heads
-    model = model_of(cfg)
-    hidden = torch.zeros((heads, 1, 1000, model.embed_dim), device="meta", requires_grad=True)
-    unembedding = torch.zeros((50, model.embed_dim), device="meta", requires_grad=True)
+    heads, chosen = 3, OPTIONS[options]
+    teacher = "head1" if "head_targets" in chosen else None
+    trained, read = loss_products(any_weighting(METHODS[method]), heads, teacher=teacher, anchored="anchor" in chosen)
     factors = chosen.get("trunk_gradient", (1.0,) * heads)
-    with FlopCounterMode(display=False) as counter:
-        teacher = "head1" if "head_targets" in chosen else None
-        _loss(weighting, factors, teacher, "anchor" in chosen)(hidden, unembedding).backward()
-    ours = counter.get_total_flops() / (2 * model.embed_dim * 50 * 1000 * heads)
-    assert ours == pytest.approx(products(METHODS[method], **chosen), rel=0.02)
+    ours = read + sum(share * (2 + (factor > 0)) for share, factor in zip(trained, factors, strict=True))
+    assert ours / heads == pytest.approx(products(METHODS[method], **chosen), rel=0.02)
 
 
 def test_options_of_the_heads_and_methods_that_want_preparation_are_counted():
     joint = config("tiny/uniform")
     detached = config("tiny/uniform", ("heads", {"_component_": "wmtp.loss.HeadTraining", "trunk_gradient": 0.0}))
-    tokens, model = joint.batch_size * joint.gradient_accumulation_steps * joint.seq_len, model_of(joint)
-    factors = (1.0,) + (0.0,) * (model.num_future_tokens - 1)
-    by_hand = model_flops(model, trunk_gradient=factors).of(tokens, joint.seq_len, [tokens] * model.num_future_tokens)
-    assert flops_per_step(detached) == by_hand
+    factors = (1.0,) + (0.0,) * (joint.model.num_future_tokens - 1)
+    assert flops_per_step(detached) == counted(joint, factors)
     soft = config("tiny/uniform", ("heads", {"_component_": "wmtp.loss.HeadTraining", "targets": "soft"}))
     assert flops_per_step(detached) < flops_per_step(joint) < flops_per_step(soft)
     assert kept_share(rehearsed(token_cleaning(0.6)), 2) == pytest.approx(0.6, abs=0.03)

@@ -1,7 +1,5 @@
 """Operations of an optimizer step, from shapes alone: what equal compute means in a study."""
 
-from typing import Any
-
 import torch
 from omegaconf import DictConfig
 
@@ -42,7 +40,9 @@ def flops_per_step(cfg: DictConfig) -> float:
     anchor, adapted = build(cfg.get("anchor"), where="anchor"), cfg.get("adapters") is not None
     tokens = cfg.get("tokens_per_step") or cfg.batch_size * (cfg.get("gradient_accumulation_steps") or 1) * cfg.seq_len
 
-    trained, read = products(weighting, policy.num_future_tokens, teacher=heads.teacher, anchored=anchor is not None)
+    trained, read = loss_products(
+        weighting, policy.num_future_tokens, teacher=heads.teacher, anchored=anchor is not None
+    )
     flops = model_flops(policy, trunk_gradient=factors).of(tokens, cfg.seq_len, [tokens * share for share in trained])
     flops += 2 * policy.vocab_size * policy.embed_dim * tokens * read
     scores = ReferenceReading(weighting.needs, heads.soft_targets).asked
@@ -57,7 +57,7 @@ def flops_per_step(cfg: DictConfig) -> float:
     return flops
 
 
-def products(
+def loss_products(
     weighting: AnyWeighting, heads: int, *, teacher: str | None = None, anchored: bool = False
 ) -> tuple[list[float], float]:
     """Returns what the fused loss multiplies by the unembedding, as shares of a head's targets.
