@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from wmtp.critic.localise import line_of_tokens, value_drop_by_line
+from wmtp.critic.localise import line_of_tokens
 from wmtp.critic.losses import critic_loss
 from wmtp.critic.metrics import pair_wins
 from wmtp.critic.pair_dataset import PairDataset, balance_lengths, encode_pairs
@@ -27,7 +27,7 @@ from wmtp.pretrained import hf_tokenizer
 
 from .models import SMOLLM2
 from .states import States, frozen_states
-from .statistics import hit_ranks, interval, resamples, weighted_mean
+from .statistics import hit_ranks, interval, resamples, value_drop_by_line, weighted_mean
 
 FIGURES = ("top-1", "top-3", "top-5", "auc")
 POSITION_BINS = 10

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wmtp.critic import line_of_tokens, value_drop_by_line
+from benchmarks.validity.statistics import value_drop_by_line
+from wmtp.critic import line_of_tokens
 from wmtp.pretrained import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -27,7 +28,6 @@ def test_drops_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rule": "mean"}, "rule must be one of end, token, got 'mean'"),
         ({"line_of_token": LINES[:3]}, r"must be \[T\]"),
         ({"line_of_token": LINES[::-1]}, "must rise"),
         ({"num_lines": 3}, "must rise from 1 to at most 3"),

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from wmtp.critic.localise import line_of_tokens, value_drop_by_line
+from benchmarks.validity.statistics import value_drop_by_line
+from wmtp.critic.localise import line_of_tokens
 from wmtp.critic.rollouts import line_ends, line_row, prefix_id, rollout_report, value_column
 from wmtp.data import Documents, document_from_text, pack
 from wmtp.errors import UserError

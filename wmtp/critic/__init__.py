@@ -1,4 +1,4 @@
-"""The critic's first stage: losses and data of a value model, its accuracy on pairs of programs, and fault lines."""
+"""The critic's first stage: losses and data of a value model, its accuracy on pairs of programs, and rollouts."""
 
 from wmtp import on_demand
 from wmtp.critic.best_weights import BestWeights
@@ -13,7 +13,7 @@ __getattr__ = on_demand(
     __name__,
     differences="near_misses",
     evaluate="score_pairs",
-    localise="line_of_tokens value_drop_by_line",
+    localise="line_of_tokens",
     losses="mse_loss pairwise_loss response_last response_mean spread_rewards",
     metrics="auc brier expected_calibration_error fit_length_baseline pair_wins probabilities score_report",
     pair_dataset="Pair Pairs balance_lengths encode_pairs split_by_problem",
