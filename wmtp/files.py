@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from wmtp.errors import UserError, may_fill
@@ -98,19 +98,17 @@ def locked(path: Path, *, shared: bool = False, wait: bool = True) -> Iterator[b
 
 @contextmanager
 def locked_cache(path: Path, where: str, way_out: str) -> Iterator[None]:
-    """Holds :func:`take_lock` on a file of a cache for a block.
+    """Holds :func:`locked` on a file of a cache for a block.
 
     Raises:
         UserError: the cache, which is named by ``where``, cannot be written to.
     """
-    try:
-        descriptor = take_lock(path)
-    except OSError as error:
-        raise UserError(f"{where}: {path.parent} cannot be written ({error.strerror}); {way_out}") from error
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path))
+        except OSError as error:
+            raise UserError(f"{where}: {path.parent} cannot be written ({error.strerror}); {way_out}") from error
         yield
-    finally:
-        os.close(descriptor)  # type: ignore[arg-type]  # with waiting, always a descriptor
 
 
 def file_state(file: Path) -> list[int]:

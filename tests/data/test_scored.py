@@ -219,7 +219,7 @@ def test_parts_of_two_scorings_are_not_mixed():
     found = {"seq_len": 8, "model": {"checkpoint_sha256": "a"}}
     require_same_binding(found, found, "part")
     with pytest.raises(
-        ValueError, match=r"cannot resume: model.checkpoint_sha256 was a when part was scored, now it is b"
+        ValueError, match=r"cannot resume with model.checkpoint_sha256 a -> b since part was scored; restore it"
     ):
         require_same_binding(found, {"seq_len": 8, "model": {"checkpoint_sha256": "b"}}, "part")
 

@@ -230,10 +230,10 @@ def test_a_resumed_run_scores_only_what_is_missing_or_torn(scored_config):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"seq_len": 128}, "cannot resume: seq_len was 64 when"),
-        ({"dtype": "bf16"}, "cannot resume: dtype was fp32 when"),
-        ({"documents_per_part": 4}, "cannot resume: documents_per_part was 8 when"),
-        ({"model__max_seq_len": 128}, "cannot resume: model.section.max_seq_len was 256 when"),
+        ({"seq_len": 128}, "cannot resume with seq_len 64 -> 128 since"),
+        ({"dtype": "bf16"}, "cannot resume with dtype fp32 -> bf16 since"),
+        ({"documents_per_part": 4}, "cannot resume with documents_per_part 8 -> 4 since"),
+        ({"model__max_seq_len": 128}, "cannot resume with model.section.max_seq_len 256 -> 128 since"),
         ({"changed": 20}, "cannot resume: documents r16 to r23 of"),
         ({"rows": 41}, "has more documents than when"),
         ({"rows": 32}, "ends before the documents of"),
@@ -258,7 +258,7 @@ def test_another_reference_or_tokenizer_is_refused(scored_config, tmp_path):
     with torch.no_grad():
         model.norm.scale.mul_(2)
     export_hf(model, other, tokenizer_source=byte_tokenizer())
-    with pytest.raises(ValueError, match=r"cannot resume: model\.checkpoint_sha256 was"):
+    with pytest.raises(ValueError, match=r"cannot resume with model\.checkpoint_sha256"):
         run_here(scored_config(resume=True, checkpoint=str(other)))
     with pytest.raises(ValueError, match="scored by another model"):
         scored(byte_tokenizer(), source=cfg.output_dir, checkpoint=str(other))

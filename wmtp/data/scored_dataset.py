@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wmtp.config import differences
 from wmtp.data.documents import IGNORE, WEIGHT, Columns, Document, Documents, collect, comes_from, digest_tokens
 from wmtp.data.rows import reading
 from wmtp.errors import MissingError, UserError
@@ -215,15 +216,12 @@ def part_header(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def require_same_binding(found: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    """Refuses to mix parts of two scorings; the ValueError names the first setting that differs, and both values."""
-    ours, theirs = _flatten(wanted), _flatten(found)
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            was, now = (f"{side.get(key)!s:.80}" for side in (theirs, ours))
-            raise UserError(
-                f"cannot resume: {key} was {was} when {path} was scored, now it is {now}; restore it, or score into "
-                "another output_dir"
-            )
+    """Refuses to mix parts of two scorings; the UserError names the settings that differ, with both values."""
+    if changed := differences(found, wanted):
+        raise UserError(
+            f"cannot resume with {', '.join(changed)} since {path} was scored; restore it, or score into another "
+            "output_dir"
+        )
 
 
 def data_sha256(documents: Sequence[Document], column: str) -> str:
@@ -342,10 +340,3 @@ def _column_sha256(columns: Iterable[np.ndarray]) -> str:
 
 def _flat(column: pa.ChunkedArray) -> np.ndarray:
     return column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
-
-
-def _flatten(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, child in value.items():
-        flat |= _flatten(child, f"{prefix}{key}.") if isinstance(child, dict) else {f"{prefix}{key}": child}
-    return flat

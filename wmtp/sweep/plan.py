@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import wmtp
 from wmtp.errors import mask_secrets
+from wmtp.files import content_sha256
 from wmtp.storage import is_remote
 from wmtp.sweep.cells import Cell, SweepError, loaded
 from wmtp.tracking.environment import code_sha256, environment_tags
@@ -21,7 +22,6 @@ _SCHEDULING = {
     "heartbeat_seconds", "tracking",
 }  # fmt: skip
 _NO_PART_OF_A_RUN = ("report", "sweep")  # rooms of wmtp that a cell's figures do not depend on
-_MOST_BYTES = 1 << 30
 
 
 def plan(cfg: DictConfig, cells: Iterable[Cell]) -> dict[str, Any]:
@@ -68,16 +68,11 @@ def _sources(cells: Iterable[Cell]) -> set[str]:
 
 
 def _sha256(path: Path) -> str:
-    """Returns a hash of a file, or of all files below a folder; of a file beyond 1 GiB its size and beginning."""
-    path, total = path.expanduser(), hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        total.update(f"{file.relative_to(path).as_posix()} {file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            left = _MOST_BYTES
-            while left > 0 and (part := content.read(min(left, 1 << 20))):
-                total.update(part)
-                left -= len(part)
-    return total.hexdigest()[:16]
+    """Returns a hash of a file, or of all files below a folder."""
+    path = path.expanduser()
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    lines = [f"{file.relative_to(path).as_posix()} {content_sha256(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 class ParentRun:
