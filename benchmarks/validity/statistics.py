@@ -1,4 +1,4 @@
-"""The statistics of the validity benchmark: AUC with ties, falls by line, intervals by the bootstrap and Student's t."""
+"""The statistics of the validity benchmark: AUC with ties, falls by line, intervals by bootstrap and Student's t."""
 
 import math
 
