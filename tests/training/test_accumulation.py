@@ -11,11 +11,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from wmtp.data import BatchStream, Document, Documents, pack
-from wmtp.distributed import start_world
-from wmtp.loss import MTPLoss
+from wmtp.distributed import all_reduce_sum, start_world
 from wmtp.models import shard_model
 from wmtp.training.accumulation import Accumulation
 from wmtp.weighting import weight_statistics
+from wmtp.weighting.statistics import order_statistics
 from wmtp.weighting.targets import valid_targets
 
 SIZES = {"vocab_size": 20, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "embed_dim": 8, "intermediate_dim": 12}
@@ -43,15 +43,11 @@ def test_replicas_add_up_gradients_once_a_step_and_shards_in_each_micro_batch(tm
     start(collectives_of_a_step_on_two_times_two_ranks, log=tmp_path / "log.txt").join()
 
 
-def stream_of(rank):
-    rows = [Document(np.full(4, i, np.int32), np.full(4, i, np.int32), f"d{i}") for i in range(7)]
-    data = pack(Documents("made up", tuple(rows)), 6, packed=False, pad_id=99)
-    return BatchStream(data, batch_size=1, rank=rank, world_size=2, seed=0)
-
-
 def test_the_last_micro_batch_is_known_on_every_rank_before_its_loss():
     """Rows of 4 tokens have 3 targets: on two ranks a micro-batch of one row each has 6."""
-    streams = [stream_of(rank) for rank in (0, 1)]
+    rows = [Document(np.full(4, i, np.int32), np.full(4, i, np.int32), f"d{i}") for i in range(7)]
+    data = pack(Documents("made up", tuple(rows)), 6, packed=False, pad_id=99)
+    streams = [BatchStream(data, batch_size=1, rank=rank, world_size=2, seed=0) for rank in (0, 1)]
     for target_tokens, micro_batches, expected in ((15, None, 3), (12, None, 2), (1, None, 1), (None, 4, 4)):
         steps = [Accumulation(stream, micro_batches, target_tokens) for stream in streams]
         taken, targets = 0, 0
@@ -65,21 +61,23 @@ def test_the_last_micro_batch_is_known_on_every_rank_before_its_loss():
 
 
 def figures_of_all_ranks():
-    """Each of three ranks has its own targets, one of them none; each gets the numbers of all of them."""
+    """Each of three ranks has its own targets, one of them none; together they are the numbers of one process."""
     rank = start_world("cpu").rank
     generator = torch.Generator().manual_seed(3)
-    everything = torch.randn(1000, 2, generator=generator).abs()  # weight, CE
+    everything = torch.randn(1000, 3, generator=generator).abs()  # weight, CE, place
     everything[::4, 0] = 0
+    everything[7] = torch.tensor([0.0, -1e-8, 1.0])  # a CE that rounding made negative
     for part in (everything, everything[:1], torch.ones_like(everything), everything[:0]):
         mine = part[(0, len(part) // 3, len(part))[rank] : (len(part) // 3, len(part), len(part))[rank]]
-        accumulated = Accumulation(stream_of(0), 1)
-        for rows in (mine[::2], mine[1::2]):  # each micro-batch one document
-            valid = torch.ones(1, 1, len(rows), dtype=torch.bool)
-            out = MTPLoss(torch.zeros(()), torch.zeros(()), rows[None, None, :, 1], valid, rows[None, :, 0])
-            accumulated.add({"document_ids": torch.zeros(1, len(rows))}, out)
-        ours, theirs = accumulated.weight_statistics(), weight_statistics(part[:, 0], policy_ce=part[:, 1])
-        ours.pop("position_correlation", None)
+        named = [{"policy_ce": table[:, 1], "position": table[:, 2]} for table in (mine, part)]
+        ours = weight_statistics(mine[:, 0], **named[0], all_reduce=all_reduce_sum)
+        theirs = weight_statistics(part[:, 0], **named[1])
         assert ours == pytest.approx(theirs, rel=1e-12) and len(ours) == len(theirs)
+        exact = [name for name in ours if name in ("p25", "p75", "p95", "max", "kept_share")]
+        assert [ours[name] for name in exact] == [theirs[name] for name in exact]
+    places = torch.arange(1000.0)
+    column = everything[rank::3, 1][None]
+    assert torch.equal(order_statistics(column, places, all_reduce_sum)[0], everything[:, 1].sort().values.double())
 
 
 def test_ranks_that_see_only_their_own_targets_get_the_figures_of_all(tmp_path):

@@ -108,8 +108,8 @@ class Accumulation:
         """Describes the weights of all target tokens of the step, over all ranks (wmtp.weighting.weight_statistics)."""
         pairs = zip(self.batches, self.outs, strict=True)
         mine = [target_table(out.ce, out.valid, out.weights, batch["document_ids"]) for batch, out in pairs]
-        weights, policy_ce, position = torch.cat(gather_objects(torch.cat(mine).cpu())).unbind(1)
-        return weight_statistics(weights, policy_ce=policy_ce, position=position)
+        weights, policy_ce, position = torch.cat(mine).unbind(1)
+        return weight_statistics(weights, policy_ce=policy_ce, position=position, all_reduce=all_reduce_sum)
 
     def require_finite(self, loss: float, grad_norm: float, step: int, data: PackedDataset) -> None:
         """Raises StopTraining, with the documents of the step, where its loss or gradient is not finite."""

@@ -1,10 +1,9 @@
 """Figures that describe a step's weights."""
 
 import math
+from collections.abc import Callable
 
-import numpy as np
 import torch
-from scipy import special
 from torch import Tensor
 
 from wmtp.weighting.rows import SPREAD, scope_rows
@@ -34,14 +33,20 @@ def target_table(ce: Tensor, valid: Tensor, weights: Tensor | None, document_ids
 
 
 def weight_statistics(
-    weights: Tensor, *, policy_ce: Tensor | None = None, position: Tensor | None = None
+    weights: Tensor,
+    *,
+    policy_ce: Tensor | None = None,
+    position: Tensor | None = None,
+    all_reduce: Callable[[Tensor], Tensor] = Tensor.double,
 ) -> dict[str, float]:
-    """Computes percentiles, concentration and correlations of the weights of N targets, in float64.
+    """Computes percentiles, concentration and correlations of the weights of N targets.
 
     Args:
         weights: [N] >= 0.
         policy_ce: [N], the policy's CE of each target.
         position: [N], the place of each target in its document.
+        all_reduce: returns the sum of a tensor over the ranks, float64, where each of them gives its own targets and
+            gets the figures of all: :func:`wmtp.distributed.all_reduce_sum`. By default these targets are all.
 
     Returns:
         ``mean`` (1, as every weighting promises); ``p25, p75, p95, max`` (linear between order statistics);
@@ -51,19 +56,55 @@ def weight_statistics(
         ``ce_correlation`` and ``position_correlation``, Pearson's, left out where one side has no spread. Both shares
         and the entropy are 0 where every weight is 0. Empty when there is no target.
     """
-    w, count = weights.detach().double().cpu().numpy(), weights.numel()
+    given = {"ce_correlation": policy_ce, "position_correlation": position}
+    others = {name: column for name, column in given.items() if column is not None}
+    if any(column.shape != weights.shape for column in others.values()):
+        raise ValueError(f"each of {tuple(weights.shape)} weights needs its partner in {', '.join(others)}")
+    columns = torch.stack([column.detach().float() for column in (weights, *others.values())])  # [C, N]
+    x = columns.double()
+    sums = all_reduce(torch.stack([torch.ones_like(x[0]), x[0] > 0, x[0].square(), *x]).sum(1))
+    count, kept, squares, total = sums[:4]
     if count == 0:
         return {}
-    total = w.sum()
-    figures = dict(zip(("p25", "p75", "p95", "max"), np.quantile(w, (0.25, 0.75, 0.95, 1.0)).tolist(), strict=True))
-    figures["mean"] = float(total / count)
-    figures["kept_share"] = float((w > 0).mean())
-    figures["effective_sample_size"] = float(total**2 / max(count * (w**2).sum(), 1e-300))
-    entropy = float(special.entr(w / max(total, 1e-300)).sum())
-    figures["entropy"] = min(1.0, entropy / math.log(count)) if count > 1 else float(total > 0)
-    for name, column in (("ce_correlation", policy_ce), ("position_correlation", position)):
-        if column is not None:
-            x = column.detach().double().cpu().numpy()
-            if np.ptp(w) > SPREAD and np.ptp(x) > SPREAD:
-                figures[name] = float(np.corrcoef(w, x)[0, 1])
+    centred = x - sums[3:, None] / count
+    entropy = torch.special.entr(x[0] / total.clamp(min=1e-300)).sum()
+    products, variances = (centred * centred[0]).sum(1), centred.square().sum(1)
+    entropy, *moments = all_reduce(torch.stack([entropy, *products, *variances]))
+    products, variances = torch.stack(moments).unflatten(0, (2, -1))
+    places = torch.tensor([0.0, 0.25, 0.75, 0.95, 1.0], dtype=torch.float64, device=x.device) * (count - 1)
+    below, above = order_statistics(columns, torch.cat([places.floor(), places.ceil()]), all_reduce).chunk(2, dim=1)
+    ordered = below.lerp(above, places.frac())  # [C, 5]
+    figures = dict(zip(("p25", "p75", "p95", "max"), ordered[0, 1:].tolist(), strict=True))
+    figures["mean"] = (total / count).item()
+    figures["kept_share"] = (kept / count).item()
+    figures["effective_sample_size"] = (total.square() / (count * squares).clamp(min=1e-300)).item()
+    alone = float(total > 0)  # of a single target
+    figures["entropy"] = min(1.0, entropy.item() / math.log(count)) if count > 1 else alone
+    spread = ordered[:, -1] - ordered[:, 0] > SPREAD
+    for i, name in enumerate(others, start=1):
+        if spread[0] and spread[i]:
+            figures[name] = (products[i] / (variances[0] * variances[i]).sqrt()).clamp(-1, 1).item()
     return figures
+
+
+def order_statistics(columns: Tensor, places: Tensor, all_reduce: Callable[[Tensor], Tensor] = Tensor.double) -> Tensor:
+    """Returns the values at places 0, 1, ... of each column in rising order over all ranks, exact, [C, P] float64.
+
+    No rank sees another's values: in 32 steps, one for each bit of a float32, all ranks count how many are not above
+    the middle of what is left. A rank keeps its own values, sorted, and sends C * P counts a step.
+
+    Args:
+        columns: [C, N] float32, N of this rank, which may be 0.
+        places: [P], whole numbers below the number of values on all ranks.
+        all_reduce: as in :func:`weight_statistics`.
+    """
+    bits = columns.contiguous().view(torch.int32)
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).sort(dim=1).values  # whole numbers in the order of the values
+    low = torch.full((len(columns), len(places)), -(2**31), dtype=torch.int64, device=columns.device)
+    high = torch.full_like(low, 2**31 - 1)
+    for _ in range(32):
+        middle = (low + high) >> 1
+        enough = all_reduce(torch.searchsorted(keys, middle.int(), right=True)) > places
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    found = low.int()
+    return (found ^ (found >> 31 & 0x7FFFFFFF)).view(torch.float32).double()
