@@ -36,7 +36,7 @@ def test_targets_by_hand(spread, expected):
 
 def test_mse_by_hand():
     """Row 1: (0.5 - 2)^2 + (0.2 - 2)^2 + (0.4 - 2)^2 = 2.25 + 3.24 + 2.56; row 2: 1.6^2 + 0.3^2 = 2.56 + 0.09."""
-    out = mse_loss(VALUES, *spread_rewards("uniform", REWARDS, RESPONSE))
+    out = mse_loss(VALUES, *spread_rewards("uniform", REWARDS, RESPONSE, VALUES))
     assert out.loss_sum.item() == pytest.approx(10.70)
     assert out.count.item() == 5
 
@@ -83,7 +83,7 @@ def test_gae_is_the_value_plus_the_generalized_advantage(batch, gamma, lam):
 
 def test_gae_without_discount_and_bootstrap_is_uniform():
     whole, _ = spread_rewards("gae", REWARDS, RESPONSE, VALUES, gamma=1.0, gae_lambda=1.0)
-    torch.testing.assert_close(whole, spread_rewards("uniform", REWARDS, RESPONSE)[0])
+    torch.testing.assert_close(whole, spread_rewards("uniform", REWARDS, RESPONSE, VALUES)[0])
 
 
 @settings(max_examples=40, deadline=None)

@@ -26,13 +26,7 @@ class ValueLoss(NamedTuple):
 
 
 def spread_rewards(
-    spread: str,
-    rewards: Tensor,
-    response: Tensor,
-    values: Tensor | None = None,
-    *,
-    gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    spread: str, rewards: Tensor, response: Tensor, values: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Spreads one reward per sequence over the response: the targets of the value at each position.
 
@@ -48,14 +42,14 @@ def spread_rewards(
     Args:
         rewards: [B] one reward per sequence.
         response: [B, S] bool, True at response tokens.
-        values: [B, S] the current V; needed by ``gae`` alone.
+        values: [B, S] the current V, which ``gae`` starts from; the others do not read it.
         gamma, gae_lambda: of ``gae``, each in [0, 1].
 
     Returns:
         targets [B, S] (0 where there is none), and has_target [B, S] bool.
 
     Raises:
-        ValueError: an unknown spread, or ``gae`` without values.
+        ValueError: an unknown spread.
     """
     if spread not in SPREADS:
         raise UserError(f"reward_spread must be one of {', '.join(SPREADS)}, got {spread!r}")
@@ -69,8 +63,6 @@ def spread_rewards(
         return rewards * response, response
     if spread == "length":
         return rewards * place / length.clamp(min=1) * response, response
-    if values is None:
-        raise UserError("reward_spread gae needs the current values to bootstrap from")
     values, targets = values.detach(), torch.zeros_like(values)
     after = rewards[:, 0]  # the return of the response token that follows; after the last one, the reward itself
     for j in range(values.shape[1] - 1, -1, -1):
