@@ -49,6 +49,8 @@ class MTPDecoder(nn.Module):
         if head_init not in HEAD_INITS:
             raise UserError(f"head_init must be one of {', '.join(HEAD_INITS)}, got {head_init!r}")
         self.config, self.head_init = config, head_init
+        self.num_future_tokens, self.vocab_size = config.num_future_tokens, config.vocab_size
+        self.embed_dim, self.max_seq_len = config.embed_dim, config.max_seq_len
         self.num_new_heads = 0  # blocks of extra heads that its checkpoint lacked
         self.source: Source | None = None  # facts from the files of the checkpoint that it is built or read from
         self.attention = attention
@@ -67,23 +69,6 @@ class MTPDecoder(nn.Module):
         if not config.tie_word_embeddings:
             self.output = Unembedding(config.embed_dim, config.vocab_size, bias=False)
         self.init_weights()
-
-    @property
-    def num_future_tokens(self) -> int:
-        """Returns H, the number of heads."""
-        return self.config.num_future_tokens
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def embed_dim(self) -> int:
-        return self.config.embed_dim
-
-    @property
-    def max_seq_len(self) -> int:
-        return self.config.max_seq_len
 
     @property
     def unembedding(self) -> Tensor:

@@ -27,7 +27,6 @@ from wmtp.numerics.keyed import keyed_generator
 from wmtp.pretrained.checkpoint_formats import open_safetensors
 from wmtp.pretrained.config_files import CheckpointError, read_json
 from wmtp.pretrained.resolve import resolve_checkpoint
-from wmtp.pretrained.shape import DecoderShape
 
 HEADS = ("linear", "mlp")
 HEAD_WEIGHTS, VALUE_CONFIG = "value_head.safetensors", "value_model.json"
@@ -89,9 +88,11 @@ class ValueModel(nn.Module):
                 f"a value model reads head 1 alone: build its backbone with num_future_tokens 1, "
                 f"got {backbone.num_future_tokens}"
             )
-        self.backbone = backbone
+        self.backbone, self.config = backbone, backbone.config
+        self.num_future_tokens, self.vocab_size, self.max_seq_len = 1, backbone.vocab_size, backbone.max_seq_len
         with backbone.norm.scale.device:
             self.value_head = ValueHead(backbone.embed_dim, head)
+        self.float32_modules = (self.value_head,)  # `shard_model` shards them on their own, without mixed precision
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -100,27 +101,6 @@ class ValueModel(nn.Module):
     @property
     def extra_heads(self) -> nn.ModuleList:
         return self.backbone.extra_heads
-
-    @property
-    def config(self) -> DecoderShape:
-        return self.backbone.config
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backbone.vocab_size
-
-    @property
-    def max_seq_len(self) -> int:
-        return self.backbone.max_seq_len
-
-    @property
-    def num_future_tokens(self) -> int:
-        return 1
-
-    @property
-    def float32_modules(self) -> tuple[nn.Module, ...]:
-        """Returns the modules that `shard_model` shards on their own, without mixed precision."""
-        return (self.value_head,)
 
     def forward(
         self,
