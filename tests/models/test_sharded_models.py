@@ -126,18 +126,17 @@ def after_the_rounds(model, seen, *args, **named):
 
 
 def rounds_are_as_unsharded(folder):
-    """A block that runs three times in a forward pass: gathered and freed each time, or kept, or recomputed; of shards
-    and of replicas. Each process has rows of its own, so that a gradient which is its own alone is another one."""
+    """A block that runs three times in a forward pass: gathered and freed each time, or recomputed; of shards and of
+    replicas. Each process has rows of its own, so that a gradient which is its own alone is another one."""
     shards, replicas = (
         init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]) for shape in ((2,), (2, 1))
     )
-    cases = ((shards, None, True, 0.5), (replicas, "selective", False, 0.0), (replicas, 1, True, 0.5))
-    for mesh, recompute, reshard, factor in cases:
+    for mesh, recompute, factor in ((shards, None, 0.5), (replicas, "selective", 0.0), (replicas, 1, 0.5)):
         with torch.device("meta"):
             model = from_checkpoint(folder / "source", num_future_tokens=4, looped_heads=True)
         if recompute is not None:
             checkpoint_activations(model, recompute)
-        shard_model(model, mesh, param_dtype=torch.float32, reshard_after_forward=reshard)
+        shard_model(model, mesh, param_dtype=torch.float32)
         load_checkpoint(model, folder / "source")
         plain, seen = load_plain(folder / "source", num_future_tokens=4, looped_heads=True), []
         micro_batches = [[TOKENS, 12 - TOKENS], [TOKENS.flip(0, 1), 3 * TOKENS % 13]]  # of each process
@@ -151,7 +150,7 @@ def rounds_are_as_unsharded(folder):
         for (name, sharded), full in zip(model.named_parameters(), plain.parameters(), strict=True):
             scale, mean = float(full.grad.abs().max()), sharded.grad.full_tensor()  # of two processes
             torch.testing.assert_close(2 * mean / scale, full.grad / scale, atol=1e-5, rtol=0, msg=name)
-        assert seen == [reshard, reshard] and all(isinstance(p, DTensor) for p in model.extra_heads.parameters())
+        assert seen == [True, True] and all(isinstance(p, DTensor) for p in model.extra_heads.parameters())
         torch.testing.assert_close(model(TOKENS), plain(TOKENS), atol=1e-6, rtol=1e-5)
 
 

@@ -39,7 +39,6 @@ def shard_model(
     *,
     param_dtype: torch.dtype,
     cpu_offload: bool = False,
-    reshard_after_forward: bool = True,
 ) -> nn.Module:
     """Shards every block of ``layers`` and ``extra_heads``, embedding and unembedding, then the root, in place.
 
@@ -52,7 +51,6 @@ def shard_model(
         mesh: one dimension (FSDP), or two: replicate, shard (HSDP).
         param_dtype: of the gathered weights and so of the computation; gradients are reduced in float32.
         cpu_offload: keep the shards in host memory; load with ``device="cpu"``.
-        reshard_after_forward: free gathered weights after the forward pass and gather them again for the backward.
     """
     # Without cast_forward_inputs, because FSDP2 would round every float input, and the root's inputs include the loss's
     # float32 weights. Activations need no cast: they take param_dtype from the gathered embedding.
@@ -61,7 +59,7 @@ def shard_model(
         "mp_policy": MixedPrecisionPolicy(param_dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
         # For the root too: with its default, an evaluation would leave whole, rounded weights registered.
-        "reshard_after_forward": reshard_after_forward,
+        "reshard_after_forward": True,
         "ignored_params": {module.weight for _, module in quantized_modules(model)},
     }
     # This is for a value model's head, whose small differences would be lost in bfloat16.
