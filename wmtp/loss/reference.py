@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from wmtp.loss.anchor import Anchor
-from wmtp.loss.fused import token_cross_entropy
 from wmtp.loss.soft_targets import SoftTargets, TopTokens
 from wmtp.loss.target_logits import default_chunk, of_each_target
 from wmtp.numerics.cross_entropy import cross_entropy_, cross_entropy_and_mass_
@@ -61,9 +60,6 @@ class ReferenceReading:
         anchor = None if self._anchor is None else self._anchor.of_model(hidden, unembedding)
         if not self._scores:
             return {"signals": {}, "teacher": None, "anchor": anchor}
-        if self._names == ["reference_ce"] and self._teaches is None:
-            ce = token_cross_entropy(hidden, unembedding, labels, document_ids=document_ids, targets=targets)
-            return {"signals": {"reference_ce": ce[0]}, "teacher": None, "anchor": anchor}
         mass, size = "reference_mass" in self._names, default_chunk(hidden, unembedding)
         figures: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = cross_entropy_and_mass_ if mass else _cross_entropy_
         if self._teaches is not None:
