@@ -23,8 +23,8 @@ from wmtp.pretrained.config_files import (
     MTP_WEIGHTS,
     CheckpointError,
     hf_shape,
-    meta_shape,
     read_json,
+    shape_of_params,
     unreadable,
 )
 from wmtp.pretrained.families import FAMILIES
@@ -314,4 +314,6 @@ def _meta_shape(path: Path, tensors: dict[str, StoredTensor]) -> DecoderShape:
         if key not in tensors:
             refuse_wrapped(tensors, key)
             raise CheckpointError(f"{path / META_WEIGHTS} lacks {key}; expected the keys of Meta's Llama")
-    return meta_shape(path, *(tensors[key].shape for key in keys), tied="output.weight" not in tensors)
+    file, shapes = path / META_CONFIG, (tensors[key].shape for key in keys)
+    params = read_json(file, "dim", "n_layers", "n_heads")
+    return shape_of_params(file, params, *shapes, tied="output.weight" not in tensors)

@@ -107,22 +107,17 @@ def hf_shape(path: Path) -> DecoderShape:
         return DecoderShape(**sizes, **ropes, **read, **family.constants, **beside)
 
 
-def meta_shape(path: Path, embedding: tuple[int, ...], mlp: tuple[int, ...], *, tied: bool) -> DecoderShape:
-    """Returns the shape of a Meta folder's model; a CheckpointError says why it is no plain Llama.
+def shape_of_params(
+    file: Path, params: dict[str, Any], embedding: tuple[int, ...], mlp: tuple[int, ...], tied: bool
+) -> DecoderShape:
+    """Returns the shape of Meta's model; a CheckpointError says why it is no plain Llama.
 
     Args:
+        params: the content of params.json.
         embedding: shape of the embedding; params.json may give vocab_size as -1.
         mlp: shape of a gate projection, whose width params.json gives by a formula.
         tied: there is no unembedding.
     """
-    file = path / META_CONFIG
-    return shape_of_params(file, read_json(file, "dim", "n_layers", "n_heads"), embedding, mlp, tied)
-
-
-def shape_of_params(
-    file: Path, params: dict[str, Any], embedding: tuple[int, ...], mlp: tuple[int, ...], tied: bool
-) -> DecoderShape:
-    """Returns the shape that a params.json and the shapes of two tensors describe; see :func:`meta_shape`."""
     refuse_unknown(file, params, known_keys()[META_CONFIG])
     params = {key: value for key, value in params.items() if value is not None}
     if params.get("vocab_size", -1) not in (-1, embedding[0]):
