@@ -40,7 +40,7 @@ def smollm2():
 @pytest.fixture(scope="module")
 def tokenizer_of(smollm2, tmp_path_factory):
     """The tokenizer of a family, with its template marked or not, made once."""
-    found = backends(smollm2._hf, tmp_path_factory.mktemp("sentencepiece"))
+    found = backends(smollm2.hf, tmp_path_factory.mktemp("sentencepiece"))
     return functools.cache(lambda family, marked=False: family_tokenizer(found, family, marked=marked))
 
 
@@ -50,7 +50,7 @@ def talk(family, turns=3, system=True):
 
 
 def theirs(tokenizer, messages, **arguments):
-    found = tokenizer._hf.apply_chat_template(
+    found = tokenizer.hf.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **arguments
     )
     return found["input_ids"], np.flatnonzero(found["assistant_masks"]).tolist()
@@ -135,7 +135,7 @@ def test_the_last_turn_is_certain_where_only_earlier_ones_are_rewritten(tokenize
     tokenizer = tokenizer_of("qwen_3")
     found = tokenizer.chat.conversation(talk("qwen_3"), last=True)
     [turn] = found.turns
-    learnt = tokenizer._hf.decode(found.ids[turn.start : turn.end])
+    learnt = tokenizer.hf.decode(found.ids[turn.start : turn.end])
     assert learnt.startswith("<think>\n\n</think>\n\nIt is") and learnt.endswith("<|im_end|>")
 
 
@@ -180,7 +180,7 @@ def test_the_builder_reads_openai_s_and_sharegpt_s_shape_alike(smollm2, tmp_path
     assert chat(smollm2, source=str(tmp_path / "c.parquet")).fingerprint == ours.fingerprint
     [document] = ours
     found = smollm2.chat.conversation([head, *TALK])
-    assert document.tokens.tolist() == found.ids == smollm2._hf.apply_chat_template([head, *TALK], return_dict=False)
+    assert document.tokens.tolist() == found.ids == smollm2.hf.apply_chat_template([head, *TALK], return_dict=False)
     assert np.flatnonzero(document.labels != -100).tolist() == targets(found)
     assert smollm2.decode(list(document.prompt)).endswith("<|im_start|>assistant\n")
     stream = chat_stream(smollm2, source=str(tmp_path / "a.jsonl"))
@@ -203,7 +203,7 @@ def test_a_prompt_is_that_of_transformers_and_of_training(tokenizer_of, monkeypa
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Fixed)
     for family in FAMILIES:
         tokenizer, messages = tokenizer_of(family), talk(family)[:-1]
-        theirs = tokenizer._hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        theirs = tokenizer.hf.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         date = Fixed.now().strftime("%d %b %Y" if family == "llama_3_2" else "%B %d, %Y")
         prompt = tokenizer.chat.prompt(messages, date=date)
         assert prompt == theirs
@@ -231,10 +231,10 @@ def test_tools_and_their_calls_reach_the_template_untouched(tokenizer_of, tmp_pa
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
     messages = [TALK[0], call, {"role": "tool", "content": "3"}, TALK[1]]
     [document] = chat(tokenizer, source=write(tmp_path / "t.jsonl", {"messages": messages, "tools": tools}))
-    assert document.tokens.tolist() == tokenizer._hf.apply_chat_template(messages, tools=tools, return_dict=False)
+    assert document.tokens.tolist() == tokenizer.hf.apply_chat_template(messages, tools=tools, return_dict=False)
     asked = write(tmp_path / "s.jsonl", {"messages": messages, "tools": json.dumps(tools)})
     assert chat(tokenizer, source=asked)[0].tokens.tolist() == document.tokens.tolist()
-    learnt = tokenizer._hf.decode(document.labels[document.labels != -100].tolist())
+    learnt = tokenizer.hf.decode(document.labels[document.labels != -100].tolist())
     assert learnt == '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><|im_end|>Sure.<|im_end|>'
 
 
@@ -317,7 +317,7 @@ def test_turns_and_spans_have_weights(smollm2, tmp_path):
     answer = {"role": "assistant", "content": " int main() ", "weights": [{"start": 5, "end": 9, "weight": 4.0}]}
     messages = [TALK[0], TALK[1] | {"weight": 0.5}, TALK[2], answer | {"weight": 3.0}]
     [document] = chat(smollm2, source=write(tmp_path / "w.jsonl", {"messages": messages, "weight": 2.0}))
-    shown = [(smollm2._hf.decode([t]), w) for t, w in zip(document.tokens, document.signals["weight"], strict=True)]
+    shown = [(smollm2.hf.decode([t]), w) for t, w in zip(document.tokens, document.signals["weight"], strict=True)]
     learnt = [pair for pair, label in zip(shown, document.labels, strict=True) if label != -100]
     assert learnt[:3] == [("Sure", 1.0), (".", 1.0), ("<|im_end|>", 1.0)]
     pieces = "".join(piece for piece, _ in learnt[3:])

@@ -12,7 +12,7 @@ from wmtp.pretrained import byte_tokenizer
 from wmtp.pretrained.tokenizer import Tokenizer
 
 BYTES = byte_tokenizer()
-WITH_BOS = Tokenizer(BYTES._hf, name="bytes")
+WITH_BOS = Tokenizer(BYTES.hf, name="bytes")
 WITH_BOS._start = [256]
 EOS, BOS = 257, 256
 

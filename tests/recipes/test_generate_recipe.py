@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     for head in model.extra_heads[:2]:
         head.load_state_dict(model.layers[-1].state_dict())
     tokenizer = byte_tokenizer()
-    tokenizer._hf.chat_template = TEMPLATE
+    tokenizer.hf.chat_template = TEMPLATE
     export_hf(model, tmp_path_factory.mktemp("model") / "export", tokenizer_source=tokenizer)
     return tmp_path_factory.getbasetemp() / "model0" / "export"
 

@@ -75,7 +75,7 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, t in hf.backend_tokenizer.get_added_tokens_decoder().items() if t.special)
         self._start = _start(hf)
         self.add_bos = bool(self._start)  # in this tokenizer's model (Llama: true, SmolLM2: false)
-        self._hf = hf
+        self.hf = hf  # it reads the names of special tokens in a text as such
         self._exact = _without_additions(hf.backend_tokenizer)
         self.vocab_size = max(self.vocab().values()) + 1  # the largest id + 1
 
@@ -99,14 +99,14 @@ class Tokenizer:
     @cached_property
     def chat(self) -> "ChatTemplate":
         """Returns the chat template; refuses a tokenizer without one."""
-        if self._hf.chat_template is None:
+        if self.hf.chat_template is None:
             raise UserError(
                 f"{self.name} has no chat template; use plain prompts with this model, or set tokenizer.chat_template "
                 "to a file with one (jinja)"
             )
         from wmtp.pretrained.chat_template import ChatTemplate  # most runs read no conversations
 
-        return ChatTemplate(self._hf, self.name)
+        return ChatTemplate(self.hf, self.name)
 
     def vocab(self) -> dict[str, int]:
         """Returns the ids by token, added tokens included."""
@@ -118,18 +118,13 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of all that decides the ids of a document: backend, version, BOS, EOS, chat template."""
-        chat = [self._hf.chat_template, {name: str(token) for name, token in self._hf.special_tokens_map.items()}]
+        chat = [self.hf.chat_template, {name: str(token) for name, token in self.hf.special_tokens_map.items()}]
         said = [self._exact.to_str(), version("tokenizers"), self._start, self.eos_id, chat]
         return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
-    @property
-    def hf(self) -> Any:
-        """Returns the tokenizer of `transformers`, which reads the names of special tokens in a text as such."""
-        return self._hf
-
     def config_ids(self) -> dict[str, int | None]:
         """Returns the token ids that belong into a model's config.json."""
-        return {f"{kind}_token_id": getattr(self._hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        return {f"{kind}_token_id": getattr(self.hf, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
 
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files, for :func:`hf_tokenizer` and any `transformers` since 4.40.
@@ -141,7 +136,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         own = self._folder
         if own is None or not self._as_in_folder or not (own / _FILE).is_file():
-            self._hf.save_pretrained(str(folder))
+            self.hf.save_pretrained(str(folder))
         for name in (_FILE, _SETTINGS, _TEMPLATE, *_OTHERS):
             if own is not None and (own / name).is_file() and not (folder / name).exists():
                 shutil.copyfile(own / name, folder / name)
