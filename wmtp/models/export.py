@@ -17,7 +17,8 @@ from wmtp.distributed import wait_for_all
 from wmtp.errors import ExistsError, UserError
 from wmtp.files import publish, unfinished
 from wmtp.models.load import compute_device, reshard, without_adapters
-from wmtp.models.lora import adapter_parameters, dequantized, lora_modules, merged_weight, refuse_quantized
+from wmtp.models.lora import adapter_parameters, lora_modules, merged_weight, refuse_quantized
+from wmtp.models.nf4 import is_nf4
 from wmtp.pretrained.checkpoint_formats import HF_INDEX, HF_WEIGHTS, is_rotated, key_of, stored_together, to_half_split
 from wmtp.pretrained.config_files import MODELING, MTP_CONFIG, MTP_WEIGHTS, declared_heads, exported_configs
 
@@ -160,7 +161,7 @@ def whole_tensors(
         low_rank = () if module is None else [full_parameter(p) for p in adapter_parameters(module)]
         if not writes:
             continue
-        tensor = dequantized(tensor)
+        tensor = tensor.to(torch.float32) if is_nf4(tensor) else tensor
         stored = dtype or tensor.dtype
         if low_rank:
             tensor = merged_weight(tensor, module, *low_rank)

@@ -214,11 +214,6 @@ def merged_weight(weight: Tensor, module: LoRALinear | DoRALinear, a: Tensor, b:
     return merged
 
 
-def dequantized(weight: Tensor) -> Tensor:
-    """Returns a weight in full precision: itself, or the values of its 4 bits in float32."""
-    return weight.to(torch.float32) if is_nf4(weight) else weight
-
-
 def refuse_quantized(model: nn.Module, merge_quantized: bool) -> None:
     """Refuses to merge a model's quantised weights unless merge_quantized asks for it."""
     if not merge_quantized and any(True for _ in quantized_modules(model)):

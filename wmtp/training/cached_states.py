@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +21,6 @@ from wmtp.files import content_sha256
 States = Callable[[nn.Module, dict, torch.device | str], Tensor]
 
 
-class Dataset(Protocol):
-    """What the states are computed of: packed rows, or the pairs of a critic."""
-
-    @property
-    def fingerprint(self) -> str: ...
-    def __len__(self) -> int: ...
-    def batch(self, rows: Any, *, size: int | None = None) -> dict[str, Any]: ...
-
-
 class CachedStates:
     """What a frozen model gives for each row of a data set, in a file that is named by what its content depends on.
 
@@ -37,7 +28,7 @@ class CachedStates:
 
     Args:
         folder: where the file is, or is to be; shared by all ranks.
-        dataset: whose tokens.
+        dataset: whose tokens: packed rows, or the pairs of a critic.
         states: ``states(model, batch, device) -> [..., S, D]`` of a batch of the data set.
         kept: where in [..., S] of a batch a state is kept; elsewhere it takes no room.
         counts: [R] how many each row keeps.
@@ -50,7 +41,7 @@ class CachedStates:
     def __init__(
         self,
         folder: Path,
-        dataset: Dataset,
+        dataset: Any,
         states: States,
         kept: Callable[[dict], Tensor],
         counts: np.ndarray,
@@ -164,7 +155,7 @@ def trunk_states(folder: Path, dataset: PackedDataset, model_key: str, **stored:
 def keep_states(
     make: Callable[..., CachedStates],
     model: Any,
-    datasets: Sequence[Dataset | None],
+    datasets: Sequence[Any],
     folder: Path,
     *,
     dtype: torch.dtype | None,
@@ -176,6 +167,7 @@ def keep_states(
 
     Args:
         make: :func:`trunk_states` or :func:`wmtp.critic.hidden_states`.
+        datasets: as in :class:`CachedStates`; None for one that is not there.
         dtype: of the stored states; with None nothing is kept, and the model runs in every pass.
     """
     found = {}
