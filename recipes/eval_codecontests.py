@@ -244,7 +244,7 @@ class EvalCodeContestsRecipe:
             self._log.info("checkpoint=null: the model's weights are random")
             model.to(self._world.device)
         else:
-            load_checkpoint(model, path, device=self._world.device)
+            load_checkpoint(model, path, device=self._world.device, log=self._log.info)
         return model.requires_grad_(False).eval()
 
     def _what_decides_a_sample(self) -> dict:

@@ -84,7 +84,7 @@ class EvalHeadsRecipe:
             self._log.info("checkpoint=null: the model's weights are random")
             self._model.to(self._world.device)
         else:
-            load_checkpoint(self._model, path, device=self._world.device)
+            load_checkpoint(self._model, path, device=self._world.device, log=self._log.info)
         self._model.requires_grad_(False).eval()
         tags = on_rank_0(lambda: model_tags(path))
         self._log.start(

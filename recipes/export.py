@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader
 from wmtp.errors import ExistsError, MissingError, clear_errors
+from wmtp.files import require_folder
 from wmtp.models import add_lora, from_checkpoint, load_checkpoint, store_frozen
 from wmtp.models.adapter_folder import check_adapter, load_adapter, read_adapter, save_adapter
 from wmtp.models.export import whole_folder, write_hf
@@ -59,6 +60,7 @@ class ExportRecipe:
         self._folder = Path(self._folder_name)
         if self._folder.exists():
             raise ExistsError(f"export folder {self._folder} already exists; give another, or remove it")
+        require_folder(self._folder, "folder")
         if self._adapter is None and not self._merge:
             raise ConfigError(
                 "merge=false keeps an adapter apart, and there is none; set adapter=FOLDER, or merge=true"
@@ -102,7 +104,7 @@ class ExportRecipe:
             if about is None:
                 self._model.requires_grad_(False)
             store_frozen(self._model, stored)  # what an adapter trained stays in float32, in which it is merged
-        load_checkpoint(self._model, path)
+        load_checkpoint(self._model, path, log=print)
         if about is not None:
             load_adapter(self._model, adapter, base_weights=sha256)
 

@@ -26,7 +26,7 @@ from wmtp.data.conversations import conversation_of, spoken
 from wmtp.data.rows import read_rows, take
 from wmtp.distributed import start_world
 from wmtp.errors import ExistsError, UserError, clear_errors
-from wmtp.files import write_whole
+from wmtp.files import require_file, write_whole
 from wmtp.generation import DecodingStats, Request, Sampling, Step, generate
 from wmtp.generation.requests import check_request
 from wmtp.generation.text import TextStream
@@ -74,6 +74,8 @@ class GenerateRecipe:
         if (self._prompt is None) == (self._prompts_file is None):
             raise ConfigError("set one of prompt=TEXT and prompts=FILE")
         for key, name in (("output", self._output), ("page", self._page)):
+            if name is not None:
+                require_file(Path(name), key)
             if name is not None and Path(name).exists() and not self._overwrite:
                 raise ExistsError(f"{key}={name} is there already; name another file, or set overwrite=true")
         if self._page is not None and not self._show_heads:
@@ -114,7 +116,7 @@ class GenerateRecipe:
             print("checkpoint=null: the model's weights are random", file=sys.stderr)
             self._model.to(world.device)
         else:
-            load_checkpoint(self._model, path, device=world.device)
+            load_checkpoint(self._model, path, device=world.device, log=lambda line: print(line, file=sys.stderr))
         self._model.requires_grad_(False).eval()
 
     def _read_prompts(self):

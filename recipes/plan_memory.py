@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader, changed
 from wmtp.errors import clear_errors
-from wmtp.files import write_whole
+from wmtp.files import require_file, write_whole
 from wmtp.training.planning.cards import find_card
 from wmtp.training.planning.frozen_step import most_rows
 from wmtp.training.planning.page import plan_page
@@ -43,6 +43,8 @@ class PlanMemoryRecipe:
         self._card = find_card(read.text("gpu", "a100_80gb"))
         page = read.text("page", None)
         self._page = None if page is None else Path(page)
+        if self._page is not None:
+            require_file(self._page, "page")
         recipe = read.text("recipe", None)
         prompt_tokens = read.integer("prompt_tokens", None, minimum=1)
         read.done()
@@ -96,7 +98,6 @@ class PlanMemoryRecipe:
     def write(self) -> None:
         """Writes the page, if one is asked for."""
         if self._page is not None:
-            self._page.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self._page, plan_page(f"Plan of {self._cfg.get('output_dir')}", self._plans))
             print(f"wrote {self._page}", file=sys.stderr)
 

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from wmtp import config
 from wmtp.config import ConfigError, ConfigReader
 from wmtp.errors import UserError, clear_errors
-from wmtp.files import write_whole
+from wmtp.files import require_folder, write_whole
 from wmtp.report.studies import load_study
 from wmtp.report.study_report import study_report
 from wmtp.tracking.store import clear_store_errors, existing_client, store_uri, use_store
@@ -38,6 +38,7 @@ class ReportRecipe:
         self._allow_mixed = read.flag("allow_mixed", False)
         self._log_artifact = read.flag("log_artifact", True)
         self._output_dir = Path(read.text("output_dir", "runs/report"))
+        require_folder(self._output_dir, "output_dir")
         use_store(read.text("tracking_uri", None))
         read.done()
         if (study is None) == (not runs):
@@ -52,7 +53,6 @@ class ReportRecipe:
 
     def write(self) -> None:
         """Writes report.html and report.md, each when it is whole."""
-        self._output_dir.mkdir(parents=True, exist_ok=True)
         page, text = study_report(self._study, title=self._title)
         self._files = {"report.html": page, "report.md": text}
         for name, content in self._files.items():

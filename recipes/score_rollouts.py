@@ -177,7 +177,7 @@ class ScoreRolloutsRecipe:
             self._log.info("checkpoint=null: the model's weights are random")
             model.to(self._world.device)
         else:
-            load_checkpoint(model, path, device=self._world.device)
+            load_checkpoint(model, path, device=self._world.device, log=self._log.info)
         return model.requires_grad_(False).eval()
 
     def _read_programs(self) -> None:

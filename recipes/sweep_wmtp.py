@@ -160,7 +160,6 @@ class SweepRecipe:
                     study.retry_failed()
         of_runs = {"processes": self._processes, "evaluations": evaluations, "tracking": tracking}
         self._runs = Runs(self._output_dir, objective=self._objective, parent_run_id=self._parent_id, **of_runs)
-        self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._folder / "sweep.yaml", settings)
 
     def _cell(self, entry: Mapping[str, Any], where: str) -> Cell:

@@ -34,6 +34,8 @@ def test_a_choice_is_one_of_its_options_whatever_is_given():
     assert read.choice("a", dtypes, "bf16") == 16 and read.choice("d", dtypes) == 32
     assert read.choice("a", {**dtypes, "none": None}, "bf16") is None  # export_dtype=null: no export
     assert read.choice("absent", {**dtypes, "none": None}, "bf16") == 16
+    with pytest.raises(ConfigError, match="d must be one of on, null, got 'fp32'"):
+        read.choice("d", {"on": 1, None: None}, None)
     for key in ("b", "c"):
         with pytest.raises(ConfigError, match=rf"^{key} must be one of bf16, fp32, got "):
             read.choice(key, dtypes)
@@ -137,6 +139,15 @@ def test_a_number_in_quotes_is_that_number_wherever_one_is_meant():
         ({"lr": "fast"}, r"^optimizer\.lr must be a number, got 'fast'$"),
         ({"betas": [0.9, "0,99"]}, r"^optimizer\.betas\.1 must be a number, got '0,99'$"),
         ({"weight_decay": True}, r"^optimizer\.weight_decay must be a number, got True$"),
+        ({"weight_decay": [0.1]}, r"^optimizer\.weight_decay must be a number, got \[0\.1\]$"),
+        ({"weight_decay": {"a": 1}}, r"^optimizer\.weight_decay must be a number, got \{'a': 1\}$"),
+        ({"weight_decay": None}, r"^optimizer\.weight_decay must be a number, got null$"),
+        ({"eps": float("nan")}, r"^optimizer\.eps must be a number, got nan$"),
+        ({"betas": 0.9}, r"^optimizer\.betas must be a list, got 0\.9; write \[0\.9\]$"),
+        ({"betas": [0.9]}, r"^optimizer\.betas must be a list of 2, got \[0\.9\]$"),
+        ({"amsgrad": "maybe"}, r"^optimizer\.amsgrad must be true or false, got 'maybe'$"),
+        ({"amsgrad": 1}, r"^optimizer\.amsgrad must be true or false, got 1$"),
+        ({"fused": "yes"}, r"^optimizer\.fused must be true or false or null, got 'yes'$"),
     ],
 )
 def test_what_is_no_number_is_named_with_its_key(value, message):
@@ -280,7 +291,7 @@ def test_a_section_inside_a_section_is_built_first():
         ({"percentile": 2}, r"^weighting\.method\.percentile must be in \(0, 1\], got 2"),
         (
             {"_component_": "wmtp.weighting.rho2"},
-            r"weighting\.method\._component_ '.*rho2' cannot be found",
+            r"weighting\.method\._component_ '.*rho2' cannot be found: did you mean wmtp\.weighting\.rho1\?",
         ),
         ({"_component_": None}, r"weighting\.method has no _component_"),
     ],

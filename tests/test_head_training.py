@@ -151,7 +151,7 @@ def test_what_cannot_be_is_refused(options, num_heads, message):
 
 
 def test_what_a_run_or_a_model_has_not_is_refused():
-    with pytest.raises(UserError, match="warm_up_steps 9 is longer than the run's 8 steps: heads 2 to 3 would never"):
+    with pytest.raises(UserError, match="warm_up_steps 9 is longer than the run's 8 steps: heads 2 and on would never"):
         HeadTraining(warm_up_steps=9).prepare(3, None, "cpu", num_steps=8)
     for num_steps in (9, 0, None):  # 0: an adapter is evaluated
         HeadTraining(warm_up_steps=9).prepare(3, None, "cpu", num_steps=num_steps)

@@ -39,4 +39,5 @@ def on_demand(package: str, **modules: str) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{package}.{home[name]}"), name)
 
+    find.names = frozenset(home)  # type: ignore[attr-defined]  # for messages about one that is not there
     return find

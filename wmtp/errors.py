@@ -76,7 +76,8 @@ _OF_THE_DISK = {
     errno.ESTALE: "the network file system has lost the file",
 }
 _OF_A_PATH = {
-    errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+    errno.EACCES, errno.EPERM, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+    errno.ELOOP,
 }  # fmt: skip
 # What torch says of memory, mostly as its OutOfMemoryError, a RuntimeError.
 _OF_MEMORY = re.compile("CUDA out of memory|error: out of memory|'out of memory'|_ALLOC_FAILED|DefaultCPUAllocator")

@@ -30,6 +30,20 @@ def bytes_of(text: str) -> int | None:
     return None if size is None else int(float(size[1]) * _UNITS[size[2]])
 
 
+def require_folder(folder: Path, what: str) -> None:
+    """Refuses a path that can be no folder, because it is a file or lies below one; nothing is made."""
+    there = next((at for at in (folder, *folder.parents) if os.path.lexists(at)), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f"{what} {folder} can be no folder: {there} is a file; name another folder")
+
+
+def require_file(path: Path, what: str) -> None:
+    """Refuses a path that can be no file, because it is a folder or lies below a file; nothing is made."""
+    if path.is_dir():
+        raise UserError(f"{what}={path} is a folder; name a file to write")
+    require_folder(path.parent, f"{what}={path}:")
+
+
 def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's content."""
     with path.open("rb") as file:

@@ -276,6 +276,11 @@ def test_a_tokenizer_gets_a_template_from_a_file_and_keeps_it(tokenizer_of, tmp_
             {"messages": [TALK[0], {"role": "assistant", "content": None}]},
             r"messages\[1\] has no content; give it a te",
         ),
+        (
+            {"messages": [TALK[0], {"role": "assitant", "content": "a"}]},
+            r"messages\[1\]: role is 'assitant', another name of 'assistant'; rename it",
+        ),
+        ({"messages": [TALK[0], {"role": "assistant", "content": 4}]}, r"messages\[1\]: field 'content' must be a s"),
         ({"messages": TALK[:2], "tools": "[{"}, "field 'tools' is a string, and no JSON: Expecting"),
         ({"messages": TALK[:2], "tools": "3"}, "field 'tools' must be a list, got int 3"),
         (

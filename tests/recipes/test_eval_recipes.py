@@ -26,7 +26,7 @@ from wmtp.config import build, load, read_command_line
 from wmtp.data import packaged_functions, packaged_programs
 from wmtp.eval.results_page import headline
 from wmtp.generation import Request, Sampling, generate
-from wmtp.models import export_hf
+from wmtp.models import export_hf, llama_mtp
 from wmtp.pretrained import byte_tokenizer
 
 RECIPES = {"eval_mbpp": "EvalMBPPRecipe", "eval_codecontests": "EvalCodeContestsRecipe"}
@@ -453,6 +453,16 @@ def test_eval_heads_gives_each_heads_figures_beside_the_baselines(tiny_config):
     assert speed["drafts_1"]["same_text_share"] == 1.0 and speed["drafts_1"]["tokens_per_forward"] >= 1.0
     written = json.loads((recipe._output_dir / "heads.json").read_text())
     assert written["heads"] == heads and written["settings"]["data_sha256"] == recipe._data.fingerprint
+
+
+def test_heads_that_a_checkpoint_lacks_are_told_beside_their_figures(tiny_config, tmp_path, capfd):
+    from recipes.eval_heads import EvalHeadsRecipe
+
+    shape = {key: value for key, value in tiny_config("eval_heads").model.items() if key != "_component_"}
+    one, folder = llama_mtp(**shape | {"num_future_tokens": 1}), tmp_path / "one"
+    export_hf(one, folder, tokenizer_source=byte_tokenizer(), dtype=torch.float32)
+    EvalHeadsRecipe(tiny_config("eval_heads", checkpoint=str(folder), model__num_future_tokens=3)).setup()
+    assert f"heads 2 to 3 are new, {folder} lacks them: head_init copies" in "".join(capfd.readouterr())
 
 
 def judge_file(tiny_config, folder, rows, programs, **options):

@@ -103,9 +103,10 @@ def test_what_metas_format_has_no_place_for_is_refused_by_name(tmp_path, changes
         ("DeepSeek-Coder", "rope_scaling .*'linear'"),
     ],
 )
-def test_other_families_leave_as_they_are_and_not_in_metas_format(tmp_path, name, named):
+def test_other_families_leave_as_they_are_and_not_in_metas_format(tmp_path, name, named, capfd):
     folder = write_case(tmp_path, *FAMILIES[name]).folder
     export(checkpoint=folder, folder=tmp_path / "heads", num_future_tokens=3)
+    assert f"heads 2 to 3 are new, {folder} lacks them" in capfd.readouterr().out
     export(checkpoint=tmp_path / "heads", folder=tmp_path / "again")
     assert weights(tmp_path / "heads") == weights(tmp_path / "again")
     with pytest.raises(CheckpointError, match=f"Meta's format has no place for {named}"):

@@ -147,6 +147,13 @@ def test_bad_input_is_one_line_before_the_model_is_read(generated, tmp_path):
         ({}, ConfigError, "set one of prompt=TEXT and prompts=FILE"),
         ({"prompt": {"def f()": None}}, ConfigError, "quote it twice"),
         ({"prompt": "a", "output": str(there)}, FileExistsError, "output=.*is there already"),
+        (
+            {"prompt": "a", "page": str(tmp_path), "show": "heads", "overwrite": True},
+            UserError,
+            "page=.* is a folder; nam",
+        ),
+        ({"prompt": "a", "output": str(there / "x")}, UserError, "output=.*there.* is a file; name another folder"),
+        ({"prompt": "a", "show": "tokens"}, ConfigError, "show must be one of .*null.*, got 'tokens'"),
         ({"prompt": "a", "page": "x.html"}, ConfigError, "set show=heads too"),
         ({"prompt": "a", "num_drafts": 4}, ConfigError, "at most the model's 3 extra heads, got 4"),
         ({"prompt": "a", "num_drafts": 0, "show": "heads"}, ConfigError, "show=heads needs drafts"),

@@ -149,14 +149,16 @@ def test_a_column_of_the_data_is_a_signal_for_a_method_that_names_it(train, tmp_
         ((), "prior_ce", "needs prior_ce: use a dataset with a prior_ce column, a number for each token"),
         (("prior_ce",), "piror_ce", "a piror_ce column, a number for each token; did you mean prior_ce?"),
         ((), "polcy_ce", "did you mean policy_ce?"),
+        ((), "reference_ce", "needs reference_ce: set reference_model, or use a dataset with a reference_ce column"),
         (("policy_ce",), "policy_ce", "the dataset has a policy_ce column, which the loss computes; rename the column"),
     ],
 )
 def test_a_signal_that_nothing_gives_is_named(train, tmp_path, columns, prior, message):
     write_own_rules()
     rule = {"_component_": "my_rules.over_prior", "prior": prior}
-    with pytest.raises(UserError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         train("uniform", "x", max_steps=1, seq_len=64, dataset=prior_rows(tmp_path / "d", *columns), weighting=rule)
+    assert f"did you mean {prior}?" not in str(error.value)
 
 
 def test_a_column_with_a_gap_is_no_signal_and_is_named(train, tmp_path):

@@ -1,5 +1,6 @@
 """Building of the components that a config's sections name, with their keys checked by name."""
 
+import difflib
 import functools
 import inspect
 import os
@@ -69,8 +70,8 @@ def checked(section: DictConfig, *args: Any, where: str, **kwargs: Any) -> tuple
         raise ConfigError(f"{where} ({path}) lacks the key(s) {', '.join(sorted(missing))}")
     values = {str(key): _built(value, f"{where}.{key!s}") for key, value in section.items() if key != "_component_"}
     for n in [n for n in values if n in by_name]:
-        _refuse_text_as_list(values[n], parameters[n], f"{where}.{n}")
-        values[n] = _numeric(values[n], parameters[n], f"{where}.{n}")
+        _refuse_no_list(values[n], parameters[n], f"{where}.{n}")
+        values[n] = _scalar(values[n], parameters[n], f"{where}.{n}")
     return component, values
 
 
@@ -120,7 +121,8 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
         cause = error.__cause__ or error
         absent = isinstance(cause, ModuleNotFoundError) and f"{path}.".startswith(f"{cause.name}.")
         if absent or (raised_in(cause) in (__file__, "") and not isinstance(cause, SyntaxError | ModuleNotFoundError)):
-            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {one_line(error)}") from error
+            why = _meant(path) or one_line(error)
+            raise ConfigError(f"{where}._component_ {path!r} cannot be found: {why}") from error
         raise cause from None
     try:
         _parameters(component)
@@ -130,6 +132,16 @@ def component_of(section: DictConfig, where: str) -> Callable[..., Any]:
     return component
 
 
+def _meant(path: str) -> str | None:
+    """Returns the component that a path is nearest to, by the first name in it that nothing has; None if none is."""
+    names = path.split(".")
+    known = max((n for n in range(1, len(names)) if ".".join(names[:n]) in sys.modules), default=0)
+    there = vars(sys.modules.get(".".join(names[:known]), object))
+    public = {name for name in there if not name.startswith("_")} | getattr(there.get("__getattr__"), "names", set())
+    near = difflib.get_close_matches(names[known], sorted(public), n=1)
+    return f"did you mean {'.'.join([*names[:known], *near, *names[known + 1 :]])}?" if near else None
+
+
 def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(component, eval_str=True).parameters
@@ -137,31 +149,54 @@ def _parameters(component: Callable[..., Any]) -> Mapping[str, inspect.Parameter
         return inspect.signature(component).parameters
 
 
-def _numeric(value: Any, parameter: inspect.Parameter, where: str) -> Any:
-    """Returns a value as a number if its parameter's annotation or default takes only numbers; also inside lists."""
-    kinds = _kinds(parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default))
-    if not kinds & {"int", "float"} or not kinds <= {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}:
+_SCALARS = {"int", "float", "bool", "NoneType", "Tensor", "ellipsis"}
+
+
+def _scalar(value: Any, parameter: inspect.Parameter, where: str) -> Any:
+    """Returns a value of a parameter that takes only numbers, or only true and false; also inside lists.
+
+    What the parameter takes is said by its annotation, or by its default. A number in quotes is that number.
+    """
+    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
+    kinds = _kinds(annotation)
+    if not kinds & {"int", "float", "bool"} or not kinds <= _SCALARS:
         return value
-    if isinstance(value, list):
-        return [_numeric(child, parameter, f"{where}.{i}") for i, child in enumerate(value)]
-    number = as_number(value)
+    has_lists = not {getattr(option, "__name__", "") for option in _options(annotation)} <= _SCALARS
+    if isinstance(value, list) and has_lists:
+        return [_scalar(child, parameter, f"{where}.{i}") for i, child in enumerate(value)]
+    nullable = "NoneType" in kinds or parameter.default is None
+    if value is None and nullable:
+        return value
+    number = as_number(value) if kinds & {"int", "float"} else value
     number = number if "float" in kinds else whole_number(number)
-    if isinstance(number, str) or (isinstance(number, bool) and "bool" not in kinds):
-        raise ConfigError(f"{where} must be a number, got {value!r}")
+    kind = "a number" if kinds & {"int", "float"} else "true or false"
+    fits = "bool" in kinds if isinstance(number, bool) else kind == "a number" and isinstance(number, int | float)
+    if not fits or number != number:  # NaN is what a failed calculation leaves, and compares with no bound
+        got = "null" if value is None else repr(value)
+        raise ConfigError(f"{where} must be {kind}{' or null' * nullable}, got {got}")
     if isinstance(number, float) and "float" not in kinds:
-        raise ConfigError(f"{where} must be a whole number, got {value!r}")
+        raise ConfigError(f"{where} must be a whole number{' or null' * nullable}, got {value!r}")
     return number
 
 
-def _refuse_text_as_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
-    """Refuses a text for a list parameter (Python would iterate over its letters) and a list for a text parameter."""
-    annotation = parameter.annotation
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+def _refuse_no_list(value: Any, parameter: inspect.Parameter, where: str) -> None:
+    """Refuses what is no list for a list parameter (Python would iterate over a text's letters), and the reverse."""
+    options = _options(parameter.annotation)
     kinds = {get_origin(option) or option for option in options}
-    if isinstance(value, str) and str not in kinds and kinds & {Sequence, Collection, list, tuple}:
+    lists = kinds & {Sequence, Collection, list, tuple}
+    refused = (str,) * (str not in kinds) + (bool, int, float) * (lists == kinds)
+    if lists and isinstance(value, refused):
         raise ConfigError(f"{where} must be a list, got {value!r}; write [{value}]")
+    for option in options if isinstance(value, list) and kinds == {tuple} else ():
+        length = len(get_args(option))
+        if ... not in get_args(option) and length not in (0, len(value)):
+            raise ConfigError(f"{where} must be a list of {length}, got {value!r}")
     if isinstance(value, list | dict) and str in kinds and kinds <= {str, type(None)}:
         raise ConfigError(f"{where} must be a text, got {value!r}")
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
 
 
 def _kinds(annotation: Any) -> set[str]:

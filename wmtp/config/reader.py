@@ -140,7 +140,7 @@ class ConfigReader:
         number = whole_number(as_number(value))
         if or_whole is not None and type(number) is int and number >= or_whole:
             return number
-        written = {False: "false", True: "true"}  # as YAML has it, which reads off and on so too
+        written = {False: "false", True: "true", None: "null"}  # as YAML has it, which reads off and on so too
         names = {option: written.get(name, name) for name, option in reversed(options.items())}
         got = repr(value)
         if isinstance(value, bool):
@@ -199,5 +199,5 @@ def _expand_home(node: Any) -> None:
 def unknown_key(key: str, known: set[str], where: str) -> str:
     """Returns the message for an unknown key, with the nearest known one, or with all."""
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)) or 'none'}"
     return f"unknown key {key!r} in {where}; {hint}"

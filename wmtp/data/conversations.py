@@ -139,6 +139,8 @@ def _message(turn: object, what: str) -> dict[str, Any]:
     if "role" in turn:
         role = take(turn, what, "role", str)
         meant = _ROLES.get(role.lower(), role)
+        if meant == role and role not in _ROLES:  # a template may know it; one letter from ours it is a slip
+            meant = next(iter(difflib.get_close_matches(role.lower(), ("user", "assistant"), n=1, cutoff=0.85)), role)
         if meant != role and meant in ("user", "assistant"):
             raise UserError(f"{what}: role is {role!r}, another name of {meant!r}; rename it")
     elif "from" in turn:
@@ -152,8 +154,8 @@ def _message(turn: object, what: str) -> dict[str, Any]:
         raise UserError(f"{what} must have role and content, or ShareGPT's from and value; it has {fields_of(turn)}")
     if not turn.keys() & {"content", "tool_calls", "function_call"}:
         raise UserError(f"{what} has no content; give it a text ('' for none), or tool_calls; it has {fields_of(turn)}")
-    if isinstance(turn.get("content"), str):
-        take(turn, what, "content", str)  # refuses half a character
+    if "content" in turn and not isinstance(turn["content"], list | dict):  # the template's own
+        take(turn, what, "content", str)
     weighted = [key for key in _OF_A_TURN if key in turn]
     if weighted and role != "assistant":
         raise UserError(

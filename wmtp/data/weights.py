@@ -103,11 +103,12 @@ class GivenWeights:
             weights = np.where(prompt, weights * self.prompt_weight, weights)
         if weights is None:
             return document
-        of_targets = weights[1:][labels[1:] != IGNORE]
-        if len(of_targets) and not of_targets.any():
-            raise UserError(f"{where}: the weights of all {len(of_targets)} targets are 0; leave the row out")
         with np.errstate(over="ignore"):
             signal = weights.astype(np.float32)
+        targets = labels[1:] != IGNORE
+        if targets.any() and not signal[1:][targets].any():
+            small = " in float32" if weights[1:][targets].any() else ""
+            raise UserError(f"{where}: the weights of all {targets.sum()} targets are 0{small}; leave the row out")
         if not np.isfinite(signal).all():
             raise UserError(
                 f"{where}: the weights' product {weights.max():g} is too large for float32; make them smaller"
@@ -161,8 +162,8 @@ def over_characters(spans: Sequence[object], text: str, what: str, name: str = "
             raise UserError(f"{here} must be an object with start, end and weight, got {span!r:.40}")
         for key in span.keys() - set(_SPAN):
             near = difflib.get_close_matches(str(key), _SPAN, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"{here}: nobody reads {key!r}{hint} A span has start, end and weight")
+            hint = f"did you mean {near[0]!r}? A" if near else "a"
+            raise UserError(f"{here}: nobody reads {key!r}; {hint} span has start, end and weight")
         start: Any = span.get("start")
         end: Any = span.get("end")
         for key, value in (("start", start), ("end", end)):
@@ -189,12 +190,13 @@ def over_tokens(characters: np.ndarray, offsets: Sequence[tuple[int, int]]) -> n
 
 def of_tokens(values: Sequence[object], length: int, what: str) -> np.ndarray:
     """Returns a list with a weight for each token: [length] float64."""
+    weights = [number(value, f"{what}[{place}]") for place, value in enumerate(values)]
     if len(values) != length:
         raise UserError(
             f"{what} has {len(values)} numbers, the document has {length} tokens (where it has them, BOS "
             "and EOS too); make it with this tokenizer, or give spans of characters"
         )
-    return np.array([number(value, f"{what}[{place}]") for place, value in enumerate(values)])
+    return np.array(weights)
 
 
 def _of_field(value: object, length: int, learnt: Callable[[], Learnt] | None, what: str) -> np.ndarray:

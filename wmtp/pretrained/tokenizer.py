@@ -64,7 +64,7 @@ class Tokenizer:
             hf.add_bos_token = add_bos
             self._as_in_folder = False
         if chat_template is not None:
-            hf.chat_template = _read_template(chat_template)
+            hf.chat_template, name = _read_template(chat_template), f"{name} with {chat_template}"
             self._as_in_folder = False
         self.name = name
         self.bos_id: int | None = hf.bos_token_id

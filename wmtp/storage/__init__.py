@@ -9,6 +9,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from wmtp.files import require_folder
 from wmtp.storage.names import StorageError, is_remote
 from wmtp.storage.output import Output
 
@@ -39,8 +40,13 @@ def local_copy(path: str | Path) -> Path:
 
 
 def output_of(output_dir: str) -> Output:
-    """Returns the output folder of a run: local, or ``s3://bucket/prefix`` with a local folder below the cache."""
+    """Returns the output folder of a run: local, or ``s3://bucket/prefix`` with a local folder below the cache.
+
+    Raises:
+        UserError: a local one that is a file, or lies below one.
+    """
     if not is_remote(output_dir):
+        require_folder(Path(output_dir), "output_dir")
         return Output(output_dir)
     from wmtp.storage.remote_output import RemoteOutput
 

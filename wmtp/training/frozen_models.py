@@ -41,7 +41,8 @@ def frozen_signals(needs: Collection[str], data: PackedDataset, models: Mapping[
         if model is not None:
             beside.add(name)
         elif name not in data.signals and name not in OF_THE_POLICY:
-            near = difflib.get_close_matches(name, [*OF_THE_POLICY, *FROM_A_MODEL, *data.signals], n=1)
+            ours = () if name in FROM_A_MODEL else (*OF_THE_POLICY, *FROM_A_MODEL)  # a name of ours is meant
+            near = difflib.get_close_matches(name, [*ours, *data.signals], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             if name in data.unread:
                 hint = f"; its column {name} has not one finite number for each token in every row"
