@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.utils._pytree import tree_map_only
 
 from wmtp.config import ConfigError, config_changes
 from wmtp.distributed import gather_objects, on_rank_0, share_out, wait_for_all
@@ -102,7 +103,8 @@ class Checkpointer:
         weights = _weights(model, self._trained_only)
         state: dict[str, Any] = {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}
         if not any(tensor.is_cuda for tensor in state["model"].values()):
-            state = _clone(state)  # CPU tensors are shared with the optimizer, which goes on updating them in place
+            # CPU tensors are shared with the optimizer, which goes on updating them in place.
+            state = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), state)
         self._writing = dcp.async_save(state, checkpoint_id=str(torn), process_group=self._group)
         if self._is_main:
             self._publishing = self._publisher.submit(self._publish, self._writing, torn, target)
@@ -292,11 +294,3 @@ def _rng_state() -> dict:
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-
-
-def _clone(value):
-    if isinstance(value, dict):
-        return {key: _clone(child) for key, child in value.items()}
-    if isinstance(value, list):
-        return [_clone(child) for child in value]
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
