@@ -49,7 +49,10 @@ def text(
             names file and line.
     """
     weights = GivenWeights(weight_column, weights_column)
-    check_pieces(piece_len, joined)
+    if piece_len is not None and piece_len < 2:
+        raise UserError(f"piece_len must be >= 2, got {piece_len}: the first token of a piece predicts the second")
+    if joined and piece_len is None:
+        raise UserError("joined needs piece_len, the tokens of a row: set it to ${seq_len}")
     read = (text_column, id_column, *weights.columns)
     columns = partial(ReadColumns, optional=weights.columns, read=read, way_out=SET_THE_KEY)
 
@@ -66,14 +69,6 @@ def text(
 
 
 text_stream = streamed(text, piece_len=None, joined=False)
-
-
-def check_pieces(piece_len: int | None, joined: bool) -> None:
-    """Refuses a length that no piece can have, and joined texts without one."""
-    if piece_len is not None and piece_len < 2:
-        raise UserError(f"piece_len must be >= 2, got {piece_len}: the first token of a piece predicts the second")
-    if joined and piece_len is None:
-        raise UserError("joined needs piece_len, the tokens of a row: set it to ${seq_len}")
 
 
 def pieces(items: Sequence[Document], piece_len: int | None, *, joined: bool) -> Sequence[Document]:
