@@ -211,7 +211,7 @@ def test_another_method_s_state_is_refused():
     [
         ("delta", "mc"), ("gamma", 1.1), ("gamma", -0.1), ("gae_lambda", 1.5), ("map", "linear"), ("temperature", 0.0),
         ("temperature", -1.0), ("beta", 0.0), ("beta", math.nan), ("whiten", "batch"), ("momentum", 1.0),
-        ("warmup_steps", 0), ("warmup_steps", 1.5), ("min_weight", 2.0), ("max_weight", 0.5), ("strength", 2),
+        ("warmup_steps", 0), ("min_weight", 2.0), ("max_weight", 0.5), ("strength", 2),
         ("scope", "row"),
     ],
 )  # fmt: skip

@@ -59,7 +59,7 @@ def mixture(
     """
     if stopping_strategy not in _STOPS:
         raise UserError(f"stopping_strategy must be one of {', '.join(_STOPS)}, got {stopping_strategy!r}")
-    if not isinstance(seed, int) or seed < 0:
+    if seed < 0:
         raise UserError(f"seed must be a whole number >= 0, got {seed!r}")
     if not parts:
         raise UserError("parts must name at least one data set: a name, and a section with a _component_")

@@ -40,7 +40,7 @@ class Anchor:
     """
 
     def __init__(self, weight: float = 0.1) -> None:
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        if not 0 < weight < math.inf:
             raise UserError(f"anchor: weight must be a number > 0, got {weight!r}; leave the section out to have none")
         self.weight = float(weight)
         self._unembedding: Tensor | None = None

@@ -64,7 +64,7 @@ class HeadTraining:
             raise UserError(f"targets must be one of {', '.join(_TARGETS)}, got {targets!r}")
         if decay is not None and not 0 < decay < math.inf:
             raise UserError(f"decay must be a number > 0, or null, got {decay}")
-        if isinstance(warm_up_steps, bool) or not isinstance(warm_up_steps, int) or warm_up_steps < 0:
+        if warm_up_steps < 0:
             raise UserError(f"warm_up_steps must be a whole number >= 0, got {warm_up_steps!r}")
         if not 0 <= soft_weight < math.inf or (targets == "soft" and not soft_weight):
             raise UserError(f"soft_weight must be a number >= 0, with targets=soft > 0, got {soft_weight}")

@@ -55,7 +55,7 @@ class SoftTargets:
                 raise UserError(f"{name} must be a number >= {least}, got {value}")
         if not soft + hard > 0:
             raise UserError("soft and hard are both 0: the heads would learn nothing; give one of them a factor")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
+        if top_k < 1:
             raise UserError(f"top_k must be a whole number >= 1, got {top_k!r}")
         if teacher not in TEACHERS:
             raise UserError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")

@@ -128,15 +128,12 @@ def _check(chosen: Adapters, model: nn.Module) -> None:
     strangers = [str(target) for target in chosen.targets if target not in known]
     if strangers or not chosen.targets:
         raise UserError(f"targets must be one or more of {', '.join(known)}, got {', '.join(strangers) or 'none'}")
-    if isinstance(chosen.rank, bool) or not isinstance(chosen.rank, int) or chosen.rank < 1:
+    if chosen.rank < 1:
         raise UserError(f"rank must be a whole number >= 1, got {chosen.rank!r}")
-    if not _is_number(chosen.alpha) or not 0 < chosen.alpha < math.inf:
+    if not 0 < chosen.alpha < math.inf:
         raise UserError(f"alpha must be a number > 0, got {chosen.alpha!r}")
-    if not _is_number(chosen.dropout) or not 0 <= chosen.dropout < 1:
+    if not 0 <= chosen.dropout < 1:
         raise UserError(f"dropout must be in [0, 1), got {chosen.dropout!r}")
-    for key in ("dora", "train_norms", "train_unembedding"):
-        if not isinstance(getattr(chosen, key), bool):
-            raise UserError(f"{key} must be true or false, got {getattr(chosen, key)!r}")
     for key, allowed in (("trunk", TRUNK), ("heads", HEADS), ("quantize", QUANTIZE)):
         if getattr(chosen, key) not in allowed:
             options = ", ".join("null" if option is None else option for option in allowed)
@@ -264,10 +261,6 @@ def _adapted(linear: nn.Module, chosen: Adapters) -> LoRALinear | DoRALinear:
     for parameter in adapter_parameters(adapted):
         parameter.data = parameter.data.to(linear.weight.dtype)
     return adapted
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -53,9 +53,6 @@ class Profiler:
     ) -> None:
         traced: dict[str, Any] = {"record_shapes": record_shapes, "profile_memory": profile_memory}
         traced |= {"with_stack": with_stack, "with_flops": with_flops}
-        for key, flag in {"enabled": enabled, **traced}.items():
-            if not isinstance(flag, bool):
-                raise UserError(f"{key} must be true or false, got {flag!r}")
         counts = {"wait_steps": (wait_steps, 0), "warmup_steps": (warmup_steps, 0)}
         for key, (count, least) in (
             counts | {"active_steps": (active_steps, 1), "num_cycles": (num_cycles, 1)}

@@ -63,10 +63,8 @@ def critic(
     check_range("beta", beta, 0 < beta < math.inf, "> 0")
     check_choice("whiten", whiten, ("sequence", "running", "none"))
     check_range("momentum", momentum, 0 <= momentum < 1, "in [0, 1)")
-    check_range(
-        "warmup_steps", warmup_steps, isinstance(warmup_steps, int) and warmup_steps >= 1,
-        "a whole number >= 1 (the first step has no statistics to whiten with)",
-    )  # fmt: skip
+    why = "a whole number >= 1 (the first step has no statistics to whiten with)"
+    check_range("warmup_steps", warmup_steps, warmup_steps >= 1, why)
     bounds = check_clip(min_weight, max_weight)
     running = RunningMoments(momentum, warmup_steps) if whiten == "running" else None
     scale = temperature if map == "softmax" else beta
