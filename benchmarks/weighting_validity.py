@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("stage", nargs="?", default="all", choices=(*STAGES, "all"))
     parser.add_argument("--full", action="store_true", help="the form that docs/validity.md shows")
     parser.add_argument("--fresh", action="store_true", help="compute finished stages again; trained models are kept")
+    parser.add_argument("--finished", action="store_true", help="side_by_side from the runs that are kept, no new ones")
     parser.add_argument("--seeds", type=int, default=3, help="of the learning stage")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "validity")
     parser.add_argument("--threads", type=int, default=2)
@@ -77,7 +78,8 @@ def run_stage(stage: str, form: Path, args) -> None:
         result = json.loads(path.read_text())
     else:
         started, cpu_started = time.perf_counter(), time.process_time()
-        result = module.run(settings, args.out / "kept", fresh=args.fresh)
+        of_kept = {"finished": True} if args.finished and stage == "side_by_side" else {}
+        result = module.run(settings, args.out / "kept", fresh=args.fresh, **of_kept)
         result["seconds"] = round(time.perf_counter() - started, 1)
         result.setdefault("cpu_seconds", round(time.process_time() - cpu_started, 1))  # a machine may be shared
         result["command"] = shlex.join(["python", *sys.argv])

@@ -1,5 +1,6 @@
 """The validity benchmark's table of all weightings: what it counts, and that the pages show what was measured."""
 
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -10,13 +11,13 @@ import pytest
 import torch
 
 from benchmarks.validity import docs, methods_page
-from benchmarks.validity.methods import METHODS, oracle
+from benchmarks.validity.methods import CONTROL_PAIRS, CONTROLLED, METHODS, controls, oracle
 from benchmarks.validity.models import all_signals
 from benchmarks.validity.side_by_side import ENDS, FULL, PAIRS, REDUCED, run, summary
 from wmtp.data import Document, Documents, pack
 from wmtp.models import llama_mtp
 from wmtp.pretrained import byte_tokenizer
-from wmtp.weighting import Signals, any_weighting
+from wmtp.weighting import Signals, any_weighting, random_matched, shuffled
 from wmtp.weighting.targets import valid_targets
 
 PAGES = Path(__file__).resolve().parents[1] / "docs"
@@ -46,34 +47,66 @@ def test_every_method_has_a_section_and_is_in_the_table_or_named_as_missing():
 def test_the_noise_column_has_all_that_weigh_by_what_models_say():
     """Missing are equal weights, those of the data's own columns, and what is told the noise."""
     missing = {name for name, method in METHODS.items() if method.section in ("uniform", "oracle", "wit")}
-    assert set(facts()["noise"]) == METHODS.keys() - missing
+    assert set(facts()["noise"]) == {name for name, method in METHODS.items() if method.detects} - missing
     assert all(list(found) == list(methods_page.SETTINGS) for found in facts()["noise"].values())
 
 
 def test_settings_name_methods_that_exist():
-    named = {*REDUCED.methods, *FULL.methods, *ENDS, *(name for pair in PAIRS for name in pair)}
+    named = {*REDUCED.methods, *FULL.methods, *ENDS, *(name for pair in (*CONTROL_PAIRS, *PAIRS) for name in pair)}
     assert named <= METHODS.keys()
     assert {*ENDS} <= {*REDUCED.methods}
 
 
-def test_every_weighting_weighs_a_batch():
-    """Each line of the table is called as training calls it, on signals of the kinds that the measurement has."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = np.arange(3, 40, dtype=np.int32)
-    documents = tuple(Document(tokens, tokens, str(i)) for i in range(4))
+def a_batch():
+    """Four documents of random tokens, one of them of a single target, with a random column of every signal."""
+    generator, tokenizer = torch.Generator().manual_seed(0), byte_tokenizer()
+    tokens = np.r_[np.arange(3, 40), tokenizer.eos_id].astype(np.int32)
+    documents = tuple(Document(some, some, str(i)) for i, some in enumerate((tokens, tokens[:23], tokens[-2:], tokens)))
     data = pack(Documents("four", documents), 80, pad_id=2)
     names = ("reference_ce", "reference_mass", "base_ce", "noise", "weight", "policy_ce", "policy_entropy")
-    shape = data.tokens.shape
-    columns = {name: torch.rand(shape, generator=generator) for name in (*names, "policy_top20_entropy")}
+    columns = {name: torch.rand(data.tokens.shape, generator=generator) for name in (*names, "policy_top20_entropy")}
     columns["noise"] = (columns["noise"] < 0.2).float()
     valid = valid_targets(data.labels.long(), 1, data.document_ids)
-    for name, method in METHODS.items():
-        weighting = any_weighting(method.weighting())
-        weighting.prepare(byte_tokenizer(), replace(data, signals=columns))
+
+    def weights_of(weighting, step=0):
         named = {key: x[None] if key.startswith("policy") else x for key, x in columns.items()}
-        weights = weighting(Signals(data.labels.long(), valid, data.document_ids.long(), named))
-        assert weights is None or bool(torch.isfinite(weights[valid[0]]).all()), name
+        return weighting(Signals(data.labels.long(), valid, data.document_ids.long(), named, step))
+
+    def prepared(method):
+        weighting = any_weighting(method.weighting())
+        weighting.prepare(tokenizer, replace(data, signals=columns))
+        return weighting
+
+    return data, valid[0], prepared, weights_of
+
+
+def test_every_weighting_weighs_a_batch():
+    """Each line of the table is called as training calls it, on signals of the kinds that the measurement has."""
+    _, targets, prepared, weights_of = a_batch()
+    for name, method in METHODS.items():
+        weights = weights_of(prepared(method))
+        assert weights is None or bool(torch.isfinite(weights[targets]).all()), name
         assert (weights is None) == (method.section == "uniform" or method.data == "clean"), name
+
+
+def test_two_methods_share_controls_where_they_give_a_document_the_same_weights():
+    """A permutation and a draw of a document's weights depend on which token had which in nothing but their luck."""
+    data, targets, prepared, weights_of = a_batch()
+    document = (data.document_ids + torch.arange(len(data))[:, None] * 100)[targets]
+    sizes = {}
+    for name in CONTROLLED:
+        weights = weights_of(prepared(METHODS[name]))[targets]
+        sizes[name] = [weights[document == which].sort().values.tolist() for which in document.unique()]
+        assert all(control in METHODS and METHODS[control].trains for control in controls(name))
+    for one, two in itertools.combinations(CONTROLLED, 2):
+        assert (sizes[one] == sizes[two]) == (CONTROLLED[one] == CONTROLLED[two]), (one, two)
+    several = torch.stack([(document == which).sum() > 1 for which in document])
+    for name in ("select excess", "select relative_excess"):  # every target is as likely as another to be kept
+        for redraw in (shuffled, random_matched):
+            control = redraw(prepared(METHODS[name]))
+            kept = torch.stack([weights_of(control, step)[targets] > 0 for step in range(400)])
+            share = kept.double().mean(0)[several]
+            assert (share - 0.6).abs().max() < 0.12, (name, redraw)
 
 
 def test_the_oracle_gives_noise_nothing_and_has_mean_one():

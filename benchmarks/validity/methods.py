@@ -41,6 +41,7 @@ class Method:
         data: ``noisy``, ``clean`` (the same documents before the noise), or ``prompts`` (noisy, prompts are targets).
         anchor: weight of the KL to the initial policy (:class:`wmtp.loss.Anchor`); None: none.
         trains: False: measured on noise alone.
+        detects: False: not measured on noise, as what it would say there is chance.
     """
 
     weighting: Callable[[], Any]
@@ -49,6 +50,7 @@ class Method:
     data: str = "noisy"
     anchor: float | None = None
     trains: bool = True
+    detects: bool = True
 
 
 def oracle() -> Weighting:
@@ -72,9 +74,6 @@ METHODS: dict[str, Method] = {
     **{f"emphasis {s}": Method(lambda s=s: rho1("emphasis", s), "rho1", trains=s == "excess") for s in RHO1_SCORES},
     "select excess, scope dataset": Method(lambda: rho1("select", scope="dataset"), "rho1"),
     "protect(select excess)": Method(lambda: protect(rho1("select")), "protect"),
-    "shuffled(select excess)": Method(lambda: shuffled(rho1("select")), "controls"),
-    "random_matched(select excess)": Method(lambda: random_matched(rho1("select")), "controls"),
-    "random_matched(soft excess)": Method(lambda: random_matched(rho1("soft")), "controls", trains=False),
     "dft, raw": Method(lambda: dft(normalize="raw"), "dft"),
     "dft": Method(dft, "dft"),
     "asft 0.1": Method(lambda: dft(normalize="raw"), "asft", anchor=0.1),
@@ -95,4 +94,33 @@ METHODS: dict[str, Method] = {
     "sstoken": Method(sstoken, "sstoken", reference="initial"),
     "token_cleaning": Method(token_cleaning, "token_cleaning"),
     "wit, 0.3 and 1": Method(given, "wit", data="prompts"),
+}
+
+# Methods that a claim is made of, and the one whose weights their controls draw anew. `select` gives a document of n
+# targets the same weights whatever it ranks by, n / kept and 0, so that its controls are those of the ratio as well.
+CONTROLLED = {"select relative_excess": "select excess"} | {
+    name: name
+    for name in (
+        "select excess",
+        "select excess, scope dataset",
+        "protect(select excess)",
+        "emphasis excess",
+        "soft excess",
+        "token_cleaning",
+    )
+}
+_DETECTS = ("shuffled(select excess)", "random_matched(select excess)", "random_matched(soft excess)")
+
+
+def controls(name: str) -> tuple[str, str]:
+    """The names of a controlled method's two controls."""
+    return f"shuffled({CONTROLLED[name]})", f"random_matched({CONTROLLED[name]})"
+
+
+CONTROL_PAIRS = tuple((name, control) for name in CONTROLLED for control in controls(name))
+METHODS |= {
+    control: Method(lambda of=METHODS[name].weighting, r=redraw: r(of()), "controls", detects=control in _DETECTS)
+    for name in CONTROLLED
+    if CONTROLLED[name] == name
+    for control, redraw in zip(controls(name), (shuffled, random_matched), strict=True)
 }

@@ -94,6 +94,10 @@ def table(facts: dict) -> str:
             ]
         )
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+    most = len(facts["settings"]["seeds"])
+    fewer = [f"`{name}` {n}" for name in ordered(facts) if (n := len(facts["methods"][name]["code by seed"])) < most]
+    if fewer:
+        lines += ["", f"Of fewer than {most} seeds, the first ones: {', '.join(fewer)}."]
     left = [f"`{name}`" for name, method in METHODS.items() if method.trains and name not in facts["methods"]]
     if left:
         lines += ["", f"Not measured yet, the full form goes on with them: {', '.join(left)}."]

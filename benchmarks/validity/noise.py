@@ -107,6 +107,8 @@ def run(settings: NoiseSettings, models: Path, *, fresh: bool = False) -> dict:
         flat = [x[targets] for x in (policy["policy_ce"], policy["policy_entropy"], reference["policy_ce"])]
         detectors = {("score", key): score for key, score in raw_scores(*flat).items()}
         for key, method in METHODS.items():
+            if not method.detects:
+                continue
             signals = {k: torch.from_numpy(x) for k, x in (arrays | of_reference[method.reference]).items()}
             weights = _weights(method.weighting(), replace(data, signals=signals), valid, tokenizer)
             if weights is not None:

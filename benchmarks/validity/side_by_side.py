@@ -33,7 +33,7 @@ from wmtp.pretrained import hf_tokenizer
 from wmtp.training.acceptance import held_out_prompts
 from wmtp.weighting import any_weighting
 
-from .methods import METHODS, Method
+from .methods import CONTROL_PAIRS, METHODS, Method
 from .models import all_signals, fine_tune, kept, name_of, signals, train
 from .statistics import auc
 
@@ -41,9 +41,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 256
 NUM_HEADS = 4
 MAX_BODY_LINES = 20  # as in benchmarks/study
-PAIRS = (  # beside `uniform`, whom a method is held against
-    ("select excess", "shuffled(select excess)"),
-    ("select excess", "random_matched(select excess)"),
+PAIRS = (  # beside `uniform` and its controls, whom a method is held against
     ("select excess", "clean data, uniform"),
     ("select excess", "oracle"),
     ("protect(select excess)", "select excess"),
@@ -100,13 +98,14 @@ FULL = SideBySideSettings(
 )
 
 
-def run(settings: SideBySideSettings, folder: Path, *, fresh: bool = False) -> dict:
+def run(settings: SideBySideSettings, folder: Path, *, fresh: bool = False, finished: bool = False) -> dict:
     """The whole measurement.
 
     Args:
         folder: where the models are kept, and each finished run, so that a killed measurement goes on and a method that
             is added later costs its own runs alone.
         fresh: fine-tune again.
+        finished: take only the runs that are kept: of each method the first seeds, and none that has fewer than two.
     """
     parts = folder / f"side_by_side-{_hash(settings)}"
     if fresh:
@@ -115,14 +114,21 @@ def run(settings: SideBySideSettings, folder: Path, *, fresh: bool = False) -> d
     bench = _Bench(settings, folder)
     before = _kept(parts / "before.npz", lambda: bench.measure(bench.policy()))
 
-    def found(name: str, seed: int) -> dict:
-        path = parts / f"{name}-{seed}.npz".replace(" ", "_")
-        return _kept(path, lambda: bench.run(METHODS[name], seed), say=True)
+    def path(name: str, seed: int) -> Path:
+        return parts / f"{name}-{seed}.npz".replace(" ", "_")
 
-    by_seed = [{name: found(name, seed) for name in settings.methods} for seed in settings.seeds]
-    runs = {name: [one[name] for one in by_seed] for name in settings.methods}
+    def found(name: str, seed: int) -> dict:
+        return _kept(path(name, seed), lambda: bench.run(METHODS[name], seed), say=True)
+
+    runs: dict[str, list[dict]] = {name: [] for name in settings.methods}
+    for number, seed in enumerate(settings.seeds):
+        for name, of in runs.items():
+            if len(of) == number and (not finished or path(name, seed).exists()):
+                of.append(found(name, seed))
+    runs = {name: of for name, of in runs.items() if len(of) > 1}
     ends = {name: [found(name, seed) for seed in settings.end_seeds] for name in ENDS}
-    return {"settings": asdict(settings)} | summary(before, runs, ends)
+    how = {"finished": True} if finished else {}
+    return {"settings": asdict(settings) | how} | summary(before, runs, ends)
 
 
 def _kept(path: Path, make: Callable[[], dict], *, say: bool = False) -> dict[str, np.ndarray]:
@@ -144,15 +150,16 @@ def summary(before: dict, runs: dict[str, list[dict]], ends: dict[str, list[dict
     """Means over seeds, and differences that are paired by seed, and by document or prompt.
 
     Intervals are of 95 %, over seeds and documents (:func:`wmtp.numerics.paired.mean_difference`); `p` is adjusted by
-    Holm over the methods of its column.
+    Holm over the methods of its column, and of a method and its controls over all such differences.
 
     Args:
-        before, runs, ends: what :meth:`_Bench.measure` gave: of the model that training starts from, and of each run.
+        before, runs, ends: what :meth:`_Bench.measure` gave: of the model that training starts from, and of each run,
+            in the order of the seeds; where one of two methods has fewer seeds, the first ones are compared.
     """
     figures: dict[str, dict] = {}
     uniform = runs["uniform"]
     for name, found in runs.items():
-        pairs = list(zip(found, uniform, strict=True))
+        pairs = list(zip(found, uniform, strict=False))
         out: dict = {text: _t([_mean(run[text]) for run in found]) for text in ("code", "prose")}
         out |= {f"{text} minus uniform": _gap(pairs, text) for text in ("code", "prose")}
         if all(run["forwards"] for run in (*found, *uniform)):  # else texts end with their first token: no drafts
@@ -167,13 +174,18 @@ def summary(before: dict, runs: dict[str, list[dict]], ends: dict[str, list[dict
         out["code by seed"] = [round(_mean(run["code"]), 5) for run in found]
         figures[name] = out
     compared = {}
-    for name, other in PAIRS:
+    for name, other in (*CONTROL_PAIRS, *PAIRS):
         if name in runs and other in runs:
-            both = list(zip(runs[name], runs[other], strict=True))
+            both = list(zip(runs[name], runs[other], strict=False))
             compared[f"{name} minus {other}"] = {
+                "seeds": len(both),
                 **{text: _gap(both, text) for text in ("code", "prose")},
                 "to the limit": _difference(np.array([a["limit"] * 1.0 - b["limit"] for a, b in both])),
             }
+    controlled = [compared[key] for pair in CONTROL_PAIRS if (key := " minus ".join(pair)) in compared]
+    for text in ("code", "prose"):
+        for found, p in zip(controlled, holm([found[text]["p"] for found in controlled]), strict=True):
+            found[text]["p"] = p
     for column in ("code minus uniform", "prose minus uniform", "accept length minus uniform"):
         named = [name for name in figures if name != "uniform" and column in figures[name]]
         for name, p in zip(named, holm([figures[name][column]["p"] for name in named]), strict=True):
