@@ -169,6 +169,9 @@ def test_the_summary_pairs_by_seed_and_document():
     assert found["methods"]["uniform"]["accept length"][0] == 1.5
     assert found["ends"]["shares"]["uniform"][0] == 0.5
     assert found["ends"]["gaps"]["select excess minus uniform"]["mean"][0] == 0.25
+    runs["shuffled(select excess)"] = uniform[:2]  # a control of fewer seeds is compared over these
+    pair = summary(a_run(4.5, 4.7, [1, 1, 1, 1]), runs, ends)["pairs"]["select excess minus shuffled(select excess)"]
+    assert pair["seeds"] == 2 and pair["code"]["mean"][0] == pytest.approx(-0.1)
 
 
 @pytest.mark.long
@@ -198,3 +201,7 @@ def test_the_measurement_runs_and_goes_on_where_it_was_stopped(tmp_path):
     again = run(replace(tiny, methods=(*tiny.methods, "dft")), tmp_path)
     assert again["methods"]["oracle"]["code"] == first["methods"]["oracle"]["code"]
     assert {path: path.stat().st_mtime_ns for path in made} == made
+    next(tmp_path.rglob("oracle-1.npz")).unlink()
+    kept = run(tiny, tmp_path, finished=True)
+    assert set(kept["methods"]) == {*ENDS} and not list(tmp_path.rglob("oracle-1.npz"))
+    assert kept["settings"] != first["settings"]  # so that the measurement still goes on
