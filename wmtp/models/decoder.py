@@ -68,7 +68,8 @@ class MTPDecoder(nn.Module):
         )
         if not config.tie_word_embeddings:
             self.output = Unembedding(config.embed_dim, config.vocab_size, bias=False)
-        self.init_weights()
+        if not self.tok_embeddings.weight.is_meta:
+            self.init_weights()
 
     @property
     def unembedding(self) -> Tensor:

@@ -4,10 +4,11 @@ Bytes, operations and collectives come from one simulated step (wmtp.training.pl
 them by what the card does at best, and by the share of it below that large products and streams of memory reach.
 """
 
+import gc
 import math
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 from omegaconf import DictConfig, OmegaConf
@@ -48,7 +49,7 @@ class Plan:
         cards: their number.
         held: bytes by kind at the worst moment.
         moment: the phase in which it comes.
-        phases: bytes of the worst moment of each phase.
+        phases: bytes by kind at the worst moment of each phase.
         seconds: of an optimizer step, by part.
         tokens: of an optimizer step, over all cards.
         flops: that the models need for a step on each card (wmtp.training.performance), for the MFU.
@@ -62,7 +63,7 @@ class Plan:
     cards: int
     held: dict[str, float]
     moment: str
-    phases: dict[str, float]
+    phases: dict[str, dict[str, float]]
     seconds: dict[str, float]
     tokens: float
     flops: float
@@ -137,14 +138,13 @@ def plan_config(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Plan:
     offloaded = {kind for whose in OFFLOAD[cfg.get("cpu_offload") or False] for kind in _OFFLOADED[whose]}
     held = {phase: {k: n for k, n in kinds.items() if k not in offloaded} for phase, kinds in held.items()}
     carried = {phase: sum(sizes.get(kind, 0.0) for kind in offloaded & kinds) for phase, kinds in _CARRIED.items()}
-    phases = {phase: sum(kinds.values()) for phase, kinds in held.items()}
-    moment = max(phases, key=phases.__getitem__)
+    moment = max(held, key=lambda phase: sum(held[phase].values()))
     return Plan(
         card=card,
         cards=mesh.size(),
         held=held[moment],
         moment=moment,
-        phases=phases,
+        phases=held,
         seconds=_seconds(figures, card, mesh.size(), step, carried),
         tokens=step.tokens,
         flops=step.flops,
@@ -169,7 +169,7 @@ def _measured(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures,
 def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
     """Returns a step's figures: of the model itself where it is shallow, else as two shallow ones tell them."""
     depths = two_depths(cfg)
-    with gpu_kernels() if on_gpu else nullcontext():
+    with gpu_kernels() if on_gpu else nullcontext(), _without_collector():
         simulate = training_step.simulate_step if "optimizer" in cfg else frozen_step.simulate_frozen
         shallow, deeper = (simulate(cfg, mesh, depth=depth) for depth in depths)
     if deeper.depths[0] <= depths[1]:
@@ -187,6 +187,18 @@ def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, 
         figures[key] = at_depth(few, more, deeper.depths[(kind if what == "held" else phase) == "frozen models"])
     trained = at_depth(shallow.checkpoint, deeper.checkpoint, deeper.depths[0])
     return figures, deeper._replace(checkpoint=trained)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Collects no cycles meanwhile: no tensor is in one, and passes over all that is imported cost a tenth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _seconds(
@@ -251,24 +263,30 @@ def levers(cfg: DictConfig, card: Card) -> dict[str, list[str]]:
 def largest_batch(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> int:
     """Returns the rows of the largest micro-batch that fits the card, of those that are planned; 0: one is too much.
 
-    In each phase, what is held grows with the rows, the faster the more there are: two plans tell where it meets the
-    card's memory at the latest, and plans from there on downwards where it does.
+    What a phase holds grows with the rows, the faster the more there are: a line through two plans tells how many fit
+    at the most beyond them, and how many do between them.
     """
-
-    def phases(rows: int) -> dict[str, float]:
-        return plan_config(changed(cfg.copy(), [f"batch_size={rows}"]), mesh, card).phases
-
-    few, more = sorted({cfg.batch_size, 1 if cfg.batch_size > 1 else 2})
-    planned = phases(few), phases(more)
-    a_row = {name: max(1.0, (planned[1].get(name, size) - size) / (more - few)) for name, size in planned[0].items()}
-    most = min(few + (card.memory - size) / a_row[name] for name, size in planned[0].items())
-    rows = math.floor(min(most, MOST_TOKENS / cfg.seq_len))
-    while rows > 0:
-        over = max((size - card.memory) / a_row.get(name, size) for name, size in phases(rows).items())
-        if over <= 0:
-            break
-        rows -= math.ceil(over)
-    return max(0, rows)
+    sizes: dict[int, dict[str, float]] = {}
+    fit, over, rows = 0, MOST_TOKENS // cfg.seq_len + 1, cfg.batch_size  # so many fit, so many do not; the next plan
+    while over - fit > 1:
+        changes = [f"batch_size={rows}"]
+        if rows != cfg.batch_size and cfg.get("compile"):
+            changes.append("compile=false")  # holds as many bytes, and its kernels need not be found
+        phases = plan_config(changed(cfg.copy(), changes), mesh, card).phases
+        if not sizes:  # a guess to begin with
+            grows = ("activations", "loss")
+            sizes[0] = {name: sum(n for kind, n in held.items() if kind not in grows) for name, held in phases.items()}
+        sizes[rows] = {name: sum(held.values()) for name, held in phases.items()}
+        fewer = max(other for other in sizes if other < rows)
+        more = {name: size - sizes[fewer].get(name, size) for name, size in sizes[rows].items()}
+        a_row = {name: max(1.0, size / (rows - fewer)) for name, size in more.items()}
+        most = math.floor(min(rows + (card.memory - size) / a_row[name] for name, size in sizes[rows].items()))
+        if max(sizes[rows].values()) > card.memory:
+            over = rows
+        else:
+            fit, over = rows, min(over, most + 1) if fewer else over
+        rows = max(fit + 1, min(most, over - 1))
+    return fit
 
 
 def ways_out(cfg: DictConfig, mesh: DeviceMesh, card: Card) -> Iterator[str]:

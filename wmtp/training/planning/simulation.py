@@ -30,7 +30,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from wmtp.numerics.products import on_cuda
@@ -46,23 +46,16 @@ _COUNTS = {"all", "sum", "max"}  # true, or one, where their operand has no numb
 _COMPARISONS = {"eq", "le", "ge", "bitwise_and"}  # that make masks of [B, S, S]
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
 
-
 Figures = dict[tuple[str, ...], float]
 
 
 @dataclass
 class Work:
-    """What a part of a step does on one device.
+    """What a part of a step does on one device."""
 
-    Attributes:
-        flops: of products of matrices and of attention, by dtype.
-        moved: bytes read and written.
-        calls: kernels.
-    """
-
-    flops: Counter = field(default_factory=Counter)
-    moved: int = 0
-    calls: int = 0
+    flops: Counter = field(default_factory=Counter)  # of products of matrices and of attention, by dtype
+    moved: int = 0  # bytes read and written
+    calls: int = 0  # kernels
 
 
 class Simulation(TorchDispatchMode):
@@ -90,6 +83,7 @@ class Simulation(TorchDispatchMode):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._small = small
         self._storages: dict[int, tuple[int, str]] = {}
+        self._stand_ins: dict[tuple, Tensor] = {}
         self._kind, self._phase = "other", ""
         self.fused = False  # within a compiled block: its elementwise operations are counted by who compiles it
         self.held: Counter = Counter()
@@ -141,9 +135,9 @@ class Simulation(TorchDispatchMode):
         with self.phase(self._phase, name):
             yield
 
-    def add(self, moved: int, calls: int) -> None:
-        """Counts elementwise work that is not seen."""
-        work = self.work[self._phase, "elementwise"]
+    def add(self, moved: int, calls: int, kind: str = "elementwise") -> None:
+        """Counts work; elementwise is what is not seen."""
+        work = self.work[self._phase, kind]
         work.moved += moved
         work.calls += calls
 
@@ -215,14 +209,14 @@ class Simulation(TorchDispatchMode):
     # Operations
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and not args[0].fake_mode.in_kernel_invocation:  # every second call
+            return args[0].fake_device
         kwargs = kwargs or {}
-        if any(issubclass(kind, DTensor) for kind in types):
+        if DTensor in types:
             return NotImplemented
-        if _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
-            return func(*args, **kwargs)  # DTensor looks at shapes, by a mode of its own: nothing happens
         space, name, is_view, is_mutable = _facts(func)
-        if space == "prim":
-            return func(*args, **kwargs)
+        if space == "prim" or _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None:
+            return func(*args, **kwargs)  # DTensor looks at shapes, by a mode of its own: nothing happens
         if torch.is_inference_mode_enabled():  # without autograd, what is made of other operations comes whole
             super().__enter__()
             try:
@@ -231,10 +225,11 @@ class Simulation(TorchDispatchMode):
                 super().__exit__(None, None, None)
             if parts is not NotImplemented:
                 return parts
-        inputs = list(_tensors((args, kwargs.values())))
+        inputs = _tensors((*args, *kwargs.values()))
         if any(isinstance(t, FakeTensor) for t in inputs) or self._makes_large(name, args, inputs):
-            with self.mode:
-                out = func(*args, **kwargs)
+            all_fake = all(isinstance(t, FakeTensor) for t in inputs)
+            fake = (args, kwargs) if all_fake else tree_map_only(Tensor, self._stand_in, (args, kwargs))
+            out = self.mode.dispatch(func, types, *fake)
             if is_mutable:
                 out = _written(func, out, args, kwargs)
             elif not is_view:
@@ -243,12 +238,22 @@ class Simulation(TorchDispatchMode):
             out = func(*args, **kwargs)
         if is_view:
             return out
-        outputs = list(_tensors((out,)))
+        outputs = _tensors((out,))
         for tensor in outputs:
             self._see(tensor, self._kind)
         if name not in _FREE:
             self._count(func, space, name, args, out, inputs, outputs)
         return out
+
+    def _stand_in(self, tensor: Tensor) -> Tensor:
+        """Returns a fake tensor for a real one: one for all of its shape, where the mode would make one each time."""
+        if isinstance(tensor, FakeTensor) or tensor.ndim == 0:  # which may be a number, of no dtype of its own
+            return tensor
+        key = tensor.shape, tensor.stride(), tensor.dtype
+        if key not in self._stand_ins:
+            with self.mode:
+                self._stand_ins[key] = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        return self._stand_ins[key]
 
     def _makes_large(self, name: str, args: Any, inputs: list[Tensor]) -> bool:
         """Returns whether an operation on real tensors makes one that has to be fake: a factory, or by broadcasting."""
@@ -272,7 +277,7 @@ class Simulation(TorchDispatchMode):
                 return torch.rand(tensor.shape, dtype=tensor.dtype) + 0.5
             return whole(tensor.shape, dtype=tensor.dtype)
 
-        return tree_map(real, out)
+        return real(out) if isinstance(out, Tensor) else tree_map(real, out)
 
     def _count(
         self, func: Any, space: str, name: str, args: Any, out: Any, inputs: list[Tensor], outputs: list[Tensor]
@@ -295,11 +300,9 @@ class Simulation(TorchDispatchMode):
             kind = "copy"
         if kind == "elementwise" and self.fused:
             return
-        work = self.work[self._phase, kind]
-        work.moved += moved
-        work.calls += 1
+        self.add(moved, 1, kind)
         if flops:
-            work.flops[min(inputs, key=lambda t: t.element_size()).dtype] += flops
+            self.work[self._phase, kind].flops[min(inputs, key=lambda t: t.element_size()).dtype] += flops
 
     # ------------------------------------------------------------------------------------------------------------------
     # Bytes
@@ -346,13 +349,12 @@ def _facts(func: Any) -> tuple[str, str, bool, bool]:
     return space, name, func.is_view, func._schema.is_mutable
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Yields the tensors of an operation's arguments or results: they are nested in lists at most."""
+def _tensors(values: Any) -> list[Tensor]:
+    """Returns the tensors of an operation's arguments or results: they are nested in lists at most."""
+    found = []
     for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple | type({}.values())):
-            yield from _tensors(value)
+        found += [value] if isinstance(value, Tensor) else _tensors(value) if isinstance(value, list | tuple) else []
+    return found
 
 
 def _written(func: Any, out: Any, args: Any, kwargs: dict) -> Any:

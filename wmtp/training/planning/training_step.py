@@ -126,11 +126,11 @@ def period(cfg: DictConfig) -> int:
 
 def two_depths(cfg: DictConfig) -> tuple[int, int]:
     """Returns the depths of two shallow models with all phases of the backward pass, in the whole one's pattern."""
-    with torch.device("meta"):
-        whole = len(build(cfg.model, where="model").layers)
-    least = GATHERED_LATE + 2 * period(cfg) + 2
-    least += (whole - least) % period(cfg)
-    return least, least + period(cfg)
+    least, every = GATHERED_LATE + 2 * period(cfg) + 2, period(cfg)
+    if every > 1:
+        with torch.device("meta"):
+            least += (len(build(cfg.model, where="model").layers) - least) % every
+    return least, least + every
 
 
 def _optimizer(cfg: DictConfig, step: "_Step", simulation: Simulation) -> torch.optim.Optimizer:
