@@ -179,7 +179,7 @@ def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, 
         return few + (more - few) * (depth - depths[0]) / (depths[1] - depths[0])
 
     figures = {}
-    for key in shallow.figures.keys() | deeper.figures.keys():
+    for key in shallow.figures | deeper.figures:  # in one order: parts of equal size keep theirs
         what, phase, kind, *_ = key
         if what == "held" and phase == "backward of blocks":
             continue  # between the two ends
