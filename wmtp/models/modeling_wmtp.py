@@ -28,7 +28,7 @@ _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 # What `generate` hands over and drafting heeds; any other input is left to the family's own decoding.
 _HEEDED = {
-    "attention_mask", "cache_position", "generation_config", "logits_processor", "logits_to_keep", "num_logits_to_keep",
+    "attention_mask", "cache", "cache_position", "generation_config", "logits_processor", "logits_to_keep", "num_logits_to_keep",
     "past_key_values", "position_ids", "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "use_cache",
 }  # fmt: skip
 logger = logging.get_logger(__name__)
@@ -40,6 +40,11 @@ def __getattr__(name: str) -> type:
     if family is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return _with_heads(family)
+
+
+def _cache_of(kwargs: dict) -> Any:
+    """Returns the cache that a call was given under either of its names, or None."""
+    return kwargs.get("cache", kwargs.get("past_key_values"))
 
 
 @functools.cache
@@ -130,9 +135,9 @@ class MTPHeads:
             raise ValueError(f"num_heads must be between 1 and the model's {1 + self._further}, got {num_heads}")
         if kwargs.get("labels") is not None:
             raise ValueError("labels are for head 1; leave num_heads out, or take the loss of head_logits yourself")
-        cache = kwargs.get("past_key_values")
+        cache = _cache_of(kwargs)
         if cache is None and kwargs.get("use_cache") is not False:
-            kwargs["past_key_values"] = DynamicCache()
+            kwargs[self._cache_name] = DynamicCache()
         for k in range(2, num_heads + 1) if hasattr(cache, "get_seq_length") else ():
             layer = len(self.model.layers) + k - 2
             if layer >= len(getattr(cache, "layers", ())) and getattr(cache, "layer_class_to_replicate", 1) is None:
@@ -169,6 +174,11 @@ class MTPHeads:
     # ------------------------------------------------------------------------------------------------------------------
     # Decoding
 
+    @functools.cached_property
+    def _cache_name(self):
+        """What the release of `transformers` calls the cache of keys and values: from 5.24 on `cache`."""
+        return "cache" if "cache" in inspect.signature(super().forward).parameters else "past_key_values"
+
     def _sample(self, input_ids, *args, num_heads=None, **kwargs):
         """Decodes for `generate`, greedily or by sampling. Greedy decoding of one prompt is self-speculative.
 
@@ -187,7 +197,8 @@ class MTPHeads:
         drafts = input_ids.new_empty(0)
         finished = False
         while not finished:
-            out = self(input_ids=window, past_key_values=cache, use_cache=True, num_heads=num_heads, **options)
+            kept = {self._cache_name: cache, "use_cache": True}
+            out = self(input_ids=window, num_heads=num_heads, **kept, **options)
             logits = out.head_logits[:, 0, -1 - len(drafts) :].float()  # [H, 1 + drafts, V]
             for i in range(1 + len(drafts)):
                 token = processor(ids, logits[0, i : i + 1]).argmax(-1)
@@ -207,7 +218,7 @@ class MTPHeads:
 
     def _plainly(self, input_ids, args, kwargs):
         """Returns why a call has to decode plainly, or None."""
-        config, cache = kwargs.get("generation_config"), kwargs.get("past_key_values")
+        config, cache = kwargs.get("generation_config"), _cache_of(kwargs)
         mask, rope = kwargs.get("attention_mask"), getattr(self.config, "rope_parameters", None)
         rope = rope or getattr(self.config, "rope_scaling", None) or {}
         ropes = [rope, *(each for each in rope.values() if isinstance(each, dict))]  # or one for each kind of layer
