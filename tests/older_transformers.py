@@ -1,4 +1,4 @@
-"""Packages that are no part of the environment, such as older releases of `transformers`: each in a folder, kept."""
+"""Packages that are no part of the environment, such as other releases of `transformers`: each in a folder, kept."""
 
 import os
 import shutil
@@ -11,8 +11,9 @@ import pytest
 from wmtp.pretrained.resolve import made_once
 
 ROOT = Path(__file__).resolve().parents[1]
-# The oldest release whose reading of an export is promised, and the last before 5.
-RELEASES = {"4.40.2": "0.19.1", "4.57.3": "0.22.1"}
+# The oldest release whose reading of an export is promised, the last before 5, and the first whose `generate` calls a
+# cache `cache`; with the `tokenizers` and `huggingface_hub` of each.
+RELEASES = {"4.40.2": ("0.19.1", "0.36.0"), "4.57.3": ("0.22.1", "0.36.0"), "5.24.0": ("0.23.3", "2.4.0")}
 _OURS = ("transformers", "tokenizers", "huggingface_hub")
 # Of this environment, and no part of theirs: what they would import only because it is there.
 _ABSENT = ("sklearn", "scipy", "pandas", "torchao", "torchvision", "peft", "accelerate", "gguf", "mlflow")
@@ -20,7 +21,8 @@ _ABSENT = ("sklearn", "scipy", "pandas", "torchao", "torchvision", "peft", "acce
 
 def release_folder(version: str) -> Path:
     """The folder of a release, see :func:`folder_of_pins`."""
-    pins = [f"transformers=={version}", f"tokenizers=={RELEASES[version]}", "huggingface_hub==0.36.0"]
+    tokenizers, hub = RELEASES[version]
+    pins = [f"transformers=={version}", f"tokenizers=={tokenizers}", f"huggingface_hub=={hub}"]
     return folder_of_pins(f"transformers-{version}", pins)
 
 

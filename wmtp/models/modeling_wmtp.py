@@ -28,8 +28,9 @@ _OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "re
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 # What `generate` hands over and drafting heeds; any other input is left to the family's own decoding.
 _HEEDED = {
-    "attention_mask", "cache", "cache_position", "generation_config", "logits_processor", "logits_to_keep", "num_logits_to_keep",
-    "past_key_values", "position_ids", "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "use_cache",
+    "attention_mask", "cache", "cache_position", "generation_config", "logits_processor", "logits_to_keep",
+    "num_logits_to_keep", "past_key_values", "position_ids", "stopping_criteria", "streamer", "synced_gpus",
+    "tokenizer", "use_cache",
 }  # fmt: skip
 logger = logging.get_logger(__name__)
 
