@@ -3,7 +3,7 @@
     python benchmarks/weighting_validity.py [noise|learning|faults|side_by_side|all] [--full] [--fresh] [--out FOLDER]
     python benchmarks/weighting_validity.py --write-docs      # tables and figures of docs/validity.md from the results
 
-The reduced form takes some 36 minutes of a core, 21 on 2, the full form two and a half hours of one;
+The reduced form takes some 36 minutes of a core, 21 on 2, the full form three hours of one;
 docs/validity.md explains them and shows what the full form gave. A finished stage, a trained model and a finished
 fine-tuning are kept under --out and not computed again unless --fresh. Everything is seeded. One JSON line per figure:
 name, value, unit, against.

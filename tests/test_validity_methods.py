@@ -13,7 +13,7 @@ import torch
 from benchmarks.validity import docs, methods_page
 from benchmarks.validity.methods import CONTROL_PAIRS, CONTROLLED, METHODS, controls, oracle
 from benchmarks.validity.models import all_signals
-from benchmarks.validity.side_by_side import ENDS, FULL, PAIRS, REDUCED, run, summary
+from benchmarks.validity.side_by_side import CONFIRMED, ENDS, FULL, PAIRS, REDUCED, run, summary
 from wmtp.data import Document, Documents, pack
 from wmtp.models import llama_mtp
 from wmtp.pretrained import byte_tokenizer
@@ -162,7 +162,9 @@ def test_the_summary_pairs_by_seed_and_document():
     select = [a_run(3.9 + s, 5.2, [1, 1, 1, 0]) for s in (0.0, 0.1, 0.2)]
     runs = {"uniform": uniform, "select excess": select}
     ends = {name: select for name in ENDS} | {"uniform": uniform}
-    found = summary(a_run(4.5, 4.7, [1, 1, 1, 1]), runs, ends)
+    found = summary(a_run(4.5, 4.7, [1, 1, 1, 1]), runs, ends, {"uniform": uniform, "soft excess": select})
+    assert list(found["confirmed"]) == ["soft excess"]
+    assert found["confirmed"]["soft excess"]["code"]["mean"] == pytest.approx((-0.1, -0.1, -0.1))
     mean, low, high = found["methods"]["select excess"]["code minus uniform"]["mean"]
     assert (mean, low, high) == pytest.approx((-0.1, -0.1, -0.1))  # seeds move both alike
     assert found["methods"]["select excess"]["prose minus uniform"]["mean"][0] == pytest.approx(0.2)
@@ -170,7 +172,8 @@ def test_the_summary_pairs_by_seed_and_document():
     assert found["ends"]["shares"]["uniform"][0] == 0.5
     assert found["ends"]["gaps"]["select excess minus uniform"]["mean"][0] == 0.25
     runs["shuffled(select excess)"] = uniform[:2]  # a control of fewer seeds is compared over these
-    pair = summary(a_run(4.5, 4.7, [1, 1, 1, 1]), runs, ends)["pairs"]["select excess minus shuffled(select excess)"]
+    pairs = summary(a_run(4.5, 4.7, [1, 1, 1, 1]), runs, ends, {})["pairs"]
+    pair = pairs["select excess minus shuffled(select excess)"]
     assert pair["seeds"] == 2 and pair["code"]["mean"][0] == pytest.approx(-0.1)
 
 
@@ -198,7 +201,8 @@ def test_the_measurement_runs_and_goes_on_where_it_was_stopped(tmp_path):
     assert first["methods"]["oracle"]["auc"][0][0] == 1.0
     assert first["methods"]["uniform"]["code"][0] == pytest.approx(np.log(len(tokenizer.vocab())), rel=0.1)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
-    again = run(replace(tiny, methods=(*tiny.methods, "dft")), tmp_path)
+    again = run(replace(tiny, methods=(*tiny.methods, "dft"), fresh_seeds=(0, 1)), tmp_path)
+    assert list(again["confirmed"]) == list(CONFIRMED)
     assert again["methods"]["oracle"]["code"] == first["methods"]["oracle"]["code"]
     assert {path: path.stat().st_mtime_ns for path in made} == made
     next(tmp_path.rglob("oracle-1.npz")).unlink()

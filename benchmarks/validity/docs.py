@@ -305,6 +305,10 @@ def _side_by_side_bars(result: dict) -> list[tuple[str, bool, str]]:
             found = pair["code"]
             words = f"clean code: {name} below {other}, after Holm"
             out.append((words, found["p"] < 0.05 and found["mean"][0] < 0, _show(found["mean"], sign=True)))
+    for name, found in result["confirmed"].items():
+        figure = _show(found["code"]["mean"], sign=True)
+        held = found["code"]["p"] < 0.05 and found["code"]["mean"][0] < 0
+        out.append((f"clean code, fresh seeds: {name} below uniform, after Holm over these", held, figure))
     found = methods["select excess"]["prose minus uniform"]
     out.append(("prose: select excess below uniform", found["mean"][2] < 0, _show(found["mean"], sign=True)))
     gaps = result["ends"]["gaps"]
@@ -313,6 +317,10 @@ def _side_by_side_bars(result: dict) -> list[tuple[str, bool, str]]:
         words = f"texts that run to the limit: {name} {'above' if sign > 0 else 'below'} zero"
         out.append((words, (mean[1] if sign > 0 else -mean[2]) > 0, _show(mean, sign=True)))
     return out
+
+
+def _p(difference: dict) -> str:
+    return f"{difference['p']:.2g}" if difference["p"] >= 1e-4 else "< 0.0001"
 
 
 def _side_by_side_tables(result: dict) -> str:
@@ -325,8 +333,17 @@ def _side_by_side_tables(result: dict) -> str:
     against = []
     for name in controls:
         found = result["pairs"][name]
-        figures = methods_page.gap(found["code"]), f"{found['code']['p']:.2g}", methods_page.gap(found["prose"])
+        figures = methods_page.gap(found["code"]), _p(found["code"]), methods_page.gap(found["prose"])
         against.append([*(f"`{part}`" for part in name.split(" minus ")), str(found["seeds"]), *figures])
+    again = [
+        [f"`{name}`", methods_page.gap(found["code"]), _p(found["code"]), methods_page.gap(found["prose"])]
+        for name, found in result["confirmed"].items()
+    ]
+    confirmation = (
+        f"On {len(settings['fresh_seeds'])} fresh seeds, minus `uniform`, in nats; **bold**: found after Holm over the "
+        f"{len(again)} differences of the column:",
+        _table(["method", "clean code", "p, Holm", "prose"], again),
+    )
     pairs = [
         [" minus ".join(f"`{part}`" for part in name.split(" minus "))]
         + [_show(found[column]["mean"], sign=True) for column in ("code", "prose", "to the limit")]
@@ -341,6 +358,7 @@ def _side_by_side_tables(result: dict) -> str:
             f"{settings['max_new_tokens']} tokens. Each method that a claim is made of minus its controls, in nats; "
             f"**bold**: found after Holm's adjustment over the {len(controls)} differences of the column:",
             _table(["method", "minus its control", "seeds", "clean code", "p, Holm", "prose"], against),
+            *(confirmation if again else ()),
             "Other differences that are not with `uniform`, in nats and in shares:",
             _table(["difference", "clean code", "prose", "texts that run to the limit"], pairs),
             f"Texts that run to the limit, {len(settings['end_seeds'])} seeds and {result['prompts']} prompts:",

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ from wmtp.pretrained import hf_tokenizer
 from wmtp.training.acceptance import held_out_prompts
 from wmtp.weighting import any_weighting
 
-from .methods import CONTROL_PAIRS, METHODS, Method
+from .methods import CONTROL_PAIRS, CONTROLLED, METHODS, Method
 from .models import all_signals, fine_tune, kept, name_of, signals, train
 from .statistics import auc
 
@@ -49,6 +50,7 @@ PAIRS = (  # beside `uniform` and its controls, whom a method is held against
     *((f"{name}, raw", name) for name in ("dft", "eaft", "profit", "infosft", "talr", "prift", "prift mass")),
 )
 ENDS = ("uniform", "select excess", "protect(select excess)")  # whose texts' ends are counted over more seeds
+CONFIRMED = tuple(name for name in CONTROLLED if name != "token_cleaning")  # on seeds that nobody had seen
 THIRD = 8  # steps at the start and at the end whose weights are read
 
 
@@ -59,6 +61,7 @@ class SideBySideSettings:
     seeds: tuple[int, ...]  # of the order of the data and of the random controls
     end_seeds: tuple[int, ...]  # of the comparison of ENDS
     methods: tuple[str, ...]
+    fresh_seeds: tuple[int, ...]  # of the comparison of CONFIRMED with `uniform`
     study: str | None  # folder with docs/study.md's base/export and data; None: make both, smaller
     base_tokens: int = 0  # of the corpus that is then made
     base_steps: int = 0  # of 8 rows, of pretraining on it
@@ -75,6 +78,7 @@ class SideBySideSettings:
 REDUCED = SideBySideSettings(
     seeds=(0, 1),
     end_seeds=(0, 1),
+    fresh_seeds=(),
     methods=(
         "uniform",
         "clean data, uniform",
@@ -93,6 +97,7 @@ REDUCED = SideBySideSettings(
 FULL = SideBySideSettings(
     seeds=(0, 1, 2, 3, 4),
     end_seeds=(0, 1, 2, 3, 4),
+    fresh_seeds=tuple(range(5, 15)),
     methods=tuple(name for name, method in METHODS.items() if method.trains),
     study="runs/study",
 )
@@ -127,8 +132,10 @@ def run(settings: SideBySideSettings, folder: Path, *, fresh: bool = False, fini
                 of.append(found(name, seed))
     runs = {name: of for name, of in runs.items() if len(of) > 1}
     ends = {name: [found(name, seed) for seed in settings.end_seeds] for name in ENDS}
+    confirming = () if finished or not settings.fresh_seeds else ("uniform", *CONFIRMED)
+    confirmed = {name: [found(name, seed) for seed in settings.fresh_seeds] for name in confirming}
     how = {"finished": True} if finished else {}
-    return {"settings": asdict(settings) | how} | summary(before, runs, ends)
+    return {"settings": asdict(settings) | how} | summary(before, runs, ends, confirmed)
 
 
 def _kept(path: Path, make: Callable[[], dict], *, say: bool = False) -> dict[str, np.ndarray]:
@@ -146,15 +153,18 @@ def _kept(path: Path, make: Callable[[], dict], *, say: bool = False) -> dict[st
         return dict(arrays)
 
 
-def summary(before: dict, runs: dict[str, list[dict]], ends: dict[str, list[dict]]) -> dict:
+def summary(
+    before: dict, runs: dict[str, list[dict]], ends: dict[str, list[dict]], confirmed: dict[str, list[dict]]
+) -> dict:
     """Means over seeds, and differences that are paired by seed, and by document or prompt.
 
     Intervals are of 95 %, over seeds and documents (:func:`wmtp.numerics.paired.mean_difference`); `p` is adjusted by
-    Holm over the methods of its column, and of a method and its controls over all such differences.
+    Holm over the methods of its column, of a method and its controls over all such differences, and on fresh seeds over
+    the methods that run there.
 
     Args:
-        before, runs, ends: what :meth:`_Bench.measure` gave: of the model that training starts from, and of each run,
-            in the order of the seeds; where one of two methods has fewer seeds, the first ones are compared.
+        before, runs, ends, confirmed: what :meth:`_Bench.measure` gave: of the model that training starts from, and of
+            each run, in the order of the seeds; where one of two methods has fewer seeds, the first ones are compared.
     """
     figures: dict[str, dict] = {}
     uniform = runs["uniform"]
@@ -183,9 +193,15 @@ def summary(before: dict, runs: dict[str, list[dict]], ends: dict[str, list[dict
                 "to the limit": _difference(np.array([a["limit"] * 1.0 - b["limit"] for a, b in both])),
             }
     controlled = [compared[key] for pair in CONTROL_PAIRS if (key := " minus ".join(pair)) in compared]
-    for text in ("code", "prose"):
-        for found, p in zip(controlled, holm([found[text]["p"] for found in controlled]), strict=True):
-            found[text]["p"] = p
+    again = {
+        name: {text: _gap(list(zip(found, confirmed["uniform"], strict=True)), text) for text in ("code", "prose")}
+        for name, found in confirmed.items()
+        if name != "uniform"
+    }
+    for family in (controlled, list(again.values())):
+        for text in ("code", "prose"):
+            for found, p in zip(family, holm([found[text]["p"] for found in family]), strict=True):
+                found[text]["p"] = p
     for column in ("code minus uniform", "prose minus uniform", "accept length minus uniform"):
         named = [name for name in figures if name != "uniform" and column in figures[name]]
         for name, p in zip(named, holm([figures[name][column]["p"] for name in named]), strict=True):
@@ -195,10 +211,11 @@ def summary(before: dict, runs: dict[str, list[dict]], ends: dict[str, list[dict
         | {"accept length": _accept_length(before), "to the limit": float(before["limit"].mean())},
         "held_out": {text: [len(before[text]), int(before[text][:, 1].sum())] for text in ("code", "prose")},
         "prompts": len(before["limit"]),
-        "cpu_seconds": float(sum(run["cpu_seconds"] for found in runs.values() for run in found)),
+        "cpu_seconds": float(sum(run["cpu_seconds"] for of in (runs, confirmed) for run in chain(*of.values()))),
         "methods": figures,
         "pairs": compared,
         "ends": _ends(ends),
+        "confirmed": again,
     }
 
 
@@ -445,5 +462,5 @@ def _by_document(ce: np.ndarray, data: PackedDataset) -> np.ndarray:
 
 def _hash(settings: SideBySideSettings) -> str:
     """Names what a finished run depends on, which is neither the number of seeds nor the list of methods."""
-    what = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "end_seeds", "methods")}
+    what = {k: v for k, v in asdict(settings).items() if k not in ("seeds", "end_seeds", "fresh_seeds", "methods")}
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
