@@ -116,6 +116,17 @@ def test_two_shallow_models_tell_what_the_whole_one_does(recomputed, saved, in_p
     assert held.pop("backward of blocks") <= max(held.values())
 
 
+def test_a_shallow_policy_is_planned_with_the_whole_of_a_deep_reference(saved, in_process):
+    config = saved("rho1", "wide", reference_checkpoint=None)
+    cfg = OmegaConf.load(config)
+    cfg.reference_model = {**cfg.model, "num_layers": 15}
+    OmegaConf.save(cfg, config)
+    found = in_process(depths, config)
+    whole, told = ({tuple(row[:-1]): row[-1] for row in found[name]} for name in ("whole", "told"))
+    frozen = {key for key in whole if "frozen models" in key}
+    assert frozen and {key: told[key] for key in frozen if abs(told[key] - whole[key]) > 1} == {}
+
+
 def test_the_first_blocks_gather_their_weights_when_their_backward_pass_begins(saved, in_process):
     found = in_process(depths, saved("uniform", "deep", activation_checkpointing=True))["whole"]
     gathered = {row[1]: row[-1] for row in found if row[0] == "held" and row[2] == "gathered weights"}

@@ -167,12 +167,12 @@ def _measured(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures,
 
 
 def _measure(cfg: DictConfig, mesh: DeviceMesh, on_gpu: bool) -> tuple[Figures, SimulatedStep]:
-    """Returns a step's figures: of the model itself where it is shallow, else as two shallow ones tell them."""
+    """Returns a step's figures: of the models themselves where all are shallow, else as two depths tell them."""
     depths = two_depths(cfg)
     with gpu_kernels() if on_gpu else nullcontext(), _without_collector():
         simulate = training_step.simulate_step if "optimizer" in cfg else frozen_step.simulate_frozen
         shallow, deeper = (simulate(cfg, mesh, depth=depth) for depth in depths)
-    if deeper.depths[0] <= depths[1]:
+    if max(deeper.depths) <= depths[1]:
         return deeper.figures, deeper
 
     def at_depth(few: float, more: float, depth: int) -> float:
