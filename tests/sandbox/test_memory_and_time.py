@@ -189,33 +189,19 @@ def test_who_sleeps_past_the_clock_is_judged_once():
     assert 0 in times_alone
 
 
-def test_who_was_starved_is_judged_again_alone_while_there_is_time_for_it():
-    """A zygote and its programs on one CPU beside busy processes: the program computes, and is not let."""
-    spinners = []
+def test_who_was_starved_is_judged_again_alone_while_there_is_time_for_it(busy_cpu):
+    """A zygote and its programs on one CPU beside a busy process: the program computes, and is not let."""
     with Sandbox(workers=1, limits=Limits(wall_seconds=1.0, cpu_seconds=50.0)) as box:
-        cpu = {min(os.sched_getaffinity(0))}
         for process in psutil.Process().children(recursive=True):
-            process.cpu_affinity(list(cpu))
-        try:
-            for _ in range(2):
-                pid = os.fork()
-                if pid == 0:
-                    os.sched_setaffinity(0, cpu)
-                    while True:
-                        pass
-                spinners.append(pid)
-            program = "while True: pass"
-            outcome = judge(box, program)
-            assert outcome.verdict == "timeout" and box.times_alone == 1
-            assert outcome.detail.endswith("no end after 2 s by the clock")  # twice the time, alone
-            box._gate._seconds = box._gate._share = 0
-            outcome = judge(box, program)
-            assert outcome.verdict == "timeout" and box.times_alone == 1
-            assert outcome.detail.endswith("(not judged again alone: the time for that is spent)")
-        finally:
-            for pid in spinners:
-                os.kill(pid, 9)
-                os.waitpid(pid, 0)
+            process.cpu_affinity([busy_cpu])
+        program = "while True: pass"
+        outcome = judge(box, program)
+        assert outcome.verdict == "timeout" and box.times_alone == 1
+        assert outcome.detail.endswith("no end after 2 s by the clock")  # twice the time, alone
+        box._gate._seconds = box._gate._share = 0
+        outcome = judge(box, program)
+        assert outcome.verdict == "timeout" and box.times_alone == 1
+        assert outcome.detail.endswith("(not judged again alone: the time for that is spent)")
 
 
 @pytest.mark.parametrize(
