@@ -293,22 +293,24 @@ def _side_by_side_bars(result: dict) -> list[tuple[str, bool, str]]:
     """Expectations of before the first run; of the controls, of before theirs."""
     out = []
     methods = result["methods"]
-    below = ["oracle", "select excess", "protect(select excess)", "soft excess", "emphasis excess", "token_cleaning"]
-    for name, sign in [*((name, -1) for name in below), ("dft", 1), ("dft, raw", 1)]:
+    ahead = ["oracle", "select excess", "protect(select excess)", "soft excess", "emphasis excess", "token_cleaning"]
+    for name, sign in [*((name, -1) for name in ahead), ("dft", 1), ("dft, raw", 1)]:
         if name in methods:
             found = methods[name]["code minus uniform"]
             words = f"clean code: {name} {'below' if sign < 0 else 'above'} uniform, after Holm"
             out.append((words, found["p"] < 0.05 and sign * found["mean"][0] > 0, _show(found["mean"], sign=True)))
-    for name, other in CONTROL_PAIRS:
-        pair = result["pairs"].get(f"{name} minus {other}")
-        if pair and name != "token_cleaning":  # of which nothing was expected here: it had ended behind `uniform`
-            found = pair["code"]
-            words = f"clean code: {name} below {other}, after Holm"
-            out.append((words, found["p"] < 0.05 and found["mean"][0] < 0, _show(found["mean"], sign=True)))
-    for name, found in result["confirmed"].items():
-        figure = _show(found["code"]["mean"], sign=True)
-        held = found["code"]["p"] < 0.05 and found["code"]["mean"][0] < 0
-        out.append((f"clean code, fresh seeds: {name} below uniform, after Holm over these", held, figure))
+    pairs = {(name, other): result["pairs"].get(f"{name} minus {other}") for name, other in CONTROL_PAIRS}
+    below = [
+        (f"clean code: {name} below {other}, after Holm", pair["code"])
+        for (name, other), pair in pairs.items()
+        if pair and name != "token_cleaning"  # of which nothing was expected here: it had ended behind `uniform`
+    ]
+    below += [
+        (f"clean code, fresh seeds: {name} below uniform, after Holm over these", found["code"])
+        for name, found in result["confirmed"].items()
+    ]
+    for words, found in below:
+        out.append((words, found["p"] < 0.05 and found["mean"][0] < 0, _show(found["mean"], sign=True)))
     found = methods["select excess"]["prose minus uniform"]
     out.append(("prose: select excess below uniform", found["mean"][2] < 0, _show(found["mean"], sign=True)))
     gaps = result["ends"]["gaps"]
